@@ -1,0 +1,126 @@
+"""YAML to checked models: an error names the file, the line and the key, and the nearest known key."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raydistill.config.errors import UserError
+
+Path_ = tuple[str | int, ...]
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
+    """A YAML mapping and the line (from 1) of each key path. Plain YAML only: a !!python tag is refused."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{_similar_files(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[Path_, int] = {}
+        if node is not None:
+            _walk(node, (), lines, path)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}{where}: not valid YAML: {problem}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of keys to values, found {type(data).__name__}")
+    return data, lines
+
+
+def check(model: type[M], data: Any, path: Path | str, lines: dict[Path_, int] | None = None) -> M:
+    """Validate `data` as `model`, or raise a UserError that names file, line and key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(explain(error, model, path, lines or {})) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], path: Path | str, lines: dict[Path_, int]) -> str:
+    """All the errors, one a line, as FILE:LINE: KEY: what is wrong."""
+    messages = []
+    for item in error.errors(include_url=False):
+        location = tuple(item["loc"])
+        key = ".".join(str(part) for part in location) or "(top level)"
+        line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+        where = f"{path}:{line}" if line else str(path)
+        messages.append(f"{where}: {key}: {_reason(dict(item), model, location)}")
+    return "\n".join(dict.fromkeys(messages))
+
+
+def _reason(item: dict[str, Any], model: type[BaseModel], location: Path_) -> str:
+    if item["type"] == "extra_forbidden":
+        known = sorted(known_keys(model, location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key; {hint}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = item.get("input")
+    if item["type"] != "value_error" and isinstance(given, str | int | float | bool):
+        message += f", found {given!r}"
+    return message[0].lower() + message[1:] if message[:1].isupper() and message[1:2].islower() else message
+
+
+def known_keys(model: type[BaseModel], location: Path_) -> list[str]:
+    """The keys that a (nested) model knows at a location."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """`--set a.b=VALUE` applied to a copy of the data; VALUE is read as YAML."""
+    data = yaml.safe_load(yaml.safe_dump(data))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {setting}: expected KEY=VALUE, for example --set search.trials=4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+        place = data
+        *parents, last = key.split(".")
+        for parent in parents:
+            inner = place.get(parent)
+            if isinstance(inner, str) and parent == "dataset":
+                inner = {"name": inner}
+            place[parent] = inner if isinstance(inner, dict) else {}
+            place = place[parent]
+        place[last] = value
+    return data
+
+
+def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, key.value)
+            if here in lines:
+                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice")
+            lines[here] = key.start_mark.line + 1
+            _walk(value, here, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*at, i)] = value.start_mark.line + 1
+            _walk(value, (*at, i), lines, path)
+
+
+def _similar_files(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,125 @@
+"""The named data sets and teachers, with the paper's lengths and decoding."""
+
+from dataclasses import dataclass, field
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import Columns, Decoding
+
+
+@dataclass(frozen=True)
+class DatasetPreset:
+    """A data set by name: where it is, its columns, lengths in tokens, and its task's score."""
+
+    hub: str
+    config: str | None = None
+    revision: str | None = None
+    columns: Columns | None = None
+    metric: str = "rouge2"
+    max_source_tokens: int = 1024
+    max_target_tokens: int = 128
+    languages: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class TeacherPreset:
+    """A teacher for one data set. `bf16`/`fp16` overflow is a property of the family: see `precision`."""
+
+    hub: str
+    decoding: Decoding = field(default_factory=Decoding)
+    max_source_tokens: int = 1024
+    max_target_tokens: int = 128
+    languages: tuple[str, str] | None = None
+
+
+DATASETS: dict[str, DatasetPreset] = {
+    # The hub's own Parquet conversion: the data set's main branch holds a loading script, which is never run.
+    "xsum": DatasetPreset(
+        "EdinburghNLP/xsum",
+        revision="refs/convert/parquet",
+        columns=Columns(source="document", target="summary", id="id"),
+        max_target_tokens=60,
+    ),
+    "cnn_dailymail": DatasetPreset(
+        "abisee/cnn_dailymail",
+        config="3.0.0",
+        columns=Columns(source="article", target="highlights", id="id"),
+        max_target_tokens=142,
+    ),
+    "wmt16_en_ro": DatasetPreset(
+        "wmt/wmt16",
+        config="ro-en",
+        columns=Columns(source="translation.en", target="translation.ro"),
+        metric="bleu",
+        max_source_tokens=128,
+        max_target_tokens=128,
+        languages=("en_XX", "ro_RO"),
+    ),
+    "demo": DatasetPreset("demo", max_source_tokens=128, max_target_tokens=32),
+}
+
+TEACHERS: dict[str, dict[str, TeacherPreset]] = {
+    "bart": {
+        "xsum": TeacherPreset(
+            "facebook/bart-large-xsum",
+            Decoding(beams=6, length_penalty=1.0, min_length=11, max_length=62),
+            max_target_tokens=60,
+        ),
+        "cnn_dailymail": TeacherPreset(
+            "facebook/bart-large-cnn",
+            Decoding(beams=4, length_penalty=2.0, min_length=56, max_length=142, no_repeat_ngram=3),
+            max_target_tokens=142,
+        ),
+    },
+    "pegasus": {
+        "xsum": TeacherPreset(
+            "google/pegasus-xsum",
+            Decoding(beams=8, length_penalty=0.6, max_length=64),
+            max_source_tokens=512,
+            max_target_tokens=64,
+        ),
+        "cnn_dailymail": TeacherPreset(
+            "google/pegasus-cnn_dailymail", Decoding(beams=8, length_penalty=0.8, max_length=128)
+        ),
+    },
+    "mbart": {
+        "wmt16_en_ro": TeacherPreset(
+            "facebook/mbart-large-en-ro",
+            Decoding(beams=5, length_penalty=1.0, max_length=128),
+            max_source_tokens=128,
+            languages=("en_XX", "ro_RO"),
+        ),
+    },
+    "marian": {
+        "wmt16_en_ro": TeacherPreset(
+            "Helsinki-NLP/opus-mt-en-ro",
+            Decoding(beams=4, length_penalty=1.0, max_length=128),
+            max_source_tokens=128,
+        ),
+    },
+}
+
+DEMO_TEACHER_RUN = "demo-teacher"
+
+
+def default_dataset(teacher: str) -> str | None:
+    """The data set that a named teacher means when none is given: the first of its presets."""
+    if teacher == "demo":
+        return "demo"
+    return next(iter(TEACHERS[teacher])) if teacher in TEACHERS else None
+
+
+def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
+    """The preset of a named teacher for a data set, or None where the teacher is a hub name or a path.
+
+    A named teacher with a data set of one's own takes the preset of its first data set.
+    """
+    if teacher not in TEACHERS:
+        return None
+    presets = TEACHERS[teacher]
+    if dataset in DATASETS and dataset != "demo" and dataset not in presets:
+        known = ", ".join(presets)
+        raise UserError(
+            f"teacher {teacher!r} has no checkpoint fine-tuned on {dataset!r} (it has: {known}); "
+            f"give the checkpoint's hub name or path as the teacher instead"
+        )
+    return presets.get(dataset) or next(iter(presets.values()))

@@ -1,0 +1,224 @@
+"""What a run is: one training of one student (or of a teacher), from teacher and data to checkpoint."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Method = Literal["sft", "kd", "pl"]
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Model(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Model):
+    """Column names, where they are not found by themselves."""
+
+    source: str
+    target: str | None = None
+    id: str | None = None
+
+
+class Dataset(Model):
+    """A data set: a known name, a hub name, a file, or a folder of train/validation/test files."""
+
+    name: str
+    config: str | None = Field(None, description="the hub data set's configuration")
+    columns: Columns | None = None
+    skip_bad_rows: bool = False
+    train_rows: int | None = Field(None, ge=1, description="use only the first rows of the training split")
+    validation_rows: int | None = Field(None, ge=1, description="rows that each validation scores")
+    test_rows: int | None = Field(None, ge=1)
+    max_source_tokens: int | None = Field(None, ge=4, description="default: the preset's, else 512")
+    max_target_tokens: int | None = Field(None, ge=2, description="default: the preset's, else 128")
+
+
+class Start(Model):
+    """A random start: the shape of a new model whose tokenizer is built from the training split."""
+
+    form: Literal["bart", "marian"]
+    encoder_layers: int = Field(ge=1)
+    decoder_layers: int = Field(ge=1)
+    d_model: int = Field(128, ge=8)
+    heads: int = Field(4, ge=1)
+    ffn_dim: int = Field(512, ge=8)
+    vocab_size: int = Field(8000, ge=300)
+    max_positions: int = Field(512, ge=16)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "Start":
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        return self
+
+
+class LayerChoice(Model):
+    """Teacher layers per side, counted from 0; absent means the default for the student's depth."""
+
+    encoder: Layers | None = None
+    decoder: Layers | None = None
+
+
+class Student(Model):
+    """The student's shape and where its layers come from."""
+
+    size: str | None = Field(None, description='"12-3": encoder and decoder layers; absent: the full teacher')
+    init: Literal["spaced", "first", "middle", "last", "random"] = Field(
+        "spaced", description="which decoder layers to copy where `copied` does not say; random: none"
+    )
+    copied: LayerChoice = LayerChoice()
+    supervised: LayerChoice = Field(LayerChoice(), description="phi: the teacher layer per student layer")
+
+    @field_validator("size", mode="after")
+    @classmethod
+    def _size_form(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+    @model_validator(mode="after")
+    def _lists_fit_size(self) -> "Student":
+        if self.size is None:
+            return self
+        depths = dict(zip(("encoder", "decoder"), parse_size(self.size), strict=True))
+        for word in ("copied", "supervised"):
+            for side, depth in depths.items():
+                layers = getattr(getattr(self, word), side)
+                if layers is not None and len(layers) != depth:
+                    raise ValueError(
+                        f"size {self.size} has {depth} {side} layers, "
+                        f"but {word}.{side} lists {len(layers)}: {layers}"
+                    )
+        return self
+
+
+class Loss(Model):
+    """alpha_data * CE + alpha_logits * KL + alpha_hidden * MSE; only `kd` uses the last two."""
+
+    alpha_data: float = Field(1.0, ge=0)
+    alpha_logits: float = Field(0.8, ge=0)
+    alpha_hidden: float = Field(3.0, ge=0)
+    temperature: float = Field(2.0, gt=0)
+    normalize_hidden: bool = Field(False, description="layer-norm both sides before the hidden loss")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Training(Model):
+    """Optimisation, validation and where it runs."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    adam_eps: float = Field(1e-8, gt=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    batch_size: int = Field(32, ge=1, description="rows per optimiser step, over all workers")
+    accumulation: int = Field(1, ge=1, description="micro-batches that one step is split into")
+    epochs: float = Field(5, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    warmup_steps: int = Field(500, ge=0)
+    schedule: Literal["linear", "constant"] = "linear"
+    checks_per_epoch: int = Field(4, ge=1, description="validations per epoch")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many checks without a better score; default: an epoch of checks",
+    )
+    freeze_encoder: bool | None = Field(None, description="default: when the encoder is fully copied")
+    freeze_embeddings: bool | None = Field(None, description="default: for students, not for teachers")
+    dropout: float | None = Field(None, ge=0, lt=1, description="default: the teacher's own")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+    workers: int = Field(1, ge=1, description="data-parallel workers; the global batch stays batch_size")
+    threads: int = Field(1, ge=1, description="CPU threads per worker where there is no GPU")
+    launcher: Literal["auto", "train", "tune"] = Field(
+        "auto", description="train: Ray Train; tune: a reused actor, for short CPU trials of one worker"
+    )
+    teacher_cache: Literal["auto", "full", "encoder", "off"] = "auto"
+
+    @model_validator(mode="after")
+    def _batch_splits(self) -> "Training":
+        if self.batch_size < self.workers * self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be split over {self.workers} workers "
+                f"x {self.accumulation} accumulation"
+            )
+        return self
+
+
+class Decoding(Model):
+    """Beam search. An absent value is the checkpoint's own, else the preset's, else the library's default."""
+
+    beams: int | None = Field(None, ge=1)
+    length_penalty: float | None = None
+    min_length: int | None = Field(None, ge=0, description="tokens, counted as generate() does")
+    max_length: int | None = Field(None, ge=2, description="tokens, counted as generate() does")
+    no_repeat_ngram: int | None = Field(None, ge=0)
+
+
+class Evaluation(Model):
+    """How scores are made."""
+
+    metric: Literal["auto", "rouge2", "bleu"] = Field(
+        "auto", description="auto: bleu where the preset translates"
+    )
+    engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
+    batch_size: int = Field(32, ge=1)
+    validation_beams: int | None = Field(None, ge=1, description="beams during training; default: 2")
+
+
+class Run(Model):
+    """One run. `teacher` or `start` says what is trained: a (shrunk) teacher, or a new model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    teacher: str | None = None
+    start: Start | None = None
+    dataset: Dataset
+    method: Method = "sft"
+    labels: str = Field(
+        "auto", description="original, pseudo, original+pseudo, or a label set's folder; auto: pseudo for pl"
+    )
+    student: Student = Student()
+    loss: Loss = Loss()
+    training: Training = Training()
+    decoding: Decoding = Decoding()
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _dataset_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> "Run":
+        if (self.teacher is None) == (self.start is None):
+            raise ValueError("give either `teacher` (a student of it is trained) or `start` (a new model)")
+        if self.start is not None and self.method != "sft":
+            raise ValueError(f"method {self.method} needs a `teacher`; a random `start` knows only sft")
+        if self.start is not None and self.student != Student():
+            raise ValueError("`student` shrinks a teacher; a random `start` has its own layer counts")
+        if self.method == "pl" and self.labels == "original":
+            raise ValueError("method pl trains on pseudo-labels; labels: original is method sft")
+        if self.method == "kd" and self.loss.alpha_logits == 0 and self.loss.alpha_hidden == 0:
+            raise ValueError("method kd with alpha_logits 0 and alpha_hidden 0 is method sft")
+        if self.method != "kd" and self.loss.alpha_data == 0:
+            raise ValueError(f"method {self.method} has only the data loss; alpha_data must be above 0")
+        return self
+
+    @property
+    def label_source(self) -> str:
+        """`labels` with `auto` resolved."""
+        if self.labels != "auto":
+            return self.labels
+        return "pseudo" if self.method == "pl" else "original"
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Encoder and decoder layers of a size such as "12-3"; ValueError where it is not one."""
+    match = re.fullmatch(r"([1-9]\d{0,2})-([1-9]\d{0,2})", size)
+    if not match:
+        raise ValueError(f'size {size!r} is not of the form "12-3" (encoder layers, decoder layers)')
+    return int(match[1]), int(match[2])
