@@ -1,0 +1,243 @@
+"""Small random models of the five families with working tokenizers, made on the spot, nothing downloaded."""
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FAMILIES = ("bart", "pegasus", "mbart", "marian", "t5")
+LANGUAGES = ("en_XX", "ro_RO")
+
+_WHO = ("the old man", "a young woman", "my brother", "the city council", "two small dogs", "no one")
+_DOES = ("sees", "has lost", "wants to buy", "is painting", "will remember", "runs towards")
+_WHAT = ("a red bicycle", "the quiet harbour", "some fresh bread", "an empty house", "the last train")
+_WHEN = ("today", "in the morning", "before winter", "every second Sunday", "at 7 o'clock")
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    """`n` simple English sentences, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: tuple[str, ...]) -> str:
+        return words[int(torch.randint(len(words), (), generator=generator))]
+
+    made = [f"{pick(_WHO)} {pick(_DOES)} {pick(_WHAT)} {pick(_WHEN)}." for _ in range(n)]
+    return [s[0].upper() + s[1:] for s in made]
+
+
+def save_tiny(
+    family: str,
+    folder: Path,
+    encoder_layers: int = 2,
+    decoder_layers: int = 3,
+    *,
+    d_model: int = 16,
+    heads: int = 4,
+    ffn_dim: int = 32,
+    max_positions: int = 64,
+    dropout: float = 0.1,
+    logits_bias: bool = False,
+    padded_rows: int = 0,
+    marian_padding_row: float = 0.0,
+    t5_gated: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Save a random model of a family (config, generation config, safetensors) and its tokenizer to `folder`.
+
+    All weights are random, biases and norms too, so that a mistake anywhere shows. `logits_bias`: a
+    non-zero `final_logits_bias` (not for t5). `padded_rows`: rows of the embedding beyond the tokenizer's
+    vocabulary. `marian_padding_row`: the scale of Marian's padding row (published models have zero).
+    `t5_gated`: the T5 1.1 form, gated and with an output head of its own. Texts of the languages `LANGUAGES`
+    for mbart.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(family, folder)
+    vocab_size = len(tokenizer) + padded_rows
+    config = _config(family, tokenizer, vocab_size, encoder_layers, decoder_layers, **_sizes(locals()))
+    model = build(config, seed=seed, logits_bias=logits_bias, marian_padding_row=marian_padding_row)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build(
+    config: transformers.PretrainedConfig,
+    seed: int = 0,
+    logits_bias: bool = False,
+    marian_padding_row: float = 0.0,
+) -> PreTrainedModel:
+    """A random model of a config, in eval mode."""
+    model: PreTrainedModel = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "embed_positions" in name and config.model_type in ("pegasus", "marian"):
+                continue  # sinusoids, not learned
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() == 1:
+                norm = "norm" in name and not name.endswith("bias")
+                weight.copy_(1 + 0.3 * noise if norm else 0.2 * noise)
+            else:  # large enough that what is read decides what is written, and not the biases alone
+                embedding = any(part in name for part in ("shared", "embed", "relative"))
+                peaked = any(part in name for part in ("q_proj", "k_proj", "Attention.q", "Attention.k"))
+                scale = 0.7 if embedding else (4.0 if peaked else 2.0) * weight.shape[1] ** -0.5
+                weight.copy_(noise * scale)
+        if config.model_type == "marian":
+            table = model.get_input_embeddings().weight
+            assert isinstance(table, torch.Tensor)
+            table[config.pad_token_id].mul_(marian_padding_row)
+        if logits_bias:
+            bias = model.final_logits_bias
+            assert isinstance(bias, torch.Tensor)
+            bias.copy_(0.5 * torch.randn(bias.shape, generator=generator))
+            if config.model_type == "marian":
+                bias[:, config.pad_token_id] = 0
+    return model.eval()
+
+
+def lay_out_model(cache_home: Path, hub_name: str, folder: Path) -> str:
+    """Lay a model's folder out under `cache_home` as the hub's cache does; returns the made-up commit hash.
+
+    Set `HF_HUB_CACHE` to `cache_home` (or `HF_HOME` to its parent, where it is named `hub`) and
+    `HF_HUB_OFFLINE=1`, before transformers is imported: then `from_pretrained(hub_name)` finds it.
+    """
+    sha = hashlib.sha1(hub_name.encode()).hexdigest()
+    place = Path(cache_home) / f"models--{hub_name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text(sha)
+    shutil.copytree(folder, place / "snapshots" / sha, dirs_exist_ok=True)
+    return sha
+
+
+def _sizes(values: dict[str, Any]) -> dict[str, Any]:
+    names = ("d_model", "heads", "ffn_dim", "max_positions", "dropout", "t5_gated")
+    return {name: values[name] for name in names}
+
+
+def _config(
+    family: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    *,
+    d_model: int,
+    heads: int,
+    ffn_dim: int,
+    max_positions: int,
+    dropout: float,
+    t5_gated: bool,
+) -> transformers.PretrainedConfig:
+    special: dict[str, Any] = dict(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    if family == "t5":
+        special["tie_word_embeddings"] = not t5_gated
+        return transformers.T5Config(
+            d_kv=d_model // heads,
+            d_ff=ffn_dim,
+            num_heads=heads,
+            num_layers=encoder_layers,
+            num_decoder_layers=decoder_layers,
+            dropout_rate=dropout,
+            feed_forward_proj="gated-gelu" if t5_gated else "relu",
+            **special,
+        )
+    sizes: dict[str, Any] = dict(
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=ffn_dim,
+        decoder_ffn_dim=ffn_dim,
+        max_position_embeddings=max_positions,
+        dropout=dropout,
+        forced_eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **special,
+    )
+    if family == "bart":
+        sizes |= {"decoder_start_token_id": tokenizer.eos_token_id, "forced_bos_token_id": 0}
+        return transformers.BartConfig(activation_function="gelu", **sizes)
+    if family == "mbart":
+        sizes |= {"decoder_start_token_id": tokenizer.convert_tokens_to_ids(LANGUAGES[1])}
+        return transformers.MBartConfig(scale_embedding=True, **sizes)
+    sizes |= {"bos_token_id": None, "scale_embedding": True}
+    if family == "pegasus":
+        return transformers.PegasusConfig(activation_function="relu", **sizes)
+    return transformers.MarianConfig(activation_function="swish", **sizes)
+
+
+def _tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
+    if family == "bart":
+        return _byte_level_bpe()
+    pieces = _pieces(folder if family == "marian" else None)
+    if family == "marian":
+        words = ["</s>", "<unk>", *[piece for piece, _ in pieces], "<pad>"]
+        (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        spm = str(folder / "source.spm")
+        shutil.copy(spm, folder / "target.spm")
+        return transformers.MarianTokenizer(
+            spm, str(folder / "target.spm"), str(folder / "vocab.json"), source_lang="en", target_lang="de"
+        )
+    if family == "t5":
+        head = ["<pad>", "</s>", "<unk>"]
+        tail = [f"<extra_id_{i}>" for i in reversed(range(100))]
+        return transformers.T5Tokenizer(vocab=_scored(head, pieces, tail))
+    if family == "pegasus":
+        head = ["<pad>", "</s>", "<mask_1>", "<mask_2>", *[f"<unk_{i}>" for i in range(2, 103)], "<unk>"]
+        return transformers.PegasusTokenizer(vocab=_scored(head, pieces, []))
+    if family == "mbart":
+        from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
+
+        vocab = _scored(["<s>", "<pad>", "</s>", "<unk>"], pieces, [*FAIRSEQ_LANGUAGE_CODES, "<mask>"])
+        return transformers.MBartTokenizer(vocab=vocab, src_lang=LANGUAGES[0], tgt_lang=LANGUAGES[1])
+    raise ValueError(f"{family!r} is none of {FAMILIES}")
+
+
+def _scored(head: list[str], pieces: list[tuple[str, float]], tail: list[str]) -> list[tuple[str, float]]:
+    return [*[(word, 0.0) for word in head], *pieces, *[(word, 0.0) for word in tail]]
+
+
+def _pieces(folder: Path | None) -> list[tuple[str, float]]:
+    """A SentencePiece unigram vocabulary of the sentences, without its special pieces; kept where asked."""
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(300)),
+        model_writer=made,
+        vocab_size=120,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    if folder is not None:
+        (folder / "source.spm").write_bytes(made.getvalue())
+    spm = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+    return [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.get_piece_size())]
+
+
+def _byte_level_bpe() -> PreTrainedTokenizerBase:
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    bpe.train_from_iterator(
+        sentences(300), vocab_size=330, min_frequency=2, special_tokens=special, show_progress=False
+    )
+    state = json.loads(bpe.to_str())["model"]
+    vocab = {**state["vocab"], "<mask>": len(state["vocab"])}
+    merges: Any = [tuple(merge) for merge in state["merges"]]
+    return transformers.BartTokenizer(vocab=vocab, merges=merges)
