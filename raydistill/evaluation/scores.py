@@ -113,7 +113,7 @@ def signature(metric: str) -> str:
 
 
 def score(metric: str, predictions: list[str], references: list[str]) -> Scored:
-    """Score outputs with "rouge2" (all four ROUGEs are computed) or "bleu"; UserError where there are none."""
+    """Score outputs with "rouge2" (all four ROUGEs are computed) or "bleu". UserError: there are none."""
     if not predictions:
         raise UserError("there are no rows to score; check the split and dataset.validation_rows")
     if metric == "bleu":
@@ -158,7 +158,7 @@ def paired_bootstrap(
 def collapsed(text: str) -> bool:
     """Whether an output has collapsed into repetition.
 
-    Some 1- to 4-gram of words stands four times or more in a row, or of 8 words or more under 30 % are distinct.
+    Some 1- to 4-gram of words stands 4 or more times in a row, or under 30 % of 8 or more words are distinct.
     """
     words = text.lower().split()
     if len(words) >= 8 and len(set(words)) < 0.3 * len(words):

@@ -1,0 +1,149 @@
+"""What fits a budget, what is on the Pareto front, and which student to take: pure functions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raydistill.config.errors import UserError
+from raydistill.evaluation.scores import Comparison, paired_bootstrap
+
+UNITS = {
+    "latency_ms": "ms for a batch of 32",
+    "latency_ms_b1": "ms for one row",
+    "params_m": "million parameters",
+    "memory_mb": "MB",
+    "gpu_hours": "device-hours",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished student: its validation score (higher is better) and `rows`, the per-row statistics or None."""
+
+    key: str
+    score: float
+    rows: np.ndarray | None = field(repr=False, compare=False)
+    costs: dict[str, float] = field(compare=False)
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The student to take (None: nothing fits), and why, in a sentence or two.
+
+    `highest` has the highest score within the bounds. `indistinguishable` are the cheaper ones within them
+    whose score could be the same, cheapest first; `best` is the first of these, or `highest` without any.
+    """
+
+    best: Candidate | None
+    highest: Candidate | None
+    indistinguishable: list[Candidate]
+    comparisons: dict[str, Comparison]
+    reason: str
+
+
+def absolute_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> dict[str, float]:
+    """Bounds as numbers; "50%" is half of what the teacher costs. A UserError where that was not measured."""
+    numbers = {}
+    for key, bound in bounds.items():
+        text = str(bound).strip()
+        if not text.endswith("%"):
+            numbers[key] = float(text)
+        elif teacher_costs.get(key) is None:
+            raise UserError(f"{key}={text}: the teacher has no measured {key} to take a share of; give a number")
+        else:
+            numbers[key] = float(text[:-1]) / 100 * teacher_costs[key]
+    return numbers
+
+
+def feasible(candidates: Sequence[Candidate], bounds: dict[str, float]) -> list[Candidate]:
+    """Those within every bound (a bound is inclusive); a cost that was not measured fits no bound on it."""
+    return [c for c in candidates if all(_share(c, key, bound) <= 1 for key, bound in bounds.items())]
+
+
+def front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:
+    """The Pareto front, cheapest first: those that no other beats in score or cost without losing in the other.
+
+    Candidates that tie in both are all kept; one without this cost is left out.
+    """
+    priced = [c for c in candidates if cost in c.costs]
+    kept: list[Candidate] = []
+    for c in sorted(priced, key=lambda c: (c.costs[cost], -c.score)):
+        tie = kept and (kept[-1].costs[cost], kept[-1].score) == (c.costs[cost], c.score)
+        if not kept or c.score > kept[-1].score or tie:
+            kept.append(c)
+    return kept
+
+
+def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: str) -> Choice:
+    """The highest score within the bounds, or the cheapest that cannot be told from it.
+
+    A cheaper candidate "cannot be told" from the highest where the 95 % interval of their difference, by a
+    paired bootstrap over the validation rows, holds 0. Cheaper is by the first bounded cost, else by `latency_ms`.
+    """
+    cost = next(iter(bounds), "latency_ms")
+    within = feasible(candidates, bounds)
+    if not within:
+        return Choice(None, None, [], {}, _nearest_miss(candidates, bounds))
+    highest = min(within, key=lambda c: (-c.score, c.costs.get(cost, math.inf), c.key))
+    cheaper = [c for c in within if c.costs.get(cost, math.inf) < highest.costs.get(cost, math.inf)]
+    compared = {c.key: found for c in cheaper if (found := _compare(metric, highest, c)) is not None}
+    same = [c for c in cheaper if c.key in compared and compared[c.key].low <= 0 <= compared[c.key].high]
+    same.sort(key=lambda c: (c.costs[cost], -c.score, c.key))
+    best = same[0] if same else highest
+    return Choice(best, highest, same, compared, _reason(best, highest, same, compared, bounds, metric, cost))
+
+
+def describe_bounds(bounds: dict[str, float]) -> str:
+    """Bounds for a reader, such as "latency_ms <= 900"."""
+    return ", ".join(f"{key} <= {bound:.4g}" for key, bound in bounds.items()) or "no bound"
+
+
+def _share(c: Candidate, key: str, bound: float) -> float:
+    """The cost as a share of its bound."""
+    return c.costs[key] / bound if key in c.costs else math.inf
+
+
+def _compare(metric: str, a: Candidate, b: Candidate) -> Comparison | None:
+    if a.rows is None or b.rows is None or len(a.rows) != len(b.rows) or len(a.rows) == 0:
+        return None  # not scored on the same rows: no statement, so the higher score stands
+    return paired_bootstrap(metric, a.rows, b.rows)
+
+
+def _reason(
+    best: Candidate,
+    highest: Candidate,
+    same: list[Candidate],
+    compared: dict[str, Comparison],
+    bounds: dict[str, float],
+    metric: str,
+    cost: str,
+) -> str:
+    where = f"within {describe_bounds(bounds)}" if bounds else "of all"
+    top = f"{highest.label or highest.key} has the highest {metric} {where} ({highest.score:.2f})"
+    if best is highest:
+        return f"{top}, and no cheaper student can be taken for its equal."
+    found = compared[best.key]
+    saved = 1 - best.costs[cost] / highest.costs[cost]
+    others = f" (the cheapest of {len(same)} such)" if len(same) > 1 else ""
+    return (
+        f"{top}, but {best.label or best.key} cannot be told from it: {found.difference:.2f} less, 95 % interval "
+        f"[{-found.high:+.2f}, {-found.low:+.2f}] on the same rows. It has {saved:.0%} less {cost}{others}."
+    )
+
+
+def _nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, float]) -> str:
+    if not candidates:
+        return "no student has finished yet"
+    worst = [(max(((_share(c, k, b), k) for k, b in bounds.items()), default=(0.0, "")), c) for c in candidates]
+    (share, key), nearest = min(worst, key=lambda item: (item[0][0], -item[1].score))
+    text = f"no student fits {describe_bounds(bounds)}"
+    if math.isinf(share):
+        return f"{text}; {key} was not measured"
+    return (
+        f"{text}; the nearest is {nearest.label or nearest.key} with {key} {nearest.costs[key]:.4g} "
+        f"({share - 1:.1%} over), {nearest.score:.2f} points"
+    )

@@ -1,0 +1,261 @@
+"""The front as a picture and the trials as a table, for the terminal, a README and MLflow."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raydistill.results.budget import UNITS
+from raydistill.results.records import Outcome, Trial, write_atomic
+
+# Okabe and Ito's colours, which readers with any colour vision can tell apart
+COLOURS = {"sft": "#0072B2", "kd": "#D55E00", "pl": "#009E73"}
+MARKERS = "osD^vP<>Xhp*"
+NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU"}
+AXES = {
+    "latency_ms": "Latency of a batch of 32 (ms)",
+    "latency_ms_b1": "Latency of one row (ms)",
+    "params_m": "Parameters (millions)",
+    "memory_mb": "Memory (MB)",
+    "gpu_hours": "Training (device-hours)",
+}
+
+
+def write_report(found: Outcome) -> list[Path]:
+    """Write SWEEP/table.md and, once a trial is finished, SWEEP/front.png; returns what was written."""
+    table = found.sweep / "table.md"
+    text = markdown_table(*results_table(found.trials, found.front, found.chosen, found.metric))
+    write_atomic(table, (text + "\n").encode())
+    written = [table]
+    if any(t.status == "done" for t in found.trials):
+        picture = found.sweep / "front.png"
+        front_png(
+            picture,
+            found.trials,
+            found.front,
+            found.chosen,
+            found.info.get("teacher"),
+            found.metric,
+            found.cost,
+            found.bounds,
+            title=found.name,
+        )
+        written.append(picture)
+    return written
+
+
+def front_png(
+    path: Path,
+    trials: Sequence[Trial],
+    front_keys: Sequence[str],
+    choices: dict[str, str | None],
+    teacher: dict[str, Any] | None,
+    metric: str,
+    cost: str = "latency_ms",
+    bounds: dict[str, dict[str, float]] | None = None,
+    title: str = "",
+) -> None:
+    """Validation score against cost, with 95 % intervals: colour is the method, marker the size.
+
+    The front is a stepped line, the chosen are ringed and named by their budgets, the teacher is a star, and a
+    budget that bounds this cost is a dotted line. `choices` maps a budget to a trial's key.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    done = [t for t in trials if t.status == "done" and t.score(metric) is not None and cost in t.metrics]
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
+    try:
+        sizes = sorted({t.size for t in done}, key=_depths)
+        markers = {size: MARKERS[i % len(MARKERS)] for i, size in enumerate(sizes)}
+        points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in done}
+        _draw_front(axes, [points[key] for key in front_keys if key in points])
+        for t in sorted(done, key=lambda t: t.key in front_keys):
+            _draw_trial(axes, t, points[t.key], markers[t.size], t.key in front_keys)
+        _draw_teacher(axes, teacher, metric, cost)
+        axes.margins(x=0.09, y=0.14)
+        _draw_budgets(axes, bounds or {}, cost)
+        _draw_choices(axes, choices, points)
+        axes.set_xlabel(AXES.get(cost, cost))
+        axes.set_ylabel(f"{NAMES.get(metric, metric)} on validation (95 % interval)")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if title:
+            axes.set_title(title, loc="left", fontweight="bold")
+        _legend(axes, {t.method for t in done}, markers, teacher is not None)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    finally:
+        plt.close(figure)
+    write_atomic(path, buffer.getvalue())
+
+
+def results_table(
+    trials: Sequence[Trial], front_keys: Sequence[str], choices: dict[str, str | None], metric: str
+) -> tuple[list[str], list[list[str]]]:
+    """A header and a row per trial: finished ones by cost, then running, then failed with their reason.
+
+    The first column marks the front with `*`; the last names the budgets that a trial was chosen for.
+    """
+    name = NAMES.get(metric, metric)
+    header = ["size", "method", "labels", "decoder from", f"test {name}", f"validation {name}"]
+    header += ["ms (batch 32)", "speed-up", "params M", "device h", "trial", "note"]
+    if any(_shrunk_encoder(t) for t in trials):
+        header.insert(4, "encoder from")
+    order = {"done": 0, "running": 1, "failed": 2}
+    rows = []
+    for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number)):
+        budgets = [budget for budget, key in choices.items() if key == t.key]
+        note = t.reason if t.status == "failed" else "running" if t.status == "running" else ", ".join(budgets)
+        if t.status == "failed":
+            note = f"failed: {note.splitlines()[0] if note else 'no reason kept'}"
+        test = t.test or {}
+        row = [
+            f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",
+            t.method,
+            t.labels or "original",
+            _layers(t.copied.get("decoder")),
+            _with_interval(test.get(metric), test.get("interval")),
+            _with_interval(t.score(metric), t.interval),
+            _number(t.metrics.get("latency_ms"), 0),
+            _number(t.metrics.get("speedup"), 2, "x"),
+            _number(t.metrics.get("params_m"), 1),
+            _number(t.metrics.get("gpu_hours"), 3),
+            str(t.number),
+            note,
+        ]
+        if len(header) > len(row):
+            row.insert(4, _layers(t.copied.get("encoder")) if _shrunk_encoder(t) else "all")
+        rows.append(row)
+    return header, rows
+
+
+def choices_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
+    """A header and a row per budget: what was chosen, and why."""
+    header = ["budget", "bound", "student", NAMES.get(found.metric, found.metric), "why"]
+    rows = []
+    for name, choice in found.choices.items():
+        bound = ", ".join(f"{k} <= {v:.4g} {UNITS.get(k, '')}".rstrip() for k, v in found.bounds[name].items())
+        best = choice.best
+        rows.append([name, bound, best.label if best else "-", _number(best.score if best else None, 2), choice.reason])
+    return header, rows
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; bars and line ends inside a cell are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(c) for c in line)} |" for line in lines)
+
+
+def _draw_front(axes: Any, points: list[tuple[float, float]]) -> None:
+    if points:
+        points = sorted(points)
+        x, y = zip(*points, strict=True)
+        axes.step(x, y, where="post", color="0.35", linewidth=1.2, zorder=1)
+
+
+def _draw_trial(axes: Any, trial: Trial, at: tuple[float, float], marker: str, on_front: bool) -> None:
+    colour = COLOURS.get(trial.method, "0.4")
+    if trial.interval:
+        low, high = trial.interval
+        spread = [[max(0.0, at[1] - low)], [max(0.0, high - at[1])]]
+        alpha = 0.7 if on_front else 0.25
+        axes.errorbar(*at, yerr=spread, color=colour, alpha=alpha, linewidth=1, capsize=2, zorder=2)
+    face = colour if on_front else "white"
+    axes.scatter(*at, marker=marker, s=52, facecolor=face, edgecolor=colour, linewidth=1.3, zorder=3)
+
+
+def _draw_teacher(axes: Any, teacher: dict[str, Any] | None, metric: str, cost: str) -> None:
+    score = ((teacher or {}).get("metrics") or {}).get(metric)
+    price = ((teacher or {}).get("costs") or {}).get(cost)
+    if score is None:
+        return
+    axes.axhline(score, color="black", linewidth=0.7, linestyle=(0, (5, 4)), alpha=0.5, zorder=0)
+    if price is not None:
+        axes.scatter(price, score, marker="*", s=220, color="black", zorder=4)
+
+
+def _draw_budgets(axes: Any, bounds: dict[str, dict[str, float]], cost: str) -> None:
+    low, high = axes.get_xlim()
+    for name, limits in bounds.items():
+        # a bound far outside the points would squeeze them into a corner
+        if cost in limits and low - 0.3 * (high - low) <= limits[cost] <= high + 0.3 * (high - low):
+            axes.axvline(limits[cost], color="0.45", linestyle=":", linewidth=1.2, zorder=0)
+            axes.annotate(
+                name,
+                (limits[cost], 0.02),
+                xycoords=("data", "axes fraction"),
+                xytext=(-3, 0),
+                textcoords="offset points",
+                rotation=90,
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="0.35",
+            )
+
+
+def _draw_choices(axes: Any, choices: dict[str, str | None], points: dict[str, tuple[float, float]]) -> None:
+    by_key: dict[str, list[str]] = {}
+    for name, key in choices.items():
+        if key in points:
+            by_key.setdefault(str(key), []).append(name)
+    for key, names in by_key.items():
+        axes.scatter(*points[key], s=190, facecolor="none", edgecolor="black", linewidth=1.4, zorder=5)
+        axes.annotate(
+            ", ".join(names),
+            points[key],
+            xytext=(-9, 9),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+            fontweight="bold",
+            zorder=6,
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        )
+
+
+def _legend(axes: Any, methods: set[str], markers: dict[str, str], teacher: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    def dot(label: str, **style: Any) -> Line2D:
+        return Line2D([], [], linestyle="none", label=label, **{"markersize": 7, "color": "0.4", **style})
+
+    entries = [dot(m, marker="o", color=COLOURS.get(m, "0.4")) for m in [*COLOURS, *methods - set(COLOURS)]]
+    entries = [entry for entry in entries if entry.get_label() in methods]
+    entries += [dot(size, marker=marker) for size, marker in markers.items()]
+    if teacher:
+        entries.append(dot("teacher", marker="*", color="black", markersize=12))
+    entries.append(Line2D([], [], color="0.35", linewidth=1.2, label="front (filled)"))
+    entries.append(dot("chosen", marker="o", markersize=11, markerfacecolor="none", color="black"))
+    axes.legend(handles=entries, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+
+
+def _depths(size: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in size.split("-") if part.isdigit())
+
+
+def _shrunk_encoder(trial: Trial) -> bool:
+    layers = trial.copied.get("encoder")
+    return layers is not None and list(layers) != list(range(len(layers)))
+
+
+def _layers(layers: Sequence[int] | None) -> str:
+    return " ".join(map(str, layers)) if layers else "-"
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.2f}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
