@@ -244,8 +244,7 @@ KINDS = (
             ),
             ("For {n} months {P} would not see home.", "{P} must spend {n} months in a cell."),
             (
-                "Before the night when the accused {crime_said}, there had been better days: "
-                "the accused {role_said}.",
+                "Before the night when the accused {crime_said}, there had been better days: the accused {role_said}.",
                 "The accused, who once {role_said}, {crime_said}.",
             ),
         ),
@@ -392,7 +391,8 @@ def _all_rows() -> dict[str, tuple[tuple[str, str, str], ...]]:
 def demo_rows(split: str) -> list[dict[str, str]]:
     """The rows (`id`, `source`, `target`) of a split: 6000 train, 400 validation, 400 test.
 
-    KeyError for another split. The same in every process and Python version; no source and no target is in two splits.
+    KeyError for another split. The same in every process and Python version; no source and no target is
+    in two splits.
     """
     return [{"id": i, "source": source, "target": target} for i, source, target in _all_rows()[split]]
 

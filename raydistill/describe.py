@@ -1,0 +1,151 @@
+"""Reads and checks a data set and prints its statistics: `python -m raydistill.describe DATA`."""
+
+from collections import defaultdict
+from typing import Annotated, Any
+
+import typer
+
+from raydistill.config.console import finish, make_app, run_app, show, table
+from raydistill.config.errors import UserError
+from raydistill.config.run import Columns, Dataset
+from raydistill.data.corpus import (
+    DUPLICATES_REMEDY,
+    BadRow,
+    Corpus,
+    inspect_corpus,
+    split_names,
+    statistics,
+)
+
+app = make_app()
+
+
+@app.command()
+def describe(
+    data: Annotated[str, typer.Argument(help="A known name, a file, a folder, or a hub name.")],
+    split: Annotated[str | None, typer.Option(help="One split; otherwise all that exist.")] = None,
+    source: Annotated[str | None, typer.Option(help="The column of the source (dots lead inwards).")] = None,
+    target: Annotated[str | None, typer.Option(help="The column of the target.")] = None,
+    id_column: Annotated[str | None, typer.Option("--id", help="The column of ids.")] = None,
+    config: Annotated[str | None, typer.Option(help="The hub data set's configuration.")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
+    json: Annotated[bool, typer.Option(help="One JSON object on stdout; the tables go to stderr.")] = False,
+) -> None:
+    """Read and check a data set, print its columns, words and bad rows.
+
+    Every row of every split is read. Ends with status 2 if a training run would refuse the data.
+
+    Examples:
+
+        python -m raydistill.describe demo
+
+        python -m raydistill.describe news/ --split validation --source body --target headline
+    """
+    if source is None and (target is not None or id_column is not None):
+        raise UserError("--target and --id also need --source")
+    columns = Columns(source=source, target=target, id=id_column) if source is not None else None
+    dataset = Dataset(name=data, config=config, columns=columns, skip_bad_rows=skip_bad_rows)
+    exist = split_names(dataset)
+    reports, faults = {}, []
+    for name in [split] if split else exist:
+        corpus, duplicates = inspect_corpus(dataset, name, need_targets=target is not None or source is None)
+        reports[name] = _report(corpus, duplicates)
+        show(_text(name, corpus, duplicates), json)
+        faults += [] if skip_bad_rows else corpus.skipped
+        faults += duplicates
+    show(f"splits: {', '.join(exist)}", json)
+    usable = not faults and all(report["rows"] for report in reports.values())
+    finish({"data": data, "splits": exist, "usable": usable, "described": reports}, json)
+    if not usable:
+        raise UserError(_verdict(data, reports, skip_bad_rows))
+
+
+def _report(corpus: Corpus, duplicates: list[BadRow]) -> dict[str, Any]:
+    return {
+        **statistics(corpus),
+        "columns": corpus.columns.model_dump(),
+        "labelled": corpus.labelled,
+        "fingerprint": corpus.fingerprint,
+        "first_ids": corpus.ids[:3],
+        "bad_rows": [vars(row) for row in corpus.skipped],
+        "duplicate_ids": [vars(row) for row in duplicates],
+    }
+
+
+def _text(split: str, corpus: Corpus, duplicates: list[BadRow]) -> str:
+    figures = statistics(corpus)
+    columns = corpus.columns
+    lines = [
+        f"{split}: {len(corpus)} rows, {_size(figures['bytes'])}, fingerprint {corpus.fingerprint}",
+        f"columns: source {columns.source}, target {columns.target or '(none: unlabelled)'}, "
+        f"id {columns.id or '(none: rows are numbered)'}",
+        f"first ids: {', '.join(corpus.ids[:3]) or '-'}",
+        "",
+        table(
+            ("words", "mean", "median", "95 %", "max"),
+            [
+                (
+                    side,
+                    f"{figures[f'{side}_words_mean']:.1f}",
+                    *(str(figures[f"{side}_words_{what}"]) for what in ("p50", "p95", "max")),
+                )
+                for side in ("source", "target")
+                if f"{side}_words_mean" in figures
+            ],
+        ),
+        "",
+    ]
+    for title, rows in (("bad rows", corpus.skipped), ("rows that repeat an id", duplicates)):
+        if rows:
+            lines += [f"{title}: {len(rows)}", *_by_reason(rows), ""]
+    return "\n".join(lines)
+
+
+def _by_reason(rows: list[BadRow], shown: int = 5) -> list[str]:
+    """Bad rows in groups, the largest first, each with where its first rows are."""
+    groups: dict[str, list[BadRow]] = defaultdict(list)
+    for row in rows:
+        # "id 'x' is also that of ..." and "... at column 7" differ from row to row; the kind of fault does not.
+        kind = "id is not unique" if row.reason.startswith("id '") else row.reason.split(" at column ")[0]
+        groups[kind].append(row)
+    lines = []
+    for reason, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        lines.append(f"  {len(group)} x {reason}")
+        lines += [f"    {row}" for row in group[:shown]]
+        lines += [f"    ... and {len(group) - shown} more"] if len(group) > shown else []
+    return lines
+
+
+def _verdict(data: str, reports: dict[str, dict[str, Any]], skip_bad_rows: bool) -> str:
+    bad = sum(len(report["bad_rows"]) for report in reports.values())
+    repeated = sum(len(report["duplicate_ids"]) for report in reports.values())
+    empty = [split for split, report in reports.items() if not report["rows"]]
+    messages = []
+    if bad and not skip_bad_rows:
+        messages.append(
+            f"{bad} rows cannot be used; correct them, or skip them with --skip-bad-rows "
+            "(in YAML dataset: {skip_bad_rows: true})"
+        )
+    if repeated:
+        messages.append(f"{repeated} rows repeat an id; {DUPLICATES_REMEDY}")
+    if empty:
+        messages.append(f"no usable row in {', '.join(empty)}")
+    return f"{data}: " + "; ".join(messages)
+
+
+def _size(count: int) -> str:
+    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= one:
+            return f"{count / one:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def main() -> None:
+    """The command line."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    from raydistill.describe import main as run  # the real module, so that its classes exist once
+
+    run()
