@@ -90,8 +90,7 @@ class Student(Model):
                 layers = getattr(getattr(self, word), side)
                 if layers is not None and len(layers) != depth:
                     raise ValueError(
-                        f"size {self.size} has {depth} {side} layers, "
-                        f"but {word}.{side} lists {len(layers)}: {layers}"
+                        f"size {self.size} has {depth} {side} layers, but {word}.{side} lists {len(layers)}: {layers}"
                     )
         return self
 
@@ -162,9 +161,7 @@ class Decoding(Model):
 class Evaluation(Model):
     """How scores are made."""
 
-    metric: Literal["auto", "rouge2", "bleu"] = Field(
-        "auto", description="auto: bleu where the preset translates"
-    )
+    metric: Literal["auto", "rouge2", "bleu"] = Field("auto", description="auto: bleu where the preset translates")
     engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
     batch_size: int = Field(32, ge=1)
     validation_beams: int | None = Field(None, ge=1, description="beams during training; default: 2")

@@ -101,9 +101,7 @@ def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
         except ValueError:
             positive = False
         if not positive:
-            raise ValueError(
-                f"budget {name}: {key} is {bound!r}; expected a number above 0 or a share such as 50%"
-            )
+            raise ValueError(f"budget {name}: {key} is {bound!r}; expected a number above 0 or a share such as 50%")
 
 
 class Suggest(Protocol):
@@ -212,9 +210,7 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
         _, cases = split(space.run)
         if space.search.sampler == "grid" and any(c.distribution.choice is None for c in cases):
             raise ValueError("search.sampler grid needs choices only; a range has no end of values")
-        candidates = list(
-            itertools.chain(corners(space.run), (point_values(space.run, p) for p in space.points))
-        )
+        candidates = list(itertools.chain(corners(space.run), (point_values(space.run, p) for p in space.points)))
     except ValidationError as error:
         raise UserError(explain(error, Distribution, path, lines)) from None
     except ValueError as error:
@@ -372,9 +368,7 @@ def _in_order(cases: list[Case], fixed: dict[str, Any]) -> list[Case]:
             )
         ]
         if not ready:
-            raise ValueError(
-                f"when: {', '.join(sorted({c.key for c in waiting}))} depend on each other in a circle"
-            )
+            raise ValueError(f"when: {', '.join(sorted({c.key for c in waiting}))} depend on each other in a circle")
         ordered += ready
         waiting = [case for case in waiting if case not in ready]
     return ordered

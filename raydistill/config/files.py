@@ -1,0 +1,25 @@
+"""Files appear whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, synced and then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    making = path.with_name(f".{path.name}.{os.getpid()}.making")
+    try:
+        with making.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(making, path)
+    finally:
+        making.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, data: Any) -> None:
+    """`write_atomic` of indented JSON; ValueError for NaN and infinity, which JSON does not have."""
+    write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False).encode())

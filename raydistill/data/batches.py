@@ -1,0 +1,75 @@
+"""Batches: which rows go together, in an order that only the seed and the epoch decide."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised training pairs: example i pairs source `rows[i]` with `targets[i]`.
+
+    Several examples may share a source (original and pseudo-labels of one text).
+    """
+
+    sources: list[list[int]]
+    targets: list[list[int]]
+    rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def target_tokens(self, batch: Sequence[int]) -> int:
+        """Real target tokens of a batch of examples: the weight of the token-level losses."""
+        return sum(len(self.targets[i]) for i in batch)
+
+    def source_tokens(self, batch: Sequence[int]) -> int:
+        """Real source tokens of a batch of examples: the weight of the encoder's hidden loss."""
+        return sum(len(self.sources[self.rows[i]]) for i in batch)
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """All examples once, in batches of neighbours in length, shuffled by (seed, epoch).
+
+    Sorting within windows of 50 batches keeps padding low and the order random; the last batch may be smaller.
+    """
+    rng = random.Random(f"{seed}:{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    window = batch_size * 50
+    batches = []
+    for start in range(0, len(order), window):
+        part = sorted(order[start : start + window], key=lambda i: lengths[i])
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> list[list[int]]:
+    """A worker's micro-batches of a global batch; over all ranks each example appears once.
+
+    Rows are dealt out in turn, so that every worker gets short and long ones alike.
+    """
+    mine = list(batch[rank::world])
+    size = max(1, -(-len(mine) // accumulation))
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> list[list[int]]:
+    """Rows of equal length, filled up at the end."""
+    longest = max((len(row) for row in rows), default=0)
+    return [[*row, *[value] * (longest - len(row))] for row in rows]
+
+
+def buckets(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Rows longest first in batches of at most `tokens` padded tokens (at least one row each)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,38 @@
+"""A checkpoint's score on the rows of a corpus: generate with an engine, compare with the references."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raydistill.evaluation.scores import Scored, bootstrap, repetition_rate, score
+from raydistill.model.generate import Beam, Engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores with their 95 % interval, the per-row statistics behind them, and the texts."""
+
+    scored: Scored
+    interval: tuple[float, float]
+    predictions: list[str]
+    repetition: float
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """What a result file holds."""
+        return {**self.scored.metrics, "interval": list(self.interval), "repetition": self.repetition}
+
+
+def evaluate(
+    engine: Engine,
+    sources: Sequence[str],
+    references: Sequence[str],
+    metric: str,
+    beam: Beam,
+    *,
+    max_source_tokens: int,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Generate for every source and score against its reference; `metric` is rouge2 or bleu."""
+    found = engine.generate(list(sources), beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
+    predictions = [hypotheses[0].text.strip() for hypotheses in found]
+    scored = score(metric, predictions, list(references))
+    return Evaluation(scored, bootstrap(metric, scored.rows), predictions, repetition_rate(predictions))

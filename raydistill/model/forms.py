@@ -1,0 +1,100 @@
+"""What differs between BART, Pegasus, mBART, Marian and T5: depth, encoder, decoder and output head by one name."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+FORMS = ("bart", "pegasus", "mbart", "marian", "t5")
+
+
+@dataclass(frozen=True)
+class States:
+    """A stack's outputs: `last` [batch, tokens, width]; `layers`, one such per layer, empty unless asked for.
+
+    `layers[l]` is the output of layer l (counted from 0); the last entry follows the final norm where the
+    form has one (Pegasus, mBART, T5), so it equals `last`.
+    """
+
+    last: Tensor
+    layers: tuple[Tensor, ...] = ()
+
+
+def depths(config: PretrainedConfig) -> tuple[int, int]:
+    """Encoder and decoder layers."""
+    if config.model_type == "t5":
+        return config.num_layers, config.num_decoder_layers
+    return config.encoder_layers, config.decoder_layers
+
+
+def size_name(config: PretrainedConfig) -> str:
+    """ "12-3": encoder and decoder layers."""
+    return "-".join(map(str, depths(config)))
+
+
+def with_depths(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
+    """A copy of the config with other depths."""
+    config = copy.deepcopy(config)
+    if config.model_type == "t5":
+        config.num_layers, config.num_decoder_layers = encoder, decoder
+    else:
+        config.encoder_layers, config.decoder_layers = encoder, decoder
+        config.num_hidden_layers = encoder
+    return config
+
+
+def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = False) -> States:
+    """Encoder outputs for ids and mask [batch, tokens]."""
+    out = model.get_encoder()(input_ids=ids, attention_mask=mask, output_hidden_states=layers)
+    return _states(out)
+
+
+def decode(model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False) -> States:
+    """Decoder outputs for decoder input ids [batch, target tokens], reading `encoded` [batch, tokens, width]."""
+    out = model.get_decoder()(
+        input_ids=ids,
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        output_hidden_states=layers,
+        use_cache=False,
+    )
+    return _states(out)
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits [..., vocabulary] of the decoder's last output [..., width], as the model's own forward makes them.
+
+    BART and its kin add `final_logits_bias`; T5 with tied embeddings scales by width ** -0.5 first.
+    """
+    if getattr(model.config, "scale_decoder_outputs", False):
+        hidden = hidden * model.config.d_model**-0.5
+    logits = model.lm_head(hidden)
+    bias = getattr(model, "final_logits_bias", None)
+    return logits if bias is None else logits + bias
+
+
+def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """Decoder input ids for labels [batch, tokens] (-100: none), by the model's own rule."""
+    return model.prepare_decoder_input_ids_from_labels(labels)
+
+
+def embeddings(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Token and position embeddings (and with them the tied output head), each once."""
+    found: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("shared.", "embed_tokens.", "embed_positions.", "lm_head.")):
+            found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def encoder_layers(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The encoder's parameters without its embeddings."""
+    shared = {id(p) for p in embeddings(model)}
+    return [p for p in model.get_encoder().parameters() if id(p) not in shared]
+
+
+def _states(out: object) -> States:
+    hidden = getattr(out, "hidden_states", None)
+    return States(out.last_hidden_state, tuple(hidden[1:]) if hidden else ())  # type: ignore[attr-defined]

@@ -1,0 +1,180 @@
+"""Which teacher layers a student copies and is supervised by, and the student made from them."""
+
+import re
+from dataclasses import dataclass
+from math import ceil, floor
+
+import torch
+from transformers import PreTrainedModel
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import LayerChoice, Student, parse_size
+from raydistill.model.forms import with_depths
+
+# Teacher depth -> student depth -> layers: the authors' table, which no formula gives (reference/README.md).
+COPIED: dict[int, dict[int, list[int]]] = {
+    12: {
+        1: [0],
+        2: [0, 6],
+        3: [0, 6, 11],
+        4: [0, 4, 8, 11],
+        6: [0, 2, 4, 7, 9, 11],
+        9: [0, 1, 2, 4, 5, 7, 9, 10, 11],
+    },
+    16: {
+        1: [0],
+        2: [0, 15],
+        3: [0, 8, 15],
+        4: [0, 5, 10, 15],
+        6: [0, 3, 6, 9, 12, 15],
+        8: [0, 2, 4, 6, 8, 10, 12, 15],
+        9: [0, 1, 3, 5, 7, 9, 11, 13, 15],
+        12: [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15],
+    },
+    6: {1: [0], 2: [0, 5], 3: [0, 2, 5], 4: [0, 1, 3, 5]},
+}
+SUPERVISED: dict[int, dict[int, list[int]]] = {
+    12: {1: [11], 2: [5, 11], 3: [3, 7, 11], 6: [1, 3, 5, 8, 10, 11]},
+    16: {1: [15], 4: [4, 9, 12, 15], 8: [1, 3, 5, 7, 9, 11, 13, 15]},
+    6: {1: [5], 2: [3, 5], 3: [1, 4, 5], 4: [1, 2, 4, 5]},
+}
+
+LAYER_KEY = re.compile(r"^((?:model\.)?(encoder|decoder)\.(?:layers|block))\.(\d+)\.(.+)$")
+RELATIVE_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A student's layers: for each side, the teacher layer copied (None: random) and the one it is taught by."""
+
+    encoder: list[int]
+    decoder: list[int] | None
+    supervised_encoder: list[int]
+    supervised_decoder: list[int]
+    size: tuple[int, int]
+    encoder_complete: bool
+
+    @property
+    def copied(self) -> dict[str, list[int] | None]:
+        """As `raydistill.json` holds it."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    @property
+    def supervised(self) -> dict[str, list[int]]:
+        """As `raydistill.json` holds it."""
+        return {"encoder": self.supervised_encoder, "decoder": self.supervised_decoder}
+
+
+def layers_to_copy(teacher: int, student: int, init: str = "spaced") -> list[int]:
+    """Teacher layers (from 0) for a student of a depth from 1 to the teacher's.
+
+    spaced: the authors' table, else round-half-up(i (L - 1) / (n - 1)), and layer 0 alone for one layer.
+    first, middle, last: so many layers in a row (the paper's lo, mid and hi: 0,1,2 / 5,6,7 / 9,10,11).
+    """
+    _check_depth(teacher, student)
+    if student == teacher:
+        return list(range(teacher))
+    if init == "first":
+        return list(range(student))
+    if init == "last":
+        return list(range(teacher - student, teacher))
+    if init == "middle":
+        start = ceil((teacher - student) / 2)
+        return list(range(start, start + student))
+    listed = COPIED.get(teacher, {}).get(student)
+    if listed:
+        return list(listed)
+    if student == 1:
+        return [0]
+    return [floor(i * (teacher - 1) / (student - 1) + 0.5) for i in range(student)]
+
+
+def layers_to_supervise(teacher: int, student: int) -> list[int]:
+    """phi: the teacher layer whose output each student layer is taught; else ceil((i + 1) L / n) - 1."""
+    _check_depth(teacher, student)
+    listed = SUPERVISED.get(teacher, {}).get(student)
+    return list(listed) if listed else [ceil((i + 1) * teacher / student) - 1 for i in range(student)]
+
+
+def plan(teacher: tuple[int, int], student: Student) -> Plan:
+    """The layers of a student of a teacher with (encoder, decoder) layers; UserError where one is out of range."""
+    try:
+        encoder, decoder = parse_size(student.size) if student.size else teacher
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for side, wanted, depth in (("encoder", encoder, teacher[0]), ("decoder", decoder, teacher[1])):
+        if wanted > depth:
+            raise UserError(
+                f"size {encoder}-{decoder}: the teacher has {depth} {side} layers, "
+                f"so a student can have 1 to {depth}, not {wanted}"
+            )
+    _check_layers("copied", student.copied, teacher)
+    _check_layers("supervised", student.supervised, teacher)
+    from_encoder = student.copied.encoder or layers_to_copy(teacher[0], encoder)
+    random = student.init == "random" and student.copied.decoder is None
+    from_decoder = student.copied.decoder or layers_to_copy(teacher[1], decoder, student.init)
+    if len(from_encoder) != encoder or len(from_decoder) != decoder:
+        raise UserError(
+            f"size {encoder}-{decoder} does not fit the layers to copy: encoder {from_encoder}, decoder {from_decoder}"
+        )
+    return Plan(
+        encoder=from_encoder,
+        decoder=None if random else from_decoder,
+        supervised_encoder=student.supervised.encoder or layers_to_supervise(teacher[0], encoder),
+        supervised_decoder=student.supervised.decoder or layers_to_supervise(teacher[1], decoder),
+        size=(encoder, decoder),
+        encoder_complete=from_encoder == list(range(teacher[0])),
+    )
+
+
+def shrink(teacher: PreTrainedModel, layers: Plan, seed: int = 0) -> PreTrainedModel:
+    """A student in eval mode whose layers are copies of the teacher's; all else (embeddings, norms, head) is copied.
+
+    Where `layers.decoder` is None the decoder layers keep a random start, drawn with `seed`. A student of full depth
+    equals its teacher, logit by logit.
+    """
+    config = with_depths(teacher.config, *layers.size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = type(teacher)(config)
+    state = student.state_dict()
+    sources = {"encoder": layers.encoder, "decoder": layers.decoder}
+    theirs = teacher.state_dict()
+    for key in state:
+        wanted = _teacher_key(key, sources)
+        if wanted is not None:
+            state[key] = theirs[wanted]
+    student.load_state_dict(state)
+    student.to(next(teacher.parameters()).dtype).eval()
+    student.generation_config = teacher.generation_config
+    return student
+
+
+def _teacher_key(key: str, sources: dict[str, list[int] | None]) -> str | None:
+    """The teacher's name of a student's tensor, or None where it stays random."""
+    match = LAYER_KEY.match(key)
+    if not match:
+        return key
+    stack, side, layer, rest = match[1], match[2], int(match[3]), match[4]
+    # T5 keeps the relative position bias of all layers in its first one: it is the stack's, not the layer's.
+    if rest == RELATIVE_BIAS:
+        return f"{stack}.0.{rest}"
+    layers = sources[side]
+    return None if layers is None else f"{stack}.{layers[layer]}.{rest}"
+
+
+def _check_depth(teacher: int, student: int) -> None:
+    if not 1 <= student <= teacher:
+        raise UserError(f"a student of a {teacher}-layer stack can have 1 to {teacher} layers, not {student}")
+
+
+def _check_layers(word: str, choice: LayerChoice, teacher: tuple[int, int]) -> None:
+    for side, layers, depth in (
+        ("encoder", choice.encoder, teacher[0]),
+        ("decoder", choice.decoder, teacher[1]),
+    ):
+        wrong = [layer for layer in layers or [] if not 0 <= layer < depth]
+        if wrong:
+            raise UserError(
+                f"{word}.{side}: layer {wrong[0]} is out of range; the teacher's {side} layers are 0 to {depth - 1}"
+            )

@@ -1,0 +1,319 @@
+"""The training loop: steps, validations, early stop, and a state on disk from which it goes on exactly."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from raydistill.config.run import Training
+from raydistill.data.batches import epoch_batches, share
+from raydistill.training.supervision import Supervision
+
+Report = Callable[[dict[str, Any], Path | None], None]
+Validate = Callable[[Path], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of `world` data-parallel workers."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the worker that validates, writes and reports."""
+        return self.rank == 0
+
+
+@dataclass
+class State:
+    """How far a run is; everything but the tensors."""
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    checks_since_best: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+    reason: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Diverged(Exception):
+    """The loss is no number any more: the run failed, and its search should learn so."""
+
+
+def fit(
+    supervision: Supervision,
+    settings: Training,
+    validate: Validate,
+    folder: Path,
+    report: Report,
+    worker: Worker | None = None,
+) -> State:
+    """Train the student until its epochs are over or its score has stopped rising; the best is in `folder`/best.
+
+    `validate(checkpoint folder)` returns metrics with `score` (higher is better). After each validation the state is
+    saved in `folder` and `report(metrics, folder)` is called. Called again on the same folder it goes on from there.
+    Raises `Diverged` when the loss is not finite.
+    """
+    worker = worker or Worker()
+    lengths = _lengths(supervision)
+    per_epoch = math.ceil(len(lengths) / settings.batch_size)
+    total = math.ceil(settings.epochs * per_epoch)
+    total = min(total, settings.max_steps or total)
+    check_every = max(1, round(per_epoch / settings.checks_per_epoch))
+    parameters = [p for p in supervision.student.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, total))
+    if has_state(folder):
+        state = load_state(folder, supervision, optimizer, schedule)
+    else:
+        state = State()
+        torch.manual_seed(settings.seed * 1000 + worker.rank)
+    autocast = precision(settings, worker.device)
+    started = time.monotonic() - state.seconds
+    losses = _Running()
+    batches: list[list[int]] = []
+    while state.step < total and not state.finished:
+        epoch, position = divmod(state.step, per_epoch)
+        if not batches or position == 0:
+            batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
+        _train_mode(supervision)
+        losses.add(step(supervision, batches[position], settings, worker, autocast, parameters, optimizer))
+        schedule.step()
+        state.step += 1
+        if state.step % check_every == 0 or state.step == total:
+            state.seconds = time.monotonic() - started
+            _check(supervision, settings, validate, folder, report, worker, state, losses, optimizer, per_epoch)
+    return state
+
+
+def step(
+    supervision: Supervision,
+    batch: Sequence[int],
+    settings: Training,
+    worker: Worker,
+    autocast: torch.dtype | None,
+    parameters: list[Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, float]:
+    """One optimiser step on a global batch; returns this worker's share of each loss term's mean.
+
+    Each term's sum is divided by the weight of the whole global batch before backward, so that gradients add up
+    exactly over micro-batches and workers.
+    """
+    weights, alphas = supervision.weights(batch), supervision.alphas()
+    optimizer.zero_grad(set_to_none=True)
+    means: dict[str, float] = {}
+    for micro in share(batch, worker.rank, worker.world, settings.accumulation):
+        with torch.autocast(torch.device(worker.device).type, dtype=autocast, enabled=autocast is not None):
+            sums = supervision.sums(micro)
+        terms = {name: value / weights[name] for name, value in sums.items()}
+        torch.stack([alphas[name] * term for name, term in terms.items()]).sum().backward()
+        for name, term in terms.items():
+            means[name] = means.get(name, 0.0) + float(term.detach())
+    if worker.world > 1:
+        sum_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+    optimizer.step()
+    return means | {"loss": sum(alphas[name] * value for name, value in means.items())}
+
+
+def make_optimizer(parameters: list[Parameter], settings: Training) -> torch.optim.Optimizer:
+    """AdamW (fused) or Adafactor, as the paper's recipes ask."""
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_factor(step: int, settings: Training, total: int) -> float:
+    """Linear warm-up, then linear decay to zero at `total` steps, or constant."""
+    warmup = min(settings.warmup_steps, max(1, total // 2))
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def precision(settings: Training, device: str) -> torch.dtype | None:
+    """The autocast dtype: bf16 where the hardware computes in it, unless the setting says otherwise."""
+    if settings.precision != "auto":
+        return torch.bfloat16 if settings.precision == "bf16" else None
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def sum_gradients(parameters: list[Parameter]) -> None:
+    """Add up the gradients of all workers in one flat buffer; a parameter without a gradient counts as zero."""
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    at = 0
+    for p in parameters:
+        p.grad = flat[at : at + p.numel()].view_as(p)
+        at += p.numel()
+
+
+def _check(
+    supervision: Supervision,
+    settings: Training,
+    validate: Validate,
+    folder: Path,
+    report: Report,
+    worker: Worker,
+    state: State,
+    losses: "_Running",
+    optimizer: torch.optim.Optimizer,
+    per_epoch: int,
+) -> None:
+    """Validate, keep the best, decide whether to stop, save the state, report."""
+    means = losses.take(worker)
+    if not math.isfinite(means["loss"]):
+        raise Diverged(f"the loss is {means['loss']} at step {state.step}; try a lower learning rate")
+    metrics: dict[str, Any] = {}
+    if worker.leads:
+        candidate = folder / f"checkpoint-{state.step}"
+        metrics = {
+            "step": state.step,
+            "epoch": round(state.step / per_epoch, 4),
+            "time_s": round(state.seconds, 3),
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            **{f"loss_{k}" if k != "loss" else k: v for k, v in means.items()},
+            **validate(candidate),
+        }
+    metrics = _from_leader(metrics, worker)
+    score = metrics["score"]
+    previous_best = state.best_step
+    if state.best_score is None or score > state.best_score:
+        state.best_score, state.best_step, state.checks_since_best = score, state.step, 0
+    else:
+        state.checks_since_best += 1
+    if state.checks_since_best >= (settings.patience or settings.checks_per_epoch):
+        state.finished, state.reason = True, f"no better score in {state.checks_since_best} validations"
+    state.history.append(metrics)
+    if worker.leads:
+        save_state(folder, state, supervision, optimizer)
+        keep = {state.best_step}
+        for stale in {previous_best, state.step} - keep:
+            shutil.rmtree(folder / f"checkpoint-{stale}", ignore_errors=True)
+    report(metrics, folder)
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run was begun here."""
+    return (folder / "state.json").is_file()
+
+
+def save_state(folder: Path, state: State, supervision: Supervision, optimizer: torch.optim.Optimizer) -> None:
+    """Tensors into a file named after the step, then the small file that points to it: always one whole state."""
+    trainable = {n: p.detach().contiguous() for n, p in supervision.student.named_parameters() if p.requires_grad}
+    tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in trainable.items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for name, value in slots.items():
+            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
+    tensors["rng"] = torch.get_rng_state()
+    if supervision.student.device.type == "cuda":
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    name = f"state-{state.step}.safetensors"
+    save_file(tensors, folder / f".{name}")
+    os.replace(folder / f".{name}", folder / name)
+    making = folder / ".state.json"
+    making.write_text(json.dumps({**asdict(state), "tensors": name}), encoding="utf-8")
+    os.replace(making, folder / "state.json")
+    for stale in folder.glob("state-*.safetensors"):
+        if stale.name != name:
+            stale.unlink()
+
+
+def load_state(
+    folder: Path,
+    supervision: Supervision,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> State:
+    """The saved state, with weights, optimiser, schedule and random numbers put back where they were."""
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / saved.pop("tensors"))
+    state = State(**saved)
+    own = dict(supervision.student.named_parameters())
+    slots: dict[int, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for key, value in tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind == "model":
+                own[rest].copy_(value)
+            elif kind == "optimizer":
+                index, _, name = rest.partition("/")
+                slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+    schedule.last_epoch = state.step
+    for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
+        group["lr"] = rate
+    torch.set_rng_state(tensors["rng"])
+    if "cuda_rng" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda_rng"])
+    return state
+
+
+class _Running:
+    """Means of the loss terms since the last validation."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+
+    def add(self, means: dict[str, float]) -> None:
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+
+    def take(self, worker: Worker) -> dict[str, float]:
+        """Means over the steps, summed over the workers (each holds its share); starts anew."""
+        names = sorted(self.sums)
+        values = torch.tensor([self.sums[n] / max(1, self.steps) for n in names], device=worker.device)
+        if worker.world > 1:
+            torch.distributed.all_reduce(values)
+        self.sums, self.steps = {}, 0
+        return dict(zip(names, values.tolist(), strict=True))
+
+
+def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    if worker.world == 1:
+        return metrics
+    box = [metrics]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _train_mode(supervision: Supervision) -> None:
+    """Dropout in what is trained only: a frozen encoder has none."""
+    supervision.student.train()
+    if supervision.encoder_shared:
+        supervision.student.get_encoder().eval()
+
+
+def _lengths(supervision: Supervision) -> list[int]:
+    """What to sort examples by: the decoder pays for target tokens first, then for attending to source tokens."""
+    examples = supervision.examples
+    pairs = zip(examples.targets, examples.rows, strict=True)
+    return [len(target) + len(examples.sources[row]) // 4 for target, row in pairs]

@@ -1,0 +1,180 @@
+"""Layer choice against the reference table, and students against their teachers."""
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import LayerChoice, Student
+from raydistill.model import forms
+from raydistill.model.shrink import layers_to_copy, layers_to_supervise, plan, shrink
+from raydistill.model.teachers import load_model
+from tests.tiny import FAMILIES, save_tiny
+
+# Typed from ../shared/reference/README.md, apart from the code.
+TABLE = {
+    12: "1:0 2:0,6 3:0,6,11 4:0,4,8,11 6:0,2,4,7,9,11 9:0,1,2,4,5,7,9,10,11 12:0,1,2,3,4,5,6,7,8,9,10,11",
+    16: "1:0 2:0,15 3:0,8,15 4:0,5,10,15 6:0,3,6,9,12,15 8:0,2,4,6,8,10,12,15 9:0,1,3,5,7,9,11,13,15 "
+    "12:0,1,2,3,4,5,6,7,9,11,13,15 16:0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
+    6: "1:0 2:0,5 3:0,2,5 4:0,1,3,5 6:0,1,2,3,4,5",
+}
+PHI = {
+    12: "1:11 2:5,11 3:3,7,11 6:1,3,5,8,10,11",
+    16: "1:15 4:4,9,12,15 8:1,3,5,7,9,11,13,15",
+    6: "1:5 2:3,5 3:1,4,5 4:1,2,4,5",
+}
+
+
+def rows(table):
+    for teacher, line in table.items():
+        for entry in line.split():
+            depth, layers = entry.split(":")
+            yield teacher, int(depth), [int(layer) for layer in layers.split(",")]
+
+
+@pytest.mark.parametrize(("teacher", "student", "layers"), rows(TABLE))
+def test_copied_layers_are_the_tables(teacher, student, layers):
+    assert layers_to_copy(teacher, student) == layers
+
+
+@pytest.mark.parametrize(("teacher", "student", "layers"), rows(PHI))
+def test_supervised_layers_are_the_tables(teacher, student, layers):
+    assert layers_to_supervise(teacher, student) == layers
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "copied", "phi"),
+    [
+        (12, 5, [0, 3, 6, 8, 11], [2, 4, 7, 9, 11]),  # 2.75 5.5 8.25: halves go up; ceil(2.4 4.8 7.2 9.6 12) - 1
+        (24, 3, [0, 12, 23], [7, 15, 23]),  # 11.5 goes up
+        (3, 2, [0, 2], [1, 2]),
+        (8, 1, [0], [7]),
+    ],
+)
+def test_depths_without_an_entry_follow_the_formula(teacher, student, copied, phi):
+    assert layers_to_copy(teacher, student) == copied
+    assert layers_to_supervise(teacher, student) == phi
+
+
+@pytest.mark.parametrize("teacher", range(1, 33))
+def test_every_depth_works(teacher):
+    for student in range(1, teacher + 1):
+        for layers in (layers_to_copy(teacher, student), layers_to_supervise(teacher, student)):
+            assert len(layers) == student
+            assert layers == sorted(set(layers))
+            assert 0 <= layers[0]
+            assert layers[-1] < teacher
+        assert layers_to_supervise(teacher, student)[-1] == teacher - 1
+
+
+def test_the_papers_other_initialisations():
+    assert layers_to_copy(12, 3, "first") == [0, 1, 2]
+    assert layers_to_copy(12, 3, "last") == [9, 10, 11]
+    assert layers_to_copy(12, 3, "middle") == [5, 6, 7]
+
+
+def logits(model):
+    torch.manual_seed(1)
+    ids = torch.randint(5, 40, (2, 9))
+    targets = torch.randint(5, 40, (2, 6))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=targets).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_full_depth_equals_its_teacher(family, tmp_path):
+    teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
+    student = shrink(teacher, plan((2, 3), Student()), seed=1)
+    assert torch.equal(logits(student), logits(teacher))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_computes_with_the_copied_layers(family, tmp_path):
+    """Zeroing what a left-out layer adds in the teacher gives the student: residual stacks skip it."""
+    teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
+    student = shrink(teacher, plan((2, 3), Student(size="1-2", copied=LayerChoice(encoder=[1], decoder=[0, 2]))))
+    assert forms.depths(student.config) == (1, 2)
+    name = "block" if family == "t5" else "layers"
+    for stack, dropped in ((teacher.get_encoder(), 0), (teacher.get_decoder(), 1)):
+        layers = getattr(stack, name)
+        if family == "t5" and dropped == 0:  # the relative bias of the whole stack lives in the first layer
+            bias = layers[0].layer[0].SelfAttention.relative_attention_bias
+            layers[1].layer[0].SelfAttention.relative_attention_bias = bias
+            layers[1].layer[0].SelfAttention.has_relative_attention_bias = True
+        del layers[dropped]
+        for layer in layers.modules():
+            if hasattr(layer, "layer_idx"):
+                layer.layer_idx = None
+    teacher.config = student.config
+    with torch.no_grad():
+        ids = torch.randint(5, 40, (2, 9))
+        mask = torch.ones_like(ids)
+        ours = forms.encode(student, ids, mask).last
+        assert torch.allclose(ours, forms.encode(teacher, ids, mask).last, atol=1e-6)
+        decoder_ids = torch.randint(5, 40, (2, 4))
+        ours_decoded = forms.decode(student, decoder_ids, ours, mask).last
+        assert torch.allclose(ours_decoded, forms.decode(teacher, decoder_ids, ours, mask).last, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_and_head_are_those_of_the_models_own_forward(family, tmp_path):
+    model = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
+    ids = torch.randint(5, 40, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    targets = torch.randint(5, 40, (2, 6))
+    with torch.no_grad():
+        out = model(
+            input_ids=ids, attention_mask=mask, decoder_input_ids=targets, output_hidden_states=True, use_cache=False
+        )
+        states = forms.decode(model, targets, forms.encode(model, ids, mask).last, mask, layers=True)
+        assert len(states.layers) == 3
+        assert torch.equal(states.layers[-1], states.last)
+        for layer in range(3):
+            assert torch.allclose(states.layers[layer], out.decoder_hidden_states[layer + 1], atol=1e-6)
+        assert torch.allclose(forms.head(model, states.last), out.logits, atol=1e-5)
+
+
+def test_a_random_decoder_keeps_everything_else(tmp_path):
+    teacher = load_model(str(save_tiny("bart", tmp_path / "t")))
+    layers = plan((2, 3), Student(size="2-2", init="random"))
+    assert layers.decoder is None
+    student = shrink(teacher, layers, seed=3)
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    assert torch.equal(theirs["model.encoder.layers.1.fc1.weight"], ours["model.encoder.layers.1.fc1.weight"])
+    assert torch.equal(theirs["model.shared.weight"], ours["model.shared.weight"])
+    for layer in range(3):
+        name = "model.decoder.layers.{}.fc1.weight"
+        assert not torch.equal(theirs[name.format(layer)], ours[name.format(0)])
+    assert torch.equal(
+        ours["model.decoder.layers.0.fc1.weight"], shrink(teacher, layers, 3).state_dict()[name.format(0)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (Student(size="2-4"), "1 to 3, not 4"),
+        (Student(size="3-3"), "1 to 2, not 3"),
+        (Student(size="2-1", copied=LayerChoice(decoder=[3])), "layer 3 is out of range"),
+        (Student(supervised=LayerChoice(decoder=[0, 1, 7])), "layer 7 is out of range"),
+    ],
+)
+def test_what_does_not_fit_is_said(student, message):
+    with pytest.raises(UserError, match=message):
+        plan((2, 3), student)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("12-1", 222), ("12-3", 255), ("6-6", 230), ("9-6", 268), ("12-6", 306), ("12-12", 406)]
+)
+def test_parameters_of_bart_large_xsum_students_are_the_papers(size, millions):
+    """Table 6, with facebook/bart-large-xsum's real shape, on the meta device."""
+    config = BartConfig(
+        vocab_size=50264, d_model=1024, encoder_layers=12, decoder_layers=12, encoder_attention_heads=16,
+        decoder_attention_heads=16, encoder_ffn_dim=4096, decoder_ffn_dim=4096, max_position_embeddings=1024,
+    )  # fmt: skip
+    with torch.device("meta"):
+        layers = plan((12, 12), Student(size=size))
+        model = BartForConditionalGeneration(forms.with_depths(config, *layers.size))
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
