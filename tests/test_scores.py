@@ -118,8 +118,7 @@ def test_paired_bootstrap_uses_the_same_resamples() -> None:
 def test_paired_bootstrap_finds_no_difference_in_noise_at_the_promised_rate() -> None:
     rng = np.random.default_rng(1)
     ps = [
-        scores.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), samples=500).p
-        for _ in range(200)
+        scores.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), samples=500).p for _ in range(200)
     ]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.10  # 5 %, and 2.2 standard errors of it
 

@@ -123,9 +123,9 @@ def _reason(
     cost: str,
 ) -> str:
     where = f"within {describe_bounds(bounds)}" if bounds else "of all"
-    top = f"{highest.label or highest.key} has the highest {metric} {where} ({highest.score:.2f})"
+    top = f"{highest.label or highest.key} has the highest {metric}, {highest.score:.2f}, {where}"
     if best is highest:
-        return f"{top}, and no cheaper student can be taken for its equal."
+        return f"{top}; no cheaper student equals it."
     found = compared[best.key]
     saved = 1 - best.costs[cost] / highest.costs[cost]
     others = f" (the cheapest of {len(same)} such)" if len(same) > 1 else ""

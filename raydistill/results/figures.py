@@ -72,10 +72,11 @@ def front_png(
         markers = {size: MARKERS[i % len(MARKERS)] for i, size in enumerate(sizes)}
         points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in done}
         _draw_front(axes, [points[key] for key in front_keys if key in points])
+        points = _side_by_side(done, points)
         for t in sorted(done, key=lambda t: t.key in front_keys):
             _draw_trial(axes, t, points[t.key], markers[t.size], t.key in front_keys)
         _draw_teacher(axes, teacher, metric, cost)
-        axes.margins(x=0.09, y=0.14)
+        axes.margins(x=0.12, y=0.14)
         _draw_budgets(axes, bounds or {}, cost)
         _draw_choices(axes, choices, points)
         axes.set_xlabel(AXES.get(cost, cost))
@@ -147,6 +148,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; bars and line ends inside a cell are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(_cell(c) for c in line)} |" for line in lines)
+
+
+def _side_by_side(done: Sequence[Trial], points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Move methods of one shape, whose cost is the same, a little apart so that each can be seen."""
+    costs = [x for x, _ in points.values()]
+    step = 0.013 * (max(costs) - min(costs)) if costs else 0.0
+    shift = {method: (i - 1) * step for i, method in enumerate(COLOURS)}
+    return {
+        t.key: (x + (shift.get(t.method, 0.0) if costs.count(x) > 1 else 0.0), y)
+        for t in done
+        for x, y in [points[t.key]]
+    }
 
 
 def _draw_front(axes: Any, points: list[tuple[float, float]]) -> None:

@@ -194,8 +194,16 @@ def outcome(sweep: Path) -> Outcome:
     metric = str(info.get("metric", "rouge2"))
     teacher_costs = (info.get("teacher") or {}).get("costs") or {}
     budgets = info.get("budgets") or space.get("budgets") or {}
-    bounds = {name: absolute_bounds(budget, teacher_costs) for name, budget in budgets.items()}
     students = candidates(trials, metric)
+    bounds: dict[str, dict[str, float]] = {}
+    choices: dict[str, Choice] = {}
+    for name, budget in budgets.items():
+        try:
+            bounds[name] = absolute_bounds(budget, teacher_costs)
+            choices[name] = choose(students, bounds[name], metric)
+        except UserError as error:  # a share of what was not measured on the teacher (yet)
+            bounds[name] = {}
+            choices[name] = Choice(None, None, [], {}, str(error))
     return Outcome(
         sweep=sweep,
         name=str(info.get("name", sweep.name)),
@@ -205,7 +213,7 @@ def outcome(sweep: Path) -> Outcome:
         trials=trials,
         front=[c.key for c in front(students, cost)],
         bounds=bounds,
-        choices={name: choose(students, limits, metric) for name, limits in bounds.items()},
+        choices=choices,
     )
 
 

@@ -1,0 +1,158 @@
+"""`python -m raydistill.choose SWEEP --within latency_ms=900`: the best checkpoint within a budget."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raydistill.config.console import finish, make_app, progress, run_app, show
+from raydistill.config.errors import UserError
+from raydistill.config.space import check_bounds
+
+if TYPE_CHECKING:
+    from raydistill.results.budget import Choice
+    from raydistill.results.records import Outcome
+
+app = make_app()
+
+
+@app.command()
+def choose(
+    sweep: Annotated[str, typer.Argument(help="a sweep's folder, or its name under outputs/sweeps")],
+    within: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=BOUND, such as latency_ms=900 or params_m=50% (of the teacher's); may repeat"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="name of the budget: the alias in MLflow; or which stored one")
+    ] = None,
+    register: Annotated[bool, typer.Option(help="register the choice in MLflow")] = True,
+    json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
+) -> None:
+    """The best student of a sweep within a budget, and how to load it; registers it in MLflow.
+
+    Where a cheaper student's score cannot be told from the highest (paired bootstrap, 95 %), the cheaper one is
+    taken. Without `--within`, the budgets of the space are used.
+
+        raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
+    """
+    asked = parse_bounds(within or [])
+    from raydistill.results.records import open_sweep, outcome
+
+    folder = open_sweep(sweep)
+    found = outcome(folder)
+    budgets = _budgets(found, asked, name)
+    results = [_one(found, budget, bounds, choice, register, json) for budget, bounds, choice in budgets]
+    finish({"sweep": found.name, "metric": found.metric, "choices": results}, json)
+    misses = [f"{budget}: {choice.reason}" for budget, _, choice in budgets if choice.best is None]
+    if misses:
+        raise UserError("\n".join(misses))
+
+
+def parse_bounds(within: list[str]) -> dict[str, float | str]:
+    """`KEY=BOUND` texts as bounds; a UserError names what is wrong with one."""
+    bounds: dict[str, float | str] = {}
+    for text in within:
+        key, equals, bound = (part.strip() for part in text.partition("="))
+        if not equals or not key or not bound:
+            raise UserError(f"--within {text}: expected KEY=BOUND, for example --within latency_ms=900")
+        if key in bounds:
+            raise UserError(f"--within {text}: {key} is bounded twice")
+        try:
+            check_bounds("--within", {key: bound})
+        except ValueError as error:
+            raise UserError(f"--within {text}: {str(error).removeprefix('budget --within: ')}") from None
+        bounds[key] = bound if bound.endswith("%") else float(bound)
+    return bounds
+
+
+def _budgets(
+    found: "Outcome", asked: dict[str, float | str], name: str | None
+) -> "list[tuple[str, dict[str, float], Choice]]":
+    from raydistill.results import budget
+    from raydistill.results.records import candidates
+
+    if asked:
+        costs = (found.info.get("teacher") or {}).get("costs") or {}
+        bounds = budget.absolute_bounds(asked, costs)
+        label = name or "-".join(
+            f"{key}-{bound:g}" if isinstance(bound, float) else f"{key}-{bound}" for key, bound in asked.items()
+        ).replace("%", "pct")
+        return [(label, bounds, budget.choose(candidates(found.trials, found.metric), bounds, found.metric))]
+    stored = [(n, found.bounds[n], choice) for n, choice in found.choices.items() if name in (None, n)]
+    if not stored:
+        known = ", ".join(found.choices) or "none"
+        wanted = f"budget {name!r}" if name else "a budget"
+        raise UserError(f"{found.name}: {wanted} is not stored (known: {known}); give --within latency_ms=900")
+    return stored
+
+
+def _one(
+    found: "Outcome", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, json: bool
+) -> dict[str, Any]:
+    """Show one budget's choice, register it, and return it for `--json`."""
+    from raydistill.results.budget import UNITS, describe_bounds
+
+    result: dict[str, Any] = {"budget": budget, "bounds": bounds, "reason": choice.reason, "key": None}
+    if choice.best is None:
+        show(f"{budget} ({describe_bounds(bounds)}): nothing fits", json)
+        return result
+    best = choice.best
+    trial = next(t for t in found.trials if t.key == best.key)
+    interval = f", 95 % interval [{trial.interval[0]:.2f}, {trial.interval[1]:.2f}]" if trial.interval else ""
+    lines = [f"{budget} ({describe_bounds(bounds)}): {best.label}"]
+    lines.append(f"  {found.metric} {best.score:.2f} on validation{interval}")
+    if trial.test and found.metric in trial.test:
+        low_high = trial.test.get("interval")
+        on_test = f", 95 % interval [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else ""
+        lines.append(f"  {found.metric} {trial.test[found.metric]:.2f} on test{on_test}")
+    lines += [f"  {key} {value:.4g} ({UNITS[key]})" for key, value in best.costs.items()]
+    lines.append(f"  why: {choice.reason}")
+    others = [c for c in choice.indistinguishable if c is not best]
+    if others:
+        lines.append(f"  also not distinguishable: {', '.join(f'{c.label} {c.score:.2f}' for c in others)}")
+    lines.append(f"  checkpoint: {trial.checkpoint or 'missing: it was deleted'}")
+    show("\n".join(lines), json)
+    if trial.checkpoint:
+        show(_how_to_load(str(trial.checkpoint)), json)
+    result |= {"key": best.key, "size": trial.size, "method": trial.method, "score": best.score}
+    result |= {"interval": trial.interval, "test": trial.test, "costs": best.costs}
+    result |= {"indistinguishable": [c.key for c in choice.indistinguishable]}
+    result |= {"checkpoint": str(trial.checkpoint) if trial.checkpoint else None, "registered": None}
+    if register and trial.checkpoint:
+        result["registered"] = _register(found, best.key, budget, json)
+    return result
+
+
+def _how_to_load(checkpoint: str) -> str:
+    return (
+        "  to load it:\n"
+        "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n"
+        f'    tokenizer = AutoTokenizer.from_pretrained("{checkpoint}")\n'
+        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{checkpoint}")'
+    )
+
+
+def _register(found: "Outcome", key: str, budget: str, json: bool) -> dict[str, str] | None:
+    """Register in MLflow; a store that is down is said and does not spoil the choice."""
+    from dataclasses import asdict
+
+    from raydistill.results.tracking import TrackingDown, register_choice, ui_command
+
+    try:
+        registered = register_choice(found.sweep, key, budget)
+    except TrackingDown as error:
+        progress(f"not registered: {error}. The same command again registers it")
+        return None
+    show(f"  registered: {registered.uri} (version {registered.version})", json)
+    show(f"  to see it: {ui_command(found.info.get('tracking_uri'))}\n", json)
+    return asdict(registered)
+
+
+def main() -> None:
+    run_app(app)
+
+
+if __name__ == "__main__":
+    from raydistill.choose import main as real_main
+
+    real_main()

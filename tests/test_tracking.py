@@ -1,0 +1,202 @@
+"""Publishing into a real SQLite store: repeated, interrupted, and with a server that is not there."""
+
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raydistill.config.errors import UserError
+from raydistill.results import records, tracking
+from raydistill.results.records import write_json_atomic
+
+
+def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
+    folder = sweep / "trials" / key
+    run = {"name": sweep.name, "method": "kd", "student": {"size": "4-1"}, "training": {"learning_rate": 3e-4}}
+    write_json_atomic(folder / "run.json", run)
+    lines = [
+        {"step": 10 * i, "epoch": i / 2, "time_s": 1.5 * i, "val_loss": 3.0 - i, "rouge2": score - 2 + i}
+        for i in (1, 2)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if status:
+        finish_trial(folder, number, score, status)
+    return folder
+
+
+def finish_trial(folder: Path, number: int, score: float, status: str = "done") -> None:
+    metrics = {"rouge2": score, "rouge1": 2 * score, "latency_ms": 10.0 * score, "params_m": 3.0}
+    if status == "done":
+        (folder / "best").mkdir()
+        (folder / "best" / "raydistill.json").write_text("{}")
+        np.savez(folder / "rows.npz", validation=np.full(20, score))
+    result = {
+        "key": folder.name,
+        "number": number,
+        "status": status,
+        "reason": "out of memory" if status == "failed" else "",
+        "method": "kd",
+        "size": "4-1",
+        "copied": {"encoder": [0, 1, 2, 3], "decoder": [0]},
+        "metrics": metrics if status == "done" else {},
+        "interval": [score - 1, score + 1] if status == "done" else None,
+        "test": {"rouge2": score - 0.5, "interval": [score - 2, score]} if status == "done" else None,
+        "steps": 20,
+    }
+    write_json_atomic(folder / "result.json", result)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "home" / "sweeps" / "mini"
+    teacher = {"metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}}
+    info = {"name": "mini", "metric": "rouge2", "teacher": teacher, "budgets": {"fast": {"latency_ms": "50%"}}}
+    write_json_atomic(folder / "sweep.json", info)
+    (folder / "space.yaml").write_text("name: mini\nrun: {}\n")
+    return folder
+
+
+def runs_of(sweep: Path) -> dict[str, Any]:
+    client = tracking._client(tracking.default_uri())
+    experiment = client.get_experiment_by_name("mini")
+    found = client.search_runs([experiment.experiment_id])
+    assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
+    return {run.data.tags.get("raydistill.trial", ""): run for run in found}
+
+
+def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    running = make_trial(sweep, "b", 1, 12.0, status=None)
+    first = tracking.publish(sweep)
+    before = runs_of(sweep)
+    assert set(before) == {"", "a", "b"}
+    assert before["b"].info.status == "RUNNING"
+    assert before["b"].data.metrics["rouge2"] == 12.0  # the second validation's
+    assert before[""].info.status == "RUNNING"
+
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5}) + "\n")
+        file.write('{"step": 40, "rou')  # torn by a kill
+    finish_trial(running, 1, 12.5)
+    make_trial(sweep, "c", 2, 1.0, status="failed")
+    second = tracking.publish(sweep, finished=True)
+    third = tracking.publish(sweep, finished=True)
+    assert first.parent_run_id == second.parent_run_id == third.parent_run_id
+
+    after = runs_of(sweep)
+    assert {key: run.info.status for key, run in after.items()} == {
+        "": "FINISHED",
+        "a": "FINISHED",
+        "b": "FINISHED",
+        "c": "FAILED",
+    }
+    assert after["c"].data.tags["raydistill.reason"] == "out of memory"
+    assert all(after[k].data.tags["mlflow.parentRunId"] == first.parent_run_id for k in "abc")
+    client = tracking._client(tracking.default_uri())
+    history = client.get_metric_history(after["b"].info.run_id, "val_loss")
+    assert [(m.step, m.value) for m in history] == [(10, 2.0), (20, 1.0), (30, 0.5)]
+    final = after["b"].data.metrics
+    assert (final["rouge2"], final["latency_ms"], final["test_rouge2"]) == (12.5, 125.0, 12.0)
+    assert after["b"].data.params["training.learning_rate"] == "0.0003"
+    assert after["b"].data.params["copied.decoder"] == "[0]"
+    artifacts = {item.path for item in client.list_artifacts(after["b"].info.run_id)}
+    assert artifacts == {"run.json", "result.json", "metrics.jsonl", "checkpoint"}
+    on_parent = {item.path for item in client.list_artifacts(first.parent_run_id)}
+    assert {"front.png", "table.md", "space.yaml"} <= on_parent
+    assert "| fast | latency_ms <= 150" in after[""].data.tags["mlflow.note.content"]
+
+
+def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    make_trial(sweep, "b", 1, 12.0)
+    tracking.publish(sweep)
+    client = tracking._client(tracking.default_uri())
+    run_id = runs_of(sweep)["a"].info.run_id
+    for tag in ("raydistill.done", "raydistill.lines"):  # as if killed after the metrics, before their tags
+        client.delete_tag(run_id, tag)
+    client.update_run(run_id, status="RUNNING")
+    tracking.publish(sweep)
+    assert runs_of(sweep)["a"].info.run_id == run_id
+    assert runs_of(sweep)["a"].info.status == "FINISHED"
+    assert len(client.get_metric_history(run_id, "val_loss")) == 2
+
+
+def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    make_trial(sweep, "b", 1, 12.0)
+    first = tracking.register_choice(sweep, "a", "fast")
+    assert first == tracking.register_choice(sweep, "a", "fast")
+    other = tracking.register_choice(sweep, "b", "fast")
+    assert other.version != first.version
+    client = tracking._client(tracking.default_uri())
+    version = client.get_model_version_by_alias("mini", "fast")
+    assert str(version.version) == other.version
+    assert version.tags["size"] == "4-1"
+    assert version.tags["latency_ms"] == "120.0"
+    assert (Path(version.source.removeprefix("file://")) / "raydistill.json").exists()
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        tracking.register_choice(sweep, "nope", "fast")
+
+
+def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(tracking.TrackingDown, match="does not answer"):
+            tracking.publish(sweep, uri)
+        assert time.monotonic() - start < 5  # the figure is drawn first
+        assert (sweep / "front.png").exists()
+        free.listen()  # accepts and says nothing
+        start = time.monotonic()
+        with pytest.raises(tracking.TrackingDown, match="does not answer"):
+            tracking.check_tracking(uri)
+        assert time.monotonic() - start < 2
+
+
+def test_file_stores_are_refused() -> None:
+    for uri in ("file:///tmp/mlruns", "mlruns", "localhost:5000"):
+        with pytest.raises(UserError, match="plain files"):
+            tracking.check_tracking(uri)
+
+
+def test_aliases_are_what_mlflow_takes() -> None:
+    assert tracking.alias_of("fast, small") == "fast-small"
+    assert tracking.alias_of("v3") == "budget-v3"
+    assert tracking.alias_of("latest") == "budget-latest"
+
+
+def test_records_are_read_back_and_damage_is_named(sweep: Path) -> None:
+    folder = make_trial(sweep, "a", 0, 10.0)
+    (trial,) = records.read_trials(sweep)
+    assert (trial.size, trial.score("rouge2"), trial.interval, trial.steps) == ("4-1", 10.0, (9.0, 11.0), 20)
+    assert len(trial.history()) == 2
+    rows = trial.rows()
+    assert rows is not None
+    assert rows.tolist() == [10.0] * 20
+    assert trial.rows("test") is None
+    (folder / "result.json").write_text('{"status": "do')
+    with pytest.raises(UserError, match=r"a/result.json: damaged"):
+        records.read_trials(sweep)
+
+
+def test_writing_is_whole_and_refuses_nan(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json_atomic(path, {"a": np.float32(0.5)})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json_atomic(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_open_sweep_names_those_that_exist(sweep: Path) -> None:
+    assert records.open_sweep("mini") == sweep
+    assert records.open_sweep(str(sweep)) == sweep
+    with pytest.raises(UserError, match=r"minni: no such sweep; sweeps in .*: mini"):
+        records.open_sweep("minni")
