@@ -153,7 +153,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _side_by_side(done: Sequence[Trial], points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Move methods of one shape, whose cost is the same, a little apart so that each can be seen."""
     costs = [x for x, _ in points.values()]
-    step = 0.013 * (max(costs) - min(costs)) if costs else 0.0
+    step = 0.022 * (max(costs) - min(costs)) if costs else 0.0
     shift = {method: (i - 1) * step for i, method in enumerate(COLOURS)}
     return {
         t.key: (x + (shift.get(t.method, 0.0) if costs.count(x) > 1 else 0.0), y)
