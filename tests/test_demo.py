@@ -75,7 +75,7 @@ def test_copying_the_first_sentences_scores_little(sentences, bound):
 
 def test_facts_of_the_summary_follow_from_the_report():
     """The winner is the one with more votes, worked out here from the report alone."""
-    tens = "ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+    tens = ["ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
     checked = 0
     for row in demo_rows("test"):
         event = [s for s in row["source"].split(". ") if not s.startswith(demo.CUES)]

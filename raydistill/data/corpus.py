@@ -178,7 +178,8 @@ def find_columns(wanted: Columns | None, records: list[Record], name: str, need_
         if found:
             return found
     if not objects:
-        raise UserError(f"{name}: no row can be read; the first: {records[0]}")
+        hint = "; expected one JSON object per line, or one array of objects" if "JSON" in str(records[0]) else ""
+        raise UserError(f"{name}: no row can be read; the first: {records[0]}{hint}")
     exist = list(dict.fromkeys(key for record in objects for key in _dotted(record)))
     missing = f"no column {_missing(wanted, objects, need_targets)}" if wanted else "no known pair of columns"
     guess = [*exist, "SOURCE", "TARGET"][:2] if len(exist) == 2 else ["SOURCE", "TARGET"]
@@ -224,7 +225,7 @@ def _checked(record: Record, columns: Columns, index: int, need_targets: bool) -
         return record
     row_id: Any = str(index) if columns.id is None else _get(record, columns.id)
     if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
-        return f"{columns.id}: expected an id, found {_found(row_id)}"
+        return f"{columns.id}: expected an id (a text or a whole number), found {_found(row_id)}"
     texts = [str(row_id)]
     if not _encodes(texts[0]):
         return f"{columns.id}: a lone surrogate, which is no character"
@@ -294,7 +295,13 @@ def _where(dataset: Dataset) -> Path | str:
     if name in DATASETS:
         return DATASETS[name].hub
     path = Path(name).expanduser()
-    if path.exists() or name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")):
+    if not name.strip():
+        raise UserError(
+            f"the data set's name is empty; give one of {', '.join(DATASETS)}, a file, a folder or a hub name"
+        )
+    # A mistyped path below a folder that exists is no hub name; asking the hub would only confuse.
+    below = "/" in name and path.parent.is_dir()
+    if below or path.exists() or name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")):
         return path
     if re.fullmatch(r"[\w.\-]+/[\w.\-]+", name):
         return name

@@ -249,7 +249,7 @@ def _splits_of_folder(folder: Path) -> dict[str, list[Path]]:
         shards.append((int(match["number"] or 0), path))
         _check_shard_count(path, match["count"])
     if not found:
-        names = ", ".join(p.name for p in sorted(folder.iterdir())[:8]) or "nothing"
+        names = ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")[:8]) or "nothing"
         raise UserError(
             f"{folder}: no train, validation or test file here (it holds {names}); "
             "expected names such as train.jsonl, validation.csv.gz, test.parquet or train.source with train.target"
