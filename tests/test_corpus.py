@@ -137,6 +137,14 @@ def test_line_pairs_need_no_last_newline_but_equal_counts(tmp_path):
         read(tmp_path, "validation")
 
 
+@pytest.mark.parametrize("name", ["test.source", "test.source.gz"])
+def test_byte_order_mark_is_no_text_and_only_a_line_feed_ends_a_line(tmp_path, name):
+    data = b"\xef\xbb\xbfone\rmore\x0b\xc2\x85\ntwo\n"
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / "test.target").write_text("eins\nzwei\n")
+    assert read(tmp_path, "test").sources == ["one\rmore\x0b\x85", "two"]
+
+
 def test_folder_of_splits_and_shards(tmp_path):
     write_parquet(tmp_path / "train-00001-of-00002.parquet", ROWS[2:])
     write_parquet(tmp_path / "train-00000-of-00002.parquet", ROWS[:2])
@@ -213,6 +221,8 @@ def test_csv_with_wrong_field_counts_and_a_text_over_two_lines(tmp_path):
         (4, "1 fields where the header has 2"),
         (5, "3 fields where the header has 2"),
     ]
+    path.write_text("source,target\na\nb,c\n")
+    assert read(path, skip_bad_rows=True).skipped[0].row == 2
     path.write_text('source,target\na,b\n"c,d\ne,f\n')
     with pytest.raises(UserError, match=r"x\.csv:3: not valid CSV"):
         read(path, skip_bad_rows=True)

@@ -61,6 +61,12 @@ def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_repeated_ids_alone_are_a_fault(tmp_path):
+    done = run(str(jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "source": "other"}])), "--skip-bad-rows", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["usable"] is False
+
+
 def test_skipped_rows_are_no_fault(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", [GOOD, "{"])
     assert run(str(path)).returncode == 2
