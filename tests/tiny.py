@@ -63,6 +63,8 @@ def save_tiny(
     vocab_size = len(tokenizer) + padded_rows
     config = _config(family, tokenizer, vocab_size, encoder_layers, decoder_layers, **_sizes(locals()))
     model = build(config, seed=seed, logits_bias=logits_bias, marian_padding_row=marian_padding_row)
+    if family == "bart":  # as facebook/bart-large-cnn has it
+        model.generation_config.forced_bos_token_id = tokenizer.bos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -169,10 +171,10 @@ def _config(
         **special,
     )
     if family == "bart":
-        sizes |= {"decoder_start_token_id": tokenizer.eos_token_id, "forced_bos_token_id": 0}
+        sizes["decoder_start_token_id"] = tokenizer.eos_token_id
         return transformers.BartConfig(activation_function="gelu", **sizes)
     if family == "mbart":
-        sizes |= {"decoder_start_token_id": tokenizer.convert_tokens_to_ids(LANGUAGES[1])}
+        sizes["decoder_start_token_id"] = tokenizer.convert_tokens_to_ids(LANGUAGES[1])
         return transformers.MBartConfig(scale_embedding=True, **sizes)
     sizes |= {"bos_token_id": None, "scale_embedding": True}
     if family == "pegasus":

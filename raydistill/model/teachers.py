@@ -221,16 +221,21 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
 
 
 def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make mBART write the tokenizer's target language; nothing for the other families.
+    """Make an mBART model write the tokenizer's target language; nothing for the other families."""
+    apply_languages(model.config, model.generation_config, tokenizer)
+
+
+def apply_languages(config: PretrainedConfig, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set mBART's target language in both configurations, in place.
 
     mBART-25 starts the decoder with the language's id, mBART-50 forces it as the first token.
     """
-    if model.config.model_type != "mbart" or getattr(tokenizer, "tgt_lang", None) is None:
+    if config.model_type != "mbart" or getattr(tokenizer, "tgt_lang", None) is None:
         return
     code = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
     key = "forced_bos_token_id" if _is_mbart50(tokenizer) else "decoder_start_token_id"
-    setattr(model.config, key, code)
-    setattr(model.generation_config, key, code)
+    setattr(config, key, code)
+    setattr(generation, key, code)
 
 
 def fingerprint(of: str | Path | PreTrainedModel) -> str:

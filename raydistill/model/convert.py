@@ -1,0 +1,249 @@
+"""Models in CTranslate2's form: converted, proved against `transformers`, and kept.
+
+A converted model is used only after it has proved itself: its log-probabilities of random targets must
+agree with those of `transformers`. The conversion is kept, keyed by all that went into it.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.model import teachers
+
+# Log-probabilities in fp32 agree to about 1e-4; any mistake in a conversion moves them by far more than this.
+TOLERANCE = 0.05
+PROOF = "proof.json"
+PROBES = [
+    "A man in a red shirt rides a bicycle through the old town.",
+    "The council said on Tuesday that the bridge would stay closed until the repairs are done.",
+    "Two dogs.",
+    "Prices rose by 3.2% in 2019, and nobody (not even the bank) had expected it!",
+]
+
+
+class RefusedError(Exception):
+    """Why CTranslate2 cannot take a model."""
+
+
+def convert(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, quantization: str = "float32"
+) -> None:
+    """Write a loaded fp32 model of one of the five families to `folder` in CTranslate2's form.
+
+    The model is left as it was. `quantization` is one of CTranslate2's names, such as int8.
+    """
+    from ctranslate2.converters import TransformersConverter
+
+    fixed = copy.copy(model)
+    fixed.config = _converter_config(model.config)
+
+    class Converter(TransformersConverter):
+        def load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+            return fixed
+
+        def load_tokenizer(self, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+            return tokenizer
+
+    with tempfile.TemporaryDirectory() as alone:
+        model.config.save_pretrained(alone)  # all that the converter reads from a folder
+        Converter(alone).convert(str(folder), quantization=quantization)
+
+
+def disagreement(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int = 1) -> float:
+    """The largest difference of a converted model's log-probabilities from the model's own, on random targets.
+
+    Teacher-forced, so that it says as much of an untrained model as of a trained one.
+    """
+    words = words_of(tokenizer)
+    sources = sources_of(tokenizer, PROBES, 48, model.config)
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in range(len(words)) if i not in special]
+    draw = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(ordinary), (len(PROBES), 8), generator=draw).tolist()
+    start, end = model.config.decoder_start_token_id, model.config.eos_token_id
+    labels = torch.tensor([[*[ordinary[i] for i in row], end] for row in picks])
+    starts = torch.full((len(labels), 1), start)
+    batch = tokenizer.pad({"input_ids": sources}, return_tensors="pt")
+    with torch.inference_mode(), torch_threads(threads):
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=torch.cat([starts, labels[:, :-1]], dim=1),
+        ).logits
+    wanted = logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    bare = json.loads((folder / "config.json").read_text())["decoder_start_token"] is None
+    prefix = [words[start]] if bare else []
+    scored = open_translator(folder, "cpu", threads, "float32").score_batch(
+        [[words[i] for i in row] for row in sources],
+        [[*prefix, *[words[i] for i in row[:-1]]] for row in labels.tolist()],
+        max_input_length=0,
+    )
+    found = torch.tensor([result.log_probs for result in scored])
+    return float((found - wanted).abs().max())
+
+
+def unsupported(config: Any, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why CTranslate2 would not write what `generate()` writes, or None."""
+    size = len(words_of(tokenizer))
+    extra = [] if tokenizer.mask_token is None else [tokenizer.mask_token_id]
+    if config.vocab_size > size:
+        return f"the embedding is padded to {config.vocab_size} rows beyond the tokenizer's {size}"
+    if config.vocab_size < size and extra != list(range(config.vocab_size, size)):
+        return f"the tokenizer's {size} tokens are more than the embedding's {config.vocab_size} rows"
+    if config.model_type == "marian":
+        if getattr(tokenizer, "separate_vocabs", False):
+            return "source and target have vocabularies of their own"
+        if config.pad_token_id != config.vocab_size - 1 or config.decoder_start_token_id != config.pad_token_id:
+            return "the padding token is not the last one and the decoder's start"
+    bad_words = [w for w in generation.bad_words_ids or [] if w != [config.pad_token_id]]
+    if bad_words or generation.suppress_tokens or generation.begin_suppress_tokens:
+        return "the generation config suppresses tokens"
+    for key in ("repetition_penalty", "encoder_repetition_penalty"):
+        if (getattr(generation, key) or 1.0) != 1.0:
+            return f"the generation config sets {key}"
+    if generation.encoder_no_repeat_ngram_size or (generation.num_beam_groups or 1) > 1:
+        return "the generation config asks for another kind of search"
+    return None
+
+
+def converted(
+    checkpoint: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    threads: int,
+    say: Callable[[str], None] | None,
+) -> Path:
+    """The folder of a checkpoint's proved conversion, made where it is not there whole."""
+    place = cache / _conversion_key(checkpoint)
+    if not _is_whole(place):
+        if say is not None:
+            say(f"{checkpoint}: converting for CTranslate2")
+        _convert_into(place, checkpoint, tokenizer, threads)
+    reason = json.loads((place / PROOF).read_text())["refused"]
+    if reason:
+        raise RefusedError(reason)
+    return place
+
+
+def _conversion_key(checkpoint: str | Path) -> str:
+    import ctranslate2
+
+    folder = teachers.resolve(checkpoint)
+    digest = hashlib.sha256(teachers.fingerprint(folder).encode())
+    digest.update(f"{ctranslate2.__version__} {transformers.__version__}".encode())
+    for name in ("config.json", "tokenizer_config.json", *teachers.TOKENIZER_FILES, *teachers.MARIAN_FILES):
+        if (folder / name).is_file():
+            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether the conversion has its proof and every file its recorded size."""
+    try:
+        sizes = json.loads((place / PROOF).read_text())["sizes"]
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _convert_into(place: Path, checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
+    """Convert beside `place`, prove, and move it there in one step; a refusal is kept too."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left in place.parent.glob(".making-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
+    making = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    try:
+        model = teachers.load_model(checkpoint)
+        teachers.set_languages(model, tokenizer)
+        refused, difference = None, None
+        if model.config.model_type == "marian" and _padding_row(model) > 0:
+            refused = f"Marian's padding row is not zero (norm {_padding_row(model):.2g})"
+        else:
+            try:
+                convert(model, tokenizer, making / "model")
+                difference = disagreement(making / "model", model, tokenizer, threads)
+            except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+                refused = f"the conversion failed: {error}"
+        if difference is not None and not difference <= TOLERANCE:
+            refused = f"the converted model's log-probabilities are off by up to {difference:.2g}"
+        whole = making / "model"
+        if refused:
+            shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir(exist_ok=True)
+        sizes = {path.name: path.stat().st_size for path in whole.iterdir()}
+        proof = {"refused": refused, "max_difference": difference, "sizes": sizes}
+        (whole / PROOF).write_text(json.dumps(proof))
+        if place.exists() and not _is_whole(place):
+            shutil.rmtree(place, ignore_errors=True)
+        try:
+            os.rename(whole, place)
+        except OSError:
+            if not _is_whole(place):  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _padding_row(model: PreTrainedModel) -> float:
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor)
+    return float(table[model.config.pad_token_id].detach().norm())
+
+
+def _converter_config(config: Any) -> Any:
+    """A copy with what ctranslate2's converter reads and transformers 5 no longer sets."""
+    config = copy.deepcopy(config)
+    if config.model_type in ("bart", "pegasus", "mbart"):
+        config.normalize_before = config.model_type != "bart"
+        config.normalize_embedding = config.model_type != "pegasus"
+    if config.model_type == "mbart":
+        config.tokenizer_class = None
+    if config.model_type == "t5":
+        # The converter takes tied embeddings for scaled outputs; transformers 5 ties always.
+        config.tie_word_embeddings = config.scale_decoder_outputs
+    return config
+
+
+def open_translator(folder: Path, device: str, threads: int, compute_type: str) -> Any:
+    import ctranslate2
+
+    kind, _, index = device.partition(":")
+    return ctranslate2.Translator(
+        str(folder), kind, device_index=int(index or 0), compute_type=compute_type, intra_threads=threads
+    )
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens by id."""
+    by_id = sorted((i, word) for word, i in tokenizer.get_vocab().items())
+    return [word for _, word in by_id]
+
+
+def sources_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, config: Any) -> list[list[int]]:
+    limit = teachers.max_positions(config) or max_tokens
+    return teachers.tokenize_sources(tokenizer, texts, min(max_tokens, limit))
+
+
+@contextmanager
+def torch_threads(n: int | None) -> Iterator[None]:
+    """torch's thread count for a while; None leaves it."""
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
