@@ -1,0 +1,176 @@
+"""What a model costs to serve: milliseconds, parameters, memory; and the table that keeps the measurements."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from raydistill.config.files import write_json_atomic
+from raydistill.model.generate import Engine
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+MAX_REPEATS = 1000
+
+Hardware = dict[str, str | int]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per batch: the median, and the lowest and highest of `repeats` calls."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    repeats: int
+
+
+def measure(
+    engine: Engine,
+    source_tokens: int,
+    output_tokens: int,
+    batch: int,
+    beams: int,
+    repeats: int = 5,
+    warmup: int = 1,
+    min_seconds: float = 0.5,
+) -> Timing:
+    """Time an engine on rows of one fixed length: `source_tokens` read and `output_tokens` written, each exactly.
+
+    At least `repeats` calls and `min_seconds` of them, so that a small model is not timed on noise. The
+    device should do nothing else meanwhile.
+    """
+    return time_calls(engine.timed(source_tokens, output_tokens, batch, beams), repeats, warmup, min_seconds)
+
+
+def time_calls(call: Callable[[], None], repeats: int, warmup: int, min_seconds: float) -> Timing:
+    """Time a call `repeats` times or more, after `warmup` calls that do not count."""
+    for _ in range(warmup):
+        call()
+    times: list[float] = []
+    while len(times) < repeats or (sum(times) < min_seconds and len(times) < MAX_REPEATS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return Timing(1000 * statistics.median(times), 1000 * min(times), 1000 * max(times), len(times))
+
+
+def hardware(device: str = "cpu", threads: int = 1) -> Hardware:
+    """What was measured on: `kind` (cpu, cuda), `name`, `cores` that this process may use, `threads` used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.startswith("cuda"):
+        import torch
+
+        return {"kind": "cuda", "name": torch.cuda.get_device_name(device), "cores": cores, "threads": threads}
+    return {"kind": "cpu", "name": _cpu_name(), "cores": cores, "threads": threads}
+
+
+def parameters(config: PretrainedConfig) -> int:
+    """How many parameters a model of this configuration has, tied weights once; nothing is allocated."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def memory_mb(config: PretrainedConfig, precision: str = "fp32") -> float:
+    """Megabytes (10^6 bytes) of the parameters at a precision: fp32, bf16, fp16 or int8.
+
+    The weights alone, which is what a student saves; activations and caches depend on the batch and come
+    on top. With int8 the few norms and biases that stay fp32 are counted as int8.
+    """
+    return parameters(config) * BYTES[precision] / 1e6
+
+
+def shape(config: PretrainedConfig) -> str:
+    """All of a configuration that decides its speed, such as "marian 6-6 ...": equal for equal shapes."""
+    decoder = config.num_decoder_layers if config.model_type == "t5" else config.decoder_layers
+    encoder = config.num_layers if config.model_type == "t5" else config.encoder_layers
+    keys = (
+        ("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "vocab_size")
+        if config.model_type == "t5"
+        else (
+            *("d_model", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads"),
+            *("decoder_attention_heads", "activation_function", "vocab_size"),
+        )
+    )
+    return " ".join([config.model_type, f"{encoder}-{decoder}", *[f"{k}={getattr(config, k)}" for k in keys]])
+
+
+def key(
+    machine: Hardware,
+    of_shape: str,
+    engine: str,
+    precision: str,
+    *,
+    beams: int,
+    batch: int,
+    source_tokens: int,
+    output_tokens: int,
+) -> str:
+    """The name of a measurement in the table: all that it depends on, the engine's version too."""
+    facts: dict[str, Any] = {
+        **machine,
+        "shape": of_shape,
+        "engine": f"{engine} {_version(engine)}",
+        "precision": precision,
+        "beams": beams,
+        "batch": batch,
+        "source_tokens": source_tokens,
+        "output_tokens": output_tokens,
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return f"{of_shape.split(' d_model')[0]} {engine} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def lookup(table: Path, name: str) -> Timing | None:
+    """The timing of that name in a table's file; None where there is none, or the file is no table."""
+    found = _read(table).get(name)
+    try:
+        return Timing(**found) if isinstance(found, dict) else None
+    except TypeError:
+        return None
+
+
+def record(table: Path, name: str, timing: Timing) -> None:
+    """Add a timing to a table's file. Processes may record at the same time; the file is whole throughout."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.with_name(f".{table.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json_atomic(table, {**_read(table), name: asdict(timing)})
+
+
+def _read(table: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(table.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _version(engine: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(engine)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
