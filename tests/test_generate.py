@@ -1,0 +1,286 @@
+import gzip
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import Decoding
+from raydistill.model import convert, teachers
+from raydistill.model.generate import Beam, TransformersEngine, open_engine, resolve_decoding
+from tests.tiny import FAMILIES, save_tiny, sentences
+
+SHARED = Path(os.environ.get("RAYDISTILL_SHARED", Path(__file__).parents[2] / "shared"))
+REAL = SHARED / "teachers" / "multi30k-marian-6-6"
+GREEDY = Beam(1, 1.0, 0, 20, 0, True, None)
+TEXTS = sentences(9, seed=4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("tiny")
+    made = {family: save_tiny(family, place / family, logits_bias=family != "t5") for family in FAMILIES}
+    return {**made, "t5 1.1": save_tiny("t5", place / "t5-1.1", t5_gated=True), "cache": place / "cache"}
+
+
+def ctranslate2(tiny, family, **kw):
+    return open_engine(tiny[family], "ctranslate2", cache=tiny["cache"], allow_fallback=False, **kw)
+
+
+def texts_of(found) -> list[str]:
+    return [hypotheses[0].text for hypotheses in found]
+
+
+# Decoding
+
+
+def test_decoding_asked_then_checkpoint_then_preset_then_defaults():
+    own = GenerationConfig(num_beams=6, length_penalty=2.0, early_stopping=True, forced_bos_token_id=3)
+    preset = Decoding(beams=8, min_length=11, length_penalty=0.6)
+    beam = resolve_decoding(Decoding(beams=2), own, preset, 60)
+    assert beam == Beam(2, 2.0, 11, 61, 0, True, 3)
+    assert resolve_decoding(Decoding(), own, preset, 60).beams == 6
+    assert resolve_decoding(Decoding(), GenerationConfig(), preset, 60).beams == 8
+    assert resolve_decoding(Decoding(), None, None, 60) == Beam(4, 1.0, 0, 61, 0, False, None)
+
+
+def test_decoding_counts_new_tokens_with_the_start_token():
+    assert resolve_decoding(Decoding(), GenerationConfig(max_new_tokens=9), None, 60).max_length == 10
+
+
+def test_decoding_refuses_a_least_length_above_the_greatest():
+    with pytest.raises(UserError, match="min_length 30 is above max_length 20"):
+        resolve_decoding(Decoding(min_length=30, max_length=20), None, None, 60)
+    own = GenerationConfig(min_length=56)  # not the user's doing: bart-large-cnn with a short max_length
+    assert resolve_decoding(Decoding(max_length=20), own, None, 60).min_length == 20
+
+
+# transformers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_and_the_order_is_kept(tiny, family):
+    engine = open_engine(tiny[family], "transformers")
+    together = engine.generate(TEXTS, GREEDY, max_source_tokens=50, batch_size=9)
+    alone = [engine.generate([t], GREEDY, max_source_tokens=50)[0] for t in TEXTS]
+    in_threes = engine.generate(TEXTS, GREEDY, max_source_tokens=50, batch_size=3)
+    assert texts_of(together) == texts_of(alone) == texts_of(in_threes)
+    assert len(set(texts_of(together))) > 1
+    for a, b in zip(together, alone, strict=True):
+        assert a[0].score == pytest.approx(b[0].score, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("penalty", [0.5, 1.0])
+def test_score_is_the_log_probability_over_length_to_the_penalty(tiny, beams, penalty):
+    """Worked out by feeding the text back; t5 forces no token at the end."""
+    engine = open_engine(tiny["t5"], "transformers")
+    assert isinstance(engine, TransformersEngine)
+    beam = replace(GREEDY, beams=beams, length_penalty=penalty, max_length=8)
+    out = engine._run(teachers.tokenize_sources(engine.tokenizer, TEXTS[:1], 50), engine._settings(beam))
+    sequence = out.sequences
+    sources = torch.tensor(teachers.tokenize_sources(engine.tokenizer, TEXTS[:1], 50))
+    with torch.no_grad():
+        logits = engine.model(input_ids=sources, decoder_input_ids=sequence[:, :-1]).logits
+    chosen = logits.log_softmax(-1).gather(-1, sequence[:, 1:, None]).sum().item()
+    [[best]] = engine.generate(TEXTS[:1], beam, max_source_tokens=50)
+    assert best.score == pytest.approx(chosen / (sequence.shape[1] - 1) ** penalty, abs=1e-4)
+
+
+def test_a_model_in_training_is_left_in_training_and_generates_without_dropout(tiny):
+    model = teachers.load_model(tiny["bart"])
+    engine = TransformersEngine(model, teachers.load_tokenizer(tiny["bart"]))
+    wanted = engine.generate(TEXTS, GREEDY, max_source_tokens=50)
+    model.train()
+    assert engine.generate(TEXTS, GREEDY, max_source_tokens=50) == wanted
+    assert model.training
+
+
+def test_bf16_is_generated_with_when_asked(tiny):
+    engine = open_engine(tiny["bart"], "transformers", precision="bf16")
+    assert engine.precision == "bf16"
+    assert len(engine.generate(TEXTS, GREEDY, max_source_tokens=50)) == len(TEXTS)
+
+
+# both
+
+
+@pytest.mark.parametrize("kind", ["ctranslate2", "transformers"])
+def test_n_best_blank_texts_and_no_texts(tiny, kind):
+    engine = open_engine(tiny["t5"], kind, cache=tiny["cache"], allow_fallback=False)
+    beam = replace(GREEDY, beams=4)
+    assert engine.generate([], beam, max_source_tokens=50) == []
+    seen: list[tuple[int, int]] = []
+    found = engine.generate(
+        ["", TEXTS[0], " "],
+        beam,
+        max_source_tokens=50,
+        n_best=3,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert [[h.text for h in found[i]] for i in (0, 2)] == [[""], [""]]
+    scores = [h.score for h in found[1]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert seen == [(1, 1)]
+    with pytest.raises(ValueError, match="n_best 5 is more than the 4 beams"):
+        engine.generate(TEXTS, beam, max_source_tokens=50, n_best=5)
+
+
+@pytest.mark.parametrize("kind", ["ctranslate2", "transformers"])
+def test_texts_and_outputs_beyond_the_positions_are_cut(tmp_path, kind):
+    folder = save_tiny("bart", tmp_path / "m", max_positions=20)
+    engine = open_engine(folder, kind, cache=tmp_path / "cache", allow_fallback=False)
+    found = engine.generate([" ".join(TEXTS)], replace(GREEDY, max_length=90), max_source_tokens=1024)
+    assert found[0][0].text
+
+
+@pytest.mark.parametrize("kind", ["ctranslate2", "transformers"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_lengths_are_counted_with_start_and_end(tmp_path, kind, beams):
+    """A BART that ends as soon as it may: </s> and the forced <s> come first, so 4 of 6 are left over."""
+    folder = save_tiny("bart", tmp_path / "m", logits_bias=True)
+    model = teachers.load_model(folder)
+    bias = model.final_logits_bias
+    assert isinstance(bias, torch.Tensor)
+    bias[0, model.config.eos_token_id] = 50
+    bias[0, 4:100] = 10  # bytes, one character each
+    model.save_pretrained(folder)
+    engine = open_engine(folder, kind, cache=tmp_path / "cache", allow_fallback=False)
+    beam = Beam(beams, 1.0, 6, 30, 0, True, engine.generation.forced_bos_token_id)
+    for [best] in engine.generate(TEXTS[:3], beam, max_source_tokens=50):
+        assert len(best.text) == 4
+    bias[0, model.config.eos_token_id] = -50  # and one that never ends: of 8, the end is one too
+    model.save_pretrained(folder)
+    engine = open_engine(folder, kind, cache=tmp_path / "cache", allow_fallback=False)
+    for [best] in engine.generate(TEXTS[:3], replace(beam, max_length=8), max_source_tokens=50):
+        assert len(best.text) == 5
+
+
+@pytest.mark.parametrize("kind", ["ctranslate2", "transformers"])
+def test_a_decoder_deeper_than_the_encoder(tmp_path, kind):
+    folder = save_tiny("t5", tmp_path / "m", encoder_layers=1, decoder_layers=4)
+    engine = open_engine(folder, kind, cache=tmp_path / "cache", allow_fallback=False)
+    assert len(engine.generate(TEXTS, replace(GREEDY, beams=2), max_source_tokens=50)) == len(TEXTS)
+
+
+# CTranslate2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "t5 1.1"])
+def test_a_conversion_has_the_log_probabilities_of_transformers(tiny, family):
+    model, tokenizer = teachers.load_model(tiny[family]), teachers.load_tokenizer(tiny[family])
+    engine = ctranslate2(tiny, family)
+    folder = convert.converted(tiny[family], tokenizer, tiny["cache"], 1, None)
+    assert convert.disagreement(folder, model, tokenizer) < 0.005
+    greedy = replace(GREEDY, forced_first=engine.generation.forced_bos_token_id)
+    wanted = open_engine(tiny[family], "transformers").generate(TEXTS, greedy, max_source_tokens=50)
+    assert texts_of(engine.generate(TEXTS, greedy, max_source_tokens=50)) == texts_of(wanted)
+
+
+def test_disagreement_sees_another_model(tiny, tmp_path):
+    other = teachers.load_model(save_tiny("bart", tmp_path, seed=1))
+    tokenizer = teachers.load_tokenizer(tiny["bart"])
+    folder = convert.converted(tiny["bart"], tokenizer, tiny["cache"], 1, None)
+    assert convert.disagreement(folder, other, tokenizer) > 1
+    own = teachers.load_model(tiny["bart"])
+    bias = own.final_logits_bias
+    assert isinstance(bias, torch.Tensor)
+    bias.zero_()
+    assert convert.disagreement(folder, own, tokenizer) > convert.TOLERANCE
+
+
+def test_another_mbart_language_needs_no_conversion_of_its_own(tiny):
+    romanian = ctranslate2(tiny, "mbart", languages=("en_XX", "ro_RO"))
+    german = ctranslate2(tiny, "mbart", languages=("en_XX", "de_DE"))
+    reference = open_engine(tiny["mbart"], "transformers", languages=("en_XX", "de_DE"))
+    found = texts_of(german.generate(TEXTS, GREEDY, max_source_tokens=50))
+    assert found == texts_of(reference.generate(TEXTS, GREEDY, max_source_tokens=50))
+    assert found != texts_of(romanian.generate(TEXTS, GREEDY, max_source_tokens=50))
+
+
+def test_a_checkpoint_is_not_touched_and_is_converted_once(tmp_path):
+    folder = save_tiny("bart", tmp_path / "m")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    said: list[str] = []
+    for _ in range(2):
+        open_engine(folder, cache=tmp_path / "cache", say=said.append)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert len(said) == 1
+    assert "converting" in said[0]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_truncated_conversion_is_made_again(tmp_path):
+    folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
+    engine = open_engine(folder, cache=cache, allow_fallback=False)
+    wanted = engine.generate(TEXTS, GREEDY, max_source_tokens=50)
+    for damage in ("model.bin", convert.PROOF):
+        [path] = cache.glob(f"*/{damage}")
+        path.write_bytes(path.read_bytes()[:50])
+        engine = open_engine(folder, cache=cache, allow_fallback=False)
+        assert engine.generate(TEXTS, GREEDY, max_source_tokens=50) == wanted
+
+
+def test_changed_weights_are_converted_anew(tmp_path):
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        open_engine(save_tiny("bart", tmp_path / "m", seed=seed), cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "kw", "reason"),
+    [
+        ("marian", {"marian_padding_row": 0.5}, "padding row is not zero"),
+        ("t5", {"padded_rows": 3}, r"padded to \d+ rows beyond the tokenizer's"),
+    ],
+)
+def test_what_ctranslate2_would_get_wrong_is_refused_and_falls_back_aloud(tmp_path, family, kw, reason):
+    folder, cache = save_tiny(family, tmp_path / "m", **kw), tmp_path / "cache"
+    for _ in range(2):  # the refusal is kept too
+        with pytest.raises(UserError, match=reason):
+            open_engine(folder, "ctranslate2", cache=cache, allow_fallback=False)
+    said: list[str] = []
+    engine = open_engine(folder, "auto", cache=cache, precision="int8", say=said.append)
+    assert (engine.name, engine.precision) == ("transformers", "fp32")
+    assert "using transformers, since" in said[-1]
+
+
+def test_a_generation_config_that_ctranslate2_does_not_know_is_refused(tmp_path):
+    folder = save_tiny("bart", tmp_path / "m")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.3}))
+    with pytest.raises(UserError, match="sets repetition_penalty"):
+        open_engine(folder, "ctranslate2", cache=tmp_path / "cache", allow_fallback=False)
+
+
+def test_an_unknown_precision_is_the_users_to_mend(tiny):
+    with pytest.raises(UserError, match="precision 'int4' is none of"):
+        open_engine(tiny["bart"], precision="int4")
+    with pytest.raises(UserError, match="transformers has no int8"):
+        open_engine(tiny["bart"], "transformers", precision="int8")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared teacher is not here")
+def test_engines_agree_on_a_trained_model(tmp_path):
+    rows = gzip.decompress((SHARED / "data" / "multi30k_en_de" / "validation.jsonl.gz").read_bytes())
+    texts = [json.loads(line)["document"] for line in rows.decode().splitlines()[:60]]
+    ours = open_engine(REAL, "ctranslate2", cache=tmp_path, allow_fallback=False)
+    reference = open_engine(REAL, "transformers")
+    beam = resolve_decoding(Decoding(), ours.generation, None, 60)
+    assert (beam.beams, beam.max_length) == (4, 64)
+    for asked in (beam, replace(beam, early_stopping=True), replace(beam, length_penalty=0.6)):
+        found = ours.generate(texts, asked, max_source_tokens=128)
+        wanted = reference.generate(texts, asked, max_source_tokens=128)
+        same = [a == b for a, b in zip(texts_of(found), texts_of(wanted), strict=True)]
+        assert sum(same) >= 0.95 * len(texts)
+        scores = [(a[0].score, b[0].score) for a, b in zip(found, wanted, strict=True)]
+        close = [math.isclose(a, b, abs_tol=2e-3) for a, b in scores]
+        assert sum(close) >= 0.95 * len(texts)
