@@ -62,7 +62,7 @@ def test_every_depth_works(teacher):
         for layers in (layers_to_copy(teacher, student), layers_to_supervise(teacher, student)):
             assert len(layers) == student
             assert layers == sorted(set(layers))
-            assert 0 <= layers[0]
+            assert layers[0] >= 0
             assert layers[-1] < teacher
         assert layers_to_supervise(teacher, student)[-1] == teacher - 1
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import write_json_atomic
 from raydistill.results import records, tracking
-from raydistill.results.records import write_json_atomic
 
 
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:

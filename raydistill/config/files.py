@@ -22,4 +22,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_json_atomic(path: Path, data: Any) -> None:
     """`write_atomic` of indented JSON; ValueError for NaN and infinity, which JSON does not have."""
-    write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False).encode())
+    write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False, default=_plain).encode())
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays, and paths, as JSON knows them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

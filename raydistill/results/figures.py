@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.files import write_atomic
 from raydistill.results.budget import UNITS
-from raydistill.results.records import Outcome, Trial, write_atomic
+from raydistill.results.records import Outcome, Trial
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart
 COLOURS = {"sft": "#0072B2", "kd": "#D55E00", "pl": "#009E73"}

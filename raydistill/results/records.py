@@ -5,8 +5,6 @@ SWEEP/trials/KEY/run.json  metrics.jsonl  rows.npz  best/  result.json (last: th
 """
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,28 +105,6 @@ class Outcome:
     def chosen(self) -> dict[str, str | None]:
         """The chosen trial's key per budget."""
         return {name: choice.best.key if choice.best else None for name, choice in self.choices.items()}
-
-
-def write_json_atomic(path: Path, data: Any) -> None:
-    """Write JSON so that the file is the old one or the new one, whatever is killed when. NaN is refused."""
-    text = json.dumps(data, indent=1, allow_nan=False, default=_plain)
-    write_atomic(path, text.encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole: into a temporary one in the same folder, to the disk, then renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; other users' readers come later
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -264,14 +240,3 @@ def _running(folder: Path) -> Trial:
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path}: damaged: {what}. Delete {path.parent} to have it made again")
-
-
-def _plain(value: Any) -> Any:
-    """numpy numbers and paths as JSON knows them."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
+from raydistill.config.files import write_atomic
 from raydistill.results.figures import choices_table, markdown_table, write_report
-from raydistill.results.records import Outcome, Trial, outcome, write_atomic
+from raydistill.results.records import Outcome, Trial, outcome
 
 FINAL = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),

@@ -9,7 +9,7 @@ import itertools
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.presets import DATASETS, TeacherPreset, teacher_preset
-from raydistill.config.run import Dataset, Decoding, Run, Start
+from raydistill.config.run import Dataset, Decoding, Run
 from raydistill.data.batches import Examples, buckets
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.data.labels import choose_targets, read_label_set
 from raydistill.evaluation.checkpoint import Evaluation, evaluate
-from raydistill.evaluation.scores import signature
+from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
 from raydistill.model.generate import Beam, open_engine, resolve_decoding
 from raydistill.model.shrink import Plan, plan, shrink
@@ -38,6 +38,7 @@ from raydistill.model.teachers import (
     load_model,
     load_tokenizer,
     locate,
+    set_languages,
     tokenize_sources,
     tokenize_targets,
 )
@@ -47,7 +48,6 @@ from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import (
     Ragged,
     decoder_store,
-    encoder_bytes,
     encoder_store,
     source_tensors,
     target_tensor,
@@ -103,15 +103,22 @@ def train(
     if worker.leads:
         _claim(folder, run)
     teacher = open_teacher(run.teacher, run.dataset.name) if run.teacher else None
-    tokenizer = teacher.tokenizer if teacher else _own_tokenizer(run, folder, worker)
-    student, layers = make_student(run, teacher, tokenizer)
+    student: PreTrainedModel
+    layers: Plan | None
+    if teacher:
+        tokenizer = teacher.tokenizer
+        student, layers = make_student(run, teacher)
+    else:
+        place = _random_start(run, folder, worker)
+        tokenizer, student, layers = load_tokenizer(place), load_model(place), None
     material = load_material(run, teacher.preset if teacher else None, tokenizer, student.config)
     examples = make_examples(run, material, tokenizer, inputs)
     student.to(worker.device)
     if teacher:
         teacher.model.to(worker.device)
-    shared = freeze(run, student, layers)
-    supervision = supervise(run, student, layers, teacher, examples, shared, inputs)
+    frozen = what_is_frozen(run, layers)
+    freeze(student, frozen)
+    supervision = supervise(run, student, layers, teacher, examples, frozen.shared, inputs)
     beam = resolve_decoding(
         run.decoding,
         student.generation_config,
@@ -119,7 +126,7 @@ def train(
         material.max_target_tokens,
     )
     remember_decoding(student, beam, run.decoding)
-    scorer = _Validator(run, student, tokenizer, material, beam, inputs, teacher, shared, worker)
+    scorer = _Validator(run, student, tokenizer, material, beam, teacher, worker)
     recorder = _recorder(folder, report, worker)
     try:
         state = fit(supervision, run.training, scorer.validate, folder, recorder, worker)
@@ -128,25 +135,99 @@ def train(
     return _finish(folder, run, layers, state, scorer, material, inputs, teacher, worker) if worker.leads else {}
 
 
+def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
+    """The teacher's own scores on the run's data and decoding, with the corpus's mean token counts.
+
+    What students are compared with, and what latency is measured at.
+    """
+    assert run.teacher is not None
+    teacher = open_teacher(run.teacher, run.dataset.name)
+    material = load_material(run, teacher.preset, teacher.tokenizer, teacher.model.config)
+    preset = teacher.preset.decoding if teacher.preset else None
+    beam = resolve_decoding(run.decoding, teacher.model.generation_config, preset, material.max_target_tokens)
+    engine = open_engine(
+        teacher.where,
+        run.evaluation.engine,
+        device=device,
+        threads=threads,
+        languages=teacher.preset.languages if teacher.preset else None,
+    )
+    found = {
+        split: evaluate(
+            engine,
+            corpus.sources,
+            corpus.targets,
+            material.metric,
+            beam,
+            max_source_tokens=material.max_source_tokens,
+            batch_size=run.evaluation.batch_size,
+        )
+        for split, corpus in material.corpora.items()
+        if split != "train"
+    }
+    train_corpus = material.corpora["train"]
+    targets = tokens(teacher.tokenizer, run.dataset, "train", "target", material.max_target_tokens)
+    sources = material.sources["train"]
+    test = found.get("test")
+    return {
+        "name": run.teacher,
+        "key": teacher.key,
+        "size": forms.size_name(teacher.model.config),
+        "metric": material.metric,
+        "metrics": found["validation"].scored.metrics,
+        "interval": list(found["validation"].interval),
+        "test": test.summary() if test else None,
+        "tokens": {
+            "source": round(sum(map(len, sources)) / len(sources)),
+            "output": round(sum(map(len, targets)) / len(targets)),
+        },
+        "beams": beam.beams,
+        "decoding": asdict(beam),
+        "signature": signature(material.metric),
+        "engine": f"{engine.name} {engine.precision}",
+        "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
+        "rows": {split: len(corpus) for split, corpus in material.corpora.items()},
+        "baseline": _lead(material, train_corpus.labelled),
+    }
+
+
+def fill_cache(run: Run, inputs: Inputs, device: str) -> int:
+    """Make what the run's teacher cache lacks; returns its bytes. What is there already is left alone."""
+    assert run.teacher is not None
+    assert inputs.cache is not None
+    teacher = open_teacher(run.teacher, run.dataset.name)
+    teacher.model.to(device)
+    material = load_material(run, teacher.preset, teacher.tokenizer, teacher.model.config)
+    examples = make_examples(run, material, teacher.tokenizer, inputs)
+    layers = plan(forms.depths(teacher.model.config), run.student)
+    shared = what_is_frozen(run, layers).shared
+    made = supervise(run, teacher.model, layers, teacher, examples, shared, inputs)
+    stores = [*made.decoded.values(), *([made.encoded] if made.encoded else [])]
+    return sum(store.data.nbytes for store in stores)
+
+
+def _lead(material: Material, labelled: bool) -> dict[str, Any] | None:
+    """The first sentence as the summary: what a summariser has to beat on test."""
+    if material.metric == "bleu" or "test" not in material.corpora or not labelled:
+        return None
+    corpus = material.corpora["test"]
+    return {"lead1": score("rouge2", [lead(s, 1) for s in corpus.sources], corpus.targets).metrics}
+
+
 @lru_cache(maxsize=2)
 def open_teacher(name: str, dataset: str) -> Teacher:
     """Load a teacher once per process: weights, tokenizer, fingerprint, preset."""
     preset = teacher_preset(name, dataset)
     where = locate(name, dataset)
     languages = preset.languages if preset else None
-    model = load_model(where)
+    model, tokenizer = load_model(where), load_tokenizer(where, languages)
+    set_languages(model, tokenizer)
     model.requires_grad_(False)
-    return Teacher(where, model, load_tokenizer(where, languages), fingerprint(model), preset)
+    return Teacher(where, model, tokenizer, fingerprint(model), preset)
 
 
-def make_student(
-    run: Run, teacher: Teacher | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, Plan | None]:
-    """The untrained student (or new model) and, for a student, which layers it copies and is supervised by."""
-    if teacher is None:
-        assert run.start is not None
-        dropout = 0.1 if run.training.dropout is None else run.training.dropout
-        return new_model(run.start, tokenizer, dropout, run.training.seed), None
+def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
+    """The untrained student and which layers it copies and is supervised by."""
     layers = plan(forms.depths(teacher.model.config), run.student)
     student = shrink(teacher.model, layers, run.training.seed)
     if run.training.dropout is not None:
@@ -154,24 +235,38 @@ def make_student(
     return student, layers
 
 
-def freeze(run: Run, student: PreTrainedModel, layers: Plan | None) -> bool:
-    """Freeze what the run asks for; returns whether the student's encoder stays the teacher's own.
+@dataclass(frozen=True)
+class Frozen:
+    """What stays as the teacher has it; `shared`: the student's encoder states are the teacher's."""
 
-    By default a shrunk student (a `size` is given) keeps its embeddings and, when fully copied, its encoder.
+    encoder: bool
+    embeddings: bool
+    shared: bool
+
+
+def what_is_frozen(run: Run, layers: Plan | None) -> Frozen:
+    """What the run asks to freeze; by default, of a shrunk student, the embeddings and a fully copied encoder.
+
+    A student is shrunk where the run gives a `size`, be it the teacher's own; without one a teacher is fine-tuned.
     """
-    settings = run.training
     shrunk = layers is not None and run.student.size is not None
     complete = layers is not None and layers.encoder_complete
-    frozen_embeddings = shrunk if settings.freeze_embeddings is None else settings.freeze_embeddings
-    frozen_encoder = shrunk and complete if settings.freeze_encoder is None else settings.freeze_encoder
-    for parameter in forms.embeddings(student) if frozen_embeddings else []:
+    embeddings = run.training.freeze_embeddings
+    encoder = run.training.freeze_encoder
+    embeddings = shrunk if embeddings is None else embeddings
+    encoder = shrunk and complete if encoder is None else encoder
+    return Frozen(encoder, embeddings, encoder and embeddings and complete)
+
+
+def freeze(student: PreTrainedModel, frozen: Frozen) -> None:
+    """Freeze it; UserError where nothing is left to train."""
+    for parameter in forms.embeddings(student) if frozen.embeddings else []:
         parameter.requires_grad_(False)
-    for parameter in forms.encoder_layers(student) if frozen_encoder else []:
+    for parameter in forms.encoder_layers(student) if frozen.encoder else []:
         parameter.requires_grad_(False)
     if not any(p.requires_grad for p in student.parameters()):
         raise UserError("nothing is left to train: encoder, embeddings and decoder are all frozen")
     _hold_padding_row(student)
-    return bool(frozen_embeddings and frozen_encoder and complete)
 
 
 def load_material(run: Run, preset: TeacherPreset | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Material:
@@ -179,9 +274,8 @@ def load_material(run: Run, preset: TeacherPreset | None, tokenizer: PreTrainedT
     known = DATASETS.get(run.dataset.name)
     source = _length(run.dataset, "max_source_tokens", preset, known, config, 512)
     target = _length(run.dataset, "max_target_tokens", preset, known, config, 128)
-    metric = run.evaluation.metric
-    if metric == "auto":
-        metric = known.metric if known else "rouge2"
+    asked = run.evaluation.metric
+    metric = asked if asked != "auto" else known.metric if known else "rouge2"
     corpora = {split: c for split in ("train", "validation", "test") if (c := read_split(run.dataset, split))}
     if "train" not in corpora or "validation" not in corpora:
         raise UserError(
@@ -232,15 +326,6 @@ def supervise(
     return Supervision(student, live.teacher, examples, run.method, run.loss, layers, shared, encoded, decoded)
 
 
-def cache_bytes(run: Run, layers: Plan, examples: Examples, width: int, teacher_layers: int) -> int:
-    """Disk that the run's teacher cache takes: bf16 encoder states and, for kd, the decoder layers it needs."""
-    need = encoder_bytes([len(s) for s in examples.sources], width)
-    if run.method == "kd":
-        wanted = {*layers.supervised_decoder, teacher_layers - 1} if run.loss.alpha_hidden > 0 else {teacher_layers - 1}
-        need += encoder_bytes([len(t) for t in examples.targets], width) * len(wanted)
-    return need
-
-
 def remember_decoding(student: PreTrainedModel, beam: Beam, asked: Decoding) -> None:
     """Write the decoding into the checkpoint's generation config, where it has none or the run asks for its own."""
     config = student.generation_config
@@ -265,9 +350,7 @@ class _Validator:
     tokenizer: PreTrainedTokenizerBase
     material: Material
     beam: Beam
-    inputs: Inputs
     teacher: Teacher | None
-    shared: bool
     worker: Worker
 
     def validate(self, folder: Path) -> dict[str, float]:
@@ -300,7 +383,7 @@ class _Validator:
                 corpus.sources,
                 corpus.targets,
                 self.material.metric,
-                self.beam.with_beams(beams),
+                replace(self.beam, beams=beams),
                 max_source_tokens=self.material.max_source_tokens,
                 batch_size=self.run.evaluation.batch_size,
             )
@@ -389,7 +472,7 @@ def _finish(
         "config": run.model_dump(mode="json"),
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "scores": {"validation": validation.summary(), "test": test.summary() if test else None},
-        "decoding": scorer.beam.summary(),
+        "decoding": asdict(scorer.beam),
         "signature": result["signature"],
         "versions": {name: version(name) for name in ("raydistill", "torch", "transformers")},
     }
@@ -453,25 +536,23 @@ def _recorder(folder: Path, report: Report, worker: Worker) -> Report:
     return record
 
 
-def _own_tokenizer(run: Run, folder: Path, worker: Worker) -> PreTrainedTokenizerBase:
-    """The tokenizer of a new model: built once from the training split by the leader, then loaded by all."""
-    place = folder / "tokenizer"
+def _random_start(run: Run, folder: Path, worker: Worker) -> Path:
+    """A new model and its tokenizer as a checkpoint: made once by the leader, loaded by all."""
+    place = folder / "start"
     if worker.leads and not place.is_dir():
         assert run.start is not None
-        _train_tokenizer(run.start, run.dataset, place)
+        corpus = read_split(run.dataset, "train")
+        if corpus is None:
+            raise UserError(f"{run.dataset.name}: there is no train split to build a tokenizer from")
+        making = folder / ".start.making"
+        shutil.rmtree(making, ignore_errors=True)
+        tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), making)
+        dropout = 0.1 if run.training.dropout is None else run.training.dropout
+        new_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(making)
+        making.rename(place)
     if worker.world > 1:
         torch.distributed.barrier()
-    return load_tokenizer(str(place))
-
-
-def _train_tokenizer(start: Start, dataset: Dataset, place: Path) -> None:
-    corpus = read_split(dataset, "train")
-    if corpus is None:
-        raise UserError(f"{dataset.name}: there is no train split to build a tokenizer from")
-    making = place.with_name(".tokenizer.making")
-    shutil.rmtree(making, ignore_errors=True)
-    build_tokenizer(start, itertools.chain(corpus.sources, corpus.targets), making)
-    making.rename(place)
+    return place
 
 
 @lru_cache(maxsize=8)

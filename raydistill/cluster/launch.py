@@ -1,0 +1,148 @@
+"""Two launchers, one training core: Ray Train for GPUs, several workers and every `train`; Tune for short CPU trials.
+
+Both hand `training.run.train` a `report`, and both go on from the run's own folder after a death.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import Run
+from raydistill.training.run import Inputs
+
+Metrics = dict[str, Any]
+
+
+def launcher_for(run: Run, device: str) -> str:
+    """ "tune" for a CPU trial of one worker, else "train", unless the run says which."""
+    if run.training.launcher != "auto":
+        if run.training.launcher == "tune" and run.training.workers > 1:
+            raise UserError("training.launcher tune runs one worker; use train, or set training.workers to 1")
+        return run.training.launcher
+    return "tune" if device == "cpu" and run.training.workers == 1 else "train"
+
+
+def check_room(run: Run, device: str) -> None:
+    """UserError where the cluster can never hold the run: Ray would wait for ever without a word."""
+    import ray
+
+    have = ray.cluster_resources()
+    cpus = run.training.workers * run.training.threads
+    if device == "cpu" and have.get("CPU", 0) < cpus:
+        raise UserError(
+            f"{run.training.workers} workers of {run.training.threads} threads need {cpus} CPUs and the cluster has "
+            f"{have.get('CPU', 0):.0f}; lower training.workers or training.threads"
+        )
+    if device == "cuda" and have.get("GPU", 0) < run.training.workers:
+        raise UserError(
+            f"training.workers is {run.training.workers} and the cluster has {have.get('GPU', 0):.0f} GPUs; "
+            f"lower training.workers"
+        )
+
+
+def train_with_ray_train(
+    run: Run,
+    folder: Path,
+    inputs: Inputs,
+    *,
+    device: str = "cpu",
+    retries: int = 2,
+    callbacks: list[Any] | None = None,
+) -> Metrics:
+    """One run as a Ray Train job; a worker that dies is started again and goes on from the run's folder.
+
+    Returns the result that result.json holds. `folder` must be seen by every node.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    training = run.training
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"run": run.model_dump(mode="json"), "folder": str(folder), "inputs": inputs},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=device == "cuda",
+            resources_per_worker={"CPU": training.threads, **({"GPU": 1} if device == "cuda" else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"train-{folder.name}",
+            storage_path=str(folder.parent / ".ray"),
+            callbacks=callbacks or [],
+            failure_config=ray.train.FailureConfig(max_failures=retries),
+        ),
+    )
+    trainer.fit()
+    return read_result(folder)
+
+
+def read_result(folder: Path) -> Metrics:
+    """The finished run's result."""
+    import json
+
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def final_report(result: Metrics, cost: str) -> Metrics:
+    """What a search is told of a finished run: its score and cost, or a score of 0 where it failed."""
+    failed = result["status"] == "failed"
+    metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
+    score = 0.0 if failed else metrics["score"]
+    return {**metrics, "score": score, cost: metrics.get(cost, 0.0), "status": result["status"], "finished": True}
+
+
+def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str) -> None:
+    """A trial: the function that Tune calls, in a reused actor, with what the search proposed."""
+    from ray import tune
+
+    from raydistill.cluster.search import trial_run
+    from raydistill.training.run import train
+
+    run, folder, inputs = trial_run(space, Path(sweep), prepared, config)
+    cost = space.search.cost
+    if launcher_for(run, device) == "train":
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        result = train_with_ray_train(
+            run, folder, inputs, device=device, retries=space.search.retries, callbacks=[TuneReportCallback()]
+        )
+    else:
+        _use_threads(run.training.threads)
+
+        def report(metrics: Metrics, where: Path | None) -> None:
+            tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
+
+        result = train(run, folder, report, inputs)
+    tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    from raydistill.training.loop import Worker
+    from raydistill.training.run import train
+
+    run = Run.model_validate(config["run"])
+    context = ray.train.get_context()
+    _use_threads(run.training.threads)
+    worker = Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
+
+    def report(metrics: Metrics, where: Path | None) -> None:
+        ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+
+    train(run, Path(config["folder"]), report, config["inputs"], worker)
+
+
+def _use_threads(threads: int) -> None:
+    """As many CPU threads as the trial was given: Ray counts them but does not hold a process to them."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+Trainable = Callable[[Metrics], None]

@@ -1,0 +1,196 @@
+"""What a sweep's trials share, made once before the first: teacher's score, latency table, labels, teacher cache."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raydistill.config.console import home, progress
+from raydistill.config.files import write_json_atomic
+from raydistill.config.run import Run, parse_size
+from raydistill.config.space import Space, corners, resolve
+from raydistill.training.run import Inputs
+
+TIMED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Handed to every trial: plain paths and numbers."""
+
+    teacher: dict[str, Any]
+    shapes: dict[str, dict[str, float]]
+    labels: dict[str, str] = field(default_factory=dict)
+    cache: str | None = None
+
+    def inputs(self, run: Run, note: dict[str, Any]) -> Inputs:
+        """What one trial needs of it."""
+        costs = self.shapes.get(run.student.size or self.teacher["size"], {})
+        labels = self.labels.get(run.label_source)
+        return Inputs(
+            labels=Path(labels) if labels else None,
+            cache=Path(self.cache) if self.cache else None,
+            costs=costs,
+            note=note,
+        )
+
+
+def runs_of(space: Space) -> list[Run]:
+    """The runs that stand for the space: every corner, once each."""
+    runs = {
+        json.dumps(r.model_dump(mode="json")): r for r in (resolve(space, c, space.name) for c in corners(space.run))
+    }
+    return list(runs.values())
+
+
+def sizes_of(runs: list[Run], teacher_size: str) -> list[str]:
+    """The shapes of the space, the teacher's own first, large to small."""
+    sizes = {run.student.size or teacher_size for run in runs} | {teacher_size}
+    return sorted(sizes, key=lambda size: (size != teacher_size, [-n for n in parse_size(size)]))
+
+
+def prepare(space: Space, sweep: Path, device: str) -> Prepared:
+    """Make what is missing, each part once and kept: a second call finds it done."""
+    import ray
+
+    runs = runs_of(space)
+    alone = _whole_machine(device)
+    first = runs[0]
+    teacher_file = sweep / "teacher.json"
+    if teacher_file.is_file():
+        teacher = json.loads(teacher_file.read_text(encoding="utf-8"))
+    else:
+        progress(f"teacher {first.teacher}: scoring it on validation and test")
+        teacher = ray.get(ray.remote(**alone)(score_teacher_task).remote(first, device, _threads(alone)))
+        write_json_atomic(teacher_file, teacher)
+    metric = teacher["metric"]
+    progress(f"teacher {first.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation")
+    sizes = sizes_of(runs, teacher["size"])
+    progress(f"latency: timing {len(sizes)} shapes, one at a time, alone on the machine ({', '.join(sizes)})")
+    shapes = ray.get(ray.remote(**alone)(time_shapes).remote(first, sizes, teacher, device, _threads(alone)))
+    base = shapes[teacher["size"]]["latency_ms"]
+    shapes = {size: {**row, "speedup": base / row["latency_ms"]} for size, row in shapes.items()}
+    for size in sizes:
+        progress(
+            f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
+        )
+    labels, label_hours = _labels(runs, device)
+    cache, cache_hours = _cache(runs, labels, alone, device, sweep)
+    teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
+    teacher["teacher_gpu_hours"] = label_hours + cache_hours
+    return Prepared(teacher, shapes, labels, cache)
+
+
+def time_shapes(
+    run: Run, sizes: list[str], teacher: dict[str, Any], device: str, threads: int
+) -> dict[str, dict[str, float]]:
+    """Latency, parameters and memory of each shape, untrained: they do not depend on the weights' values.
+
+    Runs as a task that has the whole machine, so that nothing else is timed with it. Kept in HOME/latency.json.
+    """
+    import torch
+
+    from raydistill.cluster.shapes import time_shape
+    from raydistill.training.run import open_teacher
+
+    torch.set_num_threads(threads)
+    assert run.teacher is not None
+    loaded = open_teacher(run.teacher, run.dataset.name)
+    return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
+
+
+def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
+    """Label sets that any run trains on, by what the runs call them, and the device-hours that they took."""
+    from raydistill.cluster.pseudolabel import Job, pseudolabel
+    from raydistill.data.labels import read_label_set
+
+    made: dict[str, str] = {}
+    hours = 0.0
+    for run in runs:
+        source = run.label_source
+        if source == "original" or source in made:
+            continue
+        if source in ("pseudo", "original+pseudo"):
+            assert run.teacher is not None
+            job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine)
+            folder = pseudolabel(job, home() / "labels", device)
+        else:
+            folder = Path(source)
+        made[source] = str(folder)
+        hours += float(read_label_set(folder).manifest.get("device_hours", 0.0))
+    return made, hours
+
+
+def _cache(
+    runs: list[Run], labels: dict[str, str], alone: dict[str, Any], device: str, sweep: Path
+) -> tuple[str | None, float]:
+    """The teacher cache that the runs share, if any wants it, and the device-hours that it took."""
+    import ray
+
+    root = home() / "cache"
+    wanting = {_cache_need(run): run for run in runs if run.training.teacher_cache != "off"}
+    if not wanting:
+        return None, 0.0
+    kept = sweep / "cache.json"
+    started = time.monotonic()
+    total = 0
+    for run in wanting.values():
+        source = labels.get(run.label_source)
+        inputs = Inputs(labels=Path(source) if source else None, cache=root)
+        total = max(total, ray.get(ray.remote(**alone)(fill_cache_task).remote(run, inputs, device, _threads(alone))))
+    hours = (time.monotonic() - started) / 3600
+    if kept.is_file():
+        hours = json.loads(kept.read_text(encoding="utf-8"))["device_hours"]
+    else:
+        write_json_atomic(kept, {"device_hours": hours, "bytes": total})
+    progress(f"teacher cache: {total / 1e6:.0f} MB at most for a run, under {root}")
+    return str(root), hours
+
+
+def _cache_need(run: Run) -> str:
+    """What decides the parts of the teacher cache that a run reads."""
+    student, training = run.student, run.training
+    parts = (run.method == "kd", run.label_source, student.size, student.supervised, student.copied.encoder)
+    return str((*parts, training.freeze_encoder, training.freeze_embeddings, run.loss.alpha_hidden > 0))
+
+
+def fill_cache_task(run: Run, inputs: Inputs, device: str, threads: int) -> int:
+    """`fill_cache` as a Ray task."""
+    import torch
+
+    from raydistill.training.run import fill_cache
+
+    torch.set_num_threads(threads)
+    return fill_cache(run, inputs, device)
+
+
+def score_teacher_task(run: Run, device: str, threads: int) -> dict[str, Any]:
+    """`score_teacher` as a Ray task."""
+    import torch
+
+    from raydistill.training.run import score_teacher
+
+    torch.set_num_threads(threads)
+    return score_teacher(run, device, threads)
+
+
+def _whole_machine(device: str) -> dict[str, Any]:
+    """Resources that leave no room for anything else on the device."""
+    from raydistill.cluster.start import cpus_of_a_node
+
+    return {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": cpus_of_a_node()}
+
+
+def _threads(alone: dict[str, Any]) -> int:
+    return int(alone["num_cpus"])
+
+
+def inputs_for(run: Run, device: str) -> Inputs:
+    """What a run outside a sweep needs: its label set and its teacher cache."""
+    if run.teacher is None:
+        return Inputs()
+    labels, _ = _labels([run], device)
+    folder = labels.get(run.label_source)
+    cache = home() / "cache" if run.training.teacher_cache != "off" else None
+    return Inputs(labels=Path(folder) if folder else None, cache=cache)

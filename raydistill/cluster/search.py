@@ -1,0 +1,186 @@
+"""The search: Ray Tune proposes trials through Optuna, and an unfinished sweep goes on from its study on disk."""
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from raydistill.cluster.launch import check_room, final_report, launcher_for, tune_trial
+from raydistill.cluster.prepare import Prepared
+from raydistill.config.run import Run
+from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
+from raydistill.training.run import Inputs
+
+DUPLICATES_IN_A_ROW = 200
+
+
+def key_of(run: Run) -> str:
+    """A trial's key, and its folder's name: the same settings are the same trial, whatever it is called."""
+    settings = run.model_dump(mode="json", exclude={"name"})
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{run.method}-{run.student.size or 'full'}-{digest}"
+
+
+def trial_run(space: Space, sweep: Path, prepared: Prepared, config: dict[str, Any]) -> tuple[Run, Path, Inputs]:
+    """The run of a proposal, its folder, and what was prepared for it."""
+    run = resolve(space, config["chosen"], space.name)
+    note = {"number": config["number"], "chosen": config["chosen"]}
+    return run, sweep / "trials" / config["key"], prepared.inputs(run, note)
+
+
+def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any]) -> None:
+    """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log."""
+    searcher = StudySearch(space, sweep)
+    missing = space.search.trials - searcher.finished
+    if missing <= 0:
+        return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    runs = [resolve(space, chosen, space.name) for chosen in corners(space.run, limit=200)]
+    for run in runs:
+        check_room(run, device)
+    threads = max(run.training.threads for run in runs)
+    in_actor = all(launcher_for(run, device) == "tune" for run in runs)
+    trainable = partial(tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device)
+    trainable.__name__ = "trial"  # type: ignore[attr-defined]
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": threads if in_actor else 0.1}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=missing,
+            max_concurrent_trials=space.search.concurrent or room(runs, device),
+            reuse_actors=in_actor,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(sweep / ".ray"),
+            failure_config=tune.FailureConfig(max_failures=space.search.retries),
+            callbacks=callbacks,
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def room(runs: list[Run], device: str) -> int:
+    """How many trials the cluster can hold at a time."""
+    import ray
+
+    resource, need = (
+        ("GPU", max(run.training.workers for run in runs))
+        if device == "cuda"
+        else ("CPU", max(run.training.workers * run.training.threads for run in runs))
+    )
+    return max(1, int(ray.cluster_resources().get(resource, 1) // need))
+
+
+class StudySearch(OptunaSearch):
+    """OptunaSearch on a study that outlives the process.
+
+    The study's journal and the trials' own results are the only memory: a sweep that was killed is not restored from
+    Tune's snapshots (which lag behind), but started anew on the same study. A trial that was under way is proposed
+    again and goes on from its folder; a finished one is never started again; the same settings are not tried twice.
+    """
+
+    def __init__(self, space: Space, sweep: Path) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.search_space = space
+        self.trials_folder = sweep / "trials"
+        self.cost = space.search.cost
+        storage = JournalStorage(JournalFileBackend(str(sweep / "study.log")))
+        sampler = (
+            optuna.samplers.RandomSampler(seed=space.search.seed)
+            if space.search.sampler == "random"
+            else optuna.samplers.TPESampler(seed=space.search.seed, multivariate=False)
+        )
+        super().__init__(
+            partial(_define, run=space.run),
+            metric=["score", self.cost],
+            mode=["max", "min"],
+            sampler=sampler,
+            study_name=space.name,
+            storage=storage,
+        )
+        self.numbers: dict[str, int] = {}
+        self.given: set[str] = set()
+        self._take_up()
+
+    @property
+    def finished(self) -> int:
+        """Trials of the study that are over."""
+        return len(self._ot_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next proposal whose settings no trial has had, or that a killed trial had."""
+        for _ in range(DUPLICATES_IN_A_ROW):
+            if self._exhausted():
+                return Searcher.FINISHED
+            trial = self._ot_study.ask()
+            chosen = propose(self.search_space.run, trial)
+            key = key_of(resolve(self.search_space, chosen, self.search_space.name))
+            if key not in self.given:
+                self._ot_trials[trial_id] = trial
+                self.given.add(key)
+                number = self.numbers.setdefault(key, len(self.numbers))
+                trial.set_user_attr("key", key)
+                trial.set_user_attr("number", number)
+                return {"chosen": chosen, "key": key, "number": number}
+            self._ot_study.tell(trial, state=TrialState.FAIL)
+        return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study; a trial that stopped before its end counts as failed, and is proposed again next time."""
+        unfinished = result is None or not result.get("finished")
+        super().on_trial_complete(trial_id, None if unfinished else result, error or unfinished)
+
+    def _exhausted(self) -> bool:
+        """A grid ends with its last point; no sampler goes on after it."""
+        if self.search_space.search.sampler != "grid":
+            return False
+        return not self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+    def _take_up(self) -> None:
+        """Put a study that was killed in order: each trial over, waiting, or waiting again."""
+        if not self._ot_study.get_trials(deepcopy=False):
+            for chosen in self._first_points():
+                self._ot_study.enqueue_trial(sampler_names(self.search_space.run, chosen))
+        for trial in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
+            self._settle(trial)
+        trials = self._ot_study.get_trials()
+        waiting = [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
+        self.given = {t.user_attrs["key"] for t in trials if t.state == TrialState.COMPLETE and "key" in t.user_attrs}
+        for trial in trials:
+            key = trial.user_attrs.get("key")
+            if key:
+                self.numbers[key] = trial.user_attrs["number"]
+            if key and trial.state == TrialState.FAIL and key not in self.given and trial.params not in waiting:
+                self._ot_study.enqueue_trial(trial.params)
+                waiting.append(trial.params)
+
+    def _settle(self, trial: optuna.trial.FrozenTrial) -> None:
+        """A trial that was under way when the sweep died: complete if its result is there, else failed."""
+        result = self.trials_folder / trial.user_attrs.get("key", "-") / "result.json"
+        if not result.is_file():
+            self._ot_study.tell(trial.number, state=TrialState.FAIL)
+            return
+        values = final_report(json.loads(result.read_text(encoding="utf-8")), self.cost)
+        self._ot_study.tell(trial.number, [values["score"], values[self.cost]])
+
+    def _first_points(self) -> list[dict[str, Any]]:
+        space = self.search_space
+        points = [point_values(space.run, point) for point in space.points]
+        if space.search.sampler == "grid":
+            points += [chosen for chosen in corners(space.run) if chosen not in points]
+        return points
+
+
+def _define(trial: Any, run: dict[str, Any]) -> None:
+    propose(run, trial)

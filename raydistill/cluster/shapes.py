@@ -1,0 +1,72 @@
+"""The latency table of a space: each shape timed once, before anything is trained."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from raydistill.config.console import home
+from raydistill.config.run import Student
+from raydistill.evaluation import latency
+from raydistill.model import forms
+from raydistill.model.generate import Engine, open_engine
+from raydistill.model.shrink import plan, shrink
+from raydistill.training.run import Teacher, save_checkpoint
+
+BATCHES = {"latency_ms": 32, "latency_ms_b1": 1}
+
+
+def time_shape(
+    teacher: Teacher,
+    size: str,
+    about: dict[str, Any],
+    engine: Literal["auto", "ctranslate2", "transformers"],
+    device: str,
+    threads: int,
+) -> dict[str, float]:
+    """Milliseconds (batch of 32 and of 1), millions of parameters and megabytes of weights of one shape.
+
+    `about` holds the lengths in tokens and the beams to time with. The engine is the one that serves on this
+    machine; what the table knows already is not timed again.
+    """
+    layers = plan(forms.depths(teacher.model.config), Student(size=size))
+    config = forms.with_depths(teacher.model.config, *layers.size)
+    parameters = latency.parameters(config)
+    table = home() / "latency.json"
+    lengths = {"source_tokens": about["tokens"]["source"], "output_tokens": about["tokens"]["output"]}
+    name, precision = about["engine"].split()
+    machine = latency.hardware(device, threads)
+    found: dict[str, float] = {}
+    opened: Engine | None = None
+    scratch = Path(tempfile.mkdtemp(prefix="raydistill-shape-"))
+    try:
+        for cost, batch in BATCHES.items():
+            key = latency.key(
+                machine, latency.shape(config), name, precision, beams=about["beams"], batch=batch, **lengths
+            )
+            timing = latency.lookup(table, key)
+            if timing is None:
+                if opened is None:
+                    opened = _open(teacher, size, engine, device, threads, scratch)
+                timing = latency.measure(opened, batch=batch, beams=about["beams"], **lengths)
+                latency.record(table, key, timing)
+            found[cost] = timing.median_ms
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {**found, "params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}
+
+
+def _open(teacher: Teacher, size: str, engine: Any, device: str, threads: int, scratch: Path) -> Engine:
+    """An engine on an untrained student of the shape: its weights' values do not change its speed."""
+    layers = plan(forms.depths(teacher.model.config), Student(size=size))
+    save_checkpoint(shrink(teacher.model, layers), teacher.tokenizer, scratch / "model")
+    languages = teacher.preset.languages if teacher.preset else None
+    return open_engine(
+        scratch / "model", engine, device=device, threads=threads, languages=languages, cache=scratch / "engine"
+    )
+
+
+def counted(config: Any, size: str) -> float:
+    """Millions of parameters of a shape of a teacher's configuration; nothing is allocated."""
+    encoder, decoder = plan(forms.depths(config), Student(size=size)).size
+    return latency.parameters(forms.with_depths(config, encoder, decoder)) / 1e6

@@ -1,0 +1,87 @@
+"""Joining or starting Ray, quietly, on loopback."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raydistill.config.errors import UserError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # One worker's health is asked about often, since a short trial must not wait seconds for its end to be seen.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONWARNINGS": "ignore",
+}
+OBJECT_STORE_BYTES = 500_000_000
+
+
+@contextmanager
+def cluster(cpus: int | None = None) -> Iterator[None]:
+    """Join the Ray cluster that runs on this machine (or that RAY_ADDRESS names), else start one; leave it at the end.
+
+    A cluster that is started here asks for a token, shows its dashboard on loopback only (Ray's default for local
+    clusters, kept in ~/.ray/auth_token), and ends with the block. Its dashboard stays
+    on: without it a trial that a scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    warnings.filterwarnings("ignore", module="ray")
+    already = ray.is_initialized()
+    if not already:
+        _join_or_start(cpus)
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if not already:
+            ray.shutdown()
+
+
+def _join_or_start(cpus: int | None) -> None:
+    import ray
+
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
+        return
+    except ConnectionError as error:
+        if "RAY_ADDRESS" in os.environ:
+            raise UserError(
+                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}); start one with "
+                f"`ray up cluster.yaml`, or unset RAY_ADDRESS to work on this machine alone"
+            ) from None
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        object_store_memory=OBJECT_STORE_BYTES,
+        **quiet,
+    )
+
+
+def device() -> str:
+    """What trials run on: "cuda" where the cluster has a GPU, else "cpu"."""
+    import ray
+
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
+def cpus_of_a_node() -> int:
+    """CPUs of the largest living node."""
+    import ray
+
+    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]) or 1

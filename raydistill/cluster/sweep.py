@@ -1,0 +1,176 @@
+"""A whole sweep: claim its folder, prepare, search, judge, publish. Every part goes on where a killed one was."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from raydistill.cluster.prepare import Prepared, prepare
+from raydistill.cluster.search import search
+from raydistill.cluster.start import cluster, device
+from raydistill.cluster.watch import Watch
+from raydistill.config.console import progress, table
+from raydistill.config.errors import UserError
+from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.config.space import Space
+from raydistill.results.figures import results_table, write_report
+from raydistill.results.records import Outcome, outcome
+from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
+
+PUBLISH_EVERY_S = 20.0
+
+
+def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
+    """Carry out the sweep in `folder`; returns what the command prints and, under `--json`, hands on."""
+    with claimed(space, folder):
+        with cluster():
+            where = device()
+            progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
+            prepared = prepare(space, folder, where)
+            describe_sweep(space, folder, prepared, "running")
+            watch = Watch(space.search.trials, prepared.teacher["metric"])
+            with publishing(folder):
+                search(space, folder, prepared, where, [watch])
+        describe_sweep(space, folder, prepared, "finished")
+        found = outcome(folder)
+        write_report(found)
+        died = [t.key for t in found.trials if t.status == "running"]
+        tracked = _publish(folder, found, finished=not died)
+        text = summary(found, prepared, died)
+        text += f"\n\n{tracked}"
+        return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
+
+
+@contextlib.contextmanager
+def claimed(space: Space, folder: Path) -> Iterator[None]:
+    """The sweep's folder, for one process at a time, and only for the space that it was begun with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another process is at work on this sweep; wait for it, or end it first") from None
+    try:
+        path = folder / "space.yaml"
+        asked = space.model_dump(mode="json")
+        if path.is_file():
+            begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+            changed = [k for k in ("run", "points") if begun.get(k) != asked[k]]
+            changed += [f"search.{k}" for k in ("sampler", "cost") if begun["search"][k] != asked["search"][k]]
+            if changed:
+                raise UserError(
+                    f"{folder}: this sweep was begun with another {' and '.join(changed)}; trials of two spaces are not "
+                    f"mixed: give the space another name (--set name=...), or delete the folder"
+                )
+        write_atomic(path, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True).encode())
+        yield
+    finally:
+        lock.release()
+
+
+def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) -> None:
+    """Write sweep.json: what tables, choices and MLflow need beside the trials."""
+    teacher = prepared.teacher
+    write_json_atomic(
+        folder / "sweep.json",
+        {
+            "name": space.name,
+            "status": status,
+            "metric": teacher["metric"],
+            "teacher": teacher,
+            "teacher_gpu_hours": teacher["teacher_gpu_hours"],
+            "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
+            "baseline": teacher["baseline"],
+            "shapes": prepared.shapes,
+            "budgets": space.budgets,
+            "tracking_uri": space.tracking_uri or default_uri(),
+            "versions": {name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
+        },
+    )
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[None]:
+    """A block during which MLflow is kept up to date; a store that is down is told of once and costs nothing."""
+    over = threading.Event()
+
+    def work() -> None:
+        told = False
+        while not over.wait(PUBLISH_EVERY_S):
+            try:
+                publish(folder)
+            except TrackingDown as error:
+                if not told:
+                    progress(f"  MLflow: {error} (the sweep goes on; what is missing is published at the end)")
+                told = True
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
+    """The table with front and choices, the teacher, and where the picture is."""
+    teacher = prepared.teacher
+    metric = found.metric
+    test = teacher["test"]
+    lines = [
+        f"sweep {found.name}: {sum(t.status == 'done' for t in found.trials)} trials finished",
+        f"teacher {teacher['name']} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
+        + (f", {test[metric]:.2f} [{test['interval'][0]:.2f}, {test['interval'][1]:.2f}] on test" if test else "")
+        + f", {teacher['costs']['latency_ms']:.1f} ms for 32, {teacher['costs']['params_m']:.2f} M parameters",
+    ]
+    if teacher["baseline"]:
+        lines.append(f"first sentence as summary (Lead-1): {metric} {teacher['baseline']['lead1'][metric]:.2f} on test")
+    lines += ["", table(*results_table(found.trials, found.front, found.chosen, metric)), ""]
+    for name, choice in found.choices.items():
+        lines.append(f"{name}: {choice.reason}")
+    if died:
+        lines.append(f"{len(died)} trials died ({', '.join(died)}): run the same command to take them up again")
+    lines += ["", f"front: {found.sweep / 'front.png'}", f"table: {found.sweep / 'table.md'}"]
+    return "\n".join(lines)
+
+
+def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        "name": found.name,
+        "metric": found.metric,
+        "teacher": prepared.teacher,
+        "front": found.front,
+        "choices": found.chosen,
+        "trials": [
+            {
+                "key": t.key,
+                "status": t.status,
+                "method": t.method,
+                "size": t.size,
+                "metrics": t.metrics,
+                "interval": t.interval,
+                "test": t.test,
+                "chosen": t.chosen,
+            }
+            for t in found.trials
+        ],
+    }
+
+
+def _publish(folder: Path, found: Outcome, finished: bool) -> str:
+    """Bring MLflow up to date and register the choices; returns the line that says how to look at it."""
+    try:
+        tracked = publish(folder, finished=finished)
+        for budget, key in found.chosen.items():
+            if key:
+                register_choice(folder, key, budget)
+    except TrackingDown as error:
+        return f"MLflow: {error}; run the same command again to publish"
+    return f"to look at it: {ui_command(found.info.get('tracking_uri'))}\n{tracked.url}"

@@ -1,0 +1,90 @@
+"""`raydistill shrink`: make a student checkpoint, untrained."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from raydistill.config.console import finish, make_app, run_app, show
+from raydistill.config.errors import UserError
+
+app = make_app()
+
+
+@app.command()
+def shrink(
+    teacher: Annotated[str, typer.Option(help="a known name, a hub name or a path")],
+    size: Annotated[str, typer.Option(help='encoder and decoder layers, such as "12-3"')],
+    output: Annotated[Path, typer.Option(help="the folder to write; must not exist")],
+    copy: Annotated[str | None, typer.Option(help='decoder layers to copy, such as "0,6,11"')] = None,
+    copy_encoder: Annotated[str | None, typer.Option(help="encoder layers to copy")] = None,
+    init: Annotated[
+        Literal["spaced", "first", "middle", "last", "random"], typer.Option(help="where --copy does not say")
+    ] = "spaced",
+    dataset: Annotated[
+        str | None, typer.Option(help="which of a known teacher's checkpoints; default: its first")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
+) -> None:
+    """Copy layers of a teacher into a smaller checkpoint that `from_pretrained` reads.
+
+    Example: `raydistill shrink --teacher bart --size 12-3 --copy 0,6,11 --output bart-12-3`
+    """
+    from pydantic import ValidationError
+
+    from raydistill.config.load import explain
+    from raydistill.config.presets import default_dataset
+    from raydistill.config.run import LayerChoice, Student
+
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; give another folder, or delete it")
+    try:
+        copied = LayerChoice(encoder=_layers("--copy-encoder", copy_encoder), decoder=_layers("--copy", copy))
+        student = Student(size=size, init=init, copied=copied)
+    except ValidationError as error:
+        raise UserError(explain(error, Student, "shrink", {})) from None
+
+    from raydistill.config.files import write_json_atomic
+    from raydistill.model import forms
+    from raydistill.model.shrink import plan
+    from raydistill.model.shrink import shrink as make
+    from raydistill.model.teachers import load_config, load_model, load_tokenizer, locate, set_languages
+    from raydistill.training.run import CARD, save_checkpoint
+
+    where = locate(teacher, dataset or default_dataset(teacher) or "")
+    layers = plan(forms.depths(load_config(where)), student)
+    model, tokenizer = load_model(where), load_tokenizer(where)
+    set_languages(model, tokenizer)
+    made = make(model, layers)
+    save_checkpoint(made, tokenizer, output)
+    card = {
+        "teacher": teacher,
+        "size": size,
+        "copied": layers.copied,
+        "supervised": layers.supervised,
+        "trained": False,
+    }
+    write_json_atomic(output / CARD, card)
+    parameters = sum(p.numel() for p in made.parameters())
+    show(f"{output}: {size}, decoder layers {layers.decoder or 'random'}, {parameters / 1e6:.1f} M parameters", as_json)
+    finish({**card, "params_m": parameters / 1e6, "output": str(output)}, as_json)
+
+
+def _layers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):
+        raise UserError(f"{option} {text!r}: expected layer numbers with commas between, such as 0,6,11")
+    return [int(n) for n in text.split(",")]
+
+
+def main() -> None:
+    """The command."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    from raydistill.shrink import main as entry
+
+    entry()
