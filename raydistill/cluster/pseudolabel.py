@@ -111,9 +111,21 @@ def plan_batches(corpus: Corpus, work: Path) -> int:
                 {"batch": count, "ids": [corpus.ids[i] for i in part], "sources": [corpus.sources[i] for i in part]}
             )
             count += 1
-        pq.write_table(pa.Table.from_pylist(rows), work / "plan" / f"window-{window // WINDOW_ROWS:05d}.parquet")
+        # A row group per batch, so that an actor reads its batch and no more.
+        pq.write_table(pa.Table.from_pylist(rows), _window(work, window // WINDOW_ROWS), row_group_size=1)
     write_json_atomic(done, {"batches": count, "rows": len(corpus)})
     return count
+
+
+def read_batch(work: Path, number: int) -> tuple[list[str], list[str]]:
+    """The ids and sources of a planned batch."""
+    import pyarrow.parquet as pq
+
+    per_window = -(-WINDOW_ROWS // BATCH_ROWS)
+    file = pq.ParquetFile(_window(work, number // per_window))
+    row = file.read_row_group(number % per_window).to_pylist()[0]
+    assert row["batch"] == number
+    return row["ids"], row["sources"]
 
 
 def finish(corpus: Corpus, work: Path, folder: Path, batches: int, about: dict[str, Any]) -> None:
@@ -178,14 +190,15 @@ class Labeller:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Label one planned batch, write its file, and tell how long it took."""
         numbers, rows, seconds = [], [], []
-        for number, ids, sources in zip(batch["batch"], batch["ids"], batch["sources"], strict=True):
+        for number in map(int, batch["batch"]):
+            ids, sources = read_batch(self.work, number)
             started = time.monotonic()
             found = self.engine.generate(
-                [str(s) for s in sources], self.beam, max_source_tokens=self.max_source_tokens, n_best=self.n_best
+                sources, self.beam, max_source_tokens=self.max_source_tokens, n_best=self.n_best
             )
             took = time.monotonic() - started
-            self._write(int(number), [str(i) for i in ids], found, took)
-            numbers.append(int(number))
+            self._write(number, ids, found, took)
+            numbers.append(number)
             rows.append(len(found))
             seconds.append(took)
         return {"batch": np.array(numbers), "rows": np.array(rows), "seconds": np.array(seconds)}
@@ -214,26 +227,22 @@ def _label(job: Job, about: dict[str, Any], work: Path, missing: list[int], tota
     """Run the missing batches through one actor per GPU, or per CPU, and tell how far it is."""
     import ray
 
-    wanted = set(missing)
     actors = max(1, int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1)))
     actors = min(actors, len(missing))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.verbose_stats_logs = False
-    resources = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": 1}
-    dataset = (
-        ray.data.read_parquet(str(work / "plan"))
-        .filter(lambda row: row["batch"] in wanted, num_cpus=0.01)
-        .repartition(target_num_rows_per_block=1)
-        .map_batches(
-            Labeller,
-            fn_constructor_args=(job, about, str(work), device, 1),
-            batch_size=1,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            **resources,
-        )
+    resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": 1}
+    # Only batch numbers travel through Ray: each actor reads its batches from the plan and writes their files itself.
+    dataset = ray.data.from_items([{"batch": n} for n in missing], override_num_blocks=len(missing)).map_batches(
+        Labeller,
+        fn_constructor_args=(job, about, str(work), device, 1),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        **resources,
     )
+    wanted = set(missing)
     done = total - _rows_of(work, wanted)
     begin_rows, started, last = done, time.monotonic(), 0.0
     if say:
@@ -268,6 +277,10 @@ def _quality(corpus: Corpus, best: list[str]) -> dict[str, float] | None:
 
 def _output(work: Path, number: int) -> Path:
     return work / "out" / f"batch-{number:06d}.parquet"
+
+
+def _window(work: Path, number: int) -> Path:
+    return work / "plan" / f"window-{number:05d}.parquet"
 
 
 def _plain(name: str) -> str:

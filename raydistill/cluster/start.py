@@ -10,6 +10,7 @@ from raydistill.config.errors import UserError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     # One worker's health is asked about often, since a short trial must not wait seconds for its end to be seen.

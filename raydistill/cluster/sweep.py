@@ -64,8 +64,8 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
             changed += [f"search.{k}" for k in ("sampler", "cost") if begun["search"][k] != asked["search"][k]]
             if changed:
                 raise UserError(
-                    f"{folder}: this sweep was begun with another {' and '.join(changed)}; trials of two spaces are not "
-                    f"mixed: give the space another name (--set name=...), or delete the folder"
+                    f"{folder}: this sweep was begun with another {' and '.join(changed)}; trials of two spaces are "
+                    f"not mixed: give the space another name (--set name=...), or delete the folder"
                 )
         write_atomic(path, yaml.safe_dump(asked, sort_keys=False, allow_unicode=True).encode())
         yield

@@ -30,7 +30,8 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Raised in a Ray task it comes wrapped, with that task's traceback in its text.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
