@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from raydistill.config.errors import UserError
+
+if TYPE_CHECKING:
+    import typer
 
 
 def home() -> Path:
@@ -17,12 +18,14 @@ def home() -> Path:
     return Path(os.environ.get("RAYDISTILL_HOME", "outputs")).absolute()
 
 
-def make_app() -> typer.Typer:
+def make_app() -> "typer.Typer":
     """A typer application as every command uses it."""
+    import typer
+
     return typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
-def run_app(app: typer.Typer) -> None:
+def run_app(app: "typer.Typer") -> None:
     """Run a command; a `UserError` is printed without a traceback and ends with status 2.
 
     An `OSError` such as a full disk or a missing permission is the user's to mend too, with status 1.

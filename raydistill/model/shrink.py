@@ -1,5 +1,6 @@
 """Which teacher layers a student copies and is supervised by, and the student made from them."""
 
+import copy
 import re
 from dataclasses import dataclass
 from math import ceil, floor
@@ -146,7 +147,7 @@ def shrink(teacher: PreTrainedModel, layers: Plan, seed: int = 0) -> PreTrainedM
             state[key] = theirs[wanted]
     student.load_state_dict(state)
     student.to(next(teacher.parameters()).dtype).eval()
-    student.generation_config = teacher.generation_config
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -78,7 +79,7 @@ def _marian(start: Start, tokenizer: PreTrainedTokenizerBase, dropout: float) ->
     return model
 
 
-def _shape(start: Start, dropout: float) -> dict[str, int | float]:
+def _shape(start: Start, dropout: float) -> dict[str, Any]:
     return {
         "d_model": start.d_model,
         "encoder_layers": start.encoder_layers,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from raydistill.config.files import write_atomic
 from raydistill.config.run import Training
 from raydistill.data.batches import epoch_batches, share
+from raydistill.model import forms
 from raydistill.training.supervision import Supervision
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -65,24 +68,20 @@ def fit(
 ) -> State:
     """Train the student until its epochs are over or its score has stopped rising; the best is in `folder`/best.
 
-    `validate(checkpoint folder)` returns metrics with `score` (higher is better). After each validation the state is
-    saved in `folder` and `report(metrics, folder)` is called. Called again on the same folder it goes on from there.
-    Raises `Diverged` when the loss is not finite.
+    `validate(checkpoint folder)` returns metrics with `score` (higher is better). After each validation metrics.jsonl
+    and the state are saved in `folder` and `report(metrics, folder)` is called. Called again on the same folder it
+    goes on from there. Raises `Diverged` when the loss or a metric is not finite.
     """
     worker = worker or Worker()
     lengths = _lengths(supervision)
     per_epoch = math.ceil(len(lengths) / settings.batch_size)
-    total = math.ceil(settings.epochs * per_epoch)
+    total = math.ceil(round(settings.epochs * per_epoch, 6))
     total = min(total, settings.max_steps or total)
     check_every = max(1, round(per_epoch / settings.checks_per_epoch))
     parameters = [p for p in supervision.student.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, total))
-    if has_state(folder):
-        state = load_state(folder, supervision, optimizer, schedule)
-    else:
-        state = State()
-        torch.manual_seed(settings.seed * 1000 + worker.rank)
+    state = load_state(folder, supervision, optimizer, schedule) if has_state(folder) else State()
     autocast = precision(settings, worker.device)
     started = time.monotonic() - state.seconds
     losses = _Running()
@@ -92,6 +91,7 @@ def fit(
         if not batches or position == 0:
             batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
         _train_mode(supervision)
+        seed_step(settings.seed, worker.rank, state.step)
         losses.add(step(supervision, batches[position], settings, worker, autocast, parameters, optimizer))
         schedule.step()
         state.step += 1
@@ -117,19 +117,24 @@ def step(
     """
     weights, alphas = supervision.weights(batch), supervision.alphas()
     optimizer.zero_grad(set_to_none=True)
-    means: dict[str, float] = {}
+    means = dict.fromkeys(weights, 0.0)  # a worker without a row of a small batch has no loss, but all the names
     for micro in share(batch, worker.rank, worker.world, settings.accumulation):
         with torch.autocast(torch.device(worker.device).type, dtype=autocast, enabled=autocast is not None):
             sums = supervision.sums(micro)
         terms = {name: value / weights[name] for name, value in sums.items()}
         torch.stack([alphas[name] * term for name, term in terms.items()]).sum().backward()
         for name, term in terms.items():
-            means[name] = means.get(name, 0.0) + float(term.detach())
+            means[name] += float(term.detach())
     if worker.world > 1:
         sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
     optimizer.step()
     return means | {"loss": sum(alphas[name] * value for name, value in means.items())}
+
+
+def seed_step(seed: int, rank: int, step: int) -> None:
+    """Dropout's random numbers are decided by the step alone, so a run that is taken up again draws the same."""
+    torch.manual_seed(random.Random(f"{seed}:{rank}:{step}").getrandbits(63))
 
 
 def make_optimizer(parameters: list[Parameter], settings: Training) -> torch.optim.Optimizer:
@@ -202,8 +207,10 @@ def _check(
             **validate(candidate),
         }
     metrics = _from_leader(metrics, worker)
+    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise Diverged(f"{wrong[0]} is {metrics[wrong[0]]} at step {state.step}; try a lower learning rate")
     score = metrics["score"]
-    previous_best = state.best_step
     if state.best_score is None or score > state.best_score:
         state.best_score, state.best_step, state.checks_since_best = score, state.step, 0
     else:
@@ -212,10 +219,12 @@ def _check(
         state.finished, state.reason = True, f"no better score in {state.checks_since_best} validations"
     state.history.append(metrics)
     if worker.leads:
+        lines = [json.dumps(line) + "\n" for line in state.history]
+        write_atomic(folder / "metrics.jsonl", "".join(lines).encode())
         save_state(folder, state, supervision, optimizer)
-        keep = {state.best_step}
-        for stale in {previous_best, state.step} - keep:
-            shutil.rmtree(folder / f"checkpoint-{stale}", ignore_errors=True)
+        for stale in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
+            if stale.name != f"checkpoint-{state.best_step}":
+                shutil.rmtree(stale, ignore_errors=True)
     report(metrics, folder)
 
 
@@ -231,15 +240,10 @@ def save_state(folder: Path, state: State, supervision: Supervision, optimizer: 
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    tensors["rng"] = torch.get_rng_state()
-    if supervision.student.device.type == "cuda":
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
     name = f"state-{state.step}.safetensors"
     save_file(tensors, folder / f".{name}")
     os.replace(folder / f".{name}", folder / name)
-    making = folder / ".state.json"
-    making.write_text(json.dumps({**asdict(state), "tensors": name}), encoding="utf-8")
-    os.replace(making, folder / "state.json")
+    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": name}).encode())
     for stale in folder.glob("state-*.safetensors"):
         if stale.name != name:
             stale.unlink()
@@ -251,7 +255,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> State:
-    """The saved state, with weights, optimiser, schedule and random numbers put back where they were."""
+    """The saved state, with weights, optimiser and schedule put back where they were."""
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / saved.pop("tensors"))
     state = State(**saved)
@@ -269,9 +273,6 @@ def load_state(
     schedule.last_epoch = state.step
     for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
         group["lr"] = rate
-    torch.set_rng_state(tensors["rng"])
-    if "cuda_rng" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda_rng"])
     return state
 
 
@@ -307,9 +308,9 @@ def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
 
 def _train_mode(supervision: Supervision) -> None:
     """Dropout in what is trained only: a frozen encoder has none."""
-    supervision.student.train()
-    if supervision.encoder_shared:
-        supervision.student.get_encoder().eval()
+    student = supervision.student.train()
+    if not any(p.requires_grad for p in forms.encoder_layers(student)):
+        student.get_encoder().eval()
 
 
 def _lengths(supervision: Supervision) -> list[int]:

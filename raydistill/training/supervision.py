@@ -38,8 +38,10 @@ class Supervision:
         """The global batch's weight of each term, known from lengths alone, so that no worker has to ask another."""
         tokens = float(self.examples.target_tokens(batch))
         weights = {"data": tokens}
-        if self.method == "kd":
-            weights |= {"logits": tokens, "hidden": tokens}
+        if self.method == "kd" and self.loss.alpha_logits > 0:
+            weights["logits"] = tokens
+        if self.method == "kd" and self.loss.alpha_hidden > 0:
+            weights["hidden"] = tokens
             if self._encoder_taught:
                 weights["encoder_hidden"] = float(self.examples.source_tokens(batch))
         return weights

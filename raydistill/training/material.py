@@ -1,0 +1,118 @@
+"""What a run is made of before any training: the teacher, the texts and their tokens, the labels."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.config.errors import UserError
+from raydistill.config.presets import DATASETS, TeacherPreset, teacher_preset
+from raydistill.config.run import Dataset, Run
+from raydistill.data.batches import Examples
+from raydistill.data.corpus import Corpus, read_corpus, split_names
+from raydistill.data.labels import choose_targets, read_label_set
+from raydistill.model.teachers import (
+    Languages,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    locate,
+    set_languages,
+    tokenize_sources,
+    tokenize_targets,
+)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher with all that depends on it and the data alone; shared by the runs of one process."""
+
+    where: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    key: str
+    preset: TeacherPreset | None
+
+    @property
+    def languages(self) -> Languages | None:
+        """mBART's language codes, from the preset."""
+        return self.preset.languages if self.preset else None
+
+
+@dataclass(frozen=True)
+class Material:
+    """Texts and their tokens by split."""
+
+    corpora: dict[str, Corpus]
+    sources: dict[str, list[list[int]]]
+    max_source_tokens: int
+    max_target_tokens: int
+    metric: str
+
+
+@lru_cache(maxsize=2)
+def open_teacher(name: str, dataset: str) -> Teacher:
+    """Load a teacher once per process: weights, tokenizer, fingerprint, preset."""
+    preset = teacher_preset(name, dataset)
+    where = locate(name, dataset)
+    languages = preset.languages if preset else None
+    model, tokenizer = load_model(where), load_tokenizer(where, languages)
+    set_languages(model, tokenizer)
+    model.requires_grad_(False)
+    return Teacher(where, model, tokenizer, fingerprint(model), preset)
+
+
+def load_material(run: Run, preset: TeacherPreset | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Material:
+    """Read and tokenise the splits; the test split is optional."""
+    known = DATASETS.get(run.dataset.name)
+    source = _length(run.dataset, "max_source_tokens", preset, known, config, 512)
+    target = _length(run.dataset, "max_target_tokens", preset, known, config, 128)
+    asked = run.evaluation.metric
+    metric = asked if asked != "auto" else known.metric if known else "rouge2"
+    corpora = {split: c for split in ("train", "validation", "test") if (c := read_split(run.dataset, split))}
+    if "train" not in corpora or "validation" not in corpora:
+        raise UserError(
+            f"{run.dataset.name}: training needs a train and a validation split; found {', '.join(corpora) or 'none'}"
+        )
+    sources = {split: tokens(tokenizer, run.dataset, split, "source", source) for split in ("train", "validation")}
+    return Material(corpora, sources, source, target, metric)
+
+
+@lru_cache(maxsize=8)
+def read_split(dataset: Dataset, split: str) -> Corpus | None:
+    """A split, read once per process; None where the data set does not have it."""
+    return read_corpus(dataset, split) if split in split_names(dataset) else None
+
+
+def make_examples(run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, label_set: Path | None) -> Examples:
+    """The tokenised training pairs, with the labels that the run asks for; `label_set` is what `pseudo` means."""
+    corpus = material.corpora["train"]
+    labels = run.label_source
+    where = label_set or (Path(labels) if labels not in ("original", "pseudo", "original+pseudo") else None)
+    pseudo = read_label_set(where) if where and labels != "original" else None
+    rows, targets = choose_targets(corpus.ids, corpus.targets, labels, pseudo)
+    return Examples(material.sources["train"], tokenize_targets(tokenizer, targets, material.max_target_tokens), rows)
+
+
+@lru_cache(maxsize=8)
+def tokens(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, split: str, side: str, limit: int) -> list[list[int]]:
+    """Token ids of a split's sources or targets, made once per process."""
+    corpus = read_split(dataset, split)
+    assert corpus is not None
+    if side == "source":
+        return tokenize_sources(tokenizer, corpus.sources, limit)
+    return tokenize_targets(tokenizer, corpus.targets, limit)
+
+
+def _length(dataset: Dataset, name: str, preset: Any, known: Any, config: Any, default: int) -> int:
+    """A maximum length: the run's, else the teacher preset's, else the data set's; within the model's positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    asked = getattr(dataset, name)
+    if asked is not None:
+        if positions is not None and asked > positions:
+            raise UserError(f"dataset.{name} is {asked}, but the model has {positions} positions")
+        return int(asked)
+    length = getattr(preset, name, None) or getattr(known, name, None) or default
+    return min(length, positions) if positions else length

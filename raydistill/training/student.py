@@ -1,0 +1,126 @@
+"""What is trained: the student made from the teacher or from nothing, and what of it stays frozen."""
+
+import itertools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import Decoding, Run
+from raydistill.model import forms
+from raydistill.model.generate import Beam
+from raydistill.model.shrink import Plan, plan, shrink
+from raydistill.model.start import build_tokenizer, new_model
+from raydistill.training.loop import Worker
+from raydistill.training.material import Teacher, read_split
+
+
+def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
+    """The untrained student and which layers it copies and is supervised by."""
+    layers = plan(forms.depths(teacher.model.config), run.student)
+    student = shrink(teacher.model, layers, run.training.seed)
+    if run.training.dropout is not None:
+        _set_dropout(student, run.training.dropout)
+    return student, layers
+
+
+def random_start(run: Run, folder: Path, worker: Worker) -> Path:
+    """A new model and its tokenizer as a checkpoint: made once by the leader, loaded by all."""
+    place = folder / "start"
+    if worker.leads and not place.is_dir():
+        assert run.start is not None
+        corpus = read_split(run.dataset, "train")
+        if corpus is None:
+            raise UserError(f"{run.dataset.name}: there is no train split to build a tokenizer from")
+        making = folder / ".start.making"
+        shutil.rmtree(making, ignore_errors=True)
+        tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), making)
+        dropout = 0.1 if run.training.dropout is None else run.training.dropout
+        new_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(making)
+        making.rename(place)
+    if worker.world > 1:
+        torch.distributed.barrier()
+    return place
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What stays as the teacher has it; `shared`: the student's encoder states are the teacher's."""
+
+    encoder: bool
+    embeddings: bool
+    shared: bool
+
+
+def what_is_frozen(run: Run, layers: Plan | None) -> Frozen:
+    """What the run asks to freeze; by default, of a shrunk student, the embeddings and a fully copied encoder.
+
+    A student is shrunk where the run gives a `size`, be it the teacher's own; without one a teacher is fine-tuned.
+    """
+    shrunk = layers is not None and run.student.size is not None
+    complete = layers is not None and layers.encoder_complete
+    embeddings = run.training.freeze_embeddings
+    encoder = run.training.freeze_encoder
+    embeddings = shrunk if embeddings is None else embeddings
+    encoder = shrunk and complete if encoder is None else encoder
+    return Frozen(encoder, embeddings, encoder and embeddings and complete)
+
+
+def freeze(student: PreTrainedModel, frozen: Frozen) -> None:
+    """Freeze it; UserError where nothing is left to train."""
+    for parameter in forms.embeddings(student) if frozen.embeddings else []:
+        parameter.requires_grad_(False)
+    for parameter in forms.encoder_layers(student) if frozen.encoder else []:
+        parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UserError("nothing is left to train: encoder, embeddings and decoder are all frozen")
+    _hold_padding_row(student)
+
+
+def remember_decoding(student: PreTrainedModel, beam: Beam, asked: Decoding) -> None:
+    """Write the decoding into the checkpoint's generation config, where it has none or the run asks for its own."""
+    config = student.generation_config
+    pairs = {
+        "num_beams": (beam.beams, asked.beams),
+        "length_penalty": (beam.length_penalty, asked.length_penalty),
+        "min_length": (beam.min_length, asked.min_length),
+        "max_length": (beam.max_length, asked.max_length),
+        "no_repeat_ngram_size": (beam.no_repeat_ngram, asked.no_repeat_ngram),
+    }
+    for name, (value, wanted) in pairs.items():
+        if wanted is not None or getattr(config, name, None) is None:
+            setattr(config, name, value)
+
+
+def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
+    """Set the residual dropout everywhere; attention and activation dropout stay as the teacher has them.
+
+    T5 knows only one rate, which is all of them.
+    """
+    t5 = model.config.model_type == "t5"
+    setattr(model.config, "dropout_rate" if t5 else "dropout", dropout)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+        # Attention modules hold their own rate under the same name.
+        elif isinstance(getattr(module, "dropout", None), float) and (t5 or not hasattr(module, "head_dim")):
+            module.dropout = dropout
+
+
+def _hold_padding_row(model: PreTrainedModel) -> None:
+    """Keep a zero padding row zero: CTranslate2 starts Marian's decoder from zero, whatever that row holds."""
+    for parameter in forms.embeddings(model):
+        pad_id = model.config.pad_token_id
+        if not parameter.requires_grad or pad_id >= len(parameter) or parameter[pad_id].any():
+            continue
+
+        def clear(gradient: Tensor, row: int = pad_id) -> Tensor:
+            gradient = gradient.clone()
+            gradient[row] = 0
+            return gradient
+
+        parameter.register_hook(clear)

@@ -1,0 +1,102 @@
+"""Scores of a student: the loss on the validation rows, and generation through a serving engine."""
+
+import importlib
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.config.run import Run
+from raydistill.data.batches import buckets
+from raydistill.evaluation.checkpoint import Evaluation, evaluate
+from raydistill.model import forms
+from raydistill.model.generate import Beam, open_engine
+from raydistill.model.teachers import Languages
+from raydistill.training.losses import cross_entropy
+from raydistill.training.material import Material, tokens
+from raydistill.training.record import save_checkpoint
+from raydistill.training.teacher_cache import source_tensors, target_tensor
+
+SCORERS = {"rouge2": "rouge_score", "bleu": "sacrebleu"}
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Scores the student as it is, or a checkpoint of it.
+
+    `metric` is rouge2 or bleu, or val_loss where the metric's library is not installed: the score of a validation
+    is then -val_loss, nothing is generated, and there are no test scores.
+    """
+
+    run: Run
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+    beam: Beam
+    languages: Languages | None
+    device: str
+    metric: str
+
+    def validate(self, folder: Path) -> dict[str, float]:
+        """Write the student into `folder` and score it there."""
+        self.student.eval()
+        save_checkpoint(self.student, self.tokenizer, folder)
+        loss = self.loss()
+        found = self.score(folder, "validation", self.run.evaluation.validation_beams or min(2, self.beam.beams))
+        if found is None:
+            return {"val_loss": loss, "score": -loss}
+        metrics = found.scored.metrics
+        return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": found.repetition}
+
+    def score(self, folder: Path, split: str, beams: int) -> Evaluation | None:
+        """Generate and score a split with the checkpoint in `folder`; None where there is no such split or scorer."""
+        corpus = self.material.corpora.get(split)
+        if corpus is None or self.metric == "val_loss":
+            return None
+        engine = open_engine(
+            folder,
+            self.run.evaluation.engine,
+            device=self.device,
+            threads=self.run.training.threads,
+            languages=self.languages,
+            cache=folder.parent / ".engine",
+        )
+        try:
+            return evaluate(
+                engine,
+                corpus.sources,
+                corpus.targets,
+                self.metric,
+                replace(self.beam, beams=beams),
+                max_source_tokens=self.material.max_source_tokens,
+                batch_size=self.run.evaluation.batch_size,
+            )
+        finally:
+            shutil.rmtree(folder.parent / ".engine", ignore_errors=True)
+
+    def loss(self) -> float:
+        """Mean cross-entropy per real target token of the validation rows."""
+        sources = self.material.sources["validation"]
+        targets = tokens(self.tokenizer, self.run.dataset, "validation", "target", self.material.max_target_tokens)
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for batch in buckets([len(s) for s in sources], 8192):
+                ids, mask = source_tensors(self.student, [sources[i] for i in batch])
+                labels = target_tensor(self.student, [targets[i] for i in batch])
+                encoded = forms.encode(self.student, ids, mask).last
+                hidden = forms.decode(self.student, forms.shift_right(self.student, labels), encoded, mask).last
+                real = labels != -100
+                total += float(cross_entropy(forms.head(self.student, hidden[real]), labels[real]))
+                count += int(real.sum())
+        return total / count
+
+
+def missing_scorer(metric: str) -> str | None:
+    """The library that `metric` needs, where it is not installed."""
+    try:
+        importlib.import_module(SCORERS[metric])
+    except ImportError:
+        return SCORERS[metric]
+    return None
