@@ -13,6 +13,7 @@ from raydistill.config.errors import UserError
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
+COLUMNS = ("id", "target", "rank")  # what training reads
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ def read_label_set(folder: Path) -> LabelSet:
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        table = pq.read_table(sorted(folder.glob("part-*.parquet")), columns=["id", "target", "rank"])
-    except (OSError, ValueError) as error:
+        count = manifest["rows"]
+        parts = [pq.read_table(part, columns=list(COLUMNS)) for part in sorted(folder.glob("part-*.parquet"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: the label set is damaged ({error}); delete the folder and make it again") from None
-    rows = zip(*(table.column(name).to_pylist() for name in ("id", "target", "rank")), strict=True)
+    rows = (row for part in parts for row in zip(*(part.column(c).to_pylist() for c in COLUMNS), strict=True))
     targets = {row_id: target for row_id, target, rank in rows if rank == 0}
-    if len(targets) != manifest["rows"]:
+    if len(targets) != count:
         raise UserError(
-            f"{folder}: the manifest counts {manifest['rows']} rows but the parts hold {len(targets)}; "
+            f"{folder}: the manifest counts {count} rows but the parts hold {len(targets)}; "
             f"delete the folder and make it again"
         )
     return LabelSet(folder, manifest, targets)
@@ -113,6 +115,8 @@ def choose_targets(
                 f"`raydistill pseudolabel`"
             )
         kept = [i for i, row_id in enumerate(ids) if pseudo.targets[row_id].strip()]
+        if not kept:
+            raise UserError(f"{pseudo.folder}: every pseudo-label is empty; look at the teacher's decoding")
         rows += kept
         targets += [pseudo.targets[ids[i]] for i in kept]
     return rows, targets

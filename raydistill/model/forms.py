@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
-    logits = model.lm_head(hidden)
-    bias = getattr(model, "final_logits_bias", None)
+    project: Any = model.lm_head
+    logits = project(hidden)
+    bias: Any = getattr(model, "final_logits_bias", None)
     return logits if bias is None else logits + bias
 
 

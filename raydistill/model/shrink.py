@@ -146,7 +146,7 @@ def shrink(teacher: PreTrainedModel, layers: Plan, seed: int = 0) -> PreTrainedM
         if wanted is not None:
             state[key] = theirs[wanted]
     student.load_state_dict(state)
-    student.to(next(teacher.parameters()).dtype).eval()
+    torch.nn.Module.to(student, next(teacher.parameters()).dtype).eval()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 

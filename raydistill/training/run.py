@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from raydistill.config.console import progress
@@ -70,9 +71,8 @@ def train(
         tokenizer, student, layers = load_tokenizer(place), load_model(place), None
     material = load_material(run, teacher.preset if teacher else None, tokenizer, student.config)
     examples = make_examples(run, material, tokenizer, inputs.labels)
-    student.to(worker.device)
-    if teacher:
-        teacher.model.to(worker.device)
+    for model in (student, teacher.model) if teacher else (student,):
+        torch.nn.Module.to(model, worker.device)
     frozen = what_is_frozen(run, layers)
     freeze(student, frozen)
     supervision = supervise(run, student, layers, teacher, examples, frozen.shared, inputs)
@@ -250,7 +250,7 @@ def fill_cache(run: Run, inputs: Inputs, device: str) -> int:
     assert run.teacher is not None
     assert inputs.cache is not None
     teacher = open_teacher(run.teacher, run.dataset.name)
-    teacher.model.to(device)
+    torch.nn.Module.to(teacher.model, device)
     material = load_material(run, teacher.preset, teacher.tokenizer, teacher.model.config)
     examples = make_examples(run, material, teacher.tokenizer, inputs.labels)
     layers = plan(forms.depths(teacher.model.config), run.student)

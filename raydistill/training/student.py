@@ -108,7 +108,7 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
             module.p = dropout
         # Attention modules hold their own rate under the same name.
         elif isinstance(getattr(module, "dropout", None), float) and (t5 or not hasattr(module, "head_dim")):
-            module.dropout = dropout
+            module.dropout = dropout  # type: ignore[assignment]
 
 
 def _hold_padding_row(model: PreTrainedModel) -> None:

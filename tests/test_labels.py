@@ -1,0 +1,166 @@
+"""Label sets on disk, and which targets a run trains on."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from raydistill.config.errors import UserError
+from raydistill.data import labels
+from raydistill.data.labels import (
+    LabelSet,
+    choose_targets,
+    is_finished,
+    label_set_name,
+    read_label_set,
+    write_label_set,
+)
+
+ROWS = [
+    {"id": "a", "target": "Ein Hund.", "rank": 0, "score": -0.5},
+    {"id": "a", "target": "Zwei Hunde.", "rank": 1, "score": -0.75},
+    {"id": "b", "target": "Über Öl – schön.", "rank": 0, "score": -1.25},
+    {"id": "c", "target": "", "rank": 0, "score": -2.0},
+]
+MANIFEST = {"teacher": "t", "rows": 3}
+
+
+def test_what_is_written_is_read_back_and_only_the_best_candidate_is_a_target(tmp_path):
+    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    found = read_label_set(tmp_path / "set")
+    assert found.targets == {"a": "Ein Hund.", "b": "Über Öl – schön.", "c": ""}
+    assert found.manifest == MANIFEST
+    assert pq.read_table(tmp_path / "set" / "part-00000.parquet").to_pylist() == ROWS
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "part-00000.parquet", "set"]
+
+
+def test_many_rows_go_into_parts_and_none_is_lost_between_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "PART_ROWS", 3)
+    rows = [{"id": str(i), "target": f"text {i}", "rank": 0, "score": 0.0} for i in range(7)]
+    write_label_set(tmp_path / "set", iter(rows), {"rows": 7})
+    assert len(list((tmp_path / "set").glob("part-*.parquet"))) == 3
+    assert read_label_set(tmp_path / "set").targets == {str(i): f"text {i}" for i in range(7)}
+
+
+def test_a_set_that_fails_half_way_leaves_nothing_and_keeps_the_old_one(tmp_path):
+    def breaks():
+        yield ROWS[0]
+        raise RuntimeError("the teacher died")
+
+    with pytest.raises(RuntimeError, match="died"):
+        write_label_set(tmp_path / "set", breaks(), MANIFEST)
+    assert list(tmp_path.iterdir()) == []
+    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    with pytest.raises(RuntimeError, match="died"):
+        write_label_set(tmp_path / "set", breaks(), {"rows": 1})
+    assert read_label_set(tmp_path / "set").manifest == MANIFEST
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
+    seen = []
+    real = pq.write_table
+
+    def watched(table, path):
+        seen.append(sorted(p.name for p in path.parent.iterdir()))
+        real(table, path)
+
+    monkeypatch.setattr(pq, "write_table", watched)
+    monkeypatch.setattr(labels, "PART_ROWS", 2)
+    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    assert seen == [[], ["part-00000.parquet"]]
+    assert is_finished(tmp_path / "set")
+
+
+def test_a_folder_without_a_manifest_is_unfinished(tmp_path):
+    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    (tmp_path / "set" / "manifest.json").unlink()
+    assert not is_finished(tmp_path / "set")
+    with pytest.raises(UserError, match=r"set: no finished label set .*`raydistill pseudolabel`"):
+        read_label_set(tmp_path / "set")
+
+
+@pytest.mark.parametrize("damage", ["part", "no parts", "manifest", "manifest without rows", "manifest is a list"])
+def test_a_damaged_set_is_refused_by_name(tmp_path, damage):
+    folder = tmp_path / "set"
+    write_label_set(folder, ROWS, MANIFEST)
+    part, manifest = folder / "part-00000.parquet", folder / "manifest.json"
+    if damage == "part":
+        part.write_bytes(part.read_bytes()[:-20])
+    elif damage == "no parts":
+        part.unlink()
+    else:
+        texts = {"manifest": "{", "manifest without rows": '{"teacher": "t"}', "manifest is a list": "[3]"}
+        manifest.write_text(texts[damage])
+    with pytest.raises(UserError, match=r"set: .*(damaged|make it again)"):
+        read_label_set(folder)
+
+
+def test_a_count_that_does_not_fit_the_manifest_is_refused_with_both_numbers(tmp_path):
+    write_label_set(tmp_path / "set", ROWS, {"rows": 4})
+    with pytest.raises(UserError, match="counts 4 rows but the parts hold 3"):
+        read_label_set(tmp_path / "set")
+
+
+def test_another_decoding_teacher_or_text_is_another_set():
+    names = {
+        label_set_name("t", "d", {"beams": 4}),
+        label_set_name("u", "d", {"beams": 4}),
+        label_set_name("t", "e", {"beams": 4}),
+        label_set_name("t", "d", {"beams": 5}),
+    }
+    assert len(names) == 4
+    assert label_set_name("t", "d", {"a": 1, "b": 2}) == label_set_name("t", "d", {"b": 2, "a": 1})
+
+
+IDS, ORIGINALS = ["a", "b", "c"], ["one", "two", "three"]
+
+
+def pseudo(tmp_path, **targets):
+    return LabelSet(tmp_path / "set", {}, targets or {"c": "DREI", "a": "EINS", "b": "ZWEI", "z": "not of this data"})
+
+
+def test_original_labels_are_the_corpus_itself(tmp_path):
+    assert choose_targets(IDS, ORIGINALS, "original", None) == ([0, 1, 2], ORIGINALS)
+    assert choose_targets(IDS, ORIGINALS, "original", pseudo(tmp_path)) == ([0, 1, 2], ORIGINALS)
+
+
+@pytest.mark.parametrize("labels", ["pseudo", "some/folder"])
+def test_pseudo_labels_are_matched_by_id_not_by_place(tmp_path, labels):
+    assert choose_targets(IDS, ORIGINALS, labels, pseudo(tmp_path)) == ([0, 1, 2], ["EINS", "ZWEI", "DREI"])
+
+
+def test_original_and_pseudo_pair_each_source_twice(tmp_path):
+    rows, targets = choose_targets(IDS, ORIGINALS, "original+pseudo", pseudo(tmp_path))
+    assert rows == [0, 1, 2, 0, 1, 2]
+    assert targets == ["one", "two", "three", "EINS", "ZWEI", "DREI"]
+
+
+def test_empty_pseudo_labels_are_left_out_but_their_originals_stay(tmp_path):
+    some = pseudo(tmp_path, a="EINS", b=" \n", c="DREI")
+    assert choose_targets(IDS, ORIGINALS, "pseudo", some) == ([0, 2], ["EINS", "DREI"])
+    assert choose_targets(IDS, ORIGINALS, "original+pseudo", some)[0] == [0, 1, 2, 0, 2]
+
+
+def test_only_empty_pseudo_labels_are_nothing_to_train_on(tmp_path):
+    with pytest.raises(UserError, match="every pseudo-label is empty"):
+        choose_targets(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="", b="", c=""))
+
+
+def test_rows_without_a_pseudo_label_are_refused_with_their_number(tmp_path):
+    with pytest.raises(UserError, match=r"2 of 3 training rows have no pseudo-label \(first: 'b'\)"):
+        choose_targets(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="EINS"))
+
+
+def test_pseudo_labels_without_a_set_are_refused():
+    with pytest.raises(UserError, match="need a label set"):
+        choose_targets(IDS, ORIGINALS, "original+pseudo", None)
+
+
+def test_the_fingerprint_says_what_students_are_trained_on(tmp_path):
+    write_label_set(tmp_path / "x", ROWS, MANIFEST)
+    write_label_set(tmp_path / "y", [*ROWS[2:], *ROWS[:2]], {"rows": 3, "made": "elsewhere"})
+    write_label_set(tmp_path / "z", [{**ROWS[0], "target": "Kein Hund."}, *ROWS[1:]], MANIFEST)
+    x, y, z = (read_label_set(tmp_path / name).fingerprint for name in "xyz")
+    assert x == y != z
+    assert json.loads((tmp_path / "y" / "manifest.json").read_text())["made"] == "elsewhere"
