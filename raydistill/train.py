@@ -32,12 +32,12 @@ def train(
         method: kd
         student: {size: 12-3}
     """
-    from raydistill.config.load import apply_settings, check, read_yaml
+    from raydistill.config.load import absolute_paths, apply_settings, check, read_yaml
     from raydistill.config.run import Run
 
     path = DEMO if run == "demo" else Path(run)
     data, lines = read_yaml(path)
-    checked = check(Run, apply_settings(data, settings or []), path, lines)
+    checked = check(Run, absolute_paths(apply_settings(data, settings or [])), path, lines)
     folder = home() / "runs" / checked.name
     result = carry_out(checked, folder)
     metrics = {**result["metrics"], **{f"test {k}": v for k, v in (result["test"] or {}).items() if k != "interval"}}

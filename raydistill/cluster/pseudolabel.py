@@ -233,10 +233,15 @@ def _label(job: Job, about: dict[str, Any], work: Path, missing: list[int], tota
     context.enable_progress_bars = False
     context.verbose_stats_logs = False
     resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": 1}
+
     # Only batch numbers travel through Ray: each actor reads its batches from the plan and writes their files itself.
+    class Bound(Labeller):
+        # Arguments would go through the object store, from which a restarted actor may no longer get them.
+        def __init__(self) -> None:
+            super().__init__(job, about, str(work), device, 1)
+
     dataset = ray.data.from_items([{"batch": n} for n in missing], override_num_blocks=len(missing)).map_batches(
-        Labeller,
-        fn_constructor_args=(job, about, str(work), device, 1),
+        Bound,
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=actors),

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raydistill.config.console import home
 from raydistill.config.errors import UserError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     # One worker's health is asked about often, since a short trial must not wait seconds for its end to be seen.
@@ -24,16 +24,19 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PYTHONWARNINGS": "ignore",
 }
+PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", *QUIET)
 OBJECT_STORE_BYTES = 500_000_000
 
 
 @contextmanager
 def cluster(cpus: int | None = None) -> Iterator[None]:
-    """Join the Ray cluster that runs on this machine (or that RAY_ADDRESS names), else start one; leave it at the end.
+    """Join the Ray cluster that RAY_ADDRESS names ("auto": the one on this machine), else start one for this block.
 
-    A cluster that is started here asks for a token, shows its dashboard on loopback only (Ray's default for local
-    clusters, kept in ~/.ray/auth_token), and ends with the block. Its dashboard stays
-    on: without it a trial that a scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
+    Another command's cluster on the same machine is never joined unasked: its CPUs may be taken for hours.
+
+    A cluster that is started here asks for a token (Ray's default for local clusters, kept in ~/.ray/auth_token),
+    shows its dashboard on loopback only, and ends with the block. The dashboard stays on: without it a trial that a
+    scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -43,8 +46,9 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     already = ray.is_initialized()
     if not already:
         _join_or_start(cpus)
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+    for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # cluster.watch tells of a trial's death in one line
     try:
         yield
     finally:
@@ -56,16 +60,20 @@ def _join_or_start(cpus: int | None) -> None:
     import ray
 
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), **quiet)
-        return
-    except ConnectionError as error:
-        if "RAY_ADDRESS" in os.environ:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # A cluster that runs already has its own environment: what this command reads must reach its workers too.
+        mine = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"RAYDISTILL_HOME": str(home())}
+        try:
+            ray.init(address=address, runtime_env={"env_vars": mine}, **quiet)
+        except ConnectionError as error:
             raise UserError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}); start one with "
-                f"`ray up cluster.yaml`, or unset RAY_ADDRESS to work on this machine alone"
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one with `ray up cluster.yaml`, "
+                f"or unset RAY_ADDRESS to work on this machine alone"
             ) from None
+        return
     ray.init(
+        address="local",
         num_cpus=cpus,
         include_dashboard=True,
         dashboard_host="127.0.0.1",

@@ -92,7 +92,7 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {setting}: expected KEY=VALUE, for example --set search.trials=4")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
         place = data
         *parents, last = key.split(".")
@@ -106,9 +106,33 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     return data
 
 
+def absolute_paths(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's data with teacher, data set and label set as absolute paths where they are files or folders here.
+
+    Workers run in folders of their own, where a relative path would lead nowhere.
+    """
+    run = dict(run)
+    for key in ("teacher", "labels", "dataset"):
+        if isinstance(run.get(key), str):
+            run[key] = _absolute(run[key])
+    dataset = run.get("dataset")
+    if isinstance(dataset, dict) and isinstance(dataset.get("name"), str):
+        run["dataset"] = {**dataset, "name": _absolute(dataset["name"])}
+    return run
+
+
+def _absolute(name: str) -> str:
+    # A bare word is a known name even where a folder of that name lies about.
+    return str(Path(name).resolve()) if ("/" in name or "." in name) and Path(name).exists() else name
+
+
 def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(
+                    f"{path}:{key.start_mark.line + 1}: a key must be a plain word, not a list or a mapping"
+                )
             here = (*at, key.value)
             if here in lines:
                 raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice")

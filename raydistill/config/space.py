@@ -11,18 +11,19 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raydistill.config.errors import UserError
-from raydistill.config.load import Path_, apply_settings, check, explain, read_yaml
+from raydistill.config.load import Path_, absolute_paths, apply_settings, check, explain, read_yaml
 from raydistill.config.run import Model, Run
 
 KINDS = ("choice", "uniform", "log_uniform", "int")
 MAX_CORNERS = 20_000
+JSON_SIGNS = ("[", "{", '"')
 Scalar = str | int | float | bool | None
 
 
 class Distribution(BaseModel):
     """One of `choice`, `uniform`, `log_uniform`, `int`; `when` says for which other values it holds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     choice: list[Any] | None = Field(None, min_length=1)
     uniform: tuple[float, float] | None = None
@@ -139,13 +140,14 @@ class Case:
 
 
 def encode(value: Any) -> Scalar:
-    """A value as a scalar: lists and mappings become JSON text."""
-    return json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
+    """A value as a scalar: lists and mappings become JSON text, and so does text that could be taken for such."""
+    structured = isinstance(value, list | dict) or (isinstance(value, str) and value.startswith(JSON_SIGNS))
+    return json.dumps(value, sort_keys=True) if structured else value
 
 
 def decode(value: Scalar) -> Any:
     """The inverse of `encode`."""
-    return json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
+    return json.loads(value) if isinstance(value, str) and value.startswith(JSON_SIGNS) else value
 
 
 def split(run: dict[str, Any]) -> tuple[dict[str, Any], list[Case]]:
@@ -199,6 +201,8 @@ def read_space(path: Path, settings: list[str] | None = None) -> Space:
     """Read and check a space and every corner of it; a UserError names file, line and key."""
     data, lines = read_yaml(path)
     data = apply_settings(data, settings or [])
+    if isinstance(data.get("run"), dict):
+        data["run"] = absolute_paths(data["run"])
     space = check(Space, data, path, lines)
     check_run_space(space, path, lines)
     return space

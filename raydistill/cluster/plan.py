@@ -1,0 +1,143 @@
+"""What a sweep would do, without doing it: `sweep --dry-run`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raydistill.cluster.prepare import runs_of
+from raydistill.config.console import home, table
+from raydistill.config.errors import UserError
+from raydistill.config.presets import DATASETS
+from raydistill.config.run import Run
+from raydistill.config.space import Space, split
+from raydistill.data.corpus import read_corpus, split_names, statistics
+from raydistill.model.shrink import plan
+
+TOKENS_PER_WORD = 1.4
+
+
+def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
+    """Trials, shapes, data, disk, what is there already; `text` is for people. Downloads and starts nothing."""
+    runs = runs_of(space)
+    first = runs[0]
+    config, why = teacher_config(first)
+    data = data_size(first)
+    sizes = sorted({run.student.size or "full" for run in runs})
+    done = len(list((folder / "trials").glob("*/result.json")))
+    lines = [
+        f"sweep {space.name}: {space.search.trials} trials ({done} finished already), sampler {space.search.sampler}, "
+        f"seed {space.search.seed}, in {folder}",
+        f"teacher: {first.teacher}" + (f" ({why})" if why else ""),
+        f"data: {first.dataset.name}: {data['text']}",
+        "",
+        table(["shape", "decoder layers copied", "M parameters"], [shape_row(s, runs, config) for s in sizes]),
+        "",
+        table(["value", "distribution"], distribution_rows(space)),
+        "",
+    ]
+    disk = disk_plan(runs, config, data)
+    lines += disk.pop("lines")
+    for name, bounds in space.budgets.items():
+        lines.append(f"budget {name}: {', '.join(f'{k} <= {v}' for k, v in bounds.items())}")
+    return {
+        "text": "\n".join(lines),
+        "name": space.name,
+        "trials": space.search.trials,
+        "finished": done,
+        "teacher": first.teacher,
+        "dataset": first.dataset.name,
+        "rows": data["rows"],
+        "sizes": sizes,
+        "combinations": len(runs),
+        **disk,
+    }
+
+
+def teacher_config(run: Run) -> tuple[Any, str]:
+    """The teacher's configuration and "", or None and why it cannot be read now."""
+    from raydistill.model.teachers import load_config, locate
+
+    try:
+        return load_config(locate(str(run.teacher), run.dataset.name)), ""
+    except UserError as error:
+        return None, f"not here: {error}"
+
+
+def data_size(run: Run) -> dict[str, Any]:
+    """Training rows and words: counted where the data are local, the paper's where they are the hub's."""
+    known = DATASETS.get(run.dataset.name)
+    if known is not None and known.paper is not None:
+        rows, source, target = known.paper
+        rows = min(rows, run.dataset.train_rows or rows)
+        return {"rows": rows, "source": source, "target": target, "text": f"{rows} training rows (the paper's count)"}
+    try:
+        names = split_names(run.dataset)
+        corpus = read_corpus(run.dataset, "train")
+    except UserError as error:
+        return {"rows": None, "source": 0, "target": 0, "text": f"not here: {error}"}
+    found = statistics(corpus)
+    text = (
+        f"{len(corpus)} training rows, {found['source_words_mean']:.0f} words to {found['target_words_mean']:.0f}; "
+        f"splits {', '.join(names)}"
+    )
+    return {
+        "rows": len(corpus),
+        "source": found["source_words_mean"],
+        "target": found["target_words_mean"],
+        "text": text,
+    }
+
+
+def shape_row(size: str, runs: list[Run], config: Any) -> list[str]:
+    """A shape, the decoder layers that its runs copy, and its parameters where the teacher is known."""
+    if config is None:
+        return [size, "?", "?"]
+    from raydistill.cluster.shapes import counted
+    from raydistill.model import forms
+
+    mine = [run for run in runs if (run.student.size or "full") == size]
+    layers = {str(plan(forms.depths(config), run.student).decoder or "random") for run in mine}
+    shown = "; ".join(sorted(layers))
+    return [size, shown, f"{counted(config, size if size != 'full' else forms.size_name(config)):.1f}"]
+
+
+def distribution_rows(space: Space) -> list[list[str]]:
+    """Each distribution of the space and when it holds."""
+    rows = []
+    for case in split(space.run)[1]:
+        kinds = case.distribution.model_dump(exclude_none=True)
+        when = kinds.pop("when", None)
+        text = ", ".join(f"{kind} {value}" for kind, value in kinds.items())
+        rows.append([case.key, text + (f" when {when}" if when else "")])
+    return rows
+
+
+def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of the teacher cache, from the corpus's words, and which label sets are wanted."""
+    root = home()
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    pseudo = any(run.label_source in ("pseudo", "original+pseudo") for run in runs)
+    lines = [f"pseudo-labels: {'one teacher pass over the training split' if pseudo else 'none needed'}"]
+    need = None
+    if config is not None and data["rows"]:
+        limit = runs[0].dataset.max_source_tokens or 1024
+        source = min(data["source"] * TOKENS_PER_WORD, limit)
+        target = data["target"] * TOKENS_PER_WORD
+        layers = len(_teacher_layers(runs, config))
+        sets = len({run.label_source for run in runs if run.method == "kd"})
+        need = int(data["rows"] * config.d_model * 2 * (source + target * layers * sets))
+        lines.append(f"teacher cache: about {need / 1e9:.1f} GB in bf16 ({free / 1e9:.0f} GB are free under {root})")
+    return {"lines": lines, "cache_bytes": need, "free_bytes": free, "pseudo_labels": pseudo}
+
+
+def _teacher_layers(runs: list[Run], config: Any) -> set[int]:
+    from raydistill.model import forms
+
+    wanted: set[int] = set()
+    for run in runs:
+        if run.method == "kd":
+            wanted |= {forms.depths(config)[1] - 1}
+            if run.loss.alpha_hidden > 0:
+                wanted |= set(plan(forms.depths(config), run.student).supervised_decoder)
+    return wanted

@@ -1,0 +1,177 @@
+"""`raydistill evaluate`: score and time a checkpoint, or two against each other."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from raydistill.config.console import finish, make_app, progress, run_app, show, table
+from raydistill.config.errors import UserError
+
+app = make_app()
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a known name")],
+    against: Annotated[str | None, typer.Argument(help="a second checkpoint to compare with")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="a known name, a hub name, a file or a folder; default: what it was trained on")
+    ] = None,
+    split: Annotated[str, typer.Option(help="which split")] = "test",
+    metric: Annotated[
+        Literal["auto", "rouge2", "bleu"], typer.Option(help="auto: bleu where the data set translates")
+    ] = "auto",
+    beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's own")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
+    engine: Annotated[
+        Literal["auto", "ctranslate2", "transformers"], typer.Option(help="auto: ctranslate2 where it loads the model")
+    ] = "auto",
+    precision: Annotated[Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="of the engine")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="write what it wrote, one JSON object a row")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
+) -> None:
+    """Score a checkpoint on a split, with a 95 % bootstrap interval, and time it on real rows.
+
+    With two checkpoints their difference is a paired bootstrap over the same rows.
+
+    Example: `raydistill evaluate outputs/sweeps/quickstart/trials/KEY/best --dataset demo`
+    """
+    about = dataset_of(checkpoint, dataset, metric)
+    corpus = _corpus(about["dataset"], split, rows)
+
+    import os
+
+    from raydistill.evaluation.scores import paired_bootstrap
+
+    used = threads or len(os.sched_getaffinity(0))
+    names = [checkpoint, *([against] if against else [])]
+    found = [_score(name, about, corpus, engine, precision, used, beams) for name in names]
+    rows_out = []
+    for name, one in zip(names, found, strict=True):
+        low, high = one["interval"]
+        value = one["metrics"][about["metric"]]
+        rows_out.append(
+            [
+                name,
+                f"{value:.2f} [{low:.2f}, {high:.2f}]",
+                f"{one['ms_per_row']:.2f}",
+                one["engine"],
+                f"{one['params_m']:.1f}",
+            ]
+        )
+    header = ["checkpoint", f"{about['metric']} on {split} [95 %]", "ms per row", "engine", "params M"]
+    show(table(header, rows_out), as_json)
+    for name, value in found[0]["metrics"].items():
+        show(f"  {name} {value:.2f}", as_json)
+    show(f"signature: {found[0]['signature']}", as_json)
+    comparison = None
+    if against:
+        c = paired_bootstrap(about["metric"], found[0]["rows"], found[1]["rows"])
+        comparison = {"difference": c.difference, "low": c.low, "high": c.high, "p": c.p}
+        verdict = "not distinguishable" if c.low <= 0 <= c.high else "distinguishable"
+        show(f"difference: {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}], p {c.p:.3f}: {verdict}", as_json)
+    if predictions:
+        _write(predictions, corpus, names, found)
+        show(f"predictions: {predictions}", as_json)
+    data = [{k: v for k, v in one.items() if k not in ("rows", "predictions")} for one in found]
+    finish({"split": split, "checkpoints": dict(zip(names, data, strict=True)), "comparison": comparison}, as_json)
+
+
+def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
+    """The data set, the metric and the lengths: as asked, else as the checkpoint's card tells."""
+    import json
+
+    from raydistill.config.presets import DATASETS, default_dataset
+    from raydistill.config.run import Dataset, Run
+
+    card_path = Path(checkpoint) / "raydistill.json"
+    card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+    run = Run.model_validate(card["config"]) if "config" in card else None
+    wanted = name or (run.dataset.name if run else default_dataset(checkpoint))
+    if wanted is None:
+        raise UserError(f"{checkpoint}: say what to score it on with --dataset (a known name, a file or a folder)")
+    same = run is not None and run.dataset.name == wanted
+    dataset = run.dataset if run is not None and same else Dataset(name=wanted)
+    if metric == "auto" and run is not None and same and run.evaluation.metric != "auto":
+        metric = run.evaluation.metric
+    known = DATASETS.get(wanted)
+    return {
+        "dataset": dataset,
+        "metric": metric if metric != "auto" else known.metric if known else "rouge2",
+        "max_source_tokens": dataset.max_source_tokens or (known.max_source_tokens if known else 512),
+        "max_target_tokens": dataset.max_target_tokens or (known.max_target_tokens if known else 128),
+    }
+
+
+def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
+    from raydistill.data.corpus import read_corpus, split_names
+
+    names = split_names(dataset)
+    if split not in names and not Path(dataset.name).is_file():
+        raise UserError(f"{dataset.name}: there is no split {split!r}; it has {', '.join(names)}")
+    corpus = read_corpus(dataset, split)
+    return corpus.head(rows) if rows else corpus
+
+
+def _score(
+    checkpoint: str, about: dict[str, Any], corpus: Any, kind: Any, precision: str, threads: int, beams: int | None
+) -> dict[str, Any]:
+    """Everything about one checkpoint on the corpus."""
+    from raydistill.config.presets import teacher_preset
+    from raydistill.config.run import Decoding
+    from raydistill.evaluation.checkpoint import evaluate as score
+    from raydistill.evaluation.latency import parameters
+    from raydistill.evaluation.scores import signature
+    from raydistill.model.generate import open_engine, resolve_decoding
+    from raydistill.model.teachers import load_config, load_generation_config, locate, max_positions
+
+    preset = teacher_preset(checkpoint, about["dataset"].name)
+    where = locate(checkpoint, about["dataset"].name)
+    config = load_config(where)
+    beam = resolve_decoding(
+        Decoding(beams=beams),
+        load_generation_config(where),
+        preset.decoding if preset else None,
+        about["max_target_tokens"],
+    )
+    progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
+    engine = open_engine(
+        where, kind, threads=threads, precision=precision, languages=preset.languages if preset else None, say=progress
+    )
+    limit = min(about["max_source_tokens"], max_positions(config) or about["max_source_tokens"])
+    found = score(engine, corpus.sources, corpus.targets, about["metric"], beam, max_source_tokens=limit)
+    return {
+        **{"metrics": found.scored.metrics, "interval": list(found.interval), "repetition": found.repetition},
+        "rows": found.scored.rows,
+        "predictions": found.predictions,
+        "ms_per_row": 1000 * found.seconds / len(corpus),
+        "engine": f"{engine.name} {engine.precision}",
+        "params_m": parameters(config) / 1e6,
+        "beams": beam.beams,
+        "signature": signature(about["metric"]),
+    }
+
+
+def _write(path: Path, corpus: Any, names: list[str], found: list[dict[str, Any]]) -> None:
+    import json
+
+    from raydistill.config.files import write_atomic
+
+    lines = []
+    for i, row_id in enumerate(corpus.ids):
+        outputs = {name: one["predictions"][i] for name, one in zip(names, found, strict=True)}
+        lines.append(json.dumps({"id": row_id, "target": corpus.targets[i], **outputs}, ensure_ascii=False))
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+
+def main() -> None:
+    """The command."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    from raydistill.evaluate import main as entry
+
+    entry()

@@ -1,0 +1,129 @@
+"""Both launchers under a real Ray: the same losses, data-parallel exactness, and life after a worker's death."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from raydistill.cluster.launch import check_room, launcher_for, train_with_ray_train
+from raydistill.cluster.start import cluster
+from raydistill.config.errors import UserError
+from raydistill.config.run import Run
+from raydistill.training.run import Inputs
+from tests.world import make_world
+
+KEPT = ("step", "loss", "val_loss", "score")
+
+
+@pytest.fixture(scope="module")
+def ray_here(tmp_path_factory):
+    os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
+    with cluster(cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def run_of(world, name, **training):
+    teacher, data = world
+    settings = {"epochs": 2, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 2, "precision": "fp32"}
+    return Run.model_validate(
+        {
+            "name": name,
+            "teacher": str(teacher),
+            "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+            "method": "kd",
+            "student": {"size": "2-2"},
+            "training": {**settings, **training},
+            "decoding": {"beams": 1, "max_length": 12},
+        }
+    )
+
+
+def history(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: json.loads(line)[k] for k in KEPT} for line in lines]
+
+
+def same(a, b, tolerance):
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    for x, y in zip(a, b, strict=True):
+        for key in KEPT[1:3]:
+            assert x[key] == pytest.approx(y[key], rel=tolerance)
+
+
+def under_tune(run, folder):
+    """The way of short CPU trials: an actor of Tune's that reports for every validation."""
+    from ray import tune
+
+    from raydistill.training.run import train
+
+    def trial(config):
+        def report(metrics, where):
+            tune.report({"step": metrics["step"], "score": metrics["score"]})
+
+        train(run, folder, report, Inputs())
+
+    found = tune.Tuner(trial, run_config=tune.RunConfig(storage_path=str(folder.parent / "tune"), verbose=0)).fit()
+    assert not found.errors
+    return found
+
+
+def test_one_trial_under_each_launcher_has_the_same_losses(ray_here, world, tmp_path):
+    result = train_with_ray_train(run_of(world, "same"), tmp_path / "train", Inputs())
+    reported = under_tune(run_of(world, "same"), tmp_path / "tuned")
+    assert result["status"] == "done"
+    same(history(tmp_path / "train"), history(tmp_path / "tuned"), 1e-6)
+    assert reported[0].metrics["step"] == history(tmp_path / "tuned")[-1]["step"]
+
+
+def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):
+    train_with_ray_train(run_of(world, "one"), tmp_path / "one", Inputs())
+    train_with_ray_train(run_of(world, "two", workers=2), tmp_path / "two", Inputs())
+    same(history(tmp_path / "one"), history(tmp_path / "two"), 1e-4)
+
+
+def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoint(ray_here, world, tmp_path):
+    """The same losses as the run that nobody killed, and the steps before the checkpoint are not done again."""
+    run = run_of(world, "killed", epochs=12)
+    train_with_ray_train(run, tmp_path / "untouched", Inputs())
+    folder = tmp_path / "killed"
+    killed = []
+
+    def kill():
+        while not (folder / "state.json").is_file() or json.loads((folder / "state.json").read_text())["step"] < 6:
+            time.sleep(0.02)
+        for process in psutil.process_iter(["cmdline"]):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                killed.append(json.loads((folder / "state.json").read_text())["step"])
+                os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = train_with_ray_train(run, folder, Inputs())
+    killer.join(10)
+    assert killed
+    assert killed[0] < 72, "the run was over before it could be killed"
+    assert result["status"] == "done"
+    same(history(tmp_path / "untouched"), history(folder), 1e-6)
+
+
+def test_a_run_that_can_never_fit_is_refused_at_once(ray_here, world):
+    with pytest.raises(UserError, match="8 CPUs and the cluster has 2"):
+        check_room(run_of(world, "big", workers=8), "cpu")
+
+
+def test_which_launcher_a_run_gets(world):
+    assert launcher_for(run_of(world, "a"), "cpu") == "tune"
+    assert launcher_for(run_of(world, "a"), "cuda") == "train"
+    assert launcher_for(run_of(world, "a", workers=2), "cpu") == "train"
+    assert launcher_for(run_of(world, "a", launcher="train"), "cpu") == "train"
+    with pytest.raises(UserError, match="one worker"):
+        launcher_for(run_of(world, "a", workers=2, launcher="tune"), "cpu")

@@ -1,0 +1,140 @@
+"""The search's study on disk, without Ray's actors: what is proposed, what is taken up after a kill."""
+
+import json
+
+import pytest
+
+from raydistill.cluster.search import StudySearch, key_of
+from raydistill.config.space import Space, resolve
+
+RUN = {
+    "teacher": "t",
+    "dataset": "d",
+    "method": {"choice": ["sft", "kd"]},
+    "student": {"size": {"choice": ["2-3", "2-1"]}},
+    "loss": {"alpha_hidden": {"choice": [1, 3], "when": {"method": "kd"}}},
+}
+DONE = {"finished": True, "status": "done", "score": 10.0, "latency_ms": 5.0}
+
+
+def space(**search):
+    return Space.model_validate({"name": "s", "run": RUN, "search": {"sampler": "grid", "trials": 6, **search}})
+
+
+def everything(searcher, prefix="a"):
+    proposals = []
+    for n in range(50):
+        proposal = searcher.suggest(f"{prefix}{n}")
+        if not isinstance(proposal, dict):
+            return proposals
+        proposals.append(proposal)
+    raise AssertionError("the search does not end")
+
+
+def test_a_grid_is_every_combination_once_and_no_more(tmp_path):
+    found = [tuple(sorted(p["chosen"].items())) for p in everything(StudySearch(space(), tmp_path))]
+    sizes = ("2-3", "2-1")
+    wanted = [(("method", "sft"), ("student.size", s)) for s in sizes]
+    wanted += [(("loss.alpha_hidden", a), ("method", "kd"), ("student.size", s)) for s in sizes for a in (1, 3)]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_the_same_settings_are_not_tried_twice_and_a_small_space_ends(tmp_path):
+    keys = [p["key"] for p in everything(StudySearch(space(sampler="tpe"), tmp_path))]
+    assert sorted(keys) == sorted(set(keys))
+    assert len(keys) == 6
+
+
+def test_first_points_come_first(tmp_path):
+    asked = Space.model_validate(
+        {"name": "s", "run": RUN, "points": [{"method": "kd", "student.size": "2-1", "loss.alpha_hidden": 3}]}
+    )
+    first = StudySearch(asked, tmp_path).suggest("a")
+    assert first["chosen"] == {"method": "kd", "student.size": "2-1", "loss.alpha_hidden": 3}
+
+
+def test_a_fixed_seed_proposes_the_same_when_trials_run_one_at_a_time(tmp_path):
+    run = {**RUN, "training": {"learning_rate": {"log_uniform": [1e-5, 1e-2]}}}
+
+    def proposals(folder, seed):
+        folder.mkdir()
+        searcher = StudySearch(
+            Space.model_validate({"name": "s", "run": run, "search": {"seed": seed, "trials": 14}}), folder
+        )
+        found = []
+        for n in range(14):  # the sampler draws at random for ten trials, then models
+            proposal = searcher.suggest(str(n))
+            found.append(proposal["chosen"])
+            searcher.on_trial_complete(str(n), {**DONE, "score": n % 5})
+        return found
+
+    assert proposals(tmp_path / "a", 1) == proposals(tmp_path / "b", 1)
+    assert proposals(tmp_path / "c", 2) != proposals(tmp_path / "d", 1)
+
+
+def test_after_a_kill_finished_trials_are_not_proposed_again_and_those_under_way_are(tmp_path):
+    first = StudySearch(space(), tmp_path)
+    done, under_way, finished_unseen = (first.suggest(f"a{n}") for n in range(3))
+    first.on_trial_complete("a0", DONE)
+    # The third had written its result when everything was killed; nobody had told the search.
+    folder = tmp_path / "trials" / finished_unseen["key"]
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"status": "done", "metrics": {"score": 7.0, "latency_ms": 3.0}}))
+
+    second = StudySearch(space(), tmp_path)
+    assert second.finished == 2
+    proposals = everything(second, "b")
+    keys = [p["key"] for p in proposals]
+    assert done["key"] not in keys
+    assert finished_unseen["key"] not in keys
+    assert under_way["key"] in keys
+    assert len(keys) == 4
+    assert next(p for p in proposals if p["key"] == under_way["key"])["number"] == under_way["number"]
+    assert len({p["number"] for p in proposals} | {done["number"], finished_unseen["number"]}) == 6
+    for n in range(4):
+        second.on_trial_complete(f"b{n}", DONE)
+    third = StudySearch(space(), tmp_path)
+    assert third.finished == 6
+    assert everything(third, "c") == []
+
+
+def test_killed_again_and_again_before_anything_is_done_nothing_is_lost_or_doubled(tmp_path):
+    for attempt in range(3):
+        searcher = StudySearch(space(), tmp_path)
+        for n in range(2):
+            assert isinstance(searcher.suggest(f"{attempt}-{n}"), dict)
+    keys = [p["key"] for p in everything(StudySearch(space(), tmp_path), "z")]
+    assert len(keys) == len(set(keys)) == 6
+
+
+def test_a_trial_that_died_is_taken_up_by_the_next_command(tmp_path):
+    first = StudySearch(space(), tmp_path)
+    died = first.suggest("a")
+    first.on_trial_complete("a", None, error=True)
+    rest = everything(first, "b")
+    for n in range(len(rest)):
+        first.on_trial_complete(f"b{n}", DONE)
+    assert [p["key"] for p in everything(StudySearch(space(), tmp_path), "c")] == [died["key"]]
+
+
+def test_a_failed_run_is_over_and_told_as_the_worst_score(tmp_path):
+    searcher = StudySearch(space(), tmp_path)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"finished": True, "status": "failed", "score": 0.0, "latency_ms": 4.0})
+    assert StudySearch(space(), tmp_path).finished == 1
+
+
+def test_the_key_is_of_the_settings_and_not_of_the_name():
+    chosen = {"method": "sft", "student.size": "2-3"}
+    a, b = resolve(space(), chosen, "one"), resolve(space(), chosen, "two")
+    assert key_of(a) == key_of(b)
+    assert key_of(a) != key_of(resolve(space(), {**chosen, "student.size": "2-1"}, "one"))
+
+
+@pytest.mark.parametrize("trials", [1, 4])
+def test_the_study_counts_what_is_over(tmp_path, trials):
+    searcher = StudySearch(space(), tmp_path)
+    for n in range(trials):
+        searcher.suggest(str(n))
+        searcher.on_trial_complete(str(n), DONE)
+    assert searcher.finished == trials

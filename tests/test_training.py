@@ -1,0 +1,788 @@
+"""Training: what the losses see, that steps are exact however they are split, and that nothing is lost."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import LayerChoice, Loss, Run, Student, Training
+from raydistill.data.batches import Examples, buckets, epoch_batches, share
+from raydistill.data.labels import write_label_set
+from raydistill.model import forms
+from raydistill.model.shrink import plan, shrink
+from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
+from raydistill.training import loop, validation
+from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, step
+from raydistill.training.run import Inputs, fill_cache, open_teacher, supervise, train
+from raydistill.training.student import Frozen, freeze, make_student
+from raydistill.training.supervision import Supervision
+from raydistill.training.teacher_cache import decoder_store, encoder_store
+from tests.tiny import save_tiny, sentences
+
+KD = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
+EXACT = {"precision": "fp32", "warmup_steps": 2, "learning_rate": 1e-2, "adam_eps": 1e-3}
+
+
+def texts(n, seed=0):
+    """Sources of different lengths, and a part of each as its target."""
+    made = sentences(2 * n, seed)
+    sources = [" ".join(made[2 * i : 2 * i + 1 + i % 2]) for i in range(n)]
+    return sources, [" ".join(source.split()[: 2 + i % 4]) for i, source in enumerate(sources)]
+
+
+def tiny(family, folder, size="2-2", method="kd", n=6, dropout=0.0, loss=KD, student=None, seed=0):
+    """A teacher of 2-3 layers and a student of it over `n` pairs, as `train` would put them together."""
+    if not (folder / "config.json").is_file():
+        save_tiny(family, folder, dropout=dropout, logits_bias=family != "t5")
+    teacher, tokenizer = load_model(folder), load_tokenizer(folder)
+    teacher.requires_grad_(False)
+    layers = plan((2, 3), student or Student(size=size))
+    model = shrink(teacher, layers, seed)
+    freeze(model, Frozen(layers.encoder_complete, True, layers.encoder_complete))
+    sources, targets = texts(n)
+    examples = Examples(
+        tokenize_sources(tokenizer, sources, 40), tokenize_targets(tokenizer, targets, 20), list(range(n))
+    )
+    return Supervision(
+        model, teacher if method == "kd" else None, examples, method, loss, layers, layers.encoder_complete
+    )
+
+
+def with_stores(supervision, teacher, folder, dtype="fp32"):
+    """The same supervision from the teacher cache."""
+    s = supervision
+    encoded = encoder_store(folder, teacher, s.examples.sources, "key", dtype=dtype) if s.encoder_shared else None
+    decoded = {}
+    if s.method == "kd":
+        decoded = decoder_store(folder, teacher, s.examples, encoded, s.layers_needed, "key", dtype=dtype)
+    return Supervision(s.student, s.teacher, s.examples, s.method, s.loss, s.plan, s.encoder_shared, encoded, decoded)
+
+
+def loss_and_gradient(supervision, batch):
+    """Sums by term, and the gradient of the step's loss as one vector."""
+    supervision.student.zero_grad()
+    sums, weights, alphas = supervision.sums(batch), supervision.weights(batch), supervision.alphas()
+    sum(alphas[name] * value / weights[name] for name, value in sums.items()).backward()
+    parts = [p.grad.flatten() for p in supervision.student.parameters() if p.grad is not None]
+    return {name: float(value.detach()) for name, value in sums.items()}, torch.cat(parts)
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+# What the losses see
+
+
+def reference(model, supervision, batch, encoder_states=None):
+    """The model's own forward over a padded batch, by transformers alone: logits, hidden states, labels."""
+    examples, pad = supervision.examples, model.config.pad_token_id
+    rows = [torch.tensor(examples.sources[i]) for i in batch]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(examples.targets[i]) for i in batch], batch_first=True, padding_value=-100
+    )
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        mask[at, : len(row)] = 1
+    extra = {} if encoder_states is None else {"encoder_outputs": (encoder_states,)}
+    with torch.no_grad():
+        out = model(
+            input_ids=ids, attention_mask=mask, labels=labels, output_hidden_states=True, use_cache=False, **extra
+        )
+    return out, labels
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian", "t5"])
+@pytest.mark.parametrize("size", ["2-2", "1-2"])
+def test_every_term_is_what_transformers_own_forward_gives(family, size, tmp_path):
+    """Masks from labels, layer outputs at [l + 1], each model over its own encoder, biases and scales in the head."""
+    supervision = tiny(family, tmp_path / "t", size)
+    batch = [0, 1, 2, 5]
+    sums, _ = loss_and_gradient(supervision, batch)
+    ours, labels = reference(supervision.student, supervision, batch)
+    theirs, _ = reference(supervision.teacher, supervision, batch)
+    real = labels != -100
+    assert supervision.weights(batch)["logits"] == int(real.sum())
+    assert sums["data"] == pytest.approx(float(ours.loss) * int(real.sum()), rel=1e-4)
+    p = F.log_softmax(theirs.logits[real].double() / 2, -1)
+    q = F.log_softmax(ours.logits[real].double() / 2, -1)
+    assert sums["logits"] == pytest.approx(float((p.exp() * (p - q)).sum()) * 4, rel=1e-4)
+    phi = {"2-2": [1, 2], "1-2": [1, 2]}[size]  # ceil((i + 1) * 3 / 2) - 1
+    hidden = sum(
+        ((ours.decoder_hidden_states[i + 1][real] - theirs.decoder_hidden_states[t + 1][real]) ** 2).mean(-1).sum()
+        for i, t in enumerate(phi)
+    )
+    assert sums["hidden"] == pytest.approx(float(hidden), rel=1e-4)
+    if size == "1-2":
+        tokens = torch.zeros_like(ours.encoder_last_hidden_state[..., 0], dtype=torch.bool)
+        for at, i in enumerate(batch):
+            tokens[at, : len(supervision.examples.sources[i])] = True
+        states = (ours.encoder_hidden_states[1] - theirs.encoder_hidden_states[2])[tokens]
+        assert sums["encoder_hidden"] == pytest.approx(float(states.pow(2).mean(-1).sum()), rel=1e-4)
+        assert supervision.weights(batch)["encoder_hidden"] == int(tokens.sum())
+        wrong, _ = reference(supervision.teacher, supervision, batch, ours.encoder_last_hidden_state)
+        w = F.log_softmax(wrong.logits[real].double() / 2, -1)
+        assert sums["logits"] != pytest.approx(float((w.exp() * (w - q)).sum()) * 4, rel=1e-2)
+    else:
+        assert "encoder_hidden" not in sums
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "t5"])
+@pytest.mark.parametrize(("method", "size"), [("kd", "2-2"), ("kd", "2-1"), ("sft", "2-2"), ("kd", "1-2")])
+def test_cached_and_live_supervision_give_the_same_losses_and_gradients(family, method, size, tmp_path):
+    live = tiny(family, tmp_path / "t", size, method)
+    cached = with_stores(live, load_model(tmp_path / "t"), tmp_path / "cache")
+    assert (cached.encoded is not None) == (size != "1-2")
+    assert bool(cached.decoded) == (method == "kd")
+    batch = [4, 0, 3]
+    sums, gradient = loss_and_gradient(live, batch)
+    cached_sums, cached_gradient = loss_and_gradient(cached, batch)
+    assert cached_sums == pytest.approx(sums, rel=1e-5)
+    assert distance(cached_gradient, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_bf16_cache_costs_less_than_a_hundredth(family, tmp_path):
+    """bf16 keeps 8 bits, a relative error of at most 2**-8 per value; sums over many average it out."""
+    live = tiny(family, tmp_path / "t")
+    cached = with_stores(live, load_model(tmp_path / "t"), tmp_path / "cache", dtype="bf16")
+    sums, gradient = loss_and_gradient(live, [0, 1, 2, 3])
+    cached_sums, cached_gradient = loss_and_gradient(cached, [0, 1, 2, 3])
+    assert cached_sums == pytest.approx(sums, rel=1e-2)
+    assert 0 < distance(cached_gradient, gradient) < 2e-2
+
+
+def test_a_cached_run_asks_neither_encoder_nor_teacher(tmp_path):
+    cached = with_stores(tiny("bart", tmp_path / "t"), load_model(tmp_path / "t"), tmp_path / "cache")
+
+    def never(*_args, **_kwargs):
+        raise AssertionError("this was to come from the cache")
+
+    cached.student.get_encoder().forward = never
+    cached.teacher.get_encoder().forward = never
+    cached.teacher.get_decoder().forward = never
+    loss_and_gradient(cached, [0, 1])
+
+
+def test_layers_that_a_decoder_store_lacks_are_added_and_those_there_left_alone(tmp_path):
+    live = tiny("bart", tmp_path / "t")
+    decoder_store(tmp_path / "cache", live.teacher, live.examples, None, [2], "key")
+    (first,) = (tmp_path / "cache").glob("decoder-*/layer-02.bin")
+    before = first.stat().st_mtime_ns
+    found = decoder_store(tmp_path / "cache", live.teacher, live.examples, None, [0, 2], "key", dtype="bf16")
+    assert first.stat().st_mtime_ns == before
+    out, labels = reference(live.teacher, live, [1])
+    for layer in (0, 2):
+        states = out.decoder_hidden_states[layer + 1][labels != -100]
+        assert distance(found[layer].flat([1]).float(), states) < 2**-8
+    assert not list((tmp_path / "cache").rglob("*.making"))
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian", "t5"])
+@pytest.mark.parametrize("size", ["2-2", "1-2"])
+def test_padding_changes_nothing(family, size, tmp_path):
+    supervision = tiny(family, tmp_path / "t", size)
+    lengths = {(len(supervision.examples.sources[i]), len(supervision.examples.targets[i])) for i in (0, 1, 3)}
+    assert len(lengths) == 3
+    together, _ = loss_and_gradient(supervision, [0, 1, 3])
+    alone = [loss_and_gradient(supervision, [i])[0] for i in (0, 1, 3)]
+    assert together == pytest.approx({k: sum(one[k] for one in alone) for k in together}, rel=1e-4)
+
+
+def test_a_full_student_of_its_teacher_has_no_distillation_loss(tmp_path):
+    supervision = tiny("bart", tmp_path / "t", size="2-3")
+    sums, _ = loss_and_gradient(supervision, [0, 1])
+    assert sums["logits"] == pytest.approx(0, abs=1e-4)
+    assert sums["hidden"] == pytest.approx(0, abs=1e-6)
+    assert sums["data"] > 1
+
+
+# Steps
+
+
+def stepped(supervision, settings, worker=None, batches=((0, 1, 2, 3, 4, 5),)):
+    parameters = [p for p in supervision.student.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    means = {}
+    for batch in batches:
+        means = step(supervision, batch, settings, worker or Worker(), None, parameters, optimizer)
+    return means, weights_of(supervision.student)
+
+
+@pytest.mark.parametrize("size", ["2-2", "1-2"])
+def test_micro_batches_of_different_lengths_make_the_same_step(size, tmp_path):
+    settings = Training(batch_size=6, gradient_clip=1e9)
+    start = weights_of(tiny("bart", tmp_path / "t", size).student)
+    means, whole = stepped(tiny("bart", tmp_path / "t", size), settings)
+    micro_means, split = stepped(tiny("bart", tmp_path / "t", size), settings.model_copy(update={"accumulation": 4}))
+    assert micro_means == pytest.approx(means, rel=1e-5)
+    assert distance(split - start, whole - start) < 1e-5
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
+    start = weights_of(tiny("bart", tmp_path / "t").student)
+    _, after = stepped(tiny("bart", tmp_path / "t"), Training(batch_size=6, gradient_clip=0.5))
+    assert float((after - start).norm()) == pytest.approx(0.1 * 0.5, rel=1e-3)  # learning rate times norm
+
+
+def no_scores(supervision):
+    """A validation that keeps the weights and scores nothing: each check is better than the one before."""
+
+    def validate(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(weights_of(supervision.student), folder / "weights.pt")
+        validate.calls += 1
+        return {"score": float(validate.calls)}
+
+    validate.calls = 0
+    return validate
+
+
+DATA_PARALLEL = {**EXACT, "batch_size": 5, "epochs": 2, "checks_per_epoch": 3, "max_steps": 6}
+
+
+def _data_parallel_worker(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    supervision = tiny("bart", folder / "t", n=11)
+    settings = Training(**DATA_PARALLEL, workers=world)
+    state = fit(
+        supervision, settings, no_scores(supervision), folder / "run", lambda m, f: None, Worker(rank, world, "cpu")
+    )
+    torch.save((weights_of(supervision.student), state.history), folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_with_the_same_global_batch_train_the_same_weights(tmp_path):
+    """11 rows in batches of 5: the last batch has one row, so that one of the workers has none."""
+    alone = tiny("bart", tmp_path / "t", n=11)
+    start = weights_of(alone.student)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "run").mkdir()
+    state = fit(alone, Training(**DATA_PARALLEL), no_scores(alone), tmp_path / "one", lambda m, f: None)
+    torch.multiprocessing.spawn(_data_parallel_worker, (2, tmp_path), nprocs=2)
+    for rank in (0, 1):
+        weights, history = torch.load(tmp_path / f"rank{rank}.pt")
+        assert distance(weights - start, weights_of(alone.student) - start) < 1e-4
+        assert [h["loss"] for h in history] == pytest.approx([h["loss"] for h in state.history], rel=1e-4)
+    assert state.step == 6
+
+
+# The loop
+
+
+def recorded(supervision, settings, folder, report=lambda m, f: None, validate=None):
+    folder.mkdir(exist_ok=True)
+    state = fit(supervision, settings, validate or no_scores(supervision), folder, report)
+    return [{k: v for k, v in m.items() if k not in ("time_s", "score")} for m in state.history], state
+
+
+LOOP = Training(**EXACT, batch_size=2, epochs=2, checks_per_epoch=2, patience=99)
+
+
+def test_dropout_acts_in_the_loop(tmp_path):
+    """Else the tests of resuming below would hold for nothing."""
+    with_dropout, _ = recorded(tiny("bart", tmp_path / "t", dropout=0.3), LOOP, tmp_path / "a")
+    other_seed, _ = recorded(
+        tiny("bart", tmp_path / "t", dropout=0.3), LOOP.model_copy(update={"seed": 1}), tmp_path / "b"
+    )
+    again, _ = recorded(tiny("bart", tmp_path / "t", dropout=0.3), LOOP, tmp_path / "c")
+    assert with_dropout == again
+    assert with_dropout != other_seed
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("died", ["after the state", "before the state", "after the checkpoint alone"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(died, optimizer, tmp_path, monkeypatch):
+    settings = LOOP.model_copy(update={"optimizer": optimizer})
+    whole = tiny("bart", tmp_path / "t", dropout=0.3)
+    expected, _ = recorded(whole, settings, tmp_path / "whole")
+    assert len(expected) == 6
+
+    class Killed(Exception):
+        pass
+
+    def dies(metrics, _folder):
+        if metrics["step"] == 3:
+            raise Killed
+
+    killed = tiny("bart", tmp_path / "t", dropout=0.3)
+    real_save, real_write = loop.save_state, loop.write_atomic
+    if died == "before the state":
+
+        def dying(folder, state, *rest):
+            dies({"step": state.step}, folder)
+            real_save(folder, state, *rest)
+
+        monkeypatch.setattr(loop, "save_state", dying)
+    if died == "after the checkpoint alone":
+
+        def dying_write(path, content):
+            if path.name == "metrics.jsonl" and content.count(b"\n") == 3:
+                raise Killed
+            real_write(path, content)
+
+        monkeypatch.setattr(loop, "write_atomic", dying_write)
+    with pytest.raises(Killed):
+        recorded(killed, settings, tmp_path / "run", report=dies)
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # whatever the new process drew before
+    torch.rand(7)
+    later = tiny("bart", tmp_path / "t", dropout=0.3)
+    found, state = recorded(later, settings, tmp_path / "run")
+    assert found == expected
+    assert torch.equal(weights_of(later.student), weights_of(whole.student))
+    assert state.step == 6
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state-6.safetensors", "state.json"]
+
+
+def scripted(supervision, scores):
+    keep = no_scores(supervision)
+
+    def validate(folder):
+        return {"score": scores[int(keep(folder)["score"]) - 1]}
+
+    return validate
+
+
+@pytest.mark.parametrize(
+    ("patience", "scores", "checks", "best"),
+    [
+        (2, [1, 3, 2, 3, 9, 9, 9, 9], 4, 2),  # an equal score is no better one
+        (3, [5, 4, 3, 2, 9, 9, 9, 9], 4, 1),
+        (2, [1, 2, 1, 3, 2, 4, 1, 1], 8, 6),
+        (None, [4, 3, 2, 1, 9, 9, 9, 9], 3, 1),  # the default is an epoch of checks: 2
+    ],
+)
+def test_it_stops_without_a_better_score_and_keeps_the_best(patience, scores, checks, best, tmp_path):
+    supervision = tiny("bart", tmp_path / "t", n=8)
+    settings = LOOP.model_copy(update={"patience": patience, "epochs": 4})  # 4 steps an epoch: a check every second
+    at_check = []
+    state = recorded(
+        supervision,
+        settings,
+        tmp_path / "run",
+        report=lambda m, f: at_check.append(weights_of(supervision.student)),
+        validate=scripted(supervision, scores),
+    )[1]
+    assert (len(state.history), state.best_step, state.best_score) == (checks, 2 * best, scores[best - 1])
+    assert state.finished == (checks < 8)
+    kept = list((tmp_path / "run").glob("checkpoint-*"))
+    assert [p.name for p in kept] == [f"checkpoint-{2 * best}"]
+    assert torch.equal(torch.load(kept[0] / "weights.pt"), at_check[best - 1])
+    again = tiny("bart", tmp_path / "t", n=8)
+    after = fit(again, settings, scripted(again, [99]), tmp_path / "run", lambda m, f: None)
+    assert after.step == state.step  # stopped is stopped
+
+
+def test_learning_rates_are_those_worked_out_by_hand():
+    linear = Training(warmup_steps=4)
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert [learning_rate_factor(s, linear, 10) for s in range(11)] == pytest.approx(expected)
+    constant = Training(warmup_steps=2, schedule="constant")
+    assert [learning_rate_factor(s, constant, 10) for s in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+    none = Training(warmup_steps=0)
+    assert [learning_rate_factor(s, none, 4) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    longer_than_the_run = Training(warmup_steps=500)  # warm-up takes half of it at most
+    assert [learning_rate_factor(s, longer_than_the_run, 4) for s in range(4)] == [0.5, 1.0, 1.0, 0.5]
+
+
+def test_the_loop_uses_the_schedule_also_after_going_on(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def dies(metrics, _folder):
+        if metrics["step"] == 2:
+            raise Killed
+
+    settings = LOOP.model_copy(update={"warmup_steps": 0, "learning_rate": 0.06})
+    with pytest.raises(Killed):
+        recorded(tiny("bart", tmp_path / "t"), settings, tmp_path / "run", report=dies)
+    history, _ = recorded(tiny("bart", tmp_path / "t"), settings, tmp_path / "run")
+    # The rate that the next step will use.
+    assert [h["learning_rate"] for h in history] == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01, 0.0])
+
+
+def test_epochs_are_counted_without_the_noise_of_floating_point(tmp_path):
+    supervision = tiny("bart", tmp_path / "t", n=10)
+    settings = LOOP.model_copy(update={"batch_size": 1, "epochs": 1.1, "checks_per_epoch": 1})
+    _, state = recorded(supervision, settings, tmp_path / "run")
+    assert state.step == 11  # 1.1 * 10 is 11.000000000000002
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    supervision = tiny("bart", tmp_path / "t")
+    with torch.no_grad():
+        next(p for p in supervision.student.get_decoder().parameters() if p.requires_grad).fill_(math.nan)
+    with pytest.raises(Diverged, match="the loss is nan at step 1; try a lower learning rate"):
+        recorded(supervision, LOOP, tmp_path / "run")
+
+
+def test_a_metric_that_is_no_number_ends_the_run_too(tmp_path):
+    supervision = tiny("bart", tmp_path / "t")
+    with pytest.raises(Diverged, match="val_loss is nan"):
+        recorded(supervision, LOOP, tmp_path / "run", validate=lambda f: {"score": 0.0, "val_loss": math.nan})
+
+
+# Frozen parts
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "t5"])
+def test_training_leaves_encoder_embeddings_and_teacher_bitwise_alone(family, tmp_path):
+    supervision = tiny(family, tmp_path / "t", dropout=0.3)
+    teacher, student = supervision.teacher, supervision.student
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    teacher_before = weights_of(teacher)
+    recorded(supervision, LOOP, tmp_path / "run")
+    fixed = {n for n in before if not ("decoder" in n and "embed" not in n)}
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in fixed), name
+    assert torch.equal(weights_of(teacher), teacher_before)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_dropout_does_not_act_on_a_frozen_encoder(family, embeddings, tmp_path):
+    supervision = tiny(family, tmp_path / "t", dropout=0.5)
+    if not embeddings:
+        for parameter in forms.embeddings(supervision.student):
+            parameter.requires_grad_(True)
+        supervision = Supervision(
+            supervision.student, None, supervision.examples, "sft", Loss(), supervision.plan, encoder_shared=False
+        )
+    loop._train_mode(supervision)
+    ids = torch.tensor([supervision.examples.sources[0]])
+    mask = torch.ones_like(ids)
+    one, two = (forms.encode(supervision.student, ids, mask).last for _ in range(2))
+    assert torch.equal(one, two)
+    read = [forms.decode(supervision.student, ids, one, mask).last for _ in range(2)]
+    assert not torch.equal(*read)
+
+
+def test_a_trained_encoder_has_dropout(tmp_path):
+    supervision = tiny("bart", tmp_path / "t", size="1-2", dropout=0.5)
+    loop._train_mode(supervision)
+    ids = torch.tensor([supervision.examples.sources[0]])
+    one, two = (forms.encode(supervision.student, ids, torch.ones_like(ids)).last for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+def test_everything_frozen_is_refused(tmp_path):
+    student = load_model(save_tiny("bart", tmp_path / "t"))
+    for parameter in student.get_decoder().parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing is left to train"):
+        freeze(student, Frozen(True, True, True))
+
+
+# Batches
+
+
+@given(
+    st.lists(st.integers(1, 50), max_size=300),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_an_epoch_covers_every_example_once_and_is_decided_by_seed_and_epoch(lengths, batch_size, seed, epoch):
+    batches = epoch_batches(lengths, batch_size, seed, epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert len(batches) == math.ceil(len(lengths) / batch_size)
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    assert batches == epoch_batches(lengths, batch_size, seed, epoch)
+
+
+def test_other_seeds_and_epochs_have_other_orders_and_batches_hold_neighbours_in_length():
+    lengths = [i % 40 + 1 for i in range(400)]
+    orders = {str(epoch_batches(lengths, 8, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+    assert max(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in epoch_batches(lengths, 8, 0, 0)) <= 2
+
+
+@given(st.lists(st.integers(), unique=True, max_size=60), st.integers(1, 5), st.integers(1, 5))
+def test_shares_partition_a_batch_over_workers_and_micro_batches(batch, world, accumulation):
+    shares = [share(batch, rank, world, accumulation) for rank in range(world)]
+    assert sorted(i for mine in shares for micro in mine for i in micro) == sorted(batch)
+    assert all(len(mine) <= accumulation and all(mine) for mine in shares)
+    sizes = [sum(map(len, mine)) for mine in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.integers(1, 50), max_size=100), st.integers(1, 200))
+def test_buckets_hold_each_row_once_within_their_padded_tokens(lengths, tokens):
+    found = list(buckets(lengths, tokens))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens for b in found)
+
+
+# One run, from config to checkpoint
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny teacher and a corpus of 24, 6 and 5 rows."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed, (split, n) in enumerate({"train": 24, "validation": 6, "test": 5}.items()):
+        pairs = zip(*texts(n, seed), strict=True)
+        rows = [json.dumps({"id": f"{split}{i}", "source": s, "target": t}) for i, (s, t) in enumerate(pairs)]
+        (root / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    save_tiny("bart", root / "teacher", logits_bias=True)
+    write_label_set(
+        root / "labels",
+        [{"id": f"train{i}", "target": f"Two small dogs {i}.", "rank": 0, "score": 0.0} for i in range(24)],
+        {"rows": 24},
+    )
+    return root
+
+
+def make_run(place, method="sft", **changes):
+    training = {"epochs": 1, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 2, "precision": "fp32"}
+    data = {
+        "name": "tiny",
+        "teacher": str(place / "teacher"),
+        "dataset": {"name": str(place), "max_source_tokens": 40, "max_target_tokens": 20},
+        "method": method,
+        "student": {"size": "2-1"},
+        "training": training | changes.pop("training", {}),
+        "decoding": {"beams": 2, "max_length": 8},
+        **changes,
+    }
+    return Run.model_validate({key: value for key, value in data.items() if value is not None})
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "pl"])
+def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_path):
+    reports = []
+    inputs = Inputs(labels=place / "labels", cache=tmp_path / "cache", costs={"latency_ms": 5.0}, note={"trial": 3})
+    folder = tmp_path / "run"
+    result = train(make_run(place, method), folder, lambda m, f: reports.append(m), inputs)
+    assert result == read(folder / "result.json")
+    assert (result["status"], result["steps"], result["size"], result["trial"]) == ("done", 3, "2-1", 3)
+    assert result["metrics"]["latency_ms"] == 5.0
+    assert set(result["metrics"]) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
+    assert result["labels"] == {"pl": "pseudo"}.get(method, "original")
+    assert [m["step"] for m in reports] == [2, 3]
+    assert reports == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with np.load(folder / "rows.npz") as rows:
+        assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
+        assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
+    assert sorted(p.name for p in folder.iterdir()) == ["best", "metrics.jsonl", "result.json", "rows.npz", "run.json"]
+
+    card = read(folder / "best" / "raydistill.json")
+    assert card["teacher"] == str(place / "teacher")
+    assert (card["size"], card["method"]) == ("2-1", method)
+    assert card["copied"] == {"encoder": [0, 1], "decoder": [0]}
+    assert card["supervised"] == {"encoder": [0, 1], "decoder": [2]}
+    assert card["config"] == read(folder / "run.json") == make_run(place, method).model_dump(mode="json")
+    assert set(card["data"]) == set(card["scores"]) | {"train"} == {"train", "validation", "test"}
+    assert card["scores"]["validation"]["rouge2"] == result["metrics"]["rouge2"]
+    assert card["versions"]["torch"] == torch.__version__.partition("+")[0] or card["versions"]["torch"]
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
+    assert forms.size_name(model.config) == "2-1"
+    assert (model.generation_config.num_beams, model.generation_config.max_length) == (2, 8)
+    assert AutoTokenizer.from_pretrained(folder / "best")("A dog").input_ids
+    assert model.state_dict()["final_logits_bias"].abs().sum() > 0
+    before = (folder / "result.json").stat().st_mtime_ns
+    assert train(make_run(place, method), folder, lambda m, f: 1 / 0, inputs) == result
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+
+def test_pseudo_labels_are_what_a_pl_student_learns(place, tmp_path):
+    """After some epochs on one constant sentence the loss on it is far below that of a student of the originals."""
+    texts_ = [{"id": f"train{i}", "target": "No one.", "rank": 0, "score": 0.0} for i in range(24)]
+    write_label_set(tmp_path / "same", texts_, {"rows": 24})
+    training = {"epochs": 4, "learning_rate": 0.02, "checks_per_epoch": 1}
+    run = make_run(place, "pl", training=training, labels=str(tmp_path / "same"))
+    train(run, tmp_path / "pl", lambda m, f: None)
+    train(make_run(place, training=training), tmp_path / "sft", lambda m, f: None)
+    losses = {name: read_metrics(tmp_path / name)[-1]["loss_data"] for name in ("pl", "sft")}
+    assert losses["pl"] < 0.6 * losses["sft"]
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("form", ["bart", "marian"])
+def test_a_random_start_trains_a_new_model(place, form, tmp_path):
+    start = {"form": form, "encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "heads": 2, "ffn_dim": 32}
+    start |= {"vocab_size": 330, "max_positions": 64}
+    run = make_run(place, teacher=None, student=None, start=start, training={"learning_rate": 0.01})
+    folder = tmp_path / "run"
+    result = train(run, folder, lambda m, f: None)
+    assert (result["status"], result["size"], result["copied"]) == ("done", "1-2", None)
+    best, begun = load_model(folder / "best"), load_model(folder / "start")
+    for name, parameter in best.named_parameters():
+        if "embed_positions" not in name or form == "bart":
+            assert not torch.equal(parameter, dict(begun.named_parameters())[name]), name
+    if form == "marian":
+        for table in (best.get_input_embeddings(), best.get_decoder().embed_tokens, best.lm_head):
+            assert not table.weight[best.config.pad_token_id].any()
+    assert read(folder / "best" / "raydistill.json")["teacher"] is None
+    assert load_tokenizer(folder / "best").decode(load_tokenizer(folder / "best")("A dog").input_ids)
+
+
+def test_a_killed_train_goes_on_to_the_same_checkpoint(place, tmp_path):
+    run = make_run(place, "kd", training={"epochs": 2})
+
+    class Killed(Exception):
+        pass
+
+    def dies(metrics, _folder):
+        raise Killed
+
+    train(run, tmp_path / "whole", lambda m, f: None)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(run, tmp_path / "run", dies)
+    train(run, tmp_path / "run", lambda m, f: None)
+    whole, later = (load_model(tmp_path / name / "best") for name in ("whole", "run"))
+    assert torch.equal(weights_of(whole), weights_of(later))
+    untimed = [
+        [{k: v for k, v in m.items() if k != "time_s"} for m in read_metrics(tmp_path / n)] for n in ("whole", "run")
+    ]
+    assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_that_holds_another_config_is_refused(place, finished, tmp_path):
+    def report(_metrics, _folder):
+        if not finished:
+            raise KeyboardInterrupt
+
+    try:
+        train(make_run(place), tmp_path / "run", report)
+    except KeyboardInterrupt:
+        pass
+    with pytest.raises(UserError, match="run: holds a run with other settings"):
+        train(make_run(place, training={"learning_rate": 0.5}), tmp_path / "run", lambda m, f: None)
+
+
+def test_a_run_that_diverges_has_a_failed_result_with_its_reason(place, tmp_path):
+    run = make_run(place, training={"learning_rate": 1e30, "warmup_steps": 0, "epochs": 4, "schedule": "constant"})
+    result = train(run, tmp_path / "run", lambda m, f: None, Inputs(note={"trial": 1}))
+    assert (result["status"], result["metrics"], result["trial"], result["size"]) == ("failed", {}, 1, "2-1")
+    assert "is nan at step" in result["reason"] or "is inf at step" in result["reason"]
+    assert train(run, tmp_path / "run", lambda m, f: None) == result
+
+
+def test_a_teachers_generation_config_is_not_its_students(place):
+    teacher = open_teacher(str(place / "teacher"), str(place))
+    student, _ = make_student(make_run(place), teacher)
+    student.generation_config.num_beams = 77
+    assert teacher.model.generation_config.num_beams != 77
+
+
+def test_a_dropout_asked_for_is_set_and_the_teachers_stays(place, tmp_path):
+    teacher = open_teacher(str(place / "teacher"), str(place))
+    student, _ = make_student(make_run(place, training={"dropout": 0.25}), teacher)
+    layer = student.get_decoder().layers[0]
+    assert (layer.dropout, student.get_decoder().dropout, student.config.dropout) == (0.25, 0.25, 0.25)
+    assert (layer.self_attn.dropout, layer.activation_dropout) == (0.0, 0.0)
+    assert teacher.model.get_decoder().layers[0].dropout == 0.1
+    student.train()
+    assert layer.self_attn.dropout == student.config.attention_dropout
+
+
+def test_a_cache_filled_before_is_what_the_run_opens(place, tmp_path):
+    run, inputs = make_run(place, "kd"), Inputs(cache=tmp_path / "cache")
+    made = fill_cache(run, inputs, "cpu")
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
+    assert made == sum(p.stat().st_size for p in files)
+    assert sorted(p.name for p in files) == ["layer-02.bin", "states.bin"]
+    train(run, tmp_path / "run", lambda m, f: None, inputs)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == files
+
+
+@pytest.mark.parametrize(
+    ("cache", "size", "stores"),
+    [("full", "2-1", (True, True)), ("encoder", "2-1", (True, False)), ("off", "2-1", (False, False)),
+     ("full", "1-1", (False, True))],
+)  # fmt: skip
+def test_which_stores_a_run_uses(place, cache, size, stores, tmp_path):
+    run = make_run(place, "kd", student={"size": size}, training={"teacher_cache": cache})
+    teacher = open_teacher(str(place / "teacher"), str(place))
+    student, layers = make_student(run, teacher)
+    examples = Examples([[5, 6, 2]], [[7, 2]], [0])
+    shared = size == "2-1"
+    made = supervise(run, student, layers, teacher, examples, shared, Inputs(cache=tmp_path))
+    assert (made.encoded is not None, bool(made.decoded)) == stores
+
+
+def test_without_the_scoring_library_checkpoints_are_compared_by_validation_loss(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(validation, "SCORERS", {"rouge2": "no_such_library"})
+    result = train(make_run(place), tmp_path / "run", lambda m, f: None)
+    metrics = result["metrics"]
+    assert metrics["score"] == -metrics["val_loss"] == max(m["score"] for m in read_metrics(tmp_path / "run"))
+    assert "rouge2" not in metrics
+    assert (result["test"], result["interval"], result["signature"]) == (None, None, "val_loss")
+    assert "no_such_library is not installed" in capsys.readouterr().err
+    assert load_model(tmp_path / "run" / "best")
+
+
+def test_validation_loss_is_the_mean_over_real_tokens(place, tmp_path):
+    """Against transformers' own loss, row by row, of the best checkpoint."""
+    train(make_run(place), tmp_path / "run", lambda m, f: None)
+    model, tokenizer = load_model(tmp_path / "run" / "best"), load_tokenizer(tmp_path / "run" / "best")
+    total, count = 0.0, 0
+    for line in (place / "validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        labels = torch.tensor([tokenizer(row["target"], truncation=True, max_length=20).input_ids])
+        ids = torch.tensor([tokenizer(row["source"], truncation=True, max_length=40).input_ids])
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * labels.numel()
+        count += labels.numel()
+    assert read(tmp_path / "run" / "result.json")["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_checkpoint_appears_whole(tmp_path, monkeypatch):
+    from raydistill.training.record import save_checkpoint
+
+    save_tiny("bart", tmp_path / "t")
+    model, tokenizer = load_model(tmp_path / "t"), load_tokenizer(tmp_path / "t")
+
+    def fails(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(model, tokenizer, tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_layer_choice_decides_copies_and_supervision(tmp_path):
+    chosen = Student(size="2-2", copied=LayerChoice(decoder=[1, 2]), supervised=LayerChoice(decoder=[0, 1]))
+    supervision = tiny("bart", tmp_path / "t", student=chosen)
+    assert supervision.layers_needed == [0, 1, 2]  # the last one for the logits
+    sums, _ = loss_and_gradient(supervision, [0])
+    ours, labels = reference(supervision.student, supervision, [0])
+    theirs, _ = reference(supervision.teacher, supervision, [0])
+    hidden = sum(
+        ((ours.decoder_hidden_states[i + 1] - theirs.decoder_hidden_states[i + 1]) ** 2).mean(-1).sum() for i in (0, 1)
+    )
+    assert Path(tmp_path / "t").is_dir()
+    assert labels.shape[0] == 1
+    assert sums["hidden"] == pytest.approx(float(hidden), rel=1e-4)

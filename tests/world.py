@@ -1,0 +1,54 @@
+"""A small world for tests of whole commands: a tiny teacher, a corpus on disk, and the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny import save_tiny, sentences
+
+
+def corpus_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows whose target is the source's first words."""
+    texts = sentences(2 * n, seed)
+    return [
+        {"id": f"r{seed}-{i}", "source": f"{texts[2 * i]} {texts[2 * i + 1]}", "target": texts[2 * i]} for i in range(n)
+    ]
+
+
+def write_corpus(folder: Path, train: int = 48, other: int = 8) -> Path:
+    """A folder with train, validation and test files."""
+    folder.mkdir(parents=True)
+    for seed, (split, n) in enumerate({"train": train, "validation": other, "test": other}.items()):
+        lines = [json.dumps(row) for row in corpus_rows(n, seed)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def make_world(folder: Path, **tiny: float) -> tuple[Path, Path]:
+    """A teacher's folder and a corpus's."""
+    return save_tiny("bart", folder / "teacher", **{"dropout": 0.0, **tiny}), write_corpus(folder / "data")
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """What a command of the tests runs with."""
+    return {**os.environ, "RAYDISTILL_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def command(home: Path, *arguments: str, timeout: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m raydistill.NAME ...` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", f"raydistill.{arguments[0]}", *map(str, arguments[1:])],
+        env=environment(home, **more),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict:
+    """The object that `--json` ends with; the command's messages where it failed."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
