@@ -253,7 +253,7 @@ def load_state(
     folder: Path,
     supervision: Supervision,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> State:
     """The saved state, with weights, optimiser and schedule put back where they were."""
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -271,8 +271,8 @@ def load_state(
                 slots.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
     schedule.last_epoch = state.step
-    for group, rate in zip(optimizer.param_groups, schedule.get_lr(), strict=True):
-        group["lr"] = rate
+    for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = rate * schedule.lr_lambdas[0](state.step)
     return state
 
 
