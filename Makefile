@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[install] $$($(PYTHON) --version): making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[install] installing the versions of constraints.txt: a few minutes, longer where torch must be downloaded"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 	@echo "[install] done"
 

@@ -1,6 +1,7 @@
 """The repository keeps its promises: README against --help, Makefile, spaces, pins."""
 
 import functools
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.__main__ import COMMANDS
-from raydistill.config.space import read_space
+from raydistill.config.space import json_schema, read_space
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +84,11 @@ def test_the_makefile_has_what_is_promised() -> None:
     assert named <= targets
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_schema_for_editors_is_up_to_date() -> None:
+    written = json.loads((ROOT / "search_spaces" / "schema.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(json_schema())), "run `make schema`"
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name)
