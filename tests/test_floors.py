@@ -1,0 +1,198 @@
+"""The house of DESIGN.md: who may import what, and what works without the heavy libraries."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import raydistill
+from tests.tiny import save_tiny, sentences
+
+PACKAGE = Path(raydistill.__file__).parent
+COMMANDS = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+# Place -> places of this package that it may import, itself aside. Data goes one way.
+BELOW = {
+    "config": set(),
+    "data": {"config"},
+    "model": {"config"},
+    "evaluation": {"model", "config"},
+    "training": {"evaluation", "model", "data", "config"},
+    "results": {"evaluation", "config"},
+    "cluster": {"results", "training", "evaluation", "model", "data", "config"},
+}
+# Library -> where alone it may be imported; "commands" are the files at the top of the package.
+ONLY_IN = {
+    "ray": {"cluster", "commands"},
+    "optuna": {"cluster", "commands"},
+    "mlflow": {"results/tracking.py"},
+    "matplotlib": {"results"},
+    "ctranslate2": {"model"},
+    "datasets": {"data"},
+    "rouge_score": {"evaluation"},
+    "sacrebleu": {"evaluation"},
+}
+NO_TORCH = {"config", "data", "results"}
+
+
+def imports():
+    """(file in the package, module imported), also inside functions and behind TYPE_CHECKING."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((file, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                yield from ((file, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def place_of(file):
+    return file.split("/")[0] if "/" in file else "commands"
+
+
+def breaches(found):
+    """What breaks the law."""
+    for file, module in found:
+        root, *inner = module.split(".")
+        place = place_of(file)
+        if root == "raydistill" and place != "commands":
+            wanted = inner[0] if inner else ""
+            if wanted != "__version__" and wanted != place and wanted not in BELOW[place]:
+                yield f"{file} imports {module}"
+        if root in ONLY_IN and not ONLY_IN[root] & {place, file}:
+            yield f"{file} imports {module}"
+        if root in ("torch", "transformers") and place in NO_TORCH:
+            yield f"{file} imports {module}"
+
+
+def test_every_place_imports_only_downwards_and_each_library_has_its_place():
+    assert list(breaches(imports())) == []
+
+
+def test_every_folder_is_a_floor():
+    folders = {p.parent.relative_to(PACKAGE).parts[0] for p in PACKAGE.glob("*/**/*.py")}
+    assert folders == set(BELOW)
+
+
+@pytest.mark.parametrize(
+    ("file", "module"),
+    [
+        ("data/corpus.py", "raydistill.model.forms"),
+        ("training/loop.py", "raydistill.cluster.launch"),
+        ("model/forms.py", "raydistill.data.batches"),
+        ("results/budget.py", "raydistill.training.run"),
+        ("evaluation/scores.py", "raydistill.sweep.main"),
+        ("training/run.py", "ray.train"),
+        ("results/figures.py", "mlflow"),
+        ("sweep.py", "ctranslate2"),
+        ("config/run.py", "torch"),
+    ],
+)
+def test_the_law_can_be_broken(file, module):
+    assert list(breaches([(file, module)])) == [f"{file} imports {module}"]
+
+
+def test_imports_inside_functions_are_seen():
+    found = set(imports())
+    assert ("evaluation/scores.py", "rouge_score.rouge_scorer.RougeScorer") in found
+    assert ("cluster/launch.py", "raydistill.training.run.train") in found
+
+
+def python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=PACKAGE.parent,
+    )
+
+
+BARE = """
+import sys
+
+class Blocked:
+    names = {"ray", "mlflow", "datasets", "optuna", "rouge_score", "sacrebleu", "ctranslate2", "matplotlib", "typer"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import raydistill
+
+for floor in ("config", "data", "model", "evaluation", "training"):
+    package = importlib.import_module(f"raydistill.{floor}")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "schema":
+            importlib.import_module(f"raydistill.{floor}.{module.name}")
+
+from raydistill.config.run import Run
+from raydistill.training.run import train
+
+root = Path(sys.argv[1])
+run = Run(
+    name="bare",
+    teacher=str(root / "teacher"),
+    dataset={"name": str(root), "max_source_tokens": 40, "max_target_tokens": 20},
+    method="kd",
+    student={"size": "1-1"},
+    training={"epochs": 1, "batch_size": 4, "checks_per_epoch": 1, "precision": "fp32"},
+)
+result = train(run, root / "run", lambda metrics, folder: None)
+print(json.dumps({"result": result, "loaded": sorted(Blocked.names & set(sys.modules))}))
+"""
+
+
+def test_training_works_with_torch_and_transformers_alone(tmp_path):
+    save_tiny("bart", tmp_path / "teacher")
+    for split, n in (("train", 8), ("validation", 4), ("test", 4)):
+        rows = [json.dumps({"id": str(i), "source": s, "target": s[:12]}) for i, s in enumerate(sentences(n))]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    done = python(BARE, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loaded"] == []
+    assert found["result"]["status"] == "done"
+    assert found["result"]["metrics"]["score"] == -found["result"]["metrics"]["val_loss"]
+    assert "rouge_score is not installed" in done.stderr
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+
+
+HELP = """
+import importlib
+import sys
+
+name = sys.argv[1]
+sys.argv = [f"raydistill {name}", "--help"]
+try:
+    importlib.import_module(f"raydistill.{name}").main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "ray", "transformers", "mlflow", "optuna", "datasets", "ctranslate2", "matplotlib", "pandas"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_without_loading_anything_heavy(command):
+    done = python(HELP, command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Usage" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_console_script_lists_every_command():
+    from raydistill.__main__ import COMMANDS as listed
+
+    assert sorted(listed) == COMMANDS
