@@ -90,6 +90,12 @@ def test_the_mounted_files_are_here_and_are_what_pip_needs(given: dict[str, Any]
         assert any("pip install" in c and "-c constraints.txt" in c for c in commands)
 
 
+def test_commands_on_the_head_join_the_cluster_and_share_a_home(given: dict[str, Any]) -> None:
+    setup = "\n".join(given["setup_commands"])
+    assert "RAY_ADDRESS=auto" in setup, "without it a command starts a Ray of its own"
+    assert "RAYDISTILL_HOME=$HOME/shared" in setup
+
+
 def test_versions_are_pinned_to_the_ray_that_validated(given: dict[str, Any]) -> None:
     import ray
 
