@@ -53,11 +53,12 @@ def explain(error: ValidationError, model: type[BaseModel], path: Path | str, li
         key = ".".join(str(part) for part in location) or "(top level)"
         line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
         where = f"{path}:{line}" if line else str(path)
-        messages.append(f"{where}: {key}: {_reason(dict(item), model, location)}")
+        messages.append(f"{where}: {key}: {reason_of(dict(item), model, location)}")
     return "\n".join(dict.fromkeys(messages))
 
 
-def _reason(item: dict[str, Any], model: type[BaseModel], location: Path_) -> str:
+def reason_of(item: dict[str, Any], model: type[BaseModel], location: Path_) -> str:
+    """What is wrong with one value, with the nearest known key for an unknown one."""
     if item["type"] == "extra_forbidden":
         known = sorted(known_keys(model, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)

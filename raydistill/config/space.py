@@ -11,13 +11,14 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raydistill.config.errors import UserError
-from raydistill.config.load import Path_, absolute_paths, apply_settings, check, explain, read_yaml
+from raydistill.config.load import Path_, absolute_paths, apply_settings, check, explain, read_yaml, reason_of
 from raydistill.config.run import Model, Run
 
 KINDS = ("choice", "uniform", "log_uniform", "int")
 MAX_CORNERS = 20_000
 JSON_SIGNS = ("[", "{", '"')
 Scalar = str | int | float | bool | None
+Whole = int  # by another name, since a distribution has a field `int`
 
 
 class Distribution(BaseModel):
@@ -28,7 +29,7 @@ class Distribution(BaseModel):
     choice: list[Any] | None = Field(None, min_length=1)
     uniform: tuple[float, float] | None = None
     log_uniform: tuple[float, float] | None = None
-    int: tuple[int, int] | None = None
+    int: tuple[Whole, Whole] | None = None
     when: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -36,6 +37,9 @@ class Distribution(BaseModel):
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(KINDS)} is needed, found {given or 'none'}")
+        for value in self.choice or []:
+            if not _is_plain(value):
+                raise ValueError(f"choice {value!r}: expected text, numbers, lists, or mappings with text keys")
         ends = self.uniform or self.log_uniform or self.int
         if ends and ends[0] > ends[1]:
             raise ValueError(f"{given[0]} {list(ends)}: the lower end is above the upper")
@@ -139,6 +143,15 @@ class Case:
         return trial.suggest_float(self.name, low, high, log=d.log_uniform is not None)
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of what JSON knows, keys of mappings being text."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def encode(value: Any) -> Scalar:
     """A value as a scalar: lists and mappings become JSON text, and so does text that could be taken for such."""
     structured = isinstance(value, list | dict) or (isinstance(value, str) and value.startswith(JSON_SIGNS))
@@ -200,6 +213,10 @@ def corners(run: dict[str, Any], limit: int = MAX_CORNERS) -> Iterator[dict[str,
 def read_space(path: Path, settings: list[str] | None = None) -> Space:
     """Read and check a space and every corner of it; a UserError names file, line and key."""
     data, lines = read_yaml(path)
+    if "dataset" in data and "run" not in data:
+        raise UserError(
+            f"{path}: this is a run, not a space (there is no `run`); train it with `raydistill train {path}`"
+        )
     data = apply_settings(data, settings or [])
     if isinstance(data.get("run"), dict):
         data["run"] = absolute_paths(data["run"])
@@ -215,10 +232,10 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
         if space.search.sampler == "grid" and any(c.distribution.choice is None for c in cases):
             raise ValueError("search.sampler grid needs choices only; a range has no end of values")
         candidates = list(itertools.chain(corners(space.run), (point_values(space.run, p) for p in space.points)))
-    except ValidationError as error:
-        raise UserError(explain(error, Distribution, path, lines)) from None
     except ValueError as error:
-        raise UserError(f"{path}: run: {error}") from None
+        key = str(error).partition(":")[0]
+        line = lines.get(("run", *key.split("."))) or lines.get((key,)) or lines.get(("search", "sampler"))
+        raise UserError(f"{path}{f':{line}' if line else ''}: {error}") from None
     in_run = {at[1:]: line for at, line in lines.items() if at[:1] == ("run",)}
     for chosen in candidates:
         try:
@@ -310,7 +327,8 @@ class _PointWalk(_Walk):
         self.point = point
 
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any:
-        wanted = encode(self.point.get(self.keys[name], decode(choices[0])))
+        wanted = self.point.get(self.keys[name], decode(choices[0]))
+        wanted = encode(wanted) if _is_plain(wanted) else wanted
         if wanted not in choices:
             raise ValueError(f"points: {self.keys[name]} {wanted!r} is none of {choices}")
         return wanted
@@ -348,8 +366,12 @@ def _collect(value: dict[str, Any], at: str, fixed: dict[str, Any], cases: list[
             try:
                 distribution = Distribution.model_validate(one)
             except ValidationError as error:
-                reason = "; ".join(str(e["msg"]).removeprefix("Value error, ") for e in error.errors())
-                raise ValueError(f"{key}: {reason}") from None
+                wrong = error.errors(include_url=False)
+                parts = [
+                    (".".join(map(str, e["loc"])), reason_of(dict(e), Distribution, tuple(e["loc"]))) for e in wrong
+                ]
+                reasons = "; ".join(f"{at}: {reason}" if at else reason for at, reason in parts)
+                raise ValueError(f"{key}: {reasons}") from None
             cases.append(Case(key, key if len(listed) == 1 else f"{key}@{i}", distribution))
 
 
