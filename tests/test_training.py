@@ -1,9 +1,10 @@
 """Training: what the losses see, that steps are exact however they are split, and that nothing is lost."""
 
 import contextlib
+import itertools
 import json
 import math
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,14 +246,13 @@ def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
 
 def no_scores(supervision):
     """A validation that keeps the weights and scores nothing: each check is better than the one before."""
+    calls = itertools.count(1)
 
     def validate(folder):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(weights_of(supervision.student), folder / "weights.pt")
-        validate.calls += 1
-        return {"score": float(validate.calls)}
+        return {"score": float(next(calls))}
 
-    validate.calls = 0
     return validate
 
 
@@ -604,7 +604,7 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     assert card["config"] == read(folder / "run.json") == make_run(place, method).model_dump(mode="json")
     assert set(card["data"]) == set(card["scores"]) | {"train"} == {"train", "validation", "test"}
     assert card["scores"]["validation"]["rouge2"] == result["metrics"]["rouge2"]
-    assert card["versions"]["torch"] == torch.__version__.partition("+")[0] or card["versions"]["torch"]
+    assert card["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
 
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
     assert forms.size_name(model.config) == "2-1"
@@ -612,7 +612,7 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     assert AutoTokenizer.from_pretrained(folder / "best")("A dog").input_ids
     assert model.state_dict()["final_logits_bias"].abs().sum() > 0
     before = (folder / "result.json").stat().st_mtime_ns
-    assert train(make_run(place, method), folder, lambda m, f: 1 / 0, inputs) == result
+    assert train(make_run(place, method), folder, never_called, inputs) == result
     assert (folder / "result.json").stat().st_mtime_ns == before
 
 
@@ -626,6 +626,10 @@ def test_pseudo_labels_are_what_a_pl_student_learns(place, tmp_path):
     train(make_run(place, training=training), tmp_path / "sft", lambda m, f: None)
     losses = {name: read_metrics(tmp_path / name)[-1]["loss_data"] for name in ("pl", "sft")}
     assert losses["pl"] < 0.8 * losses["sft"]
+
+
+def never_called(_metrics, _folder):
+    raise AssertionError("a finished run reports nothing")
 
 
 def read_metrics(folder):
@@ -703,10 +707,12 @@ def test_a_teachers_generation_config_is_not_its_students(place):
 def test_a_dropout_asked_for_is_set_and_the_teachers_stays(place, tmp_path):
     teacher = open_teacher(str(place / "teacher"), str(place))
     student, _ = make_student(make_run(place, training={"dropout": 0.25}), teacher)
-    layer = student.get_decoder().layers[0]
+    layers: Any = student.get_decoder().layers
+    layer = layers[0]
     assert (layer.dropout, student.get_decoder().dropout, student.config.dropout) == (0.25, 0.25, 0.25)
     assert (layer.self_attn.dropout, layer.activation_dropout) == (0.0, 0.0)
-    assert teacher.model.get_decoder().layers[0].dropout == 0.1
+    theirs: Any = teacher.model.get_decoder().layers
+    assert theirs[0].dropout == 0.1
     student.train()
     assert layer.self_attn.dropout == student.config.attention_dropout
 
@@ -782,11 +788,9 @@ def test_a_layer_choice_decides_copies_and_supervision(tmp_path):
     supervision = tiny("bart", tmp_path / "t", student=chosen)
     assert supervision.layers_needed == [0, 1, 2]  # the last one for the logits
     sums, _ = loss_and_gradient(supervision, [0])
-    ours, labels = reference(supervision.student, supervision, [0])
+    ours, _ = reference(supervision.student, supervision, [0])
     theirs, _ = reference(supervision.teacher, supervision, [0])
     hidden = sum(
         ((ours.decoder_hidden_states[i + 1] - theirs.decoder_hidden_states[i + 1]) ** 2).mean(-1).sum() for i in (0, 1)
     )
-    assert Path(tmp_path / "t").is_dir()
-    assert labels.shape[0] == 1
     assert sums["hidden"] == pytest.approx(float(hidden), rel=1e-4)

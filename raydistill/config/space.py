@@ -230,11 +230,11 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
     try:
         _, cases = split(space.run)
         if space.search.sampler == "grid" and any(c.distribution.choice is None for c in cases):
-            raise ValueError("search.sampler grid needs choices only; a range has no end of values")
+            raise ValueError("search.sampler: grid needs choices only; a range has no end of values")
         candidates = list(itertools.chain(corners(space.run), (point_values(space.run, p) for p in space.points)))
     except ValueError as error:
-        key = str(error).partition(":")[0]
-        line = lines.get(("run", *key.split("."))) or lines.get((key,)) or lines.get(("search", "sampler"))
+        key = tuple(str(error).partition(":")[0].split("."))
+        line = lines.get(("run", *key)) or lines.get(key) or lines.get(key[:1])
         raise UserError(f"{path}{f':{line}' if line else ''}: {error}") from None
     in_run = {at[1:]: line for at, line in lines.items() if at[:1] == ("run",)}
     for chosen in candidates:

@@ -79,7 +79,8 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Decoder input ids for labels [batch, tokens] (-100: none), by the model's own rule."""
-    return model.prepare_decoder_input_ids_from_labels(labels)
+    shift: Any = model.prepare_decoder_input_ids_from_labels
+    return shift(labels)
 
 
 def embeddings(model: PreTrainedModel) -> list[torch.nn.Parameter]:
