@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from raydistill.config.console import finish, home, make_app, progress, run_app, show, table
+from raydistill.config.errors import UserError
 
 app = make_app()
 DEMO = Path(__file__).parent / "data" / "demo_teacher.yaml"
@@ -37,6 +38,8 @@ def train(
 
     path = DEMO if run == "demo" else Path(run)
     data, lines = read_yaml(path)
+    if "run" in data:
+        raise UserError(f"{path}: this is a space (it has `run`); search it with `raydistill sweep {path}`")
     checked = check(Run, absolute_paths(apply_settings(data, settings or [])), path, lines)
     folder = home() / "runs" / checked.name
     result = carry_out(checked, folder)

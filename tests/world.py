@@ -26,9 +26,9 @@ def write_corpus(folder: Path, train: int = 48, other: int = 8) -> Path:
     return folder
 
 
-def make_world(folder: Path, **tiny: float) -> tuple[Path, Path]:
+def make_world(folder: Path) -> tuple[Path, Path]:
     """A teacher's folder and a corpus's."""
-    return save_tiny("bart", folder / "teacher", **{"dropout": 0.0, **tiny}), write_corpus(folder / "data")
+    return save_tiny("bart", folder / "teacher", dropout=0.0), write_corpus(folder / "data")
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -36,7 +36,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "RAYDISTILL_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 
-def command(home: Path, *arguments: str, timeout: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
+def command(home: Path, *arguments: object, timeout: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m raydistill.NAME ...` to its end."""
     return subprocess.run(
         [sys.executable, "-m", f"raydistill.{arguments[0]}", *map(str, arguments[1:])],

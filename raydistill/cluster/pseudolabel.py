@@ -132,7 +132,7 @@ def finish(corpus: Corpus, work: Path, folder: Path, batches: int, about: dict[s
     """Put the batches' outputs in the corpus's order, check that every row is there once, write the label set."""
     import pyarrow.parquet as pq
 
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[tuple[str, float]]] = {}
     seconds = 0.0
     engine = ""
     for n in range(batches):

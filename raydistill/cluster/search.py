@@ -90,6 +90,8 @@ class StudySearch(OptunaSearch):
     again and goes on from its folder; a finished one is never started again; the same settings are not tried twice.
     """
 
+    _ot_study: Any
+
     def __init__(self, space: Space, sweep: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.search_space = space
@@ -118,7 +120,7 @@ class StudySearch(OptunaSearch):
         """Trials of the study that are over."""
         return len(self._ot_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
         """The next proposal whose settings no trial has had, or that a killed trial had."""
         for _ in range(DUPLICATES_IN_A_ROW):
             if self._exhausted():

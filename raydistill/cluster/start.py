@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
@@ -59,7 +60,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
 def _join_or_start(cpus: int | None) -> None:
     import ray
 
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # A cluster that runs already has its own environment: what this command reads must reach its workers too.

@@ -29,6 +29,8 @@ FINAL = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),
     *("speedup", "params_m", "memory_mb", "gpu_hours", "teacher_gpu_hours"),
 )
+CHOSEN = "raydistill.chosen_for"
+COLUMNS = ("latency_ms", "speedup", "params_m", "gpu_hours")
 CHUNK = {"metrics": 900, "params": 90}  # MLflow takes 1000 metrics and 100 parameters at once
 
 
@@ -117,10 +119,12 @@ def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False
         parent = runs.get("") or _create(client, experiment, found.name, {"raydistill.sweep": identity})
         for trial in found.trials:
             _publish_trial(client, experiment, parent.info.run_id, identity, trial, runs.get(trial.key), finished)
-        _publish_parent(client, parent, found, report, finished)
+        children = {key: run for key, run in _runs(client, experiment, identity).items() if key}
+        _publish_parent(client, parent, children, found, report, finished)
+        view = _share_view(client, experiment, found.metric)
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     run_id = parent.info.run_id
-    return Tracked(run_id, f"{base}/#/experiments/{experiment}/runs/{run_id}", ui_command(uri))
+    return Tracked(run_id, f"{base}/#/experiments/{experiment}/runs?{view}", ui_command(uri))
 
 
 def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str | None = None) -> Registered:
@@ -152,6 +156,24 @@ def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str |
         alias = alias_of(budget_name)
         client.set_registered_model_alias(found.name, alias, version)
     return Registered(found.name, version, alias, f"models:/{found.name}@{alias}")
+
+
+def _share_view(client: Any, experiment: str, metric: str) -> str:
+    """Keep a view of the finished trials as MLflow's own Share button does; returns the query that opens it.
+
+    Without it the UI hides metrics and parameters until a person picks them from a list of dozens.
+    """
+    metrics = (metric, f"test_{metric}", f"test_{metric}_low", f"test_{metric}_high", *COLUMNS)
+    columns = [f"metrics.`{name}`" for name in metrics]
+    columns += [f"params.`{name}`" for name in ("method", "student.size")] + [f"tags.`{CHOSEN}`"]
+    view = {
+        "searchFilter": "tags.`raydistill.trial` != ''",
+        "orderByKey": f"metrics.`{metric}`",
+        "orderByAsc": False,
+        "selectedColumns": columns,
+    }
+    client.set_experiment_tag(experiment, "mlflow.sharedViewState.raydistill", json.dumps(view))
+    return "viewStateShareKey=raydistill"
 
 
 def alias_of(budget_name: str) -> str:
@@ -225,7 +247,9 @@ def _publish_end(client: Any, run_id: str, trial: Trial, time: int, step: int) -
     client.set_tag(run_id, "raydistill.done", "1")  # last: a kill before it has all of this done again
 
 
-def _publish_parent(client: Any, parent: Any, found: Outcome, report: list[Path], finished: bool) -> None:
+def _publish_parent(
+    client: Any, parent: Any, children: dict[str, Any], found: Outcome, report: list[Path], finished: bool
+) -> None:
     run_id = parent.info.run_id
     done = sum(t.status == "done" for t in found.trials)
     note = f"**{found.name}**: {done} of {len(found.trials)} trials finished."
@@ -242,6 +266,10 @@ def _publish_parent(client: Any, parent: Any, found: Outcome, report: list[Path]
     for path in [*report, found.sweep / "space.yaml", found.sweep / "sweep.json"]:
         if path.exists():
             client.log_artifact(run_id, str(path))
+    for key, child in children.items():
+        budgets = ", ".join(name for name, chosen in found.chosen.items() if chosen == key)
+        if budgets != child.data.tags.get(CHOSEN, ""):
+            client.set_tag(child.info.run_id, CHOSEN, budgets)
     if finished:
         client.set_terminated(run_id, "FINISHED")
     elif parent.info.status != "RUNNING":
@@ -310,7 +338,9 @@ def _experiment(client: Any, name: str, uri: str) -> str:
         location = None
         if uri.startswith("sqlite:"):
             location = (_sqlite_file(uri).absolute().parent / "mlartifacts" / name).as_uri()
-        return str(client.create_experiment(name, artifact_location=location))
+        # The UI shows training runs with their metrics only where an experiment says that it is of this kind.
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(name, artifact_location=location, tags=kind))
     if existing.lifecycle_stage == "deleted":
         client.restore_experiment(existing.experiment_id)
     return str(existing.experiment_id)

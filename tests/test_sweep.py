@@ -1,0 +1,252 @@
+"""Whole commands on real Ray, as a user runs them: the demo, the paper's KD search, and a sweep that is killed."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.hub_cache import lay_out_dataset
+from tests.tiny import lay_out_model, save_tiny
+from tests.world import command, corpus_rows, environment, last_json, make_world
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
+
+
+def mlflow_children(home: Path) -> list[tuple[str, str]]:
+    """(trial key, status) of every child run, read from the store itself."""
+    with sqlite3.connect(home / "mlflow.db") as store:
+        query = (
+            "select t.value, r.status from runs r join tags t on r.run_uuid = t.run_uuid "
+            "where t.key = 'raydistill.trial' and r.lifecycle_stage = 'active'"
+        )
+        return store.execute(query).fetchall()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The quickstart with fewer steps and rows: train, then sweep, then what comes after."""
+    home = tmp_path_factory.mktemp("demo")
+    small = ["--set", "dataset.train_rows=400", "--set", "training.max_steps=30", "--set", "dataset.validation_rows=40"]
+    teacher = command(home, "train", "demo", *small, "--set", "dataset.test_rows=40", "--json")
+    rows = [f"run.dataset.{split}_rows={n}" for split, n in (("train", 400), ("validation", 40), ("test", 40))]
+    settings = [part for row in rows for part in ("--set", row)]
+    arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *SHORT, *settings, "--set", "search.trials=4"]
+    return home, last_json(teacher), last_json(command(home, *arguments, "--json")), arguments
+
+
+def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
+    home, teacher, found, _ = demo
+    assert teacher["status"] == "done"
+    assert [t["status"] for t in found["trials"]] == ["done"] * 4
+    assert {t["method"] for t in found["trials"]} == {"sft", "kd", "pl"}
+    front = {t["key"] for t in found["trials"]} & set(found["front"])
+    assert front == set(found["front"]) != set()
+    for trial in found["trials"]:
+        assert trial["interval"][0] <= trial["metrics"]["rouge2"] <= trial["interval"][1]
+        assert trial["metrics"]["latency_ms"] > trial["metrics"]["latency_ms_b1"] > 0
+        assert trial["metrics"]["gpu_hours"] > 0
+    sweep = Path(found["sweep"])
+    assert (sweep / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "ROUGE-2" in (sweep / "table.md").read_text()
+    assert len(mlflow_children(home)) == 4
+    assert {status for _, status in mlflow_children(home)} == {"FINISHED"}
+
+
+def test_larger_shapes_cost_more_and_speedup_is_against_the_teacher(demo):
+    found = demo[2]
+    by_size = {t["size"]: t["metrics"] for t in found["trials"]}
+    teacher = found["teacher"]["costs"]
+    assert by_size["2-3"]["params_m"] > by_size["2-2"]["params_m"]
+    for metrics in by_size.values():
+        assert metrics["params_m"] < teacher["params_m"]
+        assert metrics["speedup"] == pytest.approx(teacher["latency_ms"] / metrics["latency_ms"])
+
+
+def test_the_same_command_again_starts_nothing_and_says_the_same(demo):
+    home, _, found, arguments = demo
+    results = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}
+    again = last_json(command(home, *arguments, "--json"))
+    assert again["front"] == found["front"]
+    assert {p: p.stat().st_mtime_ns for p in results} == results
+    assert len(mlflow_children(home)) == 4
+
+
+def test_more_trials_under_the_same_name_are_added(demo):
+    home, _, found, arguments = demo
+    more = last_json(command(home, *arguments, "--set", "search.trials=5", "--json"))
+    assert len(more["trials"]) == 5
+    assert {t["key"] for t in found["trials"]} < {t["key"] for t in more["trials"]}
+
+
+def test_another_space_under_the_same_name_is_refused(demo):
+    home, _, _, arguments = demo
+    refused = command(home, *arguments, "--set", "run.training.learning_rate=0.5")
+    assert refused.returncode == 2
+    assert "begun with another run" in refused.stderr
+
+
+def test_choose_evaluate_shrink_and_pseudolabel_work_on_what_the_sweep_left(demo, tmp_path):
+    home, _, found, _ = demo
+    best = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))
+    assert json.dumps(best).count("checkpoint")
+    checkpoint = Path(found["sweep"]) / "trials" / found["front"][0] / "best"
+    card = json.loads((checkpoint / "raydistill.json").read_text())
+    assert set(card) >= {"teacher", "size", "copied", "supervised", "config", "data", "scores", "versions"}
+    scored = last_json(command(home, "evaluate", checkpoint, "--rows", "20", "--json"))
+    only = scored["checkpoints"][str(checkpoint)]
+    assert 0 <= only["metrics"]["rouge2"] <= 100
+    paired = last_json(command(home, "evaluate", checkpoint, "demo", "--dataset", "demo", "--rows", "20", "--json"))
+    assert paired["comparison"]["low"] <= paired["comparison"]["difference"] <= paired["comparison"]["high"]
+    made = tmp_path / "made"
+    shrunk = last_json(
+        command(home, "shrink", "--teacher", "demo", "--size", "2-2", "--copy", "1,3", "--output", made, "--json")
+    )
+    assert shrunk["copied"]["decoder"] == [1, 3]
+    assert (made / "model.safetensors").is_file()
+    labels = last_json(
+        command(home, "pseudolabel", "--teacher", "demo", "--split", "test", "--output", tmp_path / "l", "--json")
+    )
+    assert labels["rows"] == 400
+    assert labels["quality"]["rouge2"] >= 0
+
+
+def xsum_world(folder: Path) -> dict[str, str]:
+    """A tiny random 12-12 BART and rows of XSUM's format in hub caches, under the real names."""
+    model = save_tiny("bart", folder / "bart", encoder_layers=12, decoder_layers=12, dropout=0.0)
+    lay_out_model(folder / "hub", "facebook/bart-large-xsum", model)
+    splits = {
+        split: [{"document": r["source"], "summary": r["target"], "id": r["id"]} for r in corpus_rows(n, seed)]
+        for seed, (split, n) in enumerate({"train": 80, "validation": 8, "test": 8}.items())
+    }
+    lay_out_dataset(folder / "datasets", "EdinburghNLP/xsum", None, splits, "refs/convert/parquet")
+    return {
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "HF_HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
+    env = xsum_world(tmp_path)
+    home = tmp_path / "home"
+    space = ROOT / "search_spaces" / "kd_xsum.yaml"
+    found = last_json(command(home, "sweep", space, *SHORT, "--set", "search.trials=3", "--json", **env))
+    assert {t["size"] for t in found["trials"]} == {"12-6", "12-3", "12-1"}
+    assert all(t["method"] == "kd" and t["status"] == "done" for t in found["trials"])
+    assert {t["chosen"]["loss.alpha_hidden"] for t in found["trials"]} == {3}
+    chosen = last_json(command(home, "choose", "kd_xsum", "--within", "params_m=100", "--name", "any", "--json", **env))
+    with sqlite3.connect(home / "mlflow.db") as store:
+        aliases = dict(
+            store.execute("select alias, version from registered_model_aliases where name = 'kd_xsum'").fetchall()
+        )
+    assert "any" in aliases
+    assert "kd_xsum" in json.dumps(chosen)
+
+
+KILL_SPACE = {
+    "name": "killed",
+    "run": {
+        "method": {"choice": ["sft", "kd"]},
+        "student": {"size": {"choice": ["2-3", "2-2", "2-1"]}},
+        "training": {"epochs": 6, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 2, "patience": 99},
+        "decoding": {"beams": 1, "max_length": 12},
+    },
+    "search": {"trials": 6, "sampler": "grid"},
+    "budgets": {"any": {"params_m": 100}},
+}
+
+
+def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path):
+    """SIGKILL at the driver twice: once when a trial is over, once while others are under way."""
+    teacher, data = make_world(tmp_path)
+    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    path = tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
+    home = tmp_path / "home"
+    trials = home / "sweeps" / "killed" / "trials"
+    before: dict[Path, int] = {}
+    for wanted in (1, 3):
+        started = subprocess.Popen(
+            [sys.executable, "-m", "raydistill.sweep", str(path)],
+            env=environment(home),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while len(list(trials.glob("*/result.json"))) < wanted:
+            assert started.poll() is None, "the sweep ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(started.pid, signal.SIGKILL)
+        started.communicate()
+        before = {p: p.stat().st_mtime_ns for p in trials.glob("*/result.json")}
+        assert len(before) < 6
+        wait_for_ray_to_end(home)
+    found = last_json(command(home, "sweep", path, "--json"))
+    assert len(found["trials"]) == 6
+    assert {t["status"] for t in found["trials"]} == {"done"}
+    assert len({(t["method"], t["size"]) for t in found["trials"]}) == 6
+    assert len({t["key"] for t in found["trials"]}) == 6
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    children = mlflow_children(home)
+    assert sorted(key for key, _ in children) == sorted(t["key"] for t in found["trials"])
+    for history in trials.glob("*/metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
+        assert steps == sorted(set(steps))
+
+
+def wait_for_ray_to_end(home: Path) -> None:
+    """A killed driver's Ray processes end by themselves; until then they would hold on to their trials' folders."""
+    import psutil
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        mine = []
+        for process in psutil.process_iter(["name"]):
+            try:
+                if process.environ().get("RAYDISTILL_HOME") == str(home):
+                    mine.append(process)
+            except psutil.Error:
+                continue
+        if not mine:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"Ray's processes are still there: {mine}")
+
+
+def test_what_can_be_known_at_once_is_said_in_two_seconds_with_status_2(tmp_path):
+    """No Ray, no torch: a wrong space, a tracking server that is not there, a teacher that is not trained."""
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x\nrun:\n  teacher: demo\n  dataset: demo\n  loss: {alpha_hiden: 3}\n")
+    cases = [
+        (["sweep", bad], "did you mean 'alpha_hidden'"),
+        (["sweep", tmp_path / "none.yaml"], "no such file"),
+        (
+            ["sweep", ROOT / "search_spaces/quickstart.yaml", "--set", "tracking_uri=http://127.0.0.1:9"],
+            "does not answer",
+        ),
+        (["sweep", ROOT / "search_spaces/quickstart.yaml", "--set", "run.loss.alpha_data=-1"], "alpha_data"),
+        (["sweep", ROOT / "search_spaces/quickstart.yaml"], "train demo"),
+        (["pseudolabel", "--teacher", "demo"], "train demo"),
+        (["pseudolabel", "--teacher", "pegasos"], "--dataset"),
+        (["train", bad], "raydistill sweep"),
+        (["shrink", "--teacher", "bart", "--size", "12x3", "--output", tmp_path / "o"], "12-3"),
+        (["choose", "nothing"], "no such sweep"),
+    ]
+    for arguments, message in cases:
+        done = command(tmp_path / "home", *arguments)
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert message in done.stderr, arguments
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
