@@ -649,7 +649,8 @@ def test_a_random_start_trains_a_new_model(place, form, tmp_path):
         if "embed_positions" not in name or form == "bart":
             assert not torch.equal(parameter, dict(begun.named_parameters())[name]), name
     if form == "marian":
-        for table in (best.get_input_embeddings(), best.get_decoder().embed_tokens, best.lm_head):
+        tables: Any = (best.get_input_embeddings(), best.get_decoder().embed_tokens, best.lm_head)
+        for table in tables:
             assert not table.weight[best.config.pad_token_id].any()
     assert read(folder / "best" / "raydistill.json")["teacher"] is None
     assert load_tokenizer(folder / "best").decode(load_tokenizer(folder / "best")("A dog").input_ids)
