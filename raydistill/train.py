@@ -55,13 +55,15 @@ def train(
 
 def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
-    if (folder / "result.json").is_file():
-        progress(f"{folder}: this run is finished already")
     from raydistill.cluster.launch import check_room, read_result, train_with_ray_train
     from raydistill.cluster.prepare import inputs_for
     from raydistill.cluster.start import cluster, device
+    from raydistill.training.record import claim
 
+    if (folder / "run.json").is_file():
+        claim(folder, run)
     if (folder / "result.json").is_file():
+        progress(f"{folder}: this run is finished already")
         return read_result(folder)
     with cluster():
         where = device()

@@ -40,7 +40,7 @@ def run_app(app: "typer.Typer") -> None:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -20,6 +19,7 @@ from raydistill.config.files import write_atomic
 from raydistill.config.run import Training
 from raydistill.data.batches import epoch_batches, share
 from raydistill.model import forms
+from raydistill.training.record import making
 from raydistill.training.supervision import Supervision
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -241,8 +241,8 @@ def save_state(folder: Path, state: State, supervision: Supervision, optimizer: 
         for name, value in slots.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
     name = f"state-{state.step}.safetensors"
-    save_file(tensors, folder / f".{name}")
-    os.replace(folder / f".{name}", folder / name)
+    with making(folder / name) as place:
+        save_file(tensors, place)
     write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": name}).encode())
     for stale in folder.glob("state-*.safetensors"):
         if stale.name != name:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
@@ -27,14 +30,39 @@ def claim(folder: Path, run: Run) -> None:
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
 
 
+@contextmanager
+def making(target: Path) -> Iterator[Path]:
+    """A name to write a file or folder under, which takes `target`'s place at the end of the block.
+
+    Nothing is left of it when the block fails. OSError where the disk is full, safetensors' own error included.
+    """
+    place = target.with_name(f".{target.name}.making")
+    _remove(place)
+    try:
+        yield place
+        if target.is_dir():
+            shutil.rmtree(target)
+        place.replace(target)
+    except SafetensorError as error:
+        raise OSError(
+            f"{target}: could not be written ({error}); nothing is lost: free some disk and run again"
+        ) from None
+    finally:
+        _remove(place)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A folder that `from_pretrained` reads (safetensors); whole or not at all."""
-    making = folder.with_name(f".{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    shutil.rmtree(folder, ignore_errors=True)
-    making.rename(folder)
+    with making(folder) as place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
 
 
 def identity(run: Run, layers: Plan | None, size: str | None) -> dict[str, Any]:
@@ -77,7 +105,5 @@ def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str) ->
 
 def write_rows(path: Path, rows: dict[str, np.ndarray]) -> None:
     """Per-row statistics by split; whole or not at all."""
-    making = path.with_name(f".{path.name}")
-    with making.open("wb") as file:
+    with making(path) as place, place.open("wb") as file:
         np.savez_compressed(file, **rows)  # type: ignore[arg-type]
-    making.replace(path)

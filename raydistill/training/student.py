@@ -1,7 +1,6 @@
 """What is trained: the student made from the teacher or from nothing, and what of it stays frozen."""
 
 import itertools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from raydistill.model.shrink import Plan, plan, shrink
 from raydistill.model.start import build_tokenizer, new_model
 from raydistill.training.loop import Worker
 from raydistill.training.material import Teacher, read_split
+from raydistill.training.record import making
 
 
 def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
@@ -36,12 +36,10 @@ def random_start(run: Run, folder: Path, worker: Worker) -> Path:
         corpus = read_split(run.dataset, "train")
         if corpus is None:
             raise UserError(f"{run.dataset.name}: there is no train split to build a tokenizer from")
-        making = folder / ".start.making"
-        shutil.rmtree(making, ignore_errors=True)
-        tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), making)
-        dropout = 0.1 if run.training.dropout is None else run.training.dropout
-        new_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(making)
-        making.rename(place)
+        with making(place) as new:
+            tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), new)
+            dropout = 0.1 if run.training.dropout is None else run.training.dropout
+            new_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(new)
     if worker.world > 1:
         torch.distributed.barrier()
     return place
