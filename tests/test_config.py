@@ -333,7 +333,7 @@ def test_coefficients_are_finite_and_not_negative(name, value):
 
 def test_a_run_cannot_be_changed():
     with pytest.raises(ValidationError):
-        Training().epochs = 3  # type: ignore[misc]
+        Training().epochs = 3
 
 
 def test_the_papers_defaults():
