@@ -80,10 +80,10 @@ def evaluate(
 
 
 def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
-    """The data set, the metric and the lengths: as asked, else as the checkpoint's card tells."""
+    """The data set and the metric: as asked, else as the checkpoint's card tells."""
     import json
 
-    from raydistill.config.presets import DATASETS, default_dataset
+    from raydistill.config.presets import default_dataset, metric_for
     from raydistill.config.run import Dataset, Run
 
     card_path = Path(checkpoint) / "raydistill.json"
@@ -96,13 +96,7 @@ def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]
     dataset = run.dataset if run is not None and same else Dataset(name=wanted)
     if metric == "auto" and run is not None and same and run.evaluation.metric != "auto":
         metric = run.evaluation.metric
-    known = DATASETS.get(wanted)
-    return {
-        "dataset": dataset,
-        "metric": metric if metric != "auto" else known.metric if known else "rouge2",
-        "max_source_tokens": dataset.max_source_tokens or (known.max_source_tokens if known else 512),
-        "max_target_tokens": dataset.max_target_tokens or (known.max_target_tokens if known else 128),
-    }
+    return {"dataset": dataset, "metric": metric_for(wanted, metric)}
 
 
 def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
@@ -125,7 +119,7 @@ def _score(
     from raydistill.evaluation.latency import parameters
     from raydistill.evaluation.scores import signature
     from raydistill.model.generate import open_engine, resolve_decoding
-    from raydistill.model.teachers import load_config, load_generation_config, locate, max_positions
+    from raydistill.model.teachers import load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(checkpoint, about["dataset"].name)
     where = locate(checkpoint, about["dataset"].name)
@@ -134,13 +128,13 @@ def _score(
         Decoding(beams=beams),
         load_generation_config(where),
         preset.decoding if preset else None,
-        about["max_target_tokens"],
+        max_tokens("max_target_tokens", about["dataset"], preset, config),
     )
     progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
     engine = open_engine(
         where, kind, threads=threads, precision=precision, languages=preset.languages if preset else None, say=progress
     )
-    limit = min(about["max_source_tokens"], max_positions(config) or about["max_source_tokens"])
+    limit = max_tokens("max_source_tokens", about["dataset"], preset, config)
     found = score(engine, corpus.sources, corpus.targets, about["metric"], beam, max_source_tokens=limit)
     return {
         **{"metrics": found.scored.metrics, "interval": list(found.interval), "repetition": found.repetition},

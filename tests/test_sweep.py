@@ -70,6 +70,15 @@ def test_larger_shapes_cost_more_and_speedup_is_against_the_teacher(demo):
         assert metrics["speedup"] == pytest.approx(teacher["latency_ms"] / metrics["latency_ms"])
 
 
+def test_a_layer_that_the_teacher_does_not_have_is_refused_before_anything_starts(demo):
+    home = demo[0]
+    space = ROOT / "search_spaces" / "quickstart.yaml"
+    done = command(home, "sweep", space, "--set", "name=deep", "--set", "run.student.size=2-9", "--set", "points=[]")
+    assert done.returncode == 2
+    assert "the teacher has 4 decoder layers" in done.stderr
+    assert not (home / "sweeps" / "deep").exists()
+
+
 def test_the_same_command_again_starts_nothing_and_says_the_same(demo):
     home, _, found, arguments = demo
     results = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}

@@ -53,6 +53,25 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     }
 
 
+def check_against_teacher(space: Space) -> None:
+    """UserError where a corner of the space asks for layers or positions that the teacher does not have.
+
+    Reads the teacher's configuration only; nothing is started yet.
+    """
+    from raydistill.config.presets import teacher_preset
+    from raydistill.model import forms
+    from raydistill.model.teachers import load_config, locate, max_tokens
+
+    configs: dict[tuple[str, str], Any] = {}
+    for run in runs_of(space):
+        name = (str(run.teacher), run.dataset.name)
+        if name not in configs:
+            configs[name] = load_config(locate(*name))
+        plan(forms.depths(configs[name]), run.student)
+        max_tokens("max_source_tokens", run.dataset, teacher_preset(*name), configs[name])
+        max_tokens("max_target_tokens", run.dataset, teacher_preset(*name), configs[name])
+
+
 def teacher_config(run: Run) -> tuple[Any, str]:
     """The teacher's configuration and "", or None and why it cannot be read now."""
     from raydistill.model.teachers import load_config, locate

@@ -18,7 +18,7 @@ import numpy as np
 from raydistill.config.console import progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.config.presets import DATASETS, teacher_preset
+from raydistill.config.presets import metric_for, teacher_preset
 from raydistill.config.run import Dataset, Decoding
 from raydistill.data.corpus import Corpus, read_corpus, statistics
 from raydistill.data.labels import is_finished, label_set_name, write_label_set
@@ -63,23 +63,19 @@ def pseudolabel(job: Job, root: Path, device: str = "cpu", say: bool = True) -> 
 def describe_job(job: Job, corpus: Corpus) -> dict[str, Any]:
     """Teacher, data and decoding as the manifest holds them, without loading the model."""
     from raydistill.model.generate import resolve_decoding
-    from raydistill.model.teachers import fingerprint, load_config, load_generation_config, locate, max_positions
+    from raydistill.model.teachers import fingerprint, load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(job.teacher, job.dataset.name)
-    known = DATASETS.get(job.dataset.name)
     where = locate(job.teacher, job.dataset.name)
-    asked = job.dataset.max_target_tokens
-    target = asked or (preset.max_target_tokens if preset else known.max_target_tokens if known else 128)
-    source = job.dataset.max_source_tokens or (
-        preset.max_source_tokens if preset else known.max_source_tokens if known else 512
-    )
+    config = load_config(where)
+    target = max_tokens("max_target_tokens", job.dataset, preset, config)
     beam = resolve_decoding(job.decoding, load_generation_config(where), preset.decoding if preset else None, target)
     return {
         "teacher": {"name": job.teacher, "where": where, "fingerprint": fingerprint(where)},
         "data": {"name": job.dataset.name, "split": job.split, "fingerprint": corpus.fingerprint},
         "decoding": {
             **asdict(beam),
-            "max_source_tokens": min(source, max_positions(load_config(where)) or source),
+            "max_source_tokens": max_tokens("max_source_tokens", job.dataset, preset, config),
         },
         "languages": preset.languages if preset else None,
     }
@@ -276,8 +272,7 @@ def _quality(corpus: Corpus, best: list[str]) -> dict[str, float] | None:
         return None
     from raydistill.evaluation.scores import score
 
-    known = DATASETS.get(corpus.name)
-    return score(known.metric if known else "rouge2", best, corpus.targets).metrics
+    return score(metric_for(corpus.name), best, corpus.targets).metrics
 
 
 def _output(work: Path, number: int) -> Path:

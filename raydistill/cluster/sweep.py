@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from raydistill.cluster.plan import check_against_teacher
 from raydistill.cluster.prepare import Prepared, prepare
 from raydistill.cluster.search import search
 from raydistill.cluster.start import cluster, device
@@ -27,6 +28,7 @@ PUBLISH_EVERY_S = 20.0
 
 def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
     """Carry out the sweep in `folder`; returns what the command prints and, under `--json`, hands on."""
+    check_against_teacher(space)
     with claimed(space, folder):
         with cluster():
             where = device()

@@ -128,3 +128,10 @@ def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
             f"give the checkpoint's hub name or path as the teacher instead"
         )
     return presets.get(dataset) or next(iter(presets.values()))
+
+
+def metric_for(dataset: str, asked: str = "auto") -> str:
+    """The score of a data set's task: as asked, else the preset's, else rouge2."""
+    if asked != "auto":
+        return asked
+    return DATASETS[dataset].metric if dataset in DATASETS else "rouge2"

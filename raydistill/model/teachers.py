@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
@@ -25,7 +26,8 @@ from transformers import (
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
-from raydistill.config.presets import DEMO_TEACHER_RUN, TEACHERS, teacher_preset
+from raydistill.config.presets import DATASETS, DEMO_TEACHER_RUN, TEACHERS, TeacherPreset, teacher_preset
+from raydistill.config.run import Dataset
 
 FAMILIES = ("bart", "pegasus", "mbart", "marian", "t5")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -255,6 +257,27 @@ def fingerprint(of: str | Path | PreTrainedModel) -> str:
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the model has positions for; None (T5) is no limit."""
     return None if config.model_type == "t5" else int(config.max_position_embeddings)
+
+
+def max_tokens(
+    which: Literal["max_source_tokens", "max_target_tokens"],
+    dataset: Dataset,
+    preset: TeacherPreset | None,
+    config: PretrainedConfig,
+) -> int:
+    """A length limit in tokens: as the data set asks, else the teacher's preset, else the data set's, else 512 or 128.
+
+    UserError where more is asked for than the model has positions; other limits are cut down to them.
+    """
+    positions = max_positions(config)
+    asked = getattr(dataset, which)
+    if asked is not None:
+        if positions is not None and asked > positions:
+            raise UserError(f"dataset.{which} is {asked}, but the model has {positions} positions")
+        return int(asked)
+    default = 512 if which == "max_source_tokens" else 128
+    limit = getattr(preset or DATASETS.get(dataset.name), which, default)
+    return min(limit, positions) if positions else int(limit)
 
 
 def tokenize_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:

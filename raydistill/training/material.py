@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
-from raydistill.config.presets import DATASETS, TeacherPreset, teacher_preset
+from raydistill.config.presets import TeacherPreset, metric_for, teacher_preset
 from raydistill.config.run import Dataset, Run
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
@@ -19,6 +19,7 @@ from raydistill.model.teachers import (
     load_model,
     load_tokenizer,
     locate,
+    max_tokens,
     set_languages,
     tokenize_sources,
     tokenize_targets,
@@ -66,11 +67,9 @@ def open_teacher(name: str, dataset: str) -> Teacher:
 
 def load_material(run: Run, preset: TeacherPreset | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Material:
     """Read and tokenise the splits; the test split is optional."""
-    known = DATASETS.get(run.dataset.name)
-    source = _length(run.dataset, "max_source_tokens", preset, known, config, 512)
-    target = _length(run.dataset, "max_target_tokens", preset, known, config, 128)
-    asked = run.evaluation.metric
-    metric = asked if asked != "auto" else known.metric if known else "rouge2"
+    source = max_tokens("max_source_tokens", run.dataset, preset, config)
+    target = max_tokens("max_target_tokens", run.dataset, preset, config)
+    metric = metric_for(run.dataset.name, run.evaluation.metric)
     corpora = {split: c for split in ("train", "validation", "test") if (c := read_split(run.dataset, split))}
     if "train" not in corpora or "validation" not in corpora:
         raise UserError(
@@ -104,15 +103,3 @@ def tokens(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, split: str, sid
     if side == "source":
         return tokenize_sources(tokenizer, corpus.sources, limit)
     return tokenize_targets(tokenizer, corpus.targets, limit)
-
-
-def _length(dataset: Dataset, name: str, preset: Any, known: Any, config: Any, default: int) -> int:
-    """A maximum length: the run's, else the teacher preset's, else the data set's; within the model's positions."""
-    positions = getattr(config, "max_position_embeddings", None)
-    asked = getattr(dataset, name)
-    if asked is not None:
-        if positions is not None and asked > positions:
-            raise UserError(f"dataset.{name} is {asked}, but the model has {positions} positions")
-        return int(asked)
-    length = getattr(preset, name, None) or getattr(known, name, None) or default
-    return min(length, positions) if positions else length
