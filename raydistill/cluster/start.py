@@ -22,6 +22,10 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Batches of ever new shapes made reused trial actors grow without end: oneDNN keeps a kernel per shape, and glibc
+    # keeps freed tensors in its heap (docs/log.md has the figures).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "MALLOC_MMAP_THRESHOLD_": "4194304",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PYTHONWARNINGS": "ignore",
 }
