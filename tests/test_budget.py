@@ -91,6 +91,15 @@ def test_ties_go_to_the_cheaper() -> None:
     assert choose([candidate("a", 2, 100), candidate("b", 2, 50)], {}, "rouge2").best == candidate("b", 2, 50)
 
 
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(1.2, "20.0% over"), (3.0, "200.0% over"), (3.04, "3.0 times the bound"), (50.997, "51 times the bound")],
+)
+def test_a_wide_miss_is_told_as_a_factor(share: float, text: str) -> None:
+    reason = choose([candidate("a", 1.0, 10 * share)], {"latency_ms": 10.0}, "rouge2").reason
+    assert f"({text})" in reason
+
+
 def test_nothing_fits_names_the_nearest_miss() -> None:
     choice = choose([candidate("a", 2, 100), candidate("b", 1, 60)], {"latency_ms": 50}, "rouge2")
     assert choice.best is None

@@ -25,6 +25,12 @@ def test_bounds_are_parsed_and_refused() -> None:
     for bad in ("latency_ms", "=3", "latency_ms=", "latency=3", "latency_ms=fast", "latency_ms=-1"):
         with pytest.raises(UserError, match="--within"):
             parse_bounds([bad])
+    for endless in ("latency_ms=inf", "latency_ms=1e999", "params_m=inf%"):
+        with pytest.raises(UserError, match=r"which bounds nothing; leave .* out instead"):
+            parse_bounds([endless])
+    for bad in ("latency_ms=nan", "latency_ms=-inf", "latency_ms=nan%"):
+        with pytest.raises(UserError, match="expected a number above 0"):
+            parse_bounds([bad])
     with pytest.raises(UserError, match="twice"):
         parse_bounds(["params_m=1", "params_m=2"])
 
@@ -35,6 +41,9 @@ def test_input_is_checked_before_anything_heavy(sweep: Path) -> None:
     assert time.monotonic() - start < 4  # under one second alone; test machines are busy
     assert bad_bound.returncode == 2
     assert "cannot bound 'latency'" in bad_bound.stderr
+    endless = run("mini", "--within", "latency_ms=inf")
+    assert endless.returncode == 2
+    assert "--within latency_ms=inf: latency_ms is 'inf', which bounds nothing" in endless.stderr
     unknown = run("minni", "--within", "latency_ms=900")
     assert unknown.returncode == 2
     assert "no such sweep; sweeps in" in unknown.stderr

@@ -249,6 +249,8 @@ HEAD = "name: x\nrun:\n  teacher: demo\n  dataset: demo\n"
         (HEAD + "budgets: {fast: {latency_ms: -3}}\n", "latency_ms is -3.0; expected a number above 0"),
         (HEAD + "budgets: {fast: {latency_ms: half}}\n", "latency_ms is 'half'"),
         (HEAD + 'budgets: {fast: {latency_ms: "nan%"}}\n', "latency_ms is 'nan%'"),
+        (HEAD + 'budgets: {fast: {latency_ms: "inf%"}}\n', "latency_ms is 'inf%', which bounds nothing"),
+        (HEAD + "budgets: {fast: {latency_ms: .inf}}\n", "latency_ms"),
         (HEAD + "  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n", "give either `teacher`"),
         (HEAD + "  training: {batch_size: 4, accumulation: 8}\n", "batch_size 4 cannot be split"),
         (HEAD + "  student: {size: 2-1, copied: {decoder: [0, 1]}}\n", "copied.decoder lists 2"),

@@ -211,6 +211,28 @@ def test_many_bad_rows_are_counted_and_the_first_listed(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("bad", ['{"id": ', '{"source": "s\udcff"}', "[1]"])
+def test_a_file_may_begin_with_many_bad_rows(tmp_path, bad):
+    path = jsonl(tmp_path / "x.jsonl", [*[bad] * 150, GOOD])
+    corpus = read(path, skip_bad_rows=True)
+    assert (corpus.ids, len(corpus.skipped), corpus.skipped[-1].row) == (["g"], 150, 150)
+    with pytest.raises(UserError, match=r"(?s)^150 rows that cannot be used;.*--skip-bad-rows.*x\.jsonl:1: .*145 more"):
+        read(path)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_file_of_bad_rows_alone_is_refused_with_the_first(tmp_path, skip):
+    path = jsonl(tmp_path / "x.jsonl", ["{", ' "id": 1', "}"])
+    with pytest.raises(UserError, match=r"(?s)^3 rows .*no other rows.*one JSON object per line.*x\.jsonl:1: invalid"):
+        read(path, skip_bad_rows=skip)
+
+
+def test_the_column_of_broken_json_is_that_of_its_line(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", [GOOD, '{"id": 1, ', '{"id": }\r', '{"id":\r'])
+    reasons = [row.reason for row in read(path, skip_bad_rows=True).skipped]
+    assert [reason.rpartition(" at ")[2] for reason in reasons] == ["column 11", "column 8", "column 7"]
+
+
 def test_csv_with_wrong_field_counts_and_a_text_over_two_lines(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('source,target\n"a\nb",c\nd\ne,f,g\nh,i\n')

@@ -27,17 +27,18 @@ TRIALS = [
     trial("a", 0, "2-1", "sft", 18, 600),
     Trial("x", Path("x"), "failed", reason="loss is NaN\nmore", number=2, size="2-1", method="kd"),
     trial("c", 3, "2-2", "pl", 19, 900),
+    Trial("r", Path("r"), "running", size="2-1", method="kd"),
 ]
 
 
 def test_rows_go_by_cost_and_failures_last() -> None:
     header, rows = results_table(TRIALS, ["a", "b"], {"fast": "a", "cheap": "a", "none": None}, "rouge2")
-    assert [row[header.index("trial")] for row in rows] == ["0", "1", "3", "2"]
-    assert [row[0] for row in rows] == ["2-1 *", "2-2 *", "2-2", "2-1"]
+    assert [row[header.index("trial")] for row in rows] == ["0", "1", "3", "-", "2"]
+    assert [row[0] for row in rows] == ["2-1 *", "2-2 *", "2-2", "2-1", "2-1"]
     assert rows[0][header.index("test ROUGE-2")] == "17.50 [16.50, 18.50]"
     assert rows[0][header.index("decoder from")] == "0 5"
     assert rows[0][-1] == "fast, cheap"
-    assert rows[3][-1] == "failed: loss is NaN"
+    assert [row[-1] for row in rows[3:]] == ["running", "failed: loss is NaN"]
     assert "encoder from" not in header  # the whole encoder is copied everywhere
     assert all(len(row) == len(header) for row in rows)
 

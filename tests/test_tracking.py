@@ -3,11 +3,13 @@
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
@@ -102,6 +104,11 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
     assert [(m.step, m.value) for m in history] == [(10, 2.0), (20, 1.0), (30, 0.5)]
     final = after["b"].data.metrics
     assert (final["rouge2"], final["latency_ms"], final["test_rouge2"]) == (12.5, 125.0, 12.0)
+    ends = ("rouge2_low", "rouge2_high", "test_rouge2_low", "test_rouge2_high")
+    assert [final[name] for name in ends] == [11.5, 13.5, 10.5, 12.5]
+    shared = json.loads(client.get_experiment_by_name("mini").tags["mlflow.sharedViewState.raydistill"])
+    columns = [c.removeprefix("metrics.").strip("`") for c in shared["selectedColumns"] if c.startswith("metrics.")]
+    assert set(columns) - set(final) == {"speedup", "gpu_hours"}  # which this trial did not measure
     assert after["b"].data.params["training.learning_rate"] == "0.0003"
     assert after["b"].data.params["copied.decoder"] == "[0]"
     artifacts = {item.path for item in client.list_artifacts(after["b"].info.run_id)}
@@ -124,6 +131,40 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
     assert runs_of(sweep)["a"].info.run_id == run_id
     assert runs_of(sweep)["a"].info.status == "FINISHED"
     assert len(client.get_metric_history(run_id, "val_loss")) == 2
+
+
+def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    create = tracking._create
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return create(*arguments)
+
+    monkeypatch.setattr(tracking, "_create", slowly)
+    tracking._client(tracking.default_uri())  # imports it once, in this thread
+    with ThreadPoolExecutor(2) as pool:
+        publishing = pool.submit(tracking.publish, sweep)
+        choosing = pool.submit(tracking.register_choice, sweep, "a", "fast")
+        assert publishing.result(timeout=120).parent_run_id == runs_of(sweep)[""].info.run_id
+        assert choosing.result(timeout=120).alias == "fast"
+    assert set(runs_of(sweep)) == {"", "a"}
+
+
+def test_a_publishing_that_hangs_elsewhere_is_not_waited_for_without_end(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "LOCK_WAIT_S", 0.1)
+    with FileLock(sweep / ".publish.lock"), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(tracking.publish, sweep)
+        with pytest.raises(tracking.TrackingDown, match="another process has been publishing"):
+            waiting.result(timeout=60)
+
+
+def test_a_folder_that_is_no_sweep_gets_no_lock(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no sweep\.json"):
+        tracking.publish(tmp_path / "nope")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
@@ -184,6 +225,14 @@ def test_records_are_read_back_and_damage_is_named(sweep: Path) -> None:
     (folder / "result.json").write_text('{"status": "do')
     with pytest.raises(UserError, match=r"a/result.json: damaged"):
         records.read_trials(sweep)
+
+
+def test_a_running_trial_has_no_number(sweep: Path) -> None:
+    make_trial(sweep, "b", 0, 10.0)
+    make_trial(sweep, "a", 1, 10.0, status=None)
+    first, running = records.read_trials(sweep)
+    assert (first.number, first.label) == (0, "4-1 kd (trial 0)")
+    assert (running.status, running.number, running.label) == ("running", None, "a")
 
 
 def test_writing_is_whole_and_refuses_nan(tmp_path: Path) -> None:

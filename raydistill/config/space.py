@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,16 +97,18 @@ BOUNDED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "gpu_hours")
 
 
 def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
-    """ValueError where a budget bounds something unknown or by something that is no positive number."""
+    """ValueError where a budget bounds something unknown or by something that is no finite positive number."""
     for key, bound in bounds.items():
         if key not in BOUNDED:
             raise ValueError(f"budget {name}: cannot bound {key!r}; known: {', '.join(BOUNDED)}")
         number = bound.removesuffix("%") if isinstance(bound, str) else bound
         try:
-            positive = float(number) > 0
+            value = float(number)
         except ValueError:
-            positive = False
-        if not positive:
+            value = math.nan
+        if value == math.inf:
+            raise ValueError(f"budget {name}: {key} is {bound!r}, which bounds nothing; leave {key} out instead")
+        if not value > 0:  # also for NaN
             raise ValueError(f"budget {name}: {key} is {bound!r}; expected a number above 0 or a share such as 50%")
 
 

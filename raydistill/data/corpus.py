@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ KNOWN_PAIRS = (
     ("input", "output"),
 )
 KNOWN_IDS = ("id", "fname")
-_LOOK_AHEAD = 100  # rows that are looked at to find the columns
+_LOOK_AHEAD = 100  # objects that are looked at to find the columns
 
 Place = tuple[str, int]  # file (or hub name) and row from 1
 
@@ -105,10 +105,11 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
     For reports: only what makes reading itself impossible is a UserError.
     """
     rows = _rows(dataset, split)
-    ahead = list(islice(rows, _LOOK_AHEAD))
-    if not ahead:
-        raise UserError(f"{dataset.name}: the {split} split is empty")
-    columns = find_columns(_wanted(dataset), [r for _, r in ahead], dataset.name, need_targets)
+    ahead = _look_ahead(rows)
+    objects = [record for _, record in ahead if isinstance(record, dict)]
+    if not objects:
+        raise UserError(_nothing_readable(dataset, split, ahead))
+    columns = find_columns(_wanted(dataset), objects, dataset.name, need_targets)
     limit = getattr(dataset, f"{split}_rows", None) or math.inf
     ids: dict[str, Place] = {}
     sources: list[str] = []
@@ -167,19 +168,40 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
     return result | {"bytes": size}
 
 
-def find_columns(wanted: Columns | None, records: list[Record], name: str, need_targets: bool = True) -> Columns:
+def _look_ahead(rows: Iterator[tuple[Place, Record]]) -> list[tuple[Place, Record]]:
+    """The first rows, as many as it takes for some objects: one that cannot be read tells nothing of the columns."""
+    ahead = []
+    objects = 0
+    for place, record in rows:
+        ahead.append((place, record))
+        objects += isinstance(record, dict)
+        if objects == _LOOK_AHEAD:
+            break
+    return ahead
+
+
+def _nothing_readable(dataset: Dataset, split: str, rows: list[tuple[Place, Record]]) -> str:
+    """What to say of a split without a single object; skipping its bad rows would leave nothing."""
+    if not rows:
+        return f"{dataset.name}: the {split} split is empty"
+    bad = [BadRow(*place, str(record)) for place, record in rows]
+    remedy = "correct them; the split has no other rows"
+    if any("JSON" in row.reason for row in bad):
+        remedy += " (expected one JSON object per line, or one array of objects)"
+    return _listed("rows that cannot be used", bad, remedy)
+
+
+def find_columns(
+    wanted: Columns | None, objects: list[dict[str, Any]], name: str, need_targets: bool = True
+) -> Columns:
     """The columns to read: those asked for, else known names, judged by some first records.
 
     The first record that has them decides. UserError lists the columns that exist and the YAML to write.
     """
-    objects = [record for record in records if isinstance(record, dict)]
     for record in objects:
         found = _columns_of(record, wanted, need_targets)
         if found:
             return found
-    if not objects:
-        hint = "; expected one JSON object per line, or one array of objects" if "JSON" in str(records[0]) else ""
-        raise UserError(f"{name}: no row can be read; the first: {records[0]}{hint}")
     exist = list(dict.fromkeys(key for record in objects for key in _dotted(record)))
     missing = f"no column {_missing(wanted, objects, need_targets)}" if wanted else "no known pair of columns"
     guess = [*exist, "SOURCE", "TARGET"][:2] if len(exist) == 2 else ["SOURCE", "TARGET"]

@@ -103,7 +103,8 @@ def _json_line(line: str) -> Record:
     if not _is_utf8(line):
         return BAD_UTF8
     try:
-        record = json.loads(line)
+        # with its line end, an error at the end of the line would be placed at the start of the next
+        record = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         return f"invalid JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:

@@ -145,5 +145,12 @@ def _nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, float]) -> 
         return f"{text}; {key} was not measured"
     return (
         f"{text}; the nearest is {nearest.label or nearest.key} with {key} {nearest.costs[key]:.4g} "
-        f"({share - 1:.1%} over), {nearest.score:.2f} points"
+        f"({_excess(share)}), {nearest.score:.2f} points"
     )
+
+
+def _excess(share: float) -> str:
+    """By how much a cost is over its bound; beyond 200 % a factor reads better."""
+    if share <= 3:
+        return f"{share - 1:.1%} over"
+    return f"{share:.1f} times the bound" if share < 10 else f"{share:,.0f} times the bound"

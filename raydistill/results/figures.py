@@ -108,7 +108,7 @@ def results_table(
         header.insert(4, "encoder from")
     order = {"done": 0, "running": 1, "failed": 2}
     rows = []
-    for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number)):
+    for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0)):
         budgets = [budget for budget, key in choices.items() if key == t.key]
         note = t.reason if t.status == "failed" else "running" if t.status == "running" else ", ".join(budgets)
         if t.status == "failed":
@@ -125,7 +125,7 @@ def results_table(
             _number(t.metrics.get("speedup"), 2, "x"),
             _number(t.metrics.get("params_m"), 1),
             _number(t.metrics.get("gpu_hours"), 3),
-            str(t.number),
+            _number(t.number, 0),
             note,
         ]
         if len(header) > len(row):

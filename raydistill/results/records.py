@@ -20,7 +20,7 @@ from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as its folder tells it; `status` is "running" while there is no result.json.
+    """One trial as its folder tells it; `status` is "running", without a number, while there is no result.json.
 
     `metrics` are on validation, `test` on the test split (with its "interval"), both with the contract's names.
     """
@@ -28,7 +28,7 @@ class Trial:
     key: str
     folder: Path
     status: Literal["done", "failed", "running"]
-    number: int = 0
+    number: int | None = None
     reason: str = ""
     method: str = ""
     size: str = ""
@@ -45,8 +45,8 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """A short name for tables and messages, such as "12-3 kd (trial 4)"."""
-        return f"{self.size} {self.method} (trial {self.number})"
+        """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key where there is no number."""
+        return self.key if self.number is None else f"{self.size} {self.method} (trial {self.number})"
 
     def score(self, metric: str) -> float | None:
         """The validation score."""
@@ -136,7 +136,7 @@ def read_trials(sweep: Path) -> list[Trial]:
             found.append(_finished(folder))
         elif (folder / "run.json").exists():
             found.append(_running(folder))
-    return sorted(found, key=lambda trial: (trial.status == "running", trial.number, trial.key))
+    return sorted(found, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
 
 
 def open_sweep(name_or_path: str) -> Path:
@@ -205,7 +205,7 @@ def _finished(folder: Path) -> Trial:
             key=folder.name,
             folder=folder,
             status=data["status"],
-            number=int(data.get("number") or 0),
+            number=None if data.get("number") is None else int(data["number"]),
             reason=str(data.get("reason") or ""),
             method=str(data.get("method") or ""),
             size=str(data.get("size") or ""),

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic
 from raydistill.results.figures import choices_table, markdown_table, write_report
-from raydistill.results.records import Outcome, Trial, outcome
+from raydistill.results.records import Outcome, Trial, outcome, read_sweep
 
 FINAL = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),
@@ -31,6 +33,7 @@ FINAL = (
 )
 CHOSEN = "raydistill.chosen_for"
 COLUMNS = ("latency_ms", "speedup", "params_m", "gpu_hours")
+LOCK_WAIT_S = 120.0  # a first publishing copies every checkpoint
 CHUNK = {"metrics": 900, "params": 90}  # MLflow takes 1000 metrics and 100 parameters at once
 
 
@@ -107,6 +110,11 @@ def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False
     Also writes SWEEP/table.md and SWEEP/front.png. Without a `tracking_uri` the sweep's own is used, else the
     local store. TrackingDown where the store fails: nothing is lost, publish again later.
     """
+    with _alone(sweep):
+        return _publish(sweep, tracking_uri, finished)
+
+
+def _publish(sweep: Path, tracking_uri: str | None, finished: bool) -> Tracked:
     found = outcome(sweep)
     report = write_report(found)
     uri = _uri(found, tracking_uri)
@@ -118,7 +126,10 @@ def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False
         runs = _runs(client, experiment, identity)
         parent = runs.get("") or _create(client, experiment, found.name, {"raydistill.sweep": identity})
         for trial in found.trials:
-            _publish_trial(client, experiment, parent.info.run_id, identity, trial, runs.get(trial.key), finished)
+            run = runs.get(trial.key)
+            if run is None:
+                run = _create_child(client, experiment, parent.info.run_id, identity, trial)
+            _publish_trial(client, run, trial, found.metric, finished)
         children = {key: run for key, run in _runs(client, experiment, identity).items() if key}
         _publish_parent(client, parent, children, found, report, finished)
         view = _share_view(client, experiment, found.metric)
@@ -133,6 +144,11 @@ def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str |
     Repeating it makes no new version; choosing another trial moves the alias. Publishes the sweep first if this
     trial is not yet in MLflow. UserError for a trial that has no checkpoint.
     """
+    with _alone(sweep):
+        return _register(sweep, key, budget_name, tracking_uri)
+
+
+def _register(sweep: Path, key: str, budget_name: str, tracking_uri: str | None) -> Registered:
     found = outcome(sweep)
     trial = next((t for t in found.trials if t.key == key), None)
     if trial is None or trial.checkpoint is None or trial.status != "done":
@@ -144,7 +160,7 @@ def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str |
         experiment = _experiment(client, found.name, uri)
         run = _runs(client, experiment, _identity(sweep, found.name)).get(key)
     if run is None or run.data.tags.get("raydistill.done") != "1":
-        publish(sweep, uri, finished=found.info.get("status") not in (None, "running"))
+        _publish(sweep, uri, finished=found.info.get("status") not in (None, "running"))
     with _plain_errors(uri):
         run = _runs(client, experiment, _identity(sweep, found.name))[key]
         version = _version(client, found.name, run)
@@ -156,6 +172,23 @@ def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str |
         alias = alias_of(budget_name)
         client.set_registered_model_alias(found.name, alias, version)
     return Registered(found.name, version, alias, f"models:/{found.name}@{alias}")
+
+
+@contextlib.contextmanager
+def _alone(sweep: Path) -> Iterator[None]:
+    """One process (and thread) at a time: two that look for a trial's run at once would both create it."""
+    read_sweep(sweep)  # the lock would make the folder of a sweep that is not there
+    lock = FileLock(sweep / ".publish.lock", timeout=LOCK_WAIT_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrackingDown(f"{sweep}: another process has been publishing for {LOCK_WAIT_S:.0f} s") from None
+    except OSError as error:
+        raise TrackingDown(f"{sweep}: cannot be locked for publishing ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _share_view(client: Any, experiment: str, metric: str) -> str:
@@ -194,18 +227,18 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _publish_trial(
-    client: Any, experiment: str, parent: str, identity: str, trial: Trial, run: Any, finished: bool
-) -> None:
-    if run is not None and run.data.tags.get("raydistill.done") == "1":
+def _create_child(client: Any, experiment: str, parent: str, identity: str, trial: Trial) -> Any:
+    tags = {"raydistill.sweep": identity, "raydistill.trial": trial.key, "mlflow.parentRunId": parent}
+    return _create(client, experiment, trial.label, tags)
+
+
+def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: bool) -> None:
+    if run.data.tags.get("raydistill.done") == "1":
         return
-    if run is None:
-        tags = {"raydistill.sweep": identity, "raydistill.trial": trial.key, "mlflow.parentRunId": parent}
-        run = _create(client, experiment, trial.label if trial.number else trial.key, tags)
     _log_params(client, run, trial)
     last = _publish_history(client, run, trial)
     if trial.status != "running":
-        _publish_end(client, run.info.run_id, trial, *last)
+        _publish_end(client, run.info.run_id, trial, metric, *last)
     elif finished:  # begun and never ended: the sweep is over without it
         client.set_terminated(run.info.run_id, "KILLED")
     elif run.info.status != "RUNNING":
@@ -230,9 +263,9 @@ def _publish_history(client: Any, run: Any, trial: Trial) -> tuple[int, int]:
     return max((time for time, _ in places), default=start), max((step for _, step in places), default=0)
 
 
-def _publish_end(client: Any, run_id: str, trial: Trial, time: int, step: int) -> None:
+def _publish_end(client: Any, run_id: str, trial: Trial, metric: str, time: int, step: int) -> None:
     """The final metrics (later than the history, so that they are the run's latest), artifacts and status."""
-    final = [(k, v, time + 1, max(step, trial.steps)) for k, v in _final_metrics(trial).items()]
+    final = [(k, v, time + 1, max(step, trial.steps)) for k, v in _final_metrics(trial, metric).items()]
     _log_metrics(client, run_id, final)
     client.update_run(run_id, name=trial.label)
     for name in ("run.json", "result.json", "metrics.jsonl"):
@@ -276,16 +309,16 @@ def _publish_parent(
         client.update_run(run_id, status="RUNNING")
 
 
-def _final_metrics(trial: Trial) -> dict[str, float]:
-    """The contract's metrics, the test split's with `test_`, and interval ends as `..._low` and `..._high`."""
+def _final_metrics(trial: Trial, metric: str) -> dict[str, float]:
+    """The contract's metrics, the test split's with `test_`, and the main one's interval as `_low` and `_high`."""
     values = {name: trial.metrics[name] for name in FINAL if name in trial.metrics}
     if trial.interval:
-        values |= {"score_low": trial.interval[0], "score_high": trial.interval[1]}
+        values |= {f"{metric}_low": trial.interval[0], f"{metric}_high": trial.interval[1]}
     for name, value in (trial.test or {}).items():
         if _is_number(value):
             values[f"test_{name}"] = float(value)
         elif name == "interval" and value:
-            values |= {"test_score_low": float(value[0]), "test_score_high": float(value[1])}
+            values |= {f"test_{metric}_low": float(value[0]), f"test_{metric}_high": float(value[1])}
     return values
 
 
