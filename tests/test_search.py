@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from raydistill.cluster.launch import final_report
 from raydistill.cluster.search import StudySearch, key_of
 from raydistill.config.space import Space, resolve
 
@@ -117,11 +118,39 @@ def test_a_trial_that_died_is_taken_up_by_the_next_command(tmp_path):
     assert [p["key"] for p in everything(StudySearch(space(), tmp_path), "c")] == [died["key"]]
 
 
-def test_a_failed_run_is_over_and_told_as_the_worst_score(tmp_path):
+def test_a_failed_run_is_over_and_never_on_the_studys_front(tmp_path):
     searcher = StudySearch(space(), tmp_path)
-    searcher.suggest("a")
-    searcher.on_trial_complete("a", {"finished": True, "status": "failed", "score": 0.0, "latency_ms": 4.0})
-    assert StudySearch(space(), tmp_path).finished == 1
+    failed = searcher.suggest("a")
+    searcher.on_trial_complete("a", final_report({"status": "failed", "metrics": {}}, "latency_ms"))
+    again = StudySearch(space(), tmp_path)
+    assert again.finished == 1
+    assert failed["key"] not in [p["key"] for p in everything(again, "b")]
+    again.on_trial_complete("b0", DONE)
+    assert [trial.values for trial in again._ot_study.best_trials] == [[10.0, 5.0]]
+
+
+def test_a_point_taken_but_not_yet_named_when_the_kill_came_is_proposed_again(tmp_path):
+    StudySearch(space(), tmp_path)._ot_study.ask()
+    assert len(everything(StudySearch(space(), tmp_path))) == 6
+
+
+def test_points_that_a_kill_kept_from_being_enqueued_are_enqueued_by_the_next_command(tmp_path, monkeypatch):
+    import optuna
+
+    enqueue = optuna.Study.enqueue_trial
+    calls = []
+
+    def dies(self, values, *more, **named):
+        calls.append(values)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        enqueue(self, values, *more, **named)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", dies)
+    with pytest.raises(KeyboardInterrupt):
+        StudySearch(space(), tmp_path)
+    monkeypatch.undo()
+    assert len(everything(StudySearch(space(), tmp_path))) == 6
 
 
 def test_the_key_is_of_the_settings_and_not_of_the_name():

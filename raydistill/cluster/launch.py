@@ -4,7 +4,6 @@ Both hand `training.run.train` a `report`, and both go on from the run's own fol
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +73,20 @@ def train_with_ray_train(
             failure_config=ray.train.FailureConfig(max_failures=retries),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+        raise _of_worker(error) from None
     return read_result(folder)
+
+
+def _of_worker(error: Exception) -> Exception:
+    """The error of the worker that failed first, rather than Ray's account of it."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", failure)
+        return cause if isinstance(cause, UserError | OSError) else RuntimeError(f"{type(cause).__name__}: {cause}")
+    return error
 
 
 def read_result(folder: Path) -> Metrics:
@@ -86,11 +97,12 @@ def read_result(folder: Path) -> Metrics:
 
 
 def final_report(result: Metrics, cost: str) -> Metrics:
-    """What a search is told of a finished run: its score and cost, or a score of 0 where it failed."""
-    failed = result["status"] == "failed"
+    """What a search is told of a finished run: its score and cost, or that it failed."""
     metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
-    score = 0.0 if failed else metrics["score"]
-    return {**metrics, "score": score, cost: metrics.get(cost, 0.0), "status": result["status"], "finished": True}
+    report = {**metrics, "status": result["status"], "finished": True}
+    return (
+        report if result["status"] == "failed" else {**report, "score": metrics["score"], cost: metrics.get(cost, 0.0)}
+    )
 
 
 def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str) -> None:
@@ -143,6 +155,3 @@ def _use_threads(threads: int) -> None:
 
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-
-
-Trainable = Callable[[Metrics], None]

@@ -118,7 +118,7 @@ class StudySearch(OptunaSearch):
     @property
     def finished(self) -> int:
         """Trials of the study that are over."""
-        return len(self._ot_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        return sum(_is_over(trial) for trial in self._ot_study.get_trials(deepcopy=False))
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
         """The next proposal whose settings no trial has had, or that a killed trial had."""
@@ -139,9 +139,15 @@ class StudySearch(OptunaSearch):
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study; a trial that stopped before its end counts as failed, and is proposed again next time."""
-        unfinished = result is None or not result.get("finished")
-        super().on_trial_complete(trial_id, None if unfinished else result, error or unfinished)
+        """Tell the study. A run that failed is over; a trial that stopped before its end is proposed again next time.
+
+        Neither has values: a made-up score and cost could stand on the study's front.
+        """
+        finished = result is not None and bool(result.get("finished"))
+        done = finished and result is not None and result["status"] == "done"
+        if finished and not done:
+            self._ot_trials[trial_id].set_user_attr("over", True)
+        super().on_trial_complete(trial_id, result if done else None, error=not done)
 
     def _exhausted(self) -> bool:
         """A grid ends with its last point; no sampler goes on after it."""
@@ -150,31 +156,35 @@ class StudySearch(OptunaSearch):
         return not self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
     def _take_up(self) -> None:
-        """Put a study that was killed in order: each trial over, waiting, or waiting again."""
-        if not self._ot_study.get_trials(deepcopy=False):
-            for chosen in self._first_points():
-                self._ot_study.enqueue_trial(sampler_names(self.search_space.run, chosen))
+        """Put a study that was killed in order: each trial over, waiting, or waiting again.
+
+        First points are looked for by their values, since a kill may come while they are being enqueued, or after one
+        was taken and before it got its key.
+        """
         for trial in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
             self._settle(trial)
         trials = self._ot_study.get_trials()
-        waiting = [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
-        self.given = {t.user_attrs["key"] for t in trials if t.state == TrialState.COMPLETE and "key" in t.user_attrs}
-        for trial in trials:
-            key = trial.user_attrs.get("key")
-            if key:
-                self.numbers[key] = trial.user_attrs["number"]
-            if key and trial.state == TrialState.FAIL and key not in self.given and trial.params not in waiting:
-                self._ot_study.enqueue_trial(trial.params)
-                waiting.append(trial.params)
+        self.numbers = {t.user_attrs["key"]: t.user_attrs["number"] for t in trials if "number" in t.user_attrs}
+        self.given = {t.user_attrs["key"] for t in trials if _is_over(t) and "key" in t.user_attrs}
+        seen = [t.params for t in trials if _is_over(t)]
+        seen += [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
+        died = [t.params for t in trials if "key" in t.user_attrs and t.user_attrs["key"] not in self.given]
+        points = [sampler_names(self.search_space.run, chosen) for chosen in self._first_points()]
+        for values in [*died, *points]:
+            if values not in seen:
+                self._ot_study.enqueue_trial(values)
+                seen.append(values)
 
     def _settle(self, trial: optuna.trial.FrozenTrial) -> None:
-        """A trial that was under way when the sweep died: complete if its result is there, else failed."""
-        result = self.trials_folder / trial.user_attrs.get("key", "-") / "result.json"
-        if not result.is_file():
-            self._ot_study.tell(trial.number, state=TrialState.FAIL)
+        """A trial that was under way when the sweep died: over if its result is there, else failed for now."""
+        path = self.trials_folder / trial.user_attrs.get("key", "-") / "result.json"
+        values = final_report(json.loads(path.read_text(encoding="utf-8")), self.cost) if path.is_file() else {}
+        if "score" in values:
+            self._ot_study.tell(trial.number, [values["score"], values[self.cost]])
             return
-        values = final_report(json.loads(result.read_text(encoding="utf-8")), self.cost)
-        self._ot_study.tell(trial.number, [values["score"], values[self.cost]])
+        if values:
+            self._ot_study._storage.set_trial_user_attr(trial._trial_id, "over", True)
+        self._ot_study.tell(trial.number, state=TrialState.FAIL)
 
     def _first_points(self) -> list[dict[str, Any]]:
         space = self.search_space
@@ -182,6 +192,10 @@ class StudySearch(OptunaSearch):
         if space.search.sampler == "grid":
             points += [chosen for chosen in corners(space.run) if chosen not in points]
         return points
+
+
+def _is_over(trial: optuna.trial.FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE or bool(trial.user_attrs.get("over"))
 
 
 def _define(trial: Any, run: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PYTHONWARNINGS": "ignore",
 }
-PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", *QUIET)
+PASSED_ON = ("RAYDISTILL_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", *QUIET)
 OBJECT_STORE_BYTES = 500_000_000
 
 
@@ -45,6 +45,8 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # Ray's workers run in folders of their own, where the default of ./outputs would be another place.
+    os.environ["RAYDISTILL_HOME"] = str(home())
     import ray
 
     warnings.filterwarnings("ignore", module="ray")
@@ -68,7 +70,7 @@ def _join_or_start(cpus: int | None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # A cluster that runs already has its own environment: what this command reads must reach its workers too.
-        mine = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"RAYDISTILL_HOME": str(home())}
+        mine = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         try:
             ray.init(address=address, runtime_env={"env_vars": mine}, **quiet)
         except ConnectionError as error:

@@ -11,9 +11,8 @@ from raydistill.config.console import progress
 class Watch(Callback):
     """Tells of trials as they start, are validated, finish or die."""
 
-    def __init__(self, trials: int, metric: str) -> None:
-        self.trials, self.metric = trials, metric
-        self.over = 0
+    def __init__(self, trials: int, metric: str, over: int = 0) -> None:
+        self.trials, self.metric, self.over = trials, metric, over
         self.started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -9,6 +9,10 @@ from pydantic import BaseModel, ValidationError
 
 from raydistill.config.errors import UserError
 
+# Names that mean something by themselves, even where a file or folder of that name lies about.
+KNOWN_WORDS = {"bart", "pegasus", "mbart", "marian", "demo", "xsum", "cnn_dailymail", "wmt16_en_ro"} | {
+    *("auto", "original", "pseudo", "original+pseudo"),
+}
 Path_ = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
@@ -123,8 +127,7 @@ def absolute_paths(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute(name: str) -> str:
-    # A bare word is a known name even where a folder of that name lies about.
-    return str(Path(name).resolve()) if ("/" in name or "." in name) and Path(name).exists() else name
+    return name if name in KNOWN_WORDS or not Path(name).exists() else str(Path(name).resolve())
 
 
 def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:
