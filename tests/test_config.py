@@ -11,21 +11,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from raydistill.config.distributions import decode, encode
 from raydistill.config.errors import UserError
 from raydistill.config.load import apply_settings, check, read_yaml
 from raydistill.config.run import Loss, Run, Training
-from raydistill.config.space import (
-    Space,
-    corners,
-    decode,
-    encode,
-    json_schema,
-    point_values,
-    propose,
-    read_space,
-    resolve,
-    sampler_names,
-)
+from raydistill.config.schema import json_schema
+from raydistill.config.space import Space, corners, point_values, propose, read_space, resolve, sampler_names
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 BASE = {"teacher": "demo", "dataset": "demo"}

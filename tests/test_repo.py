@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from raydistill.__main__ import COMMANDS
-from raydistill.config.space import json_schema, read_space
+from raydistill.config.schema import json_schema
+from raydistill.config.space import read_space
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,8 +1,54 @@
 """`python -m raydistill.config.schema` prints the schema of a space; `make schema` writes it."""
 
 import json
+from typing import Any
 
-from raydistill.config.space import json_schema
+from raydistill.config.distributions import Distribution
+from raydistill.config.run import Run
+from raydistill.config.space import Space
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema of a space file for editors: in `run`, any value may be a distribution."""
+    schema = Space.model_json_schema()
+    run = Run.model_json_schema()
+    definitions: dict[str, Any] = {**schema.pop("$defs", {}), **run.pop("$defs", {})}
+    one = Distribution.model_json_schema()
+    definitions["Distribution"] = {
+        "anyOf": [
+            one,
+            {
+                "type": "object",
+                "properties": {"cases": {"type": "array", "items": one}},
+                "required": ["cases"],
+            },
+        ]
+    }
+    for name in (
+        "Dataset",
+        "Start",
+        "Student",
+        "LayerChoice",
+        "Loss",
+        "Training",
+        "Decoding",
+        "Evaluation",
+        "Columns",
+    ):
+        _allow_distributions(definitions[name])
+    _allow_distributions(run)
+    run["required"] = [key for key in run.get("required", []) if key != "name"]
+    dataset = run["properties"]["dataset"]
+    run["properties"]["dataset"] = {"anyOf": [{"type": "string"}, dataset]}
+    definitions["RunSpace"] = run
+    schema["properties"]["run"] = {"$ref": "#/$defs/RunSpace"}
+    return {**schema, "$defs": definitions, "$schema": "https://json-schema.org/draft/2020-12/schema"}
+
+
+def _allow_distributions(model: dict[str, Any]) -> None:
+    for key, value in model["properties"].items():
+        model["properties"][key] = {"anyOf": [value, {"$ref": "#/$defs/Distribution"}]}
+
 
 if __name__ == "__main__":
     print(json.dumps(json_schema(), indent=1, sort_keys=True))
