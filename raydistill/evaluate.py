@@ -29,6 +29,7 @@ def evaluate(
     ] = "auto",
     precision: Annotated[Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="of the engine")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one")] = "auto",
     predictions: Annotated[Path | None, typer.Option(help="write what it wrote, one JSON object a row")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
@@ -38,16 +39,23 @@ def evaluate(
 
     Example: `raydistill evaluate outputs/sweeps/quickstart/trials/KEY/best --dataset demo`
     """
+    from raydistill.config.presets import check_teacher
+
+    for name in (checkpoint, *([against] if against else [])):
+        check_teacher(name)
     about = dataset_of(checkpoint, dataset, metric)
     corpus = _corpus(about["dataset"], split, rows)
 
     import os
 
+    import torch
+
     from raydistill.evaluation.scores import paired_bootstrap
 
     used = threads or len(os.sched_getaffinity(0))
     names = [checkpoint, *([against] if against else [])]
-    found = [_score(name, about, corpus, engine, precision, used, beams) for name in names]
+    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    found = [_score(name, about, corpus, engine, precision, used, beams, place) for name in names]
     rows_out = []
     for name, one in zip(names, found, strict=True):
         low, high = one["interval"]
@@ -87,8 +95,13 @@ def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]
     from raydistill.config.run import Dataset, Run
 
     card_path = Path(checkpoint) / "raydistill.json"
-    card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
-    run = Run.model_validate(card["config"]) if "config" in card else None
+    try:
+        card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+        run = Run.model_validate(card["config"]) if "config" in card else None
+    except (ValueError, TypeError) as error:
+        if name is None:
+            raise UserError(f"{card_path}: damaged, or of another version ({error}); give --dataset") from None
+        run = None
     wanted = name or (run.dataset.name if run else default_dataset(checkpoint))
     if wanted is None:
         raise UserError(f"{checkpoint}: say what to score it on with --dataset (a known name, a file or a folder)")
@@ -110,7 +123,14 @@ def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
 
 
 def _score(
-    checkpoint: str, about: dict[str, Any], corpus: Any, kind: Any, precision: str, threads: int, beams: int | None
+    checkpoint: str,
+    about: dict[str, Any],
+    corpus: Any,
+    kind: Any,
+    precision: str,
+    threads: int,
+    beams: int | None,
+    device: str,
 ) -> dict[str, Any]:
     """Everything about one checkpoint on the corpus."""
     from raydistill.config.presets import teacher_preset
@@ -132,7 +152,13 @@ def _score(
     )
     progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
     engine = open_engine(
-        where, kind, threads=threads, precision=precision, languages=preset.languages if preset else None, say=progress
+        where,
+        kind,
+        device=device,
+        threads=threads,
+        precision=precision,
+        languages=preset.languages if preset else None,
+        say=progress,
     )
     limit = max_tokens("max_source_tokens", about["dataset"], preset, config)
     found = score(engine, corpus.sources, corpus.targets, about["metric"], beam, max_source_tokens=limit)

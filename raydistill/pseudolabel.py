@@ -73,14 +73,13 @@ def pseudolabel(
 
 
 def check_inputs(teacher: str, dataset: "object", split: str) -> None:
-    """What can be known at once: the data set is there and has the split, the demo's teacher is trained."""
-    from raydistill.config.presets import DEMO_TEACHER_RUN
+    """What can be known at once: the teacher can be one, the data set is there and has the split."""
+    from raydistill.config.presets import check_teacher
     from raydistill.config.run import Dataset
     from raydistill.data.corpus import split_names
 
     assert isinstance(dataset, Dataset)
-    if teacher == "demo" and not (home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():
-        raise UserError("the demo's teacher is not trained yet: run `raydistill train demo` first")
+    check_teacher(teacher)
     if Path(dataset.name).exists() or dataset.name == "demo":
         names = split_names(dataset)
         if split not in names and not Path(dataset.name).is_file():

@@ -34,7 +34,7 @@ def shrink(
     from pydantic import ValidationError
 
     from raydistill.config.load import explain
-    from raydistill.config.presets import default_dataset
+    from raydistill.config.presets import check_teacher, default_dataset
     from raydistill.config.run import LayerChoice, Student
 
     if output.exists():
@@ -45,6 +45,7 @@ def shrink(
     except ValidationError as error:
         raise UserError(explain(error, Student, "shrink", {})) from None
 
+    check_teacher(teacher)
     from raydistill.config.files import write_json_atomic
     from raydistill.model import forms
     from raydistill.model.shrink import plan

@@ -29,9 +29,12 @@ def sweep(
 
     checked = read_space(space, settings)
     folder = home() / "sweeps" / checked.name
+    from raydistill.config.presets import check_teacher
     from raydistill.results.tracking import check_tracking
 
     check_tracking(checked.tracking_uri)
+    if isinstance(checked.run.get("teacher"), str) and not dry_run:
+        check_teacher(checked.run["teacher"])
     if dry_run:
         from raydistill.cluster.plan import describe_plan
 

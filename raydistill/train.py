@@ -34,6 +34,7 @@ def train(
         student: {size: 12-3}
     """
     from raydistill.config.load import absolute_paths, apply_settings, check, read_yaml
+    from raydistill.config.presets import check_teacher
     from raydistill.config.run import Run
 
     path = DEMO if run == "demo" else Path(run)
@@ -41,6 +42,8 @@ def train(
     if "run" in data:
         raise UserError(f"{path}: this is a space (it has `run`); search it with `raydistill sweep {path}`")
     checked = check(Run, absolute_paths(apply_settings(data, settings or [])), path, lines)
+    if checked.teacher:
+        check_teacher(checked.teacher)
     folder = home() / "runs" / checked.name
     result = carry_out(checked, folder)
     metrics = {**result["metrics"], **{f"test {k}": v for k, v in (result["test"] or {}).items() if k != "interval"}}
@@ -48,6 +51,7 @@ def train(
     show(table(["measure", checked.name], rows), as_json)
     if result["status"] == "failed":
         show(f"the run failed: {result['reason']}", as_json)
+        finish(result, as_json)
         raise typer.Exit(1)
     show(f"checkpoint: {folder / 'best'}", as_json)
     finish({**result, "checkpoint": str(folder / "best")}, as_json)
@@ -56,6 +60,7 @@ def train(
 def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
     from raydistill.cluster.launch import check_room, read_result, train_with_ray_train
+    from raydistill.cluster.plan import check_run
     from raydistill.cluster.prepare import inputs_for
     from raydistill.cluster.start import cluster, device
     from raydistill.training.record import claim
@@ -65,6 +70,7 @@ def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     if (folder / "result.json").is_file():
         progress(f"{folder}: this run is finished already")
         return read_result(folder)
+    check_run(run)
     with cluster():
         where = device()
         check_room(run, where)

@@ -56,6 +56,7 @@ def train_with_ray_train(
     """
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     training = run.training
     trainer = TorchTrainer(
@@ -75,7 +76,7 @@ def train_with_ray_train(
     )
     try:
         trainer.fit()
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         raise _of_worker(error) from None
     return read_result(folder)
 

@@ -1,4 +1,4 @@
-"""What a sweep would do, without doing it: `sweep --dry-run`."""
+"""What a sweep would do, without doing it: `sweep --dry-run`, and the checks before anything starts."""
 
 import shutil
 from pathlib import Path
@@ -53,23 +53,41 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     }
 
 
-def check_against_teacher(space: Space) -> None:
-    """UserError where a corner of the space asks for layers or positions that the teacher does not have.
+def check_space(space: Space) -> None:
+    """UserError where a corner of the space asks for what its teacher or its data do not have; nothing is started.
 
-    Reads the teacher's configuration only; nothing is started yet.
+    Reads the teacher's configuration and the names of the data's splits only.
     """
+    seen: dict[str, Any] = {}
+    for run in runs_of(space):
+        check_run(run, seen)
+
+
+def check_run(run: Run, seen: dict[str, Any] | None = None) -> None:
+    """The same for one run; `seen` keeps what was read already."""
     from raydistill.config.presets import teacher_preset
     from raydistill.model import forms
     from raydistill.model.teachers import load_config, locate, max_tokens
 
-    configs: dict[tuple[str, str], Any] = {}
-    for run in runs_of(space):
-        name = (str(run.teacher), run.dataset.name)
-        if name not in configs:
-            configs[name] = load_config(locate(*name))
-        plan(forms.depths(configs[name]), run.student)
-        max_tokens("max_source_tokens", run.dataset, teacher_preset(*name), configs[name])
-        max_tokens("max_target_tokens", run.dataset, teacher_preset(*name), configs[name])
+    seen = {} if seen is None else seen
+    data = str(run.dataset)
+    if data not in seen:
+        seen[data] = split_names(run.dataset)
+        missing = [split for split in ("train", "validation") if split not in seen[data]]
+        if missing:
+            raise UserError(
+                f"{run.dataset.name}: training needs a train and a validation split; "
+                f"there is no {' and no '.join(missing)}"
+            )
+    if run.teacher is None:
+        return
+    name = f"{run.teacher} {run.dataset.name}"
+    if name not in seen:
+        seen[name] = load_config(locate(run.teacher, run.dataset.name))
+    plan(forms.depths(seen[name]), run.student)
+    preset = teacher_preset(run.teacher, run.dataset.name)
+    max_tokens("max_source_tokens", run.dataset, preset, seen[name])
+    max_tokens("max_target_tokens", run.dataset, preset, seen[name])
 
 
 def teacher_config(run: Run) -> tuple[Any, str]:

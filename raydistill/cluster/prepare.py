@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.console import home, progress
+from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run, parse_size
 from raydistill.config.space import Space, corners, resolve
@@ -60,6 +61,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     teacher_file = sweep / "teacher.json"
     if teacher_file.is_file():
         teacher = json.loads(teacher_file.read_text(encoding="utf-8"))
+        check_unchanged(first, teacher, sweep)
     else:
         progress(f"teacher {first.teacher}: scoring it on validation and test")
         teacher = ray.get(ray.remote(**alone)(score_teacher_task).remote(first, device, _threads(alone)))
@@ -80,6 +82,23 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
     teacher["teacher_gpu_hours"] = label_hours + cache_hours
     return Prepared(teacher, shapes, labels, cache)
+
+
+def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
+    """UserError where teacher or data are no longer those that the sweep was begun with."""
+    from raydistill.data.corpus import read_corpus
+    from raydistill.model.teachers import fingerprint, locate
+
+    assert run.teacher is not None
+    changed = ["teacher"] if fingerprint(locate(run.teacher, run.dataset.name)) != teacher["key"] else []
+    for split, mark in teacher["data"].items():
+        if read_corpus(run.dataset, split).fingerprint != mark:
+            changed.append(f"{split} split")
+    if changed:
+        raise UserError(
+            f"{sweep}: the {' and the '.join(changed)} changed since this sweep was begun; results of both are not "
+            f"mixed: give the sweep another name (--set name=...), or delete the folder"
+        )
 
 
 def time_shapes(
@@ -133,19 +152,17 @@ def _cache(
     if not wanting:
         return None, 0.0
     kept = sweep / "cache.json"
-    started = time.monotonic()
+    seconds = float(json.loads(kept.read_text(encoding="utf-8"))["device_seconds"]) if kept.is_file() else 0.0
     total = 0
     for run in wanting.values():
         source = labels.get(run.label_source)
         inputs = Inputs(labels=Path(source) if source else None, cache=root)
-        total = max(total, ray.get(ray.remote(**alone)(fill_cache_task).remote(run, inputs, device, _threads(alone))))
-    hours = (time.monotonic() - started) / 3600
-    if kept.is_file():
-        hours = json.loads(kept.read_text(encoding="utf-8"))["device_hours"]
-    else:
-        write_json_atomic(kept, {"device_hours": hours, "bytes": total})
+        size, took = ray.get(ray.remote(**alone)(fill_cache_task).remote(run, inputs, device, _threads(alone)))
+        seconds += took
+        total = max(total, size)
+        write_json_atomic(kept, {"device_seconds": seconds, "bytes": total})
     progress(f"teacher cache: {total / 1e6:.0f} MB at most for a run, under {root}")
-    return str(root), hours
+    return str(root), seconds / 3600
 
 
 def _cache_need(run: Run) -> str:
@@ -155,14 +172,16 @@ def _cache_need(run: Run) -> str:
     return str((*parts, training.freeze_encoder, training.freeze_embeddings, run.loss.alpha_hidden > 0))
 
 
-def fill_cache_task(run: Run, inputs: Inputs, device: str, threads: int) -> int:
-    """`fill_cache` as a Ray task."""
+def fill_cache_task(run: Run, inputs: Inputs, device: str, threads: int) -> tuple[int, float]:
+    """`fill_cache` as a Ray task; also tells the device-seconds that it took."""
     import torch
 
     from raydistill.training.run import fill_cache
 
     torch.set_num_threads(threads)
-    return fill_cache(run, inputs, device)
+    started = time.monotonic()
+    size = fill_cache(run, inputs, device)
+    return size, (time.monotonic() - started) * (1 if device == "cuda" else threads)
 
 
 def score_teacher_task(run: Run, device: str, threads: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock
 
 from raydistill.config.console import progress
 from raydistill.config.errors import UserError
@@ -43,13 +44,22 @@ def pseudolabel(job: Job, root: Path, device: str = "cpu", say: bool = True) -> 
     """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again."""
     corpus = read_corpus(job.dataset, job.split, need_targets=False)
     about = describe_job(job, corpus)
-    name = label_set_name(about["teacher"]["fingerprint"], corpus.fingerprint, {**about["decoding"], "n": job.n_best})
+    # Two engines, or one with other settings, do not always write the same text: they are part of the key.
+    how = {**about["decoding"], "n_best": job.n_best, "engine": job.engine, "device": device}
+    name = label_set_name(about["teacher"]["fingerprint"], corpus.fingerprint, how)
     folder = root / f"{_plain(job.dataset.name)}-{job.split}-{name}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{folder.name}.lock"):
+        return _finished_or_made(job, about, corpus, folder, device, say)
+
+
+def _finished_or_made(job: Job, about: dict[str, Any], corpus: Corpus, folder: Path, device: str, say: bool) -> Path:
+    """Go on with the label set in `folder`; the caller holds its lock."""
     if is_finished(folder):
         if say:
             progress(f"pseudo-labels: {len(corpus)} rows are there already: {folder}")
         return folder
-    work = root / f".{folder.name}.work"
+    work = folder.with_name(f".{folder.name}.work")
     batches = plan_batches(corpus, work)
     missing = [n for n in range(batches) if not _output(work, n).is_file()]
     if say and len(missing) < batches:
@@ -70,6 +80,10 @@ def describe_job(job: Job, corpus: Corpus) -> dict[str, Any]:
     config = load_config(where)
     target = max_tokens("max_target_tokens", job.dataset, preset, config)
     beam = resolve_decoding(job.decoding, load_generation_config(where), preset.decoding if preset else None, target)
+    if job.n_best > beam.beams:
+        raise UserError(
+            f"{job.n_best} candidates per row need as many beams, and the teacher's are {beam.beams}: give --beams"
+        )
     return {
         "teacher": {"name": job.teacher, "where": where, "fingerprint": fingerprint(where)},
         "data": {"name": job.dataset.name, "split": job.split, "fingerprint": corpus.fingerprint},

@@ -48,7 +48,9 @@ def time_shape(
             if timing is None:
                 if opened is None:
                     opened = _open(teacher, size, engine, device, threads, scratch)
-                timing = latency.measure(opened, batch=batch, beams=about["beams"], **lengths)
+                timing = latency.measure(
+                    opened, batch=batch, beams=about["beams"], repeats=7, min_seconds=1.0, **lengths
+                )
                 latency.record(table, key, timing)
             found[cost] = timing.median_ms
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from raydistill.cluster.plan import check_against_teacher
+from raydistill.cluster.plan import check_space
 from raydistill.cluster.prepare import Prepared, prepare
 from raydistill.cluster.search import search
 from raydistill.cluster.start import cluster, device
@@ -20,7 +20,7 @@ from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
 from raydistill.results.figures import results_table, write_report
-from raydistill.results.records import Outcome, outcome
+from raydistill.results.records import Outcome, outcome, read_sweep
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
 PUBLISH_EVERY_S = 20.0
@@ -28,16 +28,21 @@ PUBLISH_EVERY_S = 20.0
 
 def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
     """Carry out the sweep in `folder`; returns what the command prints and, under `--json`, hands on."""
-    check_against_teacher(space)
+    check_space(space)
     with claimed(space, folder):
-        with cluster():
-            where = device()
-            progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
-            prepared = prepare(space, folder, where)
-            describe_sweep(space, folder, prepared, "running")
-            watch = Watch(space.search.trials, prepared.teacher["metric"])
-            with publishing(folder):
-                search(space, folder, prepared, where, [watch])
+        over = trials_over(folder)
+        if over >= space.search.trials and (folder / "sweep.json").is_file():
+            progress(f"sweep {space.name}: all {space.search.trials} trials are over; in {folder}")
+            prepared = as_prepared(folder)
+        else:
+            with cluster():
+                where = device()
+                progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
+                prepared = prepare(space, folder, where)
+                describe_sweep(space, folder, prepared, "running")
+                watch = Watch(space.search.trials, prepared.teacher["metric"], over)
+                with publishing(folder):
+                    search(space, folder, prepared, where, [watch])
         describe_sweep(space, folder, prepared, "finished")
         found = outcome(folder)
         write_report(found)
@@ -46,6 +51,17 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         text = summary(found, prepared, died)
         text += f"\n\n{tracked}"
         return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
+
+
+def trials_over(folder: Path) -> int:
+    """Trials that have left their result."""
+    return len(list((folder / "trials").glob("*/result.json")))
+
+
+def as_prepared(folder: Path) -> Prepared:
+    """What a finished sweep was prepared with, as its sweep.json tells."""
+    info = read_sweep(folder)
+    return Prepared(info["teacher"], info["shapes"])
 
 
 @contextlib.contextmanager
@@ -62,6 +78,8 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         asked = space.model_dump(mode="json")
         if path.is_file():
             begun = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not (folder / "trials").is_dir():
+                begun = {**asked, "search": asked["search"]}  # nothing was tried yet: the space may still change
             changed = [k for k in ("run", "points") if begun.get(k) != asked[k]]
             changed += [f"search.{k}" for k in ("sampler", "cost") if begun["search"][k] != asked["search"][k]]
             if changed:
@@ -109,6 +127,10 @@ def publishing(folder: Path) -> Iterator[None]:
             except TrackingDown as error:
                 if not told:
                     progress(f"  MLflow: {error} (the sweep goes on; what is missing is published at the end)")
+                told = True
+            except Exception as error:  # a fault in publishing must not end a sweep of hours; it is tried again
+                if not told:
+                    progress(f"  MLflow: {type(error).__name__}: {error} (the sweep goes on)")
                 told = True
 
     thread = threading.Thread(target=work, daemon=True)

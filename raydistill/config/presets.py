@@ -1,7 +1,11 @@
 """The named data sets and teachers, with the paper's lengths and decoding."""
 
+import difflib
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.run import Columns, Decoding
 
@@ -24,7 +28,7 @@ class DatasetPreset:
 
 @dataclass(frozen=True)
 class TeacherPreset:
-    """A teacher for one data set. `bf16`/`fp16` overflow is a property of the family: see `precision`."""
+    """A teacher for one data set: where it is, its decoding, its lengths in tokens."""
 
     hub: str
     decoding: Decoding = field(default_factory=Decoding)
@@ -135,3 +139,18 @@ def metric_for(dataset: str, asked: str = "auto") -> str:
     if asked != "auto":
         return asked
     return DATASETS[dataset].metric if dataset in DATASETS else "rouge2"
+
+
+def check_teacher(name: str) -> None:
+    """What can be known of a teacher's name at once, without loading anything; UserError where it can be none.
+
+    A known name, a folder, or a name of the hub's form (owner/name).
+    """
+    if name == "demo":
+        if not (home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():
+            raise UserError("the demo's teacher is not trained yet: run `raydistill train demo` first")
+    elif name not in TEACHERS and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        known = ", ".join([*TEACHERS, "demo"])
+        near = difflib.get_close_matches(name, [*TEACHERS, "demo"], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known names: {known}"
+        raise UserError(f"{name}: no such folder, and not a hub name (owner/name); {hint}")

@@ -100,6 +100,8 @@ def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str) ->
         "seed": run.training.seed,
     }
     write_json_atomic(folder / "result.json", result)
+    for left in [*folder.glob("state*"), *folder.glob("checkpoint-*")]:
+        _remove(left)
     return result
 
 

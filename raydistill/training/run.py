@@ -154,7 +154,9 @@ def _finish(
     if validation:
         scores = validation.scored.metrics
         metrics |= {**scores, "score": scores[validator.metric], "repetition": validation.repetition}
-    seconds = (state.seconds + time.monotonic() - started) * worker.world
+    # A device is a GPU, or a CPU core: each worker holds one, or as many as it has threads.
+    devices = worker.world * (run.training.threads if worker.device == "cpu" else 1)
+    seconds = (state.seconds + time.monotonic() - started) * devices
     parameters = sum(p.numel() for p in validator.student.parameters())
     metrics |= {"params_m": parameters / 1e6, "gpu_hours": seconds / 3600, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))

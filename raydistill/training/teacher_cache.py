@@ -6,7 +6,6 @@ label set. A store is a folder that appears whole; layers that are missing are a
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -163,12 +162,14 @@ def _make(
     with FileLock(folder.with_suffix(".lock")):
         if not names or all(_has(folder, name) for name in names):
             return
+        for orphan in folder.glob(".*.making"):  # left by a process that was killed; the lock says that none is at work
+            orphan.unlink()
         width = teacher.config.d_model
         need = encoder_bytes(lengths, width, dtype) * len(names)
         _check_disk(folder, need)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         kind, torch_dtype = KINDS[dtype]
-        making = [folder / f".{name}.{os.getpid()}.making" for name in names]
+        making = [folder / f".{name}.making" for name in names]
         arrays = [np.memmap(path, dtype=kind, mode="w+", shape=(int(offsets[-1]), width)) for path in making]
 
         def write(array: int, row: int, states: Tensor) -> None:
