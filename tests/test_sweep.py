@@ -33,7 +33,7 @@ def mlflow_children(home: Path) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The quickstart with fewer steps and rows: train, then sweep, then what comes after."""
-    home = tmp_path_factory.mktemp("demo")
+    home = tmp_path_factory.mktemp("demo") / "outputs"
     small = ["--set", "dataset.train_rows=400", "--set", "training.max_steps=30", "--set", "dataset.validation_rows=40"]
     teacher = command(home, "train", "demo", *small, "--set", "dataset.test_rows=40", "--json")
     rows = [f"run.dataset.{split}_rows={n}" for split, n in (("train", 400), ("validation", 40), ("test", 40))]
@@ -146,7 +146,7 @@ def xsum_world(folder: Path) -> dict[str, str]:
 
 def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     env = xsum_world(tmp_path)
-    home = tmp_path / "home"
+    home = tmp_path / "outputs"
     space = ROOT / "search_spaces" / "kd_xsum.yaml"
     found = last_json(command(home, "sweep", space, *SHORT, "--set", "search.trials=3", "--json", **env))
     assert {t["size"] for t in found["trials"]} == {"12-6", "12-3", "12-1"}
@@ -181,13 +181,14 @@ def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     path = tmp_path / "killed.yaml"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
-    home = tmp_path / "home"
+    home = tmp_path / "outputs"
     trials = home / "sweeps" / "killed" / "trials"
     before: dict[Path, int] = {}
     for wanted in (1, 3):
         started = subprocess.Popen(
             [sys.executable, "-m", "raydistill.sweep", str(path)],
-            env=environment(home),
+            env=environment(),
+            cwd=home.parent,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -254,7 +255,7 @@ def test_what_can_be_known_at_once_is_said_in_two_seconds_with_status_2(tmp_path
         (["choose", "nothing"], "no such sweep"),
     ]
     for arguments, message in cases:
-        done = command(tmp_path / "home", *arguments)
+        done = command(tmp_path / "outputs", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)
         assert message in done.stderr, arguments
         assert "Traceback" not in done.stderr

@@ -31,16 +31,19 @@ def make_world(folder: Path) -> tuple[Path, Path]:
     return save_tiny("bart", folder / "teacher", dropout=0.0), write_corpus(folder / "data")
 
 
-def environment(home: Path, **more: str) -> dict[str, str]:
-    """What a command of the tests runs with."""
-    return {**os.environ, "RAYDISTILL_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+def environment(**more: str) -> dict[str, str]:
+    """What a command of the tests runs with: no RAYDISTILL_HOME, as a new user has none."""
+    own = {name: value for name, value in os.environ.items() if name != "RAYDISTILL_HOME"}
+    return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 
 def command(home: Path, *arguments: object, timeout: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m raydistill.NAME ...` to its end."""
+    """Run `python -m raydistill.NAME ...` to its end, in the folder in which ./outputs is `home`."""
+    assert home.name == "outputs"
     return subprocess.run(
         [sys.executable, "-m", f"raydistill.{arguments[0]}", *map(str, arguments[1:])],
-        env=environment(home, **more),
+        env=environment(**more),
+        cwd=home.parent,
         capture_output=True,
         text=True,
         timeout=timeout,
