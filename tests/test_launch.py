@@ -101,7 +101,8 @@ def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoin
         while not (folder / "state.json").is_file() or json.loads((folder / "state.json").read_text())["step"] < 6:
             time.sleep(0.02)
         for process in psutil.process_iter(["cmdline"]):
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            ours = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+            if ours and process.environ().get("RAYDISTILL_HOME") == os.environ["RAYDISTILL_HOME"]:
                 killed.append(json.loads((folder / "state.json").read_text())["step"])
                 os.kill(process.pid, signal.SIGKILL)
 
