@@ -90,13 +90,23 @@ def _json(path: Path) -> Rows:
         first = file.readline()
         while first and not first.strip():
             first = file.readline()
-    if first.lstrip().startswith("["):
+        more = any(line.strip() for line in file)
+    # A line that is a whole array, with other lines after it, is a bad row of a file of lines.
+    if first.lstrip().startswith("[") and not (more and _is_json(first)):
         yield from _json_array(path)
         return
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _json_line(line)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_line(line: str) -> Record:
