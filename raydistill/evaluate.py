@@ -113,11 +113,9 @@ def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]
 
 
 def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
-    from raydistill.data.corpus import read_corpus, split_names
+    from raydistill.data.corpus import check_split, read_corpus
 
-    names = split_names(dataset)
-    if split not in names and not Path(dataset.name).is_file():
-        raise UserError(f"{dataset.name}: there is no split {split!r}; it has {', '.join(names)}")
+    check_split(dataset, split)
     corpus = read_corpus(dataset, split)
     return corpus.head(rows) if rows else corpus
 
@@ -163,7 +161,9 @@ def _score(
     limit = max_tokens("max_source_tokens", about["dataset"], preset, config)
     found = score(engine, corpus.sources, corpus.targets, about["metric"], beam, max_source_tokens=limit)
     return {
-        **{"metrics": found.scored.metrics, "interval": list(found.interval), "repetition": found.repetition},
+        "metrics": found.scored.metrics,
+        "interval": list(found.interval),
+        "repetition": found.repetition,
         "rows": found.scored.rows,
         "predictions": found.predictions,
         "ms_per_row": 1000 * found.seconds / len(corpus),

@@ -1,12 +1,15 @@
 """`raydistill pseudolabel`: teacher beam search over a training set."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from raydistill.config.console import finish, home, make_app, progress, run_app, show, table
 from raydistill.config.errors import UserError
+
+if TYPE_CHECKING:
+    from raydistill.config.run import Dataset
 
 app = make_app()
 
@@ -72,18 +75,14 @@ def pseudolabel(
     finish({**manifest, "folder": str(folder)}, as_json)
 
 
-def check_inputs(teacher: str, dataset: "object", split: str) -> None:
+def check_inputs(teacher: str, dataset: "Dataset", split: str) -> None:
     """What can be known at once: the teacher can be one, the data set is there and has the split."""
     from raydistill.config.presets import check_teacher
-    from raydistill.config.run import Dataset
-    from raydistill.data.corpus import split_names
+    from raydistill.data.corpus import check_split
 
-    assert isinstance(dataset, Dataset)
     check_teacher(teacher)
     if Path(dataset.name).exists() or dataset.name == "demo":
-        names = split_names(dataset)
-        if split not in names and not Path(dataset.name).is_file():
-            raise UserError(f"{dataset.name}: there is no split {split!r}; it has {', '.join(names)}")
+        check_split(dataset, split)
 
 
 def main() -> None:

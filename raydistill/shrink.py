@@ -51,7 +51,7 @@ def shrink(
     from raydistill.model.shrink import plan
     from raydistill.model.shrink import shrink as make
     from raydistill.model.teachers import load_config, load_model, load_tokenizer, locate, set_languages
-    from raydistill.training.run import CARD, save_checkpoint
+    from raydistill.training.record import CARD, save_checkpoint
 
     where = locate(teacher, dataset or default_dataset(teacher) or "")
     layers = plan(forms.depths(load_config(where)), student)

@@ -59,17 +59,18 @@ def train(
 
 def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
-    from raydistill.cluster.launch import check_room, read_result, train_with_ray_train
+    from raydistill.cluster.launch import check_room, train_with_ray_train
     from raydistill.cluster.plan import check_run
     from raydistill.cluster.prepare import inputs_for
     from raydistill.cluster.start import cluster, device
+    from raydistill.results.records import read_json
     from raydistill.training.record import claim
 
     if (folder / "run.json").is_file():
         claim(folder, run)
     if (folder / "result.json").is_file():
         progress(f"{folder}: this run is finished already")
-        return read_result(folder)
+        return read_json(folder / "result.json")
     check_run(run)
     with cluster():
         where = device()

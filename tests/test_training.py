@@ -23,7 +23,8 @@ from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.training import loop, validation
 from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, step
-from raydistill.training.run import Inputs, fill_cache, open_teacher, supervise, train
+from raydistill.training.material import open_teacher
+from raydistill.training.run import Inputs, fill_cache, supervise, train
 from raydistill.training.student import Frozen, freeze, make_student
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import decoder_store, encoder_store

@@ -9,6 +9,7 @@ from typing import Any
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import Run
+from raydistill.results.records import read_json
 from raydistill.training.run import Inputs
 
 Metrics = dict[str, Any]
@@ -78,7 +79,7 @@ def train_with_ray_train(
         trainer.fit()
     except TrainingFailedError as error:
         raise _of_worker(error) from None
-    return read_result(folder)
+    return read_json(folder / "result.json")
 
 
 def _of_worker(error: Exception) -> Exception:
@@ -90,20 +91,13 @@ def _of_worker(error: Exception) -> Exception:
     return error
 
 
-def read_result(folder: Path) -> Metrics:
-    """The finished run's result."""
-    import json
-
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
 def final_report(result: Metrics, cost: str) -> Metrics:
     """What a search is told of a finished run: its score and cost, or that it failed."""
     metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
     report = {**metrics, "status": result["status"], "finished": True}
-    return (
-        report if result["status"] == "failed" else {**report, "score": metrics["score"], cost: metrics.get(cost, 0.0)}
-    )
+    if result["status"] == "done":
+        report |= {"score": metrics["score"], cost: metrics.get(cost, 0.0)}
+    return report
 
 
 def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str) -> None:

@@ -23,7 +23,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     config, why = teacher_config(first)
     data = data_size(first)
     sizes = sorted({run.student.size or "full" for run in runs})
-    done = len(list((folder / "trials").glob("*/result.json")))
+    done = trials_over(folder)
     lines = [
         f"sweep {space.name}: {space.search.trials} trials ({done} finished already), sampler {space.search.sampler}, "
         f"seed {space.search.seed}, in {folder}",
@@ -51,6 +51,11 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         "combinations": len(runs),
         **disk,
     }
+
+
+def trials_over(folder: Path) -> int:
+    """Trials of a sweep that have left their result."""
+    return len(list((folder / "trials").glob("*/result.json")))
 
 
 def check_space(space: Space) -> None:

@@ -2,16 +2,20 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydistill.cluster.shapes import time_shape
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run, parse_size
 from raydistill.config.space import Space, corners, resolve
-from raydistill.training.run import Inputs
+from raydistill.results.records import read_json
+from raydistill.training.material import open_teacher
+from raydistill.training.run import Inputs, fill_cache, score_teacher
 
 TIMED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb")
 
@@ -53,24 +57,21 @@ def sizes_of(runs: list[Run], teacher_size: str) -> list[str]:
 
 def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     """Make what is missing, each part once and kept: a second call finds it done."""
-    import ray
-
     runs = runs_of(space)
-    alone = _whole_machine(device)
     first = runs[0]
     teacher_file = sweep / "teacher.json"
     if teacher_file.is_file():
-        teacher = json.loads(teacher_file.read_text(encoding="utf-8"))
+        teacher = read_json(teacher_file)
         check_unchanged(first, teacher, sweep)
     else:
         progress(f"teacher {first.teacher}: scoring it on validation and test")
-        teacher = ray.get(ray.remote(**alone)(score_teacher_task).remote(first, device, _threads(alone)))
+        teacher = alone(score_teacher, first, device=device)
         write_json_atomic(teacher_file, teacher)
     metric = teacher["metric"]
     progress(f"teacher {first.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation")
     sizes = sizes_of(runs, teacher["size"])
     progress(f"latency: timing {len(sizes)} shapes, one at a time, alone on the machine ({', '.join(sizes)})")
-    shapes = ray.get(ray.remote(**alone)(time_shapes).remote(first, sizes, teacher, device, _threads(alone)))
+    shapes = alone(time_shapes, first, sizes, teacher, device=device)
     base = shapes[teacher["size"]]["latency_ms"]
     shapes = {size: {**row, "speedup": base / row["latency_ms"]} for size, row in shapes.items()}
     for size in sizes:
@@ -78,7 +79,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
     labels, label_hours = _labels(runs, device)
-    cache, cache_hours = _cache(runs, labels, alone, device, sweep)
+    cache, cache_hours = _cache(runs, labels, device, sweep)
     teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
     teacher["teacher_gpu_hours"] = label_hours + cache_hours
     return Prepared(teacher, shapes, labels, cache)
@@ -106,14 +107,8 @@ def time_shapes(
 ) -> dict[str, dict[str, float]]:
     """Latency, parameters and memory of each shape, untrained: they do not depend on the weights' values.
 
-    Runs as a task that has the whole machine, so that nothing else is timed with it. Kept in HOME/latency.json.
+    To be called `alone`, so that nothing else is timed with it. Kept in HOME/latency.json.
     """
-    import torch
-
-    from raydistill.cluster.shapes import time_shape
-    from raydistill.training.run import open_teacher
-
-    torch.set_num_threads(threads)
     assert run.teacher is not None
     loaded = open_teacher(run.teacher, run.dataset.name)
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
@@ -141,23 +136,19 @@ def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
     return made, hours
 
 
-def _cache(
-    runs: list[Run], labels: dict[str, str], alone: dict[str, Any], device: str, sweep: Path
-) -> tuple[str | None, float]:
+def _cache(runs: list[Run], labels: dict[str, str], device: str, sweep: Path) -> tuple[str | None, float]:
     """The teacher cache that the runs share, if any wants it, and the device-hours that it took."""
-    import ray
-
     root = home() / "cache"
     wanting = {_cache_need(run): run for run in runs if run.training.teacher_cache != "off"}
     if not wanting:
         return None, 0.0
     kept = sweep / "cache.json"
-    seconds = float(json.loads(kept.read_text(encoding="utf-8"))["device_seconds"]) if kept.is_file() else 0.0
+    seconds = float(read_json(kept)["device_seconds"]) if kept.is_file() else 0.0
     total = 0
     for run in wanting.values():
         source = labels.get(run.label_source)
         inputs = Inputs(labels=Path(source) if source else None, cache=root)
-        size, took = ray.get(ray.remote(**alone)(fill_cache_task).remote(run, inputs, device, _threads(alone)))
+        size, took = alone(timed_fill, run, inputs, device=device)
         seconds += took
         total = max(total, size)
         write_json_atomic(kept, {"device_seconds": seconds, "bytes": total})
@@ -172,37 +163,30 @@ def _cache_need(run: Run) -> str:
     return str((*parts, training.freeze_encoder, training.freeze_embeddings, run.loss.alpha_hidden > 0))
 
 
-def fill_cache_task(run: Run, inputs: Inputs, device: str, threads: int) -> tuple[int, float]:
-    """`fill_cache` as a Ray task; also tells the device-seconds that it took."""
-    import torch
-
-    from raydistill.training.run import fill_cache
-
-    torch.set_num_threads(threads)
+def timed_fill(run: Run, inputs: Inputs, device: str, threads: int) -> tuple[int, float]:
+    """`fill_cache`, and the device-seconds that it took."""
     started = time.monotonic()
     size = fill_cache(run, inputs, device)
     return size, (time.monotonic() - started) * (1 if device == "cuda" else threads)
 
 
-def score_teacher_task(run: Run, device: str, threads: int) -> dict[str, Any]:
-    """`score_teacher` as a Ray task."""
-    import torch
+def alone(work: Callable[..., Any], *arguments: Any, device: str) -> Any:
+    """`work(*arguments, device, threads)` as a Ray task that leaves no room for anything else on its machine."""
+    import ray
 
-    from raydistill.training.run import score_teacher
-
-    torch.set_num_threads(threads)
-    return score_teacher(run, device, threads)
-
-
-def _whole_machine(device: str) -> dict[str, Any]:
-    """Resources that leave no room for anything else on the device."""
     from raydistill.cluster.start import cpus_of_a_node
 
-    return {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": cpus_of_a_node()}
+    cpus = 1 if device == "cuda" else cpus_of_a_node()
+    resources: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 1 if device == "cuda" else 0}
+    task = ray.remote(**resources)(_with_threads)
+    return ray.get(task.remote(work, arguments, device, cpus))
 
 
-def _threads(alone: dict[str, Any]) -> int:
-    return int(alone["num_cpus"])
+def _with_threads(work: Callable[..., Any], arguments: tuple[Any, ...], device: str, threads: int) -> Any:
+    import torch
+
+    torch.set_num_threads(threads)
+    return work(*arguments, device, threads)
 
 
 def inputs_for(run: Run, device: str) -> Inputs:

@@ -18,6 +18,7 @@ from raydistill.cluster.launch import check_room, final_report, launcher_for, tu
 from raydistill.cluster.prepare import Prepared
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
+from raydistill.results.records import read_json
 from raydistill.training.run import Inputs
 
 DUPLICATES_IN_A_ROW = 200
@@ -178,7 +179,7 @@ class StudySearch(OptunaSearch):
     def _settle(self, trial: optuna.trial.FrozenTrial) -> None:
         """A trial that was under way when the sweep died: over if its result is there, else failed for now."""
         path = self.trials_folder / trial.user_attrs.get("key", "-") / "result.json"
-        values = final_report(json.loads(path.read_text(encoding="utf-8")), self.cost) if path.is_file() else {}
+        values = final_report(read_json(path), self.cost) if path.is_file() else {}
         if "score" in values:
             self._ot_study.tell(trial.number, [values["score"], values[self.cost]])
             return

@@ -10,8 +10,9 @@ from raydistill.config.run import Student
 from raydistill.evaluation import latency
 from raydistill.model import forms
 from raydistill.model.generate import Engine, open_engine
-from raydistill.model.shrink import plan, shrink
-from raydistill.training.run import Teacher, save_checkpoint
+from raydistill.model.shrink import Plan, plan, shrink
+from raydistill.training.material import Teacher
+from raydistill.training.record import save_checkpoint
 
 BATCHES = {"latency_ms": 32, "latency_ms_b1": 1}
 
@@ -47,7 +48,7 @@ def time_shape(
             timing = latency.lookup(table, key)
             if timing is None:
                 if opened is None:
-                    opened = _open(teacher, size, engine, device, threads, scratch)
+                    opened = _open(teacher, layers, engine, device, threads, scratch)
                 timing = latency.measure(
                     opened, batch=batch, beams=about["beams"], repeats=7, min_seconds=1.0, **lengths
                 )
@@ -58,13 +59,16 @@ def time_shape(
     return {**found, "params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}
 
 
-def _open(teacher: Teacher, size: str, engine: Any, device: str, threads: int, scratch: Path) -> Engine:
+def _open(teacher: Teacher, layers: Plan, engine: Any, device: str, threads: int, scratch: Path) -> Engine:
     """An engine on an untrained student of the shape: its weights' values do not change its speed."""
-    layers = plan(forms.depths(teacher.model.config), Student(size=size))
     save_checkpoint(shrink(teacher.model, layers), teacher.tokenizer, scratch / "model")
-    languages = teacher.preset.languages if teacher.preset else None
     return open_engine(
-        scratch / "model", engine, device=device, threads=threads, languages=languages, cache=scratch / "engine"
+        scratch / "model",
+        engine,
+        device=device,
+        threads=threads,
+        languages=teacher.languages,
+        cache=scratch / "engine",
     )
 
 

@@ -1,4 +1,4 @@
-"""Joining or starting Ray, quietly, on loopback."""
+"""Joining or starting Ray, quietly."""
 
 import logging
 import os

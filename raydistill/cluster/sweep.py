@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from raydistill.cluster.plan import check_space
+from raydistill.cluster.plan import check_space, trials_over
 from raydistill.cluster.prepare import Prepared, prepare
 from raydistill.cluster.search import search
 from raydistill.cluster.start import cluster, device
@@ -53,11 +53,6 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
 
 
-def trials_over(folder: Path) -> int:
-    """Trials that have left their result."""
-    return len(list((folder / "trials").glob("*/result.json")))
-
-
 def as_prepared(folder: Path) -> Prepared:
     """What a finished sweep was prepared with, as its sweep.json tells."""
     info = read_sweep(folder)
@@ -76,10 +71,8 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
     try:
         path = folder / "space.yaml"
         asked = space.model_dump(mode="json")
-        if path.is_file():
+        if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
             begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if not (folder / "trials").is_dir():
-                begun = {**asked, "search": asked["search"]}  # nothing was tried yet: the space may still change
             changed = [k for k in ("run", "points") if begun.get(k) != asked[k]]
             changed += [f"search.{k}" for k in ("sampler", "cost") if begun["search"][k] != asked["search"][k]]
             if changed:
@@ -124,13 +117,9 @@ def publishing(folder: Path) -> Iterator[None]:
         while not over.wait(PUBLISH_EVERY_S):
             try:
                 publish(folder)
-            except TrackingDown as error:
-                if not told:
-                    progress(f"  MLflow: {error} (the sweep goes on; what is missing is published at the end)")
-                told = True
             except Exception as error:  # a fault in publishing must not end a sweep of hours; it is tried again
                 if not told:
-                    progress(f"  MLflow: {type(error).__name__}: {error} (the sweep goes on)")
+                    progress(f"  MLflow: {error} (the sweep goes on; what is missing is published at the end)")
                 told = True
 
     thread = threading.Thread(target=work, daemon=True)

@@ -149,6 +149,13 @@ def split_names(dataset: Dataset) -> list[str]:
     return [split for split in ("train", "validation", "test") if split in there]
 
 
+def check_split(dataset: Dataset, split: str) -> None:
+    """UserError where a data set does not have the split; a file alone answers to any."""
+    names = split_names(dataset)
+    if split not in names and not Path(dataset.name).is_file():
+        raise UserError(f"{dataset.name}: there is no split {split!r}; it has {', '.join(names)}")
+
+
 def statistics(corpus: Corpus) -> dict[str, Any]:
     """Rows, words (split at white space) of sources and targets, and the text's size in bytes of UTF-8.
 

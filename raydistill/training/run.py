@@ -8,7 +8,7 @@ on where it was.
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ from raydistill.model.shrink import Plan, plan
 from raydistill.model.teachers import load_model, load_tokenizer
 from raydistill.training.loop import Diverged, Report, State, Worker, fit
 from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
-from raydistill.training.record import CARD, claim, identity, save_checkpoint, write_card, write_failure, write_rows
+from raydistill.training.record import claim, identity, write_card, write_failure, write_rows
 from raydistill.training.student import freeze, make_student, random_start, remember_decoding, what_is_frozen
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import Ragged, decoder_store, encoder_store
 from raydistill.training.validation import Validator, missing_scorer
-
-__all__ = ["CARD", "Inputs", "Teacher", "fill_cache", "open_teacher", "save_checkpoint", "score_teacher", "train"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def supervise(
     decoded: dict[int, Ragged] = {}
     if kd and run.training.teacher_cache != "encoder":
         decoded = decoder_store(inputs.cache, teacher.model, examples, encoded, live.layers_needed, teacher.key)
-    return Supervision(student, live.teacher, examples, run.method, run.loss, layers, shared, encoded, decoded)
+    return replace(live, encoded=encoded, decoded=decoded)
 
 
 def _metric(material: Material, worker: Worker) -> str:
@@ -221,7 +219,6 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         for split, corpus in material.corpora.items()
         if split != "train"
     }
-    train_corpus = material.corpora["train"]
     targets = tokens(teacher.tokenizer, run.dataset, "train", "target", material.max_target_tokens)
     sources = material.sources["train"]
     test = found.get("test")
@@ -243,7 +240,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "engine": f"{engine.name} {engine.precision}",
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "rows": {split: len(corpus) for split, corpus in material.corpora.items()},
-        "baseline": _lead(material, train_corpus.labelled),
+        "baseline": _lead(material),
     }
 
 
@@ -262,9 +259,9 @@ def fill_cache(run: Run, inputs: Inputs, device: str) -> int:
     return sum(store.data.nbytes for store in stores)
 
 
-def _lead(material: Material, labelled: bool) -> dict[str, Any] | None:
+def _lead(material: Material) -> dict[str, Any] | None:
     """The first sentence as the summary: what a summariser has to beat on test."""
-    if material.metric == "bleu" or "test" not in material.corpora or not labelled:
+    if material.metric == "bleu" or "test" not in material.corpora:
         return None
     corpus = material.corpora["test"]
     return {"lead1": score("rouge2", [lead(s, 1) for s in corpus.sources], corpus.targets).metrics}
