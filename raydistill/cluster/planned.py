@@ -1,0 +1,74 @@
+"""Planned work on Ray Data: numbered batches go to a pool of actors, and each leaves its file whole or not at all.
+
+Only numbers travel through Ray. An actor reads its batch from the plan on disk and writes its own output, so the
+memory of the driver and of the object store does not depend on the size of the data. Which outputs exist is which
+batches are done: that is all that a resumed job needs to know.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Facts = dict[str, float]
+Work = Callable[[int], Facts]
+
+# A batch whose actor died so often is not the victim of chance: it kills its actor (too little memory, most often).
+RETRIES = 5
+
+
+def run_batches(
+    numbers: Sequence[int],
+    make: Callable[[], Work],
+    *,
+    device: str,
+    on_done: Callable[[Facts], None],
+    threads: int = 1,
+    actors: int | None = None,
+) -> None:
+    """Do the planned batches `numbers` in a pool of Ray actors; returns when all are done.
+
+    `make()` is called once in each actor, and again where one is started anew, and returns the function that does
+    batch n, writes its output whole, and tells a few numbers of it (always the same names). `on_done(facts)` is
+    called here as batches finish, in any order, with "batch" among the facts. An actor holds a GPU, or `threads`
+    CPUs; `actors` defaults to as many as the cluster has room for. What a batch raises ends the job; an actor that
+    dies is replaced and its batch done again, but not more than `RETRIES` times.
+    """
+    import ray
+
+    if not numbers:
+        return
+
+    # Bound here rather than passed as an argument: arguments would go through the object store, from which an actor
+    # that is started again may no longer get them.
+    class Actor:
+        def __init__(self) -> None:
+            self.work = make()
+
+        def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+            [number] = rows["batch"]
+            return {name: np.array([value]) for name, value in {"batch": number, **self.work(int(number))}.items()}
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.verbose_stats_logs = False
+    size = min(actors or room_for_actors(device, threads), len(numbers))
+    resources: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device == "cuda" else {})
+    done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
+        Actor,
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=size),
+        max_task_retries=RETRIES,
+        **resources,
+    )
+    for facts in done.iter_rows():
+        on_done(facts)
+
+
+def room_for_actors(device: str, threads: int) -> int:
+    """Actors that the cluster can hold at once: one per GPU, or per `threads` CPUs of a node; at least one."""
+    import ray
+
+    key, each = ("GPU", 1) if device == "cuda" else ("CPU", threads)
+    return max(1, sum(int(node["Resources"].get(key, 0) // each) for node in ray.nodes() if node["Alive"]))
