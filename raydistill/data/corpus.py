@@ -4,32 +4,31 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from raydistill.config.errors import UserError
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Columns, Dataset
-from raydistill.data.files import EXTENSIONS, Record, kind_of, read_rows, splits_of
+from raydistill.data.columns import check_record, find_columns
+from raydistill.data.files import EXTENSIONS, Record, read_rows, splits_of
 
-# In the order in which they are tried.
-KNOWN_PAIRS = (
-    ("document", "summary"),
-    ("article", "highlights"),
-    ("dialogue", "summary"),
-    ("source", "target"),
-    ("src", "tgt"),
-    ("text", "summary"),
-    ("input", "output"),
-)
-KNOWN_IDS = ("id", "fname")
 _LOOK_AHEAD = 100  # objects that are looked at to find the columns
 
 Place = tuple[str, int]  # file (or hub name) and row from 1
+
+
+class Row(NamedTuple):
+    """A usable row and where it stands; `target` is "" where it is missing and not needed."""
+
+    place: Place
+    id: str
+    source: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,23 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.row}: {self.reason}"
+
+
+class Fingerprint:
+    """What a corpus is known by, row after row: see `Corpus.fingerprint`."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, *texts: str) -> None:
+        """One row: its id, source and target."""
+        for text in texts:
+            data = text.encode("utf-8")
+            self._digest.update(len(data).to_bytes(8, "big") + data)
+
+    @property
+    def value(self) -> str:
+        return self._digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -63,12 +79,10 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits of a SHA-256 over ids, sources and targets in order, whatever file they came from."""
-        digest = hashlib.sha256()
+        digest = Fingerprint()
         for row in zip(self.ids, self.sources, self.targets, strict=True):
-            for text in row:
-                data = text.encode("utf-8")
-                digest.update(len(data).to_bytes(8, "big") + data)
-        return digest.hexdigest()[:16]
+            digest.add(*row)
+        return digest.value
 
     def head(self, n: int) -> "Corpus":
         """The first `n` rows."""
@@ -84,14 +98,21 @@ def read_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -> C
     UserError for anything wrong, bad rows too unless `dataset.skip_bad_rows`.
     """
     corpus, duplicates = inspect_corpus(dataset, split, need_targets=need_targets)
-    if corpus.skipped and not dataset.skip_bad_rows:
+    check_rows(dataset, split, len(corpus), corpus.skipped, duplicates)
+    return corpus
+
+
+def check_rows(
+    dataset: Dataset, split: str, usable: int, skipped: Sequence[BadRow], duplicates: Sequence[BadRow]
+) -> None:
+    """UserError where a split has bad rows that are not to be skipped, repeated ids, or no usable row."""
+    if skipped and not dataset.skip_bad_rows:
         remedy = "correct them, or skip them with --skip-bad-rows (in YAML dataset: {skip_bad_rows: true})"
-        raise UserError(_listed("rows that cannot be used", corpus.skipped, remedy))
+        raise UserError(_listed("rows that cannot be used", skipped, remedy))
     if duplicates:
         raise UserError(_listed("rows whose id is not unique", duplicates, DUPLICATES_REMEDY))
-    if not len(corpus):
+    if not usable:
         raise UserError(f"{dataset.name}: no usable row in the {split} split")
-    return corpus
 
 
 DUPLICATES_REMEDY = (
@@ -104,36 +125,56 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
 
     For reports: only what makes reading itself impossible is a UserError.
     """
-    rows = _rows(dataset, split)
-    ahead = _look_ahead(rows)
-    objects = [record for _, record in ahead if isinstance(record, dict)]
-    if not objects:
-        raise UserError(_nothing_readable(dataset, split, ahead))
-    columns = find_columns(_wanted(dataset), objects, dataset.name, need_targets)
-    limit = getattr(dataset, f"{split}_rows", None) or math.inf
+    columns, rows = open_rows(dataset, split, need_targets=need_targets)
     ids: dict[str, Place] = {}
     sources: list[str] = []
     targets: list[str] = []
     skipped: list[BadRow] = []
     duplicates: list[BadRow] = []
     labelled = columns.target is not None
-    for index, (place, record) in enumerate(chain(ahead, rows)):
-        if len(ids) >= limit:
+    for row in rows:
+        if len(ids) >= row_limit(dataset, split):
             break
-        row = _checked(record, columns, index, need_targets)
-        if isinstance(row, str):
-            skipped.append(BadRow(*place, row))
-        elif row[0] in ids:
-            duplicates.append(BadRow(*place, f"id {row[0]!r} is also that of {':'.join(map(str, ids[row[0]]))}"))
+        if isinstance(row, BadRow):
+            skipped.append(row)
+        elif row.id in ids:
+            duplicates.append(repeated(row, ids[row.id]))
         else:
-            ids[row[0]] = place
-            sources.append(row[1])
-            targets.append(row[2])
-            labelled = labelled and bool(row[2])
+            ids[row.id] = row.place
+            sources.append(row.source)
+            targets.append(row.target)
+            labelled = labelled and bool(row.target)
     if not labelled:
         targets = [""] * len(ids)
     corpus = Corpus(dataset.name, split, list(ids), sources, targets, columns, skipped, labelled)
     return corpus, duplicates
+
+
+def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tuple[Columns, Iterator[Row | BadRow]]:
+    """The columns that are read, and the rows of a split one by one, good and bad, in the file's order."""
+    rows = _rows(dataset, split)
+    ahead = _look_ahead(rows)
+    objects = [record for _, record in ahead if isinstance(record, dict)]
+    if not objects:
+        raise UserError(_nothing_readable(dataset, split, ahead))
+    columns = find_columns(_wanted(dataset), objects, dataset.name, need_targets)
+
+    def checked() -> Iterator[Row | BadRow]:
+        for index, (place, record) in enumerate(chain(ahead, rows)):
+            row = check_record(record, columns, index, need_targets)
+            yield BadRow(*place, row) if isinstance(row, str) else Row(place, *row)
+
+    return columns, checked()
+
+
+def row_limit(dataset: Dataset, split: str) -> float:
+    """How many usable rows of a split are read: as `train_rows` and its like say, else all."""
+    return getattr(dataset, f"{split}_rows", None) or math.inf
+
+
+def repeated(row: Row, first: Place) -> BadRow:
+    """A row whose id stood at `first` already."""
+    return BadRow(*row.place, f"id {row.id!r} is also that of {':'.join(map(str, first))}")
 
 
 def split_names(dataset: Dataset) -> list[str]:
@@ -198,126 +239,6 @@ def _nothing_readable(dataset: Dataset, split: str, rows: list[tuple[Place, Reco
     return _listed("rows that cannot be used", bad, remedy)
 
 
-def find_columns(
-    wanted: Columns | None, objects: list[dict[str, Any]], name: str, need_targets: bool = True
-) -> Columns:
-    """The columns to read: those asked for, else known names, judged by some first records.
-
-    The first record that has them decides. UserError lists the columns that exist and the YAML to write.
-    """
-    for record in objects:
-        found = _columns_of(record, wanted, need_targets)
-        if found:
-            return found
-    exist = list(dict.fromkeys(key for record in objects for key in _dotted(record)))
-    missing = f"no column {_missing(wanted, objects, need_targets)}" if wanted else "no known pair of columns"
-    guess = [*exist, "SOURCE", "TARGET"][:2] if len(exist) == 2 else ["SOURCE", "TARGET"]
-    raise UserError(
-        f"{name}: {missing}. Columns that exist: {', '.join(exist) or 'none'}. Name yours in the YAML file: "
-        f"dataset: {{name: {name}, columns: {{source: {guess[0]}, target: {guess[1]}}}}} "
-        "(on the command line --source and --target)"
-    )
-
-
-def _columns_of(record: dict[str, Any], wanted: Columns | None, need_targets: bool) -> Columns | None:
-    known_id = next((name for name in KNOWN_IDS if name in record), None)
-    if wanted:
-        needed = [wanted.source, *([wanted.target] if wanted.target and need_targets else [])]
-        needed += [wanted.id] if wanted.id else []
-        target = wanted.target if wanted.target and _has(record, wanted.target) else None
-        if need_targets and wanted.target is None:
-            target = next((t for s, t in KNOWN_PAIRS if s == wanted.source and t in record), None)
-            if target is None:
-                return None
-        row_id = known_id if wanted.id is None else wanted.id or None
-        return Columns(source=wanted.source, target=target, id=row_id) if _all(record, needed) else None
-    pair = record.get("translation")
-    if isinstance(pair, dict) and len(pair) == 2:
-        source, target = pair
-        return Columns(source=f"translation.{source}", target=f"translation.{target}", id=known_id)
-    for source, target in KNOWN_PAIRS:
-        if source in record and target in record:
-            return Columns(source=source, target=target, id=known_id)
-    alone = next((source for source, _ in KNOWN_PAIRS if source in record), None)
-    return Columns(source=alone, id=known_id) if alone and not need_targets else None
-
-
-def _missing(wanted: Columns, objects: list[dict[str, Any]], need_targets: bool) -> str:
-    names = [wanted.source, wanted.target if need_targets else None, wanted.id]
-    absent = [name for name in names if name and not any(_has(record, name) for record in objects)]
-    return " and no column ".join(repr(name) for name in absent) or "for the target"
-
-
-def _checked(record: Record, columns: Columns, index: int, need_targets: bool) -> tuple[str, str, str] | str:
-    """(id, source, target), or why the row is bad. The target is "" where it is missing and not needed."""
-    if isinstance(record, str):
-        return record
-    row_id: Any = str(index) if columns.id is None else _get(record, columns.id)
-    if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
-        return f"{columns.id}: expected an id (a text or a whole number), found {_found(row_id)}"
-    texts = [str(row_id)]
-    if not _encodes(texts[0]):
-        return f"{columns.id}: a lone surrogate, which is no character"
-    for name, needed in ((columns.source, True), (columns.target, need_targets)):
-        value: Any = _get(record, name) if name else None
-        reason = _text_fault(value)
-        if reason and needed:
-            return f"{name}: {reason}"
-        texts.append("" if reason else value)
-    return texts[0], texts[1], texts[2]
-
-
-def _text_fault(value: Any) -> str | None:
-    if not isinstance(value, str):
-        return f"expected a text, found {_found(value)}"
-    if not value.strip():
-        return "empty"
-    return None if _encodes(value) else "a lone surrogate, which is no character"
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-_ABSENT = object()
-
-
-def _found(value: Any) -> str:
-    return "no such field" if value is _ABSENT else "an empty text" if value == "" else kind_of(value)
-
-
-def _get(record: dict[str, Any], name: str) -> Any:
-    """A field by its name; where there is none, the dots of the name lead into nested objects."""
-    if name in record:
-        return record[name]
-    value: Any = record
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return _ABSENT
-        value = value[part]
-    return value
-
-
-def _has(record: dict[str, Any], name: str) -> bool:
-    return _get(record, name) is not _ABSENT
-
-
-def _all(record: dict[str, Any], names: list[str]) -> bool:
-    return all(_has(record, name) for name in names)
-
-
-def _dotted(record: dict[str, Any]) -> Iterator[str]:
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from (f"{key}.{inner}" for inner in value)
-        else:
-            yield str(key)
-
-
 def _where(dataset: Dataset) -> Path | str:
     """`demo`, a path, or a hub name; UserError for a name that is none of these."""
     name = dataset.name
@@ -377,7 +298,7 @@ def _percentile(ordered: list[int], percent: int) -> int:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else 0
 
 
-def _listed(what: str, rows: list[BadRow], remedy: str, shown: int = 5) -> str:
+def _listed(what: str, rows: Sequence[BadRow], remedy: str, shown: int = 5) -> str:
     lines = [str(row) for row in rows[:shown]]
     if len(rows) > shown:
         lines.append(f"... and {len(rows) - shown} more")
