@@ -1,7 +1,7 @@
 """`raydistill pseudolabel`: teacher beam search over a training set."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -9,7 +9,7 @@ from raydistill.config.console import finish, home, make_app, progress, run_app,
 from raydistill.config.errors import UserError
 
 if TYPE_CHECKING:
-    from raydistill.config.run import Dataset
+    from raydistill.config.run import Curation, Dataset
 
 app = make_app()
 
@@ -26,10 +26,32 @@ def pseudolabel(
     output: Annotated[Path | None, typer.Option(help="where label sets go; default: outputs/labels")] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's own, else the preset's")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
-    n_best: Annotated[int, typer.Option(min=1, help="candidates kept per row")] = 1,
+    n_best: Annotated[int, typer.Option(min=1, help="candidates kept per row, at most as many as beams")] = 1,
     engine: Annotated[
         Literal["auto", "ctranslate2", "transformers"], typer.Option(help="auto: ctranslate2 where it loads the model")
     ] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16", "int8"], typer.Option(help="auto: fp32 on a CPU, bf16 on a GPU")
+    ] = "auto",
+    fallback: Annotated[
+        bool, typer.Option(help="take transformers where ctranslate2 cannot be used; without it, stop with the reason")
+    ] = True,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE=VALUE",
+            help="curate: choose=rouge2, min_rouge2, min_length_ratio, max_length_ratio, max_repetition, "
+            "max_copy_rate, agree_with and min_agreement; may be repeated",
+        ),
+    ] = None,
+    metric: Annotated[
+        Literal["auto", "rouge2", "bleu"],
+        typer.Option(help="of the labels against the originals; auto: the data set's"),
+    ] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPUs per teacher, where there is no GPU")] = 1,
+    batch_chars: Annotated[
+        int | None, typer.Option(min=1, help="source characters of a planned batch, the unit of resume")
+    ] = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="leave out rows without text, and count them")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
@@ -37,16 +59,21 @@ def pseudolabel(
 
     `--teacher pegasus` alone means XSUM's training split. Targets are not needed.
 
-    Example: `raydistill pseudolabel --teacher marian --dataset my_sentences.jsonl.gz`
+    Examples:
+
+        raydistill pseudolabel --teacher marian --dataset my_sentences.jsonl.gz
+
+        raydistill pseudolabel --teacher demo --beams 4 --n-best 4 --keep choose=rouge2 --keep min_rouge2=20
     """
     from raydistill.config.presets import default_dataset
-    from raydistill.config.run import Dataset, Decoding
+    from raydistill.config.run import Dataset, Decoding, Pseudo
 
     name = dataset or default_dataset(teacher)
     if name is None:
         raise UserError(f"--teacher {teacher}: say what to label with --dataset (a known name, a file or a folder)")
     if n_best > (beams or n_best):
         raise UserError(f"--n-best {n_best} is more than --beams {beams}")
+    pseudo = Pseudo(n_best=n_best, precision=precision, curation=rules_of(keep or []))
     caps = {f"{split}_rows": rows} if rows and split in ("train", "validation", "test") else {}
     data = Dataset(name=name, skip_bad_rows=skip_bad_rows, **caps)
     check_inputs(teacher, data, split)
@@ -54,25 +81,49 @@ def pseudolabel(
     from raydistill.cluster.pseudolabel import Job
     from raydistill.cluster.pseudolabel import pseudolabel as label
     from raydistill.cluster.start import cluster, device
-    from raydistill.data.labels import read_label_set
+    from raydistill.data.labels import read_manifest
 
-    job = Job(teacher, data, split, Decoding(beams=beams), engine, n_best)
+    job = Job(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
     with cluster():
         folder = label(job, output or home() / "labels", device())
-    manifest = read_label_set(folder).manifest
+    manifest = read_manifest(folder)
     progress("")
-    quality = manifest["quality"] or {}
-    facts = [
-        ["rows", str(manifest["rows"])],
-        ["empty", str(manifest["empty"])],
-        ["words, mean", f"{manifest['target_words_mean']:.1f}"],
-        ["engine", manifest["engine"]],
-        ["device-hours", f"{manifest['device_hours']:.4f}"],
-        *[[f"{k} against the originals", f"{v:.2f}"] for k, v in quality.items()],
-    ]
-    show(table(["label set", folder.name], facts), as_json)
+    show(table(["label set", folder.name], facts_of(manifest)), as_json)
     show(f"label set: {folder}", as_json)
     finish({**manifest, "folder": str(folder)}, as_json)
+
+
+def rules_of(keep: list[str]) -> "Curation":
+    """The curation that `--keep RULE=VALUE` options ask for; UserError names what is wrong."""
+    from pydantic import ValidationError
+
+    from raydistill.config.run import Curation
+
+    pairs = [option.partition("=") for option in keep]
+    wrong = [name for name, sign, _ in pairs if not sign or name not in Curation.model_fields]
+    if wrong:
+        raise UserError(f"--keep {wrong[0]}: expected RULE=VALUE, with one of {', '.join(Curation.model_fields)}")
+    try:
+        return Curation.model_validate({name: value for name, _, value in pairs})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f" {first['loc'][0]}" if first["loc"] else ""
+        raise UserError(f"--keep{where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def facts_of(manifest: dict[str, Any]) -> list[list[str]]:
+    """What a person wants to know of a label set, as rows of a table."""
+    rows = [
+        ["rows", str(manifest["rows"])],
+        ["empty", str(manifest["empty"])],
+        *[[f"dropped: {rule}", str(count)] for rule, count in manifest.get("dropped", {}).items()],
+        ["words, mean", f"{manifest['target_words_mean']:.1f}"],
+        ["candidates per row", str(manifest.get("n_best", 1))],
+        ["engine", manifest["engine"]],
+        ["device-hours", f"{manifest['device_hours']:.4f}"],
+        *[[f"{name} against the originals", f"{value:.2f}"] for name, value in (manifest["quality"] or {}).items()],
+    ]
+    return rows + ([["why not ctranslate2", manifest["engine_why"]]] if manifest.get("engine_why") else [])
 
 
 def check_inputs(teacher: str, dataset: "Dataset", split: str) -> None:

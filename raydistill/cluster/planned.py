@@ -5,6 +5,7 @@ memory of the driver and of the object store does not depend on the size of the 
 batches are done: that is all that a resumed job needs to know.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ def run_batches(
     CPUs; `actors` defaults to as many as the cluster has room for. What a batch raises ends the job; an actor that
     dies is replaced and its batch done again, but not more than `RETRIES` times.
     """
-    import ray
+    import ray.data
 
     if not numbers:
         return
@@ -49,6 +50,7 @@ def run_batches(
             [number] = rows["batch"]
             return {name: np.array([value]) for name, value in {"batch": number, **self.work(int(number))}.items()}
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set the level anew
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.verbose_stats_logs = False

@@ -32,7 +32,7 @@ class Prepared:
     def inputs(self, run: Run, note: dict[str, Any]) -> Inputs:
         """What one trial needs of it."""
         costs = self.shapes.get(run.student.size or self.teacher["size"], {})
-        labels = self.labels.get(run.label_source)
+        labels = self.labels.get(run.label_key)
         return Inputs(
             labels=Path(labels) if labels else None,
             cache=Path(self.cache) if self.cache else None,
@@ -115,25 +115,26 @@ def time_shapes(
 
 
 def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
-    """Label sets that any run trains on, by what the runs call them, and the device-hours that they took."""
+    """Label sets that any run trains on, by `label_key`, and the device-hours that they took."""
     from raydistill.cluster.pseudolabel import Job, pseudolabel
-    from raydistill.data.labels import read_label_set
+    from raydistill.data.labels import read_manifest
 
     made: dict[str, str] = {}
-    hours = 0.0
+    hours: dict[str, float] = {}  # by the whole set: several curated ones of it cost no further pass
     for run in runs:
         source = run.label_source
-        if source == "original" or source in made:
+        if source == "original" or run.label_key in made:
             continue
         if source in ("pseudo", "original+pseudo"):
             assert run.teacher is not None
-            job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine)
+            job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
             folder = pseudolabel(job, home() / "labels", device)
         else:
             folder = Path(source)
-        made[source] = str(folder)
-        hours += float(read_label_set(folder).manifest.get("device_hours", 0.0))
-    return made, hours
+        made[run.label_key] = str(folder)
+        manifest = read_manifest(folder)
+        hours[manifest.get("of", folder.name)] = float(manifest.get("device_hours", 0.0))
+    return made, sum(hours.values())
 
 
 def _cache(runs: list[Run], labels: dict[str, str], device: str, sweep: Path) -> tuple[str | None, float]:
@@ -146,7 +147,7 @@ def _cache(runs: list[Run], labels: dict[str, str], device: str, sweep: Path) ->
     seconds = float(read_json(kept)["device_seconds"]) if kept.is_file() else 0.0
     total = 0
     for run in wanting.values():
-        source = labels.get(run.label_source)
+        source = labels.get(run.label_key)
         inputs = Inputs(labels=Path(source) if source else None, cache=root)
         size, took = alone(timed_fill, run, inputs, device=device)
         seconds += took
@@ -159,7 +160,7 @@ def _cache(runs: list[Run], labels: dict[str, str], device: str, sweep: Path) ->
 def _cache_need(run: Run) -> str:
     """What decides the parts of the teacher cache that a run reads."""
     student, training = run.student, run.training
-    parts = (run.method == "kd", run.label_source, student.size, student.supervised, student.copied.encoder)
+    parts = (run.method == "kd", run.label_key, student.size, student.supervised, student.copied.encoder)
     return str((*parts, training.freeze_encoder, training.freeze_embeddings, run.loss.alpha_hidden > 0))
 
 
@@ -194,6 +195,6 @@ def inputs_for(run: Run, device: str) -> Inputs:
     if run.teacher is None:
         return Inputs()
     labels, _ = _labels([run], device)
-    folder = labels.get(run.label_source)
+    folder = labels.get(run.label_key)
     cache = home() / "cache" if run.training.teacher_cache != "off" else None
     return Inputs(labels=Path(folder) if folder else None, cache=cache)

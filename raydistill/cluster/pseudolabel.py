@@ -1,31 +1,42 @@
 """Pseudo-labels as a Ray Data job: the teacher's beam search over a split, in planned batches, each done once.
 
-The plan is made first and kept: batches of neighbours in length, in Parquet. A batch is the unit of work and of
-resume: its output file appears whole or not at all, and a job that is run again reads which are there.
+The split is read row by row, checked and fingerprinted; the plan (data/plan.py) is made once and kept; actors label
+planned batches and leave a file each (cluster/planned.py); the files are put together, window by window, into a label
+set (data/labels.py). Run again after any death, the job goes on from the files that are there.
 """
 
+import io
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from filelock import FileLock
 
-from raydistill.config.console import progress
+from raydistill.cluster.planned import Facts, room_for_actors, run_batches
+from raydistill.config.console import Bar, progress
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import write_atomic
 from raydistill.config.presets import metric_for, teacher_preset
-from raydistill.config.run import Dataset, Decoding
-from raydistill.data.corpus import Corpus, read_corpus, statistics
-from raydistill.data.labels import is_finished, label_set_name, write_label_set
+from raydistill.config.run import Dataset, Decoding, Pseudo
+from raydistill.data.curation import curate
+from raydistill.data.labels import Candidate, is_finished, label_set_name, write_label_set
+from raydistill.data.plan import BATCH_CHARS, Plan, make_plan, open_plan
+from raydistill.data.stream import Scan, scan, usable_rows
+from raydistill.evaluation.scores import Tally, rouge2_rows
 
-WINDOW_ROWS = 20_000
-BATCH_ROWS = 64
+PROOF_ROWS = 4
+# A GPU takes as many rows at once as fill it; a CPU core is fastest with few.
+GPU_CHARS = 4 * BATCH_CHARS
+ROWS_AT_ONCE = {"cpu": 32, "cuda": 128}
+
+# Called in the actor with (batch number, ids, sources, the labels), when a batch is labelled and before its file is
+# written: what else a pass over the data has to produce. It must leave its output whole, as the batch's own file is.
+Also = Callable[[int, list[str], list[str], list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -37,40 +48,37 @@ class Job:
     split: str = "train"
     decoding: Decoding = field(default_factory=Decoding)
     engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
-    n_best: int = 1
+    pseudo: Pseudo = field(default_factory=Pseudo)
+    metric: Literal["auto", "rouge2", "bleu"] = "auto"
+    threads: int = 1
+    batch_chars: int | None = None
+    fallback: bool = True
 
 
-def pseudolabel(job: Job, root: Path, device: str = "cpu", say: bool = True) -> Path:
-    """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again."""
-    corpus = read_corpus(job.dataset, job.split, need_targets=False)
-    about = describe_job(job, corpus)
+def pseudolabel(
+    job: Job, root: Path, device: str = "cpu", say: bool = True, also: Callable[[], Also] | None = None
+) -> Path:
+    """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again.
+
+    Where `job.pseudo.curation` has rules, the folder is that of the curated set, and the whole one stands beside it.
+    """
+    found = scan(job.dataset, job.split)
+    about = describe_job(job, found)
     # Two engines, or one with other settings, do not always write the same text: they are part of the key.
-    how = {**about["decoding"], "n_best": job.n_best, "engine": job.engine, "device": device}
-    name = label_set_name(about["teacher"]["fingerprint"], corpus.fingerprint, how)
+    how = {**about["decoding"], "n_best": job.pseudo.n_best, "engine": job.engine, "device": device}
+    how["precision"] = job.pseudo.precision
+    name = label_set_name(about["teacher"]["fingerprint"], found.fingerprint, how)
     folder = root / f"{_plain(job.dataset.name)}-{job.split}-{name}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{folder.name}.lock"):
-        return _finished_or_made(job, about, corpus, folder, device, say)
-
-
-def _finished_or_made(job: Job, about: dict[str, Any], corpus: Corpus, folder: Path, device: str, say: bool) -> Path:
-    """Go on with the label set in `folder`; the caller holds its lock."""
-    if is_finished(folder):
-        if say:
-            progress(f"pseudo-labels: {len(corpus)} rows are there already: {folder}")
+        _make(job, about, found, folder, device, say, also)
+    rules = job.pseudo.curation
+    if rules == type(rules)():
         return folder
-    work = folder.with_name(f".{folder.name}.work")
-    batches = plan_batches(corpus, work)
-    missing = [n for n in range(batches) if not _output(work, n).is_file()]
-    if say and len(missing) < batches:
-        progress(f"pseudo-labels: going on; {batches - len(missing)} of {batches} batches are done")
-    if missing:
-        _label(job, about, work, missing, len(corpus), device, say)
-    finish(corpus, work, folder, batches, about)
-    return folder
+    return curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))
 
 
-def describe_job(job: Job, corpus: Corpus) -> dict[str, Any]:
+def describe_job(job: Job, found: Scan) -> dict[str, Any]:
     """Teacher, data and decoding as the manifest holds them, without loading the model."""
     from raydistill.model.generate import resolve_decoding
     from raydistill.model.teachers import fingerprint, load_config, load_generation_config, locate, max_tokens
@@ -80,221 +88,237 @@ def describe_job(job: Job, corpus: Corpus) -> dict[str, Any]:
     config = load_config(where)
     target = max_tokens("max_target_tokens", job.dataset, preset, config)
     beam = resolve_decoding(job.decoding, load_generation_config(where), preset.decoding if preset else None, target)
-    if job.n_best > beam.beams:
+    if job.pseudo.n_best > beam.beams:
         raise UserError(
-            f"{job.n_best} candidates per row need as many beams, and the teacher's are {beam.beams}: give --beams"
+            f"{job.pseudo.n_best} candidates per row need as many beams, and the teacher's are {beam.beams}: "
+            f"give --beams"
         )
     return {
         "teacher": {"name": job.teacher, "where": where, "fingerprint": fingerprint(where)},
-        "data": {"name": job.dataset.name, "split": job.split, "fingerprint": corpus.fingerprint},
+        "data": {
+            "name": job.dataset.name,
+            "split": job.split,
+            "fingerprint": found.fingerprint,
+            "skipped": found.skipped,
+            "dataset": job.dataset.model_dump(mode="json", exclude_defaults=True),
+        },
         "decoding": {
             **asdict(beam),
             "max_source_tokens": max_tokens("max_source_tokens", job.dataset, preset, config),
         },
+        "n_best": job.pseudo.n_best,
         "languages": preset.languages if preset else None,
     }
 
 
-def plan_batches(corpus: Corpus, work: Path) -> int:
-    """Write the plan as Parquet rows (batch, ids, sources) unless it is there; returns how many batches there are.
-
-    Rows are sorted by length within windows of fixed size, so memory stays bounded and padding low.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    done = work / "plan.json"
-    if done.is_file():
-        return int(json.loads(done.read_text())["batches"])
+def _make(
+    job: Job,
+    about: dict[str, Any],
+    found: Scan,
+    folder: Path,
+    device: str,
+    say: bool,
+    also: Callable[[], Also] | None,
+) -> None:
+    """Go on with the label set in `folder`; the caller holds its lock."""
+    work = folder.with_name(f".{folder.name}.work")
+    if is_finished(folder):
+        shutil.rmtree(work, ignore_errors=True)  # of a job that was killed after its last step but one
+        if say:
+            progress(f"pseudo-labels: {found.rows} rows are there already: {folder}")
+        return
+    plan = open_plan(work / "plan")
+    if plan is None:
+        chars = job.batch_chars or (GPU_CHARS if device == "cuda" else BATCH_CHARS)
+        plan = make_plan(usable_rows(job.dataset, job.split, found), work / "plan", batch_chars=chars)
+    (work / "out").mkdir(exist_ok=True)
+    missing = [n for n in range(len(plan)) if not _output(work, n).is_file()]
+    if say and len(missing) < len(plan):
+        progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
+    if missing:
+        _label(job, about, plan, work, missing, device, say, also)
+    _compact(plan, work, folder, about, found, metric_for(job.dataset.name, job.metric))
     shutil.rmtree(work, ignore_errors=True)
-    (work / "out").mkdir(parents=True)
-    (work / "plan").mkdir()
-    count = 0
-    for window in range(0, len(corpus), WINDOW_ROWS):
-        rows = []
-        order = sorted(
-            range(window, min(window + WINDOW_ROWS, len(corpus))), key=lambda i: len(corpus.sources[i]), reverse=True
-        )
-        for start in range(0, len(order), BATCH_ROWS):
-            part = order[start : start + BATCH_ROWS]
-            rows.append(
-                {"batch": count, "ids": [corpus.ids[i] for i in part], "sources": [corpus.sources[i] for i in part]}
-            )
-            count += 1
-        # A row group per batch, so that an actor reads its batch and no more.
-        pq.write_table(pa.Table.from_pylist(rows), _window(work, window // WINDOW_ROWS), row_group_size=1)
-    write_json_atomic(done, {"batches": count, "rows": len(corpus)})
-    return count
 
 
-def read_batch(work: Path, number: int) -> tuple[list[str], list[str]]:
-    """The ids and sources of a planned batch."""
-    import pyarrow.parquet as pq
+def _label(
+    job: Job,
+    about: dict[str, Any],
+    plan: Plan,
+    work: Path,
+    missing: list[int],
+    device: str,
+    say: bool,
+    also: Callable[[], Also] | None,
+) -> None:
+    """Run the missing batches through one actor per GPU, or per `job.threads` CPUs, and tell how far it is."""
+    total, todo = sum(plan.rows), sum(plan.rows[n] for n in missing)
+    chars = sum(plan.chars[n] for n in missing)
+    done = {"rows": total - todo, "tokens": 0}
+    started = time.monotonic()
+    if say:
+        actors = min(room_for_actors(device, job.threads), len(missing))
+        progress(f"pseudo-labels: {todo} rows to label in {len(missing)} batches, {actors} teachers at work")
+    bar = Bar("pseudo-labels", sum(plan.chars), sum(plan.chars) - chars) if say else None
 
-    per_window = -(-WINDOW_ROWS // BATCH_ROWS)
-    file = pq.ParquetFile(_window(work, number // per_window))
-    row = file.read_row_group(number % per_window).to_pylist()[0]
-    assert row["batch"] == number
-    return row["ids"], row["sources"]
+    def on_done(facts: Facts) -> None:
+        done["rows"] += int(facts["rows"])
+        done["tokens"] += int(facts["tokens"])
+        if bar is not None:
+            seconds = time.monotonic() - started
+            rates = f"{(done['rows'] - total + todo) / seconds:.1f} rows/s, {done['tokens'] / seconds:.0f} tokens/s"
+            bar.advance(plan.chars[int(facts["batch"])], f"{done['rows']}/{total} rows, {rates}")
 
+    def labeller() -> Callable[[int], Facts]:
+        return Labeller(job, about, plan, work, device, also() if also else None)
 
-def finish(corpus: Corpus, work: Path, folder: Path, batches: int, about: dict[str, Any]) -> None:
-    """Put the batches' outputs in the corpus's order, check that every row is there once, write the label set."""
-    import pyarrow.parquet as pq
-
-    found: dict[str, list[tuple[str, float]]] = {}
-    seconds = 0.0
-    engine = ""
-    for n in range(batches):
-        for row in pq.read_table(_output(work, n)).to_pylist():
-            if row["id"] in found:
-                raise UserError(f"{work}: row {row['id']!r} was labelled twice; delete the folder and run again")
-            found[row["id"]] = list(zip(row["targets"], row["scores"], strict=True))
-            seconds += row["seconds"]
-            engine = row["engine"]
-    missing = [row_id for row_id in corpus.ids if row_id not in found]
-    if missing or len(found) != len(corpus):
-        raise UserError(f"{work}: {len(missing)} rows have no label; delete the folder and run again")
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for row_id in corpus.ids:
-            for rank, (target, score) in enumerate(found[row_id]):
-                yield {"id": row_id, "target": target, "rank": rank, "score": score}
-
-    best = [found[row_id][0][0] for row_id in corpus.ids]
-    manifest = {
-        **about,
-        "rows": len(corpus),
-        "empty": sum(not text.strip() for text in best),
-        "engine": engine,
-        "device_hours": seconds / 3600,
-        "quality": _quality(corpus, best),
-        "target_words_mean": float(np.mean([len(text.split()) for text in best])),
-        "original_words_mean": statistics(corpus).get("target_words_mean"),
-    }
-    write_label_set(folder, rows(), manifest)
-    shutil.rmtree(work, ignore_errors=True)
+    try:
+        run_batches(missing, labeller, device=device, threads=job.threads, on_done=on_done)
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 class Labeller:
-    """One teacher on one device or CPU share: an actor that labels whole planned batches."""
+    """One teacher on one device or CPU share: labels planned batches and leaves a file for each."""
 
-    def __init__(self, job: Job, about: dict[str, Any], work: str, device: str, threads: int) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        from raydistill.model.generate import Beam, open_engine
+    def __init__(
+        self, job: Job, about: dict[str, Any], plan: Plan, work: Path, device: str, also: Also | None = None
+    ) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(job.threads)
+        from raydistill.model.generate import Beam, Sample, open_engine
 
+        decoding = dict(about["decoding"])
+        self.max_source_tokens = decoding.pop("max_source_tokens")
+        self.beam = Beam(**decoding)
+        self.plan, self.work, self.n_best, self.also = plan, work, job.pseudo.n_best, also
+        self.rows_at_once = ROWS_AT_ONCE["cuda" if device == "cuda" else "cpu"]
+        self.threads = job.threads
+        middle = plan.read_batch(len(plan) // 2)["sources"]
+        said: list[str] = []
         self.engine = open_engine(
             about["teacher"]["where"],
             job.engine,
             device=device,
-            threads=threads,
+            threads=job.threads,
+            precision=job.pseudo.precision,
             languages=about["languages"],
-            cache=Path(work).parent / ".engines",
+            cache=work.parent / ".engines",
+            allow_fallback=job.fallback,
+            say=said.append,
+            sample=Sample(tuple(middle[:PROOF_ROWS]), self.beam, self.max_source_tokens),
         )
-        limits = dict(about["decoding"])
-        self.max_source_tokens = limits.pop("max_source_tokens")
-        self.beam = Beam(**limits)
-        self.work = Path(work)
-        self.n_best = job.n_best
+        self.name = f"{self.engine.name} {self.engine.precision}"
+        _one_engine(work, self.name, [line for line in said if "using transformers" in line])
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Label one planned batch, write its file, and tell how long it took."""
-        numbers, rows, seconds = [], [], []
-        for number in map(int, batch["batch"]):
-            ids, sources = read_batch(self.work, number)
-            started = time.monotonic()
-            found = self.engine.generate(
-                sources, self.beam, max_source_tokens=self.max_source_tokens, n_best=self.n_best
-            )
-            took = time.monotonic() - started
-            self._write(number, ids, found, took)
-            numbers.append(number)
-            rows.append(len(found))
-            seconds.append(took)
-        return {"batch": np.array(numbers), "rows": np.array(rows), "seconds": np.array(seconds)}
+    def __call__(self, number: int) -> Facts:
+        """Label one planned batch and write its file."""
+        batch = self.plan.read_batch(number)
+        started = time.monotonic()
+        found = self.engine.generate(
+            batch["sources"],
+            self.beam,
+            max_source_tokens=self.max_source_tokens,
+            batch_size=self.rows_at_once,
+            n_best=self.n_best,
+        )
+        seconds = time.monotonic() - started
+        targets = [[h.text.strip() for h in hypotheses] for hypotheses in found]
+        if self.also is not None:
+            self.also(number, batch["ids"], batch["sources"], [texts[0] for texts in targets])
+        scores = [[float(h.score) for h in hypotheses] for hypotheses in found]
+        self._write(number, {"id": batch["ids"], "targets": targets, "scores": scores}, seconds)
+        tokens = sum(hypotheses[0].tokens for hypotheses in found)
+        return {"rows": len(found), "tokens": tokens, "seconds": seconds}
 
-    def _write(self, number: int, ids: list[str], found: list[Any], took: float) -> None:
+    def _write(self, number: int, columns: dict[str, list[Any]], seconds: float) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [
-            {
-                "id": row_id,
-                "targets": [h.text.strip() for h in hypotheses],
-                "scores": [float(h.score) for h in hypotheses],
-                "seconds": took / len(ids),
-                "engine": f"{self.engine.name} {self.engine.precision}",
-            }
-            for row_id, hypotheses in zip(ids, found, strict=True)
-        ]
-        path = _output(self.work, number)
-        making = path.with_name(f".{path.name}.{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(rows), making)
-        os.replace(making, path)
+        about = {"engine": self.name, "device_seconds": str(seconds * self._devices)}
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
+        write_atomic(_output(self.work, number), buffer.getvalue())
+
+    @property
+    def _devices(self) -> int:
+        """What it holds: a GPU, or CPU cores."""
+        return self.threads if self.engine.device == "cpu" else 1
 
 
-def _label(job: Job, about: dict[str, Any], work: Path, missing: list[int], total: int, device: str, say: bool) -> None:
-    """Run the missing batches through one actor per GPU, or per CPU, and tell how far it is."""
-    import ray
+def _one_engine(work: Path, name: str, why: list[str]) -> None:
+    """All batches of a set are written by one engine: the first actor says which, and the others agree.
 
-    actors = max(1, int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1)))
-    actors = min(actors, len(missing))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.verbose_stats_logs = False
-    resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": 1}
-
-    # Only batch numbers travel through Ray: each actor reads its batches from the plan and writes their files itself.
-    class Bound(Labeller):
-        # Arguments would go through the object store, from which a restarted actor may no longer get them.
-        def __init__(self) -> None:
-            super().__init__(job, about, str(work), device, 1)
-
-    dataset = ray.data.from_items([{"batch": n} for n in missing], override_num_blocks=len(missing)).map_batches(
-        Bound,
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        **resources,
-    )
-    wanted = set(missing)
-    done = total - _rows_of(work, wanted)
-    begin_rows, started, last = done, time.monotonic(), 0.0
-    if say:
-        progress(f"pseudo-labels: {total - done} rows to label, {actors} teachers at work")
-    for row in dataset.iter_rows():
-        done += int(row["rows"])
-        now = time.monotonic()
-        if say and (now - last > 5 or done == total):
-            rate = (done - begin_rows) / (now - started)
-            left = (total - done) / rate if rate else 0
-            progress(f"  {done}/{total} rows, {rate:.0f} rows/s, {left:.0f} s left")
-            last = now
+    UserError where a job is taken up on a machine that opens another one.
+    """
+    place = work / "engine.json"
+    with FileLock(work / ".engine.lock"):
+        if not place.is_file():
+            write_atomic(place, json.dumps({"engine": name, "why": " ".join(why)}).encode())
+        begun = json.loads(place.read_text(encoding="utf-8"))["engine"]
+    if begun != name:
+        raise UserError(
+            f"{work}: the batches so far were written by {begun}, and this machine opens {name}: texts of two engines "
+            f"are not mixed. Go on where {begun} can be opened, or delete the folder to begin anew"
+        )
 
 
-def _rows_of(work: Path, batches: set[int]) -> int:
+def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found: Scan, metric: str) -> None:
+    """Put the batches' outputs in the data's order, check that every row is there once, write the label set."""
+    tally = Tally(metric)
+    sums = {"empty": 0.0, "words": 0.0, "original_words": 0.0, "device_seconds": 0.0}
+
+    def rows() -> Iterator[tuple[str, list[Candidate]]]:
+        for window in range(len(plan.windows)):
+            planned = plan.read_window(window)
+            written = _read_outputs(plan, work, window, sums)
+            if written.keys() != {row_id for row_id, _, _ in planned} or len(written) != len(planned):
+                raise UserError(f"{work}: its rows are not those that were planned; delete the folder and run again")
+            best = [written[row_id][0].target for row_id, _, _ in planned]
+            originals = [target for _, _, target in planned]
+            sums["empty"] += sum(not text.strip() for text in best)
+            sums["words"] += sum(len(text.split()) for text in best)
+            sums["original_words"] += sum(len(text.split()) for text in originals)
+            if found.labelled:
+                tally.add(best, originals)
+            yield from ((row_id, written[row_id]) for row_id, _, _ in planned)
+
+    def manifest() -> dict[str, Any]:
+        engine = json.loads((work / "engine.json").read_text(encoding="utf-8"))
+        return {
+            **about,
+            "rows": found.rows,
+            "empty": int(sums["empty"]),
+            "metric": metric,
+            "engine": engine["engine"],
+            "engine_why": engine["why"],
+            "device_hours": sums["device_seconds"] / 3600,
+            "quality": tally.metrics() if found.labelled else None,
+            "target_words_mean": sums["words"] / found.rows,
+            "original_words_mean": sums["original_words"] / found.rows if found.labelled else None,
+        }
+
+    write_label_set(folder, rows(), manifest)
+
+
+def _read_outputs(plan: Plan, work: Path, window: int, sums: dict[str, float]) -> dict[str, list[Candidate]]:
+    """The candidates of a window's rows by id; UserError where a row was labelled twice."""
     import pyarrow.parquet as pq
 
-    plan = pq.read_table(work / "plan", columns=["batch", "ids"])
-    pairs = zip(plan["batch"].to_pylist(), plan["ids"].to_pylist(), strict=True)
-    return sum(len(ids) for n, ids in pairs if n in batches)
-
-
-def _quality(corpus: Corpus, best: list[str]) -> dict[str, float] | None:
-    """Scores of the labels against the originals, where there are originals: the paper's measure of their quality."""
-    if not corpus.labelled:
-        return None
-    from raydistill.evaluation.scores import score
-
-    return score(metric_for(corpus.name), best, corpus.targets).metrics
+    written: dict[str, list[Candidate]] = {}
+    for number in plan.batches_of(window):
+        table = pq.read_table(_output(work, number))
+        sums["device_seconds"] += float(table.schema.metadata[b"device_seconds"])
+        columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
+        for row_id, targets, scores in zip(*columns, strict=True):
+            if row_id in written:
+                raise UserError(f"{work}: row {row_id!r} was labelled twice; delete the folder and run again")
+            written[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
+    return written
 
 
 def _output(work: Path, number: int) -> Path:
     return work / "out" / f"batch-{number:06d}.parquet"
-
-
-def _window(work: Path, number: int) -> Path:
-    return work / "plan" / f"window-{number:05d}.parquet"
 
 
 def _plain(name: str) -> str:

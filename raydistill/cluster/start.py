@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Its C++ part writes into the command's output, and calls an error what is none (actors that may be restarted).
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # One worker's health is asked about often, since a short trial must not wait seconds for its end to be seen.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -79,14 +82,29 @@ def _join_or_start(cpus: int | None) -> None:
                 f"or unset RAY_ADDRESS to work on this machine alone"
             ) from None
         return
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        object_store_memory=OBJECT_STORE_BYTES,
-        **quiet,
-    )
+    with _silent_stderr():
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """What C++ writes while Ray starts (one line, that its log level was set) is dropped; errors are raised anyway."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def device() -> str:

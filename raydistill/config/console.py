@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,56 @@ def run_app(app: "typer.Typer") -> None:
 def progress(text: str) -> None:
     """One calm line about work under way, to stderr, so that `--json` leaves stdout to the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """How far long work is, on stderr: a bar on a terminal, elsewhere a calm line now and then.
+
+    `total` and `advance` are in units of work, which need not be what `note` tells of.
+    """
+
+    def __init__(self, what: str, total: float, done: float = 0) -> None:
+        self._what, self._total, self._done, self._began = what, total, done, done
+        self._started = time.monotonic()
+        self._next_line = self._started + 5
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = ("[progress.description]{task.description}", BarColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total, completed=done, note="")
+
+    @property
+    def seconds_left(self) -> float:
+        """At the speed so far; 0 before anything is done."""
+        done = self._done - self._began
+        return (self._total - self._done) * (time.monotonic() - self._started) / done if done else 0.0
+
+    def advance(self, work: float, note: str) -> None:
+        """Some more work is done; lines come after 5 s and then ever more seldom, and at the end."""
+        self._done += work
+        note = f"{note}, {_duration(self.seconds_left)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, note=note)
+            return
+        now = time.monotonic()
+        if now >= self._next_line or self._done >= self._total:
+            progress(f"  {self._what}: {note}")
+            self._next_line = now + min(60, 5 + (now - self._started) / 10)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def show(text: str, as_json: bool = False) -> None:

@@ -158,6 +158,46 @@ class Decoding(Model):
     no_repeat_ngram: int | None = Field(None, ge=0)
 
 
+class Curation(Model):
+    """Which of a teacher's texts become labels. Words are split at white space; an empty text is never kept."""
+
+    choose: Literal["score", "rouge2"] = Field(
+        "score", description="which candidate is the label: the teacher's best, or the nearest to the original"
+    )
+    min_rouge2: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the original")
+    min_length_ratio: float | None = Field(None, ge=0, description="words, as a share of the original's")
+    max_length_ratio: float | None = Field(None, gt=0)
+    max_repetition: float | None = Field(None, ge=0, le=1, description="share of trigrams that stood before")
+    max_copy_rate: float | None = Field(None, ge=0, le=1, description="share of trigrams that stand in the source")
+    agree_with: str | None = Field(None, description="another teacher's label set of the same data: its folder")
+    min_agreement: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the label in `agree_with`")
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> "Curation":
+        if (self.agree_with is None) != (self.min_agreement is None):
+            raise ValueError("agree_with and min_agreement go together")
+        low, high = self.min_length_ratio, self.max_length_ratio
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_length_ratio {low} is above max_length_ratio {high}")
+        return self
+
+    @property
+    def needs_originals(self) -> bool:
+        """Whether any rule compares with the corpus's own targets."""
+        ratios = (self.min_rouge2, self.min_length_ratio, self.max_length_ratio)
+        return self.choose == "rouge2" or any(rule is not None for rule in ratios)
+
+
+class Pseudo(Model):
+    """How pseudo-labels are made where a run wants some."""
+
+    n_best: int = Field(1, ge=1, description="candidates kept per row; at most as many as beams")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        "auto", description="auto: fp32 on a CPU, bf16 on a GPU"
+    )
+    curation: Curation = Curation()
+
+
 class Evaluation(Model):
     """How scores are made."""
 
@@ -182,6 +222,7 @@ class Run(Model):
     loss: Loss = Loss()
     training: Training = Training()
     decoding: Decoding = Decoding()
+    pseudo: Pseudo = Pseudo()
     evaluation: Evaluation = Evaluation()
 
     @field_validator("dataset", mode="before")
@@ -211,6 +252,12 @@ class Run(Model):
         if self.labels != "auto":
             return self.labels
         return "pseudo" if self.method == "pl" else "original"
+
+    @property
+    def label_key(self) -> str:
+        """What tells the label sets of a space's runs apart: the source, and how pseudo-labels are made."""
+        made = self.pseudo.model_dump_json(exclude_defaults=True)
+        return self.label_source if self.label_source == "original" or made == "{}" else f"{self.label_source} {made}"
 
 
 def parse_size(size: str) -> tuple[int, int]:

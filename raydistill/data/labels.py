@@ -1,28 +1,37 @@
-"""Label sets: what teachers wrote for the sources of a corpus, kept apart from the corpus and never mixed up."""
+"""Label sets: what teachers wrote for the sources of a corpus, kept apart from the corpus and never mixed up.
+
+A folder: Parquet parts with a line per candidate (`id`, `target`, `rank`, `score`; rank 0 is the best, the candidates
+of a row stand together, rows in the order of the data), in a curated set `dropped.parquet` (`id`, `reason`), and last
+of all `manifest.json`.
+"""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import write_json_atomic
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
 COLUMNS = ("id", "target", "rank")  # what training reads
+DROPPED = "dropped.parquet"
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """A finished label set: `targets` by row id (the best candidate, rank 0) and its manifest."""
+    """A finished label set: manifest, `targets` by row id (the best candidate, rank 0), ids that curation dropped."""
 
     folder: Path
     manifest: dict[str, Any]
     targets: dict[str, str]
+    dropped: frozenset[str] = frozenset()
 
     @property
     def fingerprint(self) -> str:
@@ -39,8 +48,24 @@ def label_set_name(teacher: str, data: str, decoding: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_label_set(folder: Path, rows: Iterable[dict[str, Any]], manifest: dict[str, Any]) -> None:
-    """Write rows (id, target, rank, score) as Parquet parts and then the manifest: whole or not at all."""
+class Candidate(NamedTuple):
+    """One text that a teacher wrote for a row, and its score (log-probability by length to the penalty)."""
+
+    target: str
+    score: float
+
+
+def write_label_set(
+    folder: Path,
+    rows: Iterable[tuple[str, Sequence[Candidate]]],
+    manifest: Callable[[], dict[str, Any]],
+    dropped: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write each row's candidates, the best first, as Parquet parts, and then the manifest: whole or not at all.
+
+    `rows` is read once and not held; `manifest()` is asked when all are written, and so may count them. `dropped` are
+    (id, reason) pairs, and may be filled while the rows are read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -49,11 +74,19 @@ def write_label_set(folder: Path, rows: Iterable[dict[str, Any]], manifest: dict
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     try:
-        listed = list(rows)
-        for part, start in enumerate(range(0, len(listed), PART_ROWS)):
-            table = pa.Table.from_pylist(listed[start : start + PART_ROWS], schema=schema)
-            pq.write_table(table, making / f"part-{part:05d}.parquet")
-        (making / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        listed = (
+            {"id": row_id, "target": target, "rank": rank, "score": score}
+            for row_id, candidates in rows
+            for rank, (target, score) in enumerate(candidates)
+        )
+        part = 0
+        while taken := list(islice(listed, PART_ROWS)):
+            pq.write_table(pa.Table.from_pylist(taken, schema=schema), making / f"part-{part:05d}.parquet")
+            part += 1
+        if dropped:
+            ids, reasons = zip(*dropped, strict=True)
+            pq.write_table(pa.table({"id": ids, "reason": reasons}), making / DROPPED)
+        write_json_atomic(making / MANIFEST, manifest())
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
     finally:
@@ -67,8 +100,18 @@ def is_finished(folder: Path) -> bool:
 
 def read_label_set(folder: Path) -> LabelSet:
     """Read a finished label set; UserError where it is missing, unfinished or damaged."""
-    import pyarrow.parquet as pq
+    manifest = read_manifest(folder)
+    targets = {row_id: candidates[0].target for row_id, candidates in read_candidates(folder)}
+    if len(targets) != manifest["rows"]:
+        raise UserError(
+            f"{folder}: the manifest counts {manifest['rows']} rows but the parts hold {len(targets)}; "
+            f"delete the folder and make it again"
+        )
+    return LabelSet(folder, manifest, targets, frozenset(row_id for row_id, _ in read_dropped(folder)))
 
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished label set; UserError where it is missing or damaged."""
     if not is_finished(folder):
         raise UserError(
             f"{folder}: no finished label set here (no {MANIFEST}); make one with `raydistill pseudolabel`, "
@@ -76,18 +119,58 @@ def read_label_set(folder: Path) -> LabelSet:
         )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        count = manifest["rows"]
-        parts = [pq.read_table(part, columns=list(COLUMNS)) for part in sorted(folder.glob("part-*.parquet"))]
+        int(manifest["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: the label set is damaged ({error}); delete the folder and make it again") from None
-    rows = (row for part in parts for row in zip(*(part.column(c).to_pylist() for c in COLUMNS), strict=True))
-    targets = {row_id: target for row_id, target, rank in rows if rank == 0}
-    if len(targets) != count:
-        raise UserError(
-            f"{folder}: the manifest counts {count} rows but the parts hold {len(targets)}; "
-            f"delete the folder and make it again"
-        )
-    return LabelSet(folder, manifest, targets)
+        raise _damaged(folder, error) from None
+    return manifest
+
+
+def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
+    """Each row's id and candidates, the best first, one row after the other; UserError where a part is damaged."""
+    import pyarrow.parquet as pq
+
+    def rows() -> Iterator[tuple[str, str, int, float]]:
+        for part in sorted(folder.glob("part-*.parquet")):
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(columns=[*COLUMNS, "score"]):
+                    yield from zip(*(batch.column(c).to_pylist() for c in (*COLUMNS, "score")), strict=True)
+
+    try:
+        for row_id, group in groupby(rows(), key=lambda row: row[0]):
+            ranked = sorted(group, key=lambda row: row[2])
+            if [rank for _, _, rank, _ in ranked] != list(range(len(ranked))):
+                raise ValueError(f"row {row_id!r} does not have its candidates once each")
+            yield row_id, [Candidate(target, score) for _, target, _, score in ranked]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from None
+
+
+def read_dropped(folder: Path) -> list[tuple[str, str]]:
+    """(id, reason) of the rows that curation left out."""
+    import pyarrow.parquet as pq
+
+    if not (folder / DROPPED).is_file():
+        return []
+    try:
+        found = pq.read_table(folder / DROPPED)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from None
+    return list(zip(found["id"].to_pylist(), found["reason"].to_pylist(), strict=True))
+
+
+def list_label_sets(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The finished label sets under a folder with their manifests, by name; damaged ones are left out."""
+    found = []
+    for folder in sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
+        try:
+            found.append((folder, read_manifest(folder)))
+        except UserError:
+            continue
+    return found
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: the label set is damaged ({error}); delete the folder and make it again")
 
 
 def choose_targets(
@@ -95,7 +178,7 @@ def choose_targets(
 ) -> tuple[list[int], list[str]]:
     """Row numbers and targets of the training examples for original, pseudo or original+pseudo labels.
 
-    A row whose pseudo-label is empty is left out of the pseudo part.
+    A row whose pseudo-label is empty or was dropped by curation is left out of the pseudo part.
     """
     kinds = {"original": ["original"], "original+pseudo": ["original", "pseudo"]}.get(labels, ["pseudo"])
     rows: list[int] = []
@@ -107,16 +190,19 @@ def choose_targets(
             continue
         if pseudo is None:
             raise UserError(f"labels {labels!r} need a label set; make one with `raydistill pseudolabel`")
-        missing = [row_id for row_id in ids if row_id not in pseudo.targets]
+        missing = [row_id for row_id in ids if row_id not in pseudo.targets and row_id not in pseudo.dropped]
         if missing:
             raise UserError(
                 f"{pseudo.folder}: {len(missing)} of {len(ids)} training rows have no pseudo-label "
                 f"(first: {missing[0]!r}); it was made for other data: make one for this data set with "
                 f"`raydistill pseudolabel`"
             )
-        kept = [i for i, row_id in enumerate(ids) if pseudo.targets[row_id].strip()]
+        kept = [i for i, row_id in enumerate(ids) if pseudo.targets.get(row_id, "").strip()]
         if not kept:
-            raise UserError(f"{pseudo.folder}: every pseudo-label is empty; look at the teacher's decoding")
+            raise UserError(
+                f"{pseudo.folder}: every pseudo-label is empty or was dropped; look at the teacher's decoding and the "
+                f"curation"
+            )
         rows += kept
         targets += [pseudo.targets[ids[i]] for i in kept]
     return rows, targets

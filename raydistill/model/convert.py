@@ -61,37 +61,58 @@ def convert(
         Converter(alone).convert(str(folder), quantization=quantization)
 
 
-def disagreement(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int = 1) -> float:
-    """The largest difference of a converted model's log-probabilities from the model's own, on random targets.
+def disagreement(
+    translator: Any,
+    prefix: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[list[int]],
+    labels: list[list[int]],
+    threads: int = 1,
+) -> float:
+    """How far an open converted model's log-probabilities of given targets are from the model's own.
 
-    Teacher-forced, so that it says as much of an untrained model as of a trained one.
+    Teacher-forced, so that it says as much of an untrained model as of a trained one. Token ids, each target with its
+    end; `prefix` is `prefix_of` the conversion. Returns the worst row's mean absolute difference per token.
     """
     words = words_of(tokenizer)
-    sources = sources_of(tokenizer, PROBES, 48, model.config)
-    special = set(tokenizer.all_special_ids)
-    ordinary = [i for i in range(len(words)) if i not in special]
-    draw = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(ordinary), (len(PROBES), 8), generator=draw).tolist()
-    start, end = model.config.decoder_start_token_id, model.config.eos_token_id
-    labels = torch.tensor([[*[ordinary[i] for i in row], end] for row in picks])
-    starts = torch.full((len(labels), 1), start)
+    start = model.config.decoder_start_token_id
+    rows = [torch.tensor(row) for row in labels]
+    wanted = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
     batch = tokenizer.pad({"input_ids": sources}, return_tensors="pt")
     with torch.inference_mode(), torch_threads(threads):
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            decoder_input_ids=torch.cat([starts, labels[:, :-1]], dim=1),
+            decoder_input_ids=torch.cat([torch.full((len(rows), 1), start), wanted[:, :-1]], dim=1),
         ).logits
-    wanted = logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    bare = json.loads((folder / "config.json").read_text())["decoder_start_token"] is None
-    prefix = [words[start]] if bare else []
-    scored = open_translator(folder, "cpu", threads, "float32").score_batch(
+    own = logits.float().log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
+    scored = translator.score_batch(
         [[words[i] for i in row] for row in sources],
-        [[*prefix, *[words[i] for i in row[:-1]]] for row in labels.tolist()],
+        [[*prefix, *[words[i] for i in row[:-1]]] for row in labels],
         max_input_length=0,
     )
-    found = torch.tensor([result.log_probs for result in scored])
-    return float((found - wanted).abs().max())
+    pairs = zip(scored, own, real, strict=True)
+    return max(float((torch.tensor(s.log_probs) - o[r]).abs().mean()) for s, o, r in pairs)
+
+
+def prefix_of(folder: Path, words: list[str], config: Any) -> list[str]:
+    """The tokens that every output of a converted model must be begun with: mBART's form knows no start token."""
+    bare = json.loads((folder / "config.json").read_text())["decoder_start_token"] is None
+    return [words[config.decoder_start_token_id]] if bare else []
+
+
+def random_targets(
+    tokenizer: PreTrainedTokenizerBase, config: Any, length: int = 8
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Some fixed sources and random targets, as token ids: what `disagreement` is asked of every conversion."""
+    special = set(tokenizer.all_special_ids)
+    ordinary = [i for i in range(len(words_of(tokenizer))) if i not in special]
+    draw = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(ordinary), (len(PROBES), length), generator=draw).tolist()
+    labels = [[*[ordinary[i] for i in row], config.eos_token_id] for row in picks]
+    return sources_of(tokenizer, PROBES, 48, config), labels
 
 
 def unsupported(config: Any, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -174,7 +195,7 @@ def _convert_into(place: Path, checkpoint: str | Path, tokenizer: PreTrainedToke
         else:
             try:
                 convert(model, tokenizer, making / "model")
-                difference = disagreement(making / "model", model, tokenizer, threads)
+                difference = _of_random_targets(making / "model", model, tokenizer, threads)
             except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
                 refused = f"the conversion failed: {error}"
         if difference is not None and not difference <= TOLERANCE:
@@ -195,6 +216,12 @@ def _convert_into(place: Path, checkpoint: str | Path, tokenizer: PreTrainedToke
                 raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _of_random_targets(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int) -> float:
+    translator = open_translator(folder, "cpu", threads, "float32")
+    prefix = prefix_of(folder, words_of(tokenizer), model.config)
+    return disagreement(translator, prefix, model, tokenizer, *random_targets(tokenizer, model.config), threads)
 
 
 def _padding_row(model: PreTrainedModel) -> float:

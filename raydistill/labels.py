@@ -1,0 +1,146 @@
+"""`raydistill labels`: which label sets are there, what is in them, how two differ, and curated ones made of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raydistill.config.console import finish, home, make_app, run_app, show, table
+from raydistill.config.errors import UserError
+from raydistill.pseudolabel import facts_of, rules_of
+
+app = make_app()
+Json = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
+Root = Annotated[Path | None, typer.Option(help="where label sets are; default: outputs/labels")]
+Name = Annotated[str, typer.Argument(help="a label set's folder, or its name or the name's beginning")]
+
+
+@app.callback()
+def labels() -> None:
+    """Label sets: what teachers wrote for the rows of a data set (made by `raydistill pseudolabel`).
+
+    Examples:
+
+        raydistill labels list
+
+        raydistill labels describe demo-train
+
+        raydistill labels compare outputs/labels/SET outputs/labels/OTHER
+
+        raydistill labels curate demo-train --keep min_rouge2=20 --keep max_copy_rate=0.8
+    """
+
+
+@app.command("list")
+def list_(root: Root = None, as_json: Json = False) -> None:
+    """The finished label sets, one a line, and jobs that were begun and not ended."""
+    from raydistill.data.labels import list_label_sets
+
+    place = root or home() / "labels"
+    found = list_label_sets(place)
+    begun = sorted(path.name[1:].removesuffix(".work") for path in place.glob(".*.work"))
+    rows = [
+        [folder.name, str(m["rows"]), m["teacher"]["name"], m["engine"], f"{m['device_hours']:.3f}", _quality(m)]
+        for folder, m in found
+    ]
+    show(table(["label set", "rows", "teacher", "engine", "device h", "quality"], rows), as_json)
+    for name in begun:
+        show(f"not finished: {name} (run its command again to go on)", as_json)
+    finish({"label_sets": {folder.name: manifest for folder, manifest in found}, "unfinished": begun}, as_json)
+
+
+@app.command()
+def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False) -> None:
+    """Counts, quality, teacher and decoding of a label set, and its first texts."""
+    from itertools import islice
+
+    from raydistill.data.labels import read_candidates, read_manifest
+
+    folder = find(name, root)
+    manifest = read_manifest(folder)
+    decoding = ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items() if value is not None)
+    facts = [
+        ["teacher", f"{manifest['teacher']['name']} ({manifest['teacher']['fingerprint']})"],
+        ["decoding", decoding],
+    ]
+    facts += [["curation", str(manifest["curation"])]] if "curation" in manifest else []
+    show(table(["label set", folder.name], facts_of(manifest) + facts), as_json)
+    first = {row_id: candidates for row_id, candidates in islice(read_candidates(folder), rows)}
+    for row_id, candidates in first.items():
+        for rank, (text, score) in enumerate(candidates):
+            show(f"  {row_id} [{rank}] {score:.3f} {text}", as_json)
+    finish({**manifest, "folder": str(folder), "first": first}, as_json)
+
+
+@app.command()
+def compare(first: Name, second: Name, root: Root = None, as_json: Json = False) -> None:
+    """How far two label sets of the same data agree: equal texts, and the scores of the first against the second."""
+    from raydistill.data.curation import agreement
+    from raydistill.data.labels import read_manifest
+    from raydistill.evaluation.scores import Tally
+
+    a, b = find(first, root), find(second, root)
+    found = agreement(a, b, Tally(read_manifest(a)["metric"]))
+    show(table([a.name, "against " + b.name], [[name, f"{value:.4g}"] for name, value in found.items()]), as_json)
+    finish({"first": str(a), "second": str(b), **found}, as_json)
+
+
+@app.command()
+def curate(
+    name: Name,
+    keep: Annotated[
+        list[str], typer.Option(metavar="RULE=VALUE", help="as of `raydistill pseudolabel`; may be repeated")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="the data the set was made for; default: as its manifest says")
+    ] = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Make a curated label set of a whole one, which stays; nothing is generated again."""
+    from raydistill.config.run import Dataset
+    from raydistill.data.curation import curate as make
+    from raydistill.data.labels import read_manifest
+    from raydistill.evaluation.scores import Tally, rouge2_rows
+
+    rules = rules_of(keep)
+    folder = find(name, root)
+    whole = read_manifest(folder)
+    about = whole["data"]
+    data = Dataset(name=dataset or about["name"], skip_bad_rows=about.get("skipped", 0) > 0)
+    made = make(folder, data, about["split"], rules, rouge2_rows, Tally(whole["metric"]))
+    manifest = read_manifest(made)
+    show(table(["label set", made.name], facts_of(manifest)), as_json)
+    show(f"label set: {made}", as_json)
+    finish({**manifest, "folder": str(made)}, as_json)
+
+
+def find(name: str, root: Path | None) -> Path:
+    """The folder that a path, a name or a name's beginning means; UserError where it is none or several."""
+    if (Path(name) / "manifest.json").is_file():
+        return Path(name)
+    place = root or home() / "labels"
+    there = sorted(path.parent for path in place.glob("*/manifest.json"))
+    found = [folder for folder in there if folder.name == name] or [f for f in there if f.name.startswith(name)]
+    if len(found) != 1:
+        known = ", ".join(folder.name for folder in (found or there)) or "none"
+        raise UserError(
+            f"{name}: {'several label sets begin so' if found else 'no such label set'} in {place}: {known}"
+        )
+    return found[0]
+
+
+def _quality(manifest: dict) -> str:
+    quality = manifest["quality"] or {}
+    return next((f"{name} {quality[name]:.2f}" for name in ("bleu", "rouge2") if name in quality), "-")
+
+
+def main() -> None:
+    """The command."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    from raydistill.labels import main as entry  # the real module, so that its classes exist once
+
+    entry()
