@@ -59,12 +59,13 @@ def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False
     folder = find(name, root)
     manifest = read_manifest(folder)
     decoding = ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items() if value is not None)
-    facts = [
-        ["teacher", f"{manifest['teacher']['name']} ({manifest['teacher']['fingerprint']})"],
-        ["decoding", decoding],
-    ]
-    facts += [["curation", str(manifest["curation"])]] if "curation" in manifest else []
-    show(table(["label set", folder.name], facts_of(manifest) + facts), as_json)
+    show(table(["label set", folder.name], facts_of(manifest)), as_json)
+    show(
+        f"teacher: {manifest['teacher']['name']} ({manifest['teacher']['fingerprint']})\ndecoding: {decoding}", as_json
+    )
+    if "curation" in manifest:
+        rules = ", ".join(f"{rule}={value}" for rule, value in manifest["curation"].items())
+        show(f"curation of {manifest['of']}: {rules}", as_json)
     first = {row_id: candidates for row_id, candidates in islice(read_candidates(folder), rows)}
     for row_id, candidates in first.items():
         for rank, (text, score) in enumerate(candidates):
@@ -107,7 +108,7 @@ def curate(
     folder = find(name, root)
     whole = read_manifest(folder)
     about = whole["data"]
-    data = Dataset(name=dataset or about["name"], skip_bad_rows=about.get("skipped", 0) > 0)
+    data = Dataset.model_validate({**about["dataset"], **({"name": dataset} if dataset else {})})
     made = make(folder, data, about["split"], rules, rouge2_rows, Tally(whole["metric"]))
     manifest = read_manifest(made)
     show(table(["label set", made.name], facts_of(manifest)), as_json)

@@ -82,6 +82,7 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
     others = read_label_set(Path(rules.agree_with)).targets if rules.agree_with else {}
     counts: Counter[str] = Counter()
     dropped: list[tuple[str, str]] = []
+    words = Counter[str]()
 
     def rows() -> Iterator[tuple[str, list[Candidate]]]:
         for pairs in _chunks(_paired(folder, usable_rows(dataset, split, found), others, rules.agree_with)):
@@ -89,6 +90,8 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
             kept = [(pair.row, ranked) for pair, (ranked, reason) in judged if not reason]
             dropped.extend((pair.row.id, reason) for pair, (_, reason) in judged if reason)
             counts.update(reason or "kept" for _, (_, reason) in judged)
+            words["target"] += sum(len(ranked[0].target.split()) for _, ranked in kept)
+            words["original"] += sum(len(row.target.split()) for row, _ in kept)
             if found.labelled:
                 quality.add([ranked[0].target for _, ranked in kept], [row.target for row, _ in kept])
             yield from ((row.id, ranked) for row, ranked in kept)
@@ -96,9 +99,12 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
             raise UserError(f"{folder}: these rules keep no row ({dict(counts)}); loosen them")
 
     def told() -> dict[str, Any]:
+        rows = counts.pop("kept")
         return {
             **manifest,
-            "rows": counts.pop("kept"),
+            "rows": rows,
+            "target_words_mean": words["target"] / rows,
+            "original_words_mean": words["original"] / rows if found.labelled else None,
             "empty": 0,
             "of": folder.name,
             "curation": rules.model_dump(mode="json", exclude_none=True),
