@@ -8,15 +8,23 @@ import pytest
 from raydistill.config.errors import UserError
 from raydistill.data import labels
 from raydistill.data.labels import (
+    Candidate,
     LabelSet,
     choose_targets,
     is_finished,
     label_set_name,
+    list_label_sets,
+    read_candidates,
     read_label_set,
     write_label_set,
 )
 
 ROWS = [
+    ("a", [Candidate("Ein Hund.", -0.5), Candidate("Zwei Hunde.", -0.75)]),
+    ("b", [Candidate("Über Öl – schön.", -1.25)]),
+    ("c", [Candidate("", -2.0)]),
+]
+LINES = [
     {"id": "a", "target": "Ein Hund.", "rank": 0, "score": -0.5},
     {"id": "a", "target": "Zwei Hunde.", "rank": 1, "score": -0.75},
     {"id": "b", "target": "Über Öl – schön.", "rank": 0, "score": -1.25},
@@ -25,19 +33,24 @@ ROWS = [
 MANIFEST = {"teacher": "t", "rows": 3}
 
 
+def write(folder, rows=ROWS, manifest=MANIFEST, dropped=()):
+    write_label_set(folder, rows, lambda: manifest, dropped)
+
+
 def test_what_is_written_is_read_back_and_only_the_best_candidate_is_a_target(tmp_path):
-    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", ROWS, MANIFEST)
     found = read_label_set(tmp_path / "set")
     assert found.targets == {"a": "Ein Hund.", "b": "Über Öl – schön.", "c": ""}
     assert found.manifest == MANIFEST
-    assert pq.read_table(tmp_path / "set" / "part-00000.parquet").to_pylist() == ROWS
+    assert pq.read_table(tmp_path / "set" / "part-00000.parquet").to_pylist() == LINES
+    assert list(read_candidates(tmp_path / "set")) == ROWS
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "part-00000.parquet", "set"]
 
 
 def test_many_rows_go_into_parts_and_none_is_lost_between_them(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "PART_ROWS", 3)
-    rows = [{"id": str(i), "target": f"text {i}", "rank": 0, "score": 0.0} for i in range(7)]
-    write_label_set(tmp_path / "set", iter(rows), {"rows": 7})
+    rows = [(str(i), [Candidate(f"text {i}", 0.0)]) for i in range(7)]
+    write(tmp_path / "set", iter(rows), {"rows": 7})
     assert len(list((tmp_path / "set").glob("part-*.parquet"))) == 3
     assert read_label_set(tmp_path / "set").targets == {str(i): f"text {i}" for i in range(7)}
 
@@ -48,11 +61,11 @@ def test_a_set_that_fails_half_way_leaves_nothing_and_keeps_the_old_one(tmp_path
         raise RuntimeError("the teacher died")
 
     with pytest.raises(RuntimeError, match="died"):
-        write_label_set(tmp_path / "set", breaks(), MANIFEST)
+        write(tmp_path / "set", breaks(), MANIFEST)
     assert list(tmp_path.iterdir()) == []
-    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", ROWS, MANIFEST)
     with pytest.raises(RuntimeError, match="died"):
-        write_label_set(tmp_path / "set", breaks(), {"rows": 1})
+        write(tmp_path / "set", breaks(), {"rows": 1})
     assert read_label_set(tmp_path / "set").manifest == MANIFEST
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
@@ -67,13 +80,13 @@ def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "write_table", watched)
     monkeypatch.setattr(labels, "PART_ROWS", 2)
-    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", ROWS, MANIFEST)
     assert seen == [[], ["part-00000.parquet"]]
     assert is_finished(tmp_path / "set")
 
 
 def test_a_folder_without_a_manifest_is_unfinished(tmp_path):
-    write_label_set(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", ROWS, MANIFEST)
     (tmp_path / "set" / "manifest.json").unlink()
     assert not is_finished(tmp_path / "set")
     with pytest.raises(UserError, match=r"set: no finished label set .*`raydistill pseudolabel`"):
@@ -83,7 +96,7 @@ def test_a_folder_without_a_manifest_is_unfinished(tmp_path):
 @pytest.mark.parametrize("damage", ["part", "no parts", "manifest", "manifest without rows", "manifest is a list"])
 def test_a_damaged_set_is_refused_by_name(tmp_path, damage):
     folder = tmp_path / "set"
-    write_label_set(folder, ROWS, MANIFEST)
+    write(folder)
     part, manifest = folder / "part-00000.parquet", folder / "manifest.json"
     if damage == "part":
         part.write_bytes(part.read_bytes()[:-20])
@@ -97,7 +110,7 @@ def test_a_damaged_set_is_refused_by_name(tmp_path, damage):
 
 
 def test_a_count_that_does_not_fit_the_manifest_is_refused_with_both_numbers(tmp_path):
-    write_label_set(tmp_path / "set", ROWS, {"rows": 4})
+    write(tmp_path / "set", ROWS, {"rows": 4})
     with pytest.raises(UserError, match="counts 4 rows but the parts hold 3"):
         read_label_set(tmp_path / "set")
 
@@ -143,7 +156,7 @@ def test_empty_pseudo_labels_are_left_out_but_their_originals_stay(tmp_path):
 
 
 def test_only_empty_pseudo_labels_are_nothing_to_train_on(tmp_path):
-    with pytest.raises(UserError, match="every pseudo-label is empty"):
+    with pytest.raises(UserError, match="every pseudo-label is empty or was dropped"):
         choose_targets(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="", b="", c=""))
 
 
@@ -158,9 +171,51 @@ def test_pseudo_labels_without_a_set_are_refused():
 
 
 def test_the_fingerprint_says_what_students_are_trained_on(tmp_path):
-    write_label_set(tmp_path / "x", ROWS, MANIFEST)
-    write_label_set(tmp_path / "y", [*ROWS[2:], *ROWS[:2]], {"rows": 3, "made": "elsewhere"})
-    write_label_set(tmp_path / "z", [{**ROWS[0], "target": "Kein Hund."}, *ROWS[1:]], MANIFEST)
+    write(tmp_path / "x", ROWS, MANIFEST)
+    write(tmp_path / "y", [*ROWS[2:], *ROWS[:2]], {"rows": 3, "made": "elsewhere"})
+    write(tmp_path / "z", [("a", [Candidate("Kein Hund.", -0.5)]), *ROWS[1:]], MANIFEST)
     x, y, z = (read_label_set(tmp_path / name).fingerprint for name in "xyz")
     assert x == y != z
     assert json.loads((tmp_path / "y" / "manifest.json").read_text())["made"] == "elsewhere"
+
+
+def test_the_manifest_may_count_what_was_written(tmp_path):
+    count = []
+
+    def rows():
+        for row in ROWS:
+            count.append(row)
+            yield row
+
+    write_label_set(tmp_path / "set", rows(), lambda: {"rows": len(count)})
+    assert read_label_set(tmp_path / "set").manifest == {"rows": 3}
+
+
+def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
+    write(tmp_path / "set", ROWS[:1], {"rows": 1}, [("b", "min_rouge2"), ("c", "empty")])
+    found = read_label_set(tmp_path / "set")
+    assert found.dropped == {"b", "c"}
+    assert labels.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
+    assert choose_targets(["b", "a", "c"], ORIGINALS, "pseudo", found) == ([1], ["Ein Hund."])
+    with pytest.raises(UserError, match=r"1 of 2 training rows have no pseudo-label \(first: 'd'\)"):
+        choose_targets(["a", "d"], ["x", "y"], "pseudo", found)
+
+
+def test_a_row_that_stands_twice_or_lacks_a_rank_is_damage(tmp_path):
+    write(tmp_path / "set", [*ROWS, ROWS[0]], {"rows": 4})
+    with pytest.raises(UserError, match="counts 4 rows but the parts hold 3"):
+        read_label_set(tmp_path / "set")
+    lines = pq.read_table(tmp_path / "set" / "part-00000.parquet")
+    pq.write_table(lines.slice(1), tmp_path / "set" / "part-00000.parquet")
+    with pytest.raises(UserError, match="row 'a' does not have its candidates once each"):
+        read_label_set(tmp_path / "set")
+
+
+def test_sets_are_listed_and_damaged_ones_are_not(tmp_path):
+    write(tmp_path / "b")
+    write(tmp_path / "a")
+    write(tmp_path / "broken")
+    (tmp_path / "broken" / "manifest.json").write_text("{")
+    (tmp_path / "unfinished").mkdir()
+    assert [folder.name for folder, _ in list_label_sets(tmp_path)] == ["a", "b"]
+    assert list_label_sets(tmp_path / "nothing") == []

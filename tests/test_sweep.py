@@ -14,7 +14,7 @@ import yaml
 
 from tests.hub_cache import lay_out_dataset
 from tests.tiny import lay_out_model, save_tiny
-from tests.world import command, corpus_rows, environment, last_json, make_world
+from tests.world import command, corpus_rows, environment, last_json, make_world, wait_for_ray_to_end
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
@@ -214,25 +214,6 @@ def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path
     for history in trials.glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
         assert steps == sorted(set(steps))
-
-
-def wait_for_ray_to_end(home: Path) -> None:
-    """A killed driver's Ray processes end by themselves; until then they would hold on to their trials' folders."""
-    import psutil
-
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        mine = []
-        for process in psutil.process_iter(["name"]):
-            try:
-                if process.environ().get("RAYDISTILL_HOME") == str(home):
-                    mine.append(process)
-            except psutil.Error:
-                continue
-        if not mine:
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"Ray's processes are still there: {mine}")
 
 
 def test_what_can_be_known_at_once_is_said_in_two_seconds_with_status_2(tmp_path):

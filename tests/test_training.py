@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from raydistill.config.errors import UserError
 from raydistill.config.run import LayerChoice, Loss, Run, Student, Training
 from raydistill.data.batches import Examples, buckets, epoch_batches, share
-from raydistill.data.labels import write_label_set
+from raydistill.data.labels import Candidate, write_label_set
 from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
@@ -554,8 +554,8 @@ def place(tmp_path_factory):
     save_tiny("bart", root / "teacher", logits_bias=True)
     write_label_set(
         root / "labels",
-        [{"id": f"train{i}", "target": f"Two small dogs {i}.", "rank": 0, "score": 0.0} for i in range(24)],
-        {"rows": 24},
+        [(f"train{i}", [Candidate(f"Two small dogs {i}.", 0.0)]) for i in range(24)],
+        lambda: {"rows": 24},
     )
     return root
 
@@ -619,8 +619,8 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
 
 def test_pseudo_labels_are_what_a_pl_student_learns(place, tmp_path):
     """After some epochs on one constant sentence the loss on it is far below that of a student of the originals."""
-    texts_ = [{"id": f"train{i}", "target": "No one.", "rank": 0, "score": 0.0} for i in range(24)]
-    write_label_set(tmp_path / "same", texts_, {"rows": 24})
+    constant = [(f"train{i}", [Candidate("No one.", 0.0)]) for i in range(24)]
+    write_label_set(tmp_path / "same", constant, lambda: {"rows": 24})
     training = {"epochs": 10, "learning_rate": 0.03, "checks_per_epoch": 1, "patience": 10}
     run = make_run(place, "pl", training=training, labels=str(tmp_path / "same"))
     train(run, tmp_path / "pl", lambda m, f: None)

@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from tests.tiny import save_tiny, sentences
 
@@ -49,6 +52,28 @@ def command(home: Path, *arguments: object, timeout: float = 280, **more: str) -
         timeout=timeout,
         check=False,
     )
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Ray's processes of the commands that work under `home`."""
+    mine = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if process.environ().get("RAYDISTILL_HOME") == str(home):
+                mine.append(process)
+        except psutil.Error:
+            continue
+    return mine
+
+
+def wait_for_ray_to_end(home: Path) -> None:
+    """A killed driver's Ray processes end by themselves; until then they would hold on to its folders."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not processes_of(home):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"Ray's processes are still there: {processes_of(home)}")
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict:

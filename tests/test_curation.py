@@ -1,0 +1,170 @@
+"""Curation: the measures worked out by hand, the rules, and curated sets made of whole ones."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import Curation, Dataset
+from raydistill.data.corpus import Row
+from raydistill.data.curation import Pair, agreement, copy_rate, curate, judge, length_ratio, repetition
+from raydistill.data.labels import Candidate, choose_targets, read_candidates, read_label_set, write_label_set
+from raydistill.evaluation.scores import Tally, rouge2_rows
+from raydistill.labels import find
+from raydistill.pseudolabel import rules_of
+
+
+def test_measures_by_hand():
+    assert repetition("a b c a b c a b c") == pytest.approx(1 - 3 / 7)  # trigrams abc bca cab abc bca cab abc
+    assert repetition("a b c d e") == 0
+    assert repetition("a b") == 0
+    assert copy_rate("the dog runs home", "a dog runs home now") == 0.5  # "the dog runs" is new, "dog runs home" is not
+    assert copy_rate("too short", "too short") == 0
+    assert length_ratio("a b c", "a b") == 1.5
+
+
+SOURCE = "the old man sees a red bicycle and the old man is glad"
+ORIGINAL = "old man sees red bicycle"
+
+
+def pair(*texts, original=ORIGINAL, other=""):
+    return Pair(
+        Row(("f", 1), "r", SOURCE, original), [Candidate(text, -float(i)) for i, text in enumerate(texts)], other
+    )
+
+
+def judged(rules, *texts, **kw):
+    [(ranked, reason)] = judge([pair(*texts, **kw)], Curation.model_validate(rules), rouge2_rows)
+    return [candidate.target for candidate in ranked], reason
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "reason"),
+    [
+        ({}, "  ", "empty"),
+        ({}, "anything at all", ""),
+        ({"min_rouge2": 30}, "no word of it here", "min_rouge2"),
+        ({"min_rouge2": 30}, "old man sees red cars", ""),
+        ({"max_length_ratio": 1.0}, "one two three four five six", "max_length_ratio"),
+        ({"min_length_ratio": 0.5}, "one two", "min_length_ratio"),
+        ({"min_length_ratio": 0.4, "max_length_ratio": 0.4}, "one two", ""),
+        ({"max_repetition": 0.1}, "ha ha ha ha ha", "max_repetition"),
+        ({"max_copy_rate": 0.9}, "the old man sees a red", "max_copy_rate"),
+        ({"max_copy_rate": 0.9}, "the old man saw a red", ""),
+    ],
+)
+def test_a_rule_drops_what_breaks_it_and_says_which(rules, text, reason):
+    assert judged(rules, text)[1] == reason
+
+
+def test_the_nearest_to_the_original_is_chosen_and_the_others_stay_behind_it():
+    texts = ["a cat", "old man sees a dog", "old man sees red bicycle"]
+    assert judged({"choose": "rouge2"}, *texts) == ([texts[2], texts[1], texts[0]], "")
+    assert judged({}, *texts) == (texts, "")
+
+
+def test_the_best_candidate_that_passes_is_taken_before_the_row_is_given_up():
+    assert judged({"max_repetition": 0.1}, "ha ha ha ha ha", "fine words here", "more") == (
+        ["fine words here", "ha ha ha ha ha", "more"],
+        "",
+    )
+    assert judged({"max_repetition": 0.1}, "ha ha ha ha", "ho ho ho ho")[1] == "max_repetition"
+
+
+def test_agreement_with_another_teacher_is_a_rule():
+    rules = {"agree_with": "there", "min_agreement": 50}
+    assert judged(rules, "a red bicycle", other="a red bicycle")[1] == ""
+    assert judged(rules, "a red bicycle", other="the last train")[1] == "min_agreement"
+
+
+@pytest.mark.parametrize(
+    "rules", [{"agree_with": "x"}, {"min_length_ratio": 2, "max_length_ratio": 1}, {"min_rouge2": -1}, {"what": 1}]
+)
+def test_rules_that_cannot_be_meant_are_refused(rules):
+    with pytest.raises(ValidationError):
+        Curation.model_validate(rules)
+
+
+def test_rules_from_the_command_line_name_what_is_wrong():
+    assert rules_of(["min_rouge2=20", "choose=rouge2"]) == Curation(min_rouge2=20, choose="rouge2")
+    for option, message in (("nonsense=1", "one of choose"), ("min_rouge2", "RULE=VALUE"), ("max_copy_rate=2", "less")):
+        with pytest.raises(UserError, match=message):
+            rules_of([option])
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Four rows of data and what a teacher wrote for them, two candidates each."""
+    rows = [{"id": f"r{i}", "source": f"{SOURCE} {i}", "target": f"{ORIGINAL} {i}"} for i in range(4)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [
+        ("nothing alike", "old man sees red bicycle 0"),
+        ("old man sees red bicycle 1", "x"),
+        ("", "y"),
+        ("z", "w"),
+    ]
+    manifest = {"teacher": {"fingerprint": "t"}, "rows": 4, "empty": 1, "device_hours": 1.5, "metric": "rouge2"}
+    written = [(f"r{i}", [Candidate(a, -1.0), Candidate(b, -2.0)]) for i, (a, b) in enumerate(texts)]
+    write_label_set(tmp_path / "labels" / "some-train-0123", written, lambda: manifest)
+    return Dataset(name=str(data)), tmp_path / "labels" / "some-train-0123"
+
+
+def make(world, **rules):
+    data, folder = world
+    return curate(folder, data, "train", Curation.model_validate(rules), rouge2_rows, Tally("rouge2"))
+
+
+def test_a_curated_set_stands_beside_the_whole_one_and_counts_what_it_dropped(world):
+    made = make(world, choose="rouge2", min_rouge2=50)
+    found = read_label_set(made)
+    assert found.targets == {"r0": "old man sees red bicycle 0", "r1": "old man sees red bicycle 1"}
+    assert found.dropped == {"r2", "r3"}
+    assert found.manifest["rows"] == 2
+    assert found.manifest["dropped"] == {"empty": 1, "min_rouge2": 1}
+    assert found.manifest["quality"]["rouge2"] == 100
+    assert found.manifest["of"] == "some-train-0123"
+    assert dict(read_candidates(made))["r0"] == [
+        Candidate("old man sees red bicycle 0", -2.0),
+        Candidate("nothing alike", -1.0),
+    ]
+    assert len(read_label_set(world[1]).targets) == 4
+    rows, targets = choose_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, "pseudo", found)
+    assert (rows, targets) == ([0, 1], list(found.targets.values()))
+    assert make(world, choose="rouge2", min_rouge2=50) == made  # found, not made again
+    assert make(world, min_rouge2=50) != made
+
+
+def test_other_data_no_originals_and_nothing_left_are_refused(world, tmp_path):
+    _, folder = world
+    with pytest.raises(UserError, match="keep no row"):
+        make(world, min_rouge2=50, max_copy_rate=0.0, max_length_ratio=0.1)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({"id": f"r{i}", "source": "s"}) + "\n" for i in range(4)))
+    with pytest.raises(UserError, match="has no targets"):
+        curate(folder, Dataset(name=str(bare)), "train", Curation(min_rouge2=1), rouge2_rows, Tally("rouge2"))
+    bare.write_text(json.dumps({"id": "other", "source": "s"}) + "\n")
+    with pytest.raises(UserError, match="expected row 'other' and found 'r0': this label set was made for other data"):
+        curate(folder, Dataset(name=str(bare)), "train", Curation(max_copy_rate=0.5), rouge2_rows, Tally("rouge2"))
+
+
+def test_agreement_of_two_sets(world, tmp_path):
+    _, folder = world
+    other = [(f"r{i}", [Candidate(text, 0.0)]) for i, text in enumerate(["nothing alike", "a b c", "d", "z", "more"])]
+    write_label_set(tmp_path / "labels" / "other", other, lambda: {"rows": 5})
+    found = agreement(folder, tmp_path / "labels" / "other", Tally("rouge2"))
+    assert (found["rows"], found["only_first"], found["only_second"], found["equal"]) == (4, 0, 1, 0.5)
+    assert found["rouge2"] == 25  # one bigram text equal; one word alone has no bigram
+    write_label_set(tmp_path / "labels" / "apart", [("q", [Candidate("a", 0.0)])], lambda: {"rows": 1})
+    with pytest.raises(UserError, match="no row id in common"):
+        agreement(folder, tmp_path / "labels" / "apart", Tally("rouge2"))
+
+
+def test_a_set_is_found_by_folder_name_or_beginning(world):
+    _, folder = world
+    root = folder.parent
+    assert find(str(folder), None) == find("some-train-0123", root) == find("some", root) == folder
+    with pytest.raises(UserError, match=r"no such label set .*some-train-0123"):
+        find("other", root)
