@@ -12,8 +12,16 @@ from transformers import GenerationConfig
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
+from raydistill.evaluation.scores import bleu, bleu_rows
 from raydistill.model import convert, teachers
-from raydistill.model.generate import Beam, TransformersEngine, open_engine, resolve_decoding
+from raydistill.model.generate import (
+    Beam,
+    CTranslate2Engine,
+    Sample,
+    TransformersEngine,
+    open_engine,
+    resolve_decoding,
+)
 from tests.tiny import FAMILIES, save_tiny, sentences
 
 SHARED = Path(os.environ.get("RAYDISTILL_SHARED", Path(__file__).parents[2] / "shared"))
@@ -288,3 +296,62 @@ def test_engines_agree_on_a_trained_model(tmp_path):
         scores = [(a[0].score, b[0].score) for a, b in zip(found, wanted, strict=True)]
         close = [math.isclose(a, b, abs_tol=2e-3) for a, b in scores]
         assert sum(close) >= 0.95 * len(texts)
+
+
+def test_where_a_length_or_repeat_limit_binds_ctranslate2_scores_what_is_left_higher(tiny):
+    """The engines' one difference: forbidden words' probability is spread over the others, or lost.
+
+    Greedy search is not changed by it; in beam search hypotheses may change places.
+    """
+    ours, reference = ctranslate2(tiny, "t5"), open_engine(tiny["t5"], "transformers")
+
+    def both(**changes):
+        beam = replace(GREEDY, **changes)
+        pairs = [engine.generate(TEXTS, beam, max_source_tokens=50) for engine in (ours, reference)]
+        return [(a[0], b[0]) for a, b in zip(*pairs, strict=True)]
+
+    for a, b in both():
+        assert a.text == b.text
+        assert a.score == pytest.approx(b.score, abs=1e-4)
+    for limit in ({"no_repeat_ngram": 2}, {"min_length": 12}):
+        for a, b in both(**limit):
+            assert a.text == b.text
+            assert a.score > b.score + 1e-4
+    searched = both(beams=4, no_repeat_ngram=2)
+    same = [(a, b) for a, b in searched if a.text == b.text]
+    assert 0 < len(same) < len(searched)
+    assert all(a.score > b.score + 1e-4 for a, b in same)
+
+
+def test_a_conversion_that_is_wrong_on_real_rows_is_refused(tmp_path):
+    """As if it had gone wrong after its proof: another model's weights under this model's name."""
+    cache = tmp_path / "cache"
+    folder, other = (save_tiny("bart", tmp_path / f"m{seed}", seed=seed) for seed in (0, 1))
+    sample = Sample(tuple(TEXTS[:3]), GREEDY, 50)
+    proved = open_engine(folder, "ctranslate2", cache=cache, allow_fallback=False, sample=sample)
+    assert isinstance(proved, CTranslate2Engine)
+    eight = open_engine(folder, precision="int8", cache=cache, allow_fallback=False, sample=sample)
+    assert eight.name == "ctranslate2"
+    wrong = open_engine(other, "ctranslate2", cache=cache, allow_fallback=False)
+    assert isinstance(wrong, CTranslate2Engine)
+    shutil.copy(wrong.folder / "model.bin", proved.folder / "model.bin")
+    for kept in proved.folder.glob("rows-*"):
+        kept.unlink()
+    with pytest.raises(UserError, match="on real rows its log-probabilities are off"):
+        open_engine(folder, "ctranslate2", cache=cache, allow_fallback=False, sample=sample)
+    assert open_engine(folder, cache=cache, sample=sample).name == "transformers"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_dir(), reason="the shared teacher is not here")
+@pytest.mark.parametrize(("beams", "precision", "identical", "score"), [(1, "fp32", 0.97, 0.1), (4, "fp32", 0.97, 0.1)])
+def test_parity_on_a_thousand_rows(tmp_path, beams, precision, identical, score):
+    rows = gzip.decompress((SHARED / "data" / "multi30k_en_de" / "test.jsonl.gz").read_bytes()).decode().splitlines()
+    texts, wanted = zip(*((row["document"], row["summary"]) for row in map(json.loads, rows)), strict=True)
+    ours = open_engine(REAL, "ctranslate2", cache=tmp_path, allow_fallback=False, precision=precision)
+    reference = open_engine(REAL, "transformers")
+    beam = resolve_decoding(Decoding(beams=beams), ours.generation, None, 60)
+    found = [texts_of(engine.generate(list(texts), beam, max_source_tokens=128)) for engine in (ours, reference)]
+    assert sum(a == b for a, b in zip(*found, strict=True)) >= identical * len(texts)
+    scores = [bleu(bleu_rows(outputs, list(wanted))) for outputs in found]
+    assert abs(scores[0] - scores[1]) <= score
