@@ -17,7 +17,7 @@ app = make_app()
 @app.command()
 def pseudolabel(
     teacher: Annotated[
-        str, typer.Option(help="a known name (bart, pegasus, mbart, marian, demo), a hub name or a path")
+        str, typer.Option(help="a known name (bart, pegasus, mbart, marian, t5, demo), a hub name or a path")
     ],
     dataset: Annotated[
         str | None, typer.Option(help="a known name, a hub name, a file or a folder; default: the teacher's own")

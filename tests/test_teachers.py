@@ -9,8 +9,11 @@ import torch
 from transformers import BartConfig, T5Config
 
 from raydistill.config.errors import UserError
+from raydistill.config.presets import TEACHERS
 from raydistill.model import teachers
+from raydistill.model.checkpoints import weight_files
 from tests.tiny import FAMILIES, lay_out_model, save_tiny, sentences
+from tests.world import command, corpus_rows, last_json
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +117,63 @@ def test_a_truncated_weight_file_is_named(bart):
         teachers.fingerprint(bart)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(bart):
-    (bart / "model.safetensors").rename(bart / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model\.bin\).*save_pretrained"):
+def pickle_instead(folder: Path, state: dict) -> Path:
+    """Put a pickled `state` in place of a checkpoint's safetensors."""
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pickled_weights_are_converted_once_and_are_the_same_model(family, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    folder = tmp_path / family
+    shutil.copytree(tiny[family], folder)
+    pickled = pickle_instead(folder, teachers.load_model(tiny[family]).state_dict())
+    assert teachers.fingerprint(teachers.load_model(folder)) == teachers.fingerprint(tiny[family])
+    [made] = (tmp_path / "home" / "cache" / "safetensors").glob("*/model.safetensors")
+    before = made.stat().st_mtime_ns
+    assert teachers.fingerprint(folder) == teachers.fingerprint(tiny[family])
+    assert len(teachers.load_tokenizer(folder)) == len(teachers.load_tokenizer(tiny[family]))
+    assert made.stat().st_mtime_ns == before
+    assert sorted(p.name for p in folder.iterdir() if p != pickled) == sorted(
+        p.name for p in tiny[family].iterdir() if p.name != "model.safetensors"
+    )
+
+
+class Malicious:
+    """What an attacker puts into a pickle: opened carelessly, it makes the file `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("kind", ["code", "object", "truncated", "incomplete"])
+def test_any_other_pickle_is_refused_and_none_of_it_is_run(kind, bart, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    state = dict(teachers.load_model(bart).state_dict())
+    marker = tmp_path / "was_run"
+    if kind == "code":
+        pickle_instead(bart, {**state, "lm_head.bias": Malicious(marker)})
+        torch.load(bart / "pytorch_model.bin", weights_only=False)
+        assert marker.exists(), "opened carelessly, this pickle does run code"
+        marker.unlink()
+    elif kind == "object":
+        pickle_instead(bart, {**state, "step": 3})
+    elif kind == "truncated":
+        pickled = pickle_instead(bart, state)
+        pickled.write_bytes(pickled.read_bytes()[:-1000])
+    else:
+        del state["model.encoder.layers.0.fc1.weight"]
+        pickle_instead(bart, state)
+    message = r"1 are missing, such as .*fc1" if kind == "incomplete" else r"pytorch_model\.bin: refused"
+    with pytest.raises(UserError, match=message):
         teachers.load_model(bart)
+    assert not marker.exists()
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
 def test_a_missing_shard_is_named(bart):
@@ -131,7 +187,7 @@ def test_a_missing_shard_is_named(bart):
 def test_shards_are_read(tiny, tmp_path):
     model = teachers.load_model(tiny["bart"])
     model.save_pretrained(tmp_path, max_shard_size="30KB")
-    assert len(teachers.weight_files(tmp_path)) > 1
+    assert len(weight_files(tmp_path)) > 1
     assert teachers.fingerprint(tmp_path) == teachers.fingerprint(model)
 
 
@@ -195,7 +251,9 @@ def test_max_positions():
 
 def test_locate(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
-    assert teachers.locate("bart", "cnn_dailymail") == "facebook/bart-large-cnn"
+    pinned = "facebook/bart-large-cnn@37f520fa929c961707657b28798b30c003dd100b"
+    assert teachers.locate("bart", "cnn_dailymail") == pinned
+    assert teachers.locate("bart", "xsum") == "facebook/bart-large-xsum@main"
     assert teachers.locate("some/where", "xsum") == "some/where"
     with pytest.raises(UserError, match=r"python -m raydistill\.train demo"):
         teachers.locate("demo", "demo")
@@ -238,3 +296,72 @@ def test_offline_a_cached_model_loads_by_its_hub_name(offline, tiny):
     model = teachers.load_model("someone/tiny-bart")
     assert teachers.fingerprint(model) == teachers.fingerprint(tiny["bart"])
     assert len(teachers.load_tokenizer("someone/tiny-bart")) == model.config.vocab_size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offline_each_named_teacher_loads_from_the_hubs_cache(family, offline, tiny):
+    for dataset, preset in TEACHERS[family].items():
+        lay_out_model(offline, preset.hub, tiny[family], preset.revision)
+        where = teachers.locate(family, dataset)
+        assert teachers.fingerprint(teachers.load_model(where)) == teachers.fingerprint(tiny[family])
+        tokenizer = teachers.load_tokenizer(where, preset.languages)
+        if family == "mbart":
+            assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
+
+
+def test_a_preset_decodes_as_the_reference_says():
+    """Typed from ../shared/reference/README.md, apart from the code."""
+    table = {
+        ("bart", "xsum"): (6, 1.0, 11, 62, None, 1024),
+        ("bart", "cnn_dailymail"): (4, 2.0, 56, 142, 3, 1024),
+        ("pegasus", "xsum"): (8, 0.6, None, 64, None, 512),
+        ("pegasus", "cnn_dailymail"): (8, 0.8, None, 128, None, 1024),
+        ("mbart", "wmt16_en_ro"): (5, 1.0, None, 128, None, 128),
+        ("marian", "wmt16_en_ro"): (4, 1.0, None, 128, None, 128),
+    }
+    for (family, dataset), wanted in table.items():
+        preset = TEACHERS[family][dataset]
+        d = preset.decoding
+        found = (d.beams, d.length_penalty, d.min_length, d.max_length, d.no_repeat_ngram, preset.max_source_tokens)
+        assert found == wanted, (family, dataset)
+
+
+def test_t5_reads_its_tasks_prefix_and_hands_it_on(tiny, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny["t5"], folder)
+    tasks = {"summarization": {"prefix": "summarize: "}, "translation_en_to_ro": {"prefix": "to Romanian: "}}
+    edit_config(folder, task_specific_params=tasks)
+    plain = teachers.load_tokenizer(tiny["t5"])
+    [wanted] = teachers.tokenize_sources(plain, ["summarize: the old man"], 99)
+    summarize = teachers.load_tokenizer(folder)
+    assert teachers.tokenize_sources(summarize, ["the old man"], 99) == [wanted]
+    assert teachers.tokenize_targets(summarize, ["the old man"], 99) == teachers.tokenize_targets(
+        plain, ["the old man"], 99
+    )
+    translate = teachers.load_tokenizer(folder, ("en", "ro"))
+    assert teachers.tokenize_sources(translate, ["a"], 99) == teachers.tokenize_sources(plain, ["to Romanian: a"], 99)
+    model = teachers.load_model(folder)
+    model.save_pretrained(tmp_path / "student")
+    translate.save_pretrained(tmp_path / "student")
+    student = teachers.load_tokenizer(tmp_path / "student")
+    assert teachers.tokenize_sources(student, ["the old man"], 99) == [wanted]
+
+
+def test_pegasus_is_never_computed_in_fp16(tiny):
+    from raydistill.model.generate import open_engine
+
+    with pytest.raises(UserError, match="Pegasus overflows in fp16"):
+        open_engine(tiny["pegasus"], precision="fp16")
+
+
+def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(tiny, tmp_path):
+    preset = TEACHERS["pegasus"]["xsum"]
+    lay_out_model(tmp_path / "hub", preset.hub, tiny["pegasus"], preset.revision)
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(12)))
+    arguments = ("pseudolabel", "--teacher", "pegasus", "--dataset", file, "--beams", 2, "--json")
+    done = last_json(command(tmp_path / "outputs", *arguments, HF_HUB_CACHE=str(tmp_path / "hub")))
+    assert done["rows"] == 12
+    assert done["teacher"]["where"] == f"{preset.hub}@{preset.revision}"
+    assert done["teacher"]["fingerprint"] == teachers.fingerprint(tiny["pegasus"])
+    assert (done["decoding"]["beams"], done["decoding"]["length_penalty"]) == (2, 0.6)

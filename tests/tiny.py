@@ -105,16 +105,19 @@ def build(
     return model.eval()
 
 
-def lay_out_model(cache_home: Path, hub_name: str, folder: Path) -> str:
-    """Lay a model's folder out under `cache_home` as the hub's cache does; returns the made-up commit hash.
+def lay_out_model(cache_home: Path, hub_name: str, folder: Path, revision: str = "main") -> str:
+    """Lay a model's folder out under `cache_home` as the hub's cache does; returns the commit hash.
+
+    `revision` is a commit hash, or a name that points to a made-up one.
 
     Set `HF_HUB_CACHE` to `cache_home` (or `HF_HOME` to its parent, where it is named `hub`) and
     `HF_HUB_OFFLINE=1`, before transformers is imported: then `from_pretrained(hub_name)` finds it.
     """
-    sha = hashlib.sha1(hub_name.encode()).hexdigest()
+    sha = revision if len(revision) == 40 else hashlib.sha1(hub_name.encode()).hexdigest()
     place = Path(cache_home) / f"models--{hub_name.replace('/', '--')}"
     (place / "refs").mkdir(parents=True, exist_ok=True)
-    (place / "refs" / "main").write_text(sha)
+    if sha != revision:
+        (place / "refs" / revision).write_text(sha)
     shutil.copytree(folder, place / "snapshots" / sha, dirs_exist_ok=True)
     return sha
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from raydistill.config.errors import UserError
 
 # Names that mean something by themselves, even where a file or folder of that name lies about.
-KNOWN_WORDS = {"bart", "pegasus", "mbart", "marian", "demo", "xsum", "cnn_dailymail", "wmt16_en_ro"} | {
+KNOWN_WORDS = {"bart", "pegasus", "mbart", "marian", "t5", "demo", "xsum", "cnn_dailymail", "wmt16_en_ro"} | {
     *("auto", "original", "pseudo", "original+pseudo"),
 }
 Path_ = tuple[str | int, ...]

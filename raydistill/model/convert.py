@@ -21,6 +21,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.model import teachers
+from raydistill.model.checkpoints import resolve
 
 # Log-probabilities in fp32 agree to about 1e-4; any mistake in a conversion moves them by far more than this.
 TOLERANCE = 0.05
@@ -161,7 +162,7 @@ def converted(
 def _conversion_key(checkpoint: str | Path) -> str:
     import ctranslate2
 
-    folder = teachers.resolve(checkpoint)
+    folder = resolve(checkpoint)
     digest = hashlib.sha256(teachers.fingerprint(folder).encode())
     digest.update(f"{ctranslate2.__version__} {transformers.__version__}".encode())
     for name in ("config.json", "tokenizer_config.json", *teachers.TOKENIZER_FILES, *teachers.MARIAN_FILES):

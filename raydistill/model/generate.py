@@ -166,6 +166,8 @@ def open_engine(
         precision = "fp32" if device == "cpu" else "bf16"
     if precision not in CT2_TYPES:
         raise UserError(f"precision {precision!r} is none of auto, {', '.join(CT2_TYPES)}")
+    if precision == "fp16" and teachers.load_config(checkpoint).model_type == "pegasus":
+        raise UserError(f"{checkpoint}: Pegasus overflows in fp16; use bf16 or fp32")
     if kind != "transformers":
         try:
             return _open_ctranslate2(checkpoint, device, threads, precision, languages, cache, say, sample)

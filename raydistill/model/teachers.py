@@ -1,12 +1,7 @@
-"""Teachers and students on disk: finding, checking and loading them, and turning text into their tokens.
-
-A checkpoint is a folder as `save_pretrained` writes it, or the hub's name of one; `owner/name@revision` is a
-revision of it. Weights are read from safetensors only, since a pickled file can run code when it is opened.
-"""
+"""Teachers and students on disk: checking and loading them, and turning text into their tokens."""
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,21 +21,18 @@ from transformers import (
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
-from raydistill.config.presets import DATASETS, DEMO_TEACHER_RUN, TEACHERS, TeacherPreset, teacher_preset
+from raydistill.config.presets import DATASETS, DEMO_TEACHER_RUN, TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
+from raydistill.model.checkpoints import check_weights, first_line, resolve, safe_open, weight_files
 
 FAMILIES = ("bart", "pegasus", "mbart", "marian", "t5")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
-# The hub's files that are needed: none from sub-folders, no pickles, no other frameworks' weights.
-HUB_PATTERNS = ["*.json", "model*.safetensors", "*.model", "*.spm", "*.txt"]
-HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
-
 Languages = tuple[str, str]
 
 
 def locate(teacher: str, dataset: str) -> str:
-    """The folder or hub name of a teacher: a preset's name (for the data set), a folder, or a hub name.
+    """Where a teacher is: a folder, or a hub name, at the pinned revision where it is a preset's (for the data set).
 
     Raises UserError where the demo's teacher is not trained yet or the preset has none for the data set.
     """
@@ -50,25 +42,7 @@ def locate(teacher: str, dataset: str) -> str:
             raise UserError(f"the demo teacher is not at {folder}; train it with `python -m raydistill.train demo`")
         return str(folder)
     preset = teacher_preset(teacher, dataset)
-    return preset.hub if preset else teacher
-
-
-def resolve(where: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint, fetched from the hub where it is not here yet.
-
-    `weights=False` fetches only what the configuration and the tokenizer need. With HF_HUB_OFFLINE=1 only
-    the cache is read. Raises UserError: no such folder, not on the hub, the hub is out of reach.
-    """
-    folder = Path(where)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{where}: is a file; a checkpoint is a folder with config.json and model.safetensors")
-    name, _, revision = str(where).partition("@")
-    if not _may_be_hub_name(name):
-        known = ", ".join([*TEACHERS, "demo"])
-        raise UserError(f"{where}: no such folder, and not a hub name (owner/name); named teachers are {known}")
-    return _from_hub(name, revision or None, weights)
+    return f"{preset.hub}@{preset.revision}" if preset else teacher
 
 
 def load_config(where: str | Path) -> PretrainedConfig:
@@ -90,14 +64,15 @@ def load_config(where: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{path}: cannot be used: {_first_line(error)}") from None
+        raise UserError(f"{path}: cannot be used: {first_line(error)}") from None
 
 
 def load_tokenizer(where: str | Path, languages: Languages | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, checked against its embedding table.
 
-    `languages` are mBART's (source, target) codes such as ("en_XX", "ro_RO"); other families ignore them.
-    Without them the target language is the one that the checkpoint's configuration starts with.
+    `languages` are mBART's (source, target) codes such as ("en_XX", "ro_RO"), or T5's such as ("en", "ro"); other
+    families ignore them. Without them mBART's target language is the one that the checkpoint's configuration starts
+    with, and T5's task is summarization.
     Raises UserError: missing or unreadable files, a vocabulary larger than the table, an unknown language.
     """
     config = load_config(where)
@@ -113,8 +88,9 @@ def load_tokenizer(where: str | Path, languages: Languages | None = None) -> Pre
             warnings.filterwarnings("ignore", message=".*sacremoses.*")
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{where}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{where}: the tokenizer cannot be loaded: {first_line(error)}") from None
     check_vocabulary(config, tokenizer, where)
+    tokenizer.source_prefix = source_prefix(config, languages)
     if config.model_type == "mbart":
         _set_tokenizer_languages(tokenizer, config, folder, languages, where)
     return tokenizer
@@ -142,7 +118,7 @@ def load_model(where: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
             ignore_mismatched_sizes=True,
         )
     except Exception as error:
-        raise UserError(f"{where}: the model cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{where}: the model cannot be loaded: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):
@@ -169,41 +145,6 @@ def load_generation_config(where: str | Path) -> GenerationConfig:
         raise UserError(f"{folder / 'generation_config.json'}: cannot be used: {error}") from None
 
 
-def check_weights(folder: Path, where: str | Path) -> None:
-    """Raise a UserError where a folder's safetensors are absent, truncated or incomplete."""
-    files = weight_files(folder)
-    if not files:
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        has = f"only pickled weights ({', '.join(pickled)})" if pickled else "no model.safetensors"
-        raise UserError(
-            f"{where}: has {has}, and a pickled file can run code when it is opened. If you trust it, convert "
-            'it: python -c "from transformers import AutoModelForSeq2SeqLM as M, AutoTokenizer as T; '
-            f"M.from_pretrained('{where}').save_pretrained('converted'); "
-            "T.from_pretrained('" + str(where) + "').save_pretrained('converted')\" and use ./converted "
-            "(on the hub, owner/name@refs/pr/N is a conversion that waits in a pull request)"
-        )
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{where}: {path.name} is missing; the index lists it. Copy the checkpoint again")
-        try:
-            with _safe_open(path) as tensors:
-                tensors.keys()
-        except Exception as error:
-            raise UserError(f"{path}: damaged or truncated ({_first_line(error)}); copy the checkpoint again") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index lists."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [p for p in [folder / "model.safetensors"] if p.is_file()]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index}: not a weight index ({error}); copy the checkpoint again") from None
-    return [folder / name for name in sorted(names)]
-
-
 def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, where: str | Path) -> None:
     """Raise a UserError where the tokenizer can write an id that the embedding table has no row for.
 
@@ -220,6 +161,17 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
             f"{beyond[0]!r}; tokenizer and model do not belong together"
         )
     tokenizer.split_special_tokens = True
+
+
+def source_prefix(config: PretrainedConfig, languages: Languages | None) -> str:
+    """What a T5 checkpoint wants before every source, such as "summarize: "; "" where its config names nothing.
+
+    The published T5 models were trained on many tasks at once and list their prefixes in `task_specific_params`,
+    which students inherit.
+    """
+    task = f"translation_{languages[0][:2]}_to_{languages[1][:2]}" if languages else "summarization"
+    tasks = getattr(config, "task_specific_params", None) or {}
+    return str(tasks.get(task, {}).get("prefix", "")) if config.model_type == "t5" else ""
 
 
 def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -281,10 +233,15 @@ def max_tokens(
 
 
 def tokenize_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
-    """The token ids of each source text with the family's special tokens, cut to `max_tokens` in all."""
+    """The token ids of each source text with the family's special tokens, cut to `max_tokens` in all.
+
+    T5's task prefix, which `load_tokenizer` found, comes first.
+    """
     if not texts:
         return []
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)
+    prefix = getattr(tokenizer, "source_prefix", "")
+    texts = [prefix + text for text in texts]
+    encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
@@ -305,15 +262,9 @@ def _tensors(of: str | Path | PreTrainedModel) -> Iterator[tuple[str, torch.Tens
     folder = resolve(of)
     check_weights(folder, of)
     for path in weight_files(folder):
-        with _safe_open(path) as tensors:
+        with safe_open(path) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield name, tensors.get_tensor(name)
-
-
-def _safe_open(path: Path):  # type: ignore[no-untyped-def]
-    from safetensors import safe_open
-
-    return safe_open(path, framework="pt")
 
 
 def _set_tokenizer_languages(
@@ -345,54 +296,3 @@ def _set_tokenizer_languages(
 
 def _is_mbart50(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "MBart50" in type(tokenizer).__name__
-
-
-def _may_be_hub_name(name: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
-def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    patterns = [p for p in HUB_PATTERNS if weights or "safetensors" not in p]
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                etag_timeout=HUB_TIMEOUT,
-            )
-        )
-    except GatedRepoError:
-        raise UserError(f"{name}: the hub asks for a login; accept its terms and set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{name}: neither a folder here nor a model on the hub (or a private one)") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{name}: the hub has no revision {revision!r} of it") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            why = "HF_HUB_OFFLINE is set and it is not in the local cache"
-        else:
-            why = f"it is not in the local cache and the hub cannot be reached ({_first_line(error)})"
-        raise UserError(
-            f"{name}: no such folder; {why}. Give a folder, or fetch it where there is a network: hf download {name}"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0][:300]}" if lines else type(error).__name__
