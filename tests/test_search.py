@@ -118,6 +118,51 @@ def test_a_trial_that_died_is_taken_up_by_the_next_command(tmp_path):
     assert [p["key"] for p in everything(StudySearch(space(), tmp_path), "c")] == [died["key"]]
 
 
+def test_a_stopped_trial_is_over_with_the_score_that_it_had(tmp_path):
+    searcher = StudySearch(space(), tmp_path)
+    searcher.suggest("a")
+    stopped = {"status": "stopped", "metrics": {"score": 4.0, "latency_ms": 5.0}}
+    searcher.on_trial_complete("a", final_report(stopped, "latency_ms"))
+    assert StudySearch(space(), tmp_path).finished == 1
+    assert [trial.values for trial in searcher._ot_study.best_trials] == [[4.0, 5.0]]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
+def test_a_shape_that_no_budget_admits_is_never_started(tmp_path, sampler):
+    """Also while the sampler models: with two objectives it must bear trials that are pruned without values."""
+    endless = {"training": {"learning_rate": {"log_uniform": [1e-5, 1e-2]}}} if sampler != "grid" else {}
+    run = {**RUN, **endless}
+    asked = Space.model_validate({"name": "s", "run": run, "search": {"sampler": sampler, "trials": 20}})
+    searcher = StudySearch(asked, tmp_path, barred={"2-3"})
+    found = []
+    for n in range(20):
+        proposal = searcher.suggest(str(n))
+        if not isinstance(proposal, dict):
+            break
+        found.append(proposal["chosen"]["student.size"])
+        searcher.on_trial_complete(str(n), {**DONE, "score": n % 5})
+    assert set(found) == {"2-1"}
+    assert len(found) == (3 if sampler == "grid" else 20)
+    assert searcher.finished == len(found)
+
+
+def test_no_trial_starts_once_the_time_or_the_device_hours_are_used_up(tmp_path):
+    late, sweep = tmp_path / "late", tmp_path / "dear"
+    late.mkdir()
+    sweep.mkdir()
+    assert StudySearch(space(max_hours=1e-9), late).suggest("a") == "FINISHED"
+    asked = space(max_device_hours=1.0)
+    searcher = StudySearch(asked, sweep)
+    (sweep / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 0.25}))
+    for number, hours in enumerate((0.5, 0.5)):
+        assert isinstance(searcher.suggest(str(number)), dict)
+        folder = sweep / "trials" / f"t{number}"
+        folder.mkdir(parents=True)
+        result = {"status": "failed" if number else "done", "metrics": {"gpu_hours": hours}}
+        (folder / "result.json").write_text(json.dumps(result))
+    assert searcher.suggest("2") == "FINISHED"  # 0.25 + 0.5 + 0.5, the failed one charged too
+
+
 def test_a_failed_run_is_over_and_never_on_the_studys_front(tmp_path):
     searcher = StudySearch(space(), tmp_path)
     failed = searcher.suggest("a")

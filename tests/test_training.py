@@ -24,7 +24,7 @@ from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sourc
 from raydistill.training import loop, validation
 from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, step
 from raydistill.training.material import open_teacher
-from raydistill.training.run import Inputs, fill_cache, supervise, train
+from raydistill.training.run import Inputs, collapse, fill_cache, supervise, train
 from raydistill.training.student import Frozen, freeze, make_student
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import decoder_store, encoder_store
@@ -694,7 +694,9 @@ def test_a_folder_that_holds_another_config_is_refused(place, finished, tmp_path
 def test_a_run_that_diverges_has_a_failed_result_with_its_reason(place, tmp_path):
     run = make_run(place, training={"learning_rate": 1e30, "warmup_steps": 0, "epochs": 4, "schedule": "constant"})
     result = train(run, tmp_path / "run", lambda m, f: None, Inputs(note={"trial": 1}))
-    assert (result["status"], result["metrics"], result["trial"], result["size"]) == ("failed", {}, 1, "2-1")
+    assert (result["status"], result["trial"], result["size"]) == ("failed", 1, "2-1")
+    assert list(result["metrics"]) == ["gpu_hours"]  # it is charged what it took
+    assert result["metrics"]["gpu_hours"] > 0
     assert "is nan at step" in result["reason"] or "is inf at step" in result["reason"]
     assert train(run, tmp_path / "run", lambda m, f: None) == result
 
@@ -796,3 +798,23 @@ def test_a_layer_choice_decides_copies_and_supervision(tmp_path):
         ((ours.decoder_hidden_states[i + 1] - theirs.decoder_hidden_states[i + 1]) ** 2).mean(-1).sum() for i in (0, 1)
     )
     assert sums["hidden"] == pytest.approx(float(hidden), rel=1e-4)
+
+
+def test_a_run_that_is_told_to_stop_keeps_its_best_checkpoint_scored(place, tmp_path):
+    run = make_run(place, training={"epochs": 4})
+    reasons = iter([None, "others are better"])
+    result = train(run, tmp_path / "s", lambda metrics, where: next(reasons), Inputs())
+    assert (result["status"], result["reason"]) == ("stopped", "others are better")
+    lines = [json.loads(line) for line in (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert lines[-1]["step"] == result["steps"]
+    assert 0 < lines[0]["progress"] < lines[1]["progress"] < 1
+    assert result["interval"][0] <= result["metrics"]["score"] <= result["interval"][1]
+    assert (tmp_path / "s" / "best" / "model.safetensors").is_file()
+    assert train(run, tmp_path / "s", lambda metrics, where: None, Inputs()) == result
+
+
+def test_a_student_that_collapsed_where_its_teacher_did_not_has_failed():
+    assert collapse(0.9, None) is None
+    assert collapse(0.9, 0.6) is None
+    assert "90% of its outputs" in str(collapse(0.9, 0.1))

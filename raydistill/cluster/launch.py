@@ -4,15 +4,20 @@ Both hand `training.run.train` a `report`, and both go on from the run's own fol
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import Run
-from raydistill.results.records import read_json
+from raydistill.config.space import Search
+from raydistill.results.records import read_json, rivals
+from raydistill.results.stopping import falls_behind
 from raydistill.training.run import Inputs
 
 Metrics = dict[str, Any]
+Stop = Callable[[], str | None]
 
 
 def launcher_for(run: Run, device: str) -> str:
@@ -49,11 +54,13 @@ def train_with_ray_train(
     *,
     device: str = "cpu",
     retries: int = 2,
+    stop: Stop | None = None,
     callbacks: list[Any] | None = None,
 ) -> Metrics:
     """One run as a Ray Train job; a worker that dies is started again and goes on from the run's folder.
 
-    Returns the result that result.json holds. `folder` must be seen by every node.
+    Returns the result that result.json holds. `folder` must be seen by every node. `stop()` is asked after every
+    validation for a reason to stop.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -62,7 +69,7 @@ def train_with_ray_train(
     training = run.training
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"run": run.model_dump(mode="json"), "folder": str(folder), "inputs": inputs},
+        train_loop_config={"run": run.model_dump(mode="json"), "folder": str(folder), "inputs": inputs, "stop": stop},
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",
@@ -95,7 +102,7 @@ def final_report(result: Metrics, cost: str) -> Metrics:
     """What a search is told of a finished run: its score and cost, or that it failed."""
     metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
     report = {**metrics, "status": result["status"], "finished": True}
-    if result["status"] == "done":
+    if result["status"] in ("done", "stopped"):
         report |= {"score": metrics["score"], cost: metrics.get(cost, 0.0)}
     return report
 
@@ -109,20 +116,33 @@ def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device
 
     run, folder, inputs = trial_run(space, Path(sweep), prepared, config)
     cost = space.search.cost
+    stop = partial(reason_to_stop, folder, space.search) if space.search.stops_early else None
     if launcher_for(run, device) == "train":
         from ray.tune.integration.ray_train import TuneReportCallback
 
         result = train_with_ray_train(
-            run, folder, inputs, device=device, retries=space.search.retries, callbacks=[TuneReportCallback()]
+            run,
+            folder,
+            inputs,
+            device=device,
+            retries=space.search.retries,
+            stop=stop,
+            callbacks=[TuneReportCallback()],
         )
     else:
         _use_threads(run.training.threads)
 
-        def report(metrics: Metrics, where: Path | None) -> None:
+        def report(metrics: Metrics, where: Path | None) -> str | None:
             tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
+            return stop() if stop else None
 
         result = train(run, folder, report, inputs)
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
+
+
+def reason_to_stop(folder: Path, search: Search) -> str | None:
+    """Why the trial in `folder` should stop now, by what it and the others of its shape have left on disk."""
+    return falls_behind(*rivals(folder.parent.parent, folder.name), search.grace, search.reduction)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -137,9 +157,11 @@ def _train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     _use_threads(run.training.threads)
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    stop: Stop | None = config["stop"]
 
-    def report(metrics: Metrics, where: Path | None) -> None:
+    def report(metrics: Metrics, where: Path | None) -> str | None:
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+        return stop() if stop and worker.leads else None
 
     train(run, Path(config["folder"]), report, config["inputs"], worker)
 

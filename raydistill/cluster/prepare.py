@@ -38,6 +38,7 @@ class Prepared:
             cache=Path(self.cache) if self.cache else None,
             costs=costs,
             note=note,
+            repetition=self.teacher.get("repetition"),
         )
 
 

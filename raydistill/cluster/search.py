@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raydistill.cluster.launch import check_room, final_report, launcher_for, tune_trial
-from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.prepare import Prepared, runs_of
+from raydistill.config.console import progress
+from raydistill.config.errors import UserError
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
-from raydistill.results.records import read_json
+from raydistill.results.budget import absolute_bounds, admitted
+from raydistill.results.records import device_hours, read_json
 from raydistill.training.run import Inputs
 
 DUPLICATES_IN_A_ROW = 200
@@ -40,12 +45,18 @@ def trial_run(space: Space, sweep: Path, prepared: Prepared, config: dict[str, A
 
 def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any]) -> None:
     """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log."""
-    searcher = StudySearch(space, sweep)
+    barred = barred_sizes(space, prepared)
+    searcher = StudySearch(space, sweep, barred)
     missing = space.search.trials - searcher.finished
     if missing <= 0:
         return
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     runs = [resolve(space, chosen, space.name) for chosen in corners(space.run, limit=200)]
+    if barred:
+        shapes = ", ".join(sorted(size or prepared.teacher["size"] for size in barred))
+        progress(f"no budget admits {shapes}: students of such a shape are not trained")
+    if all(run.student.size in barred for run in runs):
+        raise UserError("no shape of the space fits any of its budgets; raise a budget, or add smaller sizes")
     for run in runs:
         check_room(run, device)
     threads = max(run.training.threads for run in runs)
@@ -71,6 +82,14 @@ def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks
     tuner.fit()
 
 
+def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
+    """Values of `student.size` whose measured shape no budget of the space admits."""
+    budgets = [absolute_bounds(bounds, prepared.teacher["costs"]) for bounds in space.budgets.values()]
+    sizes = {run.student.size for run in runs_of(space)}
+    costs = {size: prepared.shapes[size or prepared.teacher["size"]] for size in sizes}
+    return frozenset(size for size in sizes if not admitted(costs[size], budgets))
+
+
 def room(runs: list[Run], device: str) -> int:
     """How many trials the cluster can hold at a time."""
     import ray
@@ -89,13 +108,19 @@ class StudySearch(OptunaSearch):
     The study's journal and the trials' own results are the only memory: a sweep that was killed is not restored from
     Tune's snapshots (which lag behind), but started anew on the same study. A trial that was under way is proposed
     again and goes on from its folder; a finished one is never started again; the same settings are not tried twice.
+
+    What the sampler learns: a trial that was stopped early has the score of its best checkpoint, which is real; a
+    failed one, and a proposal of a size in `barred`, stand in the study as pruned, which TPE ranks below all others.
     """
 
     _ot_study: Any
 
-    def __init__(self, space: Space, sweep: Path) -> None:
+    def __init__(self, space: Space, sweep: Path, barred: Collection[str | None] = ()) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.search_space = space
+        self.barred = barred
+        self.ends = time.monotonic() + 3600 * space.search.max_hours if space.search.max_hours else None
+        self.sweep = sweep
         self.trials_folder = sweep / "trials"
         self.cost = space.search.cost
         storage = JournalStorage(JournalFileBackend(str(sweep / "study.log")))
@@ -124,11 +149,16 @@ class StudySearch(OptunaSearch):
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
         """The next proposal whose settings no trial has had, or that a killed trial had."""
         for _ in range(DUPLICATES_IN_A_ROW):
-            if self._exhausted():
+            if self._exhausted() or self._spent():
                 return Searcher.FINISHED
             trial = self._ot_study.ask()
             chosen = propose(self.search_space.run, trial)
-            key = key_of(resolve(self.search_space, chosen, self.search_space.name))
+            run = resolve(self.search_space, chosen, self.search_space.name)
+            key = key_of(run)
+            if run.student.size in self.barred:
+                trial.set_user_attr("barred", f"no budget admits {run.student.size or 'the full size'}")
+                self._ot_study.tell(trial, state=TrialState.PRUNED)
+                continue
             if key not in self.given:
                 self._ot_trials[trial_id] = trial
                 self.given.add(key)
@@ -140,21 +170,29 @@ class StudySearch(OptunaSearch):
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study. A run that failed is over; a trial that stopped before its end is proposed again next time.
+        """Tell the study. A run that failed is over; a trial whose process died is proposed again next time.
 
         Neither has values: a made-up score and cost could stand on the study's front.
         """
         finished = result is not None and bool(result.get("finished"))
-        done = finished and result is not None and result["status"] == "done"
-        if finished and not done:
+        scored = finished and result is not None and "score" in result
+        if finished and not scored:
             self._ot_trials[trial_id].set_user_attr("over", True)
-        super().on_trial_complete(trial_id, result if done else None, error=not done)
+        # Without values and without an error the parent tells "pruned"
+        super().on_trial_complete(trial_id, result if scored else None, error=not finished)
 
     def _exhausted(self) -> bool:
         """A grid ends with its last point; no sampler goes on after it."""
         if self.search_space.search.sampler != "grid":
             return False
         return not self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+
+    def _spent(self) -> bool:
+        """Whether the search's time or device-hours are used up: what is under way ends, and nothing more starts."""
+        if self.ends is not None and time.monotonic() >= self.ends:
+            return True
+        most = self.search_space.search.max_device_hours
+        return most is not None and device_hours(self.sweep) >= most
 
     def _take_up(self) -> None:
         """Put a study that was killed in order: each trial over, waiting, or waiting again.
@@ -185,7 +223,7 @@ class StudySearch(OptunaSearch):
             return
         if values:
             self._ot_study._storage.set_trial_user_attr(trial._trial_id, "over", True)
-        self._ot_study.tell(trial.number, state=TrialState.FAIL)
+        self._ot_study.tell(trial.number, state=TrialState.PRUNED if values else TrialState.FAIL)
 
     def _first_points(self) -> list[dict[str, Any]]:
         space = self.search_space

@@ -19,8 +19,8 @@ from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
-from raydistill.results.figures import results_table, write_report
-from raydistill.results.records import Outcome, outcome, read_sweep
+from raydistill.results.figures import count_trials, results_table, write_report
+from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
 PUBLISH_EVERY_S = 20.0
@@ -31,8 +31,8 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
     check_space(space)
     with claimed(space, folder):
         over = trials_over(folder)
-        if over >= space.search.trials and (folder / "sweep.json").is_file():
-            progress(f"sweep {space.name}: all {space.search.trials} trials are over; in {folder}")
+        if (folder / "sweep.json").is_file() and (over >= space.search.trials or spent(space, folder)):
+            progress(f"sweep {space.name}: {over} trials are over, and none is to come; in {folder}")
             prepared = as_prepared(folder)
         else:
             with cluster():
@@ -51,6 +51,12 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         text = summary(found, prepared, died)
         text += f"\n\n{tracked}"
         return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
+
+
+def spent(space: Space, folder: Path) -> bool:
+    """Whether a sweep has used up its device-hours."""
+    most = space.search.max_device_hours
+    return most is not None and device_hours(folder) >= most
 
 
 def as_prepared(folder: Path) -> Prepared:
@@ -137,7 +143,7 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
     metric = found.metric
     test = teacher["test"]
     lines = [
-        f"sweep {found.name}: {sum(t.status == 'done' for t in found.trials)} trials finished",
+        f"sweep {found.name}: {count_trials(found.trials)}",
         f"teacher {teacher['name']} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
         + (f", {test[metric]:.2f} [{test['interval'][0]:.2f}, {test['interval'][1]:.2f}] on test" if test else "")
         + f", {teacher['costs']['latency_ms']:.1f} ms for 32, {teacher['costs']['params_m']:.2f} M parameters",

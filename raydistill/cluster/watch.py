@@ -32,7 +32,8 @@ class Watch(Callback):
             return
         self.over += 1
         took = time.monotonic() - self.started.get(trial.trial_id, time.monotonic())
-        outcome = f"{self.metric} {result['score']:.2f}" if result["status"] == "done" else "failed"
+        outcome = f"{self.metric} {result['score']:.2f}" if "score" in result else "failed"
+        outcome += ", stopped early" if result["status"] == "stopped" else ""
         progress(f"{name} is over after {took:.0f} s: {outcome} ({self.over} over, {self.trials} in all)")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -44,6 +44,22 @@ class Search(Model):
         "latency_ms", description="what is minimised while the score is maximised"
     )
     retries: int = Field(2, ge=0, description="how often a trial that dies is taken up again")
+    stopping: Literal["auto", "per_shape", "off"] = Field(
+        "auto",
+        description="per_shape: a trial that falls behind others of its own shape stops early; auto: unless sampler is "
+        "grid, whose table is to be whole",
+    )
+    grace: float = Field(0.25, gt=0, lt=1, description="share of a run's steps before which no trial is stopped")
+    reduction: int = Field(2, ge=2, description="the better 1/reduction of a shape's trials go on at each comparison")
+    max_device_hours: float | None = Field(
+        None, gt=0, description="no trial starts once trials and teacher passes have taken so much"
+    )
+    max_hours: float | None = Field(None, gt=0, description="no trial starts later than this in one run of the command")
+
+    @property
+    def stops_early(self) -> bool:
+        """`stopping` with `auto` resolved."""
+        return self.stopping == "per_shape" or (self.stopping == "auto" and self.sampler != "grid")
 
 
 class Space(Model):

@@ -64,6 +64,16 @@ def feasible(candidates: Sequence[Candidate], bounds: dict[str, float]) -> list[
     return [c for c in candidates if all(_share(c, key, bound) <= 1 for key, bound in bounds.items())]
 
 
+def admitted(costs: dict[str, float], budgets: Sequence[dict[str, float]]) -> bool:
+    """Whether some budget could admit a student of these costs; what is not known of it (yet) is no obstacle.
+
+    Without budgets everything is admitted.
+    """
+    return not budgets or any(
+        all(costs[key] <= bound for key, bound in bounds.items() if key in costs) for bounds in budgets
+    )
+
+
 def front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:
     """The Pareto front, cheapest first: those that no other beats in score or cost without losing in the other.
 

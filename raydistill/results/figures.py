@@ -28,7 +28,7 @@ def write_report(found: Outcome) -> list[Path]:
     text = markdown_table(*results_table(found.trials, found.front, found.chosen, found.metric))
     write_atomic(table, (text + "\n").encode())
     written = [table]
-    if any(t.status == "done" for t in found.trials):
+    if any(t.scored for t in found.trials):
         picture = found.sweep / "front.png"
         front_png(
             picture,
@@ -66,7 +66,7 @@ def front_png(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    done = [t for t in trials if t.status == "done" and t.score(metric) is not None and cost in t.metrics]
+    done = [t for t in trials if t.scored and t.score(metric) is not None and cost in t.metrics]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     try:
         sizes = sorted({t.size for t in done}, key=_depths)
@@ -106,13 +106,13 @@ def results_table(
     header += ["ms (batch 32)", "speed-up", "params M", "device h", "trial", "note"]
     if any(_shrunk_encoder(t) for t in trials):
         header.insert(4, "encoder from")
-    order = {"done": 0, "running": 1, "failed": 2}
+    order = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
     rows = []
     for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0)):
         budgets = [budget for budget, key in choices.items() if key == t.key]
-        note = t.reason if t.status == "failed" else "running" if t.status == "running" else ", ".join(budgets)
+        note = ", ".join([*budgets, *([t.status] if t.status != "done" else [])])
         if t.status == "failed":
-            note = f"failed: {note.splitlines()[0] if note else 'no reason kept'}"
+            note = f"failed: {t.reason.splitlines()[0] if t.reason else 'no reason kept'}"
         test = t.test or {}
         row = [
             f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",
@@ -132,6 +132,14 @@ def results_table(
             row.insert(4, _layers(t.copied.get("encoder")) if _shrunk_encoder(t) else "all")
         rows.append(row)
     return header, rows
+
+
+def count_trials(trials: Sequence[Trial]) -> str:
+    """How many trials there are of each status, such as "9 trials: 6 done, 3 stopped early"."""
+    words = {"done": "done", "stopped": "stopped early", "failed": "failed", "running": "not over"}
+    counts = {status: sum(t.status == status for t in trials) for status in words}
+    parts = [f"{n} {words[status]}" for status, n in counts.items() if n]
+    return f"{len(trials)} trials" + (f": {', '.join(parts)}" if parts else "")
 
 
 def choices_table(found: Outcome) -> tuple[list[str], list[list[str]]]:

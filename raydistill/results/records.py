@@ -16,18 +16,21 @@ from raydistill.config.errors import UserError
 from raydistill.config.load import read_yaml
 from raydistill.config.space import BOUNDED
 from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front
+from raydistill.results.stopping import Curve
 
 
 @dataclass(frozen=True)
 class Trial:
     """One trial as its folder tells it; `status` is "running", without a number, while there is no result.json.
 
+    A trial that was "stopped" early has a scored checkpoint like one that is "done".
+
     `metrics` are on validation, `test` on the test split (with its "interval"), both with the contract's names.
     """
 
     key: str
     folder: Path
-    status: Literal["done", "failed", "running"]
+    status: Literal["done", "stopped", "failed", "running"]
     number: int | None = None
     reason: str = ""
     method: str = ""
@@ -47,6 +50,20 @@ class Trial:
     def label(self) -> str:
         """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key where there is no number."""
         return self.key if self.number is None else f"{self.size} {self.method} (trial {self.number})"
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a checkpoint with its score."""
+        return self.status in ("done", "stopped")
+
+    @property
+    def device_hours(self) -> float:
+        """What the trial has taken; of one under way, up to its last validation."""
+        if self.status != "running":
+            return self.metrics.get("gpu_hours", 0.0)
+        training = self.run_config().get("training") or {}
+        seconds = max((float(line.get("time_s", 0.0)) for line in self.history()), default=0.0)
+        return seconds * int(training.get("workers", 1)) * int(training.get("threads", 1)) / 3600
 
     def score(self, metric: str) -> float | None:
         """The validation score."""
@@ -150,12 +167,39 @@ def open_sweep(name_or_path: str) -> Path:
     raise UserError(f"{name_or_path}: no such sweep; {there}. Give a folder or a name")
 
 
+def rivals(sweep: Path, key: str) -> tuple[Curve, list[Curve]]:
+    """The validation curve of a trial, and those of the others of its shape, as early stopping compares them."""
+    trials = {trial.key: trial for trial in read_trials(sweep)}
+    shape = _shape_asked(trials[key])
+    others = [t for t in trials.values() if t.key != key and t.status != "failed" and _shape_asked(t) == shape]
+    return curve(trials[key]), [curve(trial) for trial in others]
+
+
+def curve(trial: Trial) -> Curve:
+    """(share of the steps done, score) of each validation; a run that ended by itself stays at its best."""
+    points = [(float(line["progress"]), float(line["score"])) for line in trial.history() if "progress" in line]
+    if trial.status == "done" and points and points[-1][0] < 1:
+        points.append((1.0, max(score for _, score in points)))
+    return points
+
+
+def _shape_asked(trial: Trial) -> str:
+    """The size as the run names it: a trial under way has no other, and "" is the full teacher's."""
+    return str((trial.run_config().get("student") or {}).get("size") or "")
+
+
+def device_hours(sweep: Path) -> float:
+    """What the sweep has taken so far: its trials, whatever became of them, and the teacher's passes, once."""
+    teacher = read_sweep(sweep).get("teacher_gpu_hours") or 0.0
+    return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
+
+
 def candidates(trials: list[Trial], metric: str) -> list[Candidate]:
     """The finished trials as candidates of a budget."""
     found = []
     for trial in trials:
         score = trial.score(metric)
-        if trial.status == "done" and score is not None:
+        if trial.scored and score is not None:
             costs = {k: float(trial.metrics[k]) for k in BOUNDED if trial.metrics.get(k) is not None}
             found.append(Candidate(trial.key, float(score), trial.rows(), costs, trial.label))
     return found
@@ -196,8 +240,8 @@ def outcome(sweep: Path) -> Outcome:
 def _finished(folder: Path) -> Trial:
     path = folder / "result.json"
     data = read_json(path)
-    if data.get("status") not in ("done", "failed"):
-        raise _damaged(path, f"status is {data.get('status')!r}, not done or failed")
+    if data.get("status") not in ("done", "stopped", "failed"):
+        raise _damaged(path, f"status is {data.get('status')!r}, not done, stopped or failed")
     checkpoint = folder / str(data.get("checkpoint") or "best")
     interval = data.get("interval")
     try:

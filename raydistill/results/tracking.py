@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic
-from raydistill.results.figures import choices_table, markdown_table, write_report
+from raydistill.results.figures import choices_table, count_trials, markdown_table, write_report
 from raydistill.results.records import Outcome, Trial, outcome, read_sweep
 
 FINAL = (
@@ -151,7 +151,7 @@ def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str |
 def _register(sweep: Path, key: str, budget_name: str, tracking_uri: str | None) -> Registered:
     found = outcome(sweep)
     trial = next((t for t in found.trials if t.key == key), None)
-    if trial is None or trial.checkpoint is None or trial.status != "done":
+    if trial is None or trial.checkpoint is None or not trial.scored:
         raise UserError(f"{sweep}: trial {key} has no finished checkpoint to register")
     uri = _uri(found, tracking_uri)
     check_tracking(uri)
@@ -276,7 +276,7 @@ def _publish_end(client: Any, run_id: str, trial: Trial, metric: str, time: int,
     for name, text in (("reason", trial.reason), ("signature", trial.signature), ("status", trial.status)):
         if text:
             client.set_tag(run_id, f"raydistill.{name}", text[:4000])
-    client.set_terminated(run_id, "FINISHED" if trial.status == "done" else "FAILED")
+    client.set_terminated(run_id, "FINISHED" if trial.scored else "FAILED")
     client.set_tag(run_id, "raydistill.done", "1")  # last: a kill before it has all of this done again
 
 
@@ -284,8 +284,7 @@ def _publish_parent(
     client: Any, parent: Any, children: dict[str, Any], found: Outcome, report: list[Path], finished: bool
 ) -> None:
     run_id = parent.info.run_id
-    done = sum(t.status == "done" for t in found.trials)
-    note = f"**{found.name}**: {done} of {len(found.trials)} trials finished."
+    note = f"**{found.name}**: {count_trials(found.trials)}."
     if found.choices:
         note += f"\n\n{markdown_table(*choices_table(found))}"
     client.set_tag(run_id, "mlflow.note.content", note[:8000])

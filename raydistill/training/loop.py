@@ -22,7 +22,8 @@ from raydistill.model import forms
 from raydistill.training.record import making
 from raydistill.training.supervision import Supervision
 
-Report = Callable[[dict[str, Any], Path | None], None]
+# Told of every validation; a text that it returns is the reason why the run should stop here.
+Report = Callable[[dict[str, Any], Path | None], str | None]
 Validate = Callable[[Path], dict[str, float]]
 
 
@@ -50,12 +51,17 @@ class State:
     checks_since_best: int = 0
     seconds: float = 0.0
     finished: bool = False
+    stopped: bool = False
     reason: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Diverged(Exception):
-    """The loss is no number any more: the run failed, and its search should learn so."""
+    """The loss is no number any more, after `seconds` of training: the run failed, and its search should learn so."""
+
+    def __init__(self, reason: str, seconds: float) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
 
 
 def fit(
@@ -69,8 +75,8 @@ def fit(
     """Train the student until its epochs are over or its score has stopped rising; the best is in `folder`/best.
 
     `validate(checkpoint folder)` returns metrics with `score` (higher is better). After each validation metrics.jsonl
-    and the state are saved in `folder` and `report(metrics, folder)` is called. Called again on the same folder it
-    goes on from there. Raises `Diverged` when the loss or a metric is not finite.
+    and the state are saved in `folder` and `report(metrics, folder)` is called, whose answer may stop the run. Called
+    again on the same folder it goes on from there. Raises `Diverged` when the loss or a metric is not finite.
     """
     worker = worker or Worker()
     lengths = _lengths(supervision)
@@ -97,7 +103,7 @@ def fit(
         state.step += 1
         if state.step % check_every == 0 or state.step == total:
             state.seconds = time.monotonic() - started
-            _check(supervision, settings, validate, folder, report, worker, state, losses, optimizer, per_epoch)
+            _check(supervision, settings, validate, folder, report, worker, state, losses, optimizer, per_epoch, total)
     return state
 
 
@@ -190,17 +196,19 @@ def _check(
     losses: "_Running",
     optimizer: torch.optim.Optimizer,
     per_epoch: int,
+    total: int,
 ) -> None:
-    """Validate, keep the best, decide whether to stop, save the state, report."""
+    """Validate, keep the best, decide whether to stop, save the state, report (and stop if told to)."""
     means = losses.take(worker)
     if not math.isfinite(means["loss"]):
-        raise Diverged(f"the loss is {means['loss']} at step {state.step}; try a lower learning rate")
+        raise Diverged(f"the loss is {means['loss']} at step {state.step}; try a lower learning rate", state.seconds)
     metrics: dict[str, Any] = {}
     if worker.leads:
         candidate = folder / f"checkpoint-{state.step}"
         metrics = {
             "step": state.step,
             "epoch": round(state.step / per_epoch, 4),
+            "progress": round(state.step / total, 4),
             "time_s": round(state.seconds, 3),
             "learning_rate": optimizer.param_groups[0]["lr"],
             **{f"loss_{k}" if k != "loss" else k: v for k, v in means.items()},
@@ -209,7 +217,9 @@ def _check(
     metrics = _from_leader(metrics, worker)
     wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
-        raise Diverged(f"{wrong[0]} is {metrics[wrong[0]]} at step {state.step}; try a lower learning rate")
+        raise Diverged(
+            f"{wrong[0]} is {metrics[wrong[0]]} at step {state.step}; try a lower learning rate", state.seconds
+        )
     score = metrics["score"]
     if state.best_score is None or score > state.best_score:
         state.best_score, state.best_step, state.checks_since_best = score, state.step, 0
@@ -225,7 +235,9 @@ def _check(
         for stale in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
             if stale.name != f"checkpoint-{state.best_step}":
                 shutil.rmtree(stale, ignore_errors=True)
-    report(metrics, folder)
+    told = _from_leader({"stop": report(metrics, folder)}, worker)["stop"]
+    if told and not state.finished and state.step < total:
+        state.finished, state.stopped, state.reason = True, True, told
 
 
 def has_state(folder: Path) -> bool:

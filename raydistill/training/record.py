@@ -87,14 +87,14 @@ def write_card(best: Path, run: Run, layers: Plan | None, facts: dict[str, Any])
     write_json_atomic(best / CARD, card)
 
 
-def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str) -> dict[str, Any]:
-    """The result of a run that cannot go on."""
+def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, hours: float) -> dict[str, Any]:
+    """The result of a run that cannot go on, and the device-hours that it took all the same."""
     result = {
         "key": folder.name,
         "status": "failed",
         "reason": reason,
         **facts,
-        "metrics": {},
+        "metrics": {"gpu_hours": hours},
         "interval": None,
         "test": None,
         "seed": run.training.seed,

@@ -33,15 +33,22 @@ from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import Ragged, decoder_store, encoder_store
 from raydistill.training.validation import Validator, missing_scorer
 
+COLLAPSE = 0.5
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was made before the run: a label set's folder, the root of the teacher cache, and the shape's costs."""
+    """What was made before the run: a label set's folder, the root of the teacher cache, and the shape's costs.
+
+    `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
+    collapsed into repetition is a failed run.
+    """
 
     labels: Path | None = None
     cache: Path | None = None
     costs: dict[str, float] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
+    repetition: float | None = None
 
 
 def train(
@@ -49,7 +56,9 @@ def train(
 ) -> dict[str, Any]:
     """Carry out one run in `folder`; returns its result, as result.json holds it (empty for workers that follow).
 
-    `report(metrics, folder)` is called after every validation. Raises UserError for what the user can mend.
+    `report(metrics, folder)` is called after every validation, and stops the run by returning a reason: its best
+    checkpoint is then scored and kept like any other, with the status "stopped". Raises UserError for what the user
+    can mend.
     """
     inputs, worker = inputs or Inputs(), worker or Worker()
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +97,8 @@ def train(
         state = fit(supervision, run.training, validator.validate, folder, report, worker)
     except Diverged as error:
         facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
-        return write_failure(folder, run, facts, str(error)) if worker.leads else {}
+        hours = error.seconds * devices(run, worker) / 3600
+        return write_failure(folder, run, facts, str(error), hours) if worker.leads else {}
     return _finish(folder, layers, state, validator, inputs, teacher, worker) if worker.leads else {}
 
 
@@ -142,8 +152,10 @@ def _finish(
     best = folder / "best"
     if not best.is_dir():
         (folder / f"checkpoint-{state.best_step}").rename(best)
-    found = {split: validator.score(best, split, validator.beam.beams) for split in ("validation", "test")}
-    validation, test = found["validation"], found["test"]
+    # The test split is for reporting what may be served; a stopped trial that is chosen after all is scored on it then.
+    splits = ("validation",) if state.stopped else ("validation", "test")
+    found = {split: validator.score(best, split, validator.beam.beams) for split in splits}
+    validation, test = found["validation"], found.get("test")
     rows = {split: evaluation.scored.rows for split, evaluation in found.items() if evaluation}
     if rows:
         write_rows(folder / "rows.npz", rows)
@@ -152,16 +164,16 @@ def _finish(
     if validation:
         scores = validation.scored.metrics
         metrics |= {**scores, "score": scores[validator.metric], "repetition": validation.repetition}
-    # A device is a GPU, or a CPU core: each worker holds one, or as many as it has threads.
-    devices = worker.world * (run.training.threads if worker.device == "cpu" else 1)
-    seconds = (state.seconds + time.monotonic() - started) * devices
+    hours = (state.seconds + time.monotonic() - started) * devices(run, worker) / 3600
     parameters = sum(p.numel() for p in validator.student.parameters())
-    metrics |= {"params_m": parameters / 1e6, "gpu_hours": seconds / 3600, **inputs.costs}
+    metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))
+    if validation and (why := collapse(validation.repetition, inputs.repetition)):
+        return write_failure(folder, run, {**what, **inputs.note}, why, hours)
     scorer = "val_loss" if validator.metric == "val_loss" else signature(validator.metric)
     result = {
         "key": folder.name,
-        "status": "done",
+        "status": "stopped" if state.stopped else "done",
         "reason": state.reason or "all epochs done",
         **what,
         **inputs.note,
@@ -187,6 +199,21 @@ def _finish(
     for stale in folder.glob("state*"):
         stale.unlink()
     return result
+
+
+def devices(run: Run, worker: Worker) -> int:
+    """How many devices a run holds. A device is a GPU, or a CPU core: a worker has one, or as many as threads."""
+    return worker.world * (run.training.threads if worker.device == "cpu" else 1)
+
+
+def collapse(repetition: float, teacher: float | None) -> str | None:
+    """Why a student counts as failed, or None: half of its outputs more than the teacher's repeat themselves."""
+    if teacher is None or repetition <= teacher + COLLAPSE:
+        return None
+    return (
+        f"collapsed: {repetition:.0%} of its outputs repeat themselves (the teacher's: {teacher:.0%}); try a lower "
+        f"learning rate, more steps, or pseudo-labels"
+    )
 
 
 def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
@@ -229,6 +256,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "metric": material.metric,
         "metrics": found["validation"].scored.metrics,
         "interval": list(found["validation"].interval),
+        "repetition": found["validation"].repetition,
         "test": test.summary() if test else None,
         "tokens": {
             "source": round(sum(map(len, sources)) / len(sources)),
