@@ -19,6 +19,8 @@ Name = Annotated[str, typer.Argument(help="a label set's folder, or its name or 
 def labels() -> None:
     """Label sets: what teachers wrote for the rows of a data set (made by `raydistill pseudolabel`).
 
+    With `--json` each of these ends with one JSON object on stdout.
+
     Examples:
 
         raydistill labels list
