@@ -76,7 +76,7 @@ def carry_out(run: Any, folder: Path) -> dict[str, Any]:
         where = device()
         check_room(run, where)
         progress(f"run {run.name}: method {run.method} on {where}, in {folder}")
-        inputs = inputs_for(run, where)
+        inputs = inputs_for(run, where, folder)
         with following(folder):
             return train_with_ray_train(run, folder, inputs, device=where)
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,16 @@ from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.training import loop, validation
-from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, step
+from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, read_step, step
 from raydistill.training.material import open_teacher
-from raydistill.training.run import Inputs, collapse, fill_cache, supervise, train
-from raydistill.training.student import Frozen, freeze, make_student
+from raydistill.training.run import Inputs, collapse, supervise, train
+from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
 from raydistill.training.supervision import Supervision
-from raydistill.training.teacher_cache import decoder_store, encoder_store
+from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
 from tests.tiny import save_tiny, sentences
 
 KD = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
+EXACT_NUMBERS = Numbers("fp32", "fp32")
 EXACT = {"precision": "fp32", "warmup_steps": 2, "learning_rate": 1e-2, "adam_eps": 1e-3}
 
 
@@ -55,27 +57,36 @@ def tiny(family, folder, size="2-2", method="kd", n=6, dropout=0.0, loss=KD, stu
         tokenize_sources(tokenizer, sources, 40), tokenize_targets(tokenizer, targets, 20), list(range(n))
     )
     return Supervision(
-        model, teacher if method == "kd" else None, examples, method, loss, layers, layers.encoder_complete
+        model, teacher if method == "kd" else None, examples, method, loss, layers, layers.encoder_complete, True
     )
 
 
-def with_stores(supervision, teacher, folder, dtype="fp32"):
-    """The same supervision from the teacher cache."""
+def pass_of(supervision, folder, numbers, layers=None):
+    """The pass whose stores a supervision reads."""
     s = supervision
-    encoded = encoder_store(folder, teacher, s.examples.sources, "key", dtype=dtype) if s.encoder_shared else None
-    decoded = {}
-    if s.method == "kd":
-        decoded = decoder_store(folder, teacher, s.examples, encoded, s.layers_needed, "key", dtype=dtype)
-    return Supervision(s.student, s.teacher, s.examples, s.method, s.loss, s.plan, s.encoder_shared, encoded, decoded)
+    decoders = [(s.examples, layers or s.layers_needed)] if s.method == "kd" else []
+    width = s.student.config.d_model
+    return Pass(folder, "key", s.examples, width, s.encoder_shared, decoders, numbers)
 
 
-def loss_and_gradient(supervision, batch):
+def with_stores(supervision, teacher, folder, numbers=EXACT_NUMBERS):
+    """The same supervision from the teacher cache."""
+    work = pass_of(supervision, folder, numbers)
+    make_here(work, teacher)
+    encoded = open_encoder(work) if work.encoder else None
+    return replace(supervision, encoded=encoded, decoded=open_decoder(work) if work.decoders else {})
+
+
+def loss_and_gradient(supervision, batch, autocast=None):
     """Sums by term, and the gradient of the step's loss as one vector."""
     supervision.student.zero_grad()
-    sums, weights, alphas = supervision.sums(batch), supervision.weights(batch), supervision.alphas()
-    sum(alphas[name] * value / weights[name] for name, value in sums.items()).backward()
+    weights, alphas = supervision.weights(batch), supervision.alphas()
+    scales = {name: alphas[name] / weight for name, weight in weights.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+        loss, sums = supervision.terms(supervision.read(batch), scales)
+    loss.backward()
     parts = [p.grad.flatten() for p in supervision.student.parameters() if p.grad is not None]
-    return {name: float(value.detach()) for name, value in sums.items()}, torch.cat(parts)
+    return {name: float(value) for name, value in sums.items()}, torch.cat(parts)
 
 
 def distance(a, b):
@@ -165,7 +176,7 @@ def test_a_bf16_cache_costs_little(family, tmp_path):
         with torch.no_grad():
             for name, weight in [*live.teacher.named_parameters(), *live.student.named_parameters()]:
                 weight.mul_(0.25 if name.endswith("Attention.q.weight") else 1)
-    cached = with_stores(live, live.teacher, tmp_path / "cache", dtype="bf16")
+    cached = with_stores(live, live.teacher, tmp_path / "cache", Numbers("bf16", "fp32"))
     sums, gradient = loss_and_gradient(live, [0, 1, 2, 3])
     cached_sums, cached_gradient = loss_and_gradient(cached, [0, 1, 2, 3])
     assert cached_sums == pytest.approx(sums, rel=1e-2)
@@ -173,29 +184,38 @@ def test_a_bf16_cache_costs_little(family, tmp_path):
 
 
 def test_a_cached_run_asks_neither_encoder_nor_teacher(tmp_path):
-    cached = with_stores(tiny("bart", tmp_path / "t"), load_model(tmp_path / "t"), tmp_path / "cache")
+    live = tiny("bart", tmp_path / "t")
+    cached = replace(with_stores(live, live.teacher, tmp_path / "cache"), teacher=None)
 
     def never(*_args, **_kwargs):
         raise AssertionError("this was to come from the cache")
 
+    expected = loss_and_gradient(live, [0, 1])
     cached.student.get_encoder().forward = never
-    cached.teacher.get_encoder().forward = never
-    cached.teacher.get_decoder().forward = never
-    loss_and_gradient(cached, [0, 1])
+    sums, gradient = loss_and_gradient(cached, [0, 1])
+    assert sums == pytest.approx(expected[0], rel=1e-5)
+    assert distance(gradient, expected[1]) < 1e-5
 
 
-def test_layers_that_a_decoder_store_lacks_are_added_and_those_there_left_alone(tmp_path):
-    live = tiny("bart", tmp_path / "t")
-    decoder_store(tmp_path / "cache", live.teacher, live.examples, None, [2], "key")
-    (first,) = (tmp_path / "cache").glob("decoder-*/layer-02.bin")
-    before = first.stat().st_mtime_ns
-    found = decoder_store(tmp_path / "cache", live.teacher, live.examples, None, [0, 2], "key", dtype="bf16")
-    assert first.stat().st_mtime_ns == before
-    out, labels = reference(live.teacher, live, [1])
-    for layer in (0, 2):
-        states = out.decoder_hidden_states[layer + 1][labels != -100]
-        assert distance(found[layer].flat([1]).float(), states) < 2**-8
-    assert not list((tmp_path / "cache").rglob("*.making"))
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_student_with_an_encoder_or_embeddings_of_its_own_reads_what_still_holds(family, tmp_path):
+    """Trained embeddings: the student's encoder and head move away from the teacher's; the decoder's states stay."""
+    live = tiny(family, tmp_path / "t")
+    for parameter in forms.embeddings(live.student):
+        parameter.requires_grad_(True)
+    live = replace(live, encoder_shared=False, head_shared=False)
+    with torch.no_grad():
+        for parameter in live.student.parameters():
+            parameter.mul_(1.01)
+    cached = with_stores(live, live.teacher, tmp_path / "cache")
+    assert cached.encoded is None
+    assert sorted(cached.decoded) == live.layers_needed
+
+    sums, gradient = loss_and_gradient(live, [0, 3])
+    cached.teacher.get_encoder().forward = cached.teacher.get_decoder().forward = None  # only its head is used
+    cached_sums, cached_gradient = loss_and_gradient(cached, [0, 3])
+    assert cached_sums == pytest.approx(sums, rel=1e-5)
+    assert distance(cached_gradient, gradient) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian", "t5"])
@@ -225,8 +245,9 @@ def stepped(supervision, settings, worker=None, batches=((0, 1, 2, 3, 4, 5),)):
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     means = {}
     for batch in batches:
-        means = step(supervision, batch, settings, worker or Worker(), None, parameters, optimizer)
-    return means, weights_of(supervision.student)
+        now = read_step(supervision, batch, settings, worker or Worker())
+        means = step(supervision, now, settings, worker or Worker(), None, parameters, optimizer)
+    return {name: float(value) for name, value in means.items()}, weights_of(supervision.student)
 
 
 @pytest.mark.parametrize("size", ["2-2", "1-2"])
@@ -290,10 +311,13 @@ def test_two_workers_with_the_same_global_batch_train_the_same_weights(tmp_path)
 # The loop
 
 
+CLOCKS = ("time_s", "step_ms", "data_wait")
+
+
 def recorded(supervision, settings, folder, report=lambda m, f: None, validate=None):
     folder.mkdir(exist_ok=True)
     state = fit(supervision, settings, validate or no_scores(supervision), folder, report)
-    return [{k: v for k, v in m.items() if k not in ("time_s", "score")} for m in state.history], state
+    return [{k: v for k, v in m.items() if k not in (*CLOCKS, "score")} for m in state.history], state
 
 
 LOOP = Training(**EXACT, batch_size=2, epochs=2, checks_per_epoch=3, patience=99)
@@ -591,6 +615,8 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     assert set(result["metrics"]) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
     assert result["labels"] == {"pl": "pseudo"}.get(method, "original")
     assert [m["step"] for m in reports] == [2, 3]
+    assert {"step_ms", "data_wait"} <= set(reports[0])
+    assert 0 <= reports[0]["data_wait"] <= 1
     assert reports == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with np.load(folder / "rows.npz") as rows:
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
@@ -674,7 +700,7 @@ def test_a_killed_train_goes_on_to_the_same_checkpoint(place, tmp_path):
     whole, later = (load_model(tmp_path / name / "best") for name in ("whole", "run"))
     assert torch.equal(weights_of(whole), weights_of(later))
     untimed = [
-        [{k: v for k, v in m.items() if k != "time_s"} for m in read_metrics(tmp_path / n)] for n in ("whole", "run")
+        [{k: v for k, v in m.items() if k not in CLOCKS} for m in read_metrics(tmp_path / n)] for n in ("whole", "run")
     ]
     assert untimed[0] == untimed[1]
 
@@ -723,27 +749,38 @@ def test_a_dropout_asked_for_is_set_and_the_teachers_stays(place, tmp_path):
 
 def test_a_cache_filled_before_is_what_the_run_opens(place, tmp_path):
     run, inputs = make_run(place, "kd"), Inputs(cache=tmp_path / "cache")
-    made = fill_cache(run, inputs, "cpu")
+    train(run, tmp_path / "first", lambda m, f: None, inputs)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
-    assert made == sum(p.stat().st_size for p in files)
-    assert sorted(p.name for p in files) == ["layer-02.bin", "states.bin"]
+    assert sorted(p.parent.name for p in files) == ["layer-02", "states"]
     train(run, tmp_path / "run", lambda m, f: None, inputs)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == files
 
 
 @pytest.mark.parametrize(
-    ("cache", "size", "stores"),
-    [("full", "2-1", (True, True)), ("encoder", "2-1", (True, False)), ("off", "2-1", (False, False)),
-     ("full", "1-1", (False, True))],
-)  # fmt: skip
-def test_which_stores_a_run_uses(place, cache, size, stores, tmp_path):
-    run = make_run(place, "kd", student={"size": size}, training={"teacher_cache": cache})
-    teacher = open_teacher(str(place / "teacher"), str(place))
-    student, layers = make_student(run, teacher)
+    ("cache", "keep", "training", "size", "stores", "teacher"),
+    [
+        ("full", "off", {}, "2-1", (True, True), False),
+        ("encoder", "full", {}, "2-1", (True, False), True),
+        ("off", "full", {}, "2-1", (False, False), True),
+        ("auto", "full", {}, "2-1", (True, True), False),
+        ("auto", "encoder", {}, "2-1", (True, False), True),
+        ("auto", "off", {}, "2-1", (False, False), True),
+        ("full", "off", {}, "1-1", (False, True), True),  # the shrunk encoder is taught by the teacher's
+        ("full", "off", {"freeze_encoder": False}, "2-1", (False, True), False),
+        ("full", "off", {"freeze_embeddings": False}, "2-1", (False, True), True),  # for its head
+    ],
+)
+def test_which_stores_a_run_uses_and_whether_a_teacher_runs(
+    place, cache, keep, training, size, stores, teacher, tmp_path
+):
+    run = make_run(place, "kd", student={"size": size}, training={"teacher_cache": cache, **training})
+    theirs = open_teacher(str(place / "teacher"), str(place))
+    student, layers = make_student(run, theirs)
     examples = Examples([[5, 6, 2]], [[7, 2]], [0])
-    shared = size == "2-1"
-    made = supervise(run, student, layers, teacher, examples, shared, Inputs(cache=tmp_path))
+    frozen = what_is_frozen(run, layers)
+    made = supervise(run, student, layers, theirs, examples, frozen, Inputs(cache=tmp_path, keep=keep), Worker())
     assert (made.encoded is not None, bool(made.decoded)) == stores
+    assert (made.teacher is not None) == teacher
 
 
 def test_without_the_scoring_library_checkpoints_are_compared_by_validation_loss(place, tmp_path, monkeypatch, capsys):

@@ -1,23 +1,37 @@
 """What a sweep's trials share, made once before the first: teacher's score, latency table, labels, teacher cache."""
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydistill.cluster.alone import alone
 from raydistill.cluster.shapes import time_shape
+from raydistill.cluster.teacher_pass import Want, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run, parse_size
 from raydistill.config.space import Space, corners, resolve
 from raydistill.results.records import read_json
+from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
-from raydistill.training.run import Inputs, fill_cache, score_teacher
+from raydistill.training.run import Inputs, score_teacher
 
 TIMED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The teacher cache of some runs: its root, what `auto` came to by group of runs, the device-hours it took."""
+
+    root: Path | None = None
+    keeps: dict[str, Keep] = field(default_factory=dict)
+    hours: float = 0.0
+
+    def keep_of(self, run: Run) -> Keep:
+        """What `teacher_cache: auto` means for a run."""
+        return self.keeps.get(group_of(run), "off")
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class Prepared:
     teacher: dict[str, Any]
     shapes: dict[str, dict[str, float]]
     labels: dict[str, str] = field(default_factory=dict)
-    cache: str | None = None
+    cache: Cache = Cache()
 
     def inputs(self, run: Run, note: dict[str, Any]) -> Inputs:
         """What one trial needs of it."""
@@ -35,7 +49,8 @@ class Prepared:
         labels = self.labels.get(run.label_key)
         return Inputs(
             labels=Path(labels) if labels else None,
-            cache=Path(self.cache) if self.cache else None,
+            cache=self.cache.root,
+            keep=self.cache.keep_of(run),
             costs=costs,
             note=note,
             repetition=self.teacher.get("repetition"),
@@ -80,9 +95,10 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
     labels, label_hours = _labels(runs, device)
-    cache, cache_hours = _cache(runs, labels, device, sweep)
+    epochs = space.search.trials * max(run.training.epochs for run in runs)
+    cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
     teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
-    teacher["teacher_gpu_hours"] = label_hours + cache_hours
+    teacher["teacher_gpu_hours"] = label_hours + cache.hours
     return Prepared(teacher, shapes, labels, cache)
 
 
@@ -138,64 +154,32 @@ def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
     return made, sum(hours.values())
 
 
-def _cache(runs: list[Run], labels: dict[str, str], device: str, sweep: Path) -> tuple[str | None, float]:
-    """The teacher cache that the runs share, if any wants it, and the device-hours that it took."""
+def _cache(runs: list[Run], labels: dict[str, str], device: str, record: Path, epochs: float) -> Cache:
+    """The teacher cache that the runs share, made where it is missing; `epochs` are those of all trials.
+
+    What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.teacher is not None and run.training.teacher_cache != "off":
+            groups.setdefault(group_of(run), []).append(run)
     root = home() / "cache"
-    wanting = {_cache_need(run): run for run in runs if run.training.teacher_cache != "off"}
-    if not wanting:
-        return None, 0.0
-    kept = sweep / "cache.json"
-    seconds = float(read_json(kept)["device_seconds"]) if kept.is_file() else 0.0
-    total = 0
-    for run in wanting.values():
-        source = labels.get(run.label_key)
-        inputs = Inputs(labels=Path(source) if source else None, cache=root)
-        size, took = alone(timed_fill, run, inputs, device=device)
-        seconds += took
-        total = max(total, size)
-        write_json_atomic(kept, {"device_seconds": seconds, "bytes": total})
-    progress(f"teacher cache: {total / 1e6:.0f} MB at most for a run, under {root}")
-    return str(root), seconds / 3600
+    found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
+    for name, group in groups.items():
+        before = found["groups"].get(name, {})
+        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
+        found["device_seconds"] += cached.seconds
+        found["groups"][name] = {"keep": cached.keep, "why": before.get("why", cached.why), "bytes": cached.bytes}
+        write_json_atomic(record, found)
+    keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
+    return Cache(root, keeps, found["device_seconds"] / 3600)
 
 
-def _cache_need(run: Run) -> str:
-    """What decides the parts of the teacher cache that a run reads."""
-    student, training = run.student, run.training
-    parts = (run.method == "kd", run.label_key, student.size, student.supervised, student.copied.encoder)
-    return str((*parts, training.freeze_encoder, training.freeze_embeddings, run.loss.alpha_hidden > 0))
-
-
-def timed_fill(run: Run, inputs: Inputs, device: str, threads: int) -> tuple[int, float]:
-    """`fill_cache`, and the device-seconds that it took."""
-    started = time.monotonic()
-    size = fill_cache(run, inputs, device)
-    return size, (time.monotonic() - started) * (1 if device == "cuda" else threads)
-
-
-def alone(work: Callable[..., Any], *arguments: Any, device: str) -> Any:
-    """`work(*arguments, device, threads)` as a Ray task that leaves no room for anything else on its machine."""
-    import ray
-
-    from raydistill.cluster.start import cpus_of_a_node
-
-    cpus = 1 if device == "cuda" else cpus_of_a_node()
-    resources: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 1 if device == "cuda" else 0}
-    task = ray.remote(**resources)(_with_threads)
-    return ray.get(task.remote(work, arguments, device, cpus))
-
-
-def _with_threads(work: Callable[..., Any], arguments: tuple[Any, ...], device: str, threads: int) -> Any:
-    import torch
-
-    torch.set_num_threads(threads)
-    return work(*arguments, device, threads)
-
-
-def inputs_for(run: Run, device: str) -> Inputs:
+def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     """What a run outside a sweep needs: its label set and its teacher cache."""
     if run.teacher is None:
         return Inputs()
     labels, _ = _labels([run], device)
-    folder = labels.get(run.label_key)
-    cache = home() / "cache" if run.training.teacher_cache != "off" else None
-    return Inputs(labels=Path(folder) if folder else None, cache=cache)
+    label_set = labels.get(run.label_key)
+    cache = _cache([run], labels, device, folder / "cache.json", run.training.epochs)
+    return Inputs(labels=Path(label_set) if label_set else None, cache=cache.root, keep=cache.keep_of(run))

@@ -115,7 +115,10 @@ class Training(Model):
     adam_eps: float = Field(1e-8, gt=0)
     gradient_clip: float = Field(1.0, gt=0)
     batch_size: int = Field(32, ge=1, description="rows per optimiser step, over all workers")
-    accumulation: int = Field(1, ge=1, description="micro-batches that one step is split into")
+    accumulation: int = Field(1, ge=1, description="micro-batches that one step is split into, at least")
+    micro_tokens: int = Field(
+        16384, ge=1, description="padded source and target tokens of a micro-batch, at most; steps stay the same"
+    )
     epochs: float = Field(5, gt=0)
     max_steps: int | None = Field(None, ge=1)
     warmup_steps: int = Field(500, ge=0)
@@ -136,7 +139,13 @@ class Training(Model):
     launcher: Literal["auto", "train", "tune"] = Field(
         "auto", description="train: Ray Train; tune: a reused actor, for short CPU trials of one worker"
     )
-    teacher_cache: Literal["auto", "full", "encoder", "off"] = "auto"
+    teacher_cache: Literal["auto", "full", "encoder", "off"] = Field(
+        "auto", description="what of the teacher is kept on disk; auto: what pays, by measurement"
+    )
+    cache_gb: float | None = Field(
+        None, gt=0, description="disk that the teacher cache may take, in GB; default: 90 % of what is free"
+    )
+    cache_precision: Literal["bf16", "fp32"] = "bf16"
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "Training":

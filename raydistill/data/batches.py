@@ -1,8 +1,13 @@
 """Batches: which rows go together, in an order that only the seed and the epoch decide."""
 
+import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 IGNORED = -100
 
@@ -20,6 +25,16 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @cached_property
+    def sources_key(self) -> str:
+        """A content key of the sources' tokens: maximum length, language codes and tokenizer all show in them."""
+        return tokens_key(self.sources)
+
+    @cached_property
+    def targets_key(self) -> str:
+        """The same of the targets, and of which source each belongs to."""
+        return f"{tokens_key(self.targets)}{tokens_key([self.rows])}"
 
     def target_tokens(self, batch: Sequence[int]) -> int:
         """Real target tokens of a batch of examples: the weight of the token-level losses."""
@@ -57,6 +72,23 @@ def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> lis
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
+def within(batch: Sequence[int], examples: Examples, tokens: int) -> list[list[int]]:
+    """A batch in micro-batches of at most `tokens` padded source and target tokens (at least one row each).
+
+    Rows keep their order: those of a batch are neighbours in length already.
+    """
+    parts: list[list[int]] = []
+    source = target = 0
+    for i in batch:
+        longest = max(source, len(examples.sources[examples.rows[i]])), max(target, len(examples.targets[i]))
+        if not parts or (len(parts[-1]) + 1) * sum(longest) > tokens:
+            parts.append([])
+            longest = len(examples.sources[examples.rows[i]]), len(examples.targets[i])
+        source, target = longest
+        parts[-1].append(i)
+    return parts
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> list[list[int]]:
     """Rows of equal length, filled up at the end."""
     longest = max((len(row) for row in rows), default=0)
@@ -73,3 +105,10 @@ def buckets(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+def tokens_key(rows: Sequence[Sequence[int]]) -> str:
+    """A short content key of rows of numbers."""
+    digest = hashlib.sha256(np.fromiter(map(len, rows), np.int32, len(rows)).tobytes())
+    digest.update(np.fromiter(itertools.chain.from_iterable(rows), np.int32).tobytes())
+    return digest.hexdigest()[:16]

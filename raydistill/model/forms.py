@@ -64,17 +64,24 @@ def decode(model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, l
     return _states(out)
 
 
-def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def head(model: PreTrainedModel, hidden: Tensor, table: Tensor | None = None) -> Tensor:
     """Logits [..., vocabulary] of the decoder's last output [..., width], as the model's own forward makes them.
 
-    BART and its kin add `final_logits_bias`; T5 with tied embeddings scales by width ** -0.5 first.
+    BART and its kin add `final_logits_bias`; T5 with tied embeddings scales by width ** -0.5 first. `table`
+    [vocabulary, width] stands in for the output embedding: a copy of it in another precision.
     """
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
     project: Any = model.lm_head
-    logits = project(hidden)
+    logits = project(hidden) if table is None else torch.nn.functional.linear(hidden.to(table.dtype), table)
     bias: Any = getattr(model, "final_logits_bias", None)
-    return logits if bias is None else logits + bias
+    return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """The output head's parameters that are trained."""
+    project: Any = model.lm_head
+    return [p for p in project.parameters() if p.requires_grad]
 
 
 def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:

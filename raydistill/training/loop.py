@@ -5,7 +5,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch.nn import Parameter
 
 from raydistill.config.files import write_atomic
 from raydistill.config.run import Training
-from raydistill.data.batches import epoch_batches, share
+from raydistill.data.batches import epoch_batches, share, within
 from raydistill.model import forms
+from raydistill.training.prefetch import ahead
 from raydistill.training.record import making
-from raydistill.training.supervision import Supervision
+from raydistill.training.supervision import Batch, Supervision
 
 # Told of every validation; a text that it returns is the reason why the run should stop here.
 Report = Callable[[dict[str, Any], Path | None], str | None]
@@ -91,51 +92,86 @@ def fit(
     autocast = precision(settings, worker.device)
     started = time.monotonic() - state.seconds
     losses = _Running()
+    with ahead(steps(supervision, settings, worker, lengths, state.step, total)) as feed:
+        while state.step < total and not state.finished:
+            begun, waited = time.monotonic(), feed.waited
+            now = next(feed)
+            _train_mode(supervision)
+            seed_step(settings.seed, worker.rank, state.step)
+            means = step(supervision, now, settings, worker, autocast, parameters, optimizer)
+            losses.add(means, time.monotonic() - begun, feed.waited - waited)
+            schedule.step()
+            state.step += 1
+            if state.step % check_every == 0 or state.step == total:
+                state.seconds = time.monotonic() - started
+                _check(
+                    supervision, settings, validate, folder, report, worker, state, losses, optimizer, per_epoch, total
+                )
+    return state
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step is made from: the global batch's weights by term, and this worker's micro-batches."""
+
+    weights: dict[str, float]
+    micros: list[Batch]
+
+
+def steps(
+    supervision: Supervision, settings: Training, worker: Worker, lengths: list[int], first: int, total: int
+) -> Iterator[Step]:
+    """The steps `first` to `total` (not included) in order, read from memory and disk as they are asked for."""
+    per_epoch = math.ceil(len(lengths) / settings.batch_size)
     batches: list[list[int]] = []
-    while state.step < total and not state.finished:
-        epoch, position = divmod(state.step, per_epoch)
+    for number in range(first, total):
+        epoch, position = divmod(number, per_epoch)
         if not batches or position == 0:
             batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
-        _train_mode(supervision)
-        seed_step(settings.seed, worker.rank, state.step)
-        losses.add(step(supervision, batches[position], settings, worker, autocast, parameters, optimizer))
-        schedule.step()
-        state.step += 1
-        if state.step % check_every == 0 or state.step == total:
-            state.seconds = time.monotonic() - started
-            _check(supervision, settings, validate, folder, report, worker, state, losses, optimizer, per_epoch, total)
-    return state
+        yield read_step(supervision, batches[position], settings, worker)
+
+
+def read_step(supervision: Supervision, batch: list[int], settings: Training, worker: Worker) -> Step:
+    """One global batch as a step: split by workers, then by `accumulation`, then by `micro_tokens`."""
+    mine = share(batch, worker.rank, worker.world, settings.accumulation)
+    micros = [m for part in mine for m in within(part, supervision.examples, settings.micro_tokens)]
+    read = [supervision.read(micro) for micro in micros]
+    if worker.device.startswith("cuda"):
+        read = [micro.pinned() for micro in read]
+    return Step(supervision.weights(batch), read)
 
 
 def step(
     supervision: Supervision,
-    batch: Sequence[int],
+    now: Step,
     settings: Training,
     worker: Worker,
     autocast: torch.dtype | None,
     parameters: list[Parameter],
     optimizer: torch.optim.Optimizer,
-) -> dict[str, float]:
-    """One optimiser step on a global batch; returns this worker's share of each loss term's mean.
+) -> dict[str, Tensor]:
+    """One optimiser step on a global batch; returns this worker's share of each loss term's mean, on its device.
 
-    Each term's sum is divided by the weight of the whole global batch before backward, so that gradients add up
-    exactly over micro-batches and workers.
+    Each term is scaled by its coefficient over the weight of the whole global batch, so that gradients add up exactly
+    over micro-batches and workers.
     """
-    weights, alphas = supervision.weights(batch), supervision.alphas()
+    alphas = supervision.alphas()
+    scales = {name: alphas[name] / weight for name, weight in now.weights.items()}
     optimizer.zero_grad(set_to_none=True)
-    means = dict.fromkeys(weights, 0.0)  # a worker without a row of a small batch has no loss, but all the names
-    for micro in share(batch, worker.rank, worker.world, settings.accumulation):
+    # A worker without a row of a small batch has no loss, but all the names.
+    sums = {name: torch.zeros((), device=worker.device) for name in now.weights}
+    for micro in now.micros:
         with torch.autocast(torch.device(worker.device).type, dtype=autocast, enabled=autocast is not None):
-            sums = supervision.sums(micro)
-        terms = {name: value / weights[name] for name, value in sums.items()}
-        torch.stack([alphas[name] * term for name, term in terms.items()]).sum().backward()
-        for name, term in terms.items():
-            means[name] += float(term.detach())
+            loss, found = supervision.terms(micro.to(worker.device), scales)
+        loss.backward()
+        for name, value in found.items():
+            sums[name] += value
     if worker.world > 1:
         sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
     optimizer.step()
-    return means | {"loss": sum(alphas[name] * value for name, value in means.items())}
+    means = {name: value / now.weights[name] for name, value in sums.items()}
+    return means | {"loss": torch.stack([alphas[name] * value for name, value in means.items()]).sum()}
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:
@@ -211,7 +247,7 @@ def _check(
             "progress": round(state.step / total, 4),
             "time_s": round(state.seconds, 3),
             "learning_rate": optimizer.param_groups[0]["lr"],
-            **{f"loss_{k}" if k != "loss" else k: v for k, v in means.items()},
+            **{k if k in ("loss", "step_ms", "data_wait") else f"loss_{k}": v for k, v in means.items()},
             **validate(candidate),
         }
     metrics = _from_leader(metrics, worker)
@@ -289,25 +325,32 @@ def load_state(
 
 
 class _Running:
-    """Means of the loss terms since the last validation."""
+    """Means of the loss terms since the last validation, and where the time of the steps went."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}
         self.steps = 0
+        self.seconds = self.waited = 0.0
 
-    def add(self, means: dict[str, float]) -> None:
-        for name, value in means.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    def add(self, means: dict[str, Tensor], seconds: float, waited: float) -> None:
+        for name, value in means.items():  # left on the device: a number of it would make the step wait for its end
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
+        self.seconds += seconds
+        self.waited += waited
 
     def take(self, worker: Worker) -> dict[str, float]:
-        """Means over the steps, summed over the workers (each holds its share); starts anew."""
+        """Means over the steps, summed over the workers (each holds its share); starts anew.
+
+        `step_ms` is a step's mean time, and `data_wait` the share of it for which this worker waited for its data.
+        """
         names = sorted(self.sums)
-        values = torch.tensor([self.sums[n] / max(1, self.steps) for n in names], device=worker.device)
+        values = torch.stack([self.sums[n] / self.steps for n in names])
         if worker.world > 1:
             torch.distributed.all_reduce(values)
-        self.sums, self.steps = {}, 0
-        return dict(zip(names, values.tolist(), strict=True))
+        time_of = {"step_ms": 1000 * self.seconds / self.steps, "data_wait": self.waited / self.seconds}
+        self.sums, self.steps, self.seconds, self.waited = {}, 0, 0.0, 0.0
+        return dict(zip(names, values.tolist(), strict=True)) | time_of
 
 
 def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:

@@ -1,33 +1,53 @@
-"""The losses. Each returns a sum; the caller divides by the weight of the global batch.
+"""The losses. Each is a sum over tokens, already times its weight, so that micro-batches and workers simply add up.
 
 `L = alpha_data * CE + alpha_logits * KL + alpha_hidden * hidden` (Shleifer and Rush 2020, equations 1 to 5).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn import Parameter
 
 Head = Callable[[Tensor], Tensor]
-# Elements of one chunk of logits: 2**26 float32 are 256 MB; vocabulary size decides how many tokens that is.
-CHUNK_ELEMENTS = 2**26
+# Elements of one chunk of logits, as the head gives them: 2**25 are 667 tokens of BART's vocabulary, 64 MB in bf16.
+CHUNK_ELEMENTS = 2**25
+# Elements of a chunk that are worked out in float32 at a time. On a CPU few, so that they stay in its cache.
+FLOAT_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Sum over tokens of the cross-entropy; logits [tokens, vocabulary], labels [tokens]."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+@dataclass(frozen=True)
+class Targets:
+    """What the output layer is taught at each token: its label, and where there is a teacher, its distribution.
 
-
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Sum over tokens of KL(teacher || student) at a temperature, times its square; both [tokens, vocabulary].
-
-    The square keeps the gradient's scale when the temperature changes (Hinton et al. 2015, section 2).
+    `labels` [tokens]. The loss is `data` * CE + `logits` * KL(teacher || student) * temperature ** 2, both summed over
+    tokens. The square keeps the gradient's scale when the temperature changes (Hinton et al. 2015, section 2). The
+    teacher's logits are `teacher_head` of its last hidden states `teacher` [tokens, width].
     """
-    ours = F.log_softmax(student.float() / temperature, dim=-1)
-    theirs = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+
+    labels: Tensor
+    data: float = 1.0
+    smoothing: float = 0.0
+    logits: float = 0.0
+    temperature: float = 1.0
+    teacher: Tensor | None = None
+    teacher_head: Head | None = None
+
+
+def output_loss(
+    hidden: Tensor, head: Head, targets: Targets, vocabulary: int, parameters: Sequence[Parameter] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output layer's loss from last hidden states [tokens, width]; also the sums of CE and of KL, without gradient.
+
+    `parameters`: those of the head that are trained. Logits are made chunk by chunk, and with each chunk its gradient:
+    neither model ever has the logits of a whole batch, and none are made twice.
+    """
+    if targets.logits and targets.teacher is None:
+        raise ValueError("a weight for the teacher's logits needs the teacher's hidden states")
+    return _OutputLoss.apply(hidden, (head, targets, vocabulary), *parameters)
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, normalize: bool = False) -> Tensor:
@@ -42,40 +62,75 @@ def hidden_mse(student: Tensor, teacher: Tensor, normalize: bool = False) -> Ten
     return (student - teacher).pow(2).mean(dim=-1).sum()
 
 
-def output_losses(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    *,
-    smoothing: float = 0.0,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
-    temperature: float = 1.0,
-    vocabulary: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and, with a teacher, KL, summed over tokens, from last hidden states [tokens, width].
+class _OutputLoss(torch.autograd.Function):
+    """The gradient is worked out on the way forward, while a chunk's logits are there; backward only scales it."""
 
-    Logits are made chunk by chunk, and again in the backward pass, so that no [tokens, vocabulary] tensor of a
-    whole batch exists for either model.
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, how: tuple[Head, Targets, int], *parameters: Parameter
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head, targets, vocabulary = how
+        needed = [hidden, *parameters] if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[2:]) else []
+        gradients = [torch.zeros_like(tensor) for tensor in needed]
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        size = max(1, CHUNK_ELEMENTS // vocabulary)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            theirs = None
+            if targets.logits and targets.teacher is not None and targets.teacher_head is not None:
+                theirs = targets.teacher_head(targets.teacher[part])
+            with torch.set_grad_enabled(bool(needed)):
+                states = hidden[part].detach().requires_grad_(bool(needed))
+                logits = head(states)
+            # From here on the logits' own memory holds the loss's slope at them: the head does not read them again.
+            slopes = logits.detach()
+            sums += _losses_and_slopes(slopes, theirs, targets.labels[part], targets, bool(needed))
+            if needed:
+                found = torch.autograd.grad(logits, [states, *parameters], slopes)
+                gradients[0][part] = found[0]
+                for total, gradient in zip(gradients[1:], found[1:], strict=True):
+                    total += gradient
+        ctx.save_for_backward(*gradients)
+        ctx.parameters = len(parameters)
+        cross_entropy, divergence = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return targets.data * cross_entropy + targets.logits * divergence, cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> tuple[Tensor | None, ...]:
+        hidden, *parameters = [gradient * outer[0] for gradient in ctx.saved_tensors]
+        return hidden, None, *parameters
+
+
+def _losses_and_slopes(logits: Tensor, theirs: Tensor | None, labels: Tensor, targets: Targets, slopes: bool) -> Tensor:
+    """Sums of CE and KL of a chunk [tokens, vocabulary]; with `slopes`, `logits` become the loss's derivative.
+
+    dCE/dz = softmax(z) - target, where the target holds (1 - smoothing) at the label and smoothing / V everywhere;
+    d(T**2 KL)/dz = T (softmax(z / T) - softmax(teacher / T)).
     """
-
-    def chunk_losses(h: Tensor, y: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = head(h)
-        ce = cross_entropy(logits, y, smoothing)
-        if t is None or teacher_head is None:
-            return ce, ce.new_zeros(())
-        with torch.no_grad():
-            theirs = teacher_head(t)
-        return ce, kl_divergence(logits, theirs, temperature)
-
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    if len(labels) <= size:
-        ce, kl = chunk_losses(hidden, labels, teacher_hidden)
-        return ce, None if teacher_hidden is None else kl
-    ce_total, kl_total = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(labels), size):
-        part = slice(start, start + size)
-        theirs = None if teacher_hidden is None else teacher_hidden[part]
-        ce, kl = checkpoint(chunk_losses, hidden[part], labels[part], theirs, use_reentrant=False)
-        ce_total, kl_total = ce_total + ce, kl_total + kl
-    return ce_total, None if teacher_hidden is None else kl_total
+    vocabulary = logits.shape[-1]
+    rows = max(1, FLOAT_ELEMENTS.get(logits.device.type, 2**25) // vocabulary)
+    smoothing, temperature = targets.smoothing, targets.temperature
+    sums = logits.new_zeros(2, dtype=torch.float32)
+    for start in range(0, len(labels), rows):
+        part = slice(start, start + rows)
+        label = labels[part, None]
+        log_p = torch.log_softmax(logits[part], dim=-1, dtype=torch.float32)
+        sums[0] -= (1 - smoothing) * log_p.gather(-1, label).sum()
+        if smoothing:
+            sums[0] -= smoothing / vocabulary * log_p.sum()
+        warm = warm_teacher = None
+        if theirs is not None:
+            warm = torch.log_softmax(logits[part].float() / temperature, dim=-1)
+            log_q = torch.log_softmax(theirs[part].float() / temperature, dim=-1)
+            warm_teacher = log_q.exp()
+            sums[1] += temperature**2 * (log_q.sub_(warm)).mul_(warm_teacher).sum()
+        if slopes:
+            slope = log_p.exp_().mul_(targets.data)
+            if smoothing:
+                slope -= targets.data * smoothing / vocabulary
+            slope.scatter_add_(-1, label, torch.full_like(label, -targets.data * (1 - smoothing), dtype=torch.float32))
+            if warm is not None and warm_teacher is not None:
+                slope.add_(warm.exp_().sub_(warm_teacher), alpha=targets.logits * temperature)
+            logits[part] = slope
+    return sums

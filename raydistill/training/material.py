@@ -87,12 +87,23 @@ def read_split(dataset: Dataset, split: str) -> Corpus | None:
 
 def make_examples(run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, label_set: Path | None) -> Examples:
     """The tokenised training pairs, with the labels that the run asks for; `label_set` is what `pseudo` means."""
-    corpus = material.corpora["train"]
     labels = run.label_source
     where = label_set or (Path(labels) if labels not in ("original", "pseudo", "original+pseudo") else None)
+    return _examples(tokenizer, run.dataset, labels, where, material.max_source_tokens, material.max_target_tokens)
+
+
+@lru_cache(maxsize=4)
+def _examples(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, labels: str, where: Path | None, source: int, target: int
+) -> Examples:
+    """Made once per process, so that the next trial on the same pairs starts at once."""
+    corpus = read_split(dataset, "train")
+    assert corpus is not None
     pseudo = read_label_set(where) if where and labels != "original" else None
     rows, targets = choose_targets(corpus.ids, corpus.targets, labels, pseudo)
-    return Examples(material.sources["train"], tokenize_targets(tokenizer, targets, material.max_target_tokens), rows)
+    return Examples(
+        tokens(tokenizer, dataset, "train", "source", source), tokenize_targets(tokenizer, targets, target), rows
+    )
 
 
 @lru_cache(maxsize=8)

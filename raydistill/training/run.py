@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from raydistill.config.console import progress
@@ -23,14 +24,15 @@ from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
 from raydistill.model.generate import open_engine, resolve_decoding
-from raydistill.model.shrink import Plan, plan
+from raydistill.model.shrink import Plan
 from raydistill.model.teachers import load_model, load_tokenizer
-from raydistill.training.loop import Diverged, Report, State, Worker, fit
+from raydistill.training.caching import Keep, pass_for
+from raydistill.training.loop import Diverged, Report, State, Worker, fit, precision
 from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
 from raydistill.training.record import claim, identity, write_card, write_failure, write_rows
-from raydistill.training.student import freeze, make_student, random_start, remember_decoding, what_is_frozen
+from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
 from raydistill.training.supervision import Supervision
-from raydistill.training.teacher_cache import Ragged, decoder_store, encoder_store
+from raydistill.training.teacher_cache import make_here, open_decoder, open_encoder
 from raydistill.training.validation import Validator, missing_scorer
 
 COLLAPSE = 0.5
@@ -42,10 +44,12 @@ class Inputs:
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
     collapsed into repetition is a failed run.
+    `keep` is what `teacher_cache: auto` came to.
     """
 
     labels: Path | None = None
     cache: Path | None = None
+    keep: Keep = "full"
     costs: dict[str, float] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
     repetition: float | None = None
@@ -78,11 +82,10 @@ def train(
         tokenizer, student, layers = load_tokenizer(place), load_model(place), None
     material = load_material(run, teacher.preset if teacher else None, tokenizer, student.config)
     examples = make_examples(run, material, tokenizer, inputs.labels)
-    for model in (student, teacher.model) if teacher else (student,):
-        torch.nn.Module.to(model, worker.device)
     frozen = what_is_frozen(run, layers)
     freeze(student, frozen)
-    supervision = supervise(run, student, layers, teacher, examples, frozen.shared, inputs)
+    torch.nn.Module.to(student, worker.device)
+    supervision = supervise(run, student, layers, teacher, examples, frozen, inputs, worker)
     beam = resolve_decoding(
         run.decoding,
         student.generation_config,
@@ -108,23 +111,58 @@ def supervise(
     layers: Plan | None,
     teacher: Teacher | None,
     examples: Examples,
-    shared: bool,
+    frozen: Frozen,
     inputs: Inputs,
+    worker: Worker,
 ) -> Supervision:
     """Decide where the teacher's part comes from: its cache, or the teacher itself, step by step."""
-    kd = run.method == "kd"
-    live = Supervision(
-        student, teacher.model if teacher and kd else None, examples, run.method, run.loss, layers, shared
+    autocast = precision(run.training, worker.device)
+    supervision = Supervision(
+        student,
+        None,
+        examples,
+        run.method,
+        run.loss,
+        layers,
+        encoder_shared=frozen.shared,
+        head_shared=frozen.embeddings and teacher is not None,
+        table=frozen_table(student, autocast),
     )
-    if teacher is None or inputs.cache is None or run.training.teacher_cache == "off":
-        return live
-    encoded = None
-    if shared:
-        encoded = encoder_store(inputs.cache, teacher.model, examples.sources, teacher.key)
-    decoded: dict[int, Ragged] = {}
-    if kd and run.training.teacher_cache != "encoder":
-        decoded = decoder_store(inputs.cache, teacher.model, examples, encoded, live.layers_needed, teacher.key)
-    return replace(live, encoded=encoded, decoded=decoded)
+    if teacher is None:
+        return supervision
+    supervision = replace(supervision, **_stores(run, teacher, examples, inputs, worker.device, autocast))
+    encoder_taught = not frozen.shared and layers is not None and not layers.encoder_complete
+    if run.method == "kd" and (not supervision.decoded or encoder_taught or not frozen.embeddings):
+        torch.nn.Module.to(teacher.model, worker.device)
+        supervision = replace(supervision, teacher=teacher.model)
+    return supervision
+
+
+def frozen_table(student: PreTrainedModel, autocast: torch.dtype | None) -> Tensor | None:
+    """The output embedding in the precision of training, once for all steps, where it is frozen and not in it."""
+    if autocast is None or forms.head_parameters(student):
+        return None
+    head: Any = student.lm_head
+    return head.weight.detach().to(autocast)
+
+
+def _stores(
+    run: Run, teacher: Teacher, examples: Examples, inputs: Inputs, device: str, autocast: torch.dtype | None
+) -> dict[str, Any]:
+    """The run's stores of the teacher cache, opened; made here first where nothing made them before."""
+    keep = inputs.keep if run.training.teacher_cache == "auto" else run.training.teacher_cache
+    if inputs.cache is None or keep == "off":
+        return {}
+    computed = "fp32" if autocast is None else "bf16"
+    labels = {run.label_key: examples}
+    work = pass_for([(run, keep)], labels, teacher.key, teacher.model.config, inputs.cache, computed)
+    if work.unfinished():
+        torch.nn.Module.to(teacher.model, device)
+        make_here(work, teacher.model)
+    return {
+        "encoded": open_encoder(work) if work.encoder else None,
+        "decoded": open_decoder(work) if work.decoders else {},
+    }
 
 
 def _metric(material: Material, worker: Worker) -> str:
@@ -270,21 +308,6 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "rows": {split: len(corpus) for split, corpus in material.corpora.items()},
         "baseline": _lead(material),
     }
-
-
-def fill_cache(run: Run, inputs: Inputs, device: str) -> int:
-    """Make what the run's teacher cache lacks; returns its bytes. What is there already is left alone."""
-    assert run.teacher is not None
-    assert inputs.cache is not None
-    teacher = open_teacher(run.teacher, run.dataset.name)
-    torch.nn.Module.to(teacher.model, device)
-    material = load_material(run, teacher.preset, teacher.tokenizer, teacher.model.config)
-    examples = make_examples(run, material, teacher.tokenizer, inputs.labels)
-    layers = plan(forms.depths(teacher.model.config), run.student)
-    shared = what_is_frozen(run, layers).shared
-    made = supervise(run, teacher.model, layers, teacher, examples, shared, inputs)
-    stores = [*made.decoded.values(), *([made.encoded] if made.encoded else [])]
-    return sum(store.data.nbytes for store in stores)
 
 
 def _lead(material: Material) -> dict[str, Any] | None:

@@ -1,6 +1,9 @@
-"""What a micro-batch is taught: runs the student, gets the teacher's side from the cache or live, returns loss sums."""
+"""What a micro-batch is taught: its tensors are read ahead, the student is run on them, and the loss terms come out.
 
-from collections.abc import Sequence
+The teacher's side is read from the cache, or worked out live where the cache does not hold it.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +14,41 @@ from raydistill.config.run import Loss, Method
 from raydistill.data.batches import Examples
 from raydistill.model import forms
 from raydistill.model.shrink import Plan
-from raydistill.training.losses import hidden_mse, output_losses
-from raydistill.training.teacher_cache import Ragged, source_tensors, target_tensor
+from raydistill.training.losses import Targets, hidden_mse, output_loss
+from raydistill.training.teacher_cache import Ragged, mask_of, padded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as tensors: all that is read from memory and disk, nothing that a model works out.
+
+    `labels` [rows, target tokens], -100 where there is none; `mask` [rows, source tokens]; `ids` the source tokens
+    where an encoder has to run, else None; `encoded` the cached encoder states, else None; `taught` the teacher
+    decoder's cached outputs by layer, real tokens only, [tokens, width] each.
+    """
+
+    labels: Tensor
+    mask: Tensor
+    ids: Tensor | None = None
+    encoded: Tensor | None = None
+    taught: dict[int, Tensor] = field(default_factory=dict)
+
+    def to(self, device: str) -> "Batch":
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same in memory from which a GPU copies without waiting."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            change(self.labels),
+            change(self.mask),
+            None if self.ids is None else change(self.ids),
+            None if self.encoded is None else change(self.encoded),
+            {layer: change(states) for layer, states in self.taught.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -20,8 +56,10 @@ class Supervision:
     """Everything the loss of a batch of examples depends on.
 
     `encoder_shared`: the student's encoder and embeddings are the teacher's and frozen, so encoder states may come
-    from `encoded` (their store) or from one pass without gradients. `decoded`: the teacher decoder's stores by layer.
-    `teacher` may be None where no teacher takes part (sft and pl).
+    from `encoded` (their store) or from one pass without gradients. `head_shared`: the output head is the teacher's
+    and frozen, so it serves for both. `decoded`: the teacher decoder's stores by layer. `table`: a copy of the frozen
+    output embedding in the precision of training, so that it is not cast anew for every chunk. `teacher` may be None
+    where no teacher has to run.
     """
 
     student: PreTrainedModel
@@ -31,8 +69,10 @@ class Supervision:
     loss: Loss
     plan: Plan | None = None
     encoder_shared: bool = False
+    head_shared: bool = False
     encoded: Ragged | None = None
     decoded: dict[int, Ragged] = field(default_factory=dict)
+    table: Tensor | None = None
 
     def weights(self, batch: Sequence[int]) -> dict[str, float]:
         """The global batch's weight of each term, known from lengths alone, so that no worker has to ask another."""
@@ -56,41 +96,53 @@ class Supervision:
             "encoder_hidden": loss.alpha_hidden,
         }
 
-    def sums(self, batch: Sequence[int]) -> dict[str, Tensor]:
-        """The sum of each loss term over a micro-batch of examples."""
-        kd = self.method == "kd"
-        labels = target_tensor(self.student, [self.examples.targets[i] for i in batch])
-        encoded, mask, terms = self._encoded(batch)
-        hidden_wanted = kd and self.loss.alpha_hidden > 0
-        ours = forms.decode(self.student, forms.shift_right(self.student, labels), encoded, mask, layers=hidden_wanted)
-        real = labels != -100
-        theirs = self._teacher_layers(batch, labels, encoded, mask) if kd else {}
-        last = max(theirs) if theirs else None
-        ce, kl = output_losses(
-            ours.last[real],
-            lambda h: forms.head(self.student, h),
-            labels[real],
-            smoothing=self.loss.label_smoothing,
-            teacher_hidden=theirs[last] if last is not None and self.loss.alpha_logits > 0 else None,
-            teacher_head=self._teacher_head,
-            temperature=self.loss.temperature,
-            vocabulary=self.student.config.vocab_size,
+    def read(self, batch: Sequence[int]) -> Batch:
+        """The tensors of a micro-batch of examples, in the main memory; safe in another thread."""
+        rows = [self.examples.rows[i] for i in batch]
+        labels = padded([self.examples.targets[i] for i in batch], -100)
+        taught = {layer: self.decoded[layer].flat(batch) for layer in self.layers_needed} if self.decoded else {}
+        sources = [self.examples.sources[row] for row in rows]
+        if self.encoder_shared and self.encoded is not None:
+            return Batch(labels, mask_of(sources), None, self.encoded.padded(rows), taught)
+        return Batch(labels, mask_of(sources), padded(sources, self.student.config.pad_token_id), None, taught)
+
+    def terms(self, batch: Batch, scales: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, the terms' sums times their `scales`; and each term's sum, without gradient."""
+        hidden_wanted = self.method == "kd" and self.loss.alpha_hidden > 0
+        encoded, loss, sums = self._encode(batch, scales)
+        ours = forms.decode(
+            self.student, forms.shift_right(self.student, batch.labels), encoded, batch.mask, layers=hidden_wanted
         )
-        terms["data"] = ce
-        if kl is not None:
-            terms["logits"] = kl
+        real = batch.labels != -100
+        theirs = self._taught(batch, encoded) if self.method == "kd" else {}
+        targets = Targets(
+            labels=batch.labels[real],
+            data=scales["data"],
+            smoothing=self.loss.label_smoothing,
+            logits=scales.get("logits", 0.0),
+            temperature=self.loss.temperature,
+            teacher=theirs[max(theirs)] if "logits" in scales else None,
+            teacher_head=self._teacher_head,
+        )
+        output, sums["data"], divergence = output_loss(
+            ours.last[real], self._head, targets, self.student.config.vocab_size, forms.head_parameters(self.student)
+        )
+        loss = loss + output
+        if "logits" in scales:
+            sums["logits"] = divergence
         if hidden_wanted and self.plan is not None:
             pairs = zip(ours.layers, self.plan.supervised_decoder, strict=True)
-            terms["hidden"] = torch.stack(
+            hidden = torch.stack(
                 [hidden_mse(layer[real], theirs[phi], self.loss.normalize_hidden) for layer, phi in pairs]
             ).sum()
-        return terms
+            loss, sums["hidden"] = loss + scales["hidden"] * hidden, hidden.detach()
+        return loss, sums
 
     @property
     def layers_needed(self) -> list[int]:
         """The teacher decoder layers that this run is supervised by; the last one gives the logits."""
         if self.method != "kd" or self.plan is None or self.teacher is None:
-            return []
+            return sorted(self.decoded)
         last = forms.depths(self.teacher.config)[1] - 1
         hidden = self.plan.supervised_decoder if self.loss.alpha_hidden > 0 else []
         return sorted({*hidden, last})
@@ -99,44 +151,53 @@ class Supervision:
     def _encoder_taught(self) -> bool:
         return not self.encoder_shared and self.plan is not None and not self.plan.encoder_complete
 
+    def _head(self, hidden: Tensor) -> Tensor:
+        return forms.head(self.student, hidden, self.table)
+
+    @torch.no_grad()
     def _teacher_head(self, hidden: Tensor) -> Tensor:
+        if self.head_shared:
+            return forms.head(self.student, hidden.to(self.student.dtype), self.table)
         assert self.teacher is not None
         return forms.head(self.teacher, hidden.to(self.teacher.dtype))
 
-    def _encoded(self, batch: Sequence[int]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The student's encoder states and their mask; with a taught encoder, its hidden loss too."""
-        rows = [self.examples.rows[i] for i in batch]
-        if self.encoder_shared and self.encoded is not None:
-            states, mask = (t.to(self.student.device) for t in self.encoded.padded(rows))
-            return states.to(self.student.dtype), mask, {}
-        ids, mask = source_tensors(self.student, [self.examples.sources[row] for row in rows])
+    def _encode(self, batch: Batch, scales: dict[str, float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The student's encoder states; with a taught encoder, its hidden loss too."""
+        nothing = torch.zeros((), device=batch.labels.device)
+        if batch.encoded is not None:
+            # Under autocast the decoder takes them as they are.
+            cast = torch.is_autocast_enabled(batch.encoded.device.type)
+            return batch.encoded if cast else batch.encoded.to(self.student.dtype), nothing, {}
+        assert batch.ids is not None
         if self.encoder_shared:
             with torch.no_grad():
-                return forms.encode(self.student, ids, mask).last, mask, {}
-        taught = self.method == "kd" and self._encoder_taught and self.loss.alpha_hidden > 0
-        ours = forms.encode(self.student, ids, mask, layers=taught)
-        terms = {}
-        if taught and self.teacher is not None and self.plan is not None:
-            with torch.no_grad():
-                theirs = forms.encode(self.teacher, ids, mask, layers=True).layers
-            real = mask.bool()
-            pairs = zip(ours.layers, self.plan.supervised_encoder, strict=True)
-            terms["encoder_hidden"] = torch.stack(
-                [hidden_mse(layer[real], theirs[phi][real], self.loss.normalize_hidden) for layer, phi in pairs]
-            ).sum()
-        return ours.last, mask, terms
-
-    def _teacher_layers(self, batch: Sequence[int], labels: Tensor, encoded: Tensor, mask: Tensor) -> dict[int, Tensor]:
-        """The teacher decoder's outputs at the layers needed, real tokens only, [tokens, width] each."""
-        if self.decoded:
-            return {layer: self.decoded[layer].flat(batch).to(self.student.device) for layer in self.layers_needed}
+                return forms.encode(self.student, batch.ids, batch.mask).last, nothing, {}
+        taught = "encoder_hidden" in scales
+        ours = forms.encode(self.student, batch.ids, batch.mask, layers=taught)
+        if not taught:
+            return ours.last, nothing, {}
         assert self.teacher is not None
-        real = labels != -100
+        assert self.plan is not None
+        with torch.no_grad():
+            theirs = forms.encode(self.teacher, batch.ids, batch.mask, layers=True).layers
+        real = batch.mask.bool()
+        pairs = zip(ours.layers, self.plan.supervised_encoder, strict=True)
+        hidden = torch.stack(
+            [hidden_mse(layer[real], theirs[phi][real], self.loss.normalize_hidden) for layer, phi in pairs]
+        ).sum()
+        return ours.last, scales["encoder_hidden"] * hidden, {"encoder_hidden": hidden.detach()}
+
+    def _taught(self, batch: Batch, encoded: Tensor) -> dict[int, Tensor]:
+        """The teacher decoder's outputs at the layers needed, real tokens only, [tokens, width] each."""
+        if batch.taught:
+            return batch.taught
+        assert self.teacher is not None
+        real = batch.labels != -100
         with torch.no_grad():
             if not self.encoder_shared:
                 # The teacher's decoder reads the teacher's encoder, never a student's.
-                ids, mask = source_tensors(self.teacher, [self.examples.sources[self.examples.rows[i]] for i in batch])
-                encoded = forms.encode(self.teacher, ids, mask).last
-            decoder_ids = forms.shift_right(self.teacher, labels)
-            layers = forms.decode(self.teacher, decoder_ids, encoded, mask, layers=True).layers
+                assert batch.ids is not None
+                encoded = forms.encode(self.teacher, batch.ids, batch.mask).last
+            decoder_ids = forms.shift_right(self.teacher, batch.labels)
+            layers = forms.decode(self.teacher, decoder_ids, encoded, batch.mask, layers=True).layers
         return {layer: layers[layer][real] for layer in self.layers_needed}

@@ -1,15 +1,18 @@
-"""The teacher runs once: its encoder states and decoder hidden states on disk, memory-mapped, shared by all trials.
+"""The teacher runs once: its encoder states and its decoder's hidden states on disk, shared by all trials of a node.
 
-Two stores. Encoder states are one ragged array per training set; decoder states one ragged array per layer and
-label set. A store is a folder that appears whole; layers that are missing are added later.
+Two kinds of store (data/store.py). Encoder states are one array per training set; decoder states are one array per
+layer and label set, and layers that are missing are added later. The unit of work is a part: `Pass.make` does part n
+of all that a pass has to make, in whatever process, and a pass that is taken up again does what is missing.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,193 +21,318 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import write_json_atomic
+from raydistill.data import store
 from raydistill.data.batches import Examples, buckets, pad
 from raydistill.model import forms
 
-# numpy has no bfloat16: its bits are kept as int16.
-KINDS: dict[str, tuple[type, torch.dtype]] = {
-    "bf16": (np.int16, torch.bfloat16),
-    "fp32": (np.float32, torch.float32),
-}
+TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BATCH_TOKENS = 8192
-Progress = Callable[[int, int], None]
+STATES = "states"
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different length of vectors: `offsets` [rows + 1] into `data` [all tokens, width]."""
+    """Memory-mapped rows of vectors: row i is `lengths[i]` vectors of part `part[i]`, from `start[i]` on.
 
-    data: np.ndarray
-    offsets: np.ndarray
+    `parts` [vectors of the part, width] each.
+    """
+
+    parts: list[np.ndarray]
+    part: np.ndarray
+    start: np.ndarray
+    lengths: np.ndarray
     dtype: torch.dtype
 
     def flat(self, rows: Sequence[int]) -> Tensor:
         """The rows' vectors one after another, [their tokens, width]."""
-        parts = [self.data[self.offsets[i] : self.offsets[i + 1]] for i in rows]
-        together = torch.from_numpy(np.concatenate(parts))
-        return together.view(torch.bfloat16) if self.dtype == torch.bfloat16 else together
+        return self._tensor(np.concatenate([self._row(i) for i in rows]))
 
-    def padded(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The rows filled up with zeros, [rows, longest, width], and their mask [rows, longest]."""
-        lengths = torch.from_numpy(np.diff(self.offsets)[list(rows)])
-        mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
-        out = torch.zeros(*mask.shape, self.data.shape[1], dtype=self.dtype)
-        out[mask] = self.flat(rows)
-        return out, mask.long()
+    def padded(self, rows: Sequence[int]) -> Tensor:
+        """The rows filled up with zeros, [rows, longest, width]."""
+        first = self.parts[0]
+        out = np.zeros((len(rows), int(self.lengths[list(rows)].max()), first.shape[1]), first.dtype)
+        for place, i in enumerate(rows):
+            out[place, : self.lengths[i]] = self._row(i)
+        return self._tensor(out)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(part.nbytes for part in self.parts)
 
-def key_of(*parts: object) -> str:
-    """A short content key."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    def _row(self, i: int) -> np.ndarray:
+        return self.parts[self.part[i]][self.start[i] : self.start[i] + self.lengths[i]]
 
-
-def tokens_key(rows: Sequence[Sequence[int]]) -> str:
-    """A key of token ids: maximum length, language codes and tokenizer all show in them."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(np.asarray([len(row), *row], dtype=np.int32).tobytes())
-    return digest.hexdigest()[:16]
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
 
-def encoder_bytes(lengths: Sequence[int], width: int, dtype: str = "bf16") -> int:
-    """Bytes of an encoder store; a decoder store takes as much per layer for its target lengths."""
-    return sum(lengths) * width * np.dtype(KINDS[dtype][0]).itemsize
+@dataclass(frozen=True)
+class Numbers:
+    """In which numbers states are worked out and kept: "bf16" or "fp32" each. Part of a store's key."""
+
+    kept: str = "bf16"
+    computed: str = "fp32"
 
 
-def encoder_store(
-    root: Path,
-    teacher: PreTrainedModel,
-    sources: Sequence[Sequence[int]],
-    teacher_key: str,
-    *,
-    dtype: str = "bf16",
-    progress: Progress | None = None,
-) -> Ragged:
-    """Open the store of the teacher's encoder states for these sources, making it first where it is missing."""
-    folder = root / f"encoder-{key_of(teacher_key, tokens_key(sources), dtype)}"
-    lengths = [len(s) for s in sources]
+@dataclass(frozen=True)
+class Pass:
+    """What a pass of a teacher over one set of sources has to leave under `root`.
 
-    def fill(batch: list[int], write: Callable[[int, int, Tensor], None]) -> None:
-        ids, mask = source_tensors(teacher, [sources[i] for i in batch])
-        states = forms.encode(teacher, ids, mask).last
-        for place, i in enumerate(batch):
-            write(0, i, states[place, : lengths[i]])
-
-    _make(folder, ["states"], lengths, teacher, dtype, fill, progress)
-    return _open(folder, "states", lengths, teacher.config.d_model, dtype)
-
-
-def decoder_store(
-    root: Path,
-    teacher: PreTrainedModel,
-    examples: Examples,
-    encoded: Ragged | None,
-    layers: Sequence[int],
-    teacher_key: str,
-    *,
-    dtype: str = "bf16",
-    progress: Progress | None = None,
-) -> dict[int, Ragged]:
-    """Open the teacher decoder's outputs at `layers` for every example, making those that are missing.
-
-    The teacher's decoder reads the teacher's own encoder states: from their store, or computed here.
+    `base`: examples that hold the sources. `decoders`: per label set its examples and the decoder layers wanted.
+    `width` is the model's.
     """
-    key = key_of(teacher_key, tokens_key(examples.sources), tokens_key(examples.targets), examples.rows, dtype)
-    folder = root / f"decoder-{key}"
-    lengths = [len(t) for t in examples.targets]
-    missing = [layer for layer in sorted(layers) if not _has(folder, f"layer-{layer:02d}")]
 
-    def fill(batch: list[int], write: Callable[[int, int, Tensor], None]) -> None:
-        rows = [examples.rows[i] for i in batch]
-        if encoded is not None:
-            states, mask = (t.to(teacher.device) for t in encoded.padded(rows))
-            states = states.to(teacher.dtype)
-        else:
-            ids, mask = source_tensors(teacher, [examples.sources[row] for row in rows])
-            states = forms.encode(teacher, ids, mask).last
-        labels = target_tensor(teacher, [examples.targets[i] for i in batch])
-        outputs = forms.decode(teacher, forms.shift_right(teacher, labels), states, mask, layers=True).layers
-        for n, layer in enumerate(missing):
-            for place, i in enumerate(batch):
-                write(n, i, outputs[layer][place, : lengths[i]])
+    root: Path
+    teacher_key: str
+    base: Examples
+    width: int
+    encoder: bool = True
+    decoders: list[tuple[Examples, list[int]]] = field(default_factory=list)
+    numbers: Numbers = Numbers()
+    about: dict[str, Any] = field(default_factory=dict)
 
-    _make(folder, [f"layer-{layer:02d}" for layer in missing], lengths, teacher, dtype, fill, progress)
-    return {n: _open(folder, f"layer-{n:02d}", lengths, teacher.config.d_model, dtype) for n in layers}
+    @property
+    def sources(self) -> list[list[int]]:
+        """Token ids of each source."""
+        return self.base.sources
+
+    @cached_property
+    def parts(self) -> list[list[int]]:
+        """The source rows of each part."""
+        return store.plan_parts([len(source) for source in self.sources])
+
+    @cached_property
+    def encoder_store(self) -> Path:
+        """The folder of the encoder states."""
+        layout = (store.FORMAT, store.PART_TOKENS, store.WINDOW_ROWS)
+        key = _key(layout, self.teacher_key, self.base.sources_key, vars(self.numbers))
+        return self.root / f"encoder-{key}"
+
+    @cached_property
+    def decoder_stores(self) -> list[Path]:
+        """The folders of the decoder states, one per label set."""
+        keys = [_key(self.encoder_store.name, e.targets_key) for e, _ in self.decoders]
+        return [self.root / f"decoder-{key}" for key in keys]
+
+    @cached_property
+    def examples_of(self) -> list[list[list[int]]]:
+        """By label set and source row: the examples of that source."""
+        found: list[list[list[int]]] = []
+        for examples, _ in self.decoders:
+            by_row: list[list[int]] = [[] for _ in self.sources]
+            for i, row in enumerate(examples.rows):
+                by_row[row].append(i)
+            found.append(by_row)
+        return found
+
+    @cached_property
+    def arrays(self) -> dict[Path, int]:
+        """Every array wanted, and its bytes."""
+        each = self.width * np.dtype(store.KINDS[self.numbers.kept]).itemsize
+        found = {self.encoder_store / STATES: each * sum(map(len, self.sources))} if self.encoder else {}
+        for folder, (examples, layers) in zip(self.decoder_stores, self.decoders, strict=True):
+            found |= {folder / layer_name(n): each * sum(map(len, examples.targets)) for n in layers}
+        return found
+
+    def missing(self) -> list[int]:
+        """The parts that lack something."""
+        found = {n for array in self.arrays for n in store.missing_parts(array, len(self.parts))}
+        return sorted(found)
+
+    def missing_bytes(self) -> int:
+        """Bytes of the arrays that are not whole yet."""
+        return sum(size for array, size in self.arrays.items() if not store.is_whole(array))
+
+    def unfinished(self) -> bool:
+        """Whether an array is not whole yet."""
+        return any(not store.is_whole(array) for array in self.arrays)
+
+    def lock(self) -> FileLock:
+        """Held by the one process that leads the making of these stores."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root / f".{self.encoder_store.name}.lock")
+
+    def begin(self) -> None:
+        """Make the folders and say what they are for; UserError where the disk is too small."""
+        check_disk(self.root, self.missing_bytes())
+        for folder in {array.parent for array in self.arrays}:
+            write_json_atomic(folder / "about.json", {**self.about, **vars(self.numbers), "width": self.width})
+            store.sweep_orphans(folder)
+
+    def finish(self) -> None:
+        """Write the manifests: all parts are there."""
+        for array, size in self.arrays.items():
+            if not store.is_whole(array):
+                assert not store.missing_parts(array, len(self.parts))
+                store.finish_array(array, {"parts": len(self.parts), "bytes": size})
+
+    def make(self, teacher: PreTrainedModel, number: int) -> dict[str, float]:
+        """Make part `number` of every array that lacks it; returns how many rows and source tokens it had."""
+        lacking = {array for array in self.arrays if not store.is_whole(array)}
+        lacking = {array for array in lacking if not store.part_path(array, number).is_file()}
+        rows = self.parts[number]
+        found: dict[Path, dict[int, np.ndarray]] = {array: {} for array in lacking}
+        stored = self.encoder and self.encoder_store / STATES not in lacking
+        states_of = _open_part(self.encoder_store / STATES, self, number) if stored else None
+        for places in buckets([len(self.sources[row]) for row in rows], BATCH_TOKENS):
+            micro = [rows[place] for place in places]
+            states, mask = self._encode(teacher, micro, states_of)
+            if self.encoder_store / STATES in lacking:
+                for row, values in zip(micro, states, strict=True):
+                    found[self.encoder_store / STATES][row] = self._bits(values[: len(self.sources[row])])
+            self._decode(teacher, micro, states, mask, found)
+        for array, by_index in found.items():
+            order = rows if array.parent == self.encoder_store else self.examples_in(number, array.parent)
+            kind = store.KINDS[self.numbers.kept]
+            vectors = [by_index[i] for i in order] or [np.empty((0, self.width), kind)]
+            store.write_part(array, number, np.concatenate(vectors))
+        return {"rows": len(rows), "tokens": sum(len(self.sources[row]) for row in rows)}
+
+    def examples_in(self, number: int, folder: Path) -> list[int]:
+        """The examples of a part of a decoder store, in the order in which it holds them."""
+        by_row = self.examples_of[self.decoder_stores.index(folder)]
+        return [i for row in self.parts[number] for i in by_row[row]]
+
+    def _encode(
+        self, teacher: PreTrainedModel, rows: list[int], stored: dict[int, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The encoder's states for a few sources, padded, and their mask."""
+        sources = [self.sources[row] for row in rows]
+        mask = mask_of(sources).to(teacher.device)
+        if stored is not None:
+            states = torch.nn.utils.rnn.pad_sequence([stored[row] for row in rows], batch_first=True)
+            return states.to(teacher.device, teacher.dtype), mask
+        ids = padded(sources, teacher.config.pad_token_id).to(teacher.device)
+        with self.precision(teacher):
+            return forms.encode(teacher, ids, mask).last, mask
+
+    def _decode(
+        self,
+        teacher: PreTrainedModel,
+        rows: list[int],
+        states: Tensor,
+        mask: Tensor,
+        found: dict[Path, dict[int, np.ndarray]],
+    ) -> None:
+        """The decoder's outputs for the examples of a few sources, into the arrays that lack them."""
+        for folder, by_row, (examples, layers) in zip(
+            self.decoder_stores, self.examples_of, self.decoders, strict=True
+        ):
+            wanted = [layer for layer in layers if folder / layer_name(layer) in found]
+            pairs = [(place, i) for place, row in enumerate(rows) for i in by_row[row]]
+            if not wanted or not pairs:
+                continue
+            places = torch.tensor([place for place, _ in pairs], device=states.device)
+            labels = padded([examples.targets[i] for _, i in pairs], -100).to(states.device)
+            with self.precision(teacher):
+                ids = forms.shift_right(teacher, labels)
+                outputs = forms.decode(teacher, ids, states[places], mask[places], layers=True).layers
+            for layer in wanted:
+                for (_, i), values in zip(pairs, outputs[layer], strict=True):
+                    found[folder / layer_name(layer)][i] = self._bits(values[: len(examples.targets[i])])
+
+    def precision(self, teacher: PreTrainedModel) -> Any:
+        """A block in which the teacher runs in the pass's numbers."""
+        return torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.numbers.computed == "bf16")
+
+    def _bits(self, values: Tensor) -> np.ndarray:
+        kept = values.to("cpu", TORCH[self.numbers.kept])
+        return (kept.view(torch.int16) if self.numbers.kept == "bf16" else kept).numpy()
 
 
-def source_tensors(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Padded source ids and their mask, on the model's device."""
-    ids = torch.tensor(pad(rows, model.config.pad_token_id), device=model.device)
-    mask = torch.tensor(pad([[1] * len(row) for row in rows], 0), device=model.device)
-    return ids, mask
-
-
-def target_tensor(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Padded labels with -100 where there is no token, on the model's device."""
-    return torch.tensor(pad(rows, -100), device=model.device)
-
-
-def _has(folder: Path, name: str) -> bool:
-    return (folder / f"{name}.bin").is_file() and (folder / f"{name}.json").is_file()
-
-
-def _make(
-    folder: Path,
-    names: list[str],
-    lengths: Sequence[int],
-    teacher: PreTrainedModel,
-    dtype: str,
-    fill: Callable[[list[int], Callable[[int, int, Tensor], None]], None],
-    progress: Progress | None,
-) -> None:
-    """Fill the missing arrays in files of their own names, renamed when whole; one process at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not names or all(_has(folder, name) for name in names):
+def make_here(work: Pass, teacher: PreTrainedModel, progress: Callable[[int, int], None] | None = None) -> None:
+    """Carry out a pass in this process."""
+    with work.lock():
+        if not work.unfinished():
             return
-        for orphan in folder.glob(".*.making"):  # left by a process that was killed; the lock says that none is at work
-            orphan.unlink()
-        width = teacher.config.d_model
-        need = encoder_bytes(lengths, width, dtype) * len(names)
-        _check_disk(folder, need)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        kind, torch_dtype = KINDS[dtype]
-        making = [folder / f".{name}.making" for name in names]
-        arrays = [np.memmap(path, dtype=kind, mode="w+", shape=(int(offsets[-1]), width)) for path in making]
-
-        def write(array: int, row: int, states: Tensor) -> None:
-            values = states.to("cpu", torch_dtype)
-            raw = values.view(torch.int16) if torch_dtype == torch.bfloat16 else values
-            arrays[array][offsets[row] : offsets[row + 1]] = raw.numpy()
-
-        try:
-            done = 0
-            with torch.inference_mode():
-                for batch in buckets(lengths, BATCH_TOKENS):
-                    fill(batch, write)
-                    done += len(batch)
-                    if progress:
-                        progress(done, len(lengths))
-            for array, path, name in zip(arrays, making, names, strict=True):
-                array.flush()
-                path.rename(folder / f"{name}.bin")
-                (folder / f"{name}.json").write_text(json.dumps({"rows": len(lengths), "width": width, "dtype": dtype}))
-        finally:
-            for path in making:
-                path.unlink(missing_ok=True)
+        missing = work.missing()
+        work.begin()
+        with torch.inference_mode():
+            for done, number in enumerate(missing):
+                work.make(teacher, number)
+                if progress:
+                    progress(done + 1, len(missing))
+        work.finish()
 
 
-def _open(folder: Path, name: str, lengths: Sequence[int], width: int, dtype: str) -> Ragged:
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    kind, torch_dtype = KINDS[dtype]
-    data = np.memmap(folder / f"{name}.bin", dtype=kind, mode="r", shape=(int(offsets[-1]), width))
-    return Ragged(data, offsets, torch_dtype)
+def open_encoder(work: Pass) -> Ragged:
+    """The encoder states of a finished pass, by source row."""
+    return _open(work.encoder_store / STATES, work.parts, [len(s) for s in work.sources], work)
 
 
-def _check_disk(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
+def open_decoder(work: Pass, which: int = 0) -> dict[int, Ragged]:
+    """The decoder states of a finished pass's label set, by layer and example."""
+    folder, (examples, layers) = work.decoder_stores[which], work.decoders[which]
+    parts = [work.examples_in(n, folder) for n in range(len(work.parts))]
+    lengths = [len(target) for target in examples.targets]
+    return {layer: _open(folder / layer_name(layer), parts, lengths, work) for layer in layers}
+
+
+def layer_name(layer: int) -> str:
+    """The array of a decoder layer's outputs."""
+    return f"layer-{layer:02d}"
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of numbers as one tensor [rows, longest], filled up at the end with `value`."""
+    return torch.tensor(pad(rows, value))
+
+
+def mask_of(rows: Sequence[Sequence[int]]) -> Tensor:
+    """1 where the padded rows have a token, else 0: [rows, longest]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long()
+
+
+def check_disk(root: Path, need: int) -> None:
+    """UserError where the disk has not so many bytes to spare."""
+    free = shutil.disk_usage(root).free
     if need > free * 0.9:
         raise UserError(
-            f"{folder}: the teacher cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            f"free some, set RAYDISTILL_HOME to a larger disk, or set training.teacher_cache: off"
+            f"{root}: the teacher cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some "
+            f"(`raydistill cache` lists old stores), set RAYDISTILL_HOME to a larger disk, or set "
+            f"training.teacher_cache to auto or off"
         )
+
+
+def _open(array: Path, parts: list[list[int]], lengths: list[int], work: Pass) -> Ragged:
+    """Map an array's parts; UserError where one does not have its size."""
+    store.mark_used(array.parent)
+    part, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    maps = []
+    for number, rows in enumerate(parts):
+        at = 0
+        for row in rows:
+            part[row], start[row] = number, at
+            at += lengths[row]
+        maps.append(_map(store.part_path(array, number), at, work))
+    return Ragged(maps, part, start, np.asarray(lengths), TORCH[work.numbers.kept])
+
+
+def _map(path: Path, vectors: int, work: Pass) -> np.ndarray:
+    """A part as an array [vectors, width] over the file's pages; numpy's own memmap would keep a file open for each."""
+    kind = np.dtype(store.KINDS[work.numbers.kept])
+    size = vectors * work.width
+    if not path.is_file() or path.stat().st_size != size * kind.itemsize:
+        raise UserError(f"{path}: is damaged or missing; delete {path.parents[1]} and run again")
+    if not size:
+        return np.empty((0, work.width), kind)
+    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.from_numpy(np.empty(0, kind)).dtype)
+    return mapped.numpy().reshape(vectors, work.width)
+
+
+def _open_part(array: Path, work: Pass, number: int) -> dict[int, Tensor]:
+    """The states of one part's rows."""
+    rows = work.parts[number]
+    lengths = [len(work.sources[row]) for row in rows]
+    vectors = torch.from_numpy(_map(store.part_path(array, number), sum(lengths), work))
+    vectors = vectors.view(torch.bfloat16) if work.numbers.kept == "bf16" else vectors
+    return dict(zip(rows, vectors.split(lengths), strict=True))
+
+
+def _key(*parts: object) -> str:
+    """A short content key."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -14,10 +14,10 @@ from raydistill.evaluation.checkpoint import Evaluation, evaluate
 from raydistill.model import forms
 from raydistill.model.generate import Beam, open_engine
 from raydistill.model.teachers import Languages
-from raydistill.training.losses import cross_entropy
+from raydistill.training.losses import Targets, output_loss
 from raydistill.training.material import Material, tokens
 from raydistill.training.record import save_checkpoint
-from raydistill.training.teacher_cache import source_tensors, target_tensor
+from raydistill.training.teacher_cache import mask_of, padded
 
 SCORERS = {"rouge2": "rouge_score", "bleu": "sacrebleu"}
 
@@ -83,12 +83,18 @@ class Validator:
         total, count = 0.0, 0
         with torch.inference_mode():
             for batch in buckets([len(s) for s in sources], 8192):
-                ids, mask = source_tensors(self.student, [sources[i] for i in batch])
-                labels = target_tensor(self.student, [targets[i] for i in batch])
+                picked = [sources[i] for i in batch]
+                ids, mask = padded(picked, self.student.config.pad_token_id), mask_of(picked)
+                labels = padded([targets[i] for i in batch], -100).to(self.student.device)
+                ids, mask = ids.to(self.student.device), mask.to(self.student.device)
                 encoded = forms.encode(self.student, ids, mask).last
                 hidden = forms.decode(self.student, forms.shift_right(self.student, labels), encoded, mask).last
                 real = labels != -100
-                total += float(cross_entropy(forms.head(self.student, hidden[real]), labels[real]))
+                wanted = Targets(labels[real])
+                _, entropy, _ = output_loss(
+                    hidden[real], lambda h: forms.head(self.student, h), wanted, self.student.config.vocab_size
+                )
+                total += float(entropy)
                 count += int(real.sum())
         return total / count
 

@@ -1,0 +1,169 @@
+"""The teacher's pass over a training split as a Ray Data job: decide what is kept, make what is missing, record it."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raydistill.cluster.alone import alone
+from raydistill.cluster.planned import Facts, run_batches
+from raydistill.config.console import progress
+from raydistill.config.run import Run
+from raydistill.data.batches import Examples
+from raydistill.training.caching import Costs, Keep, choose, measure, pass_for
+from raydistill.training.teacher_cache import Pass
+
+FREE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a pass came to: what `auto` keeps and why, its bytes, and the device-seconds that making it took."""
+
+    keep: Keep
+    why: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Want:
+    """Runs on one training split that may read the teacher's states, and the label sets that they train on."""
+
+    runs: list[Run]
+    labels: dict[str, str]
+    root: Path
+    device: str
+
+    def work(self, keep: Keep) -> Pass:
+        """What these runs read, where runs of `auto` keep `keep`."""
+        modes = [
+            (run, keep if run.training.teacher_cache == "auto" else run.training.teacher_cache) for run in self.runs
+        ]
+        examples, key, config, computed = _read(self)
+        return pass_for(modes, examples, key, config, self.root, computed)
+
+    def __hash__(self) -> int:
+        return hash((str(self.runs), str(self.labels), self.root, self.device))
+
+
+def group_of(run: Run) -> str:
+    """Runs of one group may read one pass: the same teacher, pairs and numbers."""
+    about = (run.teacher, run.dataset.model_dump(mode="json"), run.training.precision, run.training.cache_precision)
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+
+
+def teacher_pass(want: Want, epochs: float, decided: Keep | None = None) -> Cached:
+    """Make what the runs read of the teacher, unless it is there; `epochs`: over all trials.
+
+    `decided` is what an earlier call chose; a sweep does not change its mind.
+    """
+    auto = [run for run in want.runs if run.training.teacher_cache == "auto"]
+    keep: Keep = decided or "full"
+    why = "as it was decided when the sweep was begun" if decided else "as the run asks"
+    if auto and decided is None:
+        whole = want.work("full")
+        if whole.arrays and whole.unfinished():
+            costs = alone(measured, want, device=want.device)
+            keep, why = choose(whole, costs, room(want, whole), epochs)
+        else:
+            why = "it is there already"
+        progress(f"teacher cache: {keep}: {why}")
+    work = want.work(keep)
+    seconds = 0.0
+    with work.lock():
+        if work.unfinished():
+            work.begin()
+            seconds = _make(want, keep, work)
+            work.finish()
+    return Cached(keep, why, sum(work.arrays.values()), seconds)
+
+
+def room(want: Want, work: Pass) -> float:
+    """Bytes that the stores may take: the runs' own bound, and what is free and used by them already."""
+    work.root.mkdir(parents=True, exist_ok=True)
+    there = sum(work.arrays.values()) - work.missing_bytes()
+    bounds = [run.training.cache_gb * 1e9 for run in want.runs if run.training.cache_gb is not None]
+    return min([FREE_SHARE * shutil.disk_usage(work.root).free + there, *bounds])
+
+
+def measured(want: Want, device: str, threads: int) -> Costs:
+    """`measure` with the teacher loaded; to be called `alone`."""
+    return measure(want.work("full"), _teacher(want, device))
+
+
+def _make(want: Want, keep: Keep, work: Pass) -> float:
+    """Make the missing parts in actors that hold the teacher; returns the device-seconds that they were at work."""
+    missing = work.missing()
+    total, done, seconds, last = len(missing), 0, 0.0, time.monotonic()
+    progress(f"teacher cache: {total} parts to make, {work.missing_bytes() / 1e6:.0f} MB, under {want.root}")
+
+    def on_done(facts: Facts) -> None:
+        nonlocal done, seconds, last
+        done, seconds = done + 1, seconds + facts["seconds"]
+        if time.monotonic() - last > 5:
+            progress(f"  {done}/{total} parts")
+            last = time.monotonic()
+
+    run_batches(missing, maker(want, keep), device=want.device, on_done=on_done)
+    return seconds
+
+
+def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
+    """What an actor needs to make parts: called there, it loads the teacher and reads the texts."""
+
+    def make() -> Callable[[int], Facts]:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        import torch
+
+        torch.set_num_threads(1)
+        teacher, work = _teacher(want, want.device), want.work(keep)
+
+        def part(number: int) -> Facts:
+            started = time.monotonic()
+            with torch.inference_mode():
+                facts = work.make(teacher, number)
+            return {**facts, "seconds": time.monotonic() - started}
+
+        return part
+
+    return make
+
+
+def _teacher(want: Want, device: str) -> Any:
+    import torch
+
+    from raydistill.training.material import open_teacher
+
+    run = want.runs[0]
+    assert run.teacher is not None
+    return torch.nn.Module.to(open_teacher(run.teacher, run.dataset.name).model, device)
+
+
+@lru_cache(maxsize=2)
+def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
+    """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
+    from raydistill.config.presets import teacher_preset
+    from raydistill.model.teachers import fingerprint, load_config, load_tokenizer, locate
+    from raydistill.training.loop import precision
+    from raydistill.training.material import load_material, make_examples
+
+    run = want.runs[0]
+    assert run.teacher is not None
+    where = locate(run.teacher, run.dataset.name)
+    preset = teacher_preset(run.teacher, run.dataset.name)
+    config, tokenizer = load_config(where), load_tokenizer(where, preset.languages if preset else None)
+    material = load_material(run, preset, tokenizer, config)
+    examples: dict[str, Examples] = {}
+    for each in want.runs:
+        if each.label_key not in examples:
+            labels = want.labels.get(each.label_key)
+            examples[each.label_key] = make_examples(each, material, tokenizer, Path(labels) if labels else None)
+    computed = "fp32" if precision(run.training, want.device) is None else "bf16"
+    return examples, fingerprint(where), config, computed

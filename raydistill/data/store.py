@@ -1,0 +1,114 @@
+"""Ragged arrays on disk, in parts that appear whole: what the teacher cache is made of. Knows no model.
+
+A store is a folder with `about.json` and a folder per array: `part-000000.bin` and so on, and last of all
+`manifest.json`. A part holds the vectors of its rows one after another; which rows, `plan_parts` says from their
+lengths, so the store's key must cover them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydistill.config.files import write_atomic, write_json_atomic
+
+# Part of every key: a store of another layout is another store.
+FORMAT = 2
+PART_TOKENS = 2**15
+WINDOW_ROWS = 20_000
+# numpy has no bfloat16: its bits are kept as int16.
+KINDS: dict[str, type[np.generic]] = {"bf16": np.int16, "fp32": np.float32}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A store on disk: its folder, what it says of itself, the arrays that are whole, its bytes and its last use."""
+
+    folder: Path
+    about: dict[str, Any]
+    arrays: list[str]
+    bytes: int
+    used: float
+
+
+def plan_parts(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows by part: neighbours in length, longest first, within windows of `WINDOW_ROWS`; `PART_TOKENS` each at most.
+
+    A row longer than that is a part of its own.
+    """
+    parts: list[list[int]] = []
+    for window in range(0, len(lengths), WINDOW_ROWS):
+        rows = range(window, min(window + WINDOW_ROWS, len(lengths)))
+        room = -1
+        for row in sorted(rows, key=lambda i: -lengths[i]):
+            if lengths[row] > room:
+                parts.append([])
+                room = PART_TOKENS
+            parts[-1].append(row)
+            room = max(0, room - lengths[row])
+    return parts
+
+
+def part_path(array: Path, number: int) -> Path:
+    """The file of a part."""
+    return array / f"part-{number:06d}.bin"
+
+
+def write_part(array: Path, number: int, vectors: np.ndarray) -> None:
+    """Write a part [vectors, width], whole or not at all."""
+    write_atomic(part_path(array, number), vectors.tobytes())
+
+
+def missing_parts(array: Path, count: int) -> list[int]:
+    """The parts of an array that are still to be made; none once its manifest is there."""
+    if is_whole(array):
+        return []
+    return [n for n in range(count) if not part_path(array, n).is_file()]
+
+
+def finish_array(array: Path, facts: dict[str, Any]) -> None:
+    """Say that all parts are there."""
+    write_json_atomic(array / "manifest.json", facts)
+
+
+def is_whole(array: Path) -> bool:
+    """Whether an array is finished."""
+    return (array / "manifest.json").is_file()
+
+
+def sweep_orphans(store: Path) -> None:
+    """Delete what killed writers left; to be called by the only process that is at work on the store."""
+    for orphan in store.rglob(".*.making"):
+        orphan.unlink(missing_ok=True)
+
+
+def mark_used(store: Path) -> None:
+    """Remember that a store was read; one that others own keeps its date."""
+    try:
+        os.utime(store / "about.json")
+    except OSError:
+        return
+
+
+def kept(root: Path) -> Iterator[Kept]:
+    """The stores under `root`, last used last."""
+    found = []
+    for path in root.glob("*/about.json"):
+        folder = path.parent
+        size = sum(p.stat().st_size for p in folder.rglob("*.bin"))
+        arrays = sorted(p.parent.name for p in folder.glob("*/manifest.json"))
+        about = json.loads(path.read_text(encoding="utf-8"))
+        found.append(Kept(folder, about, arrays, size, path.stat().st_mtime))
+    yield from sorted(found, key=lambda store: store.used)
+
+
+def remove(store: Kept) -> None:
+    """Delete a store: what says that it is whole first."""
+    for manifest in store.folder.glob("*/manifest.json"):
+        manifest.unlink()
+    shutil.rmtree(store.folder)

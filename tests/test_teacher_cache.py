@@ -1,0 +1,334 @@
+"""The teacher's states on disk: what they are, that a killed pass loses no part, and what is worth keeping."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistill.config.errors import UserError
+from raydistill.config.run import Run
+from raydistill.data import store
+from raydistill.data.batches import Examples, within
+from raydistill.model.teachers import load_model
+from raydistill.training.caching import Costs, choose, measure, pass_for, reading_rate
+from raydistill.training.prefetch import ahead
+from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
+from tests.tiny import save_tiny
+
+FP32 = Numbers("fp32", "fp32")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return load_model(save_tiny("bart", tmp_path_factory.mktemp("t"), dropout=0.1))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(store, "PART_TOKENS", 30)
+
+
+def pairs(n=9):
+    """Sources and targets of ever other lengths; every source has a pair, source 2 has two, and 4 has none."""
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(length):
+        return [*torch.randint(4, 100, (length,), generator=draw).tolist(), 2]
+
+    rows = [2, *[row for row in range(n) if row != 4]]
+    return Examples([tokens(3 + 5 * i % 11) for i in range(n)], [tokens(1 + i % 5) for i in range(len(rows))], rows)
+
+
+def pass_of(root, examples, layers=(0, 2), numbers=FP32, encoder=True):
+    return Pass(root, "key", examples, 16, encoder, [(examples, list(layers))], numbers)
+
+
+def states_of(teacher, examples, i):
+    """Encoder states and decoder layers of one example alone, by transformers' own forward."""
+    source, target = examples.sources[examples.rows[i]], examples.targets[i]
+    with torch.no_grad():
+        out = teacher(
+            input_ids=torch.tensor([source]), labels=torch.tensor([target]), output_hidden_states=True, use_cache=False
+        )
+    return out.encoder_last_hidden_state[0], [h[0] for h in out.decoder_hidden_states[1:]]
+
+
+def near(found, expected):
+    """The same but for the rounding of float32: one row alone and among others are summed in another order."""
+    return found.shape == expected.shape and float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_states_are_those_of_each_row_alone_in_its_real_positions(teacher, tmp_path):
+    examples = pairs()
+    work = pass_of(tmp_path, examples)
+    make_here(work, teacher)
+    assert len(work.parts) > 2
+    encoded, decoded = open_encoder(work), open_decoder(work)
+    for i, row in enumerate(examples.rows):
+        states, layers = states_of(teacher, examples, i)
+        assert near(encoded.flat([row]), states)
+        for layer in (0, 2):
+            assert near(decoded[layer].flat([i]), layers[layer])
+    assert encoded.nbytes == sum(map(len, examples.sources)) * 16 * 4
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*.bin")) == sum(work.arrays.values())
+    together = encoded.padded([1, 5])
+    assert torch.equal(together[0, : len(examples.sources[1])], encoded.flat([1]))
+    assert not together[0, len(examples.sources[1]) :].any()
+    assert not list(tmp_path.rglob("*.making"))
+
+
+def test_bf16_is_the_nearest_to_what_was_worked_out(teacher, tmp_path):
+    exact, half = pass_of(tmp_path, pairs()), pass_of(tmp_path, pairs(), numbers=Numbers("bf16", "fp32"))
+    for work in (exact, half):
+        make_here(work, teacher)
+    assert torch.equal(open_encoder(half).flat([3, 0]), open_encoder(exact).flat([3, 0]).bfloat16())
+
+
+def test_layers_are_added_without_touching_those_there(teacher, tmp_path):
+    make_here(pass_of(tmp_path, pairs(), [2]), teacher)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.bin")}
+    encoder = teacher.get_encoder()
+    real = encoder.forward
+    encoder.forward = None  # its states are there
+    try:
+        work = pass_of(tmp_path, pairs(), [0, 2])
+        make_here(work, teacher)
+    finally:
+        encoder.forward = real
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    _, layers = states_of(teacher, pairs(), 4)
+    assert near(open_decoder(work)[0].flat([4]), layers[0])
+
+
+@given(st.lists(st.integers(1, 60), max_size=80))
+def test_parts_hold_each_row_once_within_their_tokens(lengths):
+    parts = store.plan_parts(lengths)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    assert all(len(part) == 1 or sum(lengths[row] for row in part) <= store.PART_TOKENS for part in parts)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from raydistill.data import store
+from raydistill.training.teacher_cache import make_here
+from raydistill.model.teachers import load_model
+from tests.test_teacher_cache import pairs, pass_of
+store.PART_TOKENS = 30
+slow = store.write_part
+def write(array, number, vectors):
+    slow(array, number, vectors)
+    if array.name == "layer-02":
+        print(number, flush=True)
+        if number == 1:
+            (array / ".part-000009.bin.1.making").write_bytes(b"half")
+            import time; time.sleep(60)
+store.write_part = write
+make_here(pass_of(Path(sys.argv[1]), pairs()), load_model(sys.argv[2]))
+"""
+
+
+def test_a_killed_pass_keeps_its_finished_parts_and_goes_on(teacher, tmp_path):
+    place = save_tiny("bart", tmp_path / "t", dropout=0.1)
+    root = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(root), str(place)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    try:
+        assert [process.stdout.readline().strip() for _ in range(2)] == [b"0", b"1"]
+    finally:
+        process.kill()
+        process.wait()
+    work = pass_of(root, pairs())
+    assert work.unfinished()
+    assert work.missing() == list(range(2, len(work.parts)))
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
+    assert len(before) == 6
+    make_here(work, teacher)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert not list(root.rglob("*.making"))
+    whole = pass_of(tmp_path / "whole", pairs())
+    make_here(whole, teacher)
+    rows = list(range(9))
+    assert torch.equal(open_encoder(work).flat(rows), open_encoder(whole).flat(rows))
+    assert torch.equal(open_decoder(work)[2].flat(rows), open_decoder(whole)[2].flat(rows))
+
+
+@pytest.mark.parametrize("fault", ["cut", "gone"])
+def test_a_damaged_part_is_told_with_what_to_delete(fault, teacher, tmp_path):
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    part = next((work.encoder_store / "states").glob("*.bin"))
+    part.unlink() if fault == "gone" else part.write_bytes(part.read_bytes()[:-4])
+    with pytest.raises(UserError, match=f"damaged or missing; delete {work.encoder_store}"):
+        open_encoder(work)
+
+
+def test_keys_tell_teachers_sources_labels_and_numbers_apart(tmp_path):
+    base = pass_of(tmp_path, pairs())
+    others = [
+        replace(base, teacher_key="other"),
+        replace(base, numbers=Numbers("bf16", "fp32")),
+        replace(base, numbers=Numbers("fp32", "bf16")),
+        pass_of(tmp_path, pairs(8)),
+    ]
+    names = {work.encoder_store.name for work in (base, *others)}
+    assert len(names) == 5
+    relabelled = Examples(pairs().sources, [[7, 2]] * 9, pairs().rows)
+    assert pass_of(tmp_path, relabelled).encoder_store == base.encoder_store
+    assert pass_of(tmp_path, relabelled).decoder_stores != base.decoder_stores
+    assert pass_of(tmp_path, pairs(), [1]).decoder_stores == base.decoder_stores
+
+
+def test_old_stores_are_listed_and_removed(teacher, tmp_path):
+    work = replace(pass_of(tmp_path, pairs()), about={"teacher": "bart", "data": "news"})
+    make_here(work, teacher)
+    time.sleep(0.01)
+    open_encoder(work)
+    found = list(store.kept(tmp_path))
+    assert [kept.folder for kept in found] == [work.decoder_stores[0], work.encoder_store]  # the last used last
+    assert [kept.arrays for kept in found] == [["layer-00", "layer-02"], ["states"]]
+    assert sum(kept.bytes for kept in found) == sum(work.arrays.values())
+    assert found[0].about["data"] == "news"
+    store.remove(found[1])
+    assert work.unfinished()
+    assert [kept.folder for kept in store.kept(tmp_path)] == work.decoder_stores
+
+
+# What is worth keeping
+
+
+def sized(tmp_path, encoder=True, decoders=True):
+    examples = Examples([[1] * 100] * 10, [[1] * 10] * 10, list(range(10)))
+    return Pass(tmp_path, "key", examples, 1000, encoder, [(examples, [0, 2])] if decoders else [])  # 2 MB and 0.4 MB
+
+
+PAYS = Costs(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "room", "epochs", "encoder", "decoders", "keep", "why"),
+    [
+        (PAYS, 3e6, 5, True, True, "full", "it fits and pays"),
+        (PAYS, 2.2e6, 5, True, True, "encoder", "the decoder states do not fit"),
+        (PAYS, 1e6, 5, True, True, "off", "the encoder states do not fit"),
+        (replace(PAYS, read_encoder=9.0), 3e6, 5, True, True, "off", "reading the encoder states does not pay"),
+        (replace(PAYS, read_decoder=4.0), 3e6, 5, True, True, "encoder", "reading the decoder states does not pay"),
+        (PAYS, 3e6, 1, True, True, "off", "reading the encoder states does not pay"),  # made for a single epoch
+        (PAYS, 1e6, 5, False, True, "full", "it fits and pays"),
+        (PAYS, 1e5, 5, False, True, "off", "the decoder states do not fit"),
+        (PAYS, 3e6, 5, True, False, "encoder", "no run reads decoder states"),
+    ],
+)
+def test_auto_keeps_what_fits_and_pays(costs, room, epochs, encoder, decoders, keep, why, tmp_path):
+    found, said = choose(sized(tmp_path, encoder, decoders), costs, room, epochs)
+    assert found == keep
+    assert said.startswith(why)
+    if "epochs in all" in said:
+        assert f"{epochs} epochs in all" in said
+
+
+def test_costs_are_measured_and_grow_with_the_corpus(teacher, tmp_path):
+    few, many = (measure(pass_of(tmp_path, pairs(n)), teacher) for n in (9, 9 * 40))
+    assert all(value > 0 for value in (few.encoder, few.decoder, few.read_encoder, few.read_decoder))
+    assert many.encoder > 5 * few.encoder
+    assert many.read_encoder > 5 * few.read_encoder
+    assert reading_rate(tmp_path, cold=True) > 1e6
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".probe")]
+
+
+def test_a_pass_holds_the_union_of_what_runs_read(tmp_path, teacher):
+    def run(method, size, labels="original", **training):
+        return Run.model_validate(
+            {
+                "name": "r",
+                "teacher": "a/b",
+                "dataset": "d",
+                "method": method,
+                "labels": labels,
+                "student": {"size": size},
+                "training": training,
+            }
+        )
+
+    examples = {"original": pairs(), "pseudo": Examples(pairs().sources, [[7, 2]] * 9, pairs().rows)}
+    runs = [
+        (run("sft", "2-1"), "full"),
+        (run("kd", "2-2"), "full"),  # supervised by layers 1 and 2
+        (run("kd", "2-1"), "full"),  # by layer 2
+        (run("kd", "2-3", "pseudo"), "encoder"),
+        (run("kd", "2-3"), "off"),
+    ]
+    work = pass_for(runs, examples, "key", teacher.config, tmp_path, "bf16")
+    assert work.encoder
+    assert [(e is examples["original"], layers) for e, layers in work.decoders] == [(True, [1, 2])]
+    assert not pass_for([(run("kd", "1-1"), "full")], examples, "key", teacher.config, tmp_path, "bf16").encoder
+    assert not pass_for(
+        [(run("sft", "2-1", freeze_embeddings=False), "full")], examples, "key", teacher.config, tmp_path, "bf16"
+    ).arrays
+
+
+# Reading ahead and micro-batches
+
+
+def test_items_are_made_ahead_and_the_wait_is_counted():
+    def slow():
+        for i in range(5):
+            time.sleep(0.02)
+            yield i
+
+    with ahead(slow()) as feed:
+        assert list(feed) == [0, 1, 2, 3, 4]
+        assert feed.waited > 0.06
+    with ahead(slow()) as feed:
+        next(feed)
+        time.sleep(0.2)
+        before = feed.waited
+        assert [next(feed), next(feed)] == [1, 2]  # both were there
+        assert feed.waited - before < 0.02
+    assert not feed.thread.is_alive()
+
+
+def test_what_making_an_item_raises_is_raised_where_it_is_taken():
+    def fails():
+        yield 1
+        raise UserError("the part is gone")
+
+    with ahead(fails()) as feed:
+        assert next(feed) == 1
+        with pytest.raises(UserError, match="gone"):
+            next(feed)
+
+
+def test_an_endless_source_ends_with_the_block():
+    def endless():
+        while True:
+            yield 1
+
+    with ahead(endless()) as feed:
+        next(feed)
+    assert not feed.thread.is_alive()
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), max_size=40), st.integers(1, 200))
+def test_micro_batches_keep_their_order_within_their_tokens(lengths, tokens):
+    examples = Examples([[1] * s for s, _ in lengths], [[1] * t for _, t in lengths], list(range(len(lengths))))
+    found = within(range(len(lengths)), examples, tokens)
+    assert [i for part in found for i in part] == list(range(len(lengths)))
+    for part in found:
+        cost = len(part) * (max(lengths[i][0] for i in part) + max(lengths[i][1] for i in part))
+        assert len(part) == 1 or cost <= tokens
+
+
+def test_ragged_rows_of_no_part_are_no_file(tmp_path):
+    store.write_part(tmp_path, 3, np.zeros((2, 4), np.float32))
+    assert store.missing_parts(tmp_path, 5) == [0, 1, 2, 4]
+    store.finish_array(tmp_path, {})
+    assert store.missing_parts(tmp_path, 5) == []
