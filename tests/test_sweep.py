@@ -148,8 +148,13 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     env = xsum_world(tmp_path)
     home = tmp_path / "outputs"
     space = ROOT / "search_spaces" / "kd_xsum.yaml"
-    found = last_json(command(home, "sweep", space, *SHORT, "--set", "search.trials=3", "--json", **env))
-    assert {t["size"] for t in found["trials"]} == {"12-6", "12-3", "12-1"}
+    done = command(home, "sweep", space, *SHORT, "--set", "search.trials=3", "--json", **env)
+    found = last_json(done)
+    # How long so tiny a 12-6 takes is chance: where it is beyond both budgets, it is not trained, and that is said.
+    trained = {t["size"] for t in found["trials"]}
+    barred = {size for size in ("12-6", "12-3", "12-1") if f"no budget admits {size}" in done.stderr}
+    assert trained | barred == {"12-6", "12-3", "12-1"}
+    assert not trained & barred
     assert all(t["method"] == "kd" and t["status"] == "done" for t in found["trials"])
     assert {t["chosen"]["loss.alpha_hidden"] for t in found["trials"]} == {3}
     chosen = last_json(command(home, "choose", "kd_xsum", "--within", "params_m=100", "--name", "any", "--json", **env))
