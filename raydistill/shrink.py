@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from raydistill.config.console import finish, make_app, run_app, show
 from raydistill.config.errors import UserError
+from raydistill.config.run import Init
 
 app = make_app()
 
@@ -19,9 +20,10 @@ def shrink(
     output: Annotated[Path, typer.Option(help="the folder to write; must not exist")],
     copy: Annotated[str | None, typer.Option(help='decoder layers to copy, such as "0,6,11"')] = None,
     copy_encoder: Annotated[str | None, typer.Option(help="encoder layers to copy")] = None,
-    init: Annotated[
-        Literal["spaced", "first", "middle", "last", "random"], typer.Option(help="where --copy does not say")
-    ] = "spaced",
+    init: Annotated[Init, typer.Option(help="where --copy does not say")] = "spaced",
+    copy_from: Annotated[
+        str | None, typer.Option(help="another checkpoint of the teacher's shape, whose decoder layers are copied")
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="which of a known teacher's checkpoints; default: its first")
     ] = None,
@@ -41,11 +43,12 @@ def shrink(
         raise UserError(f"--output {output}: exists already; give another folder, or delete it")
     try:
         copied = LayerChoice(encoder=_layers("--copy-encoder", copy_encoder), decoder=_layers("--copy", copy))
-        student = Student(size=size, init=init, copied=copied)
+        student = Student(size=size, init=init, copied=copied, copy_from=copy_from)
     except ValidationError as error:
         raise UserError(explain(error, Student, "shrink", {})) from None
 
-    check_teacher(teacher)
+    for name in (teacher, copy_from) if copy_from else (teacher,):
+        check_teacher(name)
     from raydistill.config.files import write_json_atomic
     from raydistill.model import forms
     from raydistill.model.shrink import plan
@@ -57,12 +60,13 @@ def shrink(
     layers = plan(forms.depths(load_config(where)), student)
     model, tokenizer = load_model(where), load_tokenizer(where)
     set_languages(model, tokenizer)
-    made = make(model, layers)
+    made = make(model, layers, decoder_from=load_model(locate(copy_from, dataset or "")) if copy_from else None)
     save_checkpoint(made, tokenizer, output)
     card = {
         "teacher": teacher,
         "size": size,
         "copied": layers.copied,
+        "copied_from": copy_from or teacher,
         "supervised": layers.supervised,
         "trained": False,
     }

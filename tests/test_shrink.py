@@ -73,6 +73,12 @@ def test_the_papers_other_initialisations():
     assert layers_to_copy(12, 3, "middle") == [5, 6, 7]
 
 
+def test_one_layer_can_be_copied_again_and_again():
+    assert layers_to_copy(12, 3, "repeated") == [0, 0, 0]
+    assert plan((12, 12), Student(size="12-3", init="repeated")).decoder == [0, 0, 0]
+    assert plan((12, 12), Student(size="12-3", copied=LayerChoice(decoder=[7, 7, 2]))).decoder == [7, 7, 2]
+
+
 def logits(model):
     torch.manual_seed(1)
     ids = torch.randint(5, 40, (2, 9))
@@ -151,6 +157,29 @@ def test_a_random_decoder_keeps_everything_else(tmp_path):
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_layers_can_come_from_another_checkpoint_and_nothing_else_does(family, tmp_path):
+    teacher = load_model(str(save_tiny(family, tmp_path / "t", seed=0)))
+    other = load_model(str(save_tiny(family, tmp_path / "o", seed=1)))
+    student = shrink(teacher, plan((2, 3), Student(size="2-2")), decoder_from=other)
+    theirs, others = teacher.state_dict(), other.state_dict()
+    layers = ("decoder.block.", "decoder.layers.")
+    from_other = 0
+    for key, value in student.state_dict().items():
+        wanted = key.replace("block.1.", "block.2.").replace("layers.1.", "layers.2.") if "decoder." in key else key
+        in_layer = any(part in key for part in layers) and "relative_attention_bias" not in key
+        assert torch.equal(value, (others if in_layer else theirs)[wanted]), key
+        from_other += in_layer
+    assert from_other > 20
+
+
+def test_another_checkpoint_must_have_the_teachers_shape(tmp_path):
+    teacher = load_model(str(save_tiny("bart", tmp_path / "t")))
+    other = load_model(str(save_tiny("bart", tmp_path / "o", decoder_layers=4, ffn_dim=64)))
+    with pytest.raises(UserError, match="decoder_ffn_dim 64 and not 32, decoder_layers 4 and not 3"):
+        shrink(teacher, plan((2, 3), Student(size="2-2")), decoder_from=other)
+
+
 @pytest.mark.parametrize(
     ("student", "message"),
     [
@@ -178,3 +207,18 @@ def test_parameters_of_bart_large_xsum_students_are_the_papers(size, millions):
         layers = plan((12, 12), Student(size=size))
         model = BartForConditionalGeneration(forms.with_depths(config, *layers.size))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
+    from raydistill.config.run import Run
+    from raydistill.training.material import open_teacher
+    from raydistill.training.student import make_student
+
+    teacher, other = save_tiny("bart", tmp_path / "t", seed=0), save_tiny("bart", tmp_path / "o", seed=1)
+    settings = {"name": "r", "teacher": str(teacher), "dataset": str(tmp_path)}
+    run = Run(**settings, student={"size": "2-1", "copy_from": str(other)})
+    student, _ = make_student(run, open_teacher(str(teacher), str(tmp_path)))
+    name = "model.decoder.layers.0.fc1.weight"
+    assert torch.equal(student.state_dict()[name], load_model(other).state_dict()[name])
+    with pytest.raises(ValueError, match="random copies no decoder layer"):
+        Run(**settings, student={"size": "2-1", "copy_from": str(other), "init": "random"})

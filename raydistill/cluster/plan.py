@@ -11,7 +11,7 @@ from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
 from raydistill.config.space import Space, split
 from raydistill.data.corpus import read_corpus, split_names, statistics
-from raydistill.model.shrink import plan
+from raydistill.model.shrink import check_same_shape, plan
 
 TOKENS_PER_WORD = 1.4
 
@@ -90,6 +90,10 @@ def check_run(run: Run, seen: dict[str, Any] | None = None) -> None:
     if name not in seen:
         seen[name] = load_config(locate(run.teacher, run.dataset.name))
     plan(forms.depths(seen[name]), run.student)
+    if other := run.student.copy_from:
+        if other not in seen:
+            seen[other] = load_config(locate(other, run.dataset.name))
+        check_same_shape(seen[name], seen[other], other)
     preset = teacher_preset(run.teacher, run.dataset.name)
     max_tokens("max_source_tokens", run.dataset, preset, seen[name])
     max_tokens("max_target_tokens", run.dataset, preset, seen[name])

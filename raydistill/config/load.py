@@ -120,6 +120,9 @@ def absolute_paths(run: dict[str, Any]) -> dict[str, Any]:
     for key in ("teacher", "labels", "dataset"):
         if isinstance(run.get(key), str):
             run[key] = _absolute(run[key])
+    student = run.get("student")
+    if isinstance(student, dict) and isinstance(student.get("copy_from"), str):
+        run["student"] = {**student, "copy_from": _absolute(student["copy_from"])}
     dataset = run.get("dataset")
     if isinstance(dataset, dict) and isinstance(dataset.get("name"), str):
         run["dataset"] = {**dataset, "name": _absolute(dataset["name"])}

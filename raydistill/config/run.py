@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Method = Literal["sft", "kd", "pl"]
+# Tables 8 and 9: SFT, lo, mid, hi, 000 and rand.
+Init = Literal["spaced", "first", "middle", "last", "repeated", "random"]
 Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -67,8 +69,9 @@ class Student(Model):
     """The student's shape and where its layers come from."""
 
     size: str | None = Field(None, description='"12-3": encoder and decoder layers; absent: the full teacher')
-    init: Literal["spaced", "first", "middle", "last", "random"] = Field(
-        "spaced", description="which decoder layers to copy where `copied` does not say; random: none"
+    init: Init = Field("spaced", description="which decoder layers to copy where `copied` does not say; random: none")
+    copy_from: str | None = Field(
+        None, description="copy the decoder layers from this checkpoint of the teacher's shape, not from the teacher"
     )
     copied: LayerChoice = LayerChoice()
     supervised: LayerChoice = Field(LayerChoice(), description="phi: the teacher layer per student layer")
@@ -79,6 +82,12 @@ class Student(Model):
         if value is not None:
             parse_size(value)
         return value
+
+    @model_validator(mode="after")
+    def _something_is_copied(self) -> "Student":
+        if self.copy_from is not None and self.init == "random" and self.copied.decoder is None:
+            raise ValueError("init random copies no decoder layer; leave out copy_from, or give another init")
+        return self
 
     @model_validator(mode="after")
     def _lists_fit_size(self) -> "Student":

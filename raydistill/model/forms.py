@@ -46,6 +46,14 @@ def with_depths(config: PretrainedConfig, encoder: int, decoder: int) -> Pretrai
     return config
 
 
+def decoder_shape(config: PretrainedConfig) -> dict[str, Any]:
+    """What two models must have in common for one's decoder layers to fit into the other's decoder."""
+    t5 = ("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "num_decoder_layers")
+    others = ("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function", "decoder_layers")
+    keys = t5 if config.model_type == "t5" else others
+    return {"model_type": config.model_type, **{key: getattr(config, key) for key in keys}}
+
+
 def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = False) -> States:
     """Encoder outputs for ids and mask [batch, tokens]."""
     out = model.get_encoder()(input_ids=ids, attention_mask=mask, output_hidden_states=layers)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import LayerChoice, Student, parse_size
-from raydistill.model.forms import with_depths
+from raydistill.model import forms
 
 # Teacher depth -> student depth -> layers: the authors' table, which no formula gives (reference/README.md).
 COPIED: dict[int, dict[int, list[int]]] = {
@@ -71,8 +71,11 @@ def layers_to_copy(teacher: int, student: int, init: str = "spaced") -> list[int
 
     spaced: the authors' table, else round-half-up(i (L - 1) / (n - 1)), and layer 0 alone for one layer.
     first, middle, last: so many layers in a row (the paper's lo, mid and hi: 0,1,2 / 5,6,7 / 9,10,11).
+    repeated: layer 0 again and again (the paper's 000).
     """
     _check_depth(teacher, student)
+    if init == "repeated":
+        return [0] * student
     if student == teacher:
         return list(range(teacher))
     if init == "first":
@@ -128,27 +131,47 @@ def plan(teacher: tuple[int, int], student: Student) -> Plan:
     )
 
 
-def shrink(teacher: PreTrainedModel, layers: Plan, seed: int = 0) -> PreTrainedModel:
+def shrink(
+    teacher: PreTrainedModel, layers: Plan, seed: int = 0, decoder_from: PreTrainedModel | None = None
+) -> PreTrainedModel:
     """A student in eval mode whose layers are copies of the teacher's; all else (embeddings, norms, head) is copied.
 
-    Where `layers.decoder` is None the decoder layers keep a random start, drawn with `seed`. A student of full depth
-    equals its teacher, logit by logit.
+    Where `layers.decoder` is None the decoder layers keep a random start, drawn with `seed`. `decoder_from` is
+    another model of the teacher's shape whose decoder layers are copied instead (the paper's "From": Table 8). A
+    student of full depth equals its teacher, logit by logit.
     """
-    config = with_depths(teacher.config, *layers.size)
+    if decoder_from is not None:
+        check_same_shape(teacher.config, decoder_from.config, str(decoder_from.config.name_or_path))
+    config = forms.with_depths(teacher.config, *layers.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(teacher)(config)
     state = student.state_dict()
     sources = {"encoder": layers.encoder, "decoder": layers.decoder}
     theirs = teacher.state_dict()
+    others = theirs if decoder_from is None else decoder_from.state_dict()
     for key in state:
         wanted = _teacher_key(key, sources)
         if wanted is not None:
-            state[key] = theirs[wanted]
+            state[key] = (others if _of_decoder_layer(key) else theirs)[wanted]
     student.load_state_dict(state)
     torch.nn.Module.to(student, next(teacher.parameters()).dtype).eval()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
+
+
+def check_same_shape(teacher: PretrainedConfig, other: PretrainedConfig, name: str) -> None:
+    """UserError where decoder layers of `other`, called `name`, cannot take the place of the teacher's."""
+    wanted, found = forms.decoder_shape(teacher), forms.decoder_shape(other)
+    if wanted != found:
+        differ = ", ".join(f"{k} {found.get(k)} and not {v}" for k, v in wanted.items() if found.get(k) != v)
+        raise UserError(f"student.copy_from {name}: its decoder is not of the teacher's shape: {differ}")
+
+
+def _of_decoder_layer(key: str) -> bool:
+    """Whether a tensor belongs to a single decoder layer; T5's relative position bias is the stack's."""
+    match = LAYER_KEY.match(key)
+    return match is not None and match[2] == "decoder" and match[4] != RELATIVE_BIAS
 
 
 def _teacher_key(key: str, sources: dict[str, list[int] | None]) -> str | None:

@@ -14,6 +14,7 @@ from raydistill.model import forms
 from raydistill.model.generate import Beam
 from raydistill.model.shrink import Plan, plan, shrink
 from raydistill.model.start import build_tokenizer, new_model
+from raydistill.model.teachers import load_model, locate
 from raydistill.training.loop import Worker
 from raydistill.training.material import Teacher, read_split
 from raydistill.training.record import making
@@ -22,7 +23,9 @@ from raydistill.training.record import making
 def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
     """The untrained student and which layers it copies and is supervised by."""
     layers = plan(forms.depths(teacher.model.config), run.student)
-    student = shrink(teacher.model, layers, run.training.seed)
+    other = run.student.copy_from
+    decoder_from = load_model(locate(other, run.dataset.name)) if other else None
+    student = shrink(teacher.model, layers, run.training.seed, decoder_from)
     if run.training.dropout is not None:
         _set_dropout(student, run.training.dropout)
     return student, layers
