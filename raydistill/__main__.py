@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "one run: a student, or a teacher from a pre-trained or random start",
     "pseudolabel": "teacher beam search over a training set",
     "labels": "list, describe, compare and curate label sets",
+    "cache": "list the teacher cache on disk, remove what is not needed",
     "evaluate": "score and time a checkpoint, or two against each other",
     "choose": "the best checkpoint of a sweep within a budget; registers it in MLflow",
     "shrink": "make a student checkpoint, untrained",

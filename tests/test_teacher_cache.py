@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistill.cluster.plan import cache_bytes
 from raydistill.config.errors import UserError
+from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.data.batches import Examples, within
@@ -21,6 +23,7 @@ from raydistill.training.caching import Costs, choose, measure, pass_for, readin
 from raydistill.training.prefetch import ahead
 from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
 from tests.tiny import save_tiny
+from tests.world import command, last_json
 
 FP32 = Numbers("fp32", "fp32")
 
@@ -332,3 +335,44 @@ def test_ragged_rows_of_no_part_are_no_file(tmp_path):
     assert store.missing_parts(tmp_path, 5) == [0, 1, 2, 4]
     store.finish_array(tmp_path, {})
     assert store.missing_parts(tmp_path, 5) == []
+
+
+# The estimate, and the command
+
+
+def test_xsum_at_full_size_is_about_170_gb_of_encoder_states():
+    """BART-large's configuration is the class's own; 204,017 rows of 358 words (the paper's Table 3)."""
+    from transformers import BartConfig
+
+    rows, source, target = DATASETS["xsum"].paper
+    run = Run.model_validate(
+        {"name": "r", "teacher": "bart", "dataset": "xsum", "method": "kd", "student": {"size": "12-3"}}
+    )
+    data = {"rows": rows, "source": source, "target": target}
+    encoder, decoder = cache_bytes([run], BartConfig(), data)
+    assert 160e9 < encoder < 180e9
+    assert decoder == pytest.approx(3 * encoder * target / source, rel=1e-3)  # layers 3, 7 and 11
+    off = run.model_copy(update={"training": run.training.model_copy(update={"teacher_cache": "off"})})
+    assert cache_bytes([off], BartConfig(), data) == (0, 0)
+    shrunk = run.model_copy(update={"student": run.student.model_copy(update={"size": "6-3"})})
+    assert cache_bytes([shrunk], BartConfig(), data) == (0, decoder)
+
+
+def test_the_command_lists_and_removes(teacher, tmp_path):
+    home = tmp_path / "outputs"
+    work = replace(pass_of(home / "cache", pairs()), about={"teacher": "bart", "data": "news"})
+    make_here(work, teacher)
+    listed = last_json(command(home, "cache", "list", "--json"))["stores"]
+    assert sorted(s["name"] for s in listed) == sorted(w.name for w in [work.encoder_store, *work.decoder_stores])
+    assert sum(s["bytes"] for s in listed) == sum(work.arrays.values())
+    refused = command(home, "cache", "remove")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--unused-days" in refused.stderr
+    unknown = command(home, "cache", "remove", "encoder-x")
+    assert unknown.returncode == 2
+    assert work.encoder_store.name in unknown.stderr
+    assert command(home, "cache", "remove", "--unused-days", "1").stdout.strip() == "nothing to remove"
+    gone = last_json(command(home, "cache", "remove", work.encoder_store.name[:12], "--json"))["removed"]
+    assert [s["name"] for s in gone] == [work.encoder_store.name]
+    assert not work.encoder_store.exists()
+    assert work.decoder_stores[0].exists()

@@ -13,7 +13,8 @@ from raydistill.config.space import Space, split
 from raydistill.data.corpus import read_corpus, split_names, statistics
 from raydistill.model.shrink import check_same_shape, plan
 
-TOKENS_PER_WORD = 1.4
+# Of running English text in BART's vocabulary; other languages and smaller vocabularies take more.
+TOKENS_PER_WORD = 1.15
 
 
 def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
@@ -159,31 +160,48 @@ def distribution_rows(space: Space) -> list[list[str]]:
 
 
 def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of the teacher cache, from the corpus's words, and which label sets are wanted."""
+    """Bytes of the teacher cache where all of it is kept, from the corpus's words; and which label sets are wanted."""
     root = home()
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     pseudo = any(run.label_source in ("pseudo", "original+pseudo") for run in runs)
     lines = [f"pseudo-labels: {'one teacher pass over the training split' if pseudo else 'none needed'}"]
-    need = None
+    encoder = decoder = None
     if config is not None and data["rows"]:
-        limit = runs[0].dataset.max_source_tokens or 1024
-        source = min(data["source"] * TOKENS_PER_WORD, limit)
-        target = data["target"] * TOKENS_PER_WORD
-        layers = len(_teacher_layers(runs, config))
-        sets = len({run.label_source for run in runs if run.method == "kd"})
-        need = int(data["rows"] * config.d_model * 2 * (source + target * layers * sets))
-        lines.append(f"teacher cache: about {need / 1e9:.1f} GB in bf16 ({free / 1e9:.0f} GB are free under {root})")
-    return {"lines": lines, "cache_bytes": need, "free_bytes": free, "pseudo_labels": pseudo}
+        encoder, decoder = cache_bytes(runs, config, data)
+        asked = sorted({run.training.teacher_cache for run in runs})
+        lines.append(
+            f"teacher cache ({', '.join(asked)}): encoder states about {encoder / 1e9:.1f} GB, decoder states about "
+            f"{decoder / 1e9:.1f} GB; {free / 1e9:.0f} GB are free under {root}"
+        )
+        if "auto" in asked:
+            lines.append(
+                "  auto keeps what fits and is read faster than worked out anew; it measures when the sweep starts"
+            )
+    return {
+        "lines": lines,
+        "encoder_bytes": encoder,
+        "decoder_bytes": decoder,
+        "free_bytes": free,
+        "pseudo_labels": pseudo,
+    }
 
 
-def _teacher_layers(runs: list[Run], config: Any) -> set[int]:
+def cache_bytes(runs: list[Run], config: Any, data: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of the encoder states, and of the decoder states of all label sets, that the runs would read."""
     from raydistill.model import forms
+    from raydistill.training.caching import wanted
 
-    wanted: set[int] = set()
-    for run in runs:
-        if run.method == "kd":
-            wanted |= {forms.depths(config)[1] - 1}
-            if run.loss.alpha_hidden > 0:
-                wanted |= set(plan(forms.depths(config), run.student).supervised_decoder)
-    return wanted
+    reading = [run for run in runs if run.training.teacher_cache != "off"]
+    each = config.d_model * (4 if any(run.training.cache_precision == "fp32" for run in reading) else 2)
+    source = min(data["source"] * TOKENS_PER_WORD, runs[0].dataset.max_source_tokens or 1024)
+    layers: dict[str, set[int]] = {}
+    encoder = False
+    for run in reading:
+        reads = wanted(run, forms.depths(config))
+        encoder |= reads.encoder
+        if run.training.teacher_cache != "encoder":
+            layers.setdefault(run.label_key, set()).update(reads.layers)
+    count = sum(map(len, layers.values()))
+    target = data["target"] * TOKENS_PER_WORD
+    return int(encoder * data["rows"] * each * source), int(data["rows"] * each * target * count)

@@ -64,6 +64,7 @@ def train(
     checkpoint is then scored and kept like any other, with the status "stopped". Raises UserError for what the user
     can mend.
     """
+    started = time.monotonic()
     inputs, worker = inputs or Inputs(), worker or Worker()
     folder.mkdir(parents=True, exist_ok=True)
     if worker.leads:
@@ -96,13 +97,16 @@ def train(
     metric = _metric(material, worker)
     languages = teacher.languages if teacher else None
     validator = Validator(run, student, tokenizer, material, beam, languages, worker.device, metric)
+    startup = time.monotonic() - started
     try:
         state = fit(supervision, run.training, validator.validate, folder, report, worker)
     except Diverged as error:
         facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
         hours = error.seconds * devices(run, worker) / 3600
         return write_failure(folder, run, facts, str(error), hours) if worker.leads else {}
-    return _finish(folder, layers, state, validator, inputs, teacher, worker) if worker.leads else {}
+    if not worker.leads:
+        return {}
+    return _finish(folder, layers, state, validator, inputs, teacher, worker, startup)
 
 
 def supervise(
@@ -183,8 +187,12 @@ def _finish(
     inputs: Inputs,
     teacher: Teacher | None,
     worker: Worker,
+    startup: float,
 ) -> dict[str, Any]:
-    """Score the best checkpoint with the full decoding, write its card, and last of all the result."""
+    """Score the best checkpoint with the full decoding, write its card, and last of all the result.
+
+    `startup`: seconds from the run's start to its first step.
+    """
     started = time.monotonic()
     run, material = validator.run, validator.material
     best = folder / "best"
@@ -204,7 +212,7 @@ def _finish(
         metrics |= {**scores, "score": scores[validator.metric], "repetition": validation.repetition}
     hours = (state.seconds + time.monotonic() - started) * devices(run, worker) / 3600
     parameters = sum(p.numel() for p in validator.student.parameters())
-    metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, **inputs.costs}
+    metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, "startup_s": startup, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))
     if validation and (why := collapse(validation.repetition, inputs.repetition)):
         return write_failure(folder, run, {**what, **inputs.note}, why, hours)

@@ -1,0 +1,389 @@
+"""What a training step costs: KD naive, KD with a shared encoder, KD from the cache; SFT by the Trainer and by us.
+
+BART-large to 12-3 with random weights, sources of 400 tokens and targets of 25. Every side runs in a process of its
+own, with its loader, its reading from disk and its optimiser. Needs torch, transformers and, for the Trainer,
+accelerate; neither Ray nor MLflow.
+
+    python -m benchmarks.kd_step                       # two threads, batch 4: about 12 minutes
+    python -m benchmarks.kd_step --device cuda --batch 64 --form pegasus
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTrainedModel
+
+from benchmarks.common import describe_machine, write_result
+from raydistill.config.run import Loss, Student, Training
+from raydistill.data.batches import Examples
+from raydistill.model import forms
+from raydistill.model.shrink import plan, shrink
+from raydistill.training.loop import Worker, make_optimizer, step, steps
+from raydistill.training.prefetch import ahead
+from raydistill.training.student import Frozen, freeze
+from raydistill.training.supervision import Supervision
+from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
+
+LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
+SIDES = ("naive", "shared", "ours", "ours-warm", "trainer", "ours-sft")
+WARM_UP = 2
+
+
+def models(form: str, layers: int, size: str) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+    """A random teacher and a student of it, dropout 0, with encoder and embeddings frozen."""
+    config = (
+        BartConfig(dropout=0.0, encoder_layers=layers, decoder_layers=layers)
+        if form == "bart"
+        else PegasusConfig(vocab_size=96103, encoder_layers=16, decoder_layers=16, dropout=0.0)
+    )
+    torch.manual_seed(0)
+    teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
+    layout = plan(forms.depths(config), Student(size=size))
+    student = shrink(teacher, layout)
+    freeze(student, Frozen(True, True, True))
+    return teacher, student, layout
+
+
+def pairs(rows: int, source: int, target: int, vocabulary: int) -> Examples:
+    """Random tokens."""
+    draw = torch.Generator().manual_seed(1)
+    sources = torch.randint(5, vocabulary, (rows, source), generator=draw).tolist()
+    targets = torch.randint(5, vocabulary, (rows, target), generator=draw).tolist()
+    return Examples(sources, targets, list(range(rows)))
+
+
+# The baselines: each the obvious way, well written
+
+
+def loader(examples: Examples, batch: int, device: str, pad_id: int) -> Iterator[dict[str, Tensor]]:
+    """Random batches through torch's DataLoader, padded, without end."""
+
+    def collate(rows: list[int]) -> dict[str, Tensor]:
+        pad_rows = torch.nn.utils.rnn.pad_sequence
+        ids = pad_rows([torch.tensor(examples.sources[i]) for i in rows], True, pad_id)
+        labels = pad_rows([torch.tensor(examples.targets[i]) for i in rows], True, -100)
+        return {"input_ids": ids, "attention_mask": (ids != pad_id).long(), "labels": labels}
+
+    rows: Any = list(range(len(examples)))
+    while True:
+        for found in torch.utils.data.DataLoader(rows, batch, shuffle=True, collate_fn=collate):
+            yield {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def kd_loss(ours: Any, theirs: Any, labels: Tensor, phi: list[int], how: Loss = LOSS) -> Tensor:
+    """CE, KL and hidden loss from two models' outputs."""
+    real = labels != -100
+    temperature = how.temperature
+    ce = F.cross_entropy(ours.logits[real].float(), labels[real])
+    kl = F.kl_div(
+        F.log_softmax(ours.logits[real].float() / temperature, -1),
+        F.log_softmax(theirs.logits[real].float() / temperature, -1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    hidden = torch.zeros((), device=labels.device)
+    for n, t in enumerate(phi):
+        pair = [out[real].float() for out in (ours.decoder_hidden_states[n + 1], theirs.decoder_hidden_states[t + 1])]
+        if how.normalize_hidden:
+            pair = [F.layer_norm(states, states.shape[-1:]) for states in pair]
+        hidden = hidden + F.mse_loss(*pair)
+    return how.alpha_data * ce + how.alpha_logits * temperature**2 * kl + how.alpha_hidden * hidden
+
+
+def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], float]:
+    """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
+    teacher, student, layout = models(options.form, options.layers, options.size)
+    teacher.to(options.device)
+    student.to(options.device).train()
+    student.get_encoder().eval()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.0, fused=True)
+    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
+    batches = loader(examples, options.batch, options.device, student.config.pad_token_id)
+
+    def call() -> float:
+        batch = next(batches)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(options.device, torch.bfloat16, enabled=precision == "bf16"):
+            more: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
+            if side == "shared":
+                with torch.no_grad():
+                    encoded = student.get_encoder()(batch["input_ids"], batch["attention_mask"])
+                more["encoder_outputs"] = encoded
+            with torch.no_grad():
+                theirs = teacher(**batch, **more)
+            loss = kd_loss(student(**batch, **more), theirs, batch["labels"], layout.supervised_decoder)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return call
+
+
+def trainer(options: argparse.Namespace, precision: str, count: int) -> list[float]:
+    """Seconds of each step of Hugging Face's Seq2SeqTrainer on a student with a frozen encoder and embeddings."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+
+    _, student, _ = models(options.form, options.layers, options.size)
+    gc.collect()
+    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
+    rows = [{"input_ids": s, "labels": t} for s, t in zip(examples.sources, examples.targets, strict=True)]
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        ids, labels = (torch.tensor([row[name] for row in batch]) for name in ("input_ids", "labels"))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = Seq2SeqTrainingArguments(
+            folder,
+            per_device_train_batch_size=options.batch,
+            max_steps=count + 1,
+            bf16=precision == "bf16",
+            use_cpu=options.device == "cpu",
+            learning_rate=3e-4,
+            optim="adamw_torch_fused",
+            max_grad_norm=1.0,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        Seq2SeqTrainer(student, arguments, collate, rows, callbacks=[Clock()]).train()
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+# Ours
+
+
+def from_cache(
+    side: str, options: argparse.Namespace, precision: str, count: int
+) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of each step of the product's own loop, reading the stores that `make_cache` left; and what it says."""
+    teacher, student, layout = models(options.form, options.layers, options.size)
+    key, width = "random", student.config.d_model
+    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
+    method: Any = "sft" if side == "ours-sft" else "kd"
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    layers = sorted({*layout.supervised_decoder, forms.depths(teacher.config)[1] - 1})
+    wanted = [(examples, layers)] if method == "kd" else []
+    work = Pass(Path(options.cache), key, examples, width, True, wanted, Numbers(precision, precision))
+    if side != "ours-warm":
+        del teacher
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    student.to(options.device)
+    head: Any = student.lm_head
+    supervision = Supervision(
+        student,
+        None,
+        examples,
+        method,
+        LOSS,
+        layout,
+        encoder_shared=True,
+        head_shared=True,
+        encoded=open_encoder(work),
+        decoded=open_decoder(work) if wanted else {},
+        table=None if autocast is None else head.weight.detach().to(autocast),
+    )
+    settings = Training(batch_size=options.batch, learning_rate=3e-4)
+    worker = Worker(device=options.device)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, settings)
+    lengths = [options.target] * len(examples)
+    student.train()
+    student.get_encoder().eval()
+    seconds = []
+    forget_peak(options.device)
+    with ahead(steps(supervision, settings, worker, lengths, 0, count)) as feed:
+        for _ in range(count):
+            begun = time.perf_counter()
+            means = step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)
+            loss = float(means["loss"])
+            seconds.append(time.perf_counter() - begun)
+        return seconds, {"loss": loss, "data_wait": feed.waited / sum(seconds)}
+
+
+def make_cache(options: argparse.Namespace, precision: str) -> None:
+    """The stores that `from_cache` reads."""
+    teacher, student, layout = models(options.form, options.layers, options.size)
+    teacher.to(options.device)
+    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
+    layers = sorted({*layout.supervised_decoder, forms.depths(teacher.config)[1] - 1})
+    numbers = Numbers(precision, precision)
+    make_here(
+        Pass(Path(options.cache), "random", examples, student.config.d_model, True, [(examples, layers)], numbers),
+        teacher,
+    )
+
+
+# One side in its process, and all of them
+
+
+def run_side(options: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of a step, the range, and the peak memory while the steps ran, in MB."""
+    torch.set_num_threads(options.threads)
+    precision, count = options.precision, options.steps + WARM_UP
+    facts: dict[str, Any] = {}
+    if options.side == "cache":
+        make_cache(options, precision)
+        return {}
+    if options.side in ("naive", "shared"):
+        call = baseline(options.side, options, precision)
+        forget_peak(options.device)
+        seconds = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            facts["loss"] = call()
+            seconds.append(time.perf_counter() - begun)
+        if options.profile:
+            facts["profile"] = profile(call, options.device)
+    elif options.side == "trainer":
+        seconds = trainer(options, precision, count)
+    else:
+        seconds, facts = from_cache(options.side, options, precision, count)
+    measured = seconds[WARM_UP:]
+    return {
+        "seconds": statistics.median(measured),
+        "fastest": min(measured),
+        "slowest": max(measured),
+        "peak_mb": peak_mb(options.device),
+        **facts,
+    }
+
+
+def profile(call: Callable[[], Any], device: str) -> str:
+    """torch's table of where the time of one step goes."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=activities) as found:
+        call()
+    return found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
+
+
+def forget_peak(device: str) -> None:
+    """Start to count the peak anew: what loading took is not a step's."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb(device: str) -> float:
+    """The largest memory since `forget_peak`: of the GPU, or resident of this process (mapped files count)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e3
+
+
+def compare(options: argparse.Namespace) -> None:
+    """All sides, each in its own process, and the table of the ratios."""
+    machine = describe_machine(options.device)
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(dir=options.cache_root) as cache:
+        for precision in ("fp32", "bf16"):
+            for side in ("cache", *SIDES):
+                name = f"{side} {precision}"
+                found[name] = in_process(options, side, precision, cache)
+                print(
+                    f"{name}: {json.dumps({k: v for k, v in found[name].items() if k != 'profile'})}", file=sys.stderr
+                )
+    write_result(
+        "kd_step",
+        f"A training step: {options.form} {options.size}, {options.source} source and {options.target} target tokens, "
+        f"batch {options.batch}, {options.device}",
+        as_markdown(found),
+        found,
+        machine,
+    )
+
+
+def in_process(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
+    """One side's figures, from a process of its own."""
+    given = [f"--{name}={getattr(options, name)}" for name in PASSED_ON]
+    command = [sys.executable, "-m", "benchmarks.kd_step", *given, f"--side={side}", f"--precision={precision}"]
+    done = subprocess.run([*command, f"--cache={cache}"], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def as_markdown(found: dict[str, dict[str, Any]]) -> str:
+    """Every side's step, and the ratios that the project promises."""
+    rows = ["| side | s a step, median | range | peak MB | data wait |", "|---|---|---|---|---|"]
+    for name, facts in found.items():
+        if facts:
+            wait = f"{100 * facts['data_wait']:.1f} %" if "data_wait" in facts else ""
+            rows.append(
+                f"| {name} | {facts['seconds']:.3f} | {facts['fastest']:.3f} to {facts['slowest']:.3f} "
+                f"| {facts['peak_mb']:.0f} | {wait} |"
+            )
+
+    def ratio(a: str, b: str, what: str = "seconds") -> str:
+        return f"{found[a][what] / found[b][what]:.2f}"
+
+    rows += ["", "| ratio | fp32 | bf16 | promised |", "|---|---|---|---|"]
+    for text, a, b, what, promised in RATIOS:
+        both = [ratio(f"{a} {p}", f"{b} {p}", what) for p in ("fp32", "bf16")]
+        rows.append(f"| {text} | {' | '.join(both)} | {promised} |")
+    rows.append(f"| KD: naive in fp32 / ours in bf16 | | {ratio('naive fp32', 'ours bf16')} | 26 |")
+    tables = [f"{name}:\n\n```\n{facts['profile']}\n```" for name, facts in found.items() if "profile" in facts]
+    return "\n".join(rows) + "\n\n" + "\n\n".join(tables)
+
+
+RATIOS = [
+    ("KD: naive / ours", "naive", "ours", "seconds", "10"),
+    ("KD: shared encoder / ours", "shared", "ours", "seconds", "6"),
+    ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds", "5"),
+    ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb", "at most 0.6"),
+    ("the same with a warm teacher beside it", "ours-warm", "naive", "peak_mb", ""),
+]
+PASSED_ON = ("device", "threads", "batch", "source", "target", "form", "layers", "size", "steps", "profile")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--source", type=int, default=400)
+    parser.add_argument("--target", type=int, default=25)
+    parser.add_argument("--form", default="bart", choices=["bart", "pegasus"])
+    parser.add_argument("--layers", type=int, default=12, help="of each stack of the teacher (bart)")
+    parser.add_argument("--size", default="12-3", help="of the student; 16-4 for pegasus")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, after two others")
+    parser.add_argument("--profile", type=int, default=0, help="1: torch's profile of a step of each side")
+    parser.add_argument("--cache-root", help="a folder on the disk to read from; default: the system's for temporary")
+    parser.add_argument("--side", choices=["cache", *SIDES], help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(run_side(options)))
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()

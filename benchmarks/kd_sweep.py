@@ -1,0 +1,339 @@
+"""A sweep of 12 KD trials against the same runs one after another the released code's way, on Multi30k.
+
+Ours is the whole `raydistill sweep` command: Ray's start, the teacher's score, the latency table, the teacher pass, 12
+trials, their scores. The other side is training and scoring alone: the encoder run with every step for both models,
+random batches, `generate` for validation, float32, all threads for one run at a time; the same steps and checks. Then
+one run again with what makes the difference switched on, one thing after another.
+
+    python -m benchmarks.kd_sweep --teacher ../shared/teachers/multi30k-marian-6-6 \
+        --data ../shared/data/multi30k_en_de --train-rows 2000
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.common import describe_machine, write_result
+from benchmarks.kd_step import kd_loss
+from raydistill.cluster.prepare import runs_of
+from raydistill.config.run import Run
+from raydistill.config.space import Space
+from raydistill.evaluation.scores import score
+from raydistill.model.generate import Beam, TransformersEngine, resolve_decoding
+from raydistill.training import loop
+from raydistill.training.material import load_material, make_examples, open_teacher
+from raydistill.training.run import Inputs, train
+from raydistill.training.student import freeze, make_student, what_is_frozen
+from raydistill.training.teacher_cache import mask_of, padded
+
+THREADS = os.cpu_count() or 1
+
+
+def space_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Twelve KD trials: three sizes, two coefficients, two learning rates."""
+    return {
+        "name": "kd_sweep",
+        "run": {
+            "teacher": str(Path(options.teacher).absolute()),
+            "dataset": {
+                "name": str(Path(options.data).absolute()),
+                "train_rows": options.train_rows,
+                "validation_rows": options.validation_rows,
+                "test_rows": options.test_rows,
+                "max_source_tokens": 64,
+                "max_target_tokens": 64,
+            },
+            "method": "kd",
+            "student": {"size": {"choice": ["6-3", "6-2", "6-1"]}},
+            "loss": {"alpha_hidden": {"choice": [1, 3]}, "normalize_hidden": True},
+            "training": {
+                "learning_rate": {"choice": [3.0e-4, 6.0e-4]},
+                "batch_size": 64,
+                "epochs": options.epochs,
+                "warmup_steps": 20,
+                "checks_per_epoch": 1,
+                "patience": 99,
+                "dropout": 0.1,
+            },
+            "evaluation": {"metric": "bleu"},
+        },
+        "search": {"trials": options.trials, "sampler": "grid", "seed": 0},
+    }
+
+
+def the_sweep(space: Path, home: Path) -> dict[str, Any]:
+    """Seconds of the whole command, and what its trials came to."""
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "raydistill.sweep", str(space)],
+        env={**os.environ, "RAYDISTILL_HOME": str(home)},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    seconds = time.monotonic() - started
+    folder = home / "sweeps" / "kd_sweep"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("trials/*/result.json"))]
+    begun = min(path.stat().st_mtime for path in folder.glob("trials/*/run.json"))
+    ended = max(path.stat().st_mtime for path in folder.glob("trials/*/result.json"))
+    at_work = sum(r["metrics"]["gpu_hours"] * 3600 + r["metrics"]["startup_s"] for r in results)
+    cache = json.loads((folder / "cache.json").read_text())
+    return {
+        "seconds": seconds,
+        "cache": cache,
+        "trials_seconds": ended - begun,
+        "around_a_trial_s": (THREADS * (ended - begun) - at_work) / len(results),
+        "startup_s": [r["metrics"]["startup_s"] for r in sorted(results, key=lambda r: r["number"])],
+        "scores": {
+            trial_name(Run.model_validate(json.loads((folder / "trials" / r["key"] / "run.json").read_text()))): r[
+                "test"
+            ]["bleu"]
+            for r in results
+        },
+    }
+
+
+def name_in(trial: Path) -> str:
+    """`trial_name` of a trial's folder."""
+    return trial_name(Run.model_validate_json((trial / "run.json").read_text()))
+
+
+def trial_name(run: Run) -> str:
+    """The values that tell the trials apart."""
+    return f"{run.student.size}, alpha_hidden {run.loss.alpha_hidden:g}, lr {run.training.learning_rate:g}"
+
+
+# The released code's way
+
+
+def released(run: Run, inputs: Inputs) -> dict[str, float]:
+    """One run: seconds and the test score of the checkpoint with the best validation."""
+    torch.manual_seed(run.training.seed)
+    torch.set_num_threads(THREADS)
+    assert run.teacher is not None
+    teacher = open_teacher(run.teacher, run.dataset.name)
+    started = time.monotonic()
+    student, layers = make_student(run, teacher)
+    freeze(student, what_is_frozen(run, layers))
+    material = load_material(run, None, teacher.tokenizer, student.config)
+    examples = make_examples(run, material, teacher.tokenizer, inputs.labels)
+    settings = run.training
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    per_epoch = -(-len(examples) // settings.batch_size)
+    total = round(per_epoch * settings.epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: loop.learning_rate_factor(step, settings, total)
+    )
+    beam = resolve_decoding(run.decoding, student.generation_config, None, material.max_target_tokens)
+    best, kept, done = -1.0, {}, 0
+    while done < total:
+        order = torch.randperm(len(examples)).tolist()
+        for at in range(0, len(order), settings.batch_size):
+            student.train()
+            student.get_encoder().eval()
+            rows = order[at : at + settings.batch_size]
+            labels = padded([examples.targets[i] for i in rows], -100)
+            sources = [examples.sources[examples.rows[i]] for i in rows]
+            ids, mask = padded(sources, student.config.pad_token_id), mask_of(sources)
+            optimizer.zero_grad()
+            with torch.no_grad():
+                encoded = student.get_encoder()(ids, mask)
+                more = {"attention_mask": mask, "encoder_outputs": encoded, "output_hidden_states": True}
+                theirs = teacher.model(labels=labels, use_cache=False, **more)
+            ours = student(labels=labels, use_cache=False, **more)
+            kd_loss(ours, theirs, labels, layers.supervised_decoder, run.loss).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if done >= total:
+                break
+        found = by_generate(student, teacher.tokenizer, material, "validation", beam, 2, run)
+        if found > best:
+            best, kept = found, {name: value.clone() for name, value in student.state_dict().items()}
+    student.load_state_dict(kept)
+    for split in ("validation", "test"):
+        last = by_generate(student, teacher.tokenizer, material, split, beam, beam.beams, run)
+    return {"seconds": time.monotonic() - started, "bleu": last}
+
+
+def by_generate(student: Any, tokenizer: Any, material: Any, split: str, beam: Beam, beams: int, run: Run) -> float:
+    """BLEU of a split, written by transformers' generate."""
+    corpus = material.corpora[split]
+    engine = TransformersEngine(student, tokenizer, threads=THREADS)
+    narrow = Beam(**{**vars(beam), "beams": beams})
+    texts = engine.generate(corpus.sources, narrow, max_source_tokens=material.max_source_tokens)
+    return score("bleu", [hypotheses[0].text for hypotheses in texts], corpus.targets).metrics["bleu"]
+
+
+# What each part brings
+
+
+STEPS = [
+    ("the released way, in our loop", {}),
+    ("+ teacher cache", {"teacher_cache": "full"}),
+    ("+ length buckets", {"buckets": True}),
+    ("+ CTranslate2 for validation", {"engine": "ctranslate2"}),
+    ("+ bf16", {"precision": "bf16"}),
+]
+
+
+def one_by_one(options: argparse.Namespace, run: Run, home: Path) -> list[dict[str, Any]]:
+    """The first trial alone with all threads, each line with one thing more, each in a process of its own."""
+    switches: dict[str, Any] = {"teacher_cache": "off", "buckets": False, "engine": "transformers", "precision": "fp32"}
+    rows = []
+    for name, change in STEPS:
+        switches |= change
+        data = run.model_dump(mode="json")
+        data["training"] |= {"teacher_cache": switches["teacher_cache"], "precision": switches["precision"]}
+        data["training"]["threads"] = THREADS
+        data["evaluation"]["engine"] = switches["engine"]
+        asked = {"run": data, "buckets": switches["buckets"], "cache": str(home / "ladder-cache")}
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.kd_sweep", "--one", json.dumps(asked)],
+            env={**os.environ, "RAYDISTILL_HOME": str(home)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        rows.append({"what": name, **json.loads(done.stdout.strip().splitlines()[-1])})
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def one(asked: dict[str, Any]) -> dict[str, Any]:
+    """One run in this process; its cache is made before the clock starts and told apart."""
+    torch.set_num_threads(THREADS)
+    run = Run.model_validate(asked["run"])
+    if not asked["buckets"]:
+        loop.epoch_batches = random_batches  # type: ignore[attr-defined]
+    inputs = Inputs(cache=Path(asked["cache"]))
+    first = run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 1, "warmup_steps": 0})})
+    before = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        train(first, Path(folder) / "warm", lambda m, f: None, inputs)  # libraries, corpora, the cache
+        warm = time.monotonic() - before
+        started = time.monotonic()
+        lines: list[dict[str, Any]] = []
+        result = train(run, Path(folder) / "run", lambda m, f: lines.append(m), inputs)
+        seconds = time.monotonic() - started
+    last = lines[-1]
+    step_ms = statistics.mean(line["step_ms"] for line in lines)
+    return {
+        "seconds": seconds,
+        "before": warm,
+        "steps": result["steps"],
+        "step_ms": step_ms,
+        "data_wait": max(line["data_wait"] for line in lines),
+        "val_loss": last["val_loss"],
+        "bleu": result["test"]["bleu"],
+        "startup_s": result["metrics"]["startup_s"],
+    }
+
+
+def random_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """All examples once, in random batches whatever their lengths."""
+    order = list(range(len(lengths)))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Both sides and the ladder; writes benchmarks/results/kd_sweep.md."""
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory(dir=options.work) as place:
+        home = Path(place)
+        space = home / "space.yaml"
+        space.write_text(yaml.safe_dump(space_of(options)))
+        os.environ["RAYDISTILL_HOME"] = str(home / "sweep")
+        runs = runs_of(Space.model_validate(space_of(options)))[: options.trials]
+        ladder = one_by_one(options, runs[0], home / "ladder")
+        ours = the_sweep(space, home / "sweep")
+        print(json.dumps(ours), file=sys.stderr)
+        theirs = {}
+        for run in runs:
+            theirs[trial_name(run)] = released(run, Inputs())
+            print(trial_name(run), json.dumps(theirs[trial_name(run)]), file=sys.stderr)
+    data = {"ours": ours, "released": theirs, "one_by_one": ladder, "options": vars(options)}
+    write_result(
+        "kd_sweep", "A sweep of KD trials against the same runs one after another", as_markdown(data), data, machine
+    )
+
+
+def as_markdown(data: dict[str, Any]) -> str:
+    """Times, scores side by side, the ladder."""
+    ours, theirs = data["ours"], data["released"]
+    total = sum(run["seconds"] for run in theirs.values())
+    shared = [name for name in theirs if name in ours["scores"]]
+    gaps = [ours["scores"][name] - theirs[name]["bleu"] for name in shared]
+    groups = ours["cache"]["groups"].values()
+    lines = [
+        f"{len(theirs)} trials of {data['options']['epochs']} epochs, {data['options']['train_rows']} rows.",
+        "",
+        "| side | seconds |",
+        "|---|---|",
+        f"| the released code's way, {len(theirs)} runs | {total:.0f} |",
+        f"| `raydistill sweep`, the whole command | {ours['seconds']:.0f} |",
+        f"| of it the trials | {ours['trials_seconds']:.0f} |",
+        f"| of it the teacher pass, device-seconds | {ours['cache']['device_seconds']:.0f} |",
+        f"| **ratio** (promised: 3) | **{total / ours['seconds']:.2f}** |",
+        "",
+        f"Teacher cache: {'; '.join(group['keep'] + ': ' + group['why'] for group in groups)}.",
+        "",
+        f"Seconds of a trial that its run does not see (Ray, the search): {ours['around_a_trial_s']:.1f}, which is "
+        f"{100 * ours['around_a_trial_s'] / 300:.1f} % of a trial of 5 minutes. Start-up to the first step, s: "
+        f"{', '.join(f'{s:.1f}' for s in ours['startup_s'])}.",
+        "",
+        f"BLEU on test, ours less theirs, over {len(gaps)} trials: mean {statistics.mean(gaps):+.2f}, standard "
+        f"deviation {statistics.stdev(gaps) if len(gaps) > 1 else 0:.2f}.",
+        "",
+        "| trial | released: s | BLEU | ours: BLEU |",
+        "|---|---|---|---|",
+        *[f"| {n} | {theirs[n]['seconds']:.0f} | {theirs[n]['bleu']:.2f} | {ours['scores'][n]:.2f} |" for n in shared],
+        "",
+        "One run alone, with all threads:",
+        "",
+        "| what | s | step, ms | data wait, at most | BLEU |",
+        "|---|---|---|---|---|",
+    ]
+    for r in data["one_by_one"]:
+        wait = f"{100 * r['data_wait']:.1f} %"
+        lines.append(f"| {r['what']} | {r['seconds']:.1f} | {r['step_ms']:.0f} | {wait} | {r['bleu']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--teacher")
+    parser.add_argument("--data")
+    parser.add_argument("--train-rows", type=int, default=2000)
+    parser.add_argument("--validation-rows", type=int, default=200)
+    parser.add_argument("--test-rows", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--work", help="a folder for what is made; default: the system's for temporary files")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(json.loads(options.one))))
+    elif options.teacher and options.data:
+        compare(options)
+    else:
+        parser.error("--teacher and --data are needed")
+
+
+if __name__ == "__main__":
+    main()
