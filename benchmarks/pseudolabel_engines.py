@@ -1,0 +1,198 @@
+"""Rows per second of our engines against plain `generate` in input order, on the same rows and the same two cores.
+
+The plain loop takes batches of 32 rows as they come, in one process of two threads and, where there are rows enough
+for it, in two processes of one thread; the faster one is the baseline. Ours takes planned batches, neighbours in
+length, in two processes of one thread, as the product's actors do. Sides take turns; a figure is the median.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import describe_machine, write_result
+from benchmarks.shapes import save_bart, save_rows
+from benchmarks.sides import Side, Work, Written, work_of, write_batches
+from raydistill.cluster.pseudolabel import ROWS_AT_ONCE, Job
+from raydistill.config.console import progress
+from raydistill.config.run import Dataset, Decoding
+from raydistill.data.plan import BATCH_CHARS, make_plan
+from raydistill.data.stream import scan, usable_rows
+from raydistill.results.figures import markdown_table
+
+PLAIN_BATCH = 32
+PLAIN = (
+    Side("plain generate, 1 x 2 threads", "generate", processes=1, threads=2),
+    Side("plain generate, 2 x 1 thread", "generate", processes=2, threads=1),
+)
+OURS = (
+    Side("transformers", "transformers"),
+    Side("ctranslate2 fp32", "ctranslate2"),
+    Side("ctranslate2 int8", "ctranslate2", "int8"),
+)
+CASES = ("multi30k", "mscmdlets", "bart-base", "bart-large")
+SHAPE_ROWS = {"bart-base": 128, "bart-large": 32}
+SHAPE_SOURCE = (100, 500)
+SHAPE_OUTPUT = 40
+
+
+@dataclass(frozen=True)
+class Round:
+    """One side's run over all rows: its texts in the order of the data."""
+
+    texts: list[str]
+    seconds: float
+    startup: float
+
+
+def main() -> None:
+    """Run the cases, print and write the result."""
+    asked = _arguments()
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = {case: measure_case(case, asked, Path(scratch)) for case in asked.case}
+    markdown = "\n\n".join(f"## {case}\n\n{facts['what']}\n\n{_table(facts)}" for case, facts in found.items())
+    print(markdown)
+    print(write_result("pseudolabel_engines", "Engines against plain generate", markdown, found, machine))
+
+
+def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """All sides of one case in turn, `asked.repeats` times; what was run and each side's figures."""
+    job, what = _job(case, asked, scratch)
+    work = work_of(job, scratch / f"{case}-engines")
+    found = scan(job.dataset, job.split)
+    rows = list(usable_rows(job.dataset, job.split, found))
+    plan = make_plan(iter(rows), scratch / f"{case}-plan", batch_chars=asked.batch_chars)
+    planned = [plan.read_batch(n) for n in range(len(plan))]
+    sides = [side for side in (*PLAIN, *OURS) if _wanted(side, asked.side)]
+    sides = [side for side in sides if len(rows) >= PLAIN_BATCH * side.processes or side.engine != "generate"]
+    # The first start converts the model and lets it prove itself; both are kept, and later starts find them.
+    first = {s.name: write_batches(s, work, []).startup for s in sides if s.engine == "ctranslate2"}
+    rounds: dict[str, list[Round]] = {side.name: [] for side in sides}
+    for repeat in range(asked.repeats):
+        for side in sides:
+            done = _run(replace(side, rows_at_once=asked.rows_at_once), work, [r.source for r in rows], planned)
+            rounds[side.name].append(done)
+            progress(f"{case} {repeat + 1}/{asked.repeats} {side.name}: {len(rows) / done.seconds:.2f} rows/s")
+    what += f" {len(rows)} rows in {len(plan)} planned batches; {_decoding(work)}; median of {asked.repeats}."
+    figures = [_figures(side, rounds[side.name], first.get(side.name)) for side in sides]
+    return {"what": what, "rows": len(rows), "sides": _compared(figures, rounds)}
+
+
+def _run(side: Side, work: Work, sources: list[str], planned: list[dict[str, list[Any]]]) -> Round:
+    """One side over all rows: the plain loop in the order of the data, ours in planned batches."""
+    if side.engine == "generate":
+        batches = [sources[i : i + PLAIN_BATCH] for i in range(0, len(sources), PLAIN_BATCH)]
+        places = list(range(len(sources)))
+    else:
+        batches = [batch["sources"] for batch in planned]
+        places = [place for batch in planned for place in batch["places"]]  # one window: places are row numbers
+    written = write_batches(side, work, batches)
+    return Round(_in_order(written, places), written.seconds, written.startup)
+
+
+def _in_order(written: Written, places: list[int]) -> list[str]:
+    texts = [text for batch in written.texts for text in batch]
+    return [text for _, text in sorted(zip(places, texts, strict=True))]
+
+
+def _figures(side: Side, rounds: Sequence[Round], first_start: float | None) -> dict[str, Any]:
+    rates = sorted(len(done.texts) / done.seconds for done in rounds)
+    return {
+        "side": side.name,
+        "plain": side.engine == "generate",
+        "rows_per_s": statistics.median(rates),
+        "lowest": rates[0],
+        "highest": rates[-1],
+        "startup_s": statistics.median(done.startup for done in rounds),
+        "first_start_s": first_start,
+    }
+
+
+def _compared(figures: list[dict[str, Any]], rounds: dict[str, list[Round]]) -> list[dict[str, Any]]:
+    """Each side's figures with its ratio to the better plain one, and how many texts are the same as its."""
+    plain = [f for f in figures if f["plain"]]
+    if not plain:
+        return figures
+    base = max(plain, key=lambda f: f["rows_per_s"])
+    wanted = rounds[base["side"]][0].texts
+    for facts in figures:
+        texts = rounds[facts["side"]][0].texts
+        facts["times"] = facts["rows_per_s"] / base["rows_per_s"]
+        facts["identical"] = sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)
+    return figures
+
+
+def _table(facts: dict[str, Any]) -> str:
+    header = ["side", "rows/s", "lowest to highest", "times plain", "same text", "start-up s", "first start s"]
+    rows = [
+        [
+            s["side"],
+            f"{s['rows_per_s']:.2f}",
+            f"{s['lowest']:.2f} to {s['highest']:.2f}",
+            f"{s['times']:.2f}" if "times" in s else "-",
+            f"{s['identical']:.1%}" if "identical" in s else "-",
+            f"{s['startup_s']:.1f}",
+            f"{s['first_start_s']:.1f}" if s["first_start_s"] else "-",
+        ]
+        for s in facts["sides"]
+    ]
+    return markdown_table(header, rows)
+
+
+def _job(case: str, asked: argparse.Namespace, scratch: Path) -> tuple[Job, str]:
+    """The case as a job of the product, and what it is in words."""
+    if case == "multi30k":
+        data = Dataset(name=str(asked.data / "multi30k_en_de"), train_rows=asked.rows)
+        return _trained(asked.multi30k_teacher, data), "Trained Marian-form 6-6 teacher, d 128, training split."
+    if case == "mscmdlets":
+        data = Dataset(name=str(asked.data / "mscmdlets"), train_rows=asked.rows, max_source_tokens=96)
+        return _trained(asked.mscmdlets_teacher, data), "Trained BART-form 2-4 teacher, d 128, training split."
+    size = case.removeprefix("bart-")
+    teacher = save_bart(size, scratch / case)
+    rows = min(asked.rows, SHAPE_ROWS[case])
+    file = save_rows(scratch / f"{case}.jsonl", rows, *SHAPE_SOURCE)
+    # `generate()` counts the start token; the last token is forced to be the end.
+    decoding = Decoding(beams=4, min_length=SHAPE_OUTPUT, max_length=SHAPE_OUTPUT + 1)
+    what = f"BART-{size}'s shape, random weights, {SHAPE_SOURCE[0]} to {SHAPE_SOURCE[1]} source tokens evenly spread."
+    return Job(str(teacher), Dataset(name=str(file)), decoding=decoding), what
+
+
+def _trained(teacher: Path, data: Dataset) -> Job:
+    return Job(str(teacher), data, decoding=Decoding(beams=4))
+
+
+def _decoding(work: Work) -> str:
+    beam = work.beam
+    return f"{beam.beams} beams, lengths {beam.min_length} to {beam.max_length}, length penalty {beam.length_penalty:g}"
+
+
+def _wanted(side: Side, names: list[str]) -> bool:
+    return not names or any(name in side.name for name in names)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path("../shared")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--side", nargs="+", default=[], help="only sides whose name holds one of these words")
+    parser.add_argument("--rows", type=int, default=2000, help=f"at most; of the shapes at most {SHAPE_ROWS}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows-at-once", type=int, default=ROWS_AT_ONCE["cpu"], help="ours; default: the product's")
+    parser.add_argument("--batch-chars", type=int, default=BATCH_CHARS, help="ours; default: the product's")
+    parser.add_argument("--data", type=Path, default=shared / "data")
+    parser.add_argument("--multi30k-teacher", type=Path, default=shared / "teachers" / "multi30k-marian-6-6")
+    parser.add_argument("--mscmdlets-teacher", type=Path, default=Path("outputs/runs/mscmdlets-teacher/best"))
+    asked = parser.parse_args()
+    teachers = {"multi30k": asked.multi30k_teacher, "mscmdlets": asked.mscmdlets_teacher}
+    for case, folder in teachers.items():
+        if case in asked.case and not folder.is_dir():
+            parser.error(f"--{case}-teacher: there is no folder {folder}")
+    return asked
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Does the pseudo-label job's memory depend on the size of the data? The product over 10,000 and over 300,000 rows.
+
+A tiny teacher, so that it is the job and not the model that fills the memory. Resident memory of the driver, of the
+actors and of Ray's own processes is sampled all the while; each size runs in a driver process of its own.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks.common import describe_machine, write_result
+from benchmarks.stamps import Stamps, read_stamps, write_jsonl
+from raydistill.cluster.pseudolabel import Job, pseudolabel
+from raydistill.cluster.start import cluster
+from raydistill.config.console import progress
+from raydistill.config.run import Dataset, Decoding
+from raydistill.data.labels import read_manifest
+from raydistill.results.figures import markdown_table
+
+SAMPLE_SECONDS = 0.5
+# Memory is called flat where 30 times the rows take at most this much more.
+FLAT_SHARE, FLAT_MB = 0.10, 50
+
+
+def main() -> None:
+    """Run each size, print and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=int, default=[10_000, 300_000], help="default: 10000 300000")
+    asked = parser.parse_args()
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = [in_a_process(memory, rows, Path(scratch)) for rows in asked.rows]
+    markdown = report(found)
+    print(markdown)
+    print(write_result("pseudolabel_memory", "Memory of the pseudo-label job", markdown, found, machine))
+
+
+def memory(rows: int, place: Path) -> dict[str, Any]:
+    """Label `rows` rows with a tiny teacher; peaks of resident memory in MB and their growth with the rows."""
+    from tests.tiny import save_tiny, sentences
+
+    teacher = save_tiny("marian", place / "tiny")
+    file = place / f"tiny-{rows}.jsonl"
+    texts = cycle(sentences(1000))
+    write_jsonl(file, islice(((f"{text} {i % 97}", text) for i, text in enumerate(texts)), rows))
+    job = Job(str(teacher), Dataset(name=str(file)), decoding=Decoding(beams=1, max_length=8), metric="bleu")
+    stamps = place / f"tiny-stamps-{rows}"
+    with cluster(2):
+        began = time.time()
+        with sampled() as samples:
+            folder = pseudolabel(job, place / f"tiny-labels-{rows}", say=False, also=partial(Stamps, stamps))
+        seconds = time.time() - began
+    assert read_manifest(folder)["rows"] == rows
+    ends = read_stamps(stamps)
+    first, last = min(end.at for end in ends), max(end.at for end in ends)
+    at = np.array([when for when, _ in samples])
+    found: dict[str, Any] = {"rows": rows, "seconds": seconds, "labelling_s": last - first, "samples": len(samples)}
+    for who in ("driver", "actor", "ray"):
+        used = np.array([mb[who] for _, mb in samples])
+        # The first quarter of the labelling warms caches; growth that is due to the rows goes on after it.
+        settled = (at > first + (last - first) / 4) & (at < last)
+        slope = np.polyfit(at[settled], used[settled], 1)[0] if settled.sum() > 2 else 0.0
+        found[who] = {"peak_mb": used.max(), "mb_per_100k_rows": slope * (last - first) / rows * 100_000}
+    progress(f"memory: {rows} rows in {seconds:.0f} s, {found['driver']}, {found['actor']}")
+    return found
+
+
+@contextmanager
+def sampled() -> Iterator[list[tuple[float, dict[str, float]]]]:
+    """Resident MB now and then while the block runs: of this process, of the largest actor, of Ray's own processes."""
+    samples: list[tuple[float, dict[str, float]]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SAMPLE_SECONDS):
+            samples.append((time.time(), _resident()))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _resident() -> dict[str, float]:
+    me = psutil.Process()
+    found = {"driver": me.memory_info().rss / 1e6, "actor": 0.0, "ray": 0.0}
+    for child in me.children(recursive=True):
+        try:
+            used = child.memory_info().rss / 1e6
+            actor = "MapWorker" in " ".join(child.cmdline())
+        except psutil.Error:  # it has just ended
+            continue
+        if actor:
+            found["actor"] = max(found["actor"], used)
+        else:
+            found["ray"] += used
+    return found
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call in a fresh process, so that what earlier parts left in memory is not counted."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def report(found: list[dict[str, Any]]) -> str:
+    header = ["rows", "seconds", "driver peak MB", "actor peak MB", "Ray's own MB", "driver MB per 100k rows", "actor"]
+    rows = [
+        [
+            f"{f['rows']}",
+            f"{f['seconds']:.0f}",
+            *(f"{f[who]['peak_mb']:.0f}" for who in ("driver", "actor", "ray")),
+            *(f"{f[who]['mb_per_100k_rows']:+.1f}" for who in ("driver", "actor")),
+        ]
+        for f in found
+    ]
+    verdicts = [
+        f"{who}: {_verdict(found[0][who]['peak_mb'], found[-1][who]['peak_mb'])}" for who in ("driver", "actor")
+    ]
+    return (
+        f"{markdown_table(header, rows)}\n\nPeaks of resident memory, shared pages counted too; the actor is the "
+        "larger one. Growth is fitted over the last three quarters of the labelling. "
+        f"From {found[0]['rows']} to {found[-1]['rows']} rows: {'; '.join(verdicts)}."
+    )
+
+
+def _verdict(small: float, large: float) -> str:
+    flat = large - small <= max(FLAT_MB, FLAT_SHARE * small)
+    return f"{large - small:+.0f} MB, {'flat' if flat else 'NOT flat'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The sides of a comparison: ways to write texts, in plain processes without Ray, start-up apart from writing.
+
+Each process opens its model, writes a few rows to be warm, and waits for the others; then the batches are handed out
+one by one, as Ray's pool does it, and the clock runs until the last one is written.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raydistill.cluster.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, Job, describe_job
+from raydistill.cluster.start import QUIET
+from raydistill.data.stream import scan, usable_rows
+from raydistill.model.generate import Beam, Sample, open_engine
+
+START_SECONDS = 1800  # a process that has not opened its model by then never will
+WARM_ROWS = 2
+
+Write = Callable[[list[str]], list[str]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is written: by which checkpoint and how; `sample` is a few of the sources, `cache` holds conversions."""
+
+    checkpoint: str
+    beam: Beam
+    max_source_tokens: int
+    sample: tuple[str, ...]
+    cache: Path
+
+
+@dataclass(frozen=True)
+class Side:
+    """`generate` is the obvious loop over plain transformers; the others are our engines."""
+
+    name: str
+    engine: Literal["generate", "transformers", "ctranslate2"]
+    precision: str = "fp32"
+    processes: int = 2
+    threads: int = 1
+    rows_at_once: int = ROWS_AT_ONCE["cpu"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The texts of each batch, who ended it when (process id, seconds of the clock), and seconds in all.
+
+    `startup` is the time from no process to all of them warm, and is not among `seconds`.
+    """
+
+    texts: list[list[str]]
+    ends: list[tuple[int, float]]
+    seconds: float
+    startup: float
+
+
+def work_of(job: Job, cache: Path) -> Work:
+    """The job's teacher and decoding as the product resolves them."""
+    found = scan(job.dataset, job.split)
+    about = describe_job(job, found)
+    decoding = dict(about["decoding"])
+    max_source_tokens = decoding.pop("max_source_tokens")
+    rows = usable_rows(job.dataset, job.split, found)
+    sample = tuple(row.source for row, _ in zip(rows, range(PROOF_ROWS), strict=False))
+    return Work(about["teacher"]["where"], Beam(**decoding), max_source_tokens, sample, cache)
+
+
+def write_batches(side: Side, work: Work, batches: list[list[str]]) -> Written:
+    """Write the texts of all batches with one side. With no batches the model is opened and that is all."""
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Barrier(side.processes + 1)
+    began = time.perf_counter()
+    with _environment(side), spawn.Pool(side.processes, _open, (side, work, ready)) as pool:
+        ready.wait(START_SECONDS)
+        started = time.perf_counter()
+        done = list(pool.imap(_write_one, batches))
+        seconds = time.perf_counter() - started
+        pool.close()
+        pool.join()
+    return Written([texts for texts, _ in done], [end for _, end in done], seconds, started - began)
+
+
+def plain_generate(work: Work, threads: int) -> Write:
+    """The body of the obvious loop, with nothing of ours: tokenize a batch, pad it, `generate`, decode."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(work.checkpoint)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(work.checkpoint, dtype=torch.float32).eval()
+    beam = work.beam
+    searching = {"length_penalty": beam.length_penalty, "early_stopping": beam.early_stopping}
+
+    def write(texts: list[str]) -> list[str]:
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=work.max_source_tokens, return_tensors="pt")
+        with torch.inference_mode():
+            written = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                do_sample=False,
+                num_beams=beam.beams,
+                min_length=beam.min_length,
+                max_length=beam.max_length,
+                no_repeat_ngram_size=beam.no_repeat_ngram,
+                **(searching if beam.beams > 1 else {}),
+            )
+        return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+    return write
+
+
+def our_engine(side: Side, work: Work) -> Write:
+    """An engine as the product's actors open and call it."""
+    engine = open_engine(
+        work.checkpoint,
+        "transformers" if side.engine == "transformers" else "ctranslate2",
+        threads=side.threads,
+        precision=side.precision,
+        cache=work.cache,
+        allow_fallback=False,
+        sample=Sample(work.sample, work.beam, work.max_source_tokens),
+    )
+
+    def write(texts: list[str]) -> list[str]:
+        found = engine.generate(
+            texts, work.beam, max_source_tokens=work.max_source_tokens, batch_size=side.rows_at_once
+        )
+        return [hypotheses[0].text.strip() for hypotheses in found]
+
+    return write
+
+
+_writer: list[Write] = []  # of this process, once it is open
+
+
+def _open(side: Side, work: Work, ready: Any) -> None:
+    try:
+        write = plain_generate(work, side.threads) if side.engine == "generate" else our_engine(side, work)
+        write(list(work.sample[:WARM_ROWS]))
+    except BaseException:
+        ready.abort()  # the others would wait for this one
+        raise
+    _writer[:] = [write]
+    ready.wait(START_SECONDS)
+
+
+def _write_one(texts: list[str]) -> tuple[list[str], tuple[int, float]]:
+    return _writer[0](texts), (os.getpid(), time.time())
+
+
+@contextmanager
+def _environment(side: Side) -> Iterator[None]:
+    """What processes of a side are born with: ours as Ray's workers are, the plain loop as a shell's."""
+    before = dict(os.environ)
+    quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"OMP_NUM_THREADS": str(side.threads), **(quiet if side.engine == "generate" else QUIET)}
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
