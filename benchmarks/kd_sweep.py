@@ -181,7 +181,7 @@ def by_generate(student: Any, tokenizer: Any, material: Any, split: str, beam: B
 # What each part brings
 
 
-STEPS = [
+STEPS: list[tuple[str, dict[str, Any]]] = [
     ("the released way, in our loop", {}),
     ("+ teacher cache", {"teacher_cache": "full"}),
     ("+ length buckets", {"buckets": True}),
@@ -218,7 +218,7 @@ def one(asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     run = Run.model_validate(asked["run"])
     if not asked["buckets"]:
-        loop.epoch_batches = random_batches  # type: ignore[attr-defined]
+        loop.epoch_batches = random_batches
     inputs = Inputs(cache=Path(asked["cache"]))
     first = run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 1, "warmup_steps": 0})})
     before = time.monotonic()
