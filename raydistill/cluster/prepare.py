@@ -1,13 +1,16 @@
 """What a sweep's trials share, made once before the first: teacher's score, latency table, labels, teacher cache."""
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster.alone import alone
+from raydistill.cluster.pseudolabel import Also, Job, pseudolabel
 from raydistill.cluster.shapes import time_shape
-from raydistill.cluster.teacher_pass import Want, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import Want, encoder_beside, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
@@ -94,8 +97,8 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
         progress(
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
-    labels, label_hours = _labels(runs, device)
     epochs = space.search.trials * max(run.training.epochs for run in runs)
+    labels, label_hours = _labels(runs, device, epochs)
     cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
     teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
     teacher["teacher_gpu_hours"] = label_hours + cache.hours
@@ -131,9 +134,11 @@ def time_shapes(
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
 
 
-def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
-    """Label sets that any run trains on, by `label_key`, and the device-hours that they took."""
-    from raydistill.cluster.pseudolabel import Job, pseudolabel
+def _labels(runs: list[Run], device: str, epochs: float) -> tuple[dict[str, str], float]:
+    """Label sets that any run trains on, by `label_key`, and the device-hours that they took.
+
+    The pass that makes one also makes the encoder states that the runs will read: one pass, two products.
+    """
     from raydistill.data.labels import read_manifest
 
     made: dict[str, str] = {}
@@ -145,7 +150,8 @@ def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
         if source in ("pseudo", "original+pseudo"):
             assert run.teacher is not None
             job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
-            folder = pseudolabel(job, home() / "labels", device)
+            with _encoder_states(runs, device, epochs) as also:
+                folder = pseudolabel(job, home() / "labels", device, also=also)
         else:
             folder = Path(source)
         made[run.label_key] = str(folder)
@@ -159,27 +165,39 @@ def _cache(runs: list[Run], labels: dict[str, str], device: str, record: Path, e
 
     What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
     """
+    root = home() / "cache"
+    found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
+    for name, group in _groups(runs).items():
+        before = found["groups"].get(name, {})
+        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
+        facts = {"keep": cached.keep, "bytes": cached.bytes, "device_seconds": cached.seconds}
+        found["groups"][name] = {**facts, "why": before.get("why", cached.why)}
+        found["device_seconds"] = sum(kept["device_seconds"] for kept in found["groups"].values())
+        write_json_atomic(record, found)
+    keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
+    return Cache(root, keeps, found["device_seconds"] / 3600)
+
+
+def _groups(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs that may read the same pass, by the group's name; those that turn it off are in none."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.teacher is not None and run.training.teacher_cache != "off":
             groups.setdefault(group_of(run), []).append(run)
-    root = home() / "cache"
-    found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
-    for name, group in groups.items():
-        before = found["groups"].get(name, {})
-        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
-        found["device_seconds"] += cached.seconds
-        found["groups"][name] = {"keep": cached.keep, "why": before.get("why", cached.why), "bytes": cached.bytes}
-        write_json_atomic(record, found)
-    keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
-    return Cache(root, keeps, found["device_seconds"] / 3600)
+    return groups
+
+
+def _encoder_states(runs: list[Run], device: str, epochs: float) -> AbstractContextManager[Callable[[], Also] | None]:
+    """What a label job makes beside its labels: the encoder states of the first group of runs."""
+    groups = list(_groups(runs).values())
+    return encoder_beside(Want(groups[0], {}, home() / "cache", device), epochs) if groups else nullcontext()
 
 
 def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     """What a run outside a sweep needs: its label set and its teacher cache."""
     if run.teacher is None:
         return Inputs()
-    labels, _ = _labels([run], device)
+    labels, _ = _labels([run], device, run.training.epochs)
     label_set = labels.get(run.label_key)
     cache = _cache([run], labels, device, folder / "cache.json", run.training.epochs)
     return Inputs(labels=Path(label_set) if label_set else None, cache=cache.root, keep=cache.keep_of(run))
