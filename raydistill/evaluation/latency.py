@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,12 @@ def time_calls(call: Callable[[], None], repeats: int, warmup: int, min_seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return Timing(1000 * statistics.median(times), 1000 * min(times), 1000 * max(times), len(times))
+    return timing_of(times)
+
+
+def timing_of(seconds: Sequence[float]) -> Timing:
+    """The calls' times put together."""
+    return Timing(1000 * statistics.median(seconds), 1000 * min(seconds), 1000 * max(seconds), len(seconds))
 
 
 def hardware(device: str = "cpu", threads: int = 1) -> Hardware:

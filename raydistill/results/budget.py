@@ -59,6 +59,17 @@ def absolute_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> 
     return numbers
 
 
+def known_bounds(budgets: dict[str, dict[str, Any]], teacher_costs: dict[str, float]) -> list[dict[str, float]]:
+    """Every budget's bounds as numbers; one with a share of what was not measured on the teacher bounds nothing."""
+    found = []
+    for bounds in budgets.values():
+        try:
+            found.append(absolute_bounds(bounds, teacher_costs))
+        except UserError:  # `outcome` tells of it
+            found.append({})
+    return found
+
+
 def feasible(candidates: Sequence[Candidate], bounds: dict[str, float]) -> list[Candidate]:
     """Those within every bound (a bound is inclusive); a cost that was not measured fits no bound on it."""
     return [c for c in candidates if all(_share(c, key, bound) <= 1 for key, bound in bounds.items())]
