@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster.prepare import Prepared, alone
+from raydistill.cluster.alone import alone
+from raydistill.cluster.prepare import Prepared
 from raydistill.config.console import progress
 from raydistill.config.files import write_json_atomic
 from raydistill.config.presets import teacher_preset

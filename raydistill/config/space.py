@@ -28,7 +28,7 @@ __all__ = [
     "sampler_names",
     "split",
 ]
-BOUNDED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "gpu_hours")
+BOUNDED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "peak_mb", "gpu_hours")
 
 
 class DecodingSearch(Model):

@@ -14,7 +14,8 @@ UNITS = {
     "latency_ms": "ms for a batch of 32",
     "latency_ms_b1": "ms for one row",
     "params_m": "million parameters",
-    "memory_mb": "MB",
+    "memory_mb": "MB of weights",
+    "peak_mb": "MB held while writing a batch of 32",
     "gpu_hours": "device-hours",
 }
 

@@ -17,7 +17,8 @@ AXES = {
     "latency_ms": "Latency of a batch of 32 (ms)",
     "latency_ms_b1": "Latency of one row (ms)",
     "params_m": "Parameters (millions)",
-    "memory_mb": "Memory (MB)",
+    "memory_mb": "Memory of the weights (MB)",
+    "peak_mb": "Memory for a batch of 32 (MB)",
     "gpu_hours": "Training (device-hours)",
 }
 

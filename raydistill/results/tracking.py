@@ -29,7 +29,7 @@ from raydistill.results.records import Outcome, Trial, decoding_label, outcome, 
 
 FINAL = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),
-    *("speedup", "params_m", "memory_mb", "gpu_hours", "teacher_gpu_hours"),
+    *("speedup", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours"),
 )
 CHOSEN = "raydistill.chosen_for"
 COLUMNS = ("latency_ms", "speedup", "params_m", "gpu_hours")
