@@ -21,8 +21,6 @@ from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
 from raydistill.training.run import Inputs, score_teacher
 
-TIMED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb")
-
 
 @dataclass(frozen=True)
 class Cache:
@@ -100,7 +98,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     epochs = space.search.trials * max(run.training.epochs for run in runs)
     labels, label_hours = _labels(runs, device, epochs)
     cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
-    teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
+    teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
     teacher["teacher_gpu_hours"] = label_hours + cache.hours
     return Prepared(teacher, shapes, labels, cache)
 
