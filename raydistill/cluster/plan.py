@@ -164,7 +164,7 @@ def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, A
     root = home()
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
-    pseudo = any(run.label_source in ("pseudo", "original+pseudo") for run in runs)
+    pseudo = any(run.wants_pseudo for run in runs)
     lines = [f"pseudo-labels: {'one teacher pass over the training split' if pseudo else 'none needed'}"]
     encoder = decoder = None
     if config is not None and data["rows"]:

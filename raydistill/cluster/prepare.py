@@ -11,11 +11,13 @@ from raydistill.cluster.teacher_pass import Want, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.config.run import Run, parse_size
+from raydistill.config.run import Run, parse_labels, parse_size
 from raydistill.config.space import Space, corners, resolve
+from raydistill.results.cost import pass_hours
 from raydistill.results.records import read_json
 from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
+from raydistill.training.record import write_rows
 from raydistill.training.run import Inputs, score_teacher
 
 TIMED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb")
@@ -82,6 +84,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     else:
         progress(f"teacher {first.teacher}: scoring it on validation and test")
         teacher = alone(score_teacher, first, device=device)
+        write_rows(sweep / "teacher_rows.npz", teacher.pop("scored"))
         write_json_atomic(teacher_file, teacher)
     metric = teacher["metric"]
     progress(f"teacher {first.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation")
@@ -94,11 +97,12 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
         progress(
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
-    labels, label_hours = _labels(runs, device)
+    labels, sets = _labels(runs, device)
     epochs = space.search.trials * max(run.training.epochs for run in runs)
     cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
     teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
-    teacher["teacher_gpu_hours"] = label_hours + cache.hours
+    teacher["passes"] = {"labels": sets, "cache": cache.hours}
+    teacher["teacher_gpu_hours"] = pass_hours(teacher["passes"])
     return Prepared(teacher, shapes, labels, cache)
 
 
@@ -131,27 +135,31 @@ def time_shapes(
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
 
 
-def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], float]:
-    """Label sets that any run trains on, by `label_key`, and the device-hours that they took."""
+def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """By `label_key`: what `pseudo` means there, and the device-hours of each label set that is trained on.
+
+    A curated set counts as the whole one that it is made of: it cost no further pass.
+    """
     from raydistill.cluster.pseudolabel import Job, pseudolabel
     from raydistill.data.labels import read_manifest
 
     made: dict[str, str] = {}
-    hours: dict[str, float] = {}  # by the whole set: several curated ones of it cost no further pass
+    hours: dict[str, dict[str, float]] = {}
     for run in runs:
-        source = run.label_source
-        if source == "original" or run.label_key in made:
+        if run.label_key in hours:
             continue
-        if source in ("pseudo", "original+pseudo"):
+        folders = [part.source for part in parse_labels(run.label_source) if part.source not in ("original", "pseudo")]
+        if run.wants_pseudo:
             assert run.teacher is not None
             job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
-            folder = pseudolabel(job, home() / "labels", device)
-        else:
-            folder = Path(source)
-        made[run.label_key] = str(folder)
-        manifest = read_manifest(folder)
-        hours[manifest.get("of", folder.name)] = float(manifest.get("device_hours", 0.0))
-    return made, sum(hours.values())
+            made[run.label_key] = str(pseudolabel(job, home() / "labels", device))
+            folders.append(made[run.label_key])
+        manifests = {folder: read_manifest(Path(folder)) for folder in folders}
+        hours[run.label_key] = {
+            manifest.get("of", Path(folder).name): float(manifest.get("device_hours", 0.0))
+            for folder, manifest in manifests.items()
+        }
+    return made, hours
 
 
 def _cache(runs: list[Run], labels: dict[str, str], device: str, record: Path, epochs: float) -> Cache:

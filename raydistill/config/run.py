@@ -1,7 +1,8 @@
 """What a run is: one training of one student (or of a teacher), from teacher and data to checkpoint."""
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -234,7 +235,9 @@ class Run(Model):
     dataset: Dataset
     method: Method = "sft"
     labels: str = Field(
-        "auto", description="original, pseudo, original+pseudo, or a label set's folder; auto: pseudo for pl"
+        "auto",
+        description="original, pseudo, a label set's folder, or several with weights: original+pseudo*0.5+FOLDER; "
+        "auto: pseudo for pl",
     )
     student: Student = Student()
     loss: Loss = Loss()
@@ -248,6 +251,13 @@ class Run(Model):
     def _dataset_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("labels", mode="after")
+    @classmethod
+    def _labels_form(cls, value: str) -> str:
+        if value != "auto":
+            parse_labels(value)
+        return value
+
     @model_validator(mode="after")
     def _hangs_together(self) -> "Run":
         if (self.teacher is None) == (self.start is None):
@@ -260,6 +270,8 @@ class Run(Model):
             raise ValueError("method pl trains on pseudo-labels; labels: original is method sft")
         if self.method == "kd" and self.loss.alpha_logits == 0 and self.loss.alpha_hidden == 0:
             raise ValueError("method kd with alpha_logits 0 and alpha_hidden 0 is method sft")
+        if self.start is not None and self.wants_pseudo:
+            raise ValueError("labels: pseudo are a `teacher`'s; a random `start` can be given a label set's folder")
         if self.method != "kd" and self.loss.alpha_data == 0:
             raise ValueError(f"method {self.method} has only the data loss; alpha_data must be above 0")
         return self
@@ -275,7 +287,40 @@ class Run(Model):
     def label_key(self) -> str:
         """What tells the label sets of a space's runs apart: the source, and how pseudo-labels are made."""
         made = self.pseudo.model_dump_json(exclude_defaults=True)
-        return self.label_source if self.label_source == "original" or made == "{}" else f"{self.label_source} {made}"
+        return self.label_source if not self.wants_pseudo or made == "{}" else f"{self.label_source} {made}"
+
+    @property
+    def wants_pseudo(self) -> bool:
+        """Whether the teacher's own pseudo-labels are among the labels."""
+        return any(part.source == "pseudo" for part in parse_labels(self.label_source))
+
+
+class LabelPart(NamedTuple):
+    """One source of labels: original, pseudo or a label set's folder; and how often an epoch reads its rows."""
+
+    source: str
+    weight: float = 1.0
+
+
+def parse_labels(labels: str) -> list[LabelPart]:
+    """The sources of labels such as "original+pseudo*0.5+outputs/labels/SET"; ValueError where it is none."""
+    parts = []
+    for text in labels.split("+"):
+        source, star, weight = text.strip().partition("*")
+        try:
+            part = LabelPart(source.strip(), float(weight) if star else 1.0)
+        except ValueError:
+            part = LabelPart("")
+        if not part.source or not 0 < part.weight < math.inf:
+            raise ValueError(
+                f"labels {labels!r}: {text!r} is no source; expected original, pseudo or a label set's folder, with a "
+                f"weight above 0 where wanted, such as original+pseudo*0.5 (a folder's path must hold no + and no *)"
+            )
+        parts.append(part)
+    sources = [part.source for part in parts]
+    if twice := next((source for source in sources if sources.count(source) > 1), None):
+        raise ValueError(f"labels {labels!r}: {twice} is given twice; give it a weight instead, such as {twice}*2")
+    return parts
 
 
 def parse_size(size: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
 from raydistill.config.presets import TeacherPreset, metric_for, teacher_preset
-from raydistill.config.run import Dataset, Run
+from raydistill.config.run import Dataset, LabelPart, Run, parse_labels
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.data.labels import choose_targets, read_label_set
@@ -87,20 +87,29 @@ def read_split(dataset: Dataset, split: str) -> Corpus | None:
 
 def make_examples(run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, label_set: Path | None) -> Examples:
     """The tokenised training pairs, with the labels that the run asks for; `label_set` is what `pseudo` means."""
-    labels = run.label_source
-    where = label_set or (Path(labels) if labels not in ("original", "pseudo", "original+pseudo") else None)
-    return _examples(tokenizer, run.dataset, labels, where, material.max_source_tokens, material.max_target_tokens)
+    labels = tuple(parse_labels(run.label_source))
+    where = {part.source: Path(part.source) for part in labels if part.source not in ("original", "pseudo")}
+    if label_set is not None:
+        where["pseudo"] = label_set
+    folders = tuple(sorted(where.items()))
+    return _examples(tokenizer, run.dataset, labels, folders, material.max_source_tokens, material.max_target_tokens)
 
 
 @lru_cache(maxsize=4)
 def _examples(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, labels: str, where: Path | None, source: int, target: int
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    labels: tuple[LabelPart, ...],
+    folders: tuple[tuple[str, Path], ...],
+    source: int,
+    target: int,
 ) -> Examples:
     """Made once per process, so that the next trial on the same pairs starts at once."""
     corpus = read_split(dataset, "train")
     assert corpus is not None
-    pseudo = read_label_set(where) if where and labels != "original" else None
-    rows, targets = choose_targets(corpus.ids, corpus.targets, labels, pseudo)
+    wanted = {part.source for part in labels}
+    sets = {name: read_label_set(folder) for name, folder in folders if name in wanted}
+    rows, targets = choose_targets(corpus.ids, corpus.targets, labels, sets)
     return Examples(
         tokens(tokenizer, dataset, "train", "source", source), tokenize_targets(tokenizer, targets, target), rows
     )
