@@ -181,6 +181,10 @@ def test_several_teachers_labels_stand_beside_the_original_with_weights(tmp_path
     """The paper's Orig+PL+PL; a weight says how often an epoch reads a source."""
     other = pseudo(tmp_path, a="UNO", b="DOS", c="TRES")
     parts = parse_labels("original*2 + pseudo + sets/other")
+    assert [(p.source, p.labeller) for p in parse_labels("pseudo+pseudo@pegasus")] == [
+        ("pseudo", None),
+        ("pseudo@pegasus", "pegasus"),
+    ]
     assert parts == [LabelPart("original", 2.0), LabelPart("pseudo", 1.0), LabelPart("sets/other", 1.0)]
     rows, targets = choose_targets(IDS, ORIGINALS, parts, {"pseudo": pseudo(tmp_path), "sets/other": other})
     assert rows == [0, 0, 1, 1, 2, 2, 0, 1, 2, 0, 1, 2]
@@ -201,7 +205,9 @@ def test_a_weight_below_one_takes_a_fixed_share_of_the_rows():
 
 @pytest.mark.parametrize("wrong", ["original+", "pseudo*", "pseudo*0", "pseudo*-1", "pseudo*inf", "pseudo*x", ""])
 def test_what_is_no_source_is_said(wrong):
-    with pytest.raises(ValueError, match="is no source; expected original, pseudo or a label set's folder"):
+    with pytest.raises(
+        ValueError, match="is no source; expected original, pseudo, pseudo@TEACHER or a label set's folder"
+    ):
         parse_labels(wrong)
     with pytest.raises(ValueError, match=r"pseudo is given twice.*pseudo\*2"):
         parse_labels("pseudo+pseudo")

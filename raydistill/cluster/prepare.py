@@ -7,11 +7,11 @@ from typing import Any
 
 from raydistill.cluster.alone import alone
 from raydistill.cluster.shapes import time_shape
-from raydistill.cluster.teacher_pass import Want, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import MadeLabels, Want, folders_of, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.config.run import Run, parse_labels, parse_size
+from raydistill.config.run import Decoding, Run, parse_labels, parse_size
 from raydistill.config.space import Space, corners, resolve
 from raydistill.results.cost import pass_hours
 from raydistill.results.records import read_json
@@ -42,15 +42,14 @@ class Prepared:
 
     teacher: dict[str, Any]
     shapes: dict[str, dict[str, float]]
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: MadeLabels = field(default_factory=dict)
     cache: Cache = Cache()
 
     def inputs(self, run: Run, note: dict[str, Any]) -> Inputs:
         """What one trial needs of it."""
         costs = self.shapes.get(run.student.size or self.teacher["size"], {})
-        labels = self.labels.get(run.label_key)
         return Inputs(
-            labels=Path(labels) if labels else None,
+            labels=folders_of(self.labels, run),
             cache=self.cache.root,
             keep=self.cache.keep_of(run),
             costs=costs,
@@ -135,25 +134,21 @@ def time_shapes(
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
 
 
-def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """By `label_key`: what `pseudo` means there, and the device-hours of each label set that is trained on.
+def _labels(runs: list[Run], device: str) -> tuple[MadeLabels, dict[str, dict[str, float]]]:
+    """By `label_key`: the label sets that teachers wrote, and the device-hours of every set that is trained on.
 
     A curated set counts as the whole one that it is made of: it cost no further pass.
     """
-    from raydistill.cluster.pseudolabel import Job, pseudolabel
     from raydistill.data.labels import read_manifest
 
-    made: dict[str, str] = {}
+    made: MadeLabels = {}
     hours: dict[str, dict[str, float]] = {}
     for run in runs:
         if run.label_key in hours:
             continue
-        folders = [part.source for part in parse_labels(run.label_source) if part.source not in ("original", "pseudo")]
-        if run.wants_pseudo:
-            assert run.teacher is not None
-            job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
-            made[run.label_key] = str(pseudolabel(job, home() / "labels", device))
-            folders.append(made[run.label_key])
+        parts = parse_labels(run.label_source)
+        made[run.label_key] = {p.source: _written(run, p.labeller, device) for p in parts if p.is_pseudo}
+        folders = [*made[run.label_key].values(), *[p.folder for p in parts if p.folder]]
         manifests = {folder: read_manifest(Path(folder)) for folder in folders}
         hours[run.label_key] = {
             manifest.get("of", Path(folder).name): float(manifest.get("device_hours", 0.0))
@@ -162,7 +157,17 @@ def _labels(runs: list[Run], device: str) -> tuple[dict[str, str], dict[str, dic
     return made, hours
 
 
-def _cache(runs: list[Run], labels: dict[str, str], device: str, record: Path, epochs: float) -> Cache:
+def _written(run: Run, other: str | None, device: str) -> str:
+    """The folder of the labels that the run's teacher writes, or `other`, which decodes as it does by itself."""
+    from raydistill.cluster.pseudolabel import Job, pseudolabel
+
+    teacher, decoding = (other, Decoding()) if other else (run.teacher, run.decoding)
+    assert teacher is not None
+    job = Job(teacher, run.dataset, decoding=decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
+    return str(pseudolabel(job, home() / "labels", device))
+
+
+def _cache(runs: list[Run], labels: MadeLabels, device: str, record: Path, epochs: float) -> Cache:
     """The teacher cache that the runs share, made where it is missing; `epochs` are those of all trials.
 
     What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
@@ -188,6 +193,5 @@ def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     if run.teacher is None:
         return Inputs()
     labels, _ = _labels([run], device)
-    label_set = labels.get(run.label_key)
     cache = _cache([run], labels, device, folder / "cache.json", run.training.epochs)
-    return Inputs(labels=Path(label_set) if label_set else None, cache=cache.root, keep=cache.keep_of(run))
+    return Inputs(labels=folders_of(labels, run), cache=cache.root, keep=cache.keep_of(run))

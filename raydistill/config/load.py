@@ -149,8 +149,13 @@ def _absolute(name: str) -> str:
 
 def _absolute_labels(labels: str) -> str:
     """Each source of `labels` by itself; its weight stays."""
-    parts = (text.strip().partition("*") for text in labels.split("+"))
-    return "+".join(f"{_absolute(source)}{star}{weight}" for source, star, weight in parts)
+    absolute = []
+    for text in labels.split("+"):
+        source, star, weight = text.strip().partition("*")
+        kind, at, teacher = source.partition("@")
+        source = f"pseudo@{_absolute(teacher)}" if (kind, at) == ("pseudo", "@") else _absolute(source)
+        absolute.append(f"{source}{star}{weight}")
+    return "+".join(absolute)
 
 
 def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:

@@ -236,7 +236,8 @@ class Run(Model):
     method: Method = "sft"
     labels: str = Field(
         "auto",
-        description="original, pseudo, a label set's folder, or several with weights: original+pseudo*0.5+FOLDER; "
+        description="original, pseudo, pseudo@TEACHER (another's), a label set's folder, or several with weights: "
+        "original+pseudo*0.5+FOLDER; "
         "auto: pseudo for pl",
     )
     student: Student = Student()
@@ -291,15 +292,33 @@ class Run(Model):
 
     @property
     def wants_pseudo(self) -> bool:
-        """Whether the teacher's own pseudo-labels are among the labels."""
-        return any(part.source == "pseudo" for part in parse_labels(self.label_source))
+        """Whether pseudo-labels are among the labels that a teacher has to write."""
+        return any(part.is_pseudo for part in parse_labels(self.label_source))
 
 
 class LabelPart(NamedTuple):
-    """One source of labels: original, pseudo or a label set's folder; and how often an epoch reads its rows."""
+    """One source of labels, and how often an epoch reads its rows.
+
+    original; pseudo, which the run's teacher writes; pseudo@TEACHER, which another teacher does; a label set's folder.
+    """
 
     source: str
     weight: float = 1.0
+
+    @property
+    def is_pseudo(self) -> bool:
+        """Whether a teacher has to write them, if it has not yet."""
+        return self.source == "pseudo" or self.source.startswith("pseudo@")
+
+    @property
+    def labeller(self) -> str | None:
+        """The other teacher of pseudo@TEACHER."""
+        return self.source.partition("@")[2] or None if self.is_pseudo else None
+
+    @property
+    def folder(self) -> str | None:
+        """The label set's folder, where it is one."""
+        return None if self.source == "original" or self.is_pseudo else self.source
 
 
 def parse_labels(labels: str) -> list[LabelPart]:
@@ -311,10 +330,10 @@ def parse_labels(labels: str) -> list[LabelPart]:
             part = LabelPart(source.strip(), float(weight) if star else 1.0)
         except ValueError:
             part = LabelPart("")
-        if not part.source or not 0 < part.weight < math.inf:
+        if part.source in ("", "pseudo@") or not 0 < part.weight < math.inf:
             raise ValueError(
-                f"labels {labels!r}: {text!r} is no source; expected original, pseudo or a label set's folder, with a "
-                f"weight above 0 where wanted, such as original+pseudo*0.5 (a folder's path must hold no + and no *)"
+                f"labels {labels!r}: {text!r} is no source; expected original, pseudo, pseudo@TEACHER or a label set's "
+                f"folder, with a weight above 0 where wanted, such as original+pseudo*0.5 (no + and no * in a path)"
             )
         parts.append(part)
     sources = [part.source for part in parts]

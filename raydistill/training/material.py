@@ -1,5 +1,6 @@
 """What a run is made of before any training: the teacher, the texts and their tokens, the labels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from raydistill.config.run import Dataset, LabelPart, Run, parse_labels
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.data.labels import choose_targets, read_label_set
+from raydistill.model.shrink import check_alignment
 from raydistill.model.teachers import (
     Languages,
     fingerprint,
@@ -62,6 +64,7 @@ def open_teacher(name: str, dataset: str) -> Teacher:
     model, tokenizer = load_model(where), load_tokenizer(where, languages)
     set_languages(model, tokenizer)
     model.requires_grad_(False)
+    check_alignment(model, name)
     return Teacher(where, model, tokenizer, fingerprint(model), preset)
 
 
@@ -85,14 +88,17 @@ def read_split(dataset: Dataset, split: str) -> Corpus | None:
     return read_corpus(dataset, split) if split in split_names(dataset) else None
 
 
-def make_examples(run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, label_set: Path | None) -> Examples:
-    """The tokenised training pairs, with the labels that the run asks for; `label_set` is what `pseudo` means."""
+def make_examples(
+    run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, made: Mapping[str, Path]
+) -> Examples:
+    """The tokenised training pairs, with the labels that the run asks for.
+
+    `made` are the folders of the label sets that teachers wrote, by source (pseudo, pseudo@TEACHER).
+    """
     labels = tuple(parse_labels(run.label_source))
-    where = {part.source: Path(part.source) for part in labels if part.source not in ("original", "pseudo")}
-    if label_set is not None:
-        where["pseudo"] = label_set
-    folders = tuple(sorted(where.items()))
-    return _examples(tokenizer, run.dataset, labels, folders, material.max_source_tokens, material.max_target_tokens)
+    folders = [(p.source, Path(p.folder) if p.folder else made.get(p.source)) for p in labels if p.source != "original"]
+    found = tuple((source, folder) for source, folder in folders if folder is not None)
+    return _examples(tokenizer, run.dataset, labels, found, material.max_source_tokens, material.max_target_tokens)
 
 
 @lru_cache(maxsize=4)
@@ -107,8 +113,7 @@ def _examples(
     """Made once per process, so that the next trial on the same pairs starts at once."""
     corpus = read_split(dataset, "train")
     assert corpus is not None
-    wanted = {part.source for part in labels}
-    sets = {name: read_label_set(folder) for name, folder in folders if name in wanted}
+    sets = {source: read_label_set(folder) for source, folder in folders}
     rows, targets = choose_targets(corpus.ids, corpus.targets, labels, sets)
     return Examples(
         tokens(tokenizer, dataset, "train", "source", source), tokenize_targets(tokenizer, targets, target), rows

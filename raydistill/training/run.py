@@ -41,14 +41,14 @@ COLLAPSE = 0.5
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was made before the run: a label set's folder, the root of the teacher cache, and the shape's costs.
+    """What was made before the run: label sets' folders by source, the teacher cache's root, and the shape's costs.
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
     collapsed into repetition is a failed run.
     `keep` is what `teacher_cache: auto` came to.
     """
 
-    labels: Path | None = None
+    labels: dict[str, Path] = field(default_factory=dict)
     cache: Path | None = None
     keep: Keep = "full"
     costs: dict[str, float] = field(default_factory=dict)
