@@ -222,7 +222,14 @@ def from_cache(
             means = step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)
             loss = float(means["loss"])
             seconds.append(time.perf_counter() - begun)
-        return seconds, {"loss": loss, "data_wait": feed.waited / sum(seconds)}
+        facts: dict[str, Any] = {"loss": loss, "data_wait": feed.waited / sum(seconds)}
+        if options.profile:
+            more = steps(supervision, settings, worker, lengths, count, count + 1)
+            now = next(more)
+            facts["profile"] = profile(
+                lambda: step(supervision, now, settings, worker, autocast, parameters, optimizer), options.device
+            )
+        return seconds, facts
 
 
 def make_cache(options: argparse.Namespace, precision: str) -> None:

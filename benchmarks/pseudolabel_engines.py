@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import describe_machine, write_result
 from benchmarks.shapes import save_bart, save_rows
 from benchmarks.sides import Side, Work, Written, work_of, write_batches
-from raydistill.cluster.pseudolabel import ROWS_AT_ONCE, Job
+from raydistill.cluster.pseudolabel import CHARS_PER_TOKEN, Job
 from raydistill.config.console import progress
 from raydistill.config.run import Dataset, Decoding
 from raydistill.data.plan import BATCH_CHARS, make_plan
@@ -65,7 +65,8 @@ def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[st
     work = work_of(job, scratch / f"{case}-engines")
     found = scan(job.dataset, job.split)
     rows = list(usable_rows(job.dataset, job.split, found))
-    plan = make_plan(iter(rows), scratch / f"{case}-plan", batch_chars=asked.batch_chars)
+    read = CHARS_PER_TOKEN * work.max_source_tokens
+    plan = make_plan(iter(rows), scratch / f"{case}-plan", batch_chars=asked.batch_chars, max_chars=read)
     planned = [plan.read_batch(n) for n in range(len(plan))]
     sides = [side for side in (*PLAIN, *OURS) if _wanted(side, asked.side)]
     sides = [side for side in sides if len(rows) >= PLAIN_BATCH * side.processes or side.engine != "generate"]
@@ -181,7 +182,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--side", nargs="+", default=[], help="only sides whose name holds one of these words")
     parser.add_argument("--rows", type=int, default=2000, help=f"at most; of the shapes at most {SHAPE_ROWS}")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows-at-once", type=int, default=ROWS_AT_ONCE["cpu"], help="ours; default: the product's")
+    parser.add_argument("--rows-at-once", type=int, help="ours; default: the product's")
     parser.add_argument("--batch-chars", type=int, default=BATCH_CHARS, help="ours; default: the product's")
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--multi30k-teacher", type=Path, default=shared / "teachers" / "multi30k-marian-6-6")

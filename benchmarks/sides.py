@@ -44,7 +44,7 @@ class Side:
     precision: str = "fp32"
     processes: int = 2
     threads: int = 1
-    rows_at_once: int = ROWS_AT_ONCE["cpu"]
+    rows_at_once: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,10 @@ def our_engine(side: Side, work: Work) -> Write:
 
     def write(texts: list[str]) -> list[str]:
         found = engine.generate(
-            texts, work.beam, max_source_tokens=work.max_source_tokens, batch_size=side.rows_at_once
+            texts,
+            work.beam,
+            max_source_tokens=work.max_source_tokens,
+            batch_size=side.rows_at_once or ROWS_AT_ONCE[side.engine],
         )
         return [hypotheses[0].text.strip() for hypotheses in found]
 

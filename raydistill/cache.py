@@ -18,7 +18,8 @@ DAY_S = 86_400
 def cache() -> None:
     """The teacher cache (`outputs/cache`): what sweeps made of their teachers, for all their trials.
 
-    Anything in it may be removed at any time: what is wanted again is made again.
+    Anything in it may be removed at any time: what is wanted again is made again. With --json each of these ends with
+    one JSON object on stdout.
 
     Examples:
 

@@ -72,12 +72,12 @@ def _budgets(
     from raydistill.results.records import candidates
 
     if asked:
-        costs = (found.info.get("teacher") or {}).get("costs") or {}
+        costs = found.teacher.get("costs") or {}
         bounds = budget.absolute_bounds(asked, costs)
         label = name or "-".join(
             f"{key}-{bound:g}" if isinstance(bound, float) else f"{key}-{bound}" for key, bound in asked.items()
         ).replace("%", "pct")
-        return [(label, bounds, budget.choose(candidates(found.trials, found.metric), bounds, found.metric))]
+        return [(label, bounds, budget.choose(candidates(found.students, found.metric), bounds, found.metric))]
     stored = [(n, found.bounds[n], choice) for n, choice in found.choices.items() if name in (None, n)]
     if not stored:
         known = ", ".join(found.choices) or "none"
@@ -97,7 +97,7 @@ def _one(
         show(f"{budget} ({describe_bounds(bounds)}): nothing fits", json)
         return result
     best = choice.best
-    trial = next(t for t in found.trials if t.key == best.key)
+    trial = found.student(best.key)
     interval = f", 95 % interval [{trial.interval[0]:.2f}, {trial.interval[1]:.2f}]" if trial.interval else ""
     lines = [f"{budget} ({describe_bounds(bounds)}): {best.label}"]
     lines.append(f"  {found.metric} {best.score:.2f} on validation{interval}")
@@ -114,9 +114,15 @@ def _one(
     show("\n".join(lines), json)
     if trial.checkpoint:
         show(_how_to_load(str(trial.checkpoint)), json)
-    result |= {"key": best.key, "size": trial.size, "method": trial.method, "score": best.score}
+    result |= {
+        "key": trial.folder.name,
+        "decoding": trial.decoding,
+        "size": trial.size,
+        "method": trial.method,
+        "score": best.score,
+    }
     result |= {"interval": trial.interval, "test": trial.test, "costs": best.costs}
-    result |= {"indistinguishable": [c.key for c in choice.indistinguishable]}
+    result |= {"indistinguishable": [c.label for c in choice.indistinguishable]}
     result |= {"checkpoint": str(trial.checkpoint) if trial.checkpoint else None, "registered": None}
     if register and trial.checkpoint:
         result["registered"] = _register(found, best.key, budget, json)
@@ -136,10 +142,11 @@ def _register(found: "Outcome", key: str, budget: str, json: bool) -> dict[str, 
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
+    from raydistill.cluster.export import export
     from raydistill.results.tracking import TrackingDown, register_choice, ui_command
 
     try:
-        registered = register_choice(found.sweep, key, budget)
+        registered = register_choice(found.sweep, key, budget, export(found, key))
     except TrackingDown as error:
         progress(f"not registered: {error}. The same command again registers it")
         return None

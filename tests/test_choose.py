@@ -5,12 +5,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import ctranslate2
+import numpy as np
 import pytest
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.choose import parse_bounds
 from raydistill.config.errors import UserError
+from raydistill.config.files import write_json_atomic
+from raydistill.results import tracking
+from raydistill.results.records import decoding_name
 from tests.test_tracking import make_trial, sweep
+from tests.tiny import save_tiny, sentences
 
 __all__ = ["sweep"]
 
@@ -49,15 +57,64 @@ def test_input_is_checked_before_anything_heavy(sweep: Path) -> None:
     assert "no such sweep; sweeps in" in unknown.stderr
 
 
-def test_the_stored_budget_is_chosen_and_registered(sweep: Path) -> None:
-    make_trial(sweep, "a", 0, 10.0)  # latency 100
-    make_trial(sweep, "b", 1, 16.0)  # latency 160, beyond half of the teacher's 300
+def make_student(sweep: Path, key: str, number: int, score: float) -> Path:
+    """A finished trial with a checkpoint that loads, served with its own four beams and with one."""
+    folder = make_trial(sweep, key, number, score)
+    save_tiny("bart", folder / "best")
+    beam = {"beams": 4, "length_penalty": 1.0, "min_length": 0, "max_length": 12}
+    card = {
+        "teacher": "big",
+        "config": {"name": "x", "teacher": "big", "dataset": {"name": "d", "max_source_tokens": 32}},
+        "decoding": beam,
+        "supervised": {"decoder": [2]},
+        "data": {"train": "f00d"},
+    }
+    write_json_atomic(folder / "best" / "raydistill.json", card)
+    served = []
+    for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
+        costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
+        served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
+        served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
+        np.savez(folder / f"rows-validation-{decoding_name(served[-1])}.npz", validation=np.full(20, score))
+    write_json_atomic(folder / "served.json", {"decodings": served})
+    return folder
+
+
+def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_load_it(sweep: Path) -> None:
+    """Of two ways of decoding that score the same the cheaper is taken, and every reader of the folder decodes so."""
+    make_student(sweep, "a", 0, 10.0)  # 100 ms with 4 beams, 40 with one
+    make_student(sweep, "b", 1, 60.0)  # beyond half of the teacher's 300 however it decodes
     result = run("mini", "--json")
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
     assert (choice["budget"], choice["key"], choice["score"]) == ("fast", "a", 10.0)
+    assert choice["decoding"] == {"beams": 1, "length_penalty": 1.0}
     assert choice["registered"]["uri"] == "models:/mini@fast"
     assert "from_pretrained" in result.stderr
+
+    client = tracking._client(tracking.default_uri())
+    version = client.get_model_version_by_alias("mini", "fast")
+    assert version.tags["decoding"] == "1 beam"
+    folder = Path(version.source.removeprefix("file://"))
+    card = (folder / "README.md").read_text()
+    for text in ("chosen for: fast", "9.00 to 11.00", "| latency_ms (ms for a batch of 32) | 40 | 300 |", "1 beam"):
+        assert text in card
+    sources = sentences(5, seed=3)
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.default_uri())
+    mlflow.set_registry_uri(tracking.default_uri())
+    written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.num_beams == 1
+    out = model.generate(**tokenizer(sources, return_tensors="pt", padding=True))
+    texts = [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+    assert written == texts
+    translator: Any = ctranslate2.Translator(str(folder / "ctranslate2"))
+    tokens = [tokenizer.convert_ids_to_tokens(tokenizer(source)["input_ids"]) for source in sources]
+    found = translator.translate_batch(tokens, beam_size=1, max_decoding_length=model.generation_config.max_length - 1)
+    ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
+    assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
 
 
 def test_nothing_fits_ends_with_2_and_the_nearest_miss(sweep: Path) -> None:

@@ -119,3 +119,32 @@ def test_hardware_names_the_machine():
     assert (machine["kind"], machine["threads"]) == ("cpu", 2)
     assert machine["name"]
     assert int(machine["cores"]) >= 1
+
+
+def test_peak_memory_is_what_was_held_at_most_and_given_back():
+    """40 MB held for a moment within a call, over what was held before."""
+    before = latency.held_mb("cpu")
+    assert before is not None
+    latency.forget_peak()
+    block = b"x" * 40_000_000
+    held = latency.held_mb("cpu")
+    del block
+    peak = latency.held_mb("cpu", peak=True)
+    after = latency.held_mb("cpu")
+    assert held is not None
+    assert peak is not None
+    assert after is not None
+    assert 39 < held - before < 45
+    assert 39 < peak - before < 45
+    assert after - before < 5
+
+
+def test_an_engine_holds_at_least_its_weights(tmp_path):
+    folder = save_tiny("bart", tmp_path / "m", d_model=256, ffn_dim=2048, decoder_layers=6)
+    before = latency.held_mb("cpu")
+    engine = open_engine(folder, "transformers")
+    timing = latency.measure(engine, 10, 5, batch=32, beams=2, min_seconds=0, held_before=before)
+    weights = latency.memory_mb(teachers.load_config(folder))
+    assert weights > 30
+    assert timing.peak_mb is not None
+    assert weights < timing.peak_mb < 10 * weights

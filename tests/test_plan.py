@@ -122,3 +122,10 @@ def test_a_plan_that_was_not_finished_is_made_anew(tmp_path):
     plan = make_plan(iter(rows_of([5])), tmp_path / "plan", window_rows=1)
     assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["plan.json", "window-00000.parquet"]
     assert len(plan) == 1
+
+
+def test_what_a_teacher_does_not_read_of_a_long_source_is_not_counted(tmp_path):
+    plan = make_plan(iter(rows_of([1000, 2000, 5, 3000])), tmp_path, batch_chars=60, max_chars=20)
+    assert plan.rows == [3, 1]
+    assert plan.chars == [60, 5]
+    assert [len(source) for source in plan.read_batch(0)["sources"]] == [1000, 2000, 3000]

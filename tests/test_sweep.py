@@ -13,12 +13,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raydistill.cluster import shapes
+from raydistill.model.teachers import load_config
 from tests.hub_cache import lay_out_dataset
 from tests.tiny import lay_out_model, save_tiny
 from tests.world import command, corpus_rows, environment, last_json, make_world, wait_for_ray_to_end
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
+
+
+def counted(teacher: Path, size: str) -> float:
+    """Millions of parameters of a student."""
+    return shapes.counted(load_config(teacher), size)
 
 
 def mlflow_children(home: Path) -> list[tuple[str, str]]:
@@ -221,6 +228,46 @@ def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path
     for history in trials.glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
         assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow  # the decision itself is tested in test_stopping.py
+def test_trials_that_fall_behind_their_shape_stop_early_and_shapes_without_a_budget_are_not_trained(tmp_path):
+    """On real Ray, one at a time. A learning rate of nearly 0 cannot keep up; 2-3 has more parameters than allowed."""
+    teacher, data = make_world(tmp_path)
+    small, large = counted(teacher, "2-1"), counted(teacher, "2-3")
+    space = {
+        "name": "stopping",
+        "run": {
+            "teacher": str(teacher),
+            "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+            "student": {"size": {"choice": ["2-3", "2-1"]}, "init": "random"},
+            "training": {
+                **{"epochs": 8, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 1, "patience": 99},
+                **{"freeze_encoder": False, "freeze_embeddings": False, "precision": "fp32"},
+                "learning_rate": {"choice": [1e-2, 1e-9]},
+            },
+            "decoding": {"beams": 1, "max_length": 12},
+            "evaluation": {"metric": "bleu"},
+        },
+        "search": {"trials": 4, "sampler": "grid", "stopping": "per_shape", "concurrent": 1, "grace": 7 / 8},
+        "points": [{"student.size": "2-1", "training.learning_rate": 1e-2}],
+        "budgets": {"small": {"params_m": (small + large) / 2}},
+    }
+    path = tmp_path / "stopping.yaml"
+    path.write_text(yaml.safe_dump(space))
+    done = command(tmp_path / "outputs", "sweep", path, "--json")
+    found = last_json(done)
+    assert "no budget admits 2-3" in done.stderr
+    by_rate = {t["chosen"]["training.learning_rate"]: t for t in found["trials"]}
+    assert {rate: t["status"] for rate, t in by_rate.items()} == {1e-2: "done", 1e-9: "stopped"}
+    assert {t["size"] for t in found["trials"]} == {"2-1"}
+    histories = {
+        rate: (tmp_path / "outputs/sweeps/stopping/trials" / t["key"] / "metrics.jsonl").read_text().splitlines()
+        for rate, t in by_rate.items()
+    }
+    assert {rate: len(lines) for rate, lines in histories.items()} == {1e-2: 8, 1e-9: 7}  # at the rung
+    assert by_rate[1e-9]["interval"] is not None
+    assert {status for _, status in mlflow_children(tmp_path / "outputs")} == {"FINISHED"}
 
 
 def test_what_can_be_known_at_once_is_said_in_two_seconds_with_status_2(tmp_path):

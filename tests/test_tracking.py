@@ -63,6 +63,14 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def exported(sweep: Path, key: str) -> Path:
+    """A folder to hand over, as `cluster.export` makes it of a real checkpoint."""
+    folder = sweep / "exports" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "raydistill.json").write_text("{}")
+    return folder
+
+
 def runs_of(sweep: Path) -> dict[str, Any]:
     client = tracking._client(tracking.default_uri())
     experiment = client.get_experiment_by_name("mini")
@@ -145,7 +153,7 @@ def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: p
     tracking._client(tracking.default_uri())  # imports it once, in this thread
     with ThreadPoolExecutor(2) as pool:
         publishing = pool.submit(tracking.publish, sweep)
-        choosing = pool.submit(tracking.register_choice, sweep, "a", "fast")
+        choosing = pool.submit(tracking.register_choice, sweep, "a", "fast", exported(sweep, "a"))
         assert publishing.result(timeout=120).parent_run_id == runs_of(sweep)[""].info.run_id
         assert choosing.result(timeout=120).alias == "fast"
     assert set(runs_of(sweep)) == {"", "a"}
@@ -170,9 +178,9 @@ def test_a_folder_that_is_no_sweep_gets_no_lock(tmp_path: Path) -> None:
 def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
-    first = tracking.register_choice(sweep, "a", "fast")
-    assert first == tracking.register_choice(sweep, "a", "fast")
-    other = tracking.register_choice(sweep, "b", "fast")
+    first = tracking.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    assert first == tracking.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    other = tracking.register_choice(sweep, "b", "fast", exported(sweep, "b"))
     assert other.version != first.version
     client = tracking._client(tracking.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
@@ -181,7 +189,7 @@ def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     assert version.tags["latency_ms"] == "120.0"
     assert (Path(version.source.removeprefix("file://")) / "raydistill.json").exists()
     with pytest.raises(UserError, match="no finished checkpoint"):
-        tracking.register_choice(sweep, "nope", "fast")
+        tracking.register_choice(sweep, "nope", "fast", sweep)
 
 
 def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:

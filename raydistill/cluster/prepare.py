@@ -1,13 +1,16 @@
 """What a sweep's trials share, made once before the first: teacher's score, latency table, labels, teacher cache."""
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster.alone import alone
+from raydistill.cluster.pseudolabel import Also, Job, pseudolabel
 from raydistill.cluster.shapes import time_shape
-from raydistill.cluster.teacher_pass import MadeLabels, Want, folders_of, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import MadeLabels, Want, encoder_beside, folders_of, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
@@ -19,8 +22,6 @@ from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
 from raydistill.training.record import write_rows
 from raydistill.training.run import Inputs, score_teacher
-
-TIMED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb")
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
         progress(
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
-    labels, sets = _labels(runs, device)
     epochs = space.search.trials * max(run.training.epochs for run in runs)
+    labels, sets = _labels(runs, device, epochs)
     cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
-    teacher = {**teacher, "costs": {k: shapes[teacher["size"]][k] for k in TIMED}}
+    teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
     teacher["passes"] = {"labels": sets, "cache": cache.hours}
     teacher["teacher_gpu_hours"] = pass_hours(teacher["passes"])
     return Prepared(teacher, shapes, labels, cache)
@@ -134,10 +135,11 @@ def time_shapes(
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
 
 
-def _labels(runs: list[Run], device: str) -> tuple[MadeLabels, dict[str, dict[str, float]]]:
+def _labels(runs: list[Run], device: str, epochs: float) -> tuple[MadeLabels, dict[str, dict[str, float]]]:
     """By `label_key`: the label sets that teachers wrote, and the device-hours of every set that is trained on.
 
-    A curated set counts as the whole one that it is made of: it cost no further pass.
+    A curated set counts as the whole one that it is made of: it cost no further pass. The pass of the runs' own teacher
+    also makes the encoder states that the runs will read: one pass, two products.
     """
     from raydistill.data.labels import read_manifest
 
@@ -147,7 +149,13 @@ def _labels(runs: list[Run], device: str) -> tuple[MadeLabels, dict[str, dict[st
         if run.label_key in hours:
             continue
         parts = parse_labels(run.label_source)
-        made[run.label_key] = {p.source: _written(run, p.labeller, device) for p in parts if p.is_pseudo}
+        made[run.label_key] = {
+            p.source: _written(
+                run, p.labeller, device, nullcontext() if p.labeller else _encoder_states(runs, device, epochs)
+            )
+            for p in parts
+            if p.is_pseudo
+        }
         folders = [*made[run.label_key].values(), *[p.folder for p in parts if p.folder]]
         manifests = {folder: read_manifest(Path(folder)) for folder in folders}
         hours[run.label_key] = {
@@ -157,14 +165,15 @@ def _labels(runs: list[Run], device: str) -> tuple[MadeLabels, dict[str, dict[st
     return made, hours
 
 
-def _written(run: Run, other: str | None, device: str) -> str:
+def _written(
+    run: Run, other: str | None, device: str, beside: AbstractContextManager[Callable[[], Also] | None]
+) -> str:
     """The folder of the labels that the run's teacher writes, or `other`, which decodes as it does by itself."""
-    from raydistill.cluster.pseudolabel import Job, pseudolabel
-
     teacher, decoding = (other, Decoding()) if other else (run.teacher, run.decoding)
     assert teacher is not None
     job = Job(teacher, run.dataset, decoding=decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
-    return str(pseudolabel(job, home() / "labels", device))
+    with beside as also:
+        return str(pseudolabel(job, home() / "labels", device, also=also))
 
 
 def _cache(runs: list[Run], labels: MadeLabels, device: str, record: Path, epochs: float) -> Cache:
@@ -172,26 +181,38 @@ def _cache(runs: list[Run], labels: MadeLabels, device: str, record: Path, epoch
 
     What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
     """
+    root = home() / "cache"
+    found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
+    for name, group in _groups(runs).items():
+        before = found["groups"].get(name, {})
+        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
+        facts = {"keep": cached.keep, "bytes": cached.bytes, "device_seconds": cached.seconds}
+        found["groups"][name] = {**facts, "why": before.get("why", cached.why)}
+        found["device_seconds"] = sum(kept["device_seconds"] for kept in found["groups"].values())
+        write_json_atomic(record, found)
+    keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
+    return Cache(root, keeps, found["device_seconds"] / 3600)
+
+
+def _groups(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs that may read the same pass, by the group's name; those that turn it off are in none."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.teacher is not None and run.training.teacher_cache != "off":
             groups.setdefault(group_of(run), []).append(run)
-    root = home() / "cache"
-    found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
-    for name, group in groups.items():
-        before = found["groups"].get(name, {})
-        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
-        found["device_seconds"] += cached.seconds
-        found["groups"][name] = {"keep": cached.keep, "why": before.get("why", cached.why), "bytes": cached.bytes}
-        write_json_atomic(record, found)
-    keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
-    return Cache(root, keeps, found["device_seconds"] / 3600)
+    return groups
+
+
+def _encoder_states(runs: list[Run], device: str, epochs: float) -> AbstractContextManager[Callable[[], Also] | None]:
+    """What a label job makes beside its labels: the encoder states of the first group of runs."""
+    groups = list(_groups(runs).values())
+    return encoder_beside(Want(groups[0], {}, home() / "cache", device), epochs) if groups else nullcontext()
 
 
 def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     """What a run outside a sweep needs: its label set and its teacher cache."""
     if run.teacher is None:
         return Inputs()
-    labels, _ = _labels([run], device)
+    labels, _ = _labels([run], device, run.training.epochs)
     cache = _cache([run], labels, device, folder / "cache.json", run.training.epochs)
     return Inputs(labels=folders_of(labels, run), cache=cache.root, keep=cache.keep_of(run))

@@ -32,7 +32,9 @@ from raydistill.evaluation.scores import Tally, rouge2_rows
 PROOF_ROWS = 4
 # A GPU takes as many rows at once as fill it; a CPU core is fastest with few.
 GPU_CHARS = 4 * BATCH_CHARS
-ROWS_AT_ONCE = {"cpu": 32, "cuda": 128}
+CHARS_PER_TOKEN = 5  # roughly, to know how much of a long source the teacher reads
+ROWS_AT_ONCE = {"ctranslate2": 32, "transformers": 16}
+ROWS_AT_ONCE_GPU = 128
 
 # Called in the actor with (batch number, ids, sources, the labels), when a batch is labelled and before its file is
 # written: what else a pass over the data has to produce. It must leave its output whole, as the batch's own file is.
@@ -130,7 +132,9 @@ def _make(
     plan = open_plan(work / "plan")
     if plan is None:
         chars = job.batch_chars or (GPU_CHARS if device == "cuda" else BATCH_CHARS)
-        plan = make_plan(usable_rows(job.dataset, job.split, found), work / "plan", batch_chars=chars)
+        read = CHARS_PER_TOKEN * about["decoding"]["max_source_tokens"]
+        rows = usable_rows(job.dataset, job.split, found)
+        plan = make_plan(rows, work / "plan", batch_chars=chars, max_chars=read)
     (work / "out").mkdir(exist_ok=True)
     missing = [n for n in range(len(plan)) if not _output(work, n).is_file()]
     if say and len(missing) < len(plan):
@@ -192,7 +196,6 @@ class Labeller:
         self.max_source_tokens = decoding.pop("max_source_tokens")
         self.beam = Beam(**decoding)
         self.plan, self.work, self.n_best, self.also = plan, work, job.pseudo.n_best, also
-        self.rows_at_once = ROWS_AT_ONCE["cuda" if device == "cuda" else "cpu"]
         self.threads = job.threads
         middle = plan.read_batch(len(plan) // 2)["sources"]
         said: list[str] = []
@@ -209,6 +212,7 @@ class Labeller:
             sample=Sample(tuple(middle[:PROOF_ROWS]), self.beam, self.max_source_tokens),
         )
         self.name = f"{self.engine.name} {self.engine.precision}"
+        self.rows_at_once = ROWS_AT_ONCE_GPU if device == "cuda" else ROWS_AT_ONCE[self.engine.name]
         _one_engine(work, self.name, [line for line in said if "using transformers" in line])
 
     def __call__(self, number: int) -> Facts:

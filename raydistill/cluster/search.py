@@ -22,7 +22,7 @@ from raydistill.config.console import progress
 from raydistill.config.errors import UserError
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
-from raydistill.results.budget import absolute_bounds, admitted
+from raydistill.results.budget import admitted, known_bounds
 from raydistill.results.records import device_hours, read_json
 from raydistill.training.run import Inputs
 
@@ -84,7 +84,7 @@ def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks
 
 def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
     """Values of `student.size` whose measured shape no budget of the space admits."""
-    budgets = [absolute_bounds(bounds, prepared.teacher["costs"]) for bounds in space.budgets.values()]
+    budgets = known_bounds(space.budgets, prepared.teacher["costs"])
     sizes = {run.student.size for run in runs_of(space)}
     costs = {size: prepared.shapes[size or prepared.teacher["size"]] for size in sizes}
     return frozenset(size for size in sizes if not admitted(costs[size], budgets))

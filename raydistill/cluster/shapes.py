@@ -25,7 +25,7 @@ def time_shape(
     device: str,
     threads: int,
 ) -> dict[str, float]:
-    """Milliseconds (batch of 32 and of 1), millions of parameters and megabytes of weights of one shape.
+    """Milliseconds (batch of 32 and of 1: median, lowest, highest), parameters, weights and peak memory of one shape.
 
     `about` holds the lengths in tokens and the beams to time with. The engine is the one that serves on this
     machine; what the table knows already is not timed again.
@@ -38,6 +38,7 @@ def time_shape(
     name, precision = about["engine"].split()
     machine = latency.hardware(device, threads)
     found: dict[str, float] = {}
+    before: float | None = None
     opened: Engine | None = None
     scratch = Path(tempfile.mkdtemp(prefix="raydistill-shape-"))
     try:
@@ -48,12 +49,15 @@ def time_shape(
             timing = latency.lookup(table, key)
             if timing is None:
                 if opened is None:
+                    before = latency.held_mb(device)
                     opened = _open(teacher, layers, engine, device, threads, scratch)
                 timing = latency.measure(
-                    opened, batch=batch, beams=about["beams"], repeats=7, min_seconds=1.0, **lengths
+                    opened, batch=batch, beams=about["beams"], repeats=7, min_seconds=1.0, held_before=before, **lengths
                 )
                 latency.record(table, key, timing)
-            found[cost] = timing.median_ms
+            found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
+            if cost == "latency_ms" and timing.peak_mb is not None:
+                found["peak_mb"] = timing.peak_mb
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return {**found, "params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from raydistill.cluster.export import export
+from raydistill.cluster.finalists import serve_finalists
 from raydistill.cluster.plan import check_space, trials_over
 from raydistill.cluster.prepare import Prepared, prepare
 from raydistill.cluster.search import search
@@ -19,8 +21,8 @@ from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
-from raydistill.results.figures import count_trials, results_table, write_report
-from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
+from raydistill.results.figures import count_trials, result_tables, write_report
+from raydistill.results.records import Outcome, device_hours, outcome, read_sweep, read_trials
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
 PUBLISH_EVERY_S = 20.0
@@ -43,6 +45,8 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
                 watch = Watch(space.search.trials, prepared.teacher["metric"], over)
                 with publishing(folder):
                     search(space, folder, prepared, where, [watch])
+                    if any(trial.scored for trial in read_trials(folder)):
+                        serve_finalists(space, folder, prepared, where)
         describe_sweep(space, folder, prepared, "finished")
         found = outcome(folder)
         write_report(found)
@@ -139,7 +143,7 @@ def publishing(folder: Path) -> Iterator[None]:
 
 def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
     """The table with front and choices, the teacher, and where the picture is."""
-    teacher = prepared.teacher
+    teacher = {**prepared.teacher, "costs": found.teacher["costs"]}
     metric = found.metric
     test = teacher["test"]
     lines = [
@@ -150,7 +154,10 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
     ]
     if teacher["baseline"]:
         lines.append(f"first sentence as summary (Lead-1): {metric} {teacher['baseline']['lead1'][metric]:.2f} on test")
-    lines += ["", table(*results_table(found.trials, found.front, found.chosen, metric)), ""]
+    trials, *finalists = result_tables(found)
+    lines += ["", table(*trials), ""]
+    for students in finalists:
+        lines += ["finalists as they serve, on real rows:", table(*students), ""]
     for name, choice in found.choices.items():
         lines.append(f"{name}: {choice.reason}")
     if died:
@@ -165,8 +172,21 @@ def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
         "name": found.name,
         "metric": found.metric,
         "teacher": prepared.teacher,
-        "front": found.front,
-        "choices": found.chosen,
+        "front": list(dict.fromkeys(found.trial_of(key) for key in found.front)),
+        "choices": {name: found.trial_of(key) if key else None for name, key in found.chosen.items()},
+        "decodings": {name: found.student(key).decoding if key else None for name, key in found.chosen.items()},
+        "finalists": [
+            {
+                "key": t.folder.name,
+                "decoding": t.decoding,
+                "metrics": t.metrics,
+                "interval": t.interval,
+                "test": t.test,
+                "front": t.key in found.front,
+            }
+            for t in found.students
+            if t.decoding
+        ],
         "trials": [
             {
                 "key": t.key,
@@ -189,7 +209,7 @@ def _publish(folder: Path, found: Outcome, finished: bool) -> str:
         tracked = publish(folder, finished=finished)
         for budget, key in found.chosen.items():
             if key:
-                register_choice(folder, key, budget)
+                register_choice(folder, key, budget, export(found, key))
     except TrackingDown as error:
         return f"MLflow: {error}; run the same command again to publish"
     return f"to look at it: {ui_command(found.info.get('tracking_uri'))}\n{tracked.url}"

@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from raydistill.cluster.alone import alone
 from raydistill.cluster.planned import Facts, run_batches
+from raydistill.cluster.pseudolabel import Also
 from raydistill.config.console import progress
 from raydistill.config.run import Run
 from raydistill.data.batches import Examples
@@ -27,7 +29,7 @@ MadeLabels = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Cached:
-    """What a pass came to: what `auto` keeps and why, its bytes, and the device-seconds that making it took."""
+    """What a pass came to: what `auto` keeps and why, its bytes, and the device-seconds that they once took."""
 
     keep: Keep
     why: str
@@ -72,25 +74,60 @@ def teacher_pass(want: Want, epochs: float, decided: Keep | None = None) -> Cach
 
     `decided` is what an earlier call chose; a sweep does not change its mind.
     """
-    auto = [run for run in want.runs if run.training.teacher_cache == "auto"]
-    keep: Keep = decided or "full"
-    why = "as it was decided when the sweep was begun" if decided else "as the run asks"
-    if auto and decided is None:
-        whole = want.work("full")
-        if whole.arrays and whole.unfinished():
-            costs = alone(measured, want, device=want.device)
-            keep, why = choose(whole, costs, room(want, whole), epochs)
-        else:
-            why = "it is there already"
-        progress(f"teacher cache: {keep}: {why}")
+    keep, why = (decided, "as it was decided when it began") if decided else decide(want, epochs)
     work = want.work(keep)
-    seconds = 0.0
     with work.lock():
         if work.unfinished():
             work.begin()
-            seconds = _make(want, keep, work)
+            _make(want, keep, work)
             work.finish()
-    return Cached(keep, why, sum(work.arrays.values()), seconds)
+    return Cached(keep, why, sum(work.arrays.values()), work.device_seconds)
+
+
+def decide(want: Want, epochs: float) -> tuple[Keep, str]:
+    """What `auto` keeps for these runs, and why."""
+    if all(run.training.teacher_cache != "auto" for run in want.runs):
+        return "full", "as the runs ask"
+    whole = want.work("full")
+    if not whole.unfinished():
+        return "full", "it is there already"
+    costs = alone(measured, want, device=want.device)
+    keep, why = choose(whole, costs, room(want, whole), epochs)
+    progress(f"teacher cache: {keep}: {why}")
+    return keep, why
+
+
+@contextmanager
+def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | None]:
+    """A block in which the pass that labels a split also makes the encoder states that the runs will read.
+
+    Gives `also` for the label job: the actor that has labelled batch n makes part n of the encoder's store. What is
+    left over (labels that were there already, more parts than batches) `teacher_pass` makes later.
+    """
+    bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device)
+    work = bare.work("encoder")
+    if not work.unfinished() or decide(bare, epochs)[0] == "off":
+        yield None
+        return
+    with work.lock():
+        work.begin()
+
+        def also() -> Also:
+            part = maker(bare, "encoder")()
+            count = len(bare.work("encoder").parts)
+
+            def make(number: int, ids: list[str], sources: list[str], labels: list[str]) -> None:
+                if number < count:
+                    part(number)
+
+            return make
+
+        yield also
+
+
+def sources_only(run: Run) -> Run:
+    """The run as one that reads nothing but encoder states: what can be known of it before there are labels."""
+    return run.model_copy(update={"method": "sft", "labels": "original"})
 
 
 def room(want: Want, work: Pass) -> float:
@@ -106,21 +143,20 @@ def measured(want: Want, device: str, threads: int) -> Costs:
     return measure(want.work("full"), _teacher(want, device))
 
 
-def _make(want: Want, keep: Keep, work: Pass) -> float:
-    """Make the missing parts in actors that hold the teacher; returns the device-seconds that they were at work."""
+def _make(want: Want, keep: Keep, work: Pass) -> None:
+    """Make the missing parts in actors that hold the teacher."""
     missing = work.missing()
-    total, done, seconds, last = len(missing), 0, 0.0, time.monotonic()
+    total, done, last = len(missing), 0, time.monotonic()
     progress(f"teacher cache: {total} parts to make, {work.missing_bytes() / 1e6:.0f} MB, under {want.root}")
 
     def on_done(facts: Facts) -> None:
-        nonlocal done, seconds, last
-        done, seconds = done + 1, seconds + facts["seconds"]
+        nonlocal done, last
+        done += 1
         if time.monotonic() - last > 5:
             progress(f"  {done}/{total} parts")
             last = time.monotonic()
 
     run_batches(missing, maker(want, keep), device=want.device, on_done=on_done)
-    return seconds
 
 
 def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
@@ -134,10 +170,8 @@ def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
         teacher, work = _teacher(want, want.device), want.work(keep)
 
         def part(number: int) -> Facts:
-            started = time.monotonic()
             with torch.inference_mode():
-                facts = work.make(teacher, number)
-            return {**facts, "seconds": time.monotonic() - started}
+                return work.make(teacher, number)
 
         return part
 

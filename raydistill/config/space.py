@@ -3,7 +3,7 @@
 import itertools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -28,7 +28,14 @@ __all__ = [
     "sampler_names",
     "split",
 ]
-BOUNDED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "gpu_hours")
+BOUNDED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "peak_mb", "gpu_hours")
+
+
+class DecodingSearch(Model):
+    """Ways of decoding that finalists are served with after the search, beside their own."""
+
+    beams: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4])
+    length_penalty: list[float] = Field([0.6, 1.0], description="for two beams and more")
 
 
 class Search(Model):
@@ -55,6 +62,8 @@ class Search(Model):
         None, gt=0, description="no trial starts once trials and teacher passes have taken so much"
     )
     max_hours: float | None = Field(None, gt=0, description="no trial starts later than this in one run of the command")
+
+    decoding: DecodingSearch = DecodingSearch()
 
     @property
     def stops_early(self) -> bool:

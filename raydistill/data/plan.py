@@ -72,8 +72,12 @@ def make_plan(
     window_rows: int = WINDOW_ROWS,
     batch_chars: int = BATCH_CHARS,
     batch_rows: int = BATCH_ROWS,
+    max_chars: int | None = None,
 ) -> Plan:
-    """Plan all rows into `folder`; what an earlier attempt left there unfinished is removed."""
+    """Plan all rows into `folder`; what an earlier attempt left there unfinished is removed.
+
+    `max_chars`: about as much of a source as the teacher reads; what is beyond it costs nothing and is not counted.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -81,7 +85,8 @@ def make_plan(
     folder.mkdir(parents=True)
     plan = Plan(folder, [], [], [])
     while window := list(islice(rows, window_rows)):
-        batches = list(_batches(window, batch_chars, batch_rows))
+        sizes = [min(len(row.source), max_chars or len(row.source)) for row in window]
+        batches = list(_batches(sizes, batch_chars, batch_rows))
         listed = [
             {
                 "places": places,
@@ -95,7 +100,7 @@ def make_plan(
         pq.write_table(pa.Table.from_pylist(listed), _window(folder, len(plan.windows)), row_group_size=1)
         plan.windows.append(len(batches))
         plan.rows.extend(map(len, batches))
-        plan.chars.extend(sum(len(window[i].source) for i in places) for places in batches)
+        plan.chars.extend(sum(sizes[i] for i in places) for places in batches)
     write_json_atomic(folder / "plan.json", {k: v for k, v in asdict(plan).items() if k != "folder"})
     return plan
 
@@ -108,17 +113,16 @@ def open_plan(folder: Path) -> Plan | None:
         return None
 
 
-def _batches(window: list[Row], chars: int, rows: int) -> Iterator[list[int]]:
+def _batches(sizes: list[int], chars: int, rows: int) -> Iterator[list[int]]:
     """Neighbours in length, the longest first, at most `chars` characters and `rows` rows each (at least one row)."""
     batch: list[int] = []
-    size = 0
-    for i in sorted(range(len(window)), key=lambda i: (-len(window[i].source), i)):
-        length = len(window[i].source)
-        if batch and (size + length > chars or len(batch) == rows):
+    total = 0
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if batch and (total + sizes[i] > chars or len(batch) == rows):
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
         batch.append(i)
-        size += length
+        total += sizes[i]
     if batch:
         yield batch
 

@@ -71,9 +71,23 @@ def missing_parts(array: Path, count: int) -> list[int]:
     return [n for n in range(count) if not part_path(array, n).is_file()]
 
 
+def write_time(array: Path, number: int, device_seconds: float) -> None:
+    """Remember what a part took, so that a pass that was killed and taken up again tells the whole of it."""
+    write_json_atomic(part_path(array, number).with_suffix(".json"), {"device_seconds": device_seconds})
+
+
 def finish_array(array: Path, facts: dict[str, Any]) -> None:
-    """Say that all parts are there."""
-    write_json_atomic(array / "manifest.json", facts)
+    """Say that all parts are there, and what they took together."""
+    times = list(array.glob("part-*.json"))
+    seconds = sum(json.loads(path.read_text(encoding="utf-8"))["device_seconds"] for path in times)
+    write_json_atomic(array / "manifest.json", {**facts, "device_seconds": seconds})
+    for path in times:
+        path.unlink()
+
+
+def read_manifest(array: Path) -> dict[str, Any]:
+    """What `finish_array` said."""
+    return json.loads((array / "manifest.json").read_text(encoding="utf-8"))
 
 
 def is_whole(array: Path) -> bool:

@@ -1,14 +1,17 @@
 """What a model costs to serve: milliseconds, parameters, memory; and the table that keeps the measurements."""
 
+import contextlib
+import ctypes
 import fcntl
+import gc
 import hashlib
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +28,16 @@ Hardware = dict[str, str | int]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per batch: the median, and the lowest and highest of `repeats` calls."""
+    """Milliseconds per batch: the median, and the lowest and highest of `repeats` calls.
+
+    `peak_mb`: megabytes held at most during them, the engine included; None where it was not measured.
+    """
 
     median_ms: float
     low_ms: float
     high_ms: float
     repeats: int
+    peak_mb: float | None = None
 
 
 def measure(
@@ -42,13 +49,48 @@ def measure(
     repeats: int = 5,
     warmup: int = 1,
     min_seconds: float = 0.5,
+    held_before: float | None = None,
 ) -> Timing:
     """Time an engine on rows of one fixed length: `source_tokens` read and `output_tokens` written, each exactly.
 
     At least `repeats` calls and `min_seconds` of them, so that a small model is not timed on noise. The
-    device should do nothing else meanwhile.
+    device should do nothing else meanwhile. With `held_before`, what `held_mb` said before the engine was opened,
+    peak memory is measured too.
     """
-    return time_calls(engine.timed(source_tokens, output_tokens, batch, beams), repeats, warmup, min_seconds)
+    if held_before is not None:
+        forget_peak()
+    timing = time_calls(engine.timed(source_tokens, output_tokens, batch, beams), repeats, warmup, min_seconds)
+    peak = held_mb(engine.device, peak=True) if held_before is not None else None
+    return replace(timing, peak_mb=peak - held_before) if peak is not None and held_before is not None else timing
+
+
+def held_mb(device: str, peak: bool = False) -> float | None:
+    """Megabytes (10^6 bytes) held now, or at most since `forget_peak`; None where the system does not tell.
+
+    On a CPU, what of this process is resident, after freed memory was given back (so that it does not hide what comes
+    next). On a GPU, what is in use of the device, by whomever: engines keep what they took, so that now is the peak.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 1e6
+    if not peak:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        name = "VmHWM:" if peak else "VmRSS:"
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
+    return None
+
+
+def forget_peak() -> None:
+    """Count the peak of resident memory from now on; where Linux refuses, it counts from the process's start."""
+    held_mb("cpu")  # the peak starts from what is resident, which should not be garbage
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def time_calls(call: Callable[[], None], repeats: int, warmup: int, min_seconds: float) -> Timing:
@@ -60,7 +102,12 @@ def time_calls(call: Callable[[], None], repeats: int, warmup: int, min_seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return Timing(1000 * statistics.median(times), 1000 * min(times), 1000 * max(times), len(times))
+    return timing_of(times)
+
+
+def timing_of(seconds: Sequence[float]) -> Timing:
+    """The calls' times put together."""
+    return Timing(1000 * statistics.median(seconds), 1000 * min(seconds), 1000 * max(seconds), len(seconds))
 
 
 def hardware(device: str = "cpu", threads: int = 1) -> Hardware:

@@ -14,7 +14,8 @@ UNITS = {
     "latency_ms": "ms for a batch of 32",
     "latency_ms_b1": "ms for one row",
     "params_m": "million parameters",
-    "memory_mb": "MB",
+    "memory_mb": "MB of weights",
+    "peak_mb": "MB held while writing a batch of 32",
     "gpu_hours": "device-hours",
 }
 
@@ -57,6 +58,17 @@ def absolute_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> 
         else:
             numbers[key] = float(text[:-1]) / 100 * teacher_costs[key]
     return numbers
+
+
+def known_bounds(budgets: dict[str, dict[str, Any]], teacher_costs: dict[str, float]) -> list[dict[str, float]]:
+    """Every budget's bounds as numbers; one with a share of what was not measured on the teacher bounds nothing."""
+    found = []
+    for bounds in budgets.values():
+        try:
+            found.append(absolute_bounds(bounds, teacher_costs))
+        except UserError:  # `outcome` tells of it
+            found.append({})
+    return found
 
 
 def feasible(candidates: Sequence[Candidate], bounds: dict[str, float]) -> list[Candidate]:

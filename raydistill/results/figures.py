@@ -7,7 +7,7 @@ from typing import Any
 
 from raydistill.config.files import write_atomic
 from raydistill.results.budget import UNITS
-from raydistill.results.records import Outcome, Trial
+from raydistill.results.records import Outcome, Trial, decoding_label
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart
 COLOURS = {"sft": "#0072B2", "kd": "#D55E00", "pl": "#009E73"}
@@ -17,7 +17,8 @@ AXES = {
     "latency_ms": "Latency of a batch of 32 (ms)",
     "latency_ms_b1": "Latency of one row (ms)",
     "params_m": "Parameters (millions)",
-    "memory_mb": "Memory (MB)",
+    "memory_mb": "Memory of the weights (MB)",
+    "peak_mb": "Memory for a batch of 32 (MB)",
     "gpu_hours": "Training (device-hours)",
 }
 
@@ -25,17 +26,17 @@ AXES = {
 def write_report(found: Outcome) -> list[Path]:
     """Write SWEEP/table.md and, once a trial is finished, SWEEP/front.png; returns what was written."""
     table = found.sweep / "table.md"
-    text = markdown_table(*results_table(found.trials, found.front, found.chosen, found.metric))
+    text = "\n\n".join(markdown_table(*part) for part in result_tables(found))
     write_atomic(table, (text + "\n").encode())
     written = [table]
     if any(t.scored for t in found.trials):
         picture = found.sweep / "front.png"
         front_png(
             picture,
-            found.trials,
+            [*found.students, *(t for t in found.trials if t.folder not in {s.folder for s in found.students})],
             found.front,
             found.chosen,
-            found.info.get("teacher"),
+            found.teacher,
             found.metric,
             found.cost,
             found.bounds,
@@ -106,6 +107,8 @@ def results_table(
     header += ["ms (batch 32)", "speed-up", "params M", "device h", "trial", "note"]
     if any(_shrunk_encoder(t) for t in trials):
         header.insert(4, "encoder from")
+    if any(t.decoding for t in trials):
+        header.insert(-1, "decoding")
     order = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
     rows = []
     for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0)):
@@ -128,10 +131,27 @@ def results_table(
             _number(t.number, 0),
             note,
         ]
-        if len(header) > len(row):
+        if "encoder from" in header:
             row.insert(4, _layers(t.copied.get("encoder")) if _shrunk_encoder(t) else "all")
+        if "decoding" in header:
+            row.insert(-1, decoding_label(t.decoding) if t.decoding else "-")
         rows.append(row)
     return header, rows
+
+
+def result_tables(found: Outcome) -> list[tuple[list[str], list[list[str]]]]:
+    """The table of all trials, with the search's own measurements, and that of the finalists as served, if they were.
+
+    Front and choices are marked where they were decided: among the finalists, if they were served.
+    """
+    if not found.served:
+        return [results_table(found.trials, found.front, found.chosen, found.metric)]
+    front = {found.trial_of(key) for key in found.front}
+    chosen = {name: found.trial_of(key) if key else None for name, key in found.chosen.items()}
+    return [
+        results_table(found.trials, sorted(front), chosen, found.metric),
+        results_table(found.students, found.front, found.chosen, found.metric),
+    ]
 
 
 def count_trials(trials: Sequence[Trial]) -> str:

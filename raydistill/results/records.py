@@ -5,7 +5,7 @@ SWEEP/trials/KEY/run.json  metrics.jsonl  rows.npz  best/  result.json (last: th
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,19 @@ from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.load import read_yaml
 from raydistill.config.space import BOUNDED
-from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front
+from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front, known_bounds
 from raydistill.results.stopping import Curve
+
+SERVED = "served.json"
+CARD = "raydistill.json"
 
 
 @dataclass(frozen=True)
 class Trial:
     """One trial as its folder tells it; `status` is "running", without a number, while there is no result.json.
 
-    A trial that was "stopped" early has a scored checkpoint like one that is "done".
+    A trial that was "stopped" early has a scored checkpoint like one that is "done". A finalist stands once per way of
+    `decoding` that it was served with: its key and label tell which, and its scores and costs are of that.
 
     `metrics` are on validation, `test` on the test split (with its "interval"), both with the contract's names.
     """
@@ -45,11 +49,15 @@ class Trial:
     signature: str = ""
     checkpoint: Path | None = None
     seed: int = 0
+    decoding: dict[str, Any] | None = None
 
     @property
     def label(self) -> str:
         """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key where there is no number."""
-        return self.key if self.number is None else f"{self.size} {self.method} (trial {self.number})"
+        if self.number is None:
+            return self.key
+        served = f", {decoding_label(self.decoding)}" if self.decoding else ""
+        return f"{self.size} {self.method} (trial {self.number}{served})"
 
     @property
     def scored(self) -> bool:
@@ -71,7 +79,8 @@ class Trial:
 
     def rows(self, split: str = "validation") -> np.ndarray | None:
         """Per-row statistics of the main metric, [rows] or [rows, 10]; None where they were not kept."""
-        return read_rows(self.folder / "rows.npz", split)
+        name = f"rows-{split}-{decoding_name(self.decoding)}.npz" if self.decoding else "rows.npz"
+        return read_rows(self.folder / name, split)
 
     def history(self) -> list[dict[str, Any]]:
         """One mapping per validation, in order. A torn last line, as a kill leaves it, is passed over."""
@@ -99,22 +108,41 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A sweep read as a whole: its trials, the front, and the choice for each budget."""
+    """A sweep read as a whole: its trials, the front, and the choice for each budget.
+
+    `students` are what front and choices are made of: the finalists as served, or, before they are, every trial with a
+    scored checkpoint. `front` and `chosen` are keys of students. `teacher` has scores and costs measured the same way.
+    """
 
     sweep: Path
     name: str
     metric: str
     cost: str
     info: dict[str, Any]
+    teacher: dict[str, Any]
     trials: list[Trial]
+    students: list[Trial]
     front: list[str]
     bounds: dict[str, dict[str, float]]
     choices: dict[str, Choice]
 
     @property
     def chosen(self) -> dict[str, str | None]:
-        """The chosen trial's key per budget."""
+        """The chosen student's key per budget."""
         return {name: choice.best.key if choice.best else None for name, choice in self.choices.items()}
+
+    @property
+    def served(self) -> bool:
+        """Whether the students are finalists as served."""
+        return any(student.decoding for student in self.students)
+
+    def student(self, key: str) -> Trial:
+        """The student of that key."""
+        return next(student for student in self.students if student.key == key)
+
+    def trial_of(self, key: str) -> str:
+        """The key of the trial whose checkpoint a student is."""
+        return self.student(key).folder.name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,8 +226,56 @@ def device_hours(sweep: Path) -> float:
     return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
 
 
+def finalists(sweep: Path) -> list[Trial]:
+    """The trials worth serving, by what the search measured: on the front of a cost that counts, or chosen."""
+    info, trials = read_sweep(sweep), read_trials(sweep)
+    students = candidates(trials, info["metric"])
+    costs = {"latency_ms", "latency_ms_b1", *(key for bounds in info["budgets"].values() for key in bounds)}
+    keys = {candidate.key for cost in sorted(costs) for candidate in front(students, cost)}
+    for bounds in known_bounds(info["budgets"], info["teacher"]["costs"]):
+        best = choose(students, bounds, info["metric"]).best
+        keys |= {best.key} if best else set()
+    return [trial for trial in trials if trial.key in keys]
+
+
+def as_served(trials: list[Trial], teacher_ms: float | None) -> list[Trial]:
+    """A student for every trial and way of decoding that was served."""
+    found = []
+    for trial in trials:
+        path = trial.folder / SERVED
+        for i, one in enumerate(read_json(path)["decodings"] if trial.scored and path.is_file() else []):
+            decoding = {"beams": one["beams"], "length_penalty": one["length_penalty"]}
+            metrics = {**trial.metrics, **one["metrics"], **one["costs"]}
+            if teacher_ms:
+                metrics["speedup"] = teacher_ms / metrics["latency_ms"]
+            found.append(
+                replace(
+                    trial,
+                    key=f"{trial.key} {decoding_name(decoding)}",
+                    metrics=metrics,
+                    interval=(one["interval"][0], one["interval"][1]),
+                    test=one.get("test") or (trial.test if i == 0 else None),  # its own decoding comes first
+                    decoding=decoding,
+                )
+            )
+    return found
+
+
+def decoding_name(decoding: dict[str, Any]) -> str:
+    """A way of decoding in a file's name: "b4-p0.6"; one beam has no length penalty."""
+    penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
+    return f"b{decoding['beams']}{penalty}"
+
+
+def decoding_label(decoding: dict[str, Any]) -> str:
+    """The same for people."""
+    if decoding["beams"] == 1:
+        return "1 beam"
+    return f"{decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"
+
+
 def candidates(trials: list[Trial], metric: str) -> list[Candidate]:
-    """The finished trials as candidates of a budget."""
+    """Scored trials, or students as served, as candidates of a budget."""
     found = []
     for trial in trials:
         score = trial.score(metric)
@@ -216,15 +292,18 @@ def outcome(sweep: Path) -> Outcome:
     space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
     cost = (space.get("search") or {}).get("cost", "latency_ms")
     metric = str(info.get("metric", "rouge2"))
-    teacher_costs = (info.get("teacher") or {}).get("costs") or {}
+    teacher = served_teacher(sweep, info)
+    teacher_costs = teacher.get("costs") or {}
     budgets = info.get("budgets") or space.get("budgets") or {}
-    students = candidates(trials, metric)
+    served = as_served(trials, teacher_costs.get("latency_ms"))
+    students = served or [trial for trial in trials if trial.scored]
+    able = candidates(students, metric)
     bounds: dict[str, dict[str, float]] = {}
     choices: dict[str, Choice] = {}
     for name, budget in budgets.items():
         try:
             bounds[name] = absolute_bounds(budget, teacher_costs)
-            choices[name] = choose(students, bounds[name], metric)
+            choices[name] = choose(able, bounds[name], metric)
         except UserError as error:  # a share of what was not measured on the teacher (yet)
             bounds[name] = {}
             choices[name] = Choice(None, None, [], {}, str(error))
@@ -234,11 +313,22 @@ def outcome(sweep: Path) -> Outcome:
         metric=metric,
         cost=cost,
         info=info,
+        teacher=teacher,
         trials=trials,
-        front=[c.key for c in front(students, cost)],
+        students=students,
+        front=[c.key for c in front(able, cost)],
         bounds=bounds,
         choices=choices,
     )
+
+
+def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's record, with its costs on real rows where they were measured."""
+    teacher = dict(info.get("teacher") or {})
+    if (sweep / SERVED).is_file():
+        one = read_json(sweep / SERVED)["decodings"][0]
+        teacher["costs"] = {**(teacher.get("costs") or {}), **one["costs"]}
+    return teacher
 
 
 def _finished(folder: Path) -> Trial:

@@ -25,11 +25,11 @@ from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic
 from raydistill.results.figures import choices_table, count_trials, markdown_table, write_report
-from raydistill.results.records import Outcome, Trial, outcome, read_sweep
+from raydistill.results.records import Outcome, Trial, decoding_label, outcome, read_sweep
 
 FINAL = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),
-    *("speedup", "params_m", "memory_mb", "gpu_hours", "teacher_gpu_hours"),
+    *("speedup", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours"),
 )
 CHOSEN = "raydistill.chosen_for"
 COLUMNS = ("latency_ms", "speedup", "params_m", "gpu_hours")
@@ -138,21 +138,25 @@ def _publish(sweep: Path, tracking_uri: str | None, finished: bool) -> Tracked:
     return Tracked(run_id, f"{base}/#/experiments/{experiment}/runs?{view}", ui_command(uri))
 
 
-def register_choice(sweep: Path, key: str, budget_name: str, tracking_uri: str | None = None) -> Registered:
-    """Register a trial's checkpoint as a version of the model named like the sweep, with an alias for the budget.
+def register_choice(
+    sweep: Path, key: str, budget_name: str, export: Path, tracking_uri: str | None = None
+) -> Registered:
+    """Register a student as a version of the model named like the sweep, with an alias for the budget.
 
-    Repeating it makes no new version; choosing another trial moves the alias. Publishes the sweep first if this
-    trial is not yet in MLflow. UserError for a trial that has no checkpoint.
+    `export` is the folder to hand over; it becomes the version's source, in a form that MLflow loads and serves too.
+    Repeating it makes no new version; choosing another student moves the alias. Publishes the sweep first if its
+    trial is not yet in MLflow. UserError for a student that has no checkpoint.
     """
     with _alone(sweep):
-        return _register(sweep, key, budget_name, tracking_uri)
+        return _register(sweep, key, budget_name, export, tracking_uri)
 
 
-def _register(sweep: Path, key: str, budget_name: str, tracking_uri: str | None) -> Registered:
+def _register(sweep: Path, student: str, budget_name: str, export: Path, tracking_uri: str | None) -> Registered:
     found = outcome(sweep)
-    trial = next((t for t in found.trials if t.key == key), None)
-    if trial is None or trial.checkpoint is None or not trial.scored:
-        raise UserError(f"{sweep}: trial {key} has no finished checkpoint to register")
+    trial = next((t for t in found.students if t.key == student), None)
+    if trial is None or trial.checkpoint is None:
+        raise UserError(f"{sweep}: {student} has no finished checkpoint to register")
+    key = trial.folder.name
     uri = _uri(found, tracking_uri)
     check_tracking(uri)
     with _plain_errors(uri):
@@ -163,9 +167,11 @@ def _register(sweep: Path, key: str, budget_name: str, tracking_uri: str | None)
         _publish(sweep, uri, finished=found.info.get("status") not in (None, "running"))
     with _plain_errors(uri):
         run = _runs(client, experiment, _identity(sweep, found.name))[key]
-        version = _version(client, found.name, run)
+        version = _version(client, found.name, run, export)
         tags = {"size": trial.size, "method": trial.method, "score": trial.score(found.metric)}
         tags |= {"metric": found.metric, "latency_ms": trial.metrics.get("latency_ms"), "trial": key}
+        tags |= {"params_m": trial.metrics.get("params_m")}
+        tags |= {"decoding": decoding_label(trial.decoding) if trial.decoding else None}
         for name, value in tags.items():
             if value is not None:
                 client.set_model_version_tag(found.name, version, name, str(value))
@@ -288,7 +294,7 @@ def _publish_parent(
     if found.choices:
         note += f"\n\n{markdown_table(*choices_table(found))}"
     client.set_tag(run_id, "mlflow.note.content", note[:8000])
-    teacher = found.info.get("teacher") or {}
+    teacher = found.teacher
     scores = {**(teacher.get("metrics") or {}), **(teacher.get("costs") or {})}
     # a constant time and step, so that publishing again adds nothing
     points = [(f"teacher_{k}", float(v), parent.info.start_time, 0) for k, v in scores.items() if _is_number(v)]
@@ -299,7 +305,7 @@ def _publish_parent(
         if path.exists():
             client.log_artifact(run_id, str(path))
     for key, child in children.items():
-        budgets = ", ".join(name for name, chosen in found.chosen.items() if chosen == key)
+        budgets = ", ".join(name for name, chosen in found.chosen.items() if chosen and found.trial_of(chosen) == key)
         if budgets != child.data.tags.get(CHOSEN, ""):
             client.set_tag(child.info.run_id, CHOSEN, budgets)
     if finished:
@@ -404,9 +410,11 @@ def _create(client: Any, experiment: str, name: str, tags: dict[str, str]) -> An
     return client.create_run(experiment, tags={**tags, "mlflow.source.name": "raydistill"}, run_name=name)
 
 
-def _version(client: Any, name: str, run: Any) -> str:
-    """The model version made from this run, which is made if there is none."""
+def _version(client: Any, name: str, run: Any, export: Path) -> str:
+    """The model version made from this export of this run, which is made if there is none."""
+    from mlflow import pyfunc
     from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
 
     try:
         client.get_registered_model(name)
@@ -414,11 +422,14 @@ def _version(client: Any, name: str, run: Any) -> str:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         client.create_registered_model(name, description="Students chosen by raydistill, an alias per budget")
-    run_id = run.info.run_id
+    run_id, source = run.info.run_id, f"{run.info.artifact_uri}/{export.name}"
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.run_id == run_id:
+        if version.source == source:
             return str(version.version)
-    source = f"{run.info.artifact_uri}/checkpoint"
+    model = Model(artifact_path=export.name, run_id=run_id)
+    pyfunc.add_to_model(model, loader_module="raydistill.model.served")
+    model.save(str(export / "MLmodel"))
+    client.log_artifacts(run_id, str(export), export.name)
     return str(client.create_model_version(name, source, run_id=run_id, await_creation_for=0).version)
 
 

@@ -8,6 +8,7 @@ of all that a pass has to make, in whatever process, and a pass that is taken up
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,10 +170,16 @@ class Pass:
                 assert not store.missing_parts(array, len(self.parts))
                 store.finish_array(array, {"parts": len(self.parts), "bytes": size})
 
+    @property
+    def device_seconds(self) -> float:
+        """What making the finished arrays took, whoever made them."""
+        return sum(store.read_manifest(array)["device_seconds"] for array in self.arrays if store.is_whole(array))
+
     def make(self, teacher: PreTrainedModel, number: int) -> dict[str, float]:
         """Make part `number` of every array that lacks it; returns how many rows and source tokens it had."""
-        lacking = {array for array in self.arrays if not store.is_whole(array)}
-        lacking = {array for array in lacking if not store.part_path(array, number).is_file()}
+        unfinished = [array for array in self.arrays if not store.is_whole(array)]
+        lacking = [array for array in unfinished if not store.part_path(array, number).is_file()]
+        started = time.monotonic()
         rows = self.parts[number]
         found: dict[Path, dict[int, np.ndarray]] = {array: {} for array in lacking}
         stored = self.encoder and self.encoder_store / STATES not in lacking
@@ -188,6 +195,8 @@ class Pass:
             order = rows if array.parent == self.encoder_store else self.examples_in(number, array.parent)
             kind = store.KINDS[self.numbers.kept]
             vectors = [by_index[i] for i in order] or [np.empty((0, self.width), kind)]
+            if array == next(iter(found)):  # the time of them all, told once
+                store.write_time(array, number, _device_seconds(started, teacher))
             store.write_part(array, number, np.concatenate(vectors))
         return {"rows": len(rows), "tokens": sum(len(self.sources[row]) for row in rows)}
 
@@ -207,7 +216,9 @@ class Pass:
             return states.to(teacher.device, teacher.dtype), mask
         ids = padded(sources, teacher.config.pad_token_id).to(teacher.device)
         with self.precision(teacher):
-            return forms.encode(teacher, ids, mask).last, mask
+            states = forms.encode(teacher, ids, mask).last
+        # As kept, also where the decoder goes on from here: what it gives must not hang on what was there before.
+        return states.to(TORCH[self.numbers.kept]).to(teacher.dtype), mask
 
     def _decode(
         self,
@@ -331,6 +342,11 @@ def _open_part(array: Path, work: Pass, number: int) -> dict[int, Tensor]:
     vectors = torch.from_numpy(_map(store.part_path(array, number), sum(lengths), work))
     vectors = vectors.view(torch.bfloat16) if work.numbers.kept == "bf16" else vectors
     return dict(zip(rows, vectors.split(lengths), strict=True))
+
+
+def _device_seconds(started: float, teacher: PreTrainedModel) -> float:
+    """Wall time times the GPUs held, or the threads at work where there is none."""
+    return (time.monotonic() - started) * (torch.get_num_threads() if teacher.device.type == "cpu" else 1)
 
 
 def _key(*parts: object) -> str:

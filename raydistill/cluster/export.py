@@ -1,0 +1,68 @@
+"""A chosen student as it is handed over: one folder that transformers, CTranslate2 and MLflow all read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.config.presets import teacher_preset
+from raydistill.config.run import Run
+from raydistill.model.convert import RefusedError, converted
+from raydistill.model.teachers import load_config, load_tokenizer, max_tokens
+from raydistill.results.card import model_card
+from raydistill.results.records import Outcome, Trial, read_json
+from raydistill.training.record import CARD, making
+
+
+def export(found: Outcome, key: str) -> Path:
+    """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, and `ctranslate2/` where it loads.
+
+    Made once; made anew where the card would say something else (scores of more trials, other budgets).
+    """
+    student = found.student(key)
+    place = found.sweep / "exports" / key.replace(" ", "-")
+    budgets = [name for name, chosen in found.chosen.items() if chosen == key]
+    card = model_card(found, student, budgets)
+    if (place / "README.md").is_file() and (place / "README.md").read_text(encoding="utf-8") == card:
+        return place
+    assert student.checkpoint is not None
+    place.parent.mkdir(exist_ok=True)
+    with making(place) as folder:
+        shutil.copytree(student.checkpoint, folder)
+        _set_decoding(folder, student)
+        _add_ctranslate2(folder)
+        write_atomic(folder / "README.md", card.encode())
+    return place
+
+
+def _set_decoding(folder: Path, student: Trial) -> None:
+    """The chosen decoding into generation_config.json and the card, so that every reader decodes as was measured."""
+    card = read_json(folder / CARD)
+    run = Run.model_validate(card["config"])
+    preset = teacher_preset(str(run.teacher), run.dataset.name)
+    card["max_source_tokens"] = max_tokens("max_source_tokens", run.dataset, preset, load_config(folder))
+    card["languages"] = preset.languages if preset else None
+    if student.decoding:
+        path = folder / "generation_config.json"
+        generation: dict[str, Any] = read_json(path)
+        generation |= {"num_beams": student.decoding["beams"], "length_penalty": student.decoding["length_penalty"]}
+        if student.decoding["beams"] == 1:  # transformers warns of settings that only beam search reads
+            generation.pop("length_penalty")
+            generation.pop("early_stopping", None)
+        write_json_atomic(path, generation)
+        card["decoding"] |= student.decoding
+    write_json_atomic(folder / CARD, card)
+
+
+def _add_ctranslate2(folder: Path) -> None:
+    """`ctranslate2/`: the conversion that proved itself; none where CTranslate2 cannot load this model."""
+    languages = json.loads((folder / CARD).read_text(encoding="utf-8"))["languages"]
+    scratch = folder.with_name(f"{folder.name}.ctranslate2")
+    try:
+        made = converted(folder, load_tokenizer(folder, tuple(languages) if languages else None), scratch, 1, None)
+        shutil.copytree(made, folder / "ctranslate2")
+    except RefusedError:
+        return
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,87 @@
+"""The teacher's pass as a Ray job: the same states as in one process, beside the labels, once, decided once."""
+
+import pytest
+
+from raydistill.cluster.pseudolabel import Job, pseudolabel
+from raydistill.cluster.start import cluster
+from raydistill.cluster.teacher_pass import Want, decide, encoder_beside, teacher_pass
+from raydistill.config.run import Run
+from raydistill.data import store
+from raydistill.model.teachers import load_model
+from raydistill.training.teacher_cache import make_here
+from tests.world import make_world
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
+    root = tmp_path_factory.mktemp("world")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAYDISTILL_HOME", str(root / "outputs"))
+    make_world(root)
+    with cluster(2):
+        yield root
+    patch.undo()
+
+
+def run_of(place, method, **training):
+    return Run.model_validate(
+        {
+            "name": "r",
+            "teacher": str(place / "teacher"),
+            "dataset": str(place / "data"),
+            "method": method,
+            "labels": "pseudo" if method == "kd" else "original",
+            "student": {"size": "2-1"},
+            "decoding": {"beams": 2, "max_length": 12},
+            "training": {"precision": "fp32", "epochs": 4, **training},
+        }
+    )
+
+
+def files(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*.bin")}
+
+
+def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next(place, tmp_path):
+    runs = [run_of(place, method, teacher_cache="full") for method in ("kd", "sft")]
+    root = tmp_path / "cache"
+    with encoder_beside(Want(runs, {}, root, "cpu"), 4.0) as also:
+        job = Job(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding)
+        labels = pseudolabel(job, tmp_path / "labels", say=False, also=also)
+    beside = files(root)
+    assert {path.parent.name for path in beside} == {"states"}
+    assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
+
+    want = Want(runs, {"pseudo": str(labels)}, root, "cpu")
+    made = teacher_pass(want, 4.0)
+    work = want.work("full")
+    assert not work.unfinished()
+    assert made.bytes == sum(len(content) for content in files(root).values())
+    assert beside.items() <= files(root).items()
+    assert made.seconds > 0
+    assert made.seconds == sum(store.read_manifest(array)["device_seconds"] for array in work.arrays)
+
+    here = Want(runs, want.labels, tmp_path / "here", "cpu").work("full")
+    make_here(here, load_model(place / "teacher"))
+    assert files(root) == files(tmp_path / "here")
+
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
+    assert teacher_pass(want, 4.0) == made
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")} == before
+
+
+def test_auto_decides_by_figures_and_once(place, tmp_path):
+    run = run_of(place, "sft")
+    want = Want([run], {}, tmp_path / "cache", "cpu")
+    keep, why = decide(want, 100.0)
+    assert keep in ("encoder", "off")
+    assert "100 epochs in all" in why
+    assert decide(want, 1.0)[0] == "off"  # made for one epoch it never pays
+    kept = teacher_pass(want, 100.0, decided="off")
+    assert (kept.keep, kept.bytes) == ("off", 0)
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+    tiny = Want([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
+    keep, why = decide(tiny, 1e6)
+    assert keep == "off"
+    assert why.startswith("the encoder states do not fit")
