@@ -11,6 +11,7 @@ COMMANDS = {
     "cache": "list the teacher cache on disk, remove what is not needed",
     "evaluate": "score and time a checkpoint, or two against each other",
     "choose": "the best checkpoint of a sweep within a budget; registers it in MLflow",
+    "report": "the paper's tables and figures from sweeps, its own figures beside ours",
     "shrink": "make a student checkpoint, untrained",
     "describe": "read and check a data set, print its statistics",
 }

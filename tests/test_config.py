@@ -442,3 +442,23 @@ def test_a_run_file_is_checked_the_same_way(tmp_path):
     data, lines = read_yaml(path)
     with pytest.raises(UserError, match=r"space\.yaml:5: training\.epoch: unknown key; did you mean 'epochs'\?"):
         check(Run, data, path, lines)
+
+
+def test_paths_in_labels_and_choices_are_made_absolute(tmp_path, monkeypatch):
+    from raydistill.config.load import absolute_paths
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", "teacher"):
+        (tmp_path / name).mkdir()
+    run = {
+        "teacher": {"choice": ["teacher", "bart"]},
+        "labels": {"cases": [{"choice": ["original+set*0.5", "pseudo+pseudo@teacher"], "when": {"method": "sft"}}]},
+        "student": {"copy_from": "teacher", "size": "6-3"},
+    }
+    found = absolute_paths(run)
+    assert found["teacher"] == {"choice": [f"{tmp_path}/teacher", "bart"]}
+    assert found["labels"]["cases"][0]["choice"] == [
+        f"original+{tmp_path}/set*0.5",
+        f"pseudo+pseudo@{tmp_path}/teacher",
+    ]
+    assert found["student"] == {"copy_from": f"{tmp_path}/teacher", "size": "6-3"}

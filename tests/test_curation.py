@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from raydistill.config.errors import UserError
-from raydistill.config.run import Curation, Dataset
+from raydistill.config.run import Curation, Dataset, LabelPart
 from raydistill.data.corpus import Row
 from raydistill.data.curation import Pair, agreement, copy_rate, curate, judge, length_ratio, repetition
 from raydistill.data.labels import Candidate, choose_targets, read_candidates, read_label_set, write_label_set
@@ -130,7 +130,7 @@ def test_a_curated_set_stands_beside_the_whole_one_and_counts_what_it_dropped(wo
         Candidate("nothing alike", -1.0),
     ]
     assert len(read_label_set(world[1]).targets) == 4
-    rows, targets = choose_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, "pseudo", found)
+    rows, targets = choose_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, [LabelPart("pseudo")], {"pseudo": found})
     assert (rows, targets) == ([0, 1], list(found.targets.values()))
     assert make(world, choose="rouge2", min_rouge2=50) == made  # found, not made again
     assert make(world, min_rouge2=50) != made

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.config.errors import UserError
+from raydistill.config.run import LabelPart, parse_labels
 from raydistill.data import labels
 from raydistill.data.labels import (
     Candidate,
@@ -133,41 +134,83 @@ def pseudo(tmp_path, **targets):
     return LabelSet(tmp_path / "set", {}, targets or {"c": "DREI", "a": "EINS", "b": "ZWEI", "z": "not of this data"})
 
 
+def targets_of(ids, originals, source, found):
+    """`choose_targets` with one label set for every source that needs one."""
+    parts = parse_labels(source)
+    return choose_targets(ids, originals, parts, {part.source: found for part in parts} if found else {})
+
+
 def test_original_labels_are_the_corpus_itself(tmp_path):
-    assert choose_targets(IDS, ORIGINALS, "original", None) == ([0, 1, 2], ORIGINALS)
-    assert choose_targets(IDS, ORIGINALS, "original", pseudo(tmp_path)) == ([0, 1, 2], ORIGINALS)
+    assert targets_of(IDS, ORIGINALS, "original", None) == ([0, 1, 2], ORIGINALS)
+    assert targets_of(IDS, ORIGINALS, "original", pseudo(tmp_path)) == ([0, 1, 2], ORIGINALS)
 
 
 @pytest.mark.parametrize("labels", ["pseudo", "some/folder"])
 def test_pseudo_labels_are_matched_by_id_not_by_place(tmp_path, labels):
-    assert choose_targets(IDS, ORIGINALS, labels, pseudo(tmp_path)) == ([0, 1, 2], ["EINS", "ZWEI", "DREI"])
+    assert targets_of(IDS, ORIGINALS, labels, pseudo(tmp_path)) == ([0, 1, 2], ["EINS", "ZWEI", "DREI"])
 
 
 def test_original_and_pseudo_pair_each_source_twice(tmp_path):
-    rows, targets = choose_targets(IDS, ORIGINALS, "original+pseudo", pseudo(tmp_path))
+    rows, targets = targets_of(IDS, ORIGINALS, "original+pseudo", pseudo(tmp_path))
     assert rows == [0, 1, 2, 0, 1, 2]
     assert targets == ["one", "two", "three", "EINS", "ZWEI", "DREI"]
 
 
 def test_empty_pseudo_labels_are_left_out_but_their_originals_stay(tmp_path):
     some = pseudo(tmp_path, a="EINS", b=" \n", c="DREI")
-    assert choose_targets(IDS, ORIGINALS, "pseudo", some) == ([0, 2], ["EINS", "DREI"])
-    assert choose_targets(IDS, ORIGINALS, "original+pseudo", some)[0] == [0, 1, 2, 0, 2]
+    assert targets_of(IDS, ORIGINALS, "pseudo", some) == ([0, 2], ["EINS", "DREI"])
+    assert targets_of(IDS, ORIGINALS, "original+pseudo", some)[0] == [0, 1, 2, 0, 2]
 
 
 def test_only_empty_pseudo_labels_are_nothing_to_train_on(tmp_path):
     with pytest.raises(UserError, match="every pseudo-label is empty or was dropped"):
-        choose_targets(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="", b="", c=""))
+        targets_of(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="", b="", c=""))
 
 
 def test_rows_without_a_pseudo_label_are_refused_with_their_number(tmp_path):
     with pytest.raises(UserError, match=r"2 of 3 training rows have no pseudo-label \(first: 'b'\)"):
-        choose_targets(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="EINS"))
+        targets_of(IDS, ORIGINALS, "pseudo", pseudo(tmp_path, a="EINS"))
 
 
 def test_pseudo_labels_without_a_set_are_refused():
-    with pytest.raises(UserError, match="need a label set"):
-        choose_targets(IDS, ORIGINALS, "original+pseudo", None)
+    with pytest.raises(UserError, match="needs a label set"):
+        targets_of(IDS, ORIGINALS, "original+pseudo", None)
+
+
+def test_several_teachers_labels_stand_beside_the_original_with_weights(tmp_path):
+    """The paper's Orig+PL+PL; a weight says how often an epoch reads a source."""
+    other = pseudo(tmp_path, a="UNO", b="DOS", c="TRES")
+    parts = parse_labels("original*2 + pseudo + sets/other")
+    assert [(p.source, p.labeller) for p in parse_labels("pseudo+pseudo@pegasus")] == [
+        ("pseudo", None),
+        ("pseudo@pegasus", "pegasus"),
+    ]
+    assert parts == [LabelPart("original", 2.0), LabelPart("pseudo", 1.0), LabelPart("sets/other", 1.0)]
+    rows, targets = choose_targets(IDS, ORIGINALS, parts, {"pseudo": pseudo(tmp_path), "sets/other": other})
+    assert rows == [0, 0, 1, 1, 2, 2, 0, 1, 2, 0, 1, 2]
+    assert targets[:6] == ["one", "one", "two", "two", "three", "three"]
+    assert targets[6:] == ["EINS", "ZWEI", "DREI", "UNO", "DOS", "TRES"]
+
+
+def test_a_weight_below_one_takes_a_fixed_share_of_the_rows():
+    ids = [f"row {i}" for i in range(4000)]
+    rows, _ = choose_targets(ids, ids, parse_labels("original*0.25"), {})
+    assert len(set(rows)) == len(rows)
+    assert len(rows) == pytest.approx(1000, abs=100)  # a binomial's 95 % are within 54
+    again, _ = choose_targets(ids[::-1], ids[::-1], parse_labels("original*0.25"), {})
+    assert {ids[i] for i in rows} == {ids[::-1][i] for i in again}
+    more, _ = choose_targets(ids, ids, parse_labels("original*1.25"), {})
+    assert len(more) == 4000 + len(rows)
+
+
+@pytest.mark.parametrize("wrong", ["original+", "pseudo*", "pseudo*0", "pseudo*-1", "pseudo*inf", "pseudo*x", ""])
+def test_what_is_no_source_is_said(wrong):
+    with pytest.raises(
+        ValueError, match="is no source; expected original, pseudo, pseudo@TEACHER or a label set's folder"
+    ):
+        parse_labels(wrong)
+    with pytest.raises(ValueError, match=r"pseudo is given twice.*pseudo\*2"):
+        parse_labels("pseudo+pseudo")
 
 
 def test_the_fingerprint_says_what_students_are_trained_on(tmp_path):
@@ -196,9 +239,9 @@ def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
     found = read_label_set(tmp_path / "set")
     assert found.dropped == {"b", "c"}
     assert labels.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
-    assert choose_targets(["b", "a", "c"], ORIGINALS, "pseudo", found) == ([1], ["Ein Hund."])
+    assert targets_of(["b", "a", "c"], ORIGINALS, "pseudo", found) == ([1], ["Ein Hund."])
     with pytest.raises(UserError, match=r"1 of 2 training rows have no pseudo-label \(first: 'd'\)"):
-        choose_targets(["a", "d"], ["x", "y"], "pseudo", found)
+        targets_of(["a", "d"], ["x", "y"], "pseudo", found)
 
 
 def test_a_row_that_stands_twice_or_lacks_a_rank_is_damage(tmp_path):

@@ -222,3 +222,15 @@ def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
     assert torch.equal(student.state_dict()[name], load_model(other).state_dict()[name])
     with pytest.raises(ValueError, match="random copies no decoder layer"):
         Run(**settings, student={"size": "2-1", "copy_from": str(other), "init": "random"})
+
+
+def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeypatch):
+    """Every run asks this of its teacher; here the table of layers is wrong on purpose."""
+    from raydistill.model import shrink as module
+    from raydistill.training.material import open_teacher
+
+    folder = save_tiny("bart", tmp_path / "t")
+    open_teacher(str(folder), "a")
+    monkeypatch.setattr(module, "layers_to_copy", lambda teacher, student, init="spaced": [0, *range(student - 1)])
+    with pytest.raises(UserError, match=r"a copy of full depth is off by \d"):
+        open_teacher(str(folder), "b")

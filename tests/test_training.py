@@ -606,7 +606,9 @@ def read(path):
 @pytest.mark.parametrize("method", ["sft", "kd", "pl"])
 def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_path):
     reports = []
-    inputs = Inputs(labels=place / "labels", cache=tmp_path / "cache", costs={"latency_ms": 5.0}, note={"trial": 3})
+    inputs = Inputs(
+        labels={"pseudo": place / "labels"}, cache=tmp_path / "cache", costs={"latency_ms": 5.0}, note={"trial": 3}
+    )
     folder = tmp_path / "run"
     result = train(make_run(place, method), folder, lambda m, f: reports.append(m), inputs)
     assert result == read(folder / "result.json")

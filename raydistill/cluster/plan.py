@@ -8,10 +8,11 @@ from raydistill.cluster.prepare import runs_of
 from raydistill.config.console import home, table
 from raydistill.config.errors import UserError
 from raydistill.config.presets import DATASETS
-from raydistill.config.run import Run
+from raydistill.config.run import Run, parse_labels
 from raydistill.config.space import Space, split
 from raydistill.data.corpus import read_corpus, split_names, statistics
 from raydistill.model.shrink import check_same_shape, plan
+from raydistill.results.paper import TABLE_4, TABLE_5, data_name, teacher_name
 
 # Of running English text in BART's vocabulary; other languages and smaller vocabularies take more.
 TOKENS_PER_WORD = 1.15
@@ -38,6 +39,8 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     ]
     disk = disk_plan(runs, config, data)
     lines += disk.pop("lines")
+    hours, why_hours = expected_hours(runs, space.search.trials)
+    lines.append(f"expected device-hours: {f'about {hours:.0f}' if hours else 'not known'} ({why_hours})")
     for name, bounds in space.budgets.items():
         lines.append(f"budget {name}: {', '.join(f'{k} <= {v}' for k, v in bounds.items())}")
     return {
@@ -50,8 +53,45 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         "rows": data["rows"],
         "sizes": sizes,
         "combinations": len(runs),
+        "expected_gpu_hours": hours,
         **disk,
     }
+
+
+def expected_hours(runs: list[Run], trials: int) -> tuple[float | None, str]:
+    """What a search would take on the paper's GPU by the paper's costs, and by which; None where it has none.
+
+    By Table 5 where it has the teacher, size and data of every run: a run's own cost each, and what pseudo-labels add
+    once for each teacher that writes some. Else by Table 4, whose hours per experiment are over all sizes and have the
+    labels in them.
+    """
+    place = {id(r): (teacher_name(str(r.teacher)), r.student.size or "", data_name(r.dataset.name)) for r in runs}
+    rows = [TABLE_5.get(place[id(run)]) for run in runs]
+    costs = [row and (row.kd if run.method == "kd" else row.sft) for run, row in zip(runs, rows, strict=True)]
+    known = [cost[1] for cost in costs if cost]
+    if len(known) == len(runs):
+        labels = sum(label_hours(teacher, data) for teacher, data in labellers(runs))
+        return trials * sum(known) / len(known) + labels, "the paper's Table 5, hours on an Nvidia RTX 2080"
+    pairs = {(teacher, data) for teacher, _, data in place.values()}
+    if pairs <= set(TABLE_4):
+        hours = sum(TABLE_4[pair][0] / TABLE_4[pair][1] for pair in pairs) / len(pairs)
+        return trials * hours, f"{hours:.1f} a run, the mean of the paper's Table 4, on an Nvidia RTX 2080"
+    return None, "the paper has no such teacher and data"
+
+
+def labellers(runs: list[Run]) -> set[tuple[str, str]]:
+    """Who has to write pseudo-labels for which data, by the paper's names."""
+    return {
+        (teacher_name(part.labeller or str(run.teacher)), data_name(run.dataset.name))
+        for run in runs
+        for part in parse_labels(run.label_source)
+        if part.is_pseudo
+    }
+
+
+def label_hours(teacher: str, data: str) -> float:
+    """What a teacher's pass over the training split cost in Table 5: pseudo-labels less fine-tuning."""
+    return max((r.pl[1] - r.sft[1] for (t, _, d), r in TABLE_5.items() if (t, d) == (teacher, data)), default=0.0)
 
 
 def trials_over(folder: Path) -> int:
@@ -71,7 +111,7 @@ def check_space(space: Space) -> None:
 
 def check_run(run: Run, seen: dict[str, Any] | None = None) -> None:
     """The same for one run; `seen` keeps what was read already."""
-    from raydistill.config.presets import teacher_preset
+    from raydistill.config.presets import check_teacher, teacher_preset
     from raydistill.model import forms
     from raydistill.model.teachers import load_config, locate, max_tokens
 
@@ -85,6 +125,9 @@ def check_run(run: Run, seen: dict[str, Any] | None = None) -> None:
                 f"{run.dataset.name}: training needs a train and a validation split; "
                 f"there is no {' and no '.join(missing)}"
             )
+    for part in parse_labels(run.label_source):
+        if part.labeller:
+            check_teacher(part.labeller)
     if run.teacher is None:
         return
     name = f"{run.teacher} {run.dataset.name}"
@@ -164,8 +207,10 @@ def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, A
     root = home()
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
-    pseudo = any(run.label_source in ("pseudo", "original+pseudo") for run in runs)
-    lines = [f"pseudo-labels: {'one teacher pass over the training split' if pseudo else 'none needed'}"]
+    passes = sorted(teacher for teacher, _ in labellers(runs))
+    pseudo = bool(passes)
+    who = f"a pass over the training split by {' and '.join(passes)}"
+    lines = [f"pseudo-labels: {who if pseudo else 'none needed'}"]
     encoder = decoder = None
     if config is not None and data["rows"]:
         encoder, decoder = cache_bytes(runs, config, data)

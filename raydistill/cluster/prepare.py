@@ -10,15 +10,17 @@ from typing import Any
 from raydistill.cluster.alone import alone
 from raydistill.cluster.pseudolabel import Also, Job, pseudolabel
 from raydistill.cluster.shapes import time_shape
-from raydistill.cluster.teacher_pass import Want, encoder_beside, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import MadeLabels, Want, encoder_beside, folders_of, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.config.run import Run, parse_size
+from raydistill.config.run import Decoding, Run, parse_labels, parse_size
 from raydistill.config.space import Space, corners, resolve
+from raydistill.results.cost import pass_hours
 from raydistill.results.records import read_json
 from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
+from raydistill.training.record import write_rows
 from raydistill.training.run import Inputs, score_teacher
 
 
@@ -41,15 +43,14 @@ class Prepared:
 
     teacher: dict[str, Any]
     shapes: dict[str, dict[str, float]]
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: MadeLabels = field(default_factory=dict)
     cache: Cache = Cache()
 
     def inputs(self, run: Run, note: dict[str, Any]) -> Inputs:
         """What one trial needs of it."""
         costs = self.shapes.get(run.student.size or self.teacher["size"], {})
-        labels = self.labels.get(run.label_key)
         return Inputs(
-            labels=Path(labels) if labels else None,
+            labels=folders_of(self.labels, run),
             cache=self.cache.root,
             keep=self.cache.keep_of(run),
             costs=costs,
@@ -83,6 +84,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     else:
         progress(f"teacher {first.teacher}: scoring it on validation and test")
         teacher = alone(score_teacher, first, device=device)
+        write_rows(sweep / "teacher_rows.npz", teacher.pop("scored"))
         write_json_atomic(teacher_file, teacher)
     metric = teacher["metric"]
     progress(f"teacher {first.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation")
@@ -96,10 +98,11 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
     epochs = space.search.trials * max(run.training.epochs for run in runs)
-    labels, label_hours = _labels(runs, device, epochs)
+    labels, sets = _labels(runs, device, epochs)
     cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
     teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
-    teacher["teacher_gpu_hours"] = label_hours + cache.hours
+    teacher["passes"] = {"labels": sets, "cache": cache.hours}
+    teacher["teacher_gpu_hours"] = pass_hours(teacher["passes"])
     return Prepared(teacher, shapes, labels, cache)
 
 
@@ -132,33 +135,48 @@ def time_shapes(
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
 
 
-def _labels(runs: list[Run], device: str, epochs: float) -> tuple[dict[str, str], float]:
-    """Label sets that any run trains on, by `label_key`, and the device-hours that they took.
+def _labels(runs: list[Run], device: str, epochs: float) -> tuple[MadeLabels, dict[str, dict[str, float]]]:
+    """By `label_key`: the label sets that teachers wrote, and the device-hours of every set that is trained on.
 
-    The pass that makes one also makes the encoder states that the runs will read: one pass, two products.
+    A curated set counts as the whole one that it is made of: it cost no further pass. The pass of the runs' own teacher
+    also makes the encoder states that the runs will read: one pass, two products.
     """
     from raydistill.data.labels import read_manifest
 
-    made: dict[str, str] = {}
-    hours: dict[str, float] = {}  # by the whole set: several curated ones of it cost no further pass
+    made: MadeLabels = {}
+    hours: dict[str, dict[str, float]] = {}
     for run in runs:
-        source = run.label_source
-        if source == "original" or run.label_key in made:
+        if run.label_key in hours:
             continue
-        if source in ("pseudo", "original+pseudo"):
-            assert run.teacher is not None
-            job = Job(run.teacher, run.dataset, decoding=run.decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
-            with _encoder_states(runs, device, epochs) as also:
-                folder = pseudolabel(job, home() / "labels", device, also=also)
-        else:
-            folder = Path(source)
-        made[run.label_key] = str(folder)
-        manifest = read_manifest(folder)
-        hours[manifest.get("of", folder.name)] = float(manifest.get("device_hours", 0.0))
-    return made, sum(hours.values())
+        parts = parse_labels(run.label_source)
+        made[run.label_key] = {
+            p.source: _written(
+                run, p.labeller, device, nullcontext() if p.labeller else _encoder_states(runs, device, epochs)
+            )
+            for p in parts
+            if p.is_pseudo
+        }
+        folders = [*made[run.label_key].values(), *[p.folder for p in parts if p.folder]]
+        manifests = {folder: read_manifest(Path(folder)) for folder in folders}
+        hours[run.label_key] = {
+            manifest.get("of", Path(folder).name): float(manifest.get("device_hours", 0.0))
+            for folder, manifest in manifests.items()
+        }
+    return made, hours
 
 
-def _cache(runs: list[Run], labels: dict[str, str], device: str, record: Path, epochs: float) -> Cache:
+def _written(
+    run: Run, other: str | None, device: str, beside: AbstractContextManager[Callable[[], Also] | None]
+) -> str:
+    """The folder of the labels that the run's teacher writes, or `other`, which decodes as it does by itself."""
+    teacher, decoding = (other, Decoding()) if other else (run.teacher, run.decoding)
+    assert teacher is not None
+    job = Job(teacher, run.dataset, decoding=decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
+    with beside as also:
+        return str(pseudolabel(job, home() / "labels", device, also=also))
+
+
+def _cache(runs: list[Run], labels: MadeLabels, device: str, record: Path, epochs: float) -> Cache:
     """The teacher cache that the runs share, made where it is missing; `epochs` are those of all trials.
 
     What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
@@ -196,6 +214,5 @@ def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     if run.teacher is None:
         return Inputs()
     labels, _ = _labels([run], device, run.training.epochs)
-    label_set = labels.get(run.label_key)
     cache = _cache([run], labels, device, folder / "cache.json", run.training.epochs)
-    return Inputs(labels=Path(label_set) if label_set else None, cache=cache.root, keep=cache.keep_of(run))
+    return Inputs(labels=folders_of(labels, run), cache=cache.root, keep=cache.keep_of(run))

@@ -23,6 +23,9 @@ from raydistill.training.teacher_cache import Pass
 
 FREE_SHARE = 0.9
 
+# The folders of the label sets that teachers wrote: by a run's `label_key`, then by source (pseudo, pseudo@TEACHER).
+MadeLabels = dict[str, dict[str, str]]
+
 
 @dataclass(frozen=True)
 class Cached:
@@ -39,7 +42,7 @@ class Want:
     """Runs on one training split that may read the teacher's states, and the label sets that they train on."""
 
     runs: list[Run]
-    labels: dict[str, str]
+    labels: MadeLabels
     root: Path
     device: str
 
@@ -53,6 +56,11 @@ class Want:
 
     def __hash__(self) -> int:
         return hash((str(self.runs), str(self.labels), self.root, self.device))
+
+
+def folders_of(labels: MadeLabels, run: Run) -> dict[str, Path]:
+    """Those of a run, by source."""
+    return {source: Path(folder) for source, folder in labels.get(run.label_key, {}).items()}
 
 
 def group_of(run: Run) -> str:
@@ -197,7 +205,6 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     examples: dict[str, Examples] = {}
     for each in want.runs:
         if each.label_key not in examples:
-            labels = want.labels.get(each.label_key)
-            examples[each.label_key] = make_examples(each, material, tokenizer, Path(labels) if labels else None)
+            examples[each.label_key] = make_examples(each, material, tokenizer, folders_of(want.labels, each))
     computed = "fp32" if precision(run.training, want.device) is None else "bf16"
     return examples, fingerprint(where), config, computed

@@ -1,6 +1,7 @@
 """YAML to checked models: an error names the file, the line and the key, and the nearest known key."""
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from raydistill.config.errors import UserError
 
 # Names that mean something by themselves, even where a file or folder of that name lies about.
 KNOWN_WORDS = {"bart", "pegasus", "mbart", "marian", "t5", "demo", "xsum", "cnn_dailymail", "wmt16_en_ro"} | {
-    *("auto", "original", "pseudo", "original+pseudo"),
+    *("auto", "original", "pseudo"),
 }
 Path_ = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
@@ -117,20 +118,44 @@ def absolute_paths(run: dict[str, Any]) -> dict[str, Any]:
     Workers run in folders of their own, where a relative path would lead nowhere.
     """
     run = dict(run)
-    for key in ("teacher", "labels", "dataset"):
-        if isinstance(run.get(key), str):
-            run[key] = _absolute(run[key])
+    for key in ("teacher", "dataset"):
+        if key in run:
+            run[key] = _each_text(run[key], _absolute)
+    if "labels" in run:
+        run["labels"] = _each_text(run["labels"], _absolute_labels)
     student = run.get("student")
-    if isinstance(student, dict) and isinstance(student.get("copy_from"), str):
-        run["student"] = {**student, "copy_from": _absolute(student["copy_from"])}
+    if isinstance(student, dict) and "copy_from" in student:
+        run["student"] = {**student, "copy_from": _each_text(student["copy_from"], _absolute)}
     dataset = run.get("dataset")
     if isinstance(dataset, dict) and isinstance(dataset.get("name"), str):
         run["dataset"] = {**dataset, "name": _absolute(dataset["name"])}
     return run
 
 
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A text changed, also where it stands in a distribution's choices."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict) and isinstance(value.get("choice"), list):
+        return {**value, "choice": [change(v) if isinstance(v, str) else v for v in value["choice"]]}
+    if isinstance(value, dict) and isinstance(value.get("cases"), list):
+        return {**value, "cases": [_each_text(case, change) for case in value["cases"]]}
+    return value
+
+
 def _absolute(name: str) -> str:
     return name if name in KNOWN_WORDS or not Path(name).exists() else str(Path(name).resolve())
+
+
+def _absolute_labels(labels: str) -> str:
+    """Each source of `labels` by itself; its weight stays."""
+    absolute = []
+    for text in labels.split("+"):
+        source, star, weight = text.strip().partition("*")
+        kind, at, teacher = source.partition("@")
+        source = f"pseudo@{_absolute(teacher)}" if (kind, at) == ("pseudo", "@") else _absolute(source)
+        absolute.append(f"{source}{star}{weight}")
+    return "+".join(absolute)
 
 
 def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:

@@ -1,7 +1,8 @@
 """What a run is: one training of one student (or of a teacher), from teacher and data to checkpoint."""
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -234,7 +235,10 @@ class Run(Model):
     dataset: Dataset
     method: Method = "sft"
     labels: str = Field(
-        "auto", description="original, pseudo, original+pseudo, or a label set's folder; auto: pseudo for pl"
+        "auto",
+        description="original, pseudo, pseudo@TEACHER (another's), a label set's folder, or several with weights: "
+        "original+pseudo*0.5+FOLDER; "
+        "auto: pseudo for pl",
     )
     student: Student = Student()
     loss: Loss = Loss()
@@ -248,6 +252,13 @@ class Run(Model):
     def _dataset_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("labels", mode="after")
+    @classmethod
+    def _labels_form(cls, value: str) -> str:
+        if value != "auto":
+            parse_labels(value)
+        return value
+
     @model_validator(mode="after")
     def _hangs_together(self) -> "Run":
         if (self.teacher is None) == (self.start is None):
@@ -260,6 +271,8 @@ class Run(Model):
             raise ValueError("method pl trains on pseudo-labels; labels: original is method sft")
         if self.method == "kd" and self.loss.alpha_logits == 0 and self.loss.alpha_hidden == 0:
             raise ValueError("method kd with alpha_logits 0 and alpha_hidden 0 is method sft")
+        if self.start is not None and self.wants_pseudo:
+            raise ValueError("labels: pseudo are a `teacher`'s; a random `start` can be given a label set's folder")
         if self.method != "kd" and self.loss.alpha_data == 0:
             raise ValueError(f"method {self.method} has only the data loss; alpha_data must be above 0")
         return self
@@ -275,7 +288,58 @@ class Run(Model):
     def label_key(self) -> str:
         """What tells the label sets of a space's runs apart: the source, and how pseudo-labels are made."""
         made = self.pseudo.model_dump_json(exclude_defaults=True)
-        return self.label_source if self.label_source == "original" or made == "{}" else f"{self.label_source} {made}"
+        return self.label_source if not self.wants_pseudo or made == "{}" else f"{self.label_source} {made}"
+
+    @property
+    def wants_pseudo(self) -> bool:
+        """Whether pseudo-labels are among the labels that a teacher has to write."""
+        return any(part.is_pseudo for part in parse_labels(self.label_source))
+
+
+class LabelPart(NamedTuple):
+    """One source of labels, and how often an epoch reads its rows.
+
+    original; pseudo, which the run's teacher writes; pseudo@TEACHER, which another teacher does; a label set's folder.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    @property
+    def is_pseudo(self) -> bool:
+        """Whether a teacher has to write them, if it has not yet."""
+        return self.source == "pseudo" or self.source.startswith("pseudo@")
+
+    @property
+    def labeller(self) -> str | None:
+        """The other teacher of pseudo@TEACHER."""
+        return self.source.partition("@")[2] or None if self.is_pseudo else None
+
+    @property
+    def folder(self) -> str | None:
+        """The label set's folder, where it is one."""
+        return None if self.source == "original" or self.is_pseudo else self.source
+
+
+def parse_labels(labels: str) -> list[LabelPart]:
+    """The sources of labels such as "original+pseudo*0.5+outputs/labels/SET"; ValueError where it is none."""
+    parts = []
+    for text in labels.split("+"):
+        source, star, weight = text.strip().partition("*")
+        try:
+            part = LabelPart(source.strip(), float(weight) if star else 1.0)
+        except ValueError:
+            part = LabelPart("")
+        if part.source in ("", "pseudo@") or not 0 < part.weight < math.inf:
+            raise ValueError(
+                f"labels {labels!r}: {text!r} is no source; expected original, pseudo, pseudo@TEACHER or a label set's "
+                f"folder, with a weight above 0 where wanted, such as original+pseudo*0.5 (no + and no * in a path)"
+            )
+        parts.append(part)
+    sources = [part.source for part in parts]
+    if twice := next((source for source in sources if sources.count(source) > 1), None):
+        raise ValueError(f"labels {labels!r}: {twice} is given twice; give it a weight instead, such as {twice}*2")
+    return parts
 
 
 def parse_size(size: str) -> tuple[int, int]:

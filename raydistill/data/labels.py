@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
+from raydistill.config.run import LabelPart
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
@@ -174,35 +175,52 @@ def _damaged(folder: Path, error: Exception) -> UserError:
 
 
 def choose_targets(
-    ids: list[str], originals: list[str], labels: str, pseudo: LabelSet | None
+    ids: list[str], originals: list[str], labels: Sequence[LabelPart], sets: Mapping[str, LabelSet]
 ) -> tuple[list[int], list[str]]:
-    """Row numbers and targets of the training examples for original, pseudo or original+pseudo labels.
+    """Row numbers and targets of the training examples, one source of labels after the other.
 
-    A row whose pseudo-label is empty or was dropped by curation is left out of the pseudo part.
+    `sets` holds the label set of each source but `original`. A weight says how often an epoch reads a source's rows:
+    2 reads all of them twice, 0.5 a half of them, the same half whenever the ids are the same. A row whose pseudo-label
+    is empty or was dropped is left out of that source.
     """
-    kinds = {"original": ["original"], "original+pseudo": ["original", "pseudo"]}.get(labels, ["pseudo"])
     rows: list[int] = []
     targets: list[str] = []
-    for kind in kinds:
-        if kind == "original":
-            rows += range(len(ids))
-            targets += originals
-            continue
-        if pseudo is None:
-            raise UserError(f"labels {labels!r} need a label set; make one with `raydistill pseudolabel`")
-        missing = [row_id for row_id in ids if row_id not in pseudo.targets and row_id not in pseudo.dropped]
-        if missing:
-            raise UserError(
-                f"{pseudo.folder}: {len(missing)} of {len(ids)} training rows have no pseudo-label "
-                f"(first: {missing[0]!r}); it was made for other data: make one for this data set with "
-                f"`raydistill pseudolabel`"
-            )
-        kept = [i for i, row_id in enumerate(ids) if pseudo.targets.get(row_id, "").strip()]
-        if not kept:
-            raise UserError(
-                f"{pseudo.folder}: every pseudo-label is empty or was dropped; look at the teacher's decoding and the "
-                f"curation"
-            )
-        rows += kept
-        targets += [pseudo.targets[ids[i]] for i in kept]
+    for source, weight in labels:
+        if source == "original":
+            usable, texts = list(range(len(ids))), originals
+        elif source in sets:
+            usable, texts = _labelled(ids, sets[source])
+        else:
+            raise UserError(f"labels: {source!r} needs a label set; make one with `raydistill pseudolabel`")
+        picked = [i for i in usable for _ in range(_times(ids[i], weight))]
+        rows += picked
+        targets += [texts[i] for i in picked]
+    if not rows:
+        raise UserError(f"labels: a weight of {min(weight for _, weight in labels)} leaves no row of {len(ids)}")
     return rows, targets
+
+
+def _labelled(ids: list[str], found: LabelSet) -> tuple[list[int], list[str]]:
+    """The numbers of the rows that have a pseudo-label, and each row's ("" for the others)."""
+    missing = [row_id for row_id in ids if row_id not in found.targets and row_id not in found.dropped]
+    if missing:
+        raise UserError(
+            f"{found.folder}: {len(missing)} of {len(ids)} training rows have no pseudo-label "
+            f"(first: {missing[0]!r}); it was made for other data: make one for this data set with "
+            f"`raydistill pseudolabel`"
+        )
+    texts = [found.targets.get(row_id, "") for row_id in ids]
+    kept = [i for i, text in enumerate(texts) if text.strip()]
+    if not kept:
+        raise UserError(
+            f"{found.folder}: every pseudo-label is empty or was dropped; look at the teacher's decoding and the "
+            f"curation"
+        )
+    return kept, texts
+
+
+def _times(row_id: str, weight: float) -> int:
+    """How often a row is read: the weight's whole part, and once more for its fraction of all rows."""
+    whole, fraction = divmod(weight, 1)
+    draw = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big") / 2**64
+    return int(whole) + (draw < fraction)

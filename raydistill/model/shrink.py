@@ -41,6 +41,7 @@ SUPERVISED: dict[int, dict[int, list[int]]] = {
 }
 
 LAYER_KEY = re.compile(r"^((?:model\.)?(encoder|decoder)\.(?:layers|block))\.(\d+)\.(.+)$")
+ALIGNED = 1e-5  # of the largest logit; the same sums in the same order are the same numbers, so this is generous
 RELATIVE_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -158,6 +159,25 @@ def shrink(
     torch.nn.Module.to(student, next(teacher.parameters()).dtype).eval()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
+
+
+def check_alignment(teacher: PreTrainedModel, name: str) -> None:
+    """UserError where a copy of full depth does not write the teacher's own logits: then no student can be trusted.
+
+    One made-up row of tokens in, all logits compared; it is asked of every teacher that is trained from.
+    """
+    copy_of_all = shrink(teacher, plan(forms.depths(teacher.config), Student()))
+    ids = torch.arange(1, 9)[None].remainder(teacher.config.vocab_size)
+    with torch.inference_mode():
+        wanted, found = (
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids, use_cache=False).logits
+            for model in (teacher, copy_of_all)
+        )
+    apart = float((wanted - found).abs().max())
+    if not apart <= ALIGNED * max(1.0, float(wanted.abs().max())):
+        raise UserError(
+            f"teacher {name}: a copy of full depth is off by {apart:.2g} in its logits; it cannot be shrunk"
+        )
 
 
 def check_same_shape(teacher: PretrainedConfig, other: PretrainedConfig, name: str) -> None:

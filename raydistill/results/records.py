@@ -80,14 +80,7 @@ class Trial:
     def rows(self, split: str = "validation") -> np.ndarray | None:
         """Per-row statistics of the main metric, [rows] or [rows, 10]; None where they were not kept."""
         name = f"rows-{split}-{decoding_name(self.decoding)}.npz" if self.decoding else "rows.npz"
-        path = self.folder / name
-        if not path.exists():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return np.asarray(arrays[split]) if split in arrays else None
-        except (OSError, ValueError, EOFError) as error:
-            raise _damaged(path, str(error)) from None
+        return read_rows(self.folder / name, split)
 
     def history(self) -> list[dict[str, Any]]:
         """One mapping per validation, in order. A torn last line, as a kill leaves it, is passed over."""
@@ -163,6 +156,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _damaged(path, f"a mapping was expected, found {type(data).__name__}")
     return data
+
+
+def read_rows(path: Path, split: str) -> np.ndarray | None:
+    """Per-row statistics of a split, [rows] or [rows, 10]; None where they were not kept."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.asarray(arrays[split]) if split in arrays else None
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from None
 
 
 def read_sweep(sweep: Path) -> dict[str, Any]:

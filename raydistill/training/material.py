@@ -1,5 +1,6 @@
 """What a run is made of before any training: the teacher, the texts and their tokens, the labels."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
 from raydistill.config.presets import TeacherPreset, metric_for, teacher_preset
-from raydistill.config.run import Dataset, Run
+from raydistill.config.run import Dataset, LabelPart, Run, parse_labels
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.data.labels import choose_targets, read_label_set
+from raydistill.model.shrink import check_alignment
 from raydistill.model.teachers import (
     Languages,
     fingerprint,
@@ -62,6 +64,7 @@ def open_teacher(name: str, dataset: str) -> Teacher:
     model, tokenizer = load_model(where), load_tokenizer(where, languages)
     set_languages(model, tokenizer)
     model.requires_grad_(False)
+    check_alignment(model, name)
     return Teacher(where, model, tokenizer, fingerprint(model), preset)
 
 
@@ -85,22 +88,33 @@ def read_split(dataset: Dataset, split: str) -> Corpus | None:
     return read_corpus(dataset, split) if split in split_names(dataset) else None
 
 
-def make_examples(run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, label_set: Path | None) -> Examples:
-    """The tokenised training pairs, with the labels that the run asks for; `label_set` is what `pseudo` means."""
-    labels = run.label_source
-    where = label_set or (Path(labels) if labels not in ("original", "pseudo", "original+pseudo") else None)
-    return _examples(tokenizer, run.dataset, labels, where, material.max_source_tokens, material.max_target_tokens)
+def make_examples(
+    run: Run, material: Material, tokenizer: PreTrainedTokenizerBase, made: Mapping[str, Path]
+) -> Examples:
+    """The tokenised training pairs, with the labels that the run asks for.
+
+    `made` are the folders of the label sets that teachers wrote, by source (pseudo, pseudo@TEACHER).
+    """
+    labels = tuple(parse_labels(run.label_source))
+    folders = [(p.source, Path(p.folder) if p.folder else made.get(p.source)) for p in labels if p.source != "original"]
+    found = tuple((source, folder) for source, folder in folders if folder is not None)
+    return _examples(tokenizer, run.dataset, labels, found, material.max_source_tokens, material.max_target_tokens)
 
 
 @lru_cache(maxsize=4)
 def _examples(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, labels: str, where: Path | None, source: int, target: int
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    labels: tuple[LabelPart, ...],
+    folders: tuple[tuple[str, Path], ...],
+    source: int,
+    target: int,
 ) -> Examples:
     """Made once per process, so that the next trial on the same pairs starts at once."""
     corpus = read_split(dataset, "train")
     assert corpus is not None
-    pseudo = read_label_set(where) if where and labels != "original" else None
-    rows, targets = choose_targets(corpus.ids, corpus.targets, labels, pseudo)
+    sets = {source: read_label_set(folder) for source, folder in folders}
+    rows, targets = choose_targets(corpus.ids, corpus.targets, labels, sets)
     return Examples(
         tokens(tokenizer, dataset, "train", "source", source), tokenize_targets(tokenizer, targets, target), rows
     )

@@ -20,6 +20,7 @@ from raydistill.config.console import progress
 from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run
 from raydistill.data.batches import Examples
+from raydistill.data.corpus import statistics
 from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
@@ -40,14 +41,14 @@ COLLAPSE = 0.5
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was made before the run: a label set's folder, the root of the teacher cache, and the shape's costs.
+    """What was made before the run: label sets' folders by source, the teacher cache's root, and the shape's costs.
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
     collapsed into repetition is a failed run.
     `keep` is what `teacher_cache: auto` came to.
     """
 
-    labels: Path | None = None
+    labels: dict[str, Path] = field(default_factory=dict)
     cache: Path | None = None
     keep: Keep = "full"
     costs: dict[str, float] = field(default_factory=dict)
@@ -263,9 +264,9 @@ def collapse(repetition: float, teacher: float | None) -> str | None:
 
 
 def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
-    """The teacher's own scores on the run's data and decoding, with the corpus's mean token counts.
+    """The teacher's own scores on the run's data and decoding, with the training split's statistics.
 
-    What students are compared with, and what latency is measured at.
+    What students are compared with, and what latency is measured at. `scored` are per-row statistics by split.
     """
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset.name)
@@ -314,6 +315,8 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "engine": f"{engine.name} {engine.precision}",
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "rows": {split: len(corpus) for split, corpus in material.corpora.items()},
+        "scored": {split: evaluation.scored.rows for split, evaluation in found.items()},
+        "corpus": statistics(material.corpora["train"]),
         "baseline": _lead(material),
     }
 

@@ -1,0 +1,147 @@
+"""Finished trials of sweeps put together by setting: the same run with other seeds is one setting."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydistill.config.run import Run, parse_labels
+from raydistill.evaluation.scores import Comparison, paired_bootstrap
+from raydistill.results.cost import end_to_end
+from raydistill.results.paper import data_name, teacher_name
+from raydistill.results.records import Trial, read_rows, read_sweep, read_trials
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's own record, as tables need it."""
+
+    folder: Path
+    info: dict[str, Any]
+    trials: list[Trial]
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """What sweep.json tells of the teacher; empty before the teacher was scored."""
+        return self.info.get("teacher") or {}
+
+    @property
+    def metric(self) -> str:
+        """The main metric, rouge2 or bleu."""
+        return str(self.info.get("metric", "rouge2"))
+
+    def teacher_rows(self) -> np.ndarray | None:
+        """The teacher's per-row statistics on test."""
+        return read_rows(self.folder / "teacher_rows.npz", "test")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The finished trials that differ in nothing but their seed, at least one."""
+
+    sweep: Sweep
+    run: Run
+    trials: list[Trial]
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """(teacher, size, data), by the paper's names where it has them."""
+        return (teacher_name(str(self.run.teacher)), self.trials[0].size, data_name(self.run.dataset.name))
+
+    @property
+    def seeds(self) -> int:
+        """How many trials there are."""
+        return len(self.trials)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers copied; () where the decoder started from random weights."""
+        return tuple((self.trials[0].copied or {}).get("decoder") or ())
+
+    @property
+    def source(self) -> str:
+        """Where the decoder layers come from: "teacher", another checkpoint, or "" where none were copied."""
+        if not self.layers:
+            return ""
+        return self.run.student.copy_from or "teacher"
+
+    @property
+    def spaced(self) -> bool:
+        """Whether the student starts as the paper's do."""
+        student = self.run.student
+        return student.init == "spaced" and student.copied.decoder is None and student.copy_from is None
+
+    @property
+    def label_kinds(self) -> tuple[str, ...]:
+        """Each source of labels as original, pseudo (the teacher's own) or other."""
+        known = ("original", "pseudo")
+        return tuple(p.source if p.source in known else "other" for p in parse_labels(self.run.label_source))
+
+    def test(self, metric: str) -> float | None:
+        """The mean test score over the seeds."""
+        return _mean((t.test or {}).get(metric) for t in self.trials)
+
+    def measure(self, name: str) -> float | None:
+        """The mean of a validation score or a cost over the seeds."""
+        return _mean(t.metrics.get(name) for t in self.trials)
+
+    @cached_property
+    def least_loss(self) -> float | None:
+        """The mean over the seeds of the least validation cross-entropy of all checks."""
+        return _mean(min((c["val_loss"] for c in t.history() if "val_loss" in c), default=None) for t in self.trials)
+
+    @property
+    def cost(self) -> float | None:
+        """Mean device-hours end to end."""
+        passes = self.sweep.teacher.get("passes")
+        return _mean(end_to_end(t, passes) for t in self.trials)
+
+    def rows(self) -> np.ndarray | None:
+        """Per-row statistics on test over all seeds: the mean for ROUGE, the sum for BLEU (counts)."""
+        found = [rows for t in self.trials if (rows := t.rows("test")) is not None]
+        if len(found) < len(self.trials) or len({len(rows) for rows in found}) > 1:
+            return None
+        return np.sum(found, axis=0) if self.sweep.metric == "bleu" else np.mean(found, axis=0)
+
+
+def read_settings(folders: Iterable[Path]) -> tuple[list[Sweep], list[Setting]]:
+    """The sweeps and the settings of their finished trials, in the order of the trials."""
+    sweeps = [Sweep(folder, read_sweep(folder), read_trials(folder)) for folder in folders]
+    grouped: dict[tuple[Path, str], Setting] = {}
+    for sweep in sweeps:
+        for trial in sweep.trials:
+            if trial.status != "done":
+                continue
+            run = Run.model_validate(trial.run_config())
+            plain = run.model_dump(mode="json", exclude={"name": True, "training": {"seed"}})
+            # Not over sweeps: a teacher of the same name may be another, and passes cost each sweep its own.
+            key = (sweep.folder, json.dumps(plain, sort_keys=True))
+            if key in grouped:
+                grouped[key].trials.append(trial)
+            else:
+                grouped[key] = Setting(sweep, run, [trial])
+    return sweeps, list(grouped.values())
+
+
+def best(settings: Iterable[Setting]) -> Setting | None:
+    """The one with the highest mean validation score: validation decides, test reports."""
+    scored = [(score, i, s) for i, s in enumerate(settings) if (score := s.measure("score")) is not None]
+    return max(scored, key=lambda entry: (entry[0], -entry[1]))[2] if scored else None
+
+
+def difference(metric: str, a: np.ndarray | None, b: np.ndarray | None) -> Comparison | None:
+    """`a` less `b` on test by paired bootstrap over rows; None where rows are missing or not the same in number."""
+    if a is None or b is None or len(a) != len(b):
+        return None
+    return paired_bootstrap(metric, a, b)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean; None where any value is missing: a mean over the rest would be another figure."""
+    found: Sequence[float | None] = list(values)
+    known = [float(v) for v in found if v is not None]
+    return float(np.mean(known)) if known and len(known) == len(found) else None
