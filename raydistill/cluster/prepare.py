@@ -99,6 +99,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     labels, label_hours = _labels(runs, device, epochs)
     cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
     teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
+    teacher["teacher_passes"] = {"labels": label_hours, "cache": cache.hours}
     teacher["teacher_gpu_hours"] = label_hours + cache.hours
     return Prepared(teacher, shapes, labels, cache)
 

@@ -21,7 +21,8 @@ from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
-from raydistill.results.figures import count_trials, result_tables, write_report
+from raydistill.results.figures import count_trials, result_tables
+from raydistill.results.page import write_report
 from raydistill.results.records import Outcome, device_hours, outcome, read_sweep, read_trials
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
@@ -107,6 +108,7 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) 
             "metric": teacher["metric"],
             "teacher": teacher,
             "teacher_gpu_hours": teacher["teacher_gpu_hours"],
+            "teacher_passes": teacher["teacher_passes"],
             "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
             "baseline": teacher["baseline"],
             "shapes": prepared.shapes,
@@ -162,7 +164,7 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
         lines.append(f"{name}: {choice.reason}")
     if died:
         lines.append(f"{len(died)} trials died ({', '.join(died)}): run the same command to take them up again")
-    lines += ["", f"front: {found.sweep / 'front.png'}", f"table: {found.sweep / 'table.md'}"]
+    lines += ["", f"front: {found.sweep / 'front.html'} (and front.png)", f"table: {found.sweep / 'table.md'}"]
     return "\n".join(lines)
 
 
