@@ -5,8 +5,12 @@ import json
 import pytest
 
 from raydistill.cluster.launch import final_report
+from raydistill.cluster.plan import not_trained, search_plan
 from raydistill.cluster.search import StudySearch, key_of
+from raydistill.cluster.shapes import counted
 from raydistill.config.space import Space, resolve
+from raydistill.model.teachers import load_config
+from tests.tiny import save_tiny
 
 RUN = {
     "teacher": "t",
@@ -212,3 +216,21 @@ def test_the_study_counts_what_is_over(tmp_path, trials):
         searcher.suggest(str(n))
         searcher.on_trial_complete(str(n), DONE)
     assert searcher.finished == trials
+
+
+def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_path):
+    teacher = save_tiny("bart", tmp_path / "teacher")
+    config = load_config(teacher)
+    between = (counted(config, "2-1") + counted(config, "2-3")) / 2
+    asked = space(sampler="tpe", max_device_hours=3)
+    budgets = {"small": {"params_m": between}, "share": {"params_m": "1%"}}
+    asked = asked.model_copy(update={"budgets": budgets})
+    barred, remark = not_trained(asked, ["2-1", "2-3", "full"], config, tmp_path)
+    assert barred == ["2-3", "full"]  # the teacher has 2-3 layers
+    assert "by their parameters" in remark
+    shapes = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes}))
+    fast = asked.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
+    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")
+    assert "better 1/2 of its shape; no trial starts after 3 device-hours" in search_plan(asked)
+    assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole
