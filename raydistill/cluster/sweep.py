@@ -195,6 +195,7 @@ def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
             {
                 "key": t.key,
                 "status": t.status,
+                "reason": t.reason,
                 "method": t.method,
                 "size": t.size,
                 "metrics": t.metrics,
