@@ -1,7 +1,8 @@
-"""Does the pseudo-label job's memory depend on the size of the data? The product over 10,000 and over 300,000 rows.
+"""Does the pseudo-label job's memory depend on the size of the data? The product over 10,000 to 300,000 rows.
 
-A tiny teacher, so that it is the job and not the model that fills the memory. Resident memory of the driver, of the
-actors and of Ray's own processes is sampled all the while; each size runs in a driver process of its own.
+10,000 rows are half a window of the plan; from 20,000 rows on a whole one is held at a time. The teacher is tiny, so that
+it is the job and not the model that fills the memory. Resident memory of the driver, of the actors and of Ray's own
+processes is sampled all the while; each size runs in a driver process of its own.
 """
 
 import argparse
@@ -29,15 +30,16 @@ from raydistill.config.run import Dataset, Decoding
 from raydistill.data.labels import read_manifest
 from raydistill.results.figures import markdown_table
 
+ROWS = (10_000, 20_000, 300_000)
 SAMPLE_SECONDS = 0.5
-# Memory is called flat where 30 times the rows take at most this much more.
+# Memory is called flat where many times the rows take at most this much more.
 FLAT_SHARE, FLAT_MB = 0.10, 50
 
 
 def main() -> None:
     """Run each size, print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[10_000, 300_000], help="default: 10000 300000")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help=f"default: {ROWS}")
     asked = parser.parse_args()
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,8 +74,14 @@ def memory(rows: int, place: Path) -> dict[str, Any]:
         # The first quarter of the labelling warms caches; growth that is due to the rows goes on after it.
         settled = (at > first + (last - first) / 4) & (at < last)
         slope = np.polyfit(at[settled], used[settled], 1)[0] if settled.sum() > 2 else 0.0
-        found[who] = {"peak_mb": used.max(), "mb_per_100k_rows": slope * (last - first) / rows * 100_000}
-    progress(f"memory: {rows} rows in {seconds:.0f} s, {found['driver']}, {found['actor']}")
+        phases = {"before": at < first, "labelling": (at >= first) & (at <= last), "after": at > last}
+        found[who] = {
+            "peak_mb": float(used.max()),
+            "peak_by_phase": {name: float(used[among].max(initial=0.0)) for name, among in phases.items()},
+            "mb_per_100k_rows": float(slope) * (last - first) / rows * 100_000,
+        }
+    peaks = ", ".join(f"{who} {found[who]['peak_mb']:.0f} MB" for who in ("driver", "actor"))
+    progress(f"memory: {rows} rows in {seconds:.0f} s, {peaks}")
     return found
 
 
@@ -119,23 +127,28 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def report(found: list[dict[str, Any]]) -> str:
-    header = ["rows", "seconds", "driver peak MB", "actor peak MB", "Ray's own MB", "driver MB per 100k rows", "actor"]
+    """A table of the sizes, and whether the largest needs more than the smallest."""
+    header = ["rows", "seconds", "driver peak MB: planning", "labelling", "writing", "actor peak MB", "Ray's own MB"]
+    header += ["driver MB per 100k rows", "actor"]
     rows = [
         [
             f"{f['rows']}",
             f"{f['seconds']:.0f}",
-            *(f"{f[who]['peak_mb']:.0f}" for who in ("driver", "actor", "ray")),
+            *(f"{mb:.0f}" for mb in f["driver"]["peak_by_phase"].values()),
+            *(f"{f[who]['peak_mb']:.0f}" for who in ("actor", "ray")),
             *(f"{f[who]['mb_per_100k_rows']:+.1f}" for who in ("driver", "actor")),
         ]
         for f in found
     ]
+    pairs = [(found[i], found[-1], who) for i in range(len(found) - 1) for who in ("driver", "actor")]
     verdicts = [
-        f"{who}: {_verdict(found[0][who]['peak_mb'], found[-1][who]['peak_mb'])}" for who in ("driver", "actor")
+        f"From {a['rows']} to {b['rows']} rows, {who}: {_verdict(a[who]['peak_mb'], b[who]['peak_mb'])}."
+        for a, b, who in pairs
     ]
     return (
         f"{markdown_table(header, rows)}\n\nPeaks of resident memory, shared pages counted too; the actor is the "
-        "larger one. Growth is fitted over the last three quarters of the labelling. "
-        f"From {found[0]['rows']} to {found[-1]['rows']} rows: {'; '.join(verdicts)}."
+        "larger one; planning lasts until the first batch is done. Growth is fitted over the last three quarters of "
+        f"the labelling. {' '.join(verdicts)}"
     )
 
 
