@@ -1,8 +1,8 @@
 """Does the pseudo-label job's memory depend on the size of the data? The product over 10,000 to 300,000 rows.
 
-10,000 rows are half a window of the plan; from 20,000 rows on a whole one is held at a time. The teacher is tiny, so that
-it is the job and not the model that fills the memory. Resident memory of the driver, of the actors and of Ray's own
-processes is sampled all the while; each size runs in a driver process of its own.
+10,000 rows are half a window of the plan; from 20,000 rows on a whole one is held at a time. The teacher is tiny, so
+that it is the job and not the model that fills the memory. Resident memory of the driver, of the actors and of Ray's
+own processes is sampled all the while; each size runs in a driver process of its own.
 """
 
 import argparse
