@@ -166,10 +166,9 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     assert not trained & barred
     assert all(t["method"] == "kd" for t in found["trials"])
     # Three steps of a random student on eight rows: some write one word over and over, and are failed for it.
-    fates = {t["status"]: t["reason"] for t in found["trials"]}
-    assert "done" in fates
-    assert fates.keys() <= {"done", "failed"}
-    assert "collapsed" in fates.get("failed", "collapsed")
+    assert "done" in {t["status"] for t in found["trials"]}
+    for trial in found["trials"]:
+        assert trial["status"] == "done" or "collapsed" in trial["reason"]
     assert {t["chosen"]["loss.alpha_hidden"] for t in found["trials"]} == {3}
     chosen = last_json(command(home, "choose", "kd_xsum", "--within", "params_m=100", "--name", "any", "--json", **env))
     with sqlite3.connect(home / "mlflow.db") as store:

@@ -171,7 +171,8 @@ def _written(
     """The folder of the labels that the run's teacher writes, or `other`, which decodes as it does by itself."""
     teacher, decoding = (other, Decoding()) if other else (run.teacher, run.decoding)
     assert teacher is not None
-    job = Job(teacher, run.dataset, decoding=decoding, engine=run.evaluation.engine, pseudo=run.pseudo)
+    asked = run.evaluation
+    job = Job(teacher, run.dataset, decoding=decoding, engine=asked.engine, pseudo=run.pseudo, metric=asked.metric)
     with beside as also:
         return str(pseudolabel(job, home() / "labels", device, also=also))
 
