@@ -53,7 +53,7 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
     assert {path.parent.name for path in beside} == {"states"}
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
 
-    want = Want(runs, {"pseudo": str(labels)}, root, "cpu")
+    want = Want(runs, {"pseudo": {"pseudo": str(labels)}}, root, "cpu")
     made = teacher_pass(want, 4.0)
     work = want.work("full")
     assert not work.unfinished()
