@@ -61,6 +61,8 @@ def make_student(sweep: Path, key: str, number: int, score: float) -> Path:
     """A finished trial with a checkpoint that loads, served with its own four beams and with one."""
     folder = make_trial(sweep, key, number, score)
     save_tiny("bart", folder / "best")
+    path = folder / "best" / "generation_config.json"  # as training leaves it: with the lengths it was scored with
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 20}))
     beam = {"beams": 4, "length_penalty": 1.0, "min_length": 0, "max_length": 12}
     card = {
         "teacher": "big",

@@ -241,7 +241,7 @@ def carry_on(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[str, int]
 
 
 def test_a_killed_job_goes_on_and_every_row_is_there_once(tmp_path):
-    counts = carry_on(tmp_path, rows=500, kills=2, seed=5)
+    counts = carry_on(tmp_path, rows=1500, kills=2, seed=5)
     assert counts["driver"] + counts["worker"] == 2
 
 
