@@ -28,7 +28,7 @@ def report(
 
     Example: `raydistill report mini_table5 mini_table9 mini_table10`
     """
-    from raydistill.results.curves import figure_1, figure_2
+    from raydistill.results.paper_figures import figure_1, figure_2
     from raydistill.results.records import open_sweep
     from raydistill.results.report import tables
     from raydistill.results.settings import read_settings

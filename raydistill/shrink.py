@@ -49,12 +49,12 @@ def shrink(
 
     for name in (teacher, copy_from) if copy_from else (teacher,):
         check_teacher(name)
-    from raydistill.config.files import write_json_atomic
+    from raydistill.config.files import CARD, write_json_atomic
     from raydistill.model import forms
     from raydistill.model.shrink import plan
     from raydistill.model.shrink import shrink as make
     from raydistill.model.teachers import load_config, load_model, load_tokenizer, locate, set_languages
-    from raydistill.training.record import CARD, save_checkpoint
+    from raydistill.training.record import save_checkpoint
 
     where = locate(teacher, dataset or default_dataset(teacher) or "")
     layers = plan(forms.depths(load_config(where)), student)

@@ -109,12 +109,17 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.num_beams == 1
-    out = model.generate(**tokenizer(sources, return_tensors="pt", padding=True))
+    out = model.generate(**tokenizer(sources, return_tensors="pt", padding=True, truncation=True, max_length=32))
     texts = [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
     assert written == texts
     translator: Any = ctranslate2.Translator(str(folder / "ctranslate2"))
-    tokens = [tokenizer.convert_ids_to_tokens(tokenizer(source)["input_ids"]) for source in sources]
-    found = translator.translate_batch(tokens, beam_size=1, max_decoding_length=model.generation_config.max_length - 1)
+    tokens = [
+        tokenizer.convert_ids_to_tokens(tokenizer(source, truncation=True, max_length=32)["input_ids"])
+        for source in sources
+    ]
+    # generate() forces the first and the last token, and counts the start; CTranslate2 is told of the first.
+    first, most = [[tokenizer.bos_token]] * len(tokens), model.generation_config.max_length - 2
+    found = translator.translate_batch(tokens, target_prefix=first, beam_size=1, max_decoding_length=most)
     ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
 

@@ -2,8 +2,9 @@
 
 import struct
 from pathlib import Path
+from xml.etree import ElementTree
 
-from raydistill.results.figures import front_png, markdown_table, results_table
+from raydistill.results.figures import front_picture, mark_of, markdown_table, results_table
 from raydistill.results.records import Trial
 
 
@@ -53,12 +54,28 @@ def test_markdown_escapes_bars() -> None:
     assert markdown_table(["a", "b"], [["x|y", "1\n2"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |"
 
 
-def test_front_png_is_a_picture(tmp_path: Path) -> None:
-    path = tmp_path / "front.png"
+def test_the_front_is_a_picture() -> None:
     teacher = {"metrics": {"rouge2": 21.0}, "costs": {"latency_ms": 1900.0}}
-    front_png(path, TRIALS, ["a", "b"], {"fast": "a"}, teacher, "rouge2", bounds={"fast": {"latency_ms": 700}})
-    content = path.read_bytes()
+    bounds = {"fast": {"latency_ms": 700.0}}
+    content = front_picture(TRIALS, ["a", "b"], {"fast": "a"}, teacher, "rouge2", bounds=bounds)
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1200, 750)
-    front_png(path, [], [], {}, None, "bleu")  # nothing finished yet is no error
-    assert [p.name for p in tmp_path.iterdir()] == ["front.png"]
+    front_picture([], [], {}, None, "bleu")  # nothing finished yet is no error
+
+
+def test_the_svg_has_a_mark_for_every_scored_trial_and_is_the_same_every_time() -> None:
+    made = [
+        front_picture(
+            TRIALS,
+            ["a"],
+            {"fast": "a"},
+            {"metrics": {"rouge2": 21.0}, "costs": {"latency_ms": 9}},
+            "rouge2",
+            form="svg",
+        )
+        for _ in range(2)
+    ]
+    assert made[0] == made[1]
+    ids = {g.get("id") for g in ElementTree.fromstring(made[0]).iter("{http://www.w3.org/2000/svg}g")}
+    assert {mark_of(key) for key in "abc"} | {"teacher"} <= ids
+    assert mark_of("x") not in ids

@@ -1,12 +1,19 @@
 """The search's study on disk, without Ray's actors: what is proposed, what is taken up after a kill."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from raydistill.cluster.launch import final_report
+from raydistill.cluster.plan import not_trained, search_plan
 from raydistill.cluster.search import StudySearch, key_of
+from raydistill.cluster.shapes import counted
+from raydistill.cluster.watch import Watch
 from raydistill.config.space import Space, resolve
+from raydistill.model.teachers import load_config
+from tests.tiny import save_tiny
 
 RUN = {
     "teacher": "t",
@@ -205,6 +212,23 @@ def test_the_key_is_of_the_settings_and_not_of_the_name():
     assert key_of(a) != key_of(resolve(space(), {**chosen, "student.size": "2-1"}, "one"))
 
 
+def test_the_watch_tells_where_the_search_stands(capsys):
+    watch = Watch(trials=6, metric="rouge2", over=1)
+    watch.begun = time.monotonic() - 240
+    for number, (size, score) in enumerate([("2-3", 20.0), ("2-1", 9.0), ("2-3", 18.0)]):
+        trial = SimpleNamespace(trial_id=str(number), config={"number": number, "key": f"k{number}", "size": size})
+        watch.on_trial_start(0, [], trial)
+        watch.on_trial_result(0, [], trial, {"step": 5, "score": score - 1})
+        watch.on_trial_result(0, [], trial, {"finished": True, "status": "done", "score": score, "gpu_hours": 0.5})
+    failed = SimpleNamespace(trial_id="9", config={"number": 9, "key": "k9", "size": "2-1"})
+    watch.on_trial_start(0, [], failed)
+    watch.on_trial_result(0, [], failed, {"finished": True, "status": "failed", "gpu_hours": 0.25})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2] == "trial 9 k9 is over after 0 s: failed"
+    # four trials in four minutes, one left
+    assert lines[-1] == ("  5 of 6 trials over; 1.750 device-hours; about 1 min left; best so far: 2-1 9.00, 2-3 20.00")
+
+
 @pytest.mark.parametrize("trials", [1, 4])
 def test_the_study_counts_what_is_over(tmp_path, trials):
     searcher = StudySearch(space(), tmp_path)
@@ -212,3 +236,21 @@ def test_the_study_counts_what_is_over(tmp_path, trials):
         searcher.suggest(str(n))
         searcher.on_trial_complete(str(n), DONE)
     assert searcher.finished == trials
+
+
+def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_path):
+    teacher = save_tiny("bart", tmp_path / "teacher")
+    config = load_config(teacher)
+    between = (counted(config, "2-1") + counted(config, "2-3")) / 2
+    asked = space(sampler="tpe", max_device_hours=3)
+    budgets = {"small": {"params_m": between}, "share": {"params_m": "1%"}}
+    asked = asked.model_copy(update={"budgets": budgets})
+    barred, remark = not_trained(asked, ["2-1", "2-3", "full"], config, tmp_path)
+    assert barred == ["2-3", "full"]  # the teacher has 2-3 layers
+    assert "by their parameters" in remark
+    shapes = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes}))
+    fast = asked.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
+    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")
+    assert "better 1/2 of its shape; no trial starts after 3 device-hours" in search_plan(asked)
+    assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole

@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.config.files import CARD, write_atomic, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.model.convert import RefusedError, converted
 from raydistill.model.teachers import load_config, load_tokenizer, max_tokens
 from raydistill.results.card import model_card
 from raydistill.results.records import Outcome, Trial, read_json
-from raydistill.training.record import CARD, making
+from raydistill.training.record import making
 
 
 def export(found: Outcome, key: str) -> Path:

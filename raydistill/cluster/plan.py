@@ -12,7 +12,9 @@ from raydistill.config.run import Run, parse_labels
 from raydistill.config.space import Space, split
 from raydistill.data.corpus import read_corpus, split_names, statistics
 from raydistill.model.shrink import check_same_shape, plan
+from raydistill.results.budget import admitted, known_bounds
 from raydistill.results.paper import TABLE_4, TABLE_5, data_name, teacher_name
+from raydistill.results.records import read_sweep
 
 # Of running English text in BART's vocabulary; other languages and smaller vocabularies take more.
 TOKENS_PER_WORD = 1.15
@@ -43,6 +45,9 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     lines.append(f"expected device-hours: {f'about {hours:.0f}' if hours else 'not known'} ({why_hours})")
     for name, bounds in space.budgets.items():
         lines.append(f"budget {name}: {', '.join(f'{k} <= {v}' for k, v in bounds.items())}")
+    barred, unknown = not_trained(space, sizes, config, folder)
+    lines.append(f"shapes that no budget admits, and that are not trained: {', '.join(barred) or 'none'}{unknown}")
+    lines.append(search_plan(space))
     return {
         "text": "\n".join(lines),
         "name": space.name,
@@ -54,6 +59,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         "sizes": sizes,
         "combinations": len(runs),
         "expected_gpu_hours": hours,
+        "not_trained": barred,
         **disk,
     }
 
@@ -189,6 +195,41 @@ def shape_row(size: str, runs: list[Run], config: Any) -> list[str]:
     layers = {str(plan(forms.depths(config), run.student).decoder or "random") for run in mine}
     shown = "; ".join(sorted(layers))
     return [size, shown, f"{counted(config, size if size != 'full' else forms.size_name(config)):.1f}"]
+
+
+def not_trained(space: Space, sizes: list[str], config: Any, folder: Path) -> tuple[list[str], str]:
+    """Sizes that no budget admits by what is known before the sweep, and a remark on what is not known yet.
+
+    Parameters are known; latency and memory too once a sweep of this name has timed its shapes.
+    """
+    from raydistill.cluster.shapes import counted
+    from raydistill.model import forms
+
+    if config is None or not space.budgets:
+        return [], ""
+    timed = read_sweep(folder).get("shapes") or {} if (folder / "sweep.json").is_file() else {}
+    whole = forms.size_name(config)
+    costs = {s: {"params_m": counted(config, s), **timed.get(s, {})} for s in {whole, *sizes} - {"full"}}
+    costs["full"] = costs[whole]
+    budgets = known_bounds(space.budgets, costs[whole])
+    remark = "" if timed else " (by their parameters; latency and memory are known once they are timed)"
+    return [size for size in sizes if not admitted(costs[size], budgets)], remark
+
+
+def search_plan(space: Space) -> str:
+    """What ends a trial and the search before all trials are done, in a line."""
+    search = space.search
+    parts = ["every trial runs to its end"]
+    if search.stops_early:
+        parts = [
+            f"a trial may stop early from {search.grace:.0%} of its steps on, where it is not in the better "
+            f"1/{search.reduction} of its shape"
+        ]
+    if search.max_device_hours is not None:
+        parts.append(f"no trial starts after {search.max_device_hours:g} device-hours")
+    if search.max_hours is not None:
+        parts.append(f"nor {search.max_hours:g} hours after the command's start")
+    return "; ".join(parts)
 
 
 def distribution_rows(space: Space) -> list[list[str]]:

@@ -165,7 +165,7 @@ class StudySearch(OptunaSearch):
                 number = self.numbers.setdefault(key, len(self.numbers))
                 trial.set_user_attr("key", key)
                 trial.set_user_attr("number", number)
-                return {"chosen": chosen, "key": key, "number": number}
+                return {"chosen": chosen, "key": key, "number": number, "size": run.student.size or "full"}
             self._ot_study.tell(trial, state=TrialState.FAIL)
         return Searcher.FINISHED
 

@@ -21,7 +21,9 @@ from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
-from raydistill.results.figures import count_trials, result_tables, write_report
+from raydistill.results.cost import pass_hours
+from raydistill.results.figures import count_trials, result_tables
+from raydistill.results.page import write_report
 from raydistill.results.records import Outcome, device_hours, outcome, read_sweep, read_trials
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
@@ -99,6 +101,7 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
 def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) -> None:
     """Write sweep.json: what tables, choices and MLflow need beside the trials."""
     teacher = prepared.teacher
+    passes = teacher["passes"]
     write_json_atomic(
         folder / "sweep.json",
         {
@@ -107,6 +110,7 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) 
             "metric": teacher["metric"],
             "teacher": teacher,
             "teacher_gpu_hours": teacher["teacher_gpu_hours"],
+            "teacher_passes": {"labels": pass_hours({**passes, "cache": 0.0}), "cache": passes["cache"]},
             "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
             "baseline": teacher["baseline"],
             "shapes": prepared.shapes,
@@ -162,7 +166,7 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
         lines.append(f"{name}: {choice.reason}")
     if died:
         lines.append(f"{len(died)} trials died ({', '.join(died)}): run the same command to take them up again")
-    lines += ["", f"front: {found.sweep / 'front.png'}", f"table: {found.sweep / 'table.md'}"]
+    lines += ["", f"front: {found.sweep / 'front.html'} (and front.png)", f"table: {found.sweep / 'table.md'}"]
     return "\n".join(lines)
 
 

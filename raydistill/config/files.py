@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+CARD = "raydistill.json"  # beside a checkpoint's weights: where it comes from
+
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, synced and then renamed into place."""

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.files import CARD
 from raydistill.config.run import Decoding
 from raydistill.model.generate import Engine, open_engine, resolve_decoding
-
-CARD = "raydistill.json"
 
 
 class Student:

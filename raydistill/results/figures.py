@@ -1,11 +1,10 @@
 """The front as a picture and the trials as a table, for the terminal, a README and MLflow."""
 
 import io
+import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from raydistill.config.files import write_atomic
 from raydistill.results.budget import UNITS
 from raydistill.results.records import Outcome, Trial, decoding_label
 
@@ -23,31 +22,23 @@ AXES = {
 }
 
 
-def write_report(found: Outcome) -> list[Path]:
-    """Write SWEEP/table.md and, once a trial is finished, SWEEP/front.png; returns what was written."""
-    table = found.sweep / "table.md"
-    text = "\n\n".join(markdown_table(*part) for part in result_tables(found))
-    write_atomic(table, (text + "\n").encode())
-    written = [table]
-    if any(t.scored for t in found.trials):
-        picture = found.sweep / "front.png"
-        front_png(
-            picture,
-            [*found.students, *(t for t in found.trials if t.folder not in {s.folder for s in found.students})],
-            found.front,
-            found.chosen,
-            found.teacher,
-            found.metric,
-            found.cost,
-            found.bounds,
-            title=found.name,
-        )
-        written.append(picture)
-    return written
+def front_of(found: Outcome, form: Literal["png", "svg"]) -> bytes:
+    """The front of a sweep: its students, and paler the trials that are none of them."""
+    students = {student.folder for student in found.students}
+    return front_picture(
+        [*found.students, *(trial for trial in found.trials if trial.folder not in students)],
+        found.front,
+        found.chosen,
+        found.teacher,
+        found.metric,
+        found.cost,
+        found.bounds,
+        title=found.name,
+        form=form,
+    )
 
 
-def front_png(
-    path: Path,
+def front_picture(
     trials: Sequence[Trial],
     front_keys: Sequence[str],
     choices: dict[str, str | None],
@@ -56,17 +47,15 @@ def front_png(
     cost: str = "latency_ms",
     bounds: dict[str, dict[str, float]] | None = None,
     title: str = "",
-) -> None:
+    form: Literal["png", "svg"] = "png",
+) -> bytes:
     """Validation score against cost, with 95 % intervals: colour is the method, marker the size.
 
     The front is a stepped line, the chosen are ringed and named by their budgets, the teacher is a star, and a
-    budget that bounds this cost is a dotted line. `choices` maps a budget to a trial's key.
+    budget that bounds this cost is a dotted line. `choices` maps a budget to a trial's key. In an SVG every student's
+    mark has the id `mark_of` its key, and the teacher's "teacher".
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     done = [t for t in trials if t.scored and t.score(metric) is not None and cost in t.metrics]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     try:
@@ -88,11 +77,32 @@ def front_png(
         if title:
             axes.set_title(title, loc="left", fontweight="bold")
         _legend(axes, {t.method for t in done}, markers, teacher is not None)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return picture(figure, form)
     finally:
         plt.close(figure)
-    write_atomic(path, buffer.getvalue())
+
+
+def pyplot() -> Any:
+    """Matplotlib without a screen, with an SVG's text kept as text and its ids the same every time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "raydistill"})
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def picture(figure: Any, form: Literal["png", "svg"]) -> bytes:
+    """A figure as a file's content, without what would differ from run to run."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, metadata={"Software": None} if form == "png" else {"Date": None})
+    return buffer.getvalue()
+
+
+def mark_of(key: str) -> str:
+    """The id of a student's mark in an SVG."""
+    return "student-" + re.sub(r"[^A-Za-z0-9-]", "_", key)
 
 
 def results_table(
@@ -162,14 +172,17 @@ def count_trials(trials: Sequence[Trial]) -> str:
     return f"{len(trials)} trials" + (f": {', '.join(parts)}" if parts else "")
 
 
-def choices_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
-    """A header and a row per budget: what was chosen, and why."""
+def choices_table(found: Outcome, links: dict[str, str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """A header and a row per budget: what was chosen, and why; `links` lead to a trial by its key."""
     header = ["budget", "bound", "student", NAMES.get(found.metric, found.metric), "why"]
     rows = []
     for name, choice in found.choices.items():
         bound = ", ".join(f"{k} <= {v:.4g} {UNITS.get(k, '')}".rstrip() for k, v in found.bounds[name].items())
         best = choice.best
-        rows.append([name, bound, best.label if best else "-", _number(best.score if best else None, 2), choice.reason])
+        student = best.label if best else "-"
+        if best and links and found.trial_of(best.key) in links:
+            student = f"[{student}]({links[found.trial_of(best.key)]})"
+        rows.append([name, bound, student, _number(best.score if best else None, 2), choice.reason])
     return header, rows
 
 
@@ -206,7 +219,8 @@ def _draw_trial(axes: Any, trial: Trial, at: tuple[float, float], marker: str, o
         alpha = 0.7 if on_front else 0.25
         axes.errorbar(*at, yerr=spread, color=colour, alpha=alpha, linewidth=1, capsize=2, zorder=2)
     face = colour if on_front else "white"
-    axes.scatter(*at, marker=marker, s=52, facecolor=face, edgecolor=colour, linewidth=1.3, zorder=3)
+    mark = axes.scatter(*at, marker=marker, s=52, facecolor=face, edgecolor=colour, linewidth=1.3, zorder=3)
+    mark.set_gid(mark_of(trial.key))
 
 
 def _draw_teacher(axes: Any, teacher: dict[str, Any] | None, metric: str, cost: str) -> None:
@@ -216,7 +230,7 @@ def _draw_teacher(axes: Any, teacher: dict[str, Any] | None, metric: str, cost: 
         return
     axes.axhline(score, color="black", linewidth=0.7, linestyle=(0, (5, 4)), alpha=0.5, zorder=0)
     if price is not None:
-        axes.scatter(price, score, marker="*", s=220, color="black", zorder=4)
+        axes.scatter(price, score, marker="*", s=220, color="black", zorder=4).set_gid("teacher")
 
 
 def _draw_budgets(axes: Any, bounds: dict[str, dict[str, float]], cost: str) -> None:

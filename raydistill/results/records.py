@@ -19,7 +19,6 @@ from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose
 from raydistill.results.stopping import Curve
 
 SERVED = "served.json"
-CARD = "raydistill.json"
 
 
 @dataclass(frozen=True)

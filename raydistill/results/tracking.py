@@ -24,7 +24,9 @@ from filelock import FileLock, Timeout
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic
-from raydistill.results.figures import choices_table, count_trials, markdown_table, write_report
+from raydistill.results.costs import method_table
+from raydistill.results.figures import choices_table, count_trials, markdown_table
+from raydistill.results.page import write_report
 from raydistill.results.records import Outcome, Trial, decoding_label, outcome, read_sweep
 
 FINAL = (
@@ -291,8 +293,12 @@ def _publish_parent(
 ) -> None:
     run_id = parent.info.run_id
     note = f"**{found.name}**: {count_trials(found.trials)}."
+    at = f"#/experiments/{parent.info.experiment_id}/runs"
     if found.choices:
-        note += f"\n\n{markdown_table(*choices_table(found))}"
+        links = {key: f"{at}/{child.info.run_id}" for key, child in children.items()}
+        note += f"\n\n{markdown_table(*choices_table(found, links))}"
+    note += f"\n\n{markdown_table(*method_table(found))}"
+    note += "\n\nThe front to point at, and the learning curves: artifact `front.html` of this run."
     client.set_tag(run_id, "mlflow.note.content", note[:8000])
     teacher = found.teacher
     scores = {**(teacher.get("metrics") or {}), **(teacher.get("costs") or {})}

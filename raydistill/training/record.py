@@ -13,11 +13,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import CARD, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.model.shrink import Plan
-
-CARD = "raydistill.json"
 
 
 def claim(folder: Path, run: Run) -> None:

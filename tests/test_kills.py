@@ -1,0 +1,88 @@
+"""A sweep that is killed at twenty random moments ends as one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.test_sweep import KILL_SPACE, mlflow_children
+from tests.world import environment, make_world, processes_of, wait_for_ray_to_end
+
+KILLS = 20
+WANTED = {(method, size) for method in ("sft", "kd") for size in ("2-3", "2-2", "2-1")}
+
+
+def workers_of(home: Path) -> list[psutil.Process]:
+    """Ray's worker processes that have work: trials, and what prepares or judges them."""
+    return [p for p in processes_of(home) if p.name().startswith("ray::") and "IDLE" not in p.name()]
+
+
+def start(path: Path, home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydistill.sweep", str(path), "--json"],
+        env=environment(),
+        cwd=home.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_under_kills(path: Path, home: Path, rng: random.Random, most: int) -> tuple[int, dict]:
+    """Start the sweep again and again until it ends by itself; how often it was killed, and what it printed."""
+    kills = 0
+    process = start(path, home)
+    while True:
+        try:
+            out, errors = process.communicate(timeout=rng.uniform(1, 25) if kills < most else 280)
+        except subprocess.TimeoutExpired:
+            workers = workers_of(home)
+            kills += 1
+            if workers and rng.random() < 0.4:  # the sweep itself must get over it
+                rng.choice(workers).send_signal(signal.SIGKILL)
+                continue
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            wait_for_ray_to_end(home)
+            process = start(path, home)
+            continue
+        assert process.returncode == 0, errors[-3000:]
+        return kills, json.loads(out.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_path):
+    rng = random.Random(6)
+    teacher, data = make_world(tmp_path)
+    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    kills = 0
+    keys = set()
+    while kills < KILLS:
+        place = tmp_path / f"round{kills}"
+        home = place / "outputs"
+        place.mkdir()
+        path = place / "killed.yaml"
+        path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": {**KILL_SPACE["search"], "retries": 50}}))
+        more, found = run_under_kills(path, home, rng, KILLS - kills)
+        assert more > 0, "the sweep ended before it could be killed"
+        kills += more
+        assert {t["status"] for t in found["trials"]} == {"done"}
+        assert sorted((t["method"], t["size"]) for t in found["trials"]) == sorted(WANTED)
+        keys.add(frozenset(t["key"] for t in found["trials"]))
+        assert sorted(key for key, _ in mlflow_children(home)) == sorted(t["key"] for t in found["trials"])
+        for history in home.glob("sweeps/killed/trials/*/metrics.jsonl"):
+            steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
+            assert steps == sorted(set(steps))
+            assert len(steps) == 12
+        wait_for_ray_to_end(home)
+    assert len(keys) == 1

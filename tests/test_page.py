@@ -1,0 +1,97 @@
+"""The page and the costs, from a sweep's folder; that a browser shows it is in test_browser.py."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raydistill.config.files import write_json_atomic
+from raydistill.results import records
+from raydistill.results.costs import gain, method_table
+from raydistill.results.page import facts, page, write_report
+from raydistill.results.records import Trial
+from tests.test_tracking import make_trial
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two trials, one served with two decodings, a stopped one, and one that failed with a reason to be escaped."""
+    teacher = {"name": "big", "size": "4-4", "metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}}
+    info = {"name": "mini", "metric": "rouge2", "teacher": teacher, "budgets": {"fast": {"latency_ms": "50%"}}}
+    write_json_atomic(tmp_path / "sweep.json", info)
+    make_trial(tmp_path, "a", 0, 10.0)
+    make_trial(tmp_path, "b", 1, 12.0)
+    make_trial(tmp_path, "c", 2, 9.0)
+    failed = make_trial(tmp_path, "d", 3, 1.0, status="failed")
+    result = records.read_json(failed / "result.json")
+    write_json_atomic(failed / "result.json", {**result, "reason": "</script><b>loss"})
+    decodings = []
+    for beams, score, milliseconds in ((4, 10.0, 90.0), (1, 8.0, 30.0)):
+        one = {"beams": beams, "length_penalty": 0.6, "metrics": {"rouge2": score}, "interval": [score - 1, score + 1]}
+        decodings.append({**one, "costs": {"latency_ms": milliseconds}})
+    write_json_atomic(tmp_path / "trials" / "a" / "served.json", {"decodings": decodings})
+    return tmp_path
+
+
+def test_the_front_holds_pairs_of_checkpoint_and_decoding(sweep: Path) -> None:
+    found = records.outcome(sweep)
+    assert found.front == ["a b1", "a b4-p0.6"]
+    assert [found.trial_of(key) for key in found.front] == ["a", "a"]
+    fastest = found.student("a b1")
+    assert fastest.label == "4-1 kd (trial 0, 1 beam)"
+    assert (fastest.metrics["latency_ms"], fastest.metrics["speedup"], fastest.test) == (30.0, 10.0, None)
+    assert found.student("a b4-p0.6").test == {"rouge2": 9.5, "interval": [8.0, 10.0]}  # its own decoding's, as trained
+
+
+def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhere(sweep: Path) -> None:
+    found = records.outcome(sweep)
+    text = page(found)
+    shown = facts(found)
+    for mark in shown:
+        assert f'id="{mark}"' in text or mark == "student-a"  # trial a is shown as it was served
+    assert shown["student-a_b1"][:4] == [
+        "4-1 kd (trial 0, 1 beam)",
+        "method kd, labels original",
+        "encoder layers copied: 0 1 2 3",
+        "decoder layers copied: 0",
+    ]
+    assert "ROUGE-2 8.00 [7.00, 9.00] on validation" in shown["student-a_b1"]
+    assert shown["teacher"][0] == "teacher big (4-4)"
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert data is not None
+    assert json.loads(data[1]) == shown
+    assert "</script><b>" not in text
+    assert not re.search(r'(?:src|href)="https?:', text)
+
+
+def test_the_report_is_four_files(sweep: Path) -> None:
+    written = write_report(records.outcome(sweep))
+    assert sorted(path.name for path in written) == ["curves.png", "front.html", "front.png", "table.md"]
+    assert all(path.stat().st_size > 0 for path in written)
+    assert (sweep / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def trial(method: str, size: str, score: float, hours: float) -> Trial:
+    metrics = {"rouge2": score, "gpu_hours": hours}
+    return Trial(f"{method}{size}{score}", Path("x"), "done", method=method, size=size, metrics=metrics)
+
+
+def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_hours_hold_the_teachers_pass(
+    sweep: Path,
+) -> None:
+    trials = [
+        *(trial("sft", "2-2", 10, 1), trial("sft", "2-2", 12, 1), trial("sft", "2-1", 5, 1)),
+        *(trial("pl", "2-2", 13, 2), trial("pl", "2-1", 8, 1), trial("pl", "2-3", 99, 1)),
+    ]
+    assert gain(trials, "pl", "rouge2") == 2.0  # (1 + 3) / 2; nothing to compare 2-3 with
+    assert gain(trials, "sft", "rouge2") is None
+    assert gain(trials, "kd", "rouge2") is None
+    found = records.outcome(sweep)
+    found = replace(found, trials=trials, info={**found.info, "teacher_passes": {"labels": 4.0, "cache": 9.0}})
+    _, rows = method_table(found)
+    assert rows == [
+        ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
+        ["sft", "3", "3.000", "0.000", "-", "-"],
+    ]
