@@ -106,11 +106,18 @@ class Student(Model):
 
 
 class Loss(Model):
-    """alpha_data * CE + alpha_logits * KL + alpha_hidden * MSE; only `kd` uses the last two."""
+    """alpha_data * CE + alpha_logits * KL + alpha_hidden * MSE; only `kd` uses more than the first.
+
+    `alpha_attention` and `alpha_cosine` add what the paper tried in section 6.3 and did not find to help.
+    """
 
     alpha_data: float = Field(1.0, ge=0)
     alpha_logits: float = Field(0.8, ge=0)
     alpha_hidden: float = Field(3.0, ge=0)
+    alpha_attention: float = Field(
+        0.0, ge=0, description="attention maps against those of the teacher's layers (TinyBERT); its decoder runs live"
+    )
+    alpha_cosine: float = Field(0.0, ge=0, description="1 - cosine of the last hidden states (DistilBERT)")
     temperature: float = Field(2.0, gt=0)
     normalize_hidden: bool = Field(False, description="layer-norm both sides before the hidden loss")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -269,7 +276,10 @@ class Run(Model):
             raise ValueError("`student` shrinks a teacher; a random `start` has its own layer counts")
         if self.method == "pl" and self.labels == "original":
             raise ValueError("method pl trains on pseudo-labels; labels: original is method sft")
-        if self.method == "kd" and self.loss.alpha_logits == 0 and self.loss.alpha_hidden == 0:
+        loss = self.loss
+        if self.method == "kd" and not any(
+            (loss.alpha_logits, loss.alpha_hidden, loss.alpha_attention, loss.alpha_cosine)
+        ):
             raise ValueError("method kd with alpha_logits 0 and alpha_hidden 0 is method sft")
         if self.start is not None and self.wants_pseudo:
             raise ValueError("labels: pseudo are a `teacher`'s; a random `start` can be given a label set's folder")

@@ -1,7 +1,9 @@
 """What differs between BART, Pegasus, mBART, Marian and T5: depth, encoder, decoder and output head by one name."""
 
+import contextlib
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +18,14 @@ class States:
     """A stack's outputs: `last` [batch, tokens, width]; `layers`, one such per layer, empty unless asked for.
 
     `layers[l]` is the output of layer l (counted from 0); the last entry follows the final norm where the
-    form has one (Pegasus, mBART, T5), so it equals `last`.
+    form has one (Pegasus, mBART, T5), so it equals `last`. `attentions`, too only where asked for: of each decoder
+    layer the weights of its self-attention [batch, heads, tokens, tokens] and of its attention to the source
+    [batch, heads, tokens, source tokens].
     """
 
     last: Tensor
     layers: tuple[Tensor, ...] = ()
+    attentions: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def depths(config: PretrainedConfig) -> tuple[int, int]:
@@ -60,16 +65,36 @@ def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = Fal
     return _states(out)
 
 
-def decode(model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False) -> States:
+def decode(
+    model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False, attentions: bool = False
+) -> States:
     """Decoder outputs for decoder input ids [batch, target tokens], reading `encoded` [batch, tokens, width]."""
-    out = model.get_decoder()(
-        input_ids=ids,
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=mask,
-        output_hidden_states=layers,
-        use_cache=False,
+    with _weights_returned(model) if attentions else contextlib.nullcontext():
+        out = model.get_decoder()(
+            input_ids=ids,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=mask,
+            output_hidden_states=layers,
+            output_attentions=attentions,
+            use_cache=False,
+        )
+    found = _states(out)
+    return (
+        replace(found, attentions=tuple(zip(out.attentions, out.cross_attentions, strict=True)))
+        if attentions
+        else found
     )
-    return _states(out)
+
+
+@contextlib.contextmanager
+def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
+    """A block in which attention is computed so that its weights can be returned: fused kernels never have them."""
+    fast = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(fast)
 
 
 def head(model: PreTrainedModel, hidden: Tensor, table: Tensor | None = None) -> Tensor:

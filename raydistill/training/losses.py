@@ -1,6 +1,7 @@
 """The losses. Each is a sum over tokens, already times its weight, so that micro-batches and workers simply add up.
 
-`L = alpha_data * CE + alpha_logits * KL + alpha_hidden * hidden` (Shleifer and Rush 2020, equations 1 to 5).
+`L = alpha_data * CE + alpha_logits * KL + alpha_hidden * hidden` (Shleifer and Rush 2020, equations 1 to 5), and where
+asked for `+ alpha_attention * attention + alpha_cosine * cosine` (their section 6.3).
 """
 
 from collections.abc import Callable, Sequence
@@ -60,6 +61,21 @@ def hidden_mse(student: Tensor, teacher: Tensor, normalize: bool = False) -> Ten
         student = F.layer_norm(student, student.shape[-1:])
         teacher = F.layer_norm(teacher, teacher.shape[-1:])
     return (student - teacher).pow(2).mean(dim=-1).sum()
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Sum over tokens of 1 - the cosine of the angle between both sides; both [tokens, width] (Sanh et al. 2019)."""
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).sum()
+
+
+def attention_mse(student: Tensor, teacher: Tensor, real: Tensor, keys: Tensor) -> Tensor:
+    """Sum over real tokens of the squared error of attention weights, a mean over heads and real keys.
+
+    Both [rows, heads, tokens, keys]; `real` [rows, tokens], true for real tokens; `keys` [rows], how many keys of a row
+    are real. Padding has no weight on either side, so it adds nothing (Jiao et al. 2019, on weights and not on scores).
+    """
+    squared = (student.float() - teacher.float()).pow(2).sum(dim=-1).mean(dim=1)
+    return (squared / keys[:, None])[real].sum()
 
 
 class _OutputLoss(torch.autograd.Function):

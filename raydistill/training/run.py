@@ -137,7 +137,8 @@ def supervise(
         return supervision
     supervision = replace(supervision, **_stores(run, teacher, examples, inputs, worker.device, autocast))
     encoder_taught = not frozen.shared and layers is not None and not layers.encoder_complete
-    if run.method == "kd" and (not supervision.decoded or encoder_taught or not frozen.embeddings):
+    live = not supervision.decoded or encoder_taught or not frozen.embeddings or run.loss.alpha_attention > 0
+    if run.method == "kd" and live:
         torch.nn.Module.to(teacher.model, worker.device)
         supervision = replace(supervision, teacher=teacher.model)
     return supervision

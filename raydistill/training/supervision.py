@@ -14,7 +14,7 @@ from raydistill.config.run import Loss, Method
 from raydistill.data.batches import Examples
 from raydistill.model import forms
 from raydistill.model.shrink import Plan
-from raydistill.training.losses import Targets, hidden_mse, output_loss
+from raydistill.training.losses import Targets, attention_mse, cosine_distance, hidden_mse, output_loss
 from raydistill.training.teacher_cache import Ragged, mask_of, padded
 
 
@@ -84,6 +84,10 @@ class Supervision:
             weights["hidden"] = tokens
             if self._encoder_taught:
                 weights["encoder_hidden"] = float(self.examples.source_tokens(batch))
+        if self.method == "kd" and self.loss.alpha_attention > 0:
+            weights["attention"] = tokens
+        if self.method == "kd" and self.loss.alpha_cosine > 0:
+            weights["cosine"] = tokens
         return weights
 
     def alphas(self) -> dict[str, float]:
@@ -94,6 +98,8 @@ class Supervision:
             "logits": loss.alpha_logits,
             "hidden": loss.alpha_hidden,
             "encoder_hidden": loss.alpha_hidden,
+            "attention": loss.alpha_attention,
+            "cosine": loss.alpha_cosine,
         }
 
     def read(self, batch: Sequence[int]) -> Batch:
@@ -108,10 +114,15 @@ class Supervision:
 
     def terms(self, batch: Batch, scales: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, the terms' sums times their `scales`; and each term's sum, without gradient."""
-        hidden_wanted = self.method == "kd" and self.loss.alpha_hidden > 0
+        hidden_wanted = "hidden" in scales
         encoded, loss, sums = self._encode(batch, scales)
         ours = forms.decode(
-            self.student, forms.shift_right(self.student, batch.labels), encoded, batch.mask, layers=hidden_wanted
+            self.student,
+            forms.shift_right(self.student, batch.labels),
+            encoded,
+            batch.mask,
+            layers=hidden_wanted,
+            attentions="attention" in scales,
         )
         real = batch.labels != -100
         theirs = self._taught(batch, encoded) if self.method == "kd" else {}
@@ -136,6 +147,12 @@ class Supervision:
                 [hidden_mse(layer[real], theirs[phi], self.loss.normalize_hidden) for layer, phi in pairs]
             ).sum()
             loss, sums["hidden"] = loss + scales["hidden"] * hidden, hidden.detach()
+        if "cosine" in scales:
+            cosine = cosine_distance(ours.last[real], theirs[max(theirs)])
+            loss, sums["cosine"] = loss + scales["cosine"] * cosine, cosine.detach()
+        if "attention" in scales:
+            attention = self._attention(batch, encoded, ours.attentions)
+            loss, sums["attention"] = loss + scales["attention"] * attention, attention.detach()
         return loss, sums
 
     @property
@@ -191,13 +208,32 @@ class Supervision:
         """The teacher decoder's outputs at the layers needed, real tokens only, [tokens, width] each."""
         if batch.taught:
             return batch.taught
-        assert self.teacher is not None
         real = batch.labels != -100
-        with torch.no_grad():
-            if not self.encoder_shared:
-                # The teacher's decoder reads the teacher's encoder, never a student's.
-                assert batch.ids is not None
-                encoded = forms.encode(self.teacher, batch.ids, batch.mask).last
-            decoder_ids = forms.shift_right(self.teacher, batch.labels)
-            layers = forms.decode(self.teacher, decoder_ids, encoded, batch.mask, layers=True).layers
+        layers = self._teacher_decoder(batch, encoded, layers=True).layers
         return {layer: layers[layer][real] for layer in self.layers_needed}
+
+    def _attention(self, batch: Batch, encoded: Tensor, ours: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
+        """The attention maps' loss, summed over layers and both kinds of attention.
+
+        Maps are in no cache: the teacher's decoder runs live, on the cached encoder states where there are any.
+        """
+        assert self.plan is not None
+        theirs = self._teacher_decoder(batch, encoded, attentions=True).attentions
+        real = batch.labels != -100
+        pairs = zip(ours, self.plan.supervised_decoder, strict=True)
+        found = [
+            attention_mse(own, taught, real, keys)
+            for layer, phi in pairs
+            for own, taught, keys in zip(layer, theirs[phi], (real.sum(-1), batch.mask.sum(-1)), strict=True)
+        ]
+        return torch.stack(found).sum()
+
+    @torch.no_grad()
+    def _teacher_decoder(self, batch: Batch, encoded: Tensor, **wanted: bool) -> forms.States:
+        """The teacher's decoder, run on a micro-batch; `encoded` are the student's encoder states."""
+        assert self.teacher is not None
+        if not self.encoder_shared:
+            # The teacher's decoder reads the teacher's encoder, never a student's.
+            assert batch.ids is not None
+            encoded = forms.encode(self.teacher, batch.ids, batch.mask).last
+        return forms.decode(self.teacher, forms.shift_right(self.teacher, batch.labels), encoded, batch.mask, **wanted)
