@@ -160,7 +160,7 @@ def converted(
 
 
 def _conversion_key(checkpoint: str | Path) -> str:
-    import ctranslate2
+    ctranslate2 = load_ctranslate2()
 
     folder = resolve(checkpoint)
     digest = hashlib.sha256(teachers.fingerprint(folder).encode())
@@ -245,9 +245,20 @@ def _converter_config(config: Any) -> Any:
     return config
 
 
-def open_translator(folder: Path, device: str, threads: int, compute_type: str) -> Any:
+def load_ctranslate2() -> Any:
+    """The library, told to use the widest instructions that the CPU has; ImportError where it is not installed.
+
+    By itself it takes AVX512 on Intel's CPUs only; on an AMD EPYC that has it, it brought 5 % in fp32 and 15 % in int8.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        os.environ.setdefault("CT2_FORCE_CPU_ISA", "AVX512")
     import ctranslate2
 
+    return ctranslate2
+
+
+def open_translator(folder: Path, device: str, threads: int, compute_type: str) -> Any:
+    ctranslate2 = load_ctranslate2()
     kind, _, index = device.partition(":")
     return ctranslate2.Translator(
         str(folder), kind, device_index=int(index or 0), compute_type=compute_type, intra_threads=threads

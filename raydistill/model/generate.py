@@ -26,6 +26,7 @@ from raydistill.model.convert import (
     RefusedError,
     converted,
     disagreement,
+    load_ctranslate2,
     open_translator,
     prefix_of,
     sources_of,
@@ -377,9 +378,9 @@ class CTranslate2Engine:
             max_batch_size=tokens,
             beam_size=beam.beams,
             num_hypotheses=n_best,
-            # generate() without early stopping goes on where a running beam may still win: patience 2 is
-            # nearest (200 of 200 outputs the same).
-            patience=1 if beam.early_stopping or beam.beams == 1 else 2,
+            # generate() without early stopping goes on while a running beam may still win. 99.1 % of 4,000 outputs
+            # were the same with patience 1.5, 99.6 % with 2, which took a fifth longer, and 96 % with 1.
+            patience=1 if beam.early_stopping or beam.beams == 1 else 1.5,
             length_penalty=beam.length_penalty,
             no_repeat_ngram_size=beam.no_repeat_ngram,
             min_decoding_length=max(0, beam.min_length - 1),
@@ -407,7 +408,7 @@ def _open_ctranslate2(
     sample: Sample | None,
 ) -> CTranslate2Engine:
     try:
-        import ctranslate2
+        ctranslate2 = load_ctranslate2()
     except ImportError:
         raise RefusedError("ctranslate2 is not installed") from None
     kind = device.partition(":")[0]
