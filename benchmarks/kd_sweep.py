@@ -31,7 +31,8 @@ from raydistill.cluster.prepare import runs_of
 from raydistill.config.run import Run
 from raydistill.config.space import Space
 from raydistill.evaluation.scores import score
-from raydistill.model.generate import Beam, TransformersEngine, resolve_decoding
+from raydistill.model.decoding import Beam, resolve_decoding
+from raydistill.model.transformers_engine import TransformersEngine
 from raydistill.training import loop
 from raydistill.training.material import load_material, make_examples, open_teacher
 from raydistill.training.run import Inputs, train

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from raydistill.cluster.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, Job, describe_job
 from raydistill.cluster.start import QUIET
 from raydistill.data.stream import scan, usable_rows
-from raydistill.model.generate import Beam, Sample, open_engine
+from raydistill.model.decoding import Beam, Sample
+from raydistill.model.generate import open_engine
 
 START_SECONDS = 1800  # a process that has not opened its model by then never will
 WARM_ROWS = 2

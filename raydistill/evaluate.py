@@ -137,7 +137,8 @@ def _score(
     from raydistill.evaluation.checkpoint import evaluate as score
     from raydistill.evaluation.latency import parameters
     from raydistill.evaluation.scores import signature
-    from raydistill.model.generate import open_engine, resolve_decoding
+    from raydistill.model.decoding import resolve_decoding
+    from raydistill.model.generate import open_engine
     from raydistill.model.teachers import load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(checkpoint, about["dataset"].name)

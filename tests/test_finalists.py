@@ -13,7 +13,8 @@ from raydistill.config.space import DecodingSearch
 from raydistill.data.corpus import read_corpus
 from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.serving import serve
-from raydistill.model.generate import Beam, open_engine
+from raydistill.model.decoding import Beam
+from raydistill.model.generate import open_engine
 from raydistill.results.records import finalists
 from tests.test_tracking import make_trial
 from tests.world import make_world

@@ -14,14 +14,10 @@ from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
 from raydistill.evaluation.scores import bleu, bleu_rows
 from raydistill.model import convert, teachers
-from raydistill.model.generate import (
-    Beam,
-    CTranslate2Engine,
-    Sample,
-    TransformersEngine,
-    open_engine,
-    resolve_decoding,
-)
+from raydistill.model.ctranslate2_engine import CTranslate2Engine
+from raydistill.model.decoding import Beam, Sample, resolve_decoding
+from raydistill.model.generate import open_engine
+from raydistill.model.transformers_engine import TransformersEngine
 from tests.tiny import FAMILIES, save_tiny, sentences
 
 SHARED = Path(os.environ.get("RAYDISTILL_SHARED", Path(__file__).parents[2] / "shared"))

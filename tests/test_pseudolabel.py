@@ -18,7 +18,8 @@ from raydistill.cluster.start import cluster
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
 from raydistill.data.labels import read_candidates, read_manifest
-from raydistill.model.generate import open_engine, resolve_decoding
+from raydistill.model.decoding import resolve_decoding
+from raydistill.model.generate import open_engine
 from tests.tiny import save_tiny
 from tests.world import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
 

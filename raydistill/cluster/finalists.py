@@ -19,7 +19,8 @@ from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, resolve
 from raydistill.evaluation.latency import hardware
 from raydistill.evaluation.serving import serve
-from raydistill.model.generate import Beam, Engine, open_engine
+from raydistill.model.decoding import Beam, Engine
+from raydistill.model.generate import open_engine
 from raydistill.model.teachers import load_config, locate, max_tokens
 from raydistill.results.records import (
     SERVED,

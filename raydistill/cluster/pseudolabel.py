@@ -82,7 +82,7 @@ def pseudolabel(
 
 def describe_job(job: Job, found: Scan) -> dict[str, Any]:
     """Teacher, data and decoding as the manifest holds them, without loading the model."""
-    from raydistill.model.generate import resolve_decoding
+    from raydistill.model.decoding import resolve_decoding
     from raydistill.model.teachers import fingerprint, load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(job.teacher, job.dataset.name)
@@ -190,7 +190,8 @@ class Labeller:
         self, job: Job, about: dict[str, Any], plan: Plan, work: Path, device: str, also: Also | None = None
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        from raydistill.model.generate import Beam, Sample, open_engine
+        from raydistill.model.decoding import Beam, Sample
+        from raydistill.model.generate import open_engine
 
         decoding = dict(about["decoding"])
         self.max_source_tokens = decoding.pop("max_source_tokens")

@@ -9,7 +9,8 @@ from raydistill.config.console import home
 from raydistill.config.run import Student
 from raydistill.evaluation import latency
 from raydistill.model import forms
-from raydistill.model.generate import Engine, open_engine
+from raydistill.model.decoding import Engine
+from raydistill.model.generate import open_engine
 from raydistill.model.shrink import Plan, plan, shrink
 from raydistill.training.material import Teacher
 from raydistill.training.record import save_checkpoint

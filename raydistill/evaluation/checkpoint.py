@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raydistill.evaluation.scores import Scored, bootstrap, repetition_rate, score
-from raydistill.model.generate import Beam, Engine
+from raydistill.model.decoding import Beam, Engine
 
 
 @dataclass(frozen=True)

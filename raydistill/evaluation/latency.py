@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from raydistill.config.files import write_json_atomic
-from raydistill.model.generate import Engine
+from raydistill.model.decoding import Engine
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 MAX_REPEATS = 1000

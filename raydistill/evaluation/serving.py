@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raydistill.evaluation.latency import Timing, timing_of
 from raydistill.evaluation.scores import Scored, bootstrap, repetition_rate, score
-from raydistill.model.generate import Beam, Engine
+from raydistill.model.decoding import Beam, Engine
 
 BATCHES = {"latency_ms": 32, "latency_ms_b1": 1}
 SINGLE_ROWS = 32

@@ -6,7 +6,8 @@ from typing import Any
 
 from raydistill.config.files import CARD
 from raydistill.config.run import Decoding
-from raydistill.model.generate import Engine, open_engine, resolve_decoding
+from raydistill.model.decoding import Engine, resolve_decoding
+from raydistill.model.generate import open_engine
 
 
 class Student:

@@ -24,7 +24,8 @@ from raydistill.data.corpus import statistics
 from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
-from raydistill.model.generate import open_engine, resolve_decoding
+from raydistill.model.decoding import resolve_decoding
+from raydistill.model.generate import open_engine
 from raydistill.model.shrink import Plan
 from raydistill.model.teachers import load_model, load_tokenizer
 from raydistill.training.caching import Keep, pass_for

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding, Run
 from raydistill.model import forms
-from raydistill.model.generate import Beam
+from raydistill.model.decoding import Beam
 from raydistill.model.shrink import Plan, plan, shrink
 from raydistill.model.start import build_tokenizer, new_model
 from raydistill.model.teachers import load_model, locate

@@ -12,7 +12,8 @@ from raydistill.config.run import Run
 from raydistill.data.batches import buckets
 from raydistill.evaluation.checkpoint import Evaluation, evaluate
 from raydistill.model import forms
-from raydistill.model.generate import Beam, open_engine
+from raydistill.model.decoding import Beam
+from raydistill.model.generate import open_engine
 from raydistill.model.teachers import Languages
 from raydistill.training.losses import Targets, output_loss
 from raydistill.training.material import Material, tokens

@@ -1,0 +1,136 @@
+"""The reference engine: `generate()` of `transformers`."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.model.convert import sources_of, torch_threads
+from raydistill.model.decoding import Beam, Hypothesis, Progress, checked, fixed_length, longest_first, made_up, text_of
+
+TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TransformersEngine:
+    """`generate()` of a loaded model, such as a student in training; the model is left in its mode."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.threads = threads
+        self.generation = model.generation_config
+        self.device = str(model.device)
+        self.precision = next(name for name, dtype in TORCH_TYPES.items() if dtype == model.dtype)
+
+    def generate(
+        self,
+        texts: list[str],
+        beam: Beam,
+        *,
+        max_source_tokens: int,
+        batch_size: int = 32,
+        n_best: int = 1,
+        on_progress: Progress | None = None,
+    ) -> list[list[Hypothesis]]:
+        beam = checked(beam, n_best, self.model.config)
+        rows = sources_of(self.tokenizer, texts, max_source_tokens, self.model.config)
+        settings = self._settings(beam)
+        settings.num_return_sequences = n_best
+        found = [[Hypothesis("", 0.0)] for _ in texts]
+        order = longest_first(texts, rows)
+        for start in range(0, len(order), batch_size):
+            picked = order[start : start + batch_size]
+            batch = self._batch([rows[i] for i in picked], settings, beam.length_penalty)
+            for i, hypotheses in zip(picked, batch, strict=True):
+                found[i] = hypotheses
+            if on_progress is not None:
+                on_progress(start + len(picked), len(order))
+        return found
+
+    def timed(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
+        rows = made_up(self.tokenizer, self.model.config, source_tokens, batch)
+        settings = self._settings(fixed_length(output_tokens, beams))
+
+        def call() -> None:
+            self._run(rows, settings)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+
+        return call
+
+    def _settings(self, beam: Beam) -> GenerationConfig:
+        """The model's own generation config with the beam's values; nothing is sampled."""
+        settings = copy.deepcopy(self.generation)
+        searching = beam.beams > 1
+        settings.update(
+            do_sample=False,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            num_beams=beam.beams,
+            length_penalty=beam.length_penalty if searching else None,
+            early_stopping=beam.early_stopping if searching else None,
+            min_length=beam.min_length,
+            max_length=beam.max_length,
+            min_new_tokens=None,
+            max_new_tokens=None,
+            no_repeat_ngram_size=beam.no_repeat_ngram,
+            forced_bos_token_id=beam.forced_first,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=not searching,
+        )
+        return settings
+
+    @torch.inference_mode()
+    def _run(self, rows: list[list[int]], settings: GenerationConfig) -> Any:
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+        extra = {}
+        config = self.model.config
+        if config.model_type == "t5" and config.num_decoder_layers > config.num_layers:
+            # transformers 5.23 makes T5's cache as deep as its encoder; this one grows.
+            empty = transformers.DynamicCache
+            extra["past_key_values"] = transformers.EncoderDecoderCache(empty(), empty())
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch_threads(self.threads if self.model.device.type == "cpu" else None):
+                return self.model.generate(  # type: ignore[operator]
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    generation_config=settings,
+                    **extra,
+                )
+        finally:
+            self.model.train(training)
+
+    def _batch(self, rows: list[list[int]], settings: GenerationConfig, penalty: float) -> list[list[Hypothesis]]:
+        out = self._run(rows, settings)
+        sequences = out.sequences.tolist()
+        if settings.num_beams == 1:
+            scores = _greedy_scores(out, self.model.config.eos_token_id, penalty)
+        else:
+            scores = out.sequences_scores.tolist()
+        n = settings.num_return_sequences or 1
+        padding = self.model.config.pad_token_id
+        made = [
+            Hypothesis(text_of(self.tokenizer, s), float(x), sum(token != padding for token in s[1:]))
+            for s, x in zip(sequences, scores, strict=True)
+        ]
+        return [made[i : i + n] for i in range(0, len(made), n)]
+
+
+def _greedy_scores(out: Any, end: int, penalty: float) -> list[float]:
+    """Each row's scores as beam search counts them: a forced token adds to the length and not to the sum."""
+    log_probs = torch.stack(out.logits, dim=1).float().log_softmax(-1)
+    allowed = torch.stack(out.scores, dim=1).isfinite().sum(-1)
+    written = out.sequences[:, -log_probs.shape[1] :]
+    chosen = log_probs.gather(-1, written[..., None])[..., 0].masked_fill(allowed == 1, 0.0)
+    ended_before = ((written == end).cumsum(1) - (written == end).long()) > 0
+    lengths = (~ended_before).sum(1)
+    return (chosen.masked_fill(ended_before, 0.0).sum(1) / lengths**penalty).tolist()
