@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
 from raydistill.evaluation.scores import bleu, bleu_rows
-from raydistill.model import convert, teachers
+from raydistill.model import convert, teachers, transformers_engine
 from raydistill.model.ctranslate2_engine import CTranslate2Engine
 from raydistill.model.decoding import Beam, Sample, resolve_decoding
 from raydistill.model.generate import open_engine
@@ -99,6 +99,26 @@ def test_score_is_the_log_probability_over_length_to_the_penalty(tiny, beams, pe
     chosen = logits.log_softmax(-1).gather(-1, sequence[:, 1:, None]).sum().item()
     [[best]] = engine.generate(TEXTS[:1], beam, max_source_tokens=50)
     assert best.score == pytest.approx(chosen / (sequence.shape[1] - 1) ** penalty, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_few_rows_at_once_where_scores_would_fill_the_memory_change_nothing(tiny, monkeypatch, beams):
+    engine = open_engine(tiny["bart"], "transformers")
+    assert isinstance(engine, TransformersEngine)
+    calls = []
+    run = engine._run
+    monkeypatch.setattr(engine, "_run", lambda rows, settings: calls.append(len(rows)) or run(rows, settings))
+    beam = replace(GREEDY, beams=beams)
+    row = 4 * (3 if beams == 3 else 2) * beam.max_length * engine.model.config.vocab_size  # bytes
+    found = []
+    for kept in (2**30, 2 * row, row - 1):
+        monkeypatch.setattr(transformers_engine, "KEPT_BYTES", kept)
+        found.append(engine.generate(TEXTS, beam, max_source_tokens=50, n_best=beams))
+    assert calls == [9, 2, 2, 2, 2, 1, *[1] * 9]
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert [h.text for h in one] == [h.text for h in two]
+            assert [h.score for h in one] == pytest.approx([h.score for h in two], abs=1e-4)
 
 
 def test_a_model_in_training_is_left_in_training_and_generates_without_dropout(tiny):
