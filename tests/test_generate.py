@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
 from raydistill.evaluation.scores import bleu, bleu_rows
-from raydistill.model import convert, teachers, transformers_engine
+from raydistill.model import convert, ctranslate2_engine, teachers, transformers_engine
 from raydistill.model.ctranslate2_engine import CTranslate2Engine
 from raydistill.model.decoding import Beam, Sample, resolve_decoding
 from raydistill.model.generate import open_engine
@@ -279,6 +279,28 @@ def test_what_ctranslate2_would_get_wrong_is_refused_and_falls_back_aloud(tmp_pa
     engine = open_engine(folder, "auto", cache=cache, precision="int8", say=said.append)
     assert (engine.name, engine.precision) == ("transformers", "fp32")
     assert "using transformers, since" in said[-1]
+
+
+@pytest.mark.parametrize("fails", ["opening", "first call"])
+def test_a_ctranslate2_that_fails_when_it_is_opened_or_called_is_refused_with_its_words(tiny, monkeypatch, fails):
+    """As without libcublas, or on a full GPU: a fault at the library's boundary, which no CPU can bring about."""
+    convert.converted(tiny["bart"], teachers.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None)
+    words = "Library libcublas.so.12 is not found or cannot be loaded"
+
+    def broken(*args, **kw):
+        raise RuntimeError(words)
+
+    if fails == "opening":
+        monkeypatch.setattr(ctranslate2_engine, "open_translator", broken)
+    else:
+        monkeypatch.setattr(CTranslate2Engine, "_translate", broken)
+    sample = Sample(tuple(TEXTS[:2]), GREEDY, 50)
+    said: list[str] = []
+    engine = open_engine(tiny["bart"], cache=tiny["cache"], sample=sample, say=said.append)
+    assert engine.name == "transformers"
+    assert said == [f"{tiny['bart']}: using transformers, since it failed on cpu: {words}"]
+    with pytest.raises(UserError, match=f"CTranslate2 cannot be used: it failed on cpu: {words}"):
+        ctranslate2(tiny, "bart", sample=sample)
 
 
 def test_a_generation_config_that_ctranslate2_does_not_know_is_refused(tmp_path):
