@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,7 +243,45 @@ def test_a_checkpoint_is_not_touched_and_is_converted_once(tmp_path):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert len(said) == 1
     assert "converting" in said[0]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
+
+
+def test_several_at_once_convert_once(tmp_path, monkeypatch):
+    folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
+    tokenizer = teachers.load_tokenizer(folder)
+    made = []
+    real = convert._convert_into
+    monkeypatch.setattr(convert, "_convert_into", lambda *args: made.append(args) or real(*args))
+    with ThreadPoolExecutor(4) as pool:
+        places = list(pool.map(lambda _: convert.converted(folder, tokenizer, cache, 1, None), range(4)))
+    assert len(set(places)) == len(made) == 1
+    assert [path.name for path in cache.glob("[!.]*")] == [places[0].name]
+    assert not list(cache.glob(".making-*"))
+
+
+def test_a_failure_that_may_pass_is_not_remembered(tmp_path, monkeypatch):
+    """Faults at the converter's boundary: too little memory, a full disk."""
+    folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
+    tokenizer = teachers.load_tokenizer(folder)
+
+    def failing(error):
+        def convert(*args):
+            raise error
+
+        return convert
+
+    passing = (
+        (RuntimeError("out of memory"), convert.RefusedError, "failed this time: out of memory"),
+        (OSError(28, "No space left on device"), UserError, "No space left on device.*free some disk"),
+    )
+    for error, raised, words in passing:
+        monkeypatch.setattr(convert, "convert", failing(error))
+        with pytest.raises(raised, match=words):
+            convert.converted(folder, tokenizer, cache, 1, None)
+        assert not list(cache.glob("[!.]*"))
+        assert not list(cache.glob(".making-*"))
+    monkeypatch.undo()
+    assert convert.converted(folder, tokenizer, cache, 1, None).is_dir()
 
 
 def test_a_truncated_conversion_is_made_again(tmp_path):
@@ -260,7 +299,7 @@ def test_changed_weights_are_converted_anew(tmp_path):
     for seed in (0, 1):
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
         open_engine(save_tiny("bart", tmp_path / "m", seed=seed), cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 2
 
 
 @pytest.mark.parametrize(
