@@ -421,7 +421,10 @@ def test_a_conversion_that_is_wrong_on_real_rows_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the shared teacher is not here")
-@pytest.mark.parametrize(("beams", "precision", "identical", "score"), [(1, "fp32", 0.97, 0.1), (4, "fp32", 0.97, 0.1)])
+@pytest.mark.parametrize(
+    ("beams", "precision", "identical", "score"),
+    [(1, "fp32", 0.97, 0.1), (4, "fp32", 0.97, 0.1), (1, "int8", 0.0, 0.3), (4, "int8", 0.0, 0.3)],
+)
 def test_parity_on_a_thousand_rows(tmp_path, beams, precision, identical, score):
     rows = gzip.decompress((SHARED / "data" / "multi30k_en_de" / "test.jsonl.gz").read_bytes()).decode().splitlines()
     texts, wanted = zip(*((row["document"], row["summary"]) for row in map(json.loads, rows)), strict=True)
