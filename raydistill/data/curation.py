@@ -68,7 +68,7 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
     made for: rows and order are compared. UserError where they differ, where a rule needs originals that the data does
     not have, or where nothing would be kept.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, ["teacher.fingerprint"])
     name = label_set_name(manifest["teacher"]["fingerprint"], folder.name, rules.model_dump(mode="json"))
     made = folder.with_name(f"{folder.name.rsplit('-', 1)[0]}-curated-{name}")
     if is_finished(made):
@@ -81,20 +81,18 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
         )
     others = read_label_set(Path(rules.agree_with)).targets if rules.agree_with else {}
     counts: Counter[str] = Counter()
-    dropped: list[tuple[str, str]] = []
     words = Counter[str]()
 
-    def rows() -> Iterator[tuple[str, list[Candidate]]]:
+    def rows() -> Iterator[tuple[str, list[Candidate] | str]]:
         for pairs in _chunks(_paired(folder, usable_rows(dataset, split, found), others, rules.agree_with)):
             judged = list(zip(pairs, judge(pairs, rules, score), strict=True))
             kept = [(pair.row, ranked) for pair, (ranked, reason) in judged if not reason]
-            dropped.extend((pair.row.id, reason) for pair, (_, reason) in judged if reason)
             counts.update(reason or "kept" for _, (_, reason) in judged)
             words["target"] += sum(len(ranked[0].target.split()) for _, ranked in kept)
             words["original"] += sum(len(row.target.split()) for row, _ in kept)
             if found.labelled:
                 quality.add([ranked[0].target for _, ranked in kept], [row.target for row, _ in kept])
-            yield from ((row.id, ranked) for row, ranked in kept)
+            yield from ((pair.row.id, reason or ranked) for pair, (ranked, reason) in judged)
         if not counts["kept"]:
             raise UserError(f"{folder}: these rules keep no row ({dict(counts)}); loosen them")
 
@@ -112,7 +110,7 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
             "quality": quality.metrics() if found.labelled else None,
         }
 
-    write_label_set(made, rows(), told, dropped)
+    write_label_set(made, rows(), told)
     return made
 
 
