@@ -113,7 +113,7 @@ def test_few_rows_at_once_where_scores_would_fill_the_memory_change_nothing(tiny
     row = 4 * (3 if beams == 3 else 2) * beam.max_length * engine.model.config.vocab_size  # bytes
     found = []
     for kept in (2**30, 2 * row, row - 1):
-        monkeypatch.setattr(transformers_engine, "KEPT_BYTES", kept)
+        monkeypatch.setattr(transformers_engine, "KEPT_BYTES", {"cpu": kept})
         found.append(engine.generate(TEXTS, beam, max_source_tokens=50, n_best=beams))
     assert calls == [9, 2, 2, 2, 2, 1, *[1] * 9]
     for other in found[1:]:

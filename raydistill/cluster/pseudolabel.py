@@ -25,7 +25,7 @@ from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic
 from raydistill.config.presets import metric_for, teacher_preset
 from raydistill.config.run import Dataset, Decoding, Pseudo
-from raydistill.data.curation import curate
+from raydistill.data.curation import check_curation, curate
 from raydistill.data.labels import Candidate, is_finished, label_set_name, read_manifest, write_label_set
 from raydistill.data.plan import BATCH_CHARS, Plan, make_plan, open_plan
 from raydistill.data.stream import Scan, scan, usable_rows
@@ -70,12 +70,13 @@ def pseudolabel(
     """
     found = scan(job.dataset, job.split)
     about = describe_job(job, found)
+    rules = job.pseudo.curation
+    check_curation(rules, found.labelled)
     root = root.absolute()  # Ray's workers have working folders of their own
     folder = root / f"{_plain(job.dataset.name)}-{_plain(job.split)}-{_key(job, about, found, device)}"
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f".{folder.name}.lock", folder):
         _make(job, about, found, folder, device, say, also)
-    rules = job.pseudo.curation
     if rules == type(rules)():
         return folder
     return curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))

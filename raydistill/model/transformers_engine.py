@@ -13,8 +13,8 @@ from raydistill.model.decoding import Beam, Hypothesis, Progress, checked, fixed
 
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # generate() tells a hypothesis's score only where it keeps the fp32 log-probabilities of the whole vocabulary at every
-# step: 39 GB for mBART (250,000 words), 128 rows of 5 beams and 61 tokens. What one call may keep:
-KEPT_BYTES = 2**30
+# step: 39 GB for mBART (250,000 words), 128 rows of 5 beams and 61 tokens. What one call may keep, where it runs:
+KEPT_BYTES = {"cpu": 2**30, "cuda": 2**34}
 
 
 class TransformersEngine:
@@ -46,7 +46,7 @@ class TransformersEngine:
         settings.num_return_sequences = n_best
         found = [[Hypothesis("", 0.0)] for _ in texts]
         order = longest_first(texts, rows)
-        call = min(batch_size, _rows_within(KEPT_BYTES, beam, self.model.config.vocab_size))
+        call = min(batch_size, _rows_within(KEPT_BYTES[self.model.device.type], beam, self.model.config.vocab_size))
         for start in range(0, len(order), call):
             picked = order[start : start + call]
             batch = self._batch([rows[i] for i in picked], settings, beam.length_penalty)
