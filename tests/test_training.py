@@ -754,6 +754,7 @@ def test_a_cache_filled_before_is_what_the_run_opens(place, tmp_path):
     train(run, tmp_path / "first", lambda m, f: None, inputs)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
     assert sorted(p.parent.name for p in files) == ["layer-02", "states"]
+    assert "model" not in vars(open_teacher(run.teacher, run.dataset.name))  # its memory is free while steps run
     train(run, tmp_path / "run", lambda m, f: None, inputs)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == files
 

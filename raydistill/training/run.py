@@ -89,6 +89,8 @@ def train(
     freeze(student, frozen)
     torch.nn.Module.to(student, worker.device)
     supervision = supervise(run, student, layers, teacher, examples, frozen, inputs, worker)
+    if teacher and supervision.teacher is None:
+        teacher.release()
     beam = resolve_decoding(
         run.decoding,
         student.generation_config,
