@@ -157,6 +157,7 @@ def test_a_killed_pass_keeps_its_finished_parts_and_goes_on(teacher, tmp_path):
     assert work.missing() == list(range(2, len(work.parts)))
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
     assert len(before) == 6
+    assert work.missing_bytes() == sum(work.arrays.values()) - sum(p.stat().st_size for p in before)
     with torch_threads(1):  # as many as the killed process had: sums over several threads differ in the last digit
         make_here(work, teacher)
     assert {p: p.stat().st_mtime_ns for p in before} == before

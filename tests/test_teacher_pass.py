@@ -2,12 +2,14 @@
 
 import pytest
 
+from raydistill.cluster import prepare
 from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
-from raydistill.cluster.teacher_pass import Want, decide, encoder_beside, teacher_pass
+from raydistill.cluster.teacher_pass import Cached, Want, decide, encoder_beside, group_of, teacher_pass
 from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.model.teachers import load_model
+from raydistill.results.records import read_json
 from raydistill.training.teacher_cache import make_here
 from tests.world import make_world
 
@@ -51,10 +53,11 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
         labels = pseudolabel(job, tmp_path / "labels", say=False, also=also)
     beside = files(root)
     assert {path.parent.name for path in beside} == {"states"}
+    assert [path.parent.name for path in root.rglob("manifest.json")] == ["states"]
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
 
     want = Want(runs, {"pseudo": {"pseudo": str(labels)}}, root, "cpu")
-    made = teacher_pass(want, 4.0)
+    made = teacher_pass(want, "full")
     work = want.work("full")
     assert not work.unfinished()
     assert made.bytes == sum(len(content) for content in files(root).values())
@@ -67,8 +70,32 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
     assert files(root) == files(tmp_path / "here")
 
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
-    assert teacher_pass(want, 4.0) == made
+    assert teacher_pass(want, "full") == made
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")} == before
+
+
+def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, monkeypatch):
+    asked, record = [], tmp_path / "cache.json"
+    monkeypatch.setattr(prepare, "decide", lambda want, epochs: asked.append(epochs) or ("encoder", "it pays"))
+
+    def killed(want, keep):
+        assert read_json(record)["groups"][group_of(run)]["why"] == "it pays"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "teacher_pass", killed)
+    run = run_of(place, "sft")
+    with pytest.raises(KeyboardInterrupt):
+        prepare._cache([run], {}, "cpu", record, 7.0)
+    monkeypatch.setattr(prepare, "teacher_pass", lambda want, keep: Cached(90 if keep == "encoder" else 0, 1.5))
+    cache = prepare._cache([run], {}, "cpu", record, 9.0)
+    assert asked == [7.0]
+    assert (cache.keep_of(run), cache.hours) == ("encoder", 1.5 / 3600)
+    assert read_json(record)["groups"][group_of(run)] == {
+        "keep": "encoder",
+        "why": "it pays",
+        "bytes": 90,
+        "device_seconds": 1.5,
+    }
 
 
 def test_auto_decides_by_figures_and_once(place, tmp_path):
@@ -78,8 +105,7 @@ def test_auto_decides_by_figures_and_once(place, tmp_path):
     assert keep in ("encoder", "off")
     assert "100 epochs in all" in why
     assert decide(want, 1.0)[0] == "off"  # made for one epoch it never pays
-    kept = teacher_pass(want, 100.0, decided="off")
-    assert (kept.keep, kept.bytes) == ("off", 0)
+    assert teacher_pass(want, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
     tiny = Want([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
     keep, why = decide(tiny, 1e6)

@@ -10,7 +10,7 @@ from typing import Any
 from raydistill.cluster.alone import alone
 from raydistill.cluster.pseudolabel import Also, Job, pseudolabel
 from raydistill.cluster.shapes import time_shape
-from raydistill.cluster.teacher_pass import MadeLabels, Want, encoder_beside, folders_of, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import MadeLabels, Want, decide, encoder_beside, folders_of, group_of, teacher_pass
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
@@ -180,15 +180,19 @@ def _written(
 def _cache(runs: list[Run], labels: MadeLabels, device: str, record: Path, epochs: float) -> Cache:
     """The teacher cache that the runs share, made where it is missing; `epochs` are those of all trials.
 
-    What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
+    What was decided and why is written to the file `record` before the pass, and what it took after it: a sweep that
+    is taken up again does not change its mind.
     """
     root = home() / "cache"
     found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
     for name, group in _groups(runs).items():
-        before = found["groups"].get(name, {})
-        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
-        facts = {"keep": cached.keep, "bytes": cached.bytes, "device_seconds": cached.seconds}
-        found["groups"][name] = {**facts, "why": before.get("why", cached.why)}
+        want = Want(group, labels, root, device)
+        if name not in found["groups"]:
+            keep, why = decide(want, epochs)
+            found["groups"][name] = {"keep": keep, "why": why, "bytes": 0, "device_seconds": 0.0}
+            write_json_atomic(record, found)
+        cached = teacher_pass(want, found["groups"][name]["keep"])
+        found["groups"][name] |= {"bytes": cached.bytes, "device_seconds": cached.seconds}
         found["device_seconds"] = sum(kept["device_seconds"] for kept in found["groups"].values())
         write_json_atomic(record, found)
     keeps = {name: kept["keep"] for name, kept in found["groups"].items()}

@@ -29,10 +29,8 @@ MadeLabels = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Cached:
-    """What a pass came to: what `auto` keeps and why, its bytes, and the device-seconds that they once took."""
+    """What a pass came to: the bytes kept, and the device-seconds that they once took."""
 
-    keep: Keep
-    why: str
     bytes: int
     seconds: float
 
@@ -69,23 +67,19 @@ def group_of(run: Run) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
 
-def teacher_pass(want: Want, epochs: float, decided: Keep | None = None) -> Cached:
-    """Make what the runs read of the teacher, unless it is there; `epochs`: over all trials.
-
-    `decided` is what an earlier call chose; a sweep does not change its mind.
-    """
-    keep, why = (decided, "as it was decided when it began") if decided else decide(want, epochs)
+def teacher_pass(want: Want, keep: Keep) -> Cached:
+    """Make what the runs read of the teacher, unless it is there; `keep` is what `decide` came to."""
     work = want.work(keep)
     with work.lock():
         if work.unfinished():
             work.begin()
             _make(want, keep, work)
             work.finish()
-    return Cached(keep, why, sum(work.arrays.values()), work.device_seconds)
+    return Cached(sum(work.arrays.values()), work.device_seconds)
 
 
 def decide(want: Want, epochs: float) -> tuple[Keep, str]:
-    """What `auto` keeps for these runs, and why."""
+    """What `auto` keeps for these runs, and why; `epochs`: over all trials."""
     if all(run.training.teacher_cache != "auto" for run in want.runs):
         return "full", "as the runs ask"
     whole = want.work("full")
@@ -123,6 +117,8 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
             return make
 
         yield also
+        if not work.missing():
+            work.finish()
 
 
 def sources_only(run: Run) -> Run:

@@ -71,6 +71,11 @@ def missing_parts(array: Path, count: int) -> list[int]:
     return [n for n in range(count) if not part_path(array, n).is_file()]
 
 
+def bytes_of_parts(array: Path) -> int:
+    """Bytes of the parts that are there."""
+    return sum(path.stat().st_size for path in array.glob("part-*.bin"))
+
+
 def write_time(array: Path, number: int, device_seconds: float) -> None:
     """Remember what a part took, so that a pass that was killed and taken up again tells the whole of it."""
     write_json_atomic(part_path(array, number).with_suffix(".json"), {"device_seconds": device_seconds})

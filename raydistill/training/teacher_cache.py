@@ -144,8 +144,10 @@ class Pass:
         return sorted(found)
 
     def missing_bytes(self) -> int:
-        """Bytes of the arrays that are not whole yet."""
-        return sum(size for array, size in self.arrays.items() if not store.is_whole(array))
+        """Bytes that are still to be written: the arrays that are not whole yet, less their finished parts."""
+        return sum(
+            size - store.bytes_of_parts(array) for array, size in self.arrays.items() if not store.is_whole(array)
+        )
 
     def unfinished(self) -> bool:
         """Whether an array is not whole yet."""
