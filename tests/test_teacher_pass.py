@@ -1,6 +1,9 @@
 """The teacher's pass as a Ray job: the same states as in one process, beside the labels, once, decided once."""
 
+import shutil
+
 import pytest
+import torch
 
 from raydistill.cluster import prepare
 from raydistill.cluster.pseudolabel import Job, pseudolabel
@@ -10,6 +13,8 @@ from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.model.teachers import load_model
 from raydistill.results.records import read_json
+from raydistill.training.material import open_teacher
+from raydistill.training.run import Inputs, train
 from raydistill.training.teacher_cache import make_here
 from tests.world import make_world
 
@@ -72,6 +77,20 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
     assert teacher_pass(want, "full") == made
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")} == before
+
+
+def test_a_teacher_stored_in_bf16_has_one_key_for_pass_runs_and_sweep(place, tmp_path):
+    kept = tmp_path / "teacher"
+    shutil.copytree(place / "teacher", kept)
+    load_model(kept, torch.bfloat16).save_pretrained(kept)
+    run = run_of(place, "sft", teacher_cache="full").model_copy(update={"teacher": str(kept)})
+    work = Want([run], {}, tmp_path / "cache", "cpu").work("full")
+    make_here(work, load_model(kept))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
+    train(run, tmp_path / "run", lambda m, f: None, Inputs(cache=tmp_path / "cache"))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == before
+    teacher = open_teacher(str(kept), run.dataset.name)
+    prepare.check_unchanged(run, {"key": teacher.key, "data": {}}, tmp_path)
 
 
 def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, monkeypatch):

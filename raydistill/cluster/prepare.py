@@ -109,10 +109,10 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
 def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
     """UserError where teacher or data are no longer those that the sweep was begun with."""
     from raydistill.data.corpus import read_corpus
-    from raydistill.model.teachers import fingerprint, locate
+    from raydistill.model.teachers import locate, teacher_key
 
     assert run.teacher is not None
-    changed = ["teacher"] if fingerprint(locate(run.teacher, run.dataset.name)) != teacher["key"] else []
+    changed = ["teacher"] if teacher_key(locate(run.teacher, run.dataset.name)) != teacher["key"] else []
     for split, mark in teacher["data"].items():
         if read_corpus(run.dataset, split).fingerprint != mark:
             changed.append(f"{split} split")

@@ -188,7 +188,7 @@ def _teacher(want: Want, device: str) -> Any:
 def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
     from raydistill.config.presets import teacher_preset
-    from raydistill.model.teachers import fingerprint, load_config, load_tokenizer, locate
+    from raydistill.model.teachers import load_config, load_tokenizer, locate, teacher_key
     from raydistill.training.loop import precision
     from raydistill.training.material import load_material, make_examples
 
@@ -203,4 +203,4 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
         if each.label_key not in examples:
             examples[each.label_key] = make_examples(each, material, tokenizer, folders_of(want.labels, each))
     computed = "fp32" if precision(run.training, want.device) is None else "bf16"
-    return examples, fingerprint(where), config, computed
+    return examples, teacher_key(where), config, computed

@@ -18,12 +18,12 @@ from raydistill.evaluation.latency import give_back_freed
 from raydistill.model.shrink import check_alignment
 from raydistill.model.teachers import (
     Languages,
-    fingerprint,
     load_model,
     load_tokenizer,
     locate,
     max_tokens,
     set_languages,
+    teacher_key,
     tokenize_sources,
     tokenize_targets,
 )
@@ -69,11 +69,11 @@ class Material:
 
 @lru_cache(maxsize=2)
 def open_teacher(name: str, dataset: str) -> Teacher:
-    """Open a teacher once per process: tokenizer, fingerprint, preset, and the weights, checked."""
+    """Open a teacher once per process: tokenizer, key, preset, and the weights, checked."""
     preset = teacher_preset(name, dataset)
     where = locate(name, dataset)
     tokenizer = load_tokenizer(where, preset.languages if preset else None)
-    teacher = Teacher(where, tokenizer, fingerprint(where), preset)
+    teacher = Teacher(where, tokenizer, teacher_key(where), preset)
     check_alignment(teacher.model, name)
     return teacher
 

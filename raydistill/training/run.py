@@ -239,7 +239,7 @@ def _finish(
     }
     facts = {
         **what,
-        "teacher_fingerprint": teacher.key if teacher else None,
+        "teacher_key": teacher.key if teacher else None,
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "scores": {split: evaluation.summary() if evaluation else None for split, evaluation in found.items()},
         "decoding": asdict(validator.beam),
