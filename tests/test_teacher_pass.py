@@ -1,5 +1,6 @@
 """The teacher's pass as a Ray job: the same states as in one process, beside the labels, once, decided once."""
 
+import json
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from raydistill.cluster import prepare
 from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
-from raydistill.cluster.teacher_pass import Cached, Want, decide, encoder_beside, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import Cached, Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
 from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.model.teachers import load_model
@@ -104,9 +105,9 @@ def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, mo
     monkeypatch.setattr(prepare, "teacher_pass", killed)
     run = run_of(place, "sft")
     with pytest.raises(KeyboardInterrupt):
-        prepare._cache([run], {}, "cpu", record, 7.0)
+        prepare._cache([run], {}, "cpu", record, 7.0, None)
     monkeypatch.setattr(prepare, "teacher_pass", lambda want, keep: Cached(90 if keep == "encoder" else 0, 1.5))
-    cache = prepare._cache([run], {}, "cpu", record, 9.0)
+    cache = prepare._cache([run], {}, "cpu", record, 9.0, None)
     assert asked == [7.0]
     assert (cache.keep_of(run), cache.hours) == ("encoder", 1.5 / 3600)
     assert read_json(record)["groups"][group_of(run)] == {
@@ -115,6 +116,23 @@ def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, mo
         "bytes": 90,
         "device_seconds": 1.5,
     }
+
+
+def test_a_head_without_a_gpu_asks_a_worker_once_in_what_numbers_it_computes(place, tmp_path, monkeypatch):
+    asked, record = [], tmp_path / "cache.json"
+    monkeypatch.setattr(prepare, "alone", lambda work, device: asked.append((work, device)) or "bf16")
+    run = run_of(place, "sft", precision="auto")
+    assert prepare._computed([run_of(place, "sft")], "cuda", record) is None
+    computed = prepare._computed([run], "cuda", record)
+    assert prepare._computed([run], "cuda", record) == computed == "bf16"
+    assert asked == [(auto_precision, "cuda")]
+    assert auto_precision("cpu", 1) in ("bf16", "fp32")
+    # This machine has no GPU; asking torch what it computes in would fail.
+    assert Want([run], {}, tmp_path, "cuda", "bf16").work("full").numbers.computed == "bf16"
+    for numbers in ("bf16", "fp32"):
+        train(run, tmp_path / numbers, lambda m, f: None, Inputs(cache=tmp_path / "cache", computed=numbers))
+    stores = (tmp_path / "cache").glob("*/about.json")
+    assert sorted(json.loads(path.read_text())["computed"] for path in stores) == ["bf16", "fp32"]
 
 
 def test_auto_decides_by_figures_and_once(place, tmp_path):

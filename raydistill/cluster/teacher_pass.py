@@ -37,12 +37,16 @@ class Cached:
 
 @dataclass(frozen=True)
 class Want:
-    """Runs on one training split that may read the teacher's states, and the label sets that they train on."""
+    """Runs on one training split that may read the teacher's states, and the label sets that they train on.
+
+    `computed` is what `precision: auto` came to on the workers; this process may have no such device.
+    """
 
     runs: list[Run]
     labels: MadeLabels
     root: Path
     device: str
+    computed: str | None = None
 
     def work(self, keep: Keep) -> Pass:
         """What these runs read, where runs of `auto` keep `keep`."""
@@ -53,7 +57,7 @@ class Want:
         return pass_for(modes, examples, key, config, self.root, computed)
 
     def __hash__(self) -> int:
-        return hash((str(self.runs), str(self.labels), self.root, self.device))
+        return hash((str(self.runs), str(self.labels), self.root, self.device, self.computed))
 
 
 def folders_of(labels: MadeLabels, run: Run) -> dict[str, Path]:
@@ -98,7 +102,7 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
     Gives `also` for the label job: the actor that has labelled batch n makes part n of the encoder's store. What is
     left over (labels that were there already, more parts than batches) `teacher_pass` makes later.
     """
-    bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device)
+    bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device, want.computed)
     work = bare.work("encoder")
     if not work.unfinished() or decide(bare, epochs)[0] == "off":
         yield None
@@ -132,6 +136,14 @@ def room(want: Want, work: Pass) -> float:
     there = sum(work.arrays.values()) - work.missing_bytes()
     bounds = [run.training.cache_gb * 1e9 for run in want.runs if run.training.cache_gb is not None]
     return min([FREE_SHARE * shutil.disk_usage(work.root).free + there, *bounds])
+
+
+def auto_precision(device: str, threads: int) -> str:
+    """What `precision: auto` comes to on the hardware that this runs on; to be called `alone`."""
+    from raydistill.config.run import Training
+    from raydistill.training.loop import Worker, precision
+
+    return "fp32" if precision(Training(precision="auto"), Worker(device=device)) is None else "bf16"
 
 
 def measured(want: Want, device: str, threads: int) -> Costs:
@@ -189,7 +201,7 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
     from raydistill.config.presets import teacher_preset
     from raydistill.model.teachers import load_config, load_tokenizer, locate, teacher_key
-    from raydistill.training.loop import precision
+    from raydistill.training.loop import Worker, precision
     from raydistill.training.material import load_material, make_examples
 
     run = want.runs[0]
@@ -202,5 +214,6 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     for each in want.runs:
         if each.label_key not in examples:
             examples[each.label_key] = make_examples(each, material, tokenizer, folders_of(want.labels, each))
-    computed = "fp32" if precision(run.training, want.device) is None else "bf16"
+    worker = Worker(device=want.device, computed=want.computed)
+    computed = "fp32" if precision(run.training, worker) is None else "bf16"
     return examples, teacher_key(where), config, computed

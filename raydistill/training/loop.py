@@ -30,11 +30,15 @@ Validate = Callable[[Path], dict[str, float]]
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `world` data-parallel workers."""
+    """One of `world` data-parallel workers.
+
+    `computed` is what `precision: auto` came to, "bf16" or "fp32", where that was decided for all workers before.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    computed: str | None = None
 
     @property
     def leads(self) -> bool:
@@ -89,7 +93,7 @@ def fit(
     optimizer = make_optimizer(parameters, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, total))
     state = load_state(folder, supervision, optimizer, schedule) if has_state(folder) else State()
-    autocast = precision(settings, worker.device)
+    autocast = precision(settings, worker)
     started = time.monotonic() - state.seconds
     losses = _Running()
     with ahead(steps(supervision, settings, worker, lengths, state.step, total)) as feed:
@@ -202,11 +206,12 @@ def learning_rate_factor(step: int, settings: Training, total: int) -> float:
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def precision(settings: Training, device: str) -> torch.dtype | None:
-    """The autocast dtype: bf16 where the hardware computes in it, unless the setting says otherwise."""
-    if settings.precision != "auto":
-        return torch.bfloat16 if settings.precision == "bf16" else None
-    if device.startswith("cuda"):
+def precision(settings: Training, worker: Worker) -> torch.dtype | None:
+    """The autocast dtype: as the setting says, else as it was decided, else bf16 where this hardware computes in it."""
+    asked = worker.computed if settings.precision == "auto" else settings.precision
+    if asked is not None:
+        return torch.bfloat16 if asked == "bf16" else None
+    if worker.device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 

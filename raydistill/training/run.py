@@ -46,12 +46,13 @@ class Inputs:
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
     collapsed into repetition is a failed run.
-    `keep` is what `teacher_cache: auto` came to.
+    `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
     """
 
     labels: dict[str, Path] = field(default_factory=dict)
     cache: Path | None = None
     keep: Keep = "full"
+    computed: str | None = None
     costs: dict[str, float] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
     repetition: float | None = None
@@ -67,7 +68,8 @@ def train(
     can mend.
     """
     started = time.monotonic()
-    inputs, worker = inputs or Inputs(), worker or Worker()
+    inputs = inputs or Inputs()
+    worker = replace(worker or Worker(), computed=inputs.computed)
     folder.mkdir(parents=True, exist_ok=True)
     if worker.leads:
         claim(folder, run)
@@ -124,7 +126,7 @@ def supervise(
     worker: Worker,
 ) -> Supervision:
     """Decide where the teacher's part comes from: its cache, or the teacher itself, step by step."""
-    autocast = precision(run.training, worker.device)
+    autocast = precision(run.training, worker)
     supervision = Supervision(
         student,
         None,
