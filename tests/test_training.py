@@ -854,6 +854,40 @@ def test_a_run_that_is_told_to_stop_keeps_its_best_checkpoint_scored(place, tmp_
     assert train(run, tmp_path / "s", lambda metrics, where: None, Inputs()) == result
 
 
+def test_a_stopped_run_that_dies_while_it_is_scored_is_stopped_still(place, tmp_path, monkeypatch):
+    run = make_run(place, training={"epochs": 4})
+    whole = train(run, tmp_path / "whole", stopped_at_the_second(), Inputs())
+    score = validation.Validator.score
+
+    def dies(self, checkpoint, split, beams):
+        if checkpoint.name == "best":
+            raise KeyboardInterrupt
+        return score(self, checkpoint, split, beams)
+
+    monkeypatch.setattr(validation.Validator, "score", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "run", stopped_at_the_second(), Inputs())
+    monkeypatch.setattr(validation.Validator, "score", score)
+    again = train(run, tmp_path / "run", never_called, Inputs())
+    for name in ("status", "reason", "steps", "best_step", "interval", "test"):
+        assert again[name] == whole[name], name
+    assert torch.equal(*(weights_of(load_model(tmp_path / name / "best")) for name in ("whole", "run")))
+
+
+def test_the_best_checkpoint_takes_the_place_of_an_older_one(place, tmp_path):
+    run = make_run(place)
+    whole = train(run, tmp_path / "whole", lambda m, f: None, Inputs())
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "stale").touch()
+    assert train(run, tmp_path / "run", lambda m, f: None, Inputs())["best_step"] == whole["best_step"]
+    assert not (tmp_path / "run" / "best" / "stale").exists()
+
+
+def stopped_at_the_second():
+    reasons = iter([None, "others are better"])
+    return lambda metrics, folder: next(reasons)
+
+
 def test_a_student_that_collapsed_where_its_teacher_did_not_has_failed():
     assert collapse(0.9, None) is None
     assert collapse(0.9, 0.6) is None

@@ -276,9 +276,16 @@ def _check(
         for stale in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
             if stale.name != f"checkpoint-{state.best_step}":
                 shutil.rmtree(stale, ignore_errors=True)
+    _report(report, metrics, folder, worker, state, total)
+
+
+def _report(report: Report, metrics: dict[str, Any], folder: Path, worker: Worker, state: State, total: int) -> None:
+    """Report, and stop if told to; the answer is kept, since a run that dies while it is scored is not told again."""
     told = _from_leader({"stop": report(metrics, folder)}, worker)["stop"]
     if told and not state.finished and state.step < total:
         state.finished, state.stopped, state.reason = True, True, told
+        if worker.leads:
+            _write_state(folder, state)
 
 
 def has_state(folder: Path) -> bool:
@@ -293,13 +300,21 @@ def save_state(folder: Path, state: State, supervision: Supervision, optimizer: 
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    name = f"state-{state.step}.safetensors"
-    with making(folder / name) as place:
+    with making(folder / _tensors_name(state)) as place:
         save_file(tensors, place)
-    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": name}).encode())
+    _write_state(folder, state)
     for stale in folder.glob("state-*.safetensors"):
-        if stale.name != name:
+        if stale.name != _tensors_name(state):
             stale.unlink()
+
+
+def _tensors_name(state: State) -> str:
+    return f"state-{state.step}.safetensors"
+
+
+def _write_state(folder: Path, state: State) -> None:
+    """The small file; the tensors that it points to are there."""
+    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": _tensors_name(state)}).encode())
 
 
 def load_state(

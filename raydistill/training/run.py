@@ -7,6 +7,7 @@ on where it was.
 """
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -202,9 +203,10 @@ def _finish(
     """
     started = time.monotonic()
     run, material = validator.run, validator.material
-    best = folder / "best"
-    if not best.is_dir():
-        (folder / f"checkpoint-{state.best_step}").rename(best)
+    best, checkpoint = folder / "best", folder / f"checkpoint-{state.best_step}"
+    if checkpoint.is_dir():  # else it was renamed by an earlier call, which died while it scored
+        shutil.rmtree(best, ignore_errors=True)
+        checkpoint.rename(best)
     # The test split is for reporting what may be served; a stopped trial that is chosen after all is scored on it then.
     splits = ("validation",) if state.stopped else ("validation", "test")
     found = {split: validator.score(best, split, validator.beam.beams) for split in splits}
