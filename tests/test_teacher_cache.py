@@ -211,6 +211,22 @@ def test_old_stores_are_listed_and_removed(teacher, tmp_path):
     assert [kept.folder for kept in store.kept(tmp_path)] == work.decoder_stores
 
 
+def test_a_store_that_is_being_made_is_not_removed(teacher, tmp_path):
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    for kept in store.kept(tmp_path):
+        with work.lock(), pytest.raises(UserError, match=f"{kept.folder}: is being made"):
+            store.remove(kept)
+    assert not work.unfinished()
+
+
+def test_a_store_that_was_removed_while_it_was_made_is_told(tmp_path):
+    work = pass_of(tmp_path, pairs())
+    work.begin()
+    with pytest.raises(UserError, match="was removed while it was made; run again"):
+        work.finish()
+
+
 # What is worth keeping
 
 

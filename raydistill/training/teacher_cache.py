@@ -155,21 +155,22 @@ class Pass:
 
     def lock(self) -> FileLock:
         """Held by the one process that leads the making of these stores."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.root / f".{self.encoder_store.name}.lock")
+        return store.lock(self.root, self.encoder_store.name)
 
     def begin(self) -> None:
         """Make the folders and say what they are for; UserError where the disk is too small."""
         check_disk(self.root, self.missing_bytes())
         for folder in {array.parent for array in self.arrays}:
-            write_json_atomic(folder / "about.json", {**self.about, **vars(self.numbers), "width": self.width})
+            facts = {"width": self.width, "group": self.encoder_store.name}
+            write_json_atomic(folder / "about.json", {**self.about, **vars(self.numbers), **facts})
             store.sweep_orphans(folder)
 
     def finish(self) -> None:
-        """Write the manifests: all parts are there."""
+        """Write the manifests: all parts are there. UserError where some were taken away meanwhile."""
         for array, size in self.arrays.items():
             if not store.is_whole(array):
-                assert not store.missing_parts(array, len(self.parts))
+                if store.missing_parts(array, len(self.parts)):
+                    raise UserError(f"{array.parent}: was removed while it was made; run again")
                 store.finish_array(array, {"parts": len(self.parts), "bytes": size})
 
     @property
