@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -881,6 +882,22 @@ def test_the_best_checkpoint_takes_the_place_of_an_older_one(place, tmp_path):
     (tmp_path / "run" / "best" / "stale").touch()
     assert train(run, tmp_path / "run", lambda m, f: None, Inputs())["best_step"] == whole["best_step"]
     assert not (tmp_path / "run" / "best" / "stale").exists()
+
+
+def test_a_steps_time_is_until_its_numbers_are_there():
+    """On a GPU a step returns before it is done; here the numbers come late."""
+
+    class Late:
+        def __truediv__(self, steps):
+            time.sleep(0.1)
+            return torch.tensor(3.0) / steps
+
+    losses = loop._Running()
+    losses.add({"loss": Late()}, time.monotonic() - 1.0, 0.25)
+    found = losses.take(Worker())
+    assert found["loss"] == 3.0
+    assert found["step_ms"] >= 1100
+    assert found["data_wait"] == pytest.approx(250 / found["step_ms"])
 
 
 def stopped_at_the_second():

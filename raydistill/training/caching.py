@@ -165,11 +165,16 @@ def reading_rate(root: Path, cold: bool) -> float:
 
 
 def _timed(call: Callable[[], object], teacher: PreTrainedModel) -> float:
-    call()
+    """Seconds of a call, after one that does not count."""
+
+    def to_its_end() -> None:
+        call()
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize(teacher.device)
+
+    to_its_end()
     started = time.perf_counter()
-    call()
-    if teacher.device.type == "cuda":
-        torch.cuda.synchronize(teacher.device)
+    to_its_end()
     return time.perf_counter() - started
 
 

@@ -103,7 +103,7 @@ def fit(
             _train_mode(supervision)
             seed_step(settings.seed, worker.rank, state.step)
             means = step(supervision, now, settings, worker, autocast, parameters, optimizer)
-            losses.add(means, time.monotonic() - begun, feed.waited - waited)
+            losses.add(means, begun, feed.waited - waited)
             schedule.step()
             state.step += 1
             if state.step % check_every == 0 or state.step == total:
@@ -350,27 +350,32 @@ class _Running:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
-        self.seconds = self.waited = 0.0
+        self.begun = self.waited = 0.0
 
-    def add(self, means: dict[str, Tensor], seconds: float, waited: float) -> None:
+    def add(self, means: dict[str, Tensor], begun: float, waited: float) -> None:
+        """Count a step that began at `begun` on the monotonic clock."""
+        if not self.steps:
+            self.begun = begun
         for name, value in means.items():  # left on the device: a number of it would make the step wait for its end
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
-        self.seconds += seconds
         self.waited += waited
 
     def take(self, worker: Worker) -> dict[str, float]:
         """Means over the steps, summed over the workers (each holds its share); starts anew.
 
-        `step_ms` is a step's mean time, and `data_wait` the share of it for which this worker waited for its data.
+        `step_ms` is a step's mean time, and `data_wait` the share of it for which this worker waited for its data. A
+        GPU's steps are over only once their numbers are here, so the clock is read after that.
         """
         names = sorted(self.sums)
         values = torch.stack([self.sums[n] / self.steps for n in names])
         if worker.world > 1:
             torch.distributed.all_reduce(values)
-        time_of = {"step_ms": 1000 * self.seconds / self.steps, "data_wait": self.waited / self.seconds}
-        self.sums, self.steps, self.seconds, self.waited = {}, 0, 0.0, 0.0
-        return dict(zip(names, values.tolist(), strict=True)) | time_of
+        means = dict(zip(names, values.tolist(), strict=True))
+        seconds = time.monotonic() - self.begun
+        time_of = {"step_ms": 1000 * seconds / self.steps, "data_wait": self.waited / seconds}
+        self.sums, self.steps, self.waited = {}, 0, 0.0
+        return means | time_of
 
 
 def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
