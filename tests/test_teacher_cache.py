@@ -300,6 +300,27 @@ def test_a_pass_holds_the_union_of_what_runs_read(tmp_path, teacher):
     ).arrays
 
 
+@pytest.mark.parametrize("mode", ["full", "encoder", "auto"])
+def test_the_bound_on_the_disk_holds_for_every_mode(mode, teacher, tmp_path):
+    def work(gigabytes):
+        run = {
+            "name": "r",
+            "teacher": "a/b",
+            "dataset": "d",
+            "method": "kd",
+            "student": {"size": "2-1"},
+            "training": {"teacher_cache": mode, "cache_gb": gigabytes},
+        }
+        keep = "encoder" if mode == "encoder" else "full"
+        return pass_for([(Run.model_validate(run), keep)], {"original": pairs()}, "k", teacher.config, tmp_path, "fp32")
+
+    need = sum(work(1).arrays.values()) / 1e9
+    with pytest.raises(UserError, match=r"more than training\.cache_gb allows"):
+        work(0.99 * need).begin()
+    assert not list(tmp_path.iterdir())
+    work(need).begin()
+
+
 # Reading ahead and micro-batches
 
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from raydistill.cluster import prepare
+from raydistill.cluster import teacher_pass as module
 from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
 from raydistill.cluster.teacher_pass import Cached, Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
@@ -14,6 +16,7 @@ from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.model.teachers import load_model
 from raydistill.results.records import read_json
+from raydistill.training.caching import Costs
 from raydistill.training.material import open_teacher
 from raydistill.training.run import Inputs, train
 from raydistill.training.teacher_cache import make_here
@@ -135,16 +138,27 @@ def test_a_head_without_a_gpu_asks_a_worker_once_in_what_numbers_it_computes(pla
     assert sorted(json.loads(path.read_text())["computed"] for path in stores) == ["bf16", "fp32"]
 
 
-def test_auto_decides_by_figures_and_once(place, tmp_path):
+def test_auto_decides_by_figures_and_once(place, tmp_path, monkeypatch):
     run = run_of(place, "sft")
     want = Want([run], {}, tmp_path / "cache", "cpu")
-    keep, why = decide(want, 100.0)
-    assert keep in ("encoder", "off")
-    assert "100 epochs in all" in why
-    assert decide(want, 1.0)[0] == "off"  # made for one epoch it never pays
+    assert decide(want, 1.0)[0] == "off"  # as a worker measures: made for one epoch it never pays
+    cheap = Costs(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
+    dear = replace(cheap, read_decoder=4.0)
+    kd = run_of(place, "kd").model_copy(update={"labels": "original"})
+    for costs, who, expected, because in [
+        (cheap, run, "encoder", "no run reads decoder states"),
+        (cheap, kd, "full", "it fits and pays"),
+        (dear, kd, "encoder", "reading the decoder states does not pay"),
+        (replace(cheap, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
+    ]:
+        monkeypatch.setattr(module, "alone", lambda *_, costs=costs, device: costs)
+        keep, why = decide(Want([who], {}, tmp_path / "cache", "cpu"), 100.0)
+        assert (keep, why.startswith(because)) == (expected, True)
+        assert "100 epochs in all" in why
     assert teacher_pass(want, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
     tiny = Want([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
+    monkeypatch.setattr(module, "alone", lambda *_, device: cheap)
     keep, why = decide(tiny, 1e6)
     assert keep == "off"
     assert why.startswith("the encoder states do not fit")

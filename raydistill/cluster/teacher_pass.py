@@ -90,7 +90,7 @@ def decide(want: Want, epochs: float) -> tuple[Keep, str]:
     if not whole.unfinished():
         return "full", "it is there already"
     costs = alone(measured, want, device=want.device)
-    keep, why = choose(whole, costs, room(want, whole), epochs)
+    keep, why = choose(whole, costs, room(whole), epochs)
     progress(f"teacher cache: {keep}: {why}")
     return keep, why
 
@@ -130,12 +130,12 @@ def sources_only(run: Run) -> Run:
     return run.model_copy(update={"method": "sft", "labels": "original"})
 
 
-def room(want: Want, work: Pass) -> float:
+def room(work: Pass) -> float:
     """Bytes that the stores may take: the runs' own bound, and what is free and used by them already."""
     work.root.mkdir(parents=True, exist_ok=True)
     there = sum(work.arrays.values()) - work.missing_bytes()
-    bounds = [run.training.cache_gb * 1e9 for run in want.runs if run.training.cache_gb is not None]
-    return min([FREE_SHARE * shutil.disk_usage(work.root).free + there, *bounds])
+    free = FREE_SHARE * shutil.disk_usage(work.root).free + there
+    return free if work.most is None else min(free, work.most)
 
 
 def auto_precision(device: str, threads: int) -> str:

@@ -73,6 +73,7 @@ def pass_for(
         if keep == "full" and reads.layers:
             layers.setdefault(run.label_key, set()).update(reads.layers)
     first = runs[0][0]
+    bounds = [run.training.cache_gb * 1e9 for run, keep in runs if keep != "off" and run.training.cache_gb is not None]
     about = {"teacher": first.teacher, "data": first.dataset.name, "teacher_key": teacher_key}
     return Pass(
         root,
@@ -83,6 +84,7 @@ def pass_for(
         [(examples[label], sorted(wanted_layers)) for label, wanted_layers in layers.items()],
         Numbers(first.training.cache_precision, computed),
         about,
+        min(bounds, default=None),
     )
 
 

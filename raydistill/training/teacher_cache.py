@@ -83,7 +83,7 @@ class Pass:
     """What a pass of a teacher over one set of sources has to leave under `root`.
 
     `base`: examples that hold the sources. `decoders`: per label set its examples and the decoder layers wanted.
-    `width` is the model's.
+    `width` is the model's, `most` the bytes that the stores may take together.
     """
 
     root: Path
@@ -94,6 +94,7 @@ class Pass:
     decoders: list[tuple[Examples, list[int]]] = field(default_factory=list)
     numbers: Numbers = Numbers()
     about: dict[str, Any] = field(default_factory=dict)
+    most: float | None = None
 
     @property
     def sources(self) -> list[list[int]]:
@@ -158,7 +159,13 @@ class Pass:
         return store.lock(self.root, self.encoder_store.name)
 
     def begin(self) -> None:
-        """Make the folders and say what they are for; UserError where the disk is too small."""
+        """Make the folders and say what they are for; UserError where the stores are larger than bound or disk."""
+        need = sum(self.arrays.values())
+        if self.most is not None and need > self.most:
+            raise UserError(
+                f"{self.root}: the teacher cache takes {need / 1e9:.3g} GB, more than training.cache_gb allows "
+                f"({self.most / 1e9:.3g}); raise it, or set training.teacher_cache to auto or off"
+            )
         check_disk(self.root, self.missing_bytes())
         for folder in {array.parent for array in self.arrays}:
             facts = {"width": self.width, "group": self.encoder_store.name}
