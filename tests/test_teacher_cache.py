@@ -1,9 +1,11 @@
 """The teacher's states on disk: what they are, that a killed pass loses no part, and what is worth keeping."""
 
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from raydistill.data import store
 from raydistill.data.batches import Examples, within
 from raydistill.model.convert import torch_threads
 from raydistill.model.teachers import load_model
+from raydistill.training import teacher_cache
 from raydistill.training.caching import Costs, choose, measure, pass_for, reading_rate
 from raydistill.training.prefetch import ahead
 from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
@@ -168,6 +171,34 @@ def test_a_killed_pass_keeps_its_finished_parts_and_goes_on(teacher, tmp_path):
     rows = list(range(9))
     assert torch.equal(open_encoder(work).flat(rows), open_encoder(whole).flat(rows))
     assert torch.equal(open_decoder(work)[2].flat(rows), open_decoder(whole)[2].flat(rows))
+
+
+def test_no_more_parts_are_mapped_at_once_than_the_bound(teacher, tmp_path, monkeypatch):
+    """The bound keeps a process within the mappings that Linux allows it; what is read does not hang on it."""
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    rows = [8, 0, 5, 3]
+    encoded = open_encoder(work)
+
+    def maps():
+        return Path("/proc/self/maps").read_text().count(f"{work.encoder_store}/")
+
+    expected = encoded.padded(rows)
+    assert maps() == len({int(encoded.part[row]) for row in rows}) > 2
+    teacher_cache.mapped.cache_clear()
+    monkeypatch.setattr(teacher_cache, "mapped", lru_cache(2)(teacher_cache.mapped.__wrapped__))
+    for _ in range(2):
+        assert torch.equal(encoded.padded(rows), expected)
+        assert maps() == 2
+
+
+def test_a_part_that_goes_away_while_a_run_reads_it_is_told(teacher, tmp_path):
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    encoded = open_encoder(work)
+    shutil.rmtree(work.encoder_store)
+    with pytest.raises(UserError, match="damaged or missing"):
+        encoded.flat([0])
 
 
 @pytest.mark.parametrize("fault", ["cut", "gone"])
