@@ -287,7 +287,9 @@ def as_markdown(data: dict[str, Any]) -> str:
     """Times, scores side by side, the ladder."""
     ours, theirs = data["ours"], data["released"]
     total = sum(run["seconds"] for run in theirs.values())
-    failures = [f"Not done in the sweep: {name}: {why}" for name, why in ours["not_done"].items()]
+    failures = [
+        f"Not done in the sweep, so the work is unequal: {name}: {why}" for name, why in ours["not_done"].items()
+    ]
     shared = [name for name in theirs if name in ours["scores"]]
     gaps = [ours["scores"][name] - theirs[name]["bleu"] for name in shared]
     groups = ours["cache"]["groups"].values()
