@@ -39,16 +39,19 @@ def list_(root: Root = None, as_json: Json = False) -> None:
     from raydistill.data.labels import list_label_sets
 
     place = root or home() / "labels"
-    found = list_label_sets(place)
+    found, wrong = list_label_sets(place)
     begun = sorted(path.name[1:].removesuffix(".work") for path in place.glob(".*.work"))
     rows = [
         [folder.name, str(m["rows"]), m["teacher"]["name"], m["engine"], f"{m['device_hours']:.3f}", _quality(m)]
         for folder, m in found
     ]
     show(table(["label set", "rows", "teacher", "engine", "device h", "quality"], rows), as_json)
+    for error in wrong:
+        show(f"skipped: {error}", as_json)
     for name in begun:
         show(f"not finished: {name} (run its command again to go on)", as_json)
-    finish({"label_sets": {folder.name: manifest for folder, manifest in found}, "unfinished": begun}, as_json)
+    sets = {folder.name: manifest for folder, manifest in found}
+    finish({"label_sets": sets, "unfinished": begun, "skipped": [str(error) for error in wrong]}, as_json)
 
 
 @app.command()
@@ -56,10 +59,10 @@ def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False
     """Counts, quality, teacher and decoding of a label set, and its first texts."""
     from itertools import islice
 
-    from raydistill.data.labels import read_candidates, read_manifest
+    from raydistill.data.labels import DESCRIBED, read_candidates, read_manifest
 
     folder = find(name, root)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, DESCRIBED)
     decoding = ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items() if value is not None)
     show(table(["label set", folder.name], facts_of(manifest)), as_json)
     show(
@@ -83,7 +86,7 @@ def compare(first: Name, second: Name, root: Root = None, as_json: Json = False)
     from raydistill.evaluation.scores import Tally
 
     a, b = find(first, root), find(second, root)
-    found = agreement(a, b, Tally(read_manifest(a)["metric"]))
+    found = agreement(a, b, Tally(read_manifest(a, ["metric"])["metric"]))
     show(table([a.name, "against " + b.name], [[name, f"{value:.4g}"] for name, value in found.items()]), as_json)
     finish({"first": str(a), "second": str(b), **found}, as_json)
 
@@ -103,12 +106,12 @@ def curate(
     """Make a curated label set of a whole one, which stays; nothing is generated again."""
     from raydistill.config.run import Dataset
     from raydistill.data.curation import curate as make
-    from raydistill.data.labels import read_manifest
+    from raydistill.data.labels import DESCRIBED, read_manifest
     from raydistill.evaluation.scores import Tally, rouge2_rows
 
     rules = rules_of(keep)
     folder = find(name, root)
-    whole = read_manifest(folder)
+    whole = read_manifest(folder, [*DESCRIBED, "data.dataset", "data.split"])
     about = whole["data"]
     data = Dataset.model_validate({**about["dataset"], **({"name": dataset} if dataset else {})})
     made = make(folder, data, about["split"], rules, rouge2_rows, Tally(whole["metric"]))
@@ -120,10 +123,12 @@ def curate(
 
 def find(name: str, root: Path | None) -> Path:
     """The folder that a path, a name or a name's beginning means; UserError where it is none or several."""
-    if (Path(name) / "manifest.json").is_file():
+    from raydistill.data.labels import finished_folders, is_finished
+
+    if is_finished(Path(name)):
         return Path(name)
     place = root or home() / "labels"
-    there = sorted(path.parent for path in place.glob("*/manifest.json"))
+    there = finished_folders(place)
     found = [folder for folder in there if folder.name == name] or [f for f in there if f.name.startswith(name)]
     if len(found) != 1:
         known = ", ".join(folder.name for folder in (found or there)) or "none"

@@ -74,7 +74,9 @@ def pseudolabel(
     if n_best > (beams or n_best):
         raise UserError(f"--n-best {n_best} is more than --beams {beams}")
     pseudo = Pseudo(n_best=n_best, precision=precision, curation=rules_of(keep or []))
-    caps = {f"{split}_rows": rows} if rows and split in ("train", "validation", "test") else {}
+    if rows and split not in ("train", "validation", "test"):
+        raise UserError(f"--rows goes with the splits train, validation and test, not with {split!r}")
+    caps = {f"{split}_rows": rows} if rows else {}
     data = Dataset(name=name, skip_bad_rows=skip_bad_rows, **caps)
     check_inputs(teacher, data, split)
 

@@ -1,15 +1,33 @@
 """Curation: the measures worked out by hand, the rules, and curated sets made of whole ones."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pydantic import ValidationError
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, LabelPart
+from raydistill.data import curation
 from raydistill.data.corpus import Row
-from raydistill.data.curation import Pair, agreement, copy_rate, curate, judge, length_ratio, repetition
-from raydistill.data.labels import Candidate, choose_targets, read_candidates, read_label_set, write_label_set
+from raydistill.data.curation import (
+    Pair,
+    agreement,
+    check_curation,
+    copy_rate,
+    curate,
+    judge,
+    length_ratio,
+    repetition,
+)
+from raydistill.data.labels import (
+    Candidate,
+    choose_targets,
+    read_candidates,
+    read_label_set,
+    read_manifest,
+    write_label_set,
+)
 from raydistill.evaluation.scores import Tally, rouge2_rows
 from raydistill.labels import find
 from raydistill.pseudolabel import rules_of
@@ -140,7 +158,8 @@ def test_other_data_no_originals_and_nothing_left_are_refused(world, tmp_path):
     _, folder = world
     with pytest.raises(UserError, match="keep no row"):
         make(world, min_rouge2=50, max_copy_rate=0.0, max_length_ratio=0.1)
-    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert [p.name for p in folder.parent.glob("[!.]*")] == [folder.name]
+    assert not list(folder.parent.glob(".*.making"))
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({"id": f"r{i}", "source": "s"}) + "\n" for i in range(4)))
     with pytest.raises(UserError, match="has no targets"):
@@ -148,6 +167,56 @@ def test_other_data_no_originals_and_nothing_left_are_refused(world, tmp_path):
     bare.write_text(json.dumps({"id": "other", "source": "s"}) + "\n")
     with pytest.raises(UserError, match="expected row 'other' and found 'r0': this label set was made for other data"):
         curate(folder, Dataset(name=str(bare)), "train", Curation(max_copy_rate=0.5), rouge2_rows, Tally("rouge2"))
+
+
+def test_what_cannot_work_is_known_before_a_teacher_starts(world, tmp_path):
+    _, folder = world
+    check_curation(Curation(min_rouge2=1, agree_with=str(folder), min_agreement=1), labelled=True)
+    check_curation(Curation(max_copy_rate=0.5), labelled=False)
+    for rules in ({"min_rouge2": 1}, {"choose": "rouge2"}, {"max_length_ratio": 2}):
+        with pytest.raises(UserError, match="the data has no targets"):
+            check_curation(Curation.model_validate(rules), labelled=False)
+    with pytest.raises(UserError, match="nowhere: no finished label set here"):
+        check_curation(Curation(agree_with=str(tmp_path / "nowhere"), min_agreement=1), labelled=True)
+
+
+def another(folder, texts, **manifest):
+    """Another teacher's set with a text per row, r0 first."""
+    rows = [(f"r{i}", [Candidate(text, 0.0)]) for i, text in enumerate(texts)]
+    write_label_set(folder, rows, lambda: {"rows": len(texts), **manifest})
+    return str(folder)
+
+
+def test_another_teacher_is_asked_row_by_row_and_its_set_may_cover_more(world, tmp_path):
+    same = ["nothing alike", "z", "", "no", "beyond the data"]
+    made = make(world, agree_with=another(tmp_path / "other", same), min_agreement=50)
+    assert read_label_set(made).targets == {"r0": "nothing alike"}
+    assert read_label_set(made).manifest["dropped"] == {"min_agreement": 2, "empty": 1}
+    with pytest.raises(UserError, match="short: row 'r2' has no label there"):
+        make(world, agree_with=another(tmp_path / "short", same[:2]), min_agreement=50)
+
+
+def test_a_curated_set_is_named_by_what_it_agrees_with_and_by_its_metric(world, tmp_path):
+    texts = ["nothing alike"] * 4
+    first = make(world, agree_with=another(tmp_path / "a", texts, made="once"), min_agreement=50)
+    assert make(world, agree_with=another(tmp_path / "b", texts, made="once"), min_agreement=50) == first
+    (tmp_path / "b").rename(tmp_path / "gone")
+    assert make(world, agree_with=another(tmp_path / "b", texts, made="again"), min_agreement=50) != first
+    data, folder = world
+    rules = Curation(agree_with=str(tmp_path / "a"), min_agreement=50)
+    other = curate(folder, data, "train", rules, rouge2_rows, Tally("bleu"))
+    assert other != first
+    assert (read_manifest(other)["metric"], list(read_manifest(other)["quality"])) == ("bleu", ["bleu"])
+
+
+def test_several_who_curate_at_once_make_the_set_once(world, monkeypatch):
+    made = []
+    real = curation._curate_into
+    monkeypatch.setattr(curation, "_curate_into", lambda *args: made.append(args) or real(*args))
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: make(world, max_copy_rate=0.9), range(4)))
+    assert len(set(folders)) == len(made) == 1
+    assert len(read_label_set(folders[0]).targets) == 4
 
 
 def test_agreement_of_two_sets(world, tmp_path):

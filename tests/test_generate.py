@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import GenerationConfig
 from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
 from raydistill.evaluation.scores import bleu, bleu_rows
-from raydistill.model import convert, teachers
+from raydistill.model import convert, ctranslate2_engine, teachers, transformers_engine
 from raydistill.model.ctranslate2_engine import CTranslate2Engine
 from raydistill.model.decoding import Beam, Sample, resolve_decoding
 from raydistill.model.generate import open_engine
@@ -99,6 +100,26 @@ def test_score_is_the_log_probability_over_length_to_the_penalty(tiny, beams, pe
     chosen = logits.log_softmax(-1).gather(-1, sequence[:, 1:, None]).sum().item()
     [[best]] = engine.generate(TEXTS[:1], beam, max_source_tokens=50)
     assert best.score == pytest.approx(chosen / (sequence.shape[1] - 1) ** penalty, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_few_rows_at_once_where_scores_would_fill_the_memory_change_nothing(tiny, monkeypatch, beams):
+    engine = open_engine(tiny["bart"], "transformers")
+    assert isinstance(engine, TransformersEngine)
+    calls = []
+    run = engine._run
+    monkeypatch.setattr(engine, "_run", lambda rows, settings: calls.append(len(rows)) or run(rows, settings))
+    beam = replace(GREEDY, beams=beams)
+    row = 4 * (3 if beams == 3 else 2) * beam.max_length * engine.model.config.vocab_size  # bytes
+    found = []
+    for kept in (2**30, 2 * row, row - 1):
+        monkeypatch.setattr(transformers_engine, "KEPT_BYTES", kept)
+        found.append(engine.generate(TEXTS, beam, max_source_tokens=50, n_best=beams))
+    assert calls == [9, 2, 2, 2, 2, 1, *[1] * 9]
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert [h.text for h in one] == [h.text for h in two]
+            assert [h.score for h in one] == pytest.approx([h.score for h in two], abs=1e-4)
 
 
 def test_a_model_in_training_is_left_in_training_and_generates_without_dropout(tiny):
@@ -222,7 +243,45 @@ def test_a_checkpoint_is_not_touched_and_is_converted_once(tmp_path):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert len(said) == 1
     assert "converting" in said[0]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1
+
+
+def test_several_at_once_convert_once(tmp_path, monkeypatch):
+    folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
+    tokenizer = teachers.load_tokenizer(folder)
+    made = []
+    real = convert._convert_into
+    monkeypatch.setattr(convert, "_convert_into", lambda *args: made.append(args) or real(*args))
+    with ThreadPoolExecutor(4) as pool:
+        places = list(pool.map(lambda _: convert.converted(folder, tokenizer, cache, 1, None), range(4)))
+    assert len(set(places)) == len(made) == 1
+    assert [path.name for path in cache.glob("[!.]*")] == [places[0].name]
+    assert not list(cache.glob(".making-*"))
+
+
+def test_a_failure_that_may_pass_is_not_remembered(tmp_path, monkeypatch):
+    """Faults at the converter's boundary: too little memory, a full disk."""
+    folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
+    tokenizer = teachers.load_tokenizer(folder)
+
+    def failing(error):
+        def convert(*args):
+            raise error
+
+        return convert
+
+    passing = (
+        (RuntimeError("out of memory"), convert.RefusedError, "failed this time: out of memory"),
+        (OSError(28, "No space left on device"), UserError, "No space left on device.*free some disk"),
+    )
+    for error, raised, words in passing:
+        monkeypatch.setattr(convert, "convert", failing(error))
+        with pytest.raises(raised, match=words):
+            convert.converted(folder, tokenizer, cache, 1, None)
+        assert not list(cache.glob("[!.]*"))
+        assert not list(cache.glob(".making-*"))
+    monkeypatch.undo()
+    assert convert.converted(folder, tokenizer, cache, 1, None).is_dir()
 
 
 def test_a_truncated_conversion_is_made_again(tmp_path):
@@ -240,7 +299,7 @@ def test_changed_weights_are_converted_anew(tmp_path):
     for seed in (0, 1):
         shutil.rmtree(tmp_path / "m", ignore_errors=True)
         open_engine(save_tiny("bart", tmp_path / "m", seed=seed), cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -259,6 +318,28 @@ def test_what_ctranslate2_would_get_wrong_is_refused_and_falls_back_aloud(tmp_pa
     engine = open_engine(folder, "auto", cache=cache, precision="int8", say=said.append)
     assert (engine.name, engine.precision) == ("transformers", "fp32")
     assert "using transformers, since" in said[-1]
+
+
+@pytest.mark.parametrize("fails", ["opening", "first call"])
+def test_a_ctranslate2_that_fails_when_it_is_opened_or_called_is_refused_with_its_words(tiny, monkeypatch, fails):
+    """As without libcublas, or on a full GPU: a fault at the library's boundary, which no CPU can bring about."""
+    convert.converted(tiny["bart"], teachers.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None)
+    words = "Library libcublas.so.12 is not found or cannot be loaded"
+
+    def broken(*args, **kw):
+        raise RuntimeError(words)
+
+    if fails == "opening":
+        monkeypatch.setattr(ctranslate2_engine, "open_translator", broken)
+    else:
+        monkeypatch.setattr(CTranslate2Engine, "_translate", broken)
+    sample = Sample(tuple(TEXTS[:2]), GREEDY, 50)
+    said: list[str] = []
+    engine = open_engine(tiny["bart"], cache=tiny["cache"], sample=sample, say=said.append)
+    assert engine.name == "transformers"
+    assert said == [f"{tiny['bart']}: using transformers, since it failed on cpu: {words}"]
+    with pytest.raises(UserError, match=f"CTranslate2 cannot be used: it failed on cpu: {words}"):
+        ctranslate2(tiny, "bart", sample=sample)
 
 
 def test_a_generation_config_that_ctranslate2_does_not_know_is_refused(tmp_path):
@@ -340,7 +421,10 @@ def test_a_conversion_that_is_wrong_on_real_rows_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the shared teacher is not here")
-@pytest.mark.parametrize(("beams", "precision", "identical", "score"), [(1, "fp32", 0.97, 0.1), (4, "fp32", 0.97, 0.1)])
+@pytest.mark.parametrize(
+    ("beams", "precision", "identical", "score"),
+    [(1, "fp32", 0.97, 0.1), (4, "fp32", 0.97, 0.1), (1, "int8", 0.0, 0.3), (4, "int8", 0.0, 0.3)],
+)
 def test_parity_on_a_thousand_rows(tmp_path, beams, precision, identical, score):
     rows = gzip.decompress((SHARED / "data" / "multi30k_en_de" / "test.jsonl.gz").read_bytes()).decode().splitlines()
     texts, wanted = zip(*((row["document"], row["summary"]) for row in map(json.loads, rows)), strict=True)

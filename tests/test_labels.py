@@ -1,6 +1,8 @@
 """Label sets on disk, and which targets a run trains on."""
 
 import json
+import sys
+from subprocess import PIPE, Popen
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +21,7 @@ from raydistill.data.labels import (
     read_label_set,
     write_label_set,
 )
+from raydistill.labels import app, find
 
 ROWS = [
     ("a", [Candidate("Ein Hund.", -0.5), Candidate("Zwei Hunde.", -0.75)]),
@@ -32,10 +35,21 @@ LINES = [
     {"id": "c", "target": "", "rank": 0, "score": -2.0},
 ]
 MANIFEST = {"teacher": "t", "rows": 3}
+WHOLE = {
+    "teacher": {"name": "t", "fingerprint": "f"},
+    "rows": 3,
+    "decoding": {"beams": 4},
+    "metric": "rouge2",
+    "engine": "ctranslate2 fp32",
+    "device_hours": 0.5,
+    "empty": 1,
+    "target_words_mean": 1.7,
+    "quality": None,
+}
 
 
-def write(folder, rows=ROWS, manifest=MANIFEST, dropped=()):
-    write_label_set(folder, rows, lambda: manifest, dropped)
+def write(folder, rows=ROWS, manifest=MANIFEST):
+    write_label_set(folder, rows, lambda: manifest)
 
 
 def test_what_is_written_is_read_back_and_only_the_best_candidate_is_a_target(tmp_path):
@@ -71,19 +85,77 @@ def test_a_set_that_fails_half_way_leaves_nothing_and_keeps_the_old_one(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
+def test_a_finished_set_is_left_to_those_who_read_it(tmp_path):
+    write(tmp_path / "set")
+    before = {path: path.stat().st_ino for path in (tmp_path / "set").iterdir()}
+    write(tmp_path / "set", ROWS[:1], {"rows": 1})
+    assert {path: path.stat().st_ino for path in (tmp_path / "set").iterdir()} == before
+
+
 def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
     seen = []
-    real = pq.write_table
+    real = pq.ParquetWriter
 
-    def watched(table, path):
+    def watched(path, schema):
         seen.append(sorted(p.name for p in path.parent.iterdir()))
-        real(table, path)
+        return real(path, schema)
 
-    monkeypatch.setattr(pq, "write_table", watched)
+    monkeypatch.setattr(pq, "ParquetWriter", watched)
     monkeypatch.setattr(labels, "PART_ROWS", 2)
     write(tmp_path / "set", ROWS, MANIFEST)
     assert seen == [[], ["part-00000.parquet"]]
     assert is_finished(tmp_path / "set")
+
+
+def test_a_part_is_written_bit_by_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "FLUSH_LINES", 2)
+    monkeypatch.setattr(labels, "PART_ROWS", 5)
+    write(tmp_path / "set", [row for i in range(4) for row in ((f"d{i}", "empty"), (f"{i}", ROWS[0][1]))], {"rows": 4})
+    groups = {path.name: pq.ParquetFile(path).metadata for path in (tmp_path / "set").glob("*.parquet")}
+    assert {name: [m.row_group(i).num_rows for i in range(m.num_row_groups)] for name, m in groups.items()} == {
+        "part-00000.parquet": [2, 2, 1],
+        "part-00001.parquet": [2, 1],
+        "dropped.parquet": [2, 2],
+    }
+    assert read_label_set(tmp_path / "set").targets == {str(i): "Ein Hund." for i in range(4)}
+
+
+KILLED = """
+import pathlib, sys, time
+from raydistill.data import labels
+
+labels.FLUSH_LINES, labels.PART_ROWS = 2, 4
+def here(*_):
+    print("here", flush=True)
+    time.sleep(600)
+
+def rows():
+    for i in range(9):
+        yield str(i), [labels.Candidate(f"text {i}", 0.0)]
+    if sys.argv[2] == "rows":
+        here()
+
+pathlib.Path.rename = here
+labels.write_label_set(pathlib.Path(sys.argv[1]), rows(), lambda: {"rows": 9})
+"""
+
+
+@pytest.mark.parametrize("where", ["rows", "rename"])
+def test_a_killed_writer_leaves_nothing_to_be_taken_for_a_set_and_the_next_one_clears_up(tmp_path, where):
+    """SIGKILL after two parts and before the manifest, and after the manifest and before the folder has its name."""
+    with Popen([sys.executable, "-c", KILLED, str(tmp_path / "set"), where], stdout=PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"here\n"
+        writer.kill()
+    [left] = tmp_path.iterdir()
+    assert len(list(left.glob("part-*"))) >= 2
+    assert (left / "manifest.json").is_file() == (where == "rename")
+    assert list_label_sets(tmp_path) == ([], [])
+    with pytest.raises(UserError, match=r"no such label set .*: none"):
+        find("set", tmp_path)
+    write(tmp_path / "set")
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
+    assert list(read_label_set(tmp_path / "set").targets) == ["a", "b", "c"]
 
 
 def test_a_folder_without_a_manifest_is_unfinished(tmp_path):
@@ -235,7 +307,7 @@ def test_the_manifest_may_count_what_was_written(tmp_path):
 
 
 def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
-    write(tmp_path / "set", ROWS[:1], {"rows": 1}, [("b", "min_rouge2"), ("c", "empty")])
+    write(tmp_path / "set", [("b", "min_rouge2"), ROWS[0], ("c", "empty")], {"rows": 1})
     found = read_label_set(tmp_path / "set")
     assert found.dropped == {"b", "c"}
     assert labels.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
@@ -254,11 +326,28 @@ def test_a_row_that_stands_twice_or_lacks_a_rank_is_damage(tmp_path):
         read_label_set(tmp_path / "set")
 
 
-def test_sets_are_listed_and_damaged_ones_are_not(tmp_path):
-    write(tmp_path / "b")
-    write(tmp_path / "a")
-    write(tmp_path / "broken")
+def test_sets_are_listed_and_what_is_none_is_named(tmp_path):
+    for name in ("b", "a", "broken"):
+        write(tmp_path / name, ROWS, WHOLE)
     (tmp_path / "broken" / "manifest.json").write_text("{")
     (tmp_path / "unfinished").mkdir()
-    assert [folder.name for folder, _ in list_label_sets(tmp_path)] == ["a", "b"]
-    assert list_label_sets(tmp_path / "nothing") == []
+    write(tmp_path / "foreign", ROWS, {"teacher": {"name": "t"}, "rows": 3, "metric": "bleu"})
+    found, wrong = list_label_sets(tmp_path)
+    assert [folder.name for folder, _ in found] == ["a", "b"]
+    assert [str(error).partition(":")[0] for error in wrong] == [str(tmp_path / name) for name in ("broken", "foreign")]
+    assert list_label_sets(tmp_path / "nothing") == ([], [])
+
+
+@pytest.mark.parametrize("command", ["list", "describe SET", "compare SET SET", "curate SET --keep max_copy_rate=0.5"])
+def test_a_foreign_manifest_is_named_and_not_stumbled_over(tmp_path, capsys, monkeypatch, command):
+    folder = tmp_path / "labels" / "foreign"
+    write(folder, ROWS, {"rows": 3})
+    words = command.replace("SET", str(folder)).split()
+    monkeypatch.setattr(sys, "argv", ["raydistill", *words, "--root", str(folder.parent)])
+    if command == "list":
+        app(standalone_mode=False)
+        assert f"skipped: {folder}: its manifest.json lacks teacher.name, " in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=r"foreign: its manifest.json lacks .*metric.* `raydistill pseudolabel`"):
+            app(standalone_mode=False)
+    assert len(read_label_set(folder).targets) == 3  # it can be trained on

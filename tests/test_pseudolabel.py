@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.cluster.planned import run_batches
-from raydistill.cluster.pseudolabel import Job, _one_engine, pseudolabel
+from raydistill.cluster.pseudolabel import Job, Labeller, _one_engine, describe_job, pseudolabel
 from raydistill.cluster.start import cluster
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
 from raydistill.data.labels import read_candidates, read_manifest
+from raydistill.data.plan import Plan
+from raydistill.data.stream import scan
 from raydistill.model.decoding import resolve_decoding
 from raydistill.model.generate import open_engine
 from tests.tiny import save_tiny
@@ -82,6 +85,42 @@ def test_the_same_job_is_found_and_another_decoding_precision_or_rule_is_another
     assert read_manifest(curated)["of"] == plain.name
 
 
+def test_a_teacher_with_other_settings_makes_another_set_and_none_changes_during_a_job(ray_here, world, tmp_path):
+    root, _ = world
+    teacher = tmp_path / "teacher"
+    shutil.copytree(root / "teacher", teacher)
+    job = Job(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
+    first = pseudolabel(job, tmp_path / "labels", say=False)
+    about = describe_job(job, scan(job.dataset, "train"))
+    settings = json.loads((teacher / "generation_config.json").read_text())
+    (teacher / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.5}))
+    assert pseudolabel(job, tmp_path / "labels", say=False) != first
+    with pytest.raises(UserError, match="has changed since the job began"):
+        Labeller(job, about, Plan(tmp_path, [], [], []), tmp_path, "cpu")
+
+
+def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world, tmp_path, monkeypatch):
+    whole = pseudolabel(job_of(world), tmp_path / "whole", say=False)
+    wanted = list(read_candidates(whole))
+
+    def killed(*rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raydistill.cluster.pseudolabel._compact", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pseudolabel(job_of(world), tmp_path / "hurt", say=False)
+    outputs = sorted((tmp_path / "hurt").glob(".*.work/out/*.parquet"))
+    outputs[1].write_bytes(outputs[1].read_bytes()[:-20])
+    outputs[2].write_bytes(b"")
+    assert list(read_candidates(pseudolabel(job_of(world), tmp_path / "hurt", say=False))) == wanted
+
+
+def test_more_threads_than_a_machine_has_are_refused(ray_here, world, tmp_path):
+    with pytest.raises(UserError, match="no machine of the cluster has 3 CPUs for a teacher"):
+        pseudolabel(job_of(world, threads=3), tmp_path, say=False)
+
+
 def test_what_else_the_pass_produces_comes_from_the_same_batches(ray_here, world, tmp_path):
     _, rows = world
     beside = tmp_path / "beside"
@@ -110,7 +149,7 @@ def test_a_model_that_ctranslate2_gets_wrong_is_labelled_by_transformers_or_refu
     assert manifest["engine"] == "transformers fp32"
     assert "padding row is not zero" in manifest["engine_why"]
     strict = Job(str(teacher), job.dataset, decoding=Decoding(beams=3, max_length=12), fallback=False)
-    with pytest.raises(Exception, match="padding row is not zero"):
+    with pytest.raises(UserError, match="padding row is not zero"):
         pseudolabel(strict, tmp_path / "labels", say=False)
 
 
@@ -124,7 +163,7 @@ def test_a_batch_that_fails_ends_the_job_with_its_error(ray_here):
         return work
 
     done = []
-    with pytest.raises(Exception, match="the disk is full"):
+    with pytest.raises(UserError, match="the disk is full"):
         run_batches(range(4), make, device="cpu", on_done=done.append)
 
 

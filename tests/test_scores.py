@@ -8,6 +8,8 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from raydistill.config.errors import UserError
 from raydistill.evaluation import scores
@@ -57,6 +59,12 @@ def test_bleu_counts_by_hand() -> None:
     assert rows.tolist() == [[5, 3, 2, 1, 5, 4, 3, 2, 5, 6], [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]]
     by_hand = 100 * math.exp(1 - 6 / 5) * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert scores.bleu(rows[:1]) == pytest.approx(by_hand)
+
+
+def test_sacrebleu_keeps_no_text_when_the_rows_are_counted() -> None:
+    scores.bleu_rows(["the cat sat on mat"], ["the cat sat on the mat"])
+    for tokenizer in (Tokenizer13a, TokenizerRegexp):
+        assert tokenizer.__call__.cache_info().currsize == 0
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,8 +1,8 @@
 """Planned work on Ray Data: numbered batches go to a pool of actors, and each leaves its file whole or not at all.
 
-Only numbers travel through Ray. An actor reads its batch from the plan on disk and writes its own output, so the
-memory of the driver and of the object store does not depend on the size of the data. Which outputs exist is which
-batches are done: that is all that a resumed job needs to know.
+Only numbers travel through Ray. An actor reads its batch from the plan on disk and writes its own output, so the driver
+and the object store hold no rows, only a few kilobytes of Ray's own per batch. Which outputs exist is which batches are
+done: that is all that a resumed job needs to know.
 """
 
 import logging
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from raydistill.config.errors import UserError
 
 Facts = dict[str, float]
 Work = Callable[[int], Facts]
@@ -32,8 +34,8 @@ def run_batches(
     `make()` is called once in each actor, and again where one is started anew, and returns the function that does
     batch n, writes its output whole, and tells a few numbers of it (always the same names). `on_done(facts)` is
     called here as batches finish, in any order, with "batch" among the facts. An actor holds a GPU, or `threads`
-    CPUs; `actors` defaults to as many as the cluster has room for. What a batch raises ends the job; an actor that
-    dies is replaced and its batch done again, but not more than `RETRIES` times.
+    CPUs; `actors` defaults to as many as the cluster has room for. What a batch raises ends the job (a
+    UserError arrives as one); an actor that dies is replaced and its batch done again, at most `RETRIES` times.
     """
     import ray.data
 
@@ -44,16 +46,30 @@ def run_batches(
     # that is started again may no longer get them.
     class Actor:
         def __init__(self) -> None:
-            self.work = make()
+            self.wrong = ""
+            try:
+                self.work = make()
+            except UserError as error:
+                self.wrong = str(error)
 
+        # Ray would wrap what is raised here, and tell of an actor that died in its first call as of a lost machine.
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
             [number] = rows["batch"]
-            return {name: np.array([value]) for name, value in {"batch": number, **self.work(int(number))}.items()}
+            facts: Facts = {}
+            if not self.wrong:
+                try:
+                    facts = self.work(int(number))
+                except UserError as error:
+                    self.wrong = str(error)
+            told = {"batch": number, "wrong": self.wrong, **facts}
+            return {name: np.array([value]) for name, value in told.items()}
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set the level anew
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.verbose_stats_logs = False
+    # Its 30 minutes are too few for a large teacher's batch on a CPU.
+    context.execution_no_progress_timeout_s = -1
     size = min(actors or room_for_actors(device, threads), len(numbers))
     resources: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device == "cuda" else {})
     done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
@@ -65,12 +81,26 @@ def run_batches(
         **resources,
     )
     for facts in done.iter_rows():
+        if wrong := str(facts.pop("wrong")):
+            raise UserError(wrong)
         on_done(facts)
 
 
 def room_for_actors(device: str, threads: int) -> int:
-    """Actors that the cluster can hold at once: one per GPU, or per `threads` CPUs of a node; at least one."""
+    """Actors that the cluster can hold at once: one per GPU, or per `threads` CPUs of a node.
+
+    UserError where no node can hold one: Ray would wait for ever without a word.
+    """
     import ray
 
-    key, each = ("GPU", 1) if device == "cuda" else ("CPU", threads)
-    return max(1, sum(int(node["Resources"].get(key, 0) // each) for node in ray.nodes() if node["Alive"]))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    by_cpus = [int(node.get("CPU", 0) // threads) for node in nodes]
+    by_gpus = [int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
+    room = sum(min(pair) for pair in zip(by_cpus, by_gpus, strict=True))
+    if not room:
+        most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+        raise UserError(
+            f"no machine of the cluster has {threads} CPUs{' and a GPU' if device == 'cuda' else ''} for a teacher "
+            f"(the largest has {most} CPUs); lower --threads"
+        )
+    return room

@@ -11,11 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from raydistill.cluster.planned import Facts, room_for_actors, run_batches
 from raydistill.config.console import Bar, progress
@@ -24,7 +26,7 @@ from raydistill.config.files import write_atomic
 from raydistill.config.presets import metric_for, teacher_preset
 from raydistill.config.run import Dataset, Decoding, Pseudo
 from raydistill.data.curation import curate
-from raydistill.data.labels import Candidate, is_finished, label_set_name, write_label_set
+from raydistill.data.labels import Candidate, is_finished, label_set_name, read_manifest, write_label_set
 from raydistill.data.plan import BATCH_CHARS, Plan, make_plan, open_plan
 from raydistill.data.stream import Scan, scan, usable_rows
 from raydistill.evaluation.scores import Tally, rouge2_rows
@@ -35,6 +37,8 @@ GPU_CHARS = 4 * BATCH_CHARS
 CHARS_PER_TOKEN = 5  # roughly, to know how much of a long source the teacher reads
 ROWS_AT_ONCE = {"ctranslate2": 32, "transformers": 16}
 ROWS_AT_ONCE_GPU = 128
+# Part of a label set's key. One more whenever an engine, with the same settings, comes to write other texts.
+SEARCH_VERSION = 2
 
 # Called in the actor with (batch number, ids, sources, the labels), when a batch is labelled and before its file is
 # written: what else a pass over the data has to produce. It must leave its output whole, as the batch's own file is.
@@ -66,13 +70,10 @@ def pseudolabel(
     """
     found = scan(job.dataset, job.split)
     about = describe_job(job, found)
-    # Two engines, or one with other settings, do not always write the same text: they are part of the key.
-    how = {**about["decoding"], "n_best": job.pseudo.n_best, "engine": job.engine, "device": device}
-    how["precision"] = job.pseudo.precision
-    name = label_set_name(about["teacher"]["fingerprint"], found.fingerprint, how)
-    folder = root / f"{_plain(job.dataset.name)}-{job.split}-{name}"
+    root = root.absolute()  # Ray's workers have working folders of their own
+    folder = root / f"{_plain(job.dataset.name)}-{_plain(job.split)}-{_key(job, about, found, device)}"
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{folder.name}.lock"):
+    with _locked(root / f".{folder.name}.lock", folder):
         _make(job, about, found, folder, device, say, also)
     rules = job.pseudo.curation
     if rules == type(rules)():
@@ -80,13 +81,47 @@ def pseudolabel(
     return curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))
 
 
+def _key(job: Job, about: dict[str, Any], found: Scan, device: str) -> str:
+    """What decides about the texts: the teacher's weights and settings, the data, and how it is decoded.
+
+    Two engines, or one with another precision, do not always write the same text.
+    """
+    how = {
+        **about["decoding"],
+        "n_best": job.pseudo.n_best,
+        "engine": job.engine,
+        "device": device,
+        "precision": job.pseudo.precision,
+        "settings": about["teacher"]["settings"],
+        "languages": about["languages"],
+        "search": SEARCH_VERSION,
+    }
+    return label_set_name(about["teacher"]["fingerprint"], found.fingerprint, how)
+
+
+@contextmanager
+def _locked(path: Path, folder: Path) -> Iterator[None]:
+    """Hold a label set's lock; says so where another command has it, and waits."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(f"pseudo-labels: another command is making {folder.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def describe_job(job: Job, found: Scan) -> dict[str, Any]:
     """Teacher, data and decoding as the manifest holds them, without loading the model."""
     from raydistill.model.decoding import resolve_decoding
-    from raydistill.model.teachers import fingerprint, load_config, load_generation_config, locate, max_tokens
+    from raydistill.model.teachers import load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(job.teacher, job.dataset.name)
     where = locate(job.teacher, job.dataset.name)
+    where = str(Path(where).absolute()) if Path(where).is_dir() else where
     config = load_config(where)
     target = max_tokens("max_target_tokens", job.dataset, preset, config)
     beam = resolve_decoding(job.decoding, load_generation_config(where), preset.decoding if preset else None, target)
@@ -96,7 +131,7 @@ def describe_job(job: Job, found: Scan) -> dict[str, Any]:
             f"give --beams"
         )
     return {
-        "teacher": {"name": job.teacher, "where": where, "fingerprint": fingerprint(where)},
+        "teacher": {"name": job.teacher, "where": where, **_identity(where)},
         "data": {
             "name": job.dataset.name,
             "split": job.split,
@@ -113,6 +148,13 @@ def describe_job(job: Job, found: Scan) -> dict[str, Any]:
     }
 
 
+def _identity(where: str) -> dict[str, str]:
+    """The teacher's weights, and its configuration and tokenizer, as fingerprints."""
+    from raydistill.model.teachers import fingerprint, settings_fingerprint
+
+    return {"fingerprint": fingerprint(where), "settings": settings_fingerprint(where)}
+
+
 def _make(
     job: Job,
     about: dict[str, Any],
@@ -125,6 +167,8 @@ def _make(
     """Go on with the label set in `folder`; the caller holds its lock."""
     work = folder.with_name(f".{folder.name}.work")
     if is_finished(folder):
+        if not job.fallback and (why := read_manifest(folder).get("engine_why")):
+            raise UserError(f"{folder}: is finished, but not by CTranslate2: {why}")
         shutil.rmtree(work, ignore_errors=True)  # of a job that was killed after its last step but one
         if say:
             progress(f"pseudo-labels: {found.rows} rows are there already: {folder}")
@@ -136,7 +180,7 @@ def _make(
         rows = usable_rows(job.dataset, job.split, found)
         plan = make_plan(rows, work / "plan", batch_chars=chars, max_chars=read)
     (work / "out").mkdir(exist_ok=True)
-    missing = [n for n in range(len(plan)) if not _output(work, n).is_file()]
+    missing = [n for n in range(len(plan)) if not _is_done(_output(work, n))]
     if say and len(missing) < len(plan):
         progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
     if missing:
@@ -194,6 +238,8 @@ class Labeller:
         from raydistill.model.generate import open_engine
 
         decoding = dict(about["decoding"])
+        if _identity(about["teacher"]["where"]).items() - about["teacher"].items():
+            raise UserError(f"{about['teacher']['where']}: the teacher has changed since the job began; run it again")
         self.max_source_tokens = decoding.pop("max_source_tokens")
         self.beam = Beam(**decoding)
         self.plan, self.work, self.n_best, self.also = plan, work, job.pseudo.n_best, also
@@ -273,20 +319,22 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
     tally = Tally(metric)
     sums = {"empty": 0.0, "words": 0.0, "original_words": 0.0, "device_seconds": 0.0}
 
-    def rows() -> Iterator[tuple[str, list[Candidate]]]:
-        for window in range(len(plan.windows)):
-            planned = plan.read_window(window)
-            written = _read_outputs(plan, work, window, sums)
-            if written.keys() != {row_id for row_id, _, _ in planned} or len(written) != len(planned):
-                raise UserError(f"{work}: its rows are not those that were planned; delete the folder and run again")
-            best = [written[row_id][0].target for row_id, _, _ in planned]
-            originals = [target for _, _, target in planned]
-            sums["empty"] += sum(not text.strip() for text in best)
-            sums["words"] += sum(len(text.split()) for text in best)
-            sums["original_words"] += sum(len(text.split()) for text in originals)
-            if found.labelled:
-                tally.add(best, originals)
-            yield from ((row_id, written[row_id]) for row_id, _, _ in planned)
+    def window_rows(window: int) -> Iterator[tuple[str, list[Candidate]]]:
+        planned = plan.read_targets(window)
+        written = _read_outputs(plan, work, window, sums)
+        if written.keys() != {row_id for row_id, _ in planned} or len(written) != len(planned):
+            raise UserError(f"{work}: its rows are not those that were planned; delete the folder and run again")
+        best = [written[row_id][0].target for row_id, _ in planned]
+        originals = [target for _, target in planned]
+        sums["empty"] += sum(not text.strip() for text in best)
+        sums["words"] += sum(len(text.split()) for text in best)
+        sums["original_words"] += sum(len(text.split()) for text in originals)
+        if found.labelled:
+            tally.add(best, originals)
+        yield from ((row_id, written.pop(row_id)) for row_id, _ in planned)
+
+    # A generator for each window, so that what it held is gone before the next one is read.
+    rows = chain.from_iterable(window_rows(window) for window in range(len(plan.windows)))
 
     def manifest() -> dict[str, Any]:
         engine = json.loads((work / "engine.json").read_text(encoding="utf-8"))
@@ -303,7 +351,7 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
             "original_words_mean": sums["original_words"] / found.rows if found.labelled else None,
         }
 
-    write_label_set(folder, rows(), manifest)
+    write_label_set(folder, rows, manifest)
 
 
 def _read_outputs(plan: Plan, work: Path, window: int, sums: dict[str, float]) -> dict[str, list[Candidate]]:
@@ -320,6 +368,21 @@ def _read_outputs(plan: Plan, work: Path, window: int, sums: dict[str, float]) -
                 raise UserError(f"{work}: row {row_id!r} was labelled twice; delete the folder and run again")
             written[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
     return written
+
+
+def _is_done(output: Path) -> bool:
+    """Whether a batch's file is there and whole: a machine that lost its power may leave one that is not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.read_metadata(output)
+    except FileNotFoundError:
+        return False
+    except (OSError, pa.ArrowInvalid):
+        output.unlink()
+        return False
+    return True
 
 
 def _output(work: Path, number: int) -> Path:

@@ -103,14 +103,23 @@ def read_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -> C
 
 
 def check_rows(
-    dataset: Dataset, split: str, usable: int, skipped: Sequence[BadRow], duplicates: Sequence[BadRow]
+    dataset: Dataset,
+    split: str,
+    usable: int,
+    skipped: Sequence[BadRow],
+    duplicates: Sequence[BadRow],
+    counts: tuple[int, int] | None = None,
 ) -> None:
-    """UserError where a split has bad rows that are not to be skipped, repeated ids, or no usable row."""
+    """UserError where a split has bad rows that are not to be skipped, repeated ids, or no usable row.
+
+    `counts`: how many bad and repeated rows there are where only the first of them were kept.
+    """
+    bad, repeats = counts or (len(skipped), len(duplicates))
     if skipped and not dataset.skip_bad_rows:
         remedy = "correct them, or skip them with --skip-bad-rows (in YAML dataset: {skip_bad_rows: true})"
-        raise UserError(_listed("rows that cannot be used", skipped, remedy))
+        raise UserError(_listed("rows that cannot be used", skipped, bad, remedy))
     if duplicates:
-        raise UserError(_listed("rows whose id is not unique", duplicates, DUPLICATES_REMEDY))
+        raise UserError(_listed("rows whose id is not unique", duplicates, repeats, DUPLICATES_REMEDY))
     if not usable:
         raise UserError(f"{dataset.name}: no usable row in the {split} split")
 
@@ -236,7 +245,7 @@ def _nothing_readable(dataset: Dataset, split: str, rows: list[tuple[Place, Reco
     remedy = "correct them; the split has no other rows"
     if any("JSON" in row.reason for row in bad):
         remedy += " (expected one JSON object per line, or one array of objects)"
-    return _listed("rows that cannot be used", bad, remedy)
+    return _listed("rows that cannot be used", bad, len(bad), remedy)
 
 
 def _where(dataset: Dataset) -> Path | str:
@@ -298,8 +307,8 @@ def _percentile(ordered: list[int], percent: int) -> int:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else 0
 
 
-def _listed(what: str, rows: Sequence[BadRow], remedy: str, shown: int = 5) -> str:
+def _listed(what: str, rows: Sequence[BadRow], count: int, remedy: str, shown: int = 5) -> str:
     lines = [str(row) for row in rows[:shown]]
-    if len(rows) > shown:
-        lines.append(f"... and {len(rows) - shown} more")
-    return f"{len(rows)} {what}; {remedy}\n  " + "\n  ".join(lines)
+    if count > shown:
+        lines.append(f"... and {count - shown} more")
+    return f"{count} {what}; {remedy}\n  " + "\n  ".join(lines)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from filelock import FileLock
+
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset
 from raydistill.data.corpus import Row
@@ -29,6 +31,8 @@ CHUNK_ROWS = 2000
 
 class Tally(Protocol):
     """Scores of texts against references that come in chunks, such as `evaluation.scores.Tally`."""
+
+    metric: str
 
     def add(self, texts: list[str], references: list[str]) -> None: ...
 
@@ -61,40 +65,56 @@ def length_ratio(text: str, original: str) -> float:
     return len(text.split()) / max(1, len(original.split()))
 
 
+def check_curation(rules: Curation, labelled: bool) -> None:
+    """UserError where rules need originals and there are none, or where `agree_with` is no finished label set."""
+    if rules.needs_originals and not labelled:
+        raise UserError(
+            "curation: the data has no targets, and choose: rouge2, min_rouge2 and the length ratios compare with "
+            "them; leave these rules out"
+        )
+    if rules.agree_with is not None:
+        read_manifest(Path(rules.agree_with))
+
+
 def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: Score, quality: Tally) -> Path:
     """Make the curated set of a finished label set beside it, unless it is there; returns its folder.
 
     `quality` measures the labels that are kept, where there are originals. `dataset` and `split` are what the set was
-    made for: rows and order are compared. UserError where they differ, where a rule needs originals that the data does
-    not have, or where nothing would be kept.
+    made for: rows and order are compared. UserError where they differ, as `check_curation`, or where nothing would be
+    kept.
     """
-    manifest = read_manifest(folder)
-    name = label_set_name(manifest["teacher"]["fingerprint"], folder.name, rules.model_dump(mode="json"))
+    manifest = read_manifest(folder, ["teacher.fingerprint"])
+    asked = {**rules.model_dump(mode="json"), "metric": quality.metric}
+    if rules.agree_with is not None:
+        asked["agree_with"] = read_manifest(Path(rules.agree_with))  # what is in the folder, not where it is
+    name = label_set_name(manifest["teacher"]["fingerprint"], folder.name, asked)
     made = folder.with_name(f"{folder.name.rsplit('-', 1)[0]}-curated-{name}")
-    if is_finished(made):
-        return made
+    with FileLock(made.with_name(f".{made.name}.lock")):
+        if not is_finished(made):
+            _curate_into(made, folder, dataset, split, rules, score, quality)
+    return made
+
+
+def _curate_into(
+    made: Path, folder: Path, dataset: Dataset, split: str, rules: Curation, score: Score, quality: Tally
+) -> None:
+    """Write the curated set; the caller holds its lock."""
     found = scan(dataset, split)
-    if rules.needs_originals and not found.labelled:
-        raise UserError(
-            f"{dataset.name}: the {split} split has no targets, and choose: rouge2, min_rouge2 and the length ratios "
-            f"compare with them; leave these rules out"
-        )
-    others = read_label_set(Path(rules.agree_with)).targets if rules.agree_with else {}
+    check_curation(rules, found.labelled)
+    manifest = read_manifest(folder)
     counts: Counter[str] = Counter()
-    dropped: list[tuple[str, str]] = []
     words = Counter[str]()
 
-    def rows() -> Iterator[tuple[str, list[Candidate]]]:
-        for pairs in _chunks(_paired(folder, usable_rows(dataset, split, found), others, rules.agree_with)):
+    def rows() -> Iterator[tuple[str, list[Candidate] | str]]:
+        for pairs in _chunks(_paired(folder, usable_rows(dataset, split, found), rules.agree_with)):
             judged = list(zip(pairs, judge(pairs, rules, score), strict=True))
             kept = [(pair.row, ranked) for pair, (ranked, reason) in judged if not reason]
-            dropped.extend((pair.row.id, reason) for pair, (_, reason) in judged if reason)
             counts.update(reason or "kept" for _, (_, reason) in judged)
             words["target"] += sum(len(ranked[0].target.split()) for _, ranked in kept)
             words["original"] += sum(len(row.target.split()) for row, _ in kept)
             if found.labelled:
                 quality.add([ranked[0].target for _, ranked in kept], [row.target for row, _ in kept])
-            yield from ((row.id, ranked) for row, ranked in kept)
+            yield from ((pair.row.id, reason or ranked) for pair, (ranked, reason) in judged)
         if not counts["kept"]:
             raise UserError(f"{folder}: these rules keep no row ({dict(counts)}); loosen them")
 
@@ -106,14 +126,14 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, score: S
             "target_words_mean": words["target"] / rows,
             "original_words_mean": words["original"] / rows if found.labelled else None,
             "empty": 0,
+            "metric": quality.metric,
             "of": folder.name,
             "curation": rules.model_dump(mode="json", exclude_none=True),
             "dropped": dict(counts.most_common()),
             "quality": quality.metrics() if found.labelled else None,
         }
 
-    write_label_set(made, rows(), told, dropped)
-    return made
+    write_label_set(made, rows(), told)
 
 
 def judge(pairs: Sequence[Pair], rules: Curation, score: Score) -> list[tuple[list[Candidate], str]]:
@@ -175,18 +195,26 @@ def _broken(rules: Curation, text: str, row: Row, rouge2: float, agreement: floa
     return ""
 
 
-def _paired(folder: Path, rows: Iterator[Row], others: dict[str, str], agree_with: str | None) -> Iterator[Pair]:
-    """The data's rows with their candidates; both stand in the data's order."""
+def _paired(folder: Path, rows: Iterator[Row], agree_with: str | None) -> Iterator[Pair]:
+    """The data's rows with their candidates and the other teacher's labels; all stand in the data's order."""
     written = read_candidates(folder)
+    others = read_candidates(Path(agree_with)) if agree_with is not None else None
     for row in rows:
         row_id, candidates = next(written, (None, []))
         if row_id != row.id:
             raise UserError(
                 f"{folder}: expected row {row.id!r} and found {row_id!r}: this label set was made for other data"
             )
-        if agree_with is not None and row.id not in others:
-            raise UserError(f"{agree_with}: row {row.id!r} has no label there: it was made for other data")
-        yield Pair(row, candidates, others.get(row.id, ""))
+        other = ""
+        if others is not None:
+            # It may have been made for more rows than these.
+            same = next((found for other_id, found in others if other_id == row.id), None)
+            if same is None:
+                raise UserError(
+                    f"{agree_with}: row {row.id!r} has no label there in the data's order: it was made for other data"
+                )
+            other = same[0].target
+        yield Pair(row, candidates, other)
 
 
 def _chunks(pairs: Iterator[Pair]) -> Iterator[list[Pair]]:

@@ -7,11 +7,10 @@ of all `manifest.json`.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,21 @@ from raydistill.config.run import LabelPart
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
+FLUSH_LINES = 2_000  # held until they are written, so that memory does not grow with a part
 COLUMNS = ("id", "target", "rank")  # what training reads
 DROPPED = "dropped.parquet"
+# What a set that `raydistill pseudolabel` made says of itself. Training reads `rows` alone, and so takes others too.
+DESCRIBED = (
+    "teacher.name",
+    "teacher.fingerprint",
+    "decoding",
+    "metric",
+    "engine",
+    "device_hours",
+    "empty",
+    "target_words_mean",
+    "quality",
+)
 
 
 @dataclass(frozen=True)
@@ -58,40 +70,81 @@ class Candidate(NamedTuple):
 
 def write_label_set(
     folder: Path,
-    rows: Iterable[tuple[str, Sequence[Candidate]]],
+    rows: Iterable[tuple[str, Sequence[Candidate] | str]],
     manifest: Callable[[], dict[str, Any]],
-    dropped: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write each row's candidates, the best first, as Parquet parts, and then the manifest: whole or not at all.
 
-    `rows` is read once and not held; `manifest()` is asked when all are written, and so may count them. `dropped` are
-    (id, reason) pairs, and may be filled while the rows are read.
+    In the candidates' place a text says why curation dropped the row. `rows` is read once and not held; `manifest()` is
+    asked when all are written, and so may count them. The caller holds the lock of the set. A finished set is left as
+    it is.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    schema = pa.schema([("id", pa.string()), ("target", pa.string()), ("rank", pa.int32()), ("score", pa.float64())])
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.making")
-    shutil.rmtree(making, ignore_errors=True)
+    making = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
     making.mkdir(parents=True)
+    lines = pa.schema([("id", pa.string()), ("target", pa.string()), ("rank", pa.int32()), ("score", pa.float64())])
+    reasons = pa.schema([("id", pa.string()), ("reason", pa.string())])
     try:
-        listed = (
-            {"id": row_id, "target": target, "rank": rank, "score": score}
-            for row_id, candidates in rows
-            for rank, (target, score) in enumerate(candidates)
-        )
-        part = 0
-        while taken := list(islice(listed, PART_ROWS)):
-            pq.write_table(pa.Table.from_pylist(taken, schema=schema), making / f"part-{part:05d}.parquet")
-            part += 1
-        if dropped:
-            ids, reasons = zip(*dropped, strict=True)
-            pq.write_table(pa.table({"id": ids, "reason": reasons}), making / DROPPED)
+        with (
+            _Parts(making, "part-{:05d}.parquet", lines, PART_ROWS) as parts,
+            _Parts(making, DROPPED, reasons) as dropped,
+        ):
+            for row_id, found in rows:
+                if isinstance(found, str):
+                    dropped.add(row_id, found)
+                    continue
+                for rank, (target, score) in enumerate(found):
+                    parts.add(row_id, target, rank, score)
         write_json_atomic(making / MANIFEST, manifest())
-        shutil.rmtree(folder, ignore_errors=True)
-        making.rename(folder)
+        if not is_finished(folder):  # else somebody may be reading it
+            shutil.rmtree(folder, ignore_errors=True)
+            making.rename(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+class _Parts:
+    """Lines into Parquet files of `most` lines each, or into one; written as they come, and no file without a line."""
+
+    def __init__(self, folder: Path, name: str, schema: Any, most: int | None = None) -> None:
+        self._folder, self._name, self._schema, self._most = folder, name, schema, most
+        self._file: Any = None
+        self._files = self._written = 0
+        self._held: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> "_Parts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_file()
+
+    def add(self, *line: Any) -> None:
+        self._held.append(line)
+        if len(self._held) == FLUSH_LINES:
+            self._flush()
+        if self._written + len(self._held) == self._most:
+            self._end_file()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._file is None:
+            self._file = pq.ParquetWriter(self._folder / self._name.format(self._files), self._schema)
+        lines = [dict(zip(self._schema.names, line, strict=True)) for line in self._held]
+        self._file.write_table(pa.Table.from_pylist(lines, schema=self._schema))
+        self._written += len(self._held)
+        self._held.clear()
+
+    def _end_file(self) -> None:
+        if self._held:
+            self._flush()
+        if self._file is not None:
+            self._file.close()
+            self._files += 1
+        self._file, self._written = None, 0
 
 
 def is_finished(folder: Path) -> bool:
@@ -111,8 +164,11 @@ def read_label_set(folder: Path) -> LabelSet:
     return LabelSet(folder, manifest, targets, frozenset(row_id for row_id, _ in read_dropped(folder)))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished label set; UserError where it is missing or damaged."""
+def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest of a finished label set; UserError where it is missing, damaged or lacks a `needed` key.
+
+    `data.split` is the key `split` of what stands under `data`.
+    """
     if not is_finished(folder):
         raise UserError(
             f"{folder}: no finished label set here (no {MANIFEST}); make one with `raydistill pseudolabel`, "
@@ -123,7 +179,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         int(manifest["rows"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, error) from None
+    if missing := [key for key in needed if not _has(manifest, key)]:
+        raise UserError(
+            f"{folder}: its {MANIFEST} lacks {', '.join(missing)}, which `raydistill pseudolabel` writes; such a set "
+            f"can be trained on, and no more"
+        )
     return manifest
+
+
+def _has(manifest: Any, key: str) -> bool:
+    first, _, rest = key.partition(".")
+    return isinstance(manifest, dict) and first in manifest and (not rest or _has(manifest[first], rest))
 
 
 def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
@@ -159,15 +225,20 @@ def read_dropped(folder: Path) -> list[tuple[str, str]]:
     return list(zip(found["id"].to_pylist(), found["reason"].to_pylist(), strict=True))
 
 
-def list_label_sets(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The finished label sets under a folder with their manifests, by name; damaged ones are left out."""
-    found = []
-    for folder in sorted(path.parent for path in root.glob(f"*/{MANIFEST}")):
+def finished_folders(root: Path) -> list[Path]:
+    """The finished label sets under a folder, by name; a name that begins with a dot is none, but one in the making."""
+    return sorted(path.parent for path in root.glob(f"[!.]*/{MANIFEST}"))
+
+
+def list_label_sets(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[UserError]]:
+    """The finished label sets under a folder with their manifests, by name; and what is wrong with those left out."""
+    found, wrong = [], []
+    for folder in finished_folders(root):
         try:
-            found.append((folder, read_manifest(folder)))
-        except UserError:
-            continue
-    return found
+            found.append((folder, read_manifest(folder, DESCRIBED)))
+        except UserError as error:
+            wrong.append(error)
+    return found, wrong
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:

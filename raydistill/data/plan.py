@@ -17,7 +17,8 @@ from typing import Any
 from raydistill.config.files import write_json_atomic
 from raydistill.data.corpus import Row
 
-WINDOW_ROWS = 20_000
+# Rows in memory at once; twice as many bring no shorter batches worth having.
+WINDOW_ROWS = 10_000
 # A batch is the unit of resume: some seconds of a teacher's work. Characters, since tokens would cost the job's start
 # a pass over all the data; the engine forms its own batches within one of these by real tokens.
 BATCH_CHARS = 32_000
@@ -54,14 +55,15 @@ class Plan:
             [row] = file.read_row_group(number - self._firsts[window]).to_pylist()
         return row
 
-    def read_window(self, window: int) -> list[tuple[str, str, str]]:
-        """(id, source, target) of a window's rows, in the order of the data."""
+    def read_targets(self, window: int) -> list[tuple[str, str]]:
+        """(id, target) of a window's rows, in the order of the data."""
         import pyarrow.parquet as pq
 
-        found: list[tuple[int, tuple[str, str, str]]] = []
-        for batch in pq.read_table(_window(self.folder, window)).to_pylist():
-            texts = zip(batch["ids"], batch["sources"], batch["targets"], strict=True)
-            found += zip(batch["places"], texts, strict=True)
+        found: list[tuple[int, tuple[str, str]]] = []
+        with pq.ParquetFile(_window(self.folder, window)) as file:
+            for group in range(file.num_row_groups):
+                [batch] = file.read_row_group(group, columns=["places", "ids", "targets"]).to_pylist()
+                found += zip(batch["places"], zip(batch["ids"], batch["targets"], strict=True), strict=True)
         return [row for _, row in sorted(found)]
 
 
@@ -101,6 +103,7 @@ def make_plan(
         plan.windows.append(len(batches))
         plan.rows.extend(map(len, batches))
         plan.chars.extend(sum(sizes[i] for i in places) for places in batches)
+        del listed, window  # or they would stay while the next window is read
     write_json_atomic(folder / "plan.json", {k: v for k, v in asdict(plan).items() if k != "folder"})
     return plan
 

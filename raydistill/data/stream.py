@@ -29,7 +29,7 @@ def scan(dataset: Dataset, split: str) -> Scan:
     """
     columns, rows = open_rows(dataset, split, need_targets=False)
     with_targets, without = Fingerprint(), Fingerprint()
-    labelled, count, bad = columns.target is not None, 0, 0
+    labelled, count, bad, repeats = columns.target is not None, 0, 0, 0
     skipped: list[BadRow] = []
     duplicates: list[BadRow] = []
     seen = _Ids()
@@ -41,13 +41,14 @@ def scan(dataset: Dataset, split: str) -> Scan:
             bad += 1
             skipped += [row] if bad <= _KEPT else []
         elif (first := seen.add(row)) is not None:
-            duplicates += [repeated(row, first)] if len(duplicates) < _KEPT else []
+            repeats += 1
+            duplicates += [repeated(row, first)] if repeats <= _KEPT else []
         else:
             count += 1
             labelled = labelled and bool(row.target)
             with_targets.add(row.id, row.source, row.target)
             without.add(row.id, row.source, "")
-    check_rows(dataset, split, count, skipped, duplicates)
+    check_rows(dataset, split, count, skipped, duplicates, (bad, repeats))
     return Scan(count, (with_targets if labelled else without).value, labelled, bad)
 
 

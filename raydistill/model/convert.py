@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raydistill.config.errors import UserError
 from raydistill.model import teachers
 from raydistill.model.checkpoints import resolve
 
@@ -147,12 +149,18 @@ def converted(
     threads: int,
     say: Callable[[str], None] | None,
 ) -> Path:
-    """The folder of a checkpoint's proved conversion, made where it is not there whole."""
+    """The folder of a checkpoint's proved conversion, made where it is not there whole, by one process at a time.
+
+    RefusedError where it cannot be made; UserError where it cannot be written.
+    """
     place = cache / _conversion_key(checkpoint)
     if not _is_whole(place):
-        if say is not None:
-            say(f"{checkpoint}: converting for CTranslate2")
-        _convert_into(place, checkpoint, tokenizer, threads)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.with_name(f".{place.name}.lock")):
+            if not _is_whole(place):  # else another process made it meanwhile
+                if say is not None:
+                    say(f"{checkpoint}: converting for CTranslate2")
+                _convert_into(place, checkpoint, tokenizer, threads)
     reason = json.loads((place / PROOF).read_text())["refused"]
     if reason:
         raise RefusedError(reason)
@@ -181,42 +189,55 @@ def _is_whole(place: Path) -> bool:
 
 
 def _convert_into(place: Path, checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
-    """Convert beside `place`, prove, and move it there in one step; a refusal is kept too."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    """Convert beside `place`, prove, and move it there in one step; the caller holds its lock.
+
+    A refusal is kept too, where another attempt would end in the same.
+    """
     for left in place.parent.glob(".making-*"):  # by a process that was killed
         if time.time() - left.stat().st_mtime > 86400:
             shutil.rmtree(left, ignore_errors=True)
+    model = teachers.load_model(checkpoint)
+    teachers.set_languages(model, tokenizer)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    whole = making / "model"
     try:
-        model = teachers.load_model(checkpoint)
-        teachers.set_languages(model, tokenizer)
-        refused, difference = None, None
-        if model.config.model_type == "marian" and _padding_row(model) > 0:
-            refused = f"Marian's padding row is not zero (norm {_padding_row(model):.2g})"
-        else:
-            try:
-                convert(model, tokenizer, making / "model")
-                difference = _of_random_targets(making / "model", model, tokenizer, threads)
-            except (AttributeError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
-                refused = f"the conversion failed: {error}"
-        if difference is not None and not difference <= TOLERANCE:
-            refused = f"the converted model's log-probabilities are off by up to {difference:.2g}"
-        whole = making / "model"
+        refused, difference = _proved(model, tokenizer, whole, threads)
         if refused:
             shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir(exist_ok=True)
         sizes = {path.name: path.stat().st_size for path in whole.iterdir()}
         proof = {"refused": refused, "max_difference": difference, "sizes": sizes}
         (whole / PROOF).write_text(json.dumps(proof))
-        if place.exists() and not _is_whole(place):
-            shutil.rmtree(place, ignore_errors=True)
-        try:
-            os.rename(whole, place)
-        except OSError:
-            if not _is_whole(place):  # else another process was first
-                raise
+        shutil.rmtree(place, ignore_errors=True)  # it is not whole
+        os.rename(whole, place)
+    except OSError as error:
+        raise UserError(
+            f"{place}: the conversion of {checkpoint} for CTranslate2 could not be written ({error}); free some disk "
+            f"and run again, or use engine transformers"
+        ) from None
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _proved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, threads: int
+) -> tuple[str | None, float | None]:
+    """Convert a model into a folder; why it cannot be used, if so, and how far its log-probabilities are off.
+
+    RefusedError where it failed for a reason that may pass, such as too little memory.
+    """
+    if model.config.model_type == "marian" and _padding_row(model) > 0:
+        return f"Marian's padding row is not zero (norm {_padding_row(model):.2g})", None
+    try:
+        convert(model, tokenizer, folder)
+        difference = _of_random_targets(folder, model, tokenizer, threads)
+    except (AttributeError, KeyError, NotImplementedError, ValueError) as error:  # what the converter does not know
+        return f"the conversion failed: {error}", None
+    except (MemoryError, RuntimeError) as error:
+        raise RefusedError(f"the conversion failed this time: {error or type(error).__name__}") from None
+    if not difference <= TOLERANCE:
+        return f"the converted model's log-probabilities are off by up to {difference:.2g}", difference
+    return None, difference
 
 
 def _of_random_targets(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int) -> float:

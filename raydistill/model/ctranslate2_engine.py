@@ -149,6 +149,7 @@ def open_ctranslate2(
     say: Say | None,
     sample: Sample | None,
 ) -> CTranslate2Engine:
+    """As `open_engine`; RefusedError says why this model cannot be decoded by CTranslate2, or not here and now."""
     try:
         ctranslate2 = load_ctranslate2()
     except ImportError:
@@ -165,15 +166,19 @@ def open_ctranslate2(
     if reason := unsupported(config, generation, tokenizer):
         raise RefusedError(reason)
     folder = converted(checkpoint, tokenizer, (cache or home() / "cache" / "ctranslate2"), threads, say)
-    engine = CTranslate2Engine(
-        folder, tokenizer, config, generation, device=device, threads=threads, precision=precision
-    )
-    if sample is not None:
-        difference = _difference_on(engine, checkpoint, languages, sample, threads)
-        if not difference <= ROW_TOLERANCE:
-            raise RefusedError(
-                f"on real rows its log-probabilities are off by up to {difference:.2g} per token ({precision})"
-            )
+    try:
+        engine = CTranslate2Engine(
+            folder, tokenizer, config, generation, device=device, threads=threads, precision=precision
+        )
+        if kind == "cuda":  # where cuBLAS cannot be loaded, it says so at the first call and not before
+            engine.timed(source_tokens=2, output_tokens=1, batch=1, beams=1)()
+        difference = 0.0 if sample is None else _difference_on(engine, checkpoint, languages, sample, threads)
+    except RuntimeError as error:  # a missing library, no memory left on the GPU
+        raise RefusedError(f"it failed on {device}: {error}") from None
+    if not difference <= ROW_TOLERANCE:
+        raise RefusedError(
+            f"on real rows its log-probabilities are off by up to {difference:.2g} per token ({precision})"
+        )
     return engine
 
 

@@ -224,6 +224,17 @@ def _beside_forward() -> set[str]:
     return names | asked | (set(GenerationConfig().to_dict()) - tokens)
 
 
+def settings_fingerprint(where: str | Path) -> str:
+    """16 hex digits of a SHA-256 over a checkpoint's configuration, generation settings and tokenizer."""
+    folder = resolve(where, weights=False)
+    names = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+    digest = hashlib.sha256()
+    for name in sorted(names | {"added_tokens.json", "merges.txt", *TOKENIZER_FILES, *MARIAN_FILES}):
+        if (folder / name).is_file():
+            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest sequence in tokens that the model has positions for; None (T5) is no limit."""
     return None if config.model_type == "t5" else int(config.max_position_embeddings)
