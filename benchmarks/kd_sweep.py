@@ -18,19 +18,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from benchmarks.common import describe_machine, write_result
+from benchmarks.common import RESULTS, describe_machine, write_result
 from benchmarks.kd_step import kd_loss
 from raydistill.cluster.prepare import runs_of
+from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run
 from raydistill.config.space import Space
 from raydistill.evaluation.scores import score
+from raydistill.model import forms
 from raydistill.model.decoding import Beam, resolve_decoding
 from raydistill.model.transformers_engine import TransformersEngine
 from raydistill.training import loop
@@ -40,6 +42,7 @@ from raydistill.training.student import freeze, make_student, what_is_frozen
 from raydistill.training.teacher_cache import mask_of, padded
 
 THREADS = os.cpu_count() or 1
+PARTIAL = RESULTS / "kd_sweep.partial.json"
 
 
 def space_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -88,19 +91,19 @@ def the_sweep(space: Path, home: Path) -> dict[str, Any]:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("trials/*/result.json"))]
     begun = min(path.stat().st_mtime for path in folder.glob("trials/*/run.json"))
     ended = max(path.stat().st_mtime for path in folder.glob("trials/*/result.json"))
-    at_work = sum(r["metrics"]["gpu_hours"] * 3600 + r["metrics"]["startup_s"] for r in results)
+    done = [r for r in results if r["status"] == "done"]
+    # What a failed trial took until its first step is not in its result; it counts as around the trial.
+    at_work = sum(r["metrics"]["gpu_hours"] * 3600 + r["metrics"].get("startup_s", 0.0) for r in results)
     cache = json.loads((folder / "cache.json").read_text())
     return {
         "seconds": seconds,
         "cache": cache,
         "trials_seconds": ended - begun,
         "around_a_trial_s": (THREADS * (ended - begun) - at_work) / len(results),
-        "startup_s": [r["metrics"]["startup_s"] for r in sorted(results, key=lambda r: r["number"])],
-        "scores": {
-            trial_name(Run.model_validate(json.loads((folder / "trials" / r["key"] / "run.json").read_text()))): r[
-                "test"
-            ]["bleu"]
-            for r in results
+        "startup_s": [r["metrics"]["startup_s"] for r in sorted(done, key=lambda r: r["number"])],
+        "scores": {name_in(folder / "trials" / r["key"]): r["test"]["bleu"] for r in done},
+        "not_done": {
+            name_in(folder / "trials" / r["key"]): f"{r['status']}: {r['reason']}" for r in results if r not in done
         },
     }
 
@@ -151,9 +154,11 @@ def released(run: Run, inputs: Inputs) -> dict[str, float]:
             optimizer.zero_grad()
             with torch.no_grad():
                 encoded = student.get_encoder()(ids, mask)
-                more = {"attention_mask": mask, "encoder_outputs": encoded, "output_hidden_states": True}
-                theirs = teacher.model(labels=labels, use_cache=False, **more)
-            ours = student(labels=labels, use_cache=False, **more)
+                # Labels would make transformers work out a cross-entropy that nobody uses.
+                more: dict[str, Any] = {"decoder_input_ids": forms.shift_right(student, labels), "attention_mask": mask}
+                more |= {"encoder_outputs": encoded, "output_hidden_states": True, "use_cache": False}
+                theirs = teacher.model(**more)
+            ours = student(**more)
             kd_loss(ours, theirs, labels, layers.supervised_decoder, run.loss).backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
             optimizer.step()
@@ -191,10 +196,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def one_by_one(options: argparse.Namespace, run: Run, home: Path) -> list[dict[str, Any]]:
+def one_by_one(run: Run, home: Path) -> Iterator[dict[str, Any]]:
     """The first trial alone with all threads, each line with one thing more, each in a process of its own."""
     switches: dict[str, Any] = {"teacher_cache": "off", "buckets": False, "engine": "transformers", "precision": "fp32"}
-    rows = []
     for name, change in STEPS:
         switches |= change
         data = run.model_dump(mode="json")
@@ -209,9 +213,7 @@ def one_by_one(options: argparse.Namespace, run: Run, home: Path) -> list[dict[s
             text=True,
             check=True,
         )
-        rows.append({"what": name, **json.loads(done.stdout.strip().splitlines()[-1])})
-        print(json.dumps(rows[-1]), file=sys.stderr)
-    return rows
+        yield {"what": name, **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
 def one(asked: dict[str, Any]) -> dict[str, Any]:
@@ -252,31 +254,42 @@ def random_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: in
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Both sides and the ladder; writes benchmarks/results/kd_sweep.md."""
+    """The ladder and both sides; writes benchmarks/results/kd_sweep.md, and what is there so far as PARTIAL."""
     machine = describe_machine()
+    data: dict[str, Any] = {"options": vars(options), "one_by_one": [], "released": {}}
     with tempfile.TemporaryDirectory(dir=options.work) as place:
         home = Path(place)
         space = home / "space.yaml"
         space.write_text(yaml.safe_dump(space_of(options)))
         os.environ["RAYDISTILL_HOME"] = str(home / "sweep")
         runs = runs_of(Space.model_validate(space_of(options)))[: options.trials]
-        ladder = one_by_one(options, runs[0], home / "ladder")
-        ours = the_sweep(space, home / "sweep")
-        print(json.dumps(ours), file=sys.stderr)
-        theirs = {}
+        for row in one_by_one(runs[0], home / "ladder"):
+            data["one_by_one"].append(row)
+            keep_partial(data, row)
+        data["ours"] = the_sweep(space, home / "sweep")
+        keep_partial(data, data["ours"])
         for run in runs:
-            theirs[trial_name(run)] = released(run, Inputs())
-            print(trial_name(run), json.dumps(theirs[trial_name(run)]), file=sys.stderr)
-    data = {"ours": ours, "released": theirs, "one_by_one": ladder, "options": vars(options)}
+            data["released"][trial_name(run)] = found = released(run, Inputs())
+            keep_partial(data, {trial_name(run): found})
     write_result(
         "kd_sweep", "A sweep of KD trials against the same runs one after another", as_markdown(data), data, machine
     )
+    PARTIAL.unlink()
+
+
+def keep_partial(data: dict[str, Any], latest: Any) -> None:
+    """Write what is there so far, so that a fault in a later stage loses none of it; and say the latest."""
+    write_json_atomic(PARTIAL, data)
+    print(json.dumps(latest), file=sys.stderr)
 
 
 def as_markdown(data: dict[str, Any]) -> str:
     """Times, scores side by side, the ladder."""
     ours, theirs = data["ours"], data["released"]
     total = sum(run["seconds"] for run in theirs.values())
+    failures = [
+        f"Not done in the sweep, so the work is unequal: {name}: {why}" for name, why in ours["not_done"].items()
+    ]
     shared = [name for name in theirs if name in ours["scores"]]
     gaps = [ours["scores"][name] - theirs[name]["bleu"] for name in shared]
     groups = ours["cache"]["groups"].values()
@@ -297,9 +310,9 @@ def as_markdown(data: dict[str, Any]) -> str:
         f"{100 * ours['around_a_trial_s'] / 300:.1f} % of a trial of 5 minutes. Start-up to the first step, s: "
         f"{', '.join(f'{s:.1f}' for s in ours['startup_s'])}.",
         "",
-        f"BLEU on test, ours less theirs, over {len(gaps)} trials: mean {statistics.mean(gaps):+.2f}, standard "
-        f"deviation {statistics.stdev(gaps) if len(gaps) > 1 else 0:.2f}.",
+        score_gap(gaps),
         "",
+        *[line for failure in failures for line in (failure, "")],
         "| trial | released: s | BLEU | ours: BLEU |",
         "|---|---|---|---|",
         *[f"| {n} | {theirs[n]['seconds']:.0f} | {theirs[n]['bleu']:.2f} | {ours['scores'][n]:.2f} |" for n in shared],
@@ -313,6 +326,14 @@ def as_markdown(data: dict[str, Any]) -> str:
         wait = f"{100 * r['data_wait']:.1f} %"
         lines.append(f"| {r['what']} | {r['seconds']:.1f} | {r['step_ms']:.0f} | {wait} | {r['bleu']:.2f} |")
     return "\n".join(lines)
+
+
+def score_gap(gaps: list[float]) -> str:
+    """Mean and spread of the scores' differences; needs two trials for a spread."""
+    if len(gaps) < 2:
+        return f"BLEU on test was compared for {len(gaps)} trials only."
+    mean, spread = statistics.mean(gaps), statistics.stdev(gaps)
+    return f"BLEU on test, ours less theirs, {len(gaps)} trials: mean {mean:+.2f}, standard deviation {spread:.2f}."
 
 
 def main() -> None:

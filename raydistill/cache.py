@@ -57,7 +57,7 @@ def remove(
     unused_days: Annotated[float | None, typer.Option(min=0, help="all that no run has opened for so long")] = None,
     as_json: Json = False,
 ) -> None:
-    """Delete stores: those named, or those unused for so many days. A run that is reading one goes on."""
+    """Delete stores: those named, or those unused for so many days. Not while a run reads one: it would stop."""
     if not names and unused_days is None:
         raise UserError("say which: names of stores (`raydistill cache list` shows them), or --unused-days")
     found = list(store.kept(home() / "cache"))

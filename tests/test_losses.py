@@ -126,6 +126,41 @@ def test_losses_and_gradients_are_autograds_own_over_whole_logits(smoothing, tra
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("logits", [0.0, 0.8])
+@pytest.mark.parametrize("chunk", [2**25, 5 * VOCABULARY, 1])
+def test_a_trained_heads_gradients_under_autocast_are_autograds_own_within_bf16(smoothing, logits, chunk, monkeypatch):
+    """Seen: gradients up to 0.0042 of their norm apart, as far as either is from float32's; the sums are the same."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(losses, "FLOAT_ELEMENTS", {"cpu": 2 * VOCABULARY})
+    ours, theirs, base, teacher, labels = problem()
+    parameters = list(ours.parameters())
+
+    def gradients(loss, hidden):
+        ours.zero_grad()
+        (3 * loss).backward()
+        return [hidden.grad, *(p.grad.clone() for p in parameters)]
+
+    hidden = base.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of = ours(hidden).float()
+        q = F.log_softmax(theirs(teacher).detach().float() / 2, -1)
+        entropy = F.cross_entropy(logits_of, labels, reduction="sum", label_smoothing=smoothing)
+        kl = F.kl_div(F.log_softmax(logits_of / 2, -1), q, reduction="sum", log_target=True) * 4
+    expected = gradients(0.5 * entropy + logits * kl, hidden)
+
+    hidden = base.clone().requires_grad_()
+    targets = Targets(labels, 0.5, smoothing, logits, 2.0, teacher, lambda h: theirs(h).detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(hidden).dtype == torch.bfloat16
+        loss, found_entropy, found_kl = output_loss(hidden, ours, targets, VOCABULARY, parameters)
+    assert float(found_entropy) == pytest.approx(float(entropy.detach()), rel=1e-6)
+    assert float(found_kl) == pytest.approx(float(kl.detach()) if logits else 0.0, rel=1e-6)
+    for a, b in zip(gradients(loss, hidden), expected, strict=True):
+        assert a.dtype == torch.float32
+        assert float((a - b).norm() / b.norm()) < 0.008
+
+
 def test_gradients_hold_against_finite_differences():
     ours, theirs, base, teacher, labels = problem(torch.float64)
     targets = Targets(labels, 0.5, 0.1, 0.8, 2.0, teacher, lambda h: theirs(h).detach())

@@ -1,9 +1,11 @@
 """The teacher's states on disk: what they are, that a killed pass loses no part, and what is worth keeping."""
 
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from raydistill.data import store
 from raydistill.data.batches import Examples, within
 from raydistill.model.convert import torch_threads
 from raydistill.model.teachers import load_model
+from raydistill.training import teacher_cache
 from raydistill.training.caching import Costs, choose, measure, pass_for, reading_rate
 from raydistill.training.prefetch import ahead
 from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
@@ -157,6 +160,7 @@ def test_a_killed_pass_keeps_its_finished_parts_and_goes_on(teacher, tmp_path):
     assert work.missing() == list(range(2, len(work.parts)))
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
     assert len(before) == 6
+    assert work.missing_bytes() == sum(work.arrays.values()) - sum(p.stat().st_size for p in before)
     with torch_threads(1):  # as many as the killed process had: sums over several threads differ in the last digit
         make_here(work, teacher)
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -167,6 +171,34 @@ def test_a_killed_pass_keeps_its_finished_parts_and_goes_on(teacher, tmp_path):
     rows = list(range(9))
     assert torch.equal(open_encoder(work).flat(rows), open_encoder(whole).flat(rows))
     assert torch.equal(open_decoder(work)[2].flat(rows), open_decoder(whole)[2].flat(rows))
+
+
+def test_no_more_parts_are_mapped_at_once_than_the_bound(teacher, tmp_path, monkeypatch):
+    """The bound keeps a process within the mappings that Linux allows it; what is read does not hang on it."""
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    rows = [8, 0, 5, 3]
+    encoded = open_encoder(work)
+
+    def maps():
+        return Path("/proc/self/maps").read_text().count(f"{work.encoder_store}/")
+
+    expected = encoded.padded(rows)
+    assert maps() == len({int(encoded.part[row]) for row in rows}) > 2
+    teacher_cache.mapped.cache_clear()
+    monkeypatch.setattr(teacher_cache, "mapped", lru_cache(2)(teacher_cache.mapped.__wrapped__))
+    for _ in range(2):
+        assert torch.equal(encoded.padded(rows), expected)
+        assert maps() == 2
+
+
+def test_a_part_that_goes_away_while_a_run_reads_it_is_told(teacher, tmp_path):
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    encoded = open_encoder(work)
+    shutil.rmtree(work.encoder_store)
+    with pytest.raises(UserError, match="damaged or missing"):
+        encoded.flat([0])
 
 
 @pytest.mark.parametrize("fault", ["cut", "gone"])
@@ -208,6 +240,22 @@ def test_old_stores_are_listed_and_removed(teacher, tmp_path):
     store.remove(found[1])
     assert work.unfinished()
     assert [kept.folder for kept in store.kept(tmp_path)] == work.decoder_stores
+
+
+def test_a_store_that_is_being_made_is_not_removed(teacher, tmp_path):
+    work = pass_of(tmp_path, pairs())
+    make_here(work, teacher)
+    for kept in store.kept(tmp_path):
+        with work.lock(), pytest.raises(UserError, match=f"{kept.folder}: is being made"):
+            store.remove(kept)
+    assert not work.unfinished()
+
+
+def test_a_store_that_was_removed_while_it_was_made_is_told(tmp_path):
+    work = pass_of(tmp_path, pairs())
+    work.begin()
+    with pytest.raises(UserError, match="was removed while it was made; run again"):
+        work.finish()
 
 
 # What is worth keeping
@@ -281,6 +329,27 @@ def test_a_pass_holds_the_union_of_what_runs_read(tmp_path, teacher):
     assert not pass_for(
         [(run("sft", "2-1", freeze_embeddings=False), "full")], examples, "key", teacher.config, tmp_path, "bf16"
     ).arrays
+
+
+@pytest.mark.parametrize("mode", ["full", "encoder", "auto"])
+def test_the_bound_on_the_disk_holds_for_every_mode(mode, teacher, tmp_path):
+    def work(gigabytes):
+        run = {
+            "name": "r",
+            "teacher": "a/b",
+            "dataset": "d",
+            "method": "kd",
+            "student": {"size": "2-1"},
+            "training": {"teacher_cache": mode, "cache_gb": gigabytes},
+        }
+        keep = "encoder" if mode == "encoder" else "full"
+        return pass_for([(Run.model_validate(run), keep)], {"original": pairs()}, "k", teacher.config, tmp_path, "fp32")
+
+    need = sum(work(1).arrays.values()) / 1e9
+    with pytest.raises(UserError, match=r"more than training\.cache_gb allows"):
+        work(0.99 * need).begin()
+    assert not list(tmp_path.iterdir())
+    work(need).begin()
 
 
 # Reading ahead and micro-batches

@@ -1,13 +1,24 @@
 """The teacher's pass as a Ray job: the same states as in one process, beside the labels, once, decided once."""
 
-import pytest
+import json
+import shutil
+from dataclasses import replace
 
+import pytest
+import torch
+
+from raydistill.cluster import prepare
+from raydistill.cluster import teacher_pass as module
 from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
-from raydistill.cluster.teacher_pass import Want, decide, encoder_beside, teacher_pass
+from raydistill.cluster.teacher_pass import Cached, Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
 from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.model.teachers import load_model
+from raydistill.results.records import read_json
+from raydistill.training.caching import Costs
+from raydistill.training.material import open_teacher
+from raydistill.training.run import Inputs, train
 from raydistill.training.teacher_cache import make_here
 from tests.world import make_world
 
@@ -51,10 +62,11 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
         labels = pseudolabel(job, tmp_path / "labels", say=False, also=also)
     beside = files(root)
     assert {path.parent.name for path in beside} == {"states"}
+    assert [path.parent.name for path in root.rglob("manifest.json")] == ["states"]
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
 
     want = Want(runs, {"pseudo": {"pseudo": str(labels)}}, root, "cpu")
-    made = teacher_pass(want, 4.0)
+    made = teacher_pass(want, "full")
     work = want.work("full")
     assert not work.unfinished()
     assert made.bytes == sum(len(content) for content in files(root).values())
@@ -67,21 +79,86 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
     assert files(root) == files(tmp_path / "here")
 
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
-    assert teacher_pass(want, 4.0) == made
+    assert teacher_pass(want, "full") == made
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")} == before
 
 
-def test_auto_decides_by_figures_and_once(place, tmp_path):
+def test_a_teacher_stored_in_bf16_has_one_key_for_pass_runs_and_sweep(place, tmp_path):
+    kept = tmp_path / "teacher"
+    shutil.copytree(place / "teacher", kept)
+    load_model(kept, torch.bfloat16).save_pretrained(kept)
+    run = run_of(place, "sft", teacher_cache="full").model_copy(update={"teacher": str(kept)})
+    work = Want([run], {}, tmp_path / "cache", "cpu").work("full")
+    make_here(work, load_model(kept))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
+    train(run, tmp_path / "run", lambda m, f: None, Inputs(cache=tmp_path / "cache"))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == before
+    teacher = open_teacher(str(kept), run.dataset.name)
+    prepare.check_unchanged(run, {"key": teacher.key, "data": {}}, tmp_path)
+
+
+def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, monkeypatch):
+    asked, record = [], tmp_path / "cache.json"
+    monkeypatch.setattr(prepare, "decide", lambda want, epochs: asked.append(epochs) or ("encoder", "it pays"))
+
+    def killed(want, keep):
+        assert read_json(record)["groups"][group_of(run)]["why"] == "it pays"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "teacher_pass", killed)
+    run = run_of(place, "sft")
+    with pytest.raises(KeyboardInterrupt):
+        prepare._cache([run], {}, "cpu", record, 7.0, None)
+    monkeypatch.setattr(prepare, "teacher_pass", lambda want, keep: Cached(90 if keep == "encoder" else 0, 1.5))
+    cache = prepare._cache([run], {}, "cpu", record, 9.0, None)
+    assert asked == [7.0]
+    assert (cache.keep_of(run), cache.hours) == ("encoder", 1.5 / 3600)
+    assert read_json(record)["groups"][group_of(run)] == {
+        "keep": "encoder",
+        "why": "it pays",
+        "bytes": 90,
+        "device_seconds": 1.5,
+    }
+
+
+def test_a_head_without_a_gpu_asks_a_worker_once_in_what_numbers_it_computes(place, tmp_path, monkeypatch):
+    asked, record = [], tmp_path / "cache.json"
+    monkeypatch.setattr(prepare, "alone", lambda work, device: asked.append((work, device)) or "bf16")
+    run = run_of(place, "sft", precision="auto")
+    assert prepare._computed([run_of(place, "sft")], "cuda", record) is None
+    computed = prepare._computed([run], "cuda", record)
+    assert prepare._computed([run], "cuda", record) == computed == "bf16"
+    assert asked == [(auto_precision, "cuda")]
+    assert auto_precision("cpu", 1) in ("bf16", "fp32")
+    # This machine has no GPU; asking torch what it computes in would fail.
+    assert Want([run], {}, tmp_path, "cuda", "bf16").work("full").numbers.computed == "bf16"
+    for numbers in ("bf16", "fp32"):
+        train(run, tmp_path / numbers, lambda m, f: None, Inputs(cache=tmp_path / "cache", computed=numbers))
+    stores = (tmp_path / "cache").glob("*/about.json")
+    assert sorted(json.loads(path.read_text())["computed"] for path in stores) == ["bf16", "fp32"]
+
+
+def test_auto_decides_by_figures_and_once(place, tmp_path, monkeypatch):
     run = run_of(place, "sft")
     want = Want([run], {}, tmp_path / "cache", "cpu")
-    keep, why = decide(want, 100.0)
-    assert keep in ("encoder", "off")
-    assert "100 epochs in all" in why
-    assert decide(want, 1.0)[0] == "off"  # made for one epoch it never pays
-    kept = teacher_pass(want, 100.0, decided="off")
-    assert (kept.keep, kept.bytes) == ("off", 0)
+    assert decide(want, 1.0)[0] == "off"  # as a worker measures: made for one epoch it never pays
+    cheap = Costs(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
+    dear = replace(cheap, read_decoder=4.0)
+    kd = run_of(place, "kd").model_copy(update={"labels": "original"})
+    for costs, who, expected, because in [
+        (cheap, run, "encoder", "no run reads decoder states"),
+        (cheap, kd, "full", "it fits and pays"),
+        (dear, kd, "encoder", "reading the decoder states does not pay"),
+        (replace(cheap, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
+    ]:
+        monkeypatch.setattr(module, "alone", lambda *_, costs=costs, device: costs)
+        keep, why = decide(Want([who], {}, tmp_path / "cache", "cpu"), 100.0)
+        assert (keep, why.startswith(because)) == (expected, True)
+        assert "100 epochs in all" in why
+    assert teacher_pass(want, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
     tiny = Want([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
+    monkeypatch.setattr(module, "alone", lambda *_, device: cheap)
     keep, why = decide(tiny, 1e6)
     assert keep == "off"
     assert why.startswith("the encoder states do not fit")

@@ -3,6 +3,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,26 @@ def test_bf16_can_be_loaded_and_fingerprinted(tiny):
     model = teachers.load_model(tiny["bart"], torch.bfloat16)
     assert model.dtype == torch.bfloat16
     assert teachers.fingerprint(model) != teachers.fingerprint(tiny["bart"])
+
+
+def test_a_teachers_key_covers_what_its_forward_pass_hangs_on(tmp_path):
+    place = save_tiny("bart", tmp_path / "t")
+    key = teachers.teacher_key(place)
+    beside = {"transformers_version": "4.1", "num_beams": 7, "max_length": 9, "dtype": "bfloat16", "use_cache": False}
+    edit_config(place, **beside)
+    assert teachers.teacher_key(place) == key
+    changes: dict[str, Any] = {"scale_embedding": True, "activation_function": "relu", "decoder_start_token_id": 0}
+    keys = {key}
+    for name, value in changes.items():
+        edit_config(place, **{name: value})
+        keys.add(teachers.teacher_key(place))
+    assert len(keys) == 4
+    t5 = save_tiny("t5", tmp_path / "t5")
+    before = teachers.teacher_key(t5)
+    edit_config(t5, layer_norm_epsilon=1e-3)
+    assert teachers.teacher_key(t5) != before
+    other = save_tiny("bart", tmp_path / "o", seed=1)
+    assert teachers.teacher_key(other) != key
 
 
 @pytest.mark.parametrize("family", FAMILIES)

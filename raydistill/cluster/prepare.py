@@ -10,7 +10,16 @@ from typing import Any
 from raydistill.cluster.alone import alone
 from raydistill.cluster.pseudolabel import Also, Job, pseudolabel
 from raydistill.cluster.shapes import time_shape
-from raydistill.cluster.teacher_pass import MadeLabels, Want, encoder_beside, folders_of, group_of, teacher_pass
+from raydistill.cluster.teacher_pass import (
+    MadeLabels,
+    Want,
+    auto_precision,
+    decide,
+    encoder_beside,
+    folders_of,
+    group_of,
+    teacher_pass,
+)
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
@@ -26,10 +35,14 @@ from raydistill.training.run import Inputs, score_teacher
 
 @dataclass(frozen=True)
 class Cache:
-    """The teacher cache of some runs: its root, what `auto` came to by group of runs, the device-hours it took."""
+    """The teacher cache of some runs: its root, what `auto` came to by group of runs, the device-hours it took.
+
+    `computed` is what `precision: auto` came to.
+    """
 
     root: Path | None = None
     keeps: dict[str, Keep] = field(default_factory=dict)
+    computed: str | None = None
     hours: float = 0.0
 
     def keep_of(self, run: Run) -> Keep:
@@ -53,6 +66,7 @@ class Prepared:
             labels=folders_of(self.labels, run),
             cache=self.cache.root,
             keep=self.cache.keep_of(run),
+            computed=self.cache.computed,
             costs=costs,
             note=note,
             repetition=self.teacher.get("repetition"),
@@ -98,8 +112,10 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
             f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
         )
     epochs = space.search.trials * max(run.training.epochs for run in runs)
-    labels, sets = _labels(runs, device, epochs)
-    cache = _cache(runs, labels, device, sweep / "cache.json", epochs)
+    record = sweep / "cache.json"
+    computed = _computed(runs, device, record)
+    labels, sets = _labels(runs, device, epochs, computed)
+    cache = _cache(runs, labels, device, record, epochs, computed)
     teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
     teacher["passes"] = {"labels": sets, "cache": cache.hours}
     teacher["teacher_gpu_hours"] = pass_hours(teacher["passes"])
@@ -109,10 +125,10 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
 def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
     """UserError where teacher or data are no longer those that the sweep was begun with."""
     from raydistill.data.corpus import read_corpus
-    from raydistill.model.teachers import fingerprint, locate
+    from raydistill.model.teachers import locate, teacher_key
 
     assert run.teacher is not None
-    changed = ["teacher"] if fingerprint(locate(run.teacher, run.dataset.name)) != teacher["key"] else []
+    changed = ["teacher"] if teacher_key(locate(run.teacher, run.dataset.name)) != teacher["key"] else []
     for split, mark in teacher["data"].items():
         if read_corpus(run.dataset, split).fingerprint != mark:
             changed.append(f"{split} split")
@@ -135,7 +151,23 @@ def time_shapes(
     return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
 
 
-def _labels(runs: list[Run], device: str, epochs: float) -> tuple[MadeLabels, dict[str, dict[str, float]]]:
+def _computed(runs: list[Run], device: str, record: Path) -> str | None:
+    """What `precision: auto` comes to on the workers; None where no run that reads the cache leaves it open.
+
+    A worker is asked, since this machine may have no GPU; once per sweep, since the states' key hangs on it.
+    """
+    if not any(run.training.precision == "auto" for group in _groups(runs).values() for run in group):
+        return None
+    found = _read_record(record)
+    if "precision" not in found:
+        found["precision"] = alone(auto_precision, device=device)
+        write_json_atomic(record, found)
+    return str(found["precision"])
+
+
+def _labels(
+    runs: list[Run], device: str, epochs: float, computed: str | None
+) -> tuple[MadeLabels, dict[str, dict[str, float]]]:
     """By `label_key`: the label sets that teachers wrote, and the device-hours of every set that is trained on.
 
     A curated set counts as the whole one that it is made of: it cost no further pass. The pass of the runs' own teacher
@@ -151,7 +183,10 @@ def _labels(runs: list[Run], device: str, epochs: float) -> tuple[MadeLabels, di
         parts = parse_labels(run.label_source)
         made[run.label_key] = {
             p.source: _written(
-                run, p.labeller, device, nullcontext() if p.labeller else _encoder_states(runs, device, epochs)
+                run,
+                p.labeller,
+                device,
+                nullcontext() if p.labeller else _encoder_states(runs, device, epochs, computed),
             )
             for p in parts
             if p.is_pseudo
@@ -177,22 +212,33 @@ def _written(
         return str(pseudolabel(job, home() / "labels", device, also=also))
 
 
-def _cache(runs: list[Run], labels: MadeLabels, device: str, record: Path, epochs: float) -> Cache:
+def _cache(
+    runs: list[Run], labels: MadeLabels, device: str, record: Path, epochs: float, computed: str | None
+) -> Cache:
     """The teacher cache that the runs share, made where it is missing; `epochs` are those of all trials.
 
-    What was decided, why, and what it took is kept in the file `record`: the same sweep does not decide again.
+    What was decided and why is written to the file `record` before the pass, and what it took after it: a sweep that
+    is taken up again does not change its mind.
     """
     root = home() / "cache"
-    found: dict[str, Any] = read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
+    found = _read_record(record)
     for name, group in _groups(runs).items():
-        before = found["groups"].get(name, {})
-        cached = teacher_pass(Want(group, labels, root, device), epochs, before.get("keep"))
-        facts = {"keep": cached.keep, "bytes": cached.bytes, "device_seconds": cached.seconds}
-        found["groups"][name] = {**facts, "why": before.get("why", cached.why)}
+        want = Want(group, labels, root, device, computed)
+        if name not in found["groups"]:
+            keep, why = decide(want, epochs)
+            found["groups"][name] = {"keep": keep, "why": why, "bytes": 0, "device_seconds": 0.0}
+            write_json_atomic(record, found)
+        cached = teacher_pass(want, found["groups"][name]["keep"])
+        found["groups"][name] |= {"bytes": cached.bytes, "device_seconds": cached.seconds}
         found["device_seconds"] = sum(kept["device_seconds"] for kept in found["groups"].values())
         write_json_atomic(record, found)
     keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
-    return Cache(root, keeps, found["device_seconds"] / 3600)
+    return Cache(root, keeps, computed, found["device_seconds"] / 3600)
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """What was decided and made so far."""
+    return read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
 
 
 def _groups(runs: list[Run]) -> dict[str, list[Run]]:
@@ -204,16 +250,20 @@ def _groups(runs: list[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _encoder_states(runs: list[Run], device: str, epochs: float) -> AbstractContextManager[Callable[[], Also] | None]:
+def _encoder_states(
+    runs: list[Run], device: str, epochs: float, computed: str | None
+) -> AbstractContextManager[Callable[[], Also] | None]:
     """What a label job makes beside its labels: the encoder states of the first group of runs."""
     groups = list(_groups(runs).values())
-    return encoder_beside(Want(groups[0], {}, home() / "cache", device), epochs) if groups else nullcontext()
+    return encoder_beside(Want(groups[0], {}, home() / "cache", device, computed), epochs) if groups else nullcontext()
 
 
 def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     """What a run outside a sweep needs: its label set and its teacher cache."""
     if run.teacher is None:
         return Inputs()
-    labels, _ = _labels([run], device, run.training.epochs)
-    cache = _cache([run], labels, device, folder / "cache.json", run.training.epochs)
-    return Inputs(labels=folders_of(labels, run), cache=cache.root, keep=cache.keep_of(run))
+    record = folder / "cache.json"
+    computed = _computed([run], device, record)
+    labels, _ = _labels([run], device, run.training.epochs, computed)
+    cache = _cache([run], labels, device, record, run.training.epochs, computed)
+    return Inputs(labels=folders_of(labels, run), cache=cache.root, keep=cache.keep_of(run), computed=computed)

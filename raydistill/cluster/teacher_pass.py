@@ -29,22 +29,24 @@ MadeLabels = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Cached:
-    """What a pass came to: what `auto` keeps and why, its bytes, and the device-seconds that they once took."""
+    """What a pass came to: the bytes kept, and the device-seconds that they once took."""
 
-    keep: Keep
-    why: str
     bytes: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Want:
-    """Runs on one training split that may read the teacher's states, and the label sets that they train on."""
+    """Runs on one training split that may read the teacher's states, and the label sets that they train on.
+
+    `computed` is what `precision: auto` came to on the workers; this process may have no such device.
+    """
 
     runs: list[Run]
     labels: MadeLabels
     root: Path
     device: str
+    computed: str | None = None
 
     def work(self, keep: Keep) -> Pass:
         """What these runs read, where runs of `auto` keep `keep`."""
@@ -55,7 +57,7 @@ class Want:
         return pass_for(modes, examples, key, config, self.root, computed)
 
     def __hash__(self) -> int:
-        return hash((str(self.runs), str(self.labels), self.root, self.device))
+        return hash((str(self.runs), str(self.labels), self.root, self.device, self.computed))
 
 
 def folders_of(labels: MadeLabels, run: Run) -> dict[str, Path]:
@@ -69,30 +71,26 @@ def group_of(run: Run) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
 
-def teacher_pass(want: Want, epochs: float, decided: Keep | None = None) -> Cached:
-    """Make what the runs read of the teacher, unless it is there; `epochs`: over all trials.
-
-    `decided` is what an earlier call chose; a sweep does not change its mind.
-    """
-    keep, why = (decided, "as it was decided when it began") if decided else decide(want, epochs)
+def teacher_pass(want: Want, keep: Keep) -> Cached:
+    """Make what the runs read of the teacher, unless it is there; `keep` is what `decide` came to."""
     work = want.work(keep)
     with work.lock():
         if work.unfinished():
             work.begin()
             _make(want, keep, work)
             work.finish()
-    return Cached(keep, why, sum(work.arrays.values()), work.device_seconds)
+    return Cached(sum(work.arrays.values()), work.device_seconds)
 
 
 def decide(want: Want, epochs: float) -> tuple[Keep, str]:
-    """What `auto` keeps for these runs, and why."""
+    """What `auto` keeps for these runs, and why; `epochs`: over all trials."""
     if all(run.training.teacher_cache != "auto" for run in want.runs):
         return "full", "as the runs ask"
     whole = want.work("full")
     if not whole.unfinished():
         return "full", "it is there already"
     costs = alone(measured, want, device=want.device)
-    keep, why = choose(whole, costs, room(want, whole), epochs)
+    keep, why = choose(whole, costs, room(whole), epochs)
     progress(f"teacher cache: {keep}: {why}")
     return keep, why
 
@@ -104,7 +102,7 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
     Gives `also` for the label job: the actor that has labelled batch n makes part n of the encoder's store. What is
     left over (labels that were there already, more parts than batches) `teacher_pass` makes later.
     """
-    bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device)
+    bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device, want.computed)
     work = bare.work("encoder")
     if not work.unfinished() or decide(bare, epochs)[0] == "off":
         yield None
@@ -123,6 +121,8 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
             return make
 
         yield also
+        if not work.missing():
+            work.finish()
 
 
 def sources_only(run: Run) -> Run:
@@ -130,12 +130,20 @@ def sources_only(run: Run) -> Run:
     return run.model_copy(update={"method": "sft", "labels": "original"})
 
 
-def room(want: Want, work: Pass) -> float:
+def room(work: Pass) -> float:
     """Bytes that the stores may take: the runs' own bound, and what is free and used by them already."""
     work.root.mkdir(parents=True, exist_ok=True)
     there = sum(work.arrays.values()) - work.missing_bytes()
-    bounds = [run.training.cache_gb * 1e9 for run in want.runs if run.training.cache_gb is not None]
-    return min([FREE_SHARE * shutil.disk_usage(work.root).free + there, *bounds])
+    free = FREE_SHARE * shutil.disk_usage(work.root).free + there
+    return free if work.most is None else min(free, work.most)
+
+
+def auto_precision(device: str, threads: int) -> str:
+    """What `precision: auto` comes to on the hardware that this runs on; to be called `alone`."""
+    from raydistill.config.run import Training
+    from raydistill.training.loop import Worker, precision
+
+    return "fp32" if precision(Training(precision="auto"), Worker(device=device)) is None else "bf16"
 
 
 def measured(want: Want, device: str, threads: int) -> Costs:
@@ -192,8 +200,8 @@ def _teacher(want: Want, device: str) -> Any:
 def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
     from raydistill.config.presets import teacher_preset
-    from raydistill.model.teachers import fingerprint, load_config, load_tokenizer, locate
-    from raydistill.training.loop import precision
+    from raydistill.model.teachers import load_config, load_tokenizer, locate, teacher_key
+    from raydistill.training.loop import Worker, precision
     from raydistill.training.material import load_material, make_examples
 
     run = want.runs[0]
@@ -206,5 +214,6 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     for each in want.runs:
         if each.label_key not in examples:
             examples[each.label_key] = make_examples(each, material, tokenizer, folders_of(want.labels, each))
-    computed = "fp32" if precision(run.training, want.device) is None else "bf16"
-    return examples, fingerprint(where), config, computed
+    worker = Worker(device=want.device, computed=want.computed)
+    computed = "fp32" if precision(run.training, worker) is None else "bf16"
+    return examples, teacher_key(where), config, computed

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
+from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 
 # Part of every key: a store of another layout is another store.
@@ -71,6 +73,11 @@ def missing_parts(array: Path, count: int) -> list[int]:
     return [n for n in range(count) if not part_path(array, n).is_file()]
 
 
+def bytes_of_parts(array: Path) -> int:
+    """Bytes of the parts that are there."""
+    return sum(path.stat().st_size for path in array.glob("part-*.bin"))
+
+
 def write_time(array: Path, number: int, device_seconds: float) -> None:
     """Remember what a part took, so that a pass that was killed and taken up again tells the whole of it."""
     write_json_atomic(part_path(array, number).with_suffix(".json"), {"device_seconds": device_seconds})
@@ -121,8 +128,18 @@ def kept(root: Path) -> Iterator[Kept]:
     yield from sorted(found, key=lambda store: store.used)
 
 
+def lock(root: Path, group: str) -> FileLock:
+    """Held by the one process that makes the stores under `root` whose about.json names `group`."""
+    root.mkdir(parents=True, exist_ok=True)
+    return FileLock(root / f".{group}.lock")
+
+
 def remove(store: Kept) -> None:
-    """Delete a store: what says that it is whole first."""
-    for manifest in store.folder.glob("*/manifest.json"):
-        manifest.unlink()
-    shutil.rmtree(store.folder)
+    """Delete a store: what says that it is whole first. UserError where it is being made."""
+    try:
+        with lock(store.folder.parent, store.about.get("group", store.folder.name)).acquire(timeout=0):
+            for manifest in store.folder.glob("*/manifest.json"):
+                manifest.unlink()
+            shutil.rmtree(store.folder)
+    except Timeout:
+        raise UserError(f"{store.folder}: is being made; wait for the run that makes it, or end that run") from None

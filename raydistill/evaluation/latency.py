@@ -76,14 +76,19 @@ def held_mb(device: str, peak: bool = False) -> float | None:
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e6
     if not peak:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         name = "VmHWM:" if peak else "VmRSS:"
         return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
     return None
+
+
+def give_back_freed() -> None:
+    """Give memory that was freed back to the system, where its C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def forget_peak() -> None:

@@ -206,6 +206,24 @@ def fingerprint(of: str | Path | PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def teacher_key(where: str | Path) -> str:
+    """16 hex digits of all that a teacher's outputs hang on: its folder's weights and the model's configuration.
+
+    Names, versions, the dtype that it is loaded in, and what only `generate` reads are left out.
+    """
+    config = {key: value for key, value in load_config(where).to_dict().items() if key not in _beside_forward()}
+    text = json.dumps([fingerprint(where), config], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _beside_forward() -> set[str]:
+    """Keys of a configuration that do not change what a forward pass gives. Token ids do: of padding and start."""
+    names = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "task_specific_params"}
+    asked = {"use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+    tokens = {"pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"}
+    return names | asked | (set(GenerationConfig().to_dict()) - tokens)
+
+
 def settings_fingerprint(where: str | Path) -> str:
     """16 hex digits of a SHA-256 over a checkpoint's configuration, generation settings and tokenizer."""
     folder = resolve(where, weights=False)

@@ -73,6 +73,7 @@ def pass_for(
         if keep == "full" and reads.layers:
             layers.setdefault(run.label_key, set()).update(reads.layers)
     first = runs[0][0]
+    bounds = [run.training.cache_gb * 1e9 for run, keep in runs if keep != "off" and run.training.cache_gb is not None]
     about = {"teacher": first.teacher, "data": first.dataset.name, "teacher_key": teacher_key}
     return Pass(
         root,
@@ -83,6 +84,7 @@ def pass_for(
         [(examples[label], sorted(wanted_layers)) for label, wanted_layers in layers.items()],
         Numbers(first.training.cache_precision, computed),
         about,
+        min(bounds, default=None),
     )
 
 
@@ -165,11 +167,16 @@ def reading_rate(root: Path, cold: bool) -> float:
 
 
 def _timed(call: Callable[[], object], teacher: PreTrainedModel) -> float:
-    call()
+    """Seconds of a call, after one that does not count."""
+
+    def to_its_end() -> None:
+        call()
+        if teacher.device.type == "cuda":
+            torch.cuda.synchronize(teacher.device)
+
+    to_its_end()
     started = time.perf_counter()
-    call()
-    if teacher.device.type == "cuda":
-        torch.cuda.synchronize(teacher.device)
+    to_its_end()
     return time.perf_counter() - started
 
 

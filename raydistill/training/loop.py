@@ -30,11 +30,15 @@ Validate = Callable[[Path], dict[str, float]]
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `world` data-parallel workers."""
+    """One of `world` data-parallel workers.
+
+    `computed` is what `precision: auto` came to, "bf16" or "fp32", where that was decided for all workers before.
+    """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    computed: str | None = None
 
     @property
     def leads(self) -> bool:
@@ -89,7 +93,7 @@ def fit(
     optimizer = make_optimizer(parameters, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, total))
     state = load_state(folder, supervision, optimizer, schedule) if has_state(folder) else State()
-    autocast = precision(settings, worker.device)
+    autocast = precision(settings, worker)
     started = time.monotonic() - state.seconds
     losses = _Running()
     with ahead(steps(supervision, settings, worker, lengths, state.step, total)) as feed:
@@ -99,7 +103,7 @@ def fit(
             _train_mode(supervision)
             seed_step(settings.seed, worker.rank, state.step)
             means = step(supervision, now, settings, worker, autocast, parameters, optimizer)
-            losses.add(means, time.monotonic() - begun, feed.waited - waited)
+            losses.add(means, begun, feed.waited - waited)
             schedule.step()
             state.step += 1
             if state.step % check_every == 0 or state.step == total:
@@ -202,11 +206,12 @@ def learning_rate_factor(step: int, settings: Training, total: int) -> float:
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def precision(settings: Training, device: str) -> torch.dtype | None:
-    """The autocast dtype: bf16 where the hardware computes in it, unless the setting says otherwise."""
-    if settings.precision != "auto":
-        return torch.bfloat16 if settings.precision == "bf16" else None
-    if device.startswith("cuda"):
+def precision(settings: Training, worker: Worker) -> torch.dtype | None:
+    """The autocast dtype: as the setting says, else as it was decided, else bf16 where this hardware computes in it."""
+    asked = worker.computed if settings.precision == "auto" else settings.precision
+    if asked is not None:
+        return torch.bfloat16 if asked == "bf16" else None
+    if worker.device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
@@ -271,9 +276,16 @@ def _check(
         for stale in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
             if stale.name != f"checkpoint-{state.best_step}":
                 shutil.rmtree(stale, ignore_errors=True)
+    _report(report, metrics, folder, worker, state, total)
+
+
+def _report(report: Report, metrics: dict[str, Any], folder: Path, worker: Worker, state: State, total: int) -> None:
+    """Report, and stop if told to; the answer is kept, since a run that dies while it is scored is not told again."""
     told = _from_leader({"stop": report(metrics, folder)}, worker)["stop"]
     if told and not state.finished and state.step < total:
         state.finished, state.stopped, state.reason = True, True, told
+        if worker.leads:
+            _write_state(folder, state)
 
 
 def has_state(folder: Path) -> bool:
@@ -288,13 +300,21 @@ def save_state(folder: Path, state: State, supervision: Supervision, optimizer: 
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    name = f"state-{state.step}.safetensors"
-    with making(folder / name) as place:
+    with making(folder / _tensors_name(state)) as place:
         save_file(tensors, place)
-    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": name}).encode())
+    _write_state(folder, state)
     for stale in folder.glob("state-*.safetensors"):
-        if stale.name != name:
+        if stale.name != _tensors_name(state):
             stale.unlink()
+
+
+def _tensors_name(state: State) -> str:
+    return f"state-{state.step}.safetensors"
+
+
+def _write_state(folder: Path, state: State) -> None:
+    """The small file; the tensors that it points to are there."""
+    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": _tensors_name(state)}).encode())
 
 
 def load_state(
@@ -330,27 +350,32 @@ class _Running:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
-        self.seconds = self.waited = 0.0
+        self.begun = self.waited = 0.0
 
-    def add(self, means: dict[str, Tensor], seconds: float, waited: float) -> None:
+    def add(self, means: dict[str, Tensor], begun: float, waited: float) -> None:
+        """Count a step that began at `begun` on the monotonic clock."""
+        if not self.steps:
+            self.begun = begun
         for name, value in means.items():  # left on the device: a number of it would make the step wait for its end
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
-        self.seconds += seconds
         self.waited += waited
 
     def take(self, worker: Worker) -> dict[str, float]:
         """Means over the steps, summed over the workers (each holds its share); starts anew.
 
-        `step_ms` is a step's mean time, and `data_wait` the share of it for which this worker waited for its data.
+        `step_ms` is a step's mean time, and `data_wait` the share of it for which this worker waited for its data. A
+        GPU's steps are over only once their numbers are here, so the clock is read after that.
         """
         names = sorted(self.sums)
         values = torch.stack([self.sums[n] / self.steps for n in names])
         if worker.world > 1:
             torch.distributed.all_reduce(values)
-        time_of = {"step_ms": 1000 * self.seconds / self.steps, "data_wait": self.waited / self.seconds}
-        self.sums, self.steps, self.seconds, self.waited = {}, 0, 0.0, 0.0
-        return dict(zip(names, values.tolist(), strict=True)) | time_of
+        means = dict(zip(names, values.tolist(), strict=True))
+        seconds = time.monotonic() - self.begun
+        time_of = {"step_ms": 1000 * seconds / self.steps, "data_wait": self.waited / seconds}
+        self.sums, self.steps, self.waited = {}, 0, 0.0
+        return means | time_of
 
 
 def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from raydistill.config.run import Dataset, LabelPart, Run, parse_labels
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.data.labels import choose_targets, read_label_set
+from raydistill.evaluation.latency import give_back_freed
 from raydistill.model.shrink import check_alignment
 from raydistill.model.teachers import (
     Languages,
-    fingerprint,
     load_model,
     load_tokenizer,
     locate,
     max_tokens,
     set_languages,
+    teacher_key,
     tokenize_sources,
     tokenize_targets,
 )
@@ -30,10 +31,9 @@ from raydistill.model.teachers import (
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher with all that depends on it and the data alone; shared by the runs of one process."""
+    """A teacher with all that depends on it and the data alone; shared by the runs of one process."""
 
     where: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     key: str
     preset: TeacherPreset | None
@@ -42,6 +42,18 @@ class Teacher:
     def languages(self) -> Languages | None:
         """mBART's language codes, from the preset."""
         return self.preset.languages if self.preset else None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The weights, without gradients, on the CPU; loaded anew where they were released."""
+        model = load_model(self.where)
+        set_languages(model, self.tokenizer)
+        return model.requires_grad_(False)
+
+    def release(self) -> None:
+        """Drop the weights: a run that reads the cache needs none once its student is made."""
+        self.__dict__.pop("model", None)
+        give_back_freed()
 
 
 @dataclass(frozen=True)
@@ -57,15 +69,13 @@ class Material:
 
 @lru_cache(maxsize=2)
 def open_teacher(name: str, dataset: str) -> Teacher:
-    """Load a teacher once per process: weights, tokenizer, fingerprint, preset."""
+    """Open a teacher once per process: tokenizer, key, preset, and the weights, checked."""
     preset = teacher_preset(name, dataset)
     where = locate(name, dataset)
-    languages = preset.languages if preset else None
-    model, tokenizer = load_model(where), load_tokenizer(where, languages)
-    set_languages(model, tokenizer)
-    model.requires_grad_(False)
-    check_alignment(model, name)
-    return Teacher(where, model, tokenizer, fingerprint(model), preset)
+    tokenizer = load_tokenizer(where, preset.languages if preset else None)
+    teacher = Teacher(where, tokenizer, teacher_key(where), preset)
+    check_alignment(teacher.model, name)
+    return teacher
 
 
 def load_material(run: Run, preset: TeacherPreset | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Material:

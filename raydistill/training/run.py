@@ -7,6 +7,7 @@ on where it was.
 """
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,12 +47,13 @@ class Inputs:
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
     collapsed into repetition is a failed run.
-    `keep` is what `teacher_cache: auto` came to.
+    `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
     """
 
     labels: dict[str, Path] = field(default_factory=dict)
     cache: Path | None = None
     keep: Keep = "full"
+    computed: str | None = None
     costs: dict[str, float] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
     repetition: float | None = None
@@ -67,7 +69,8 @@ def train(
     can mend.
     """
     started = time.monotonic()
-    inputs, worker = inputs or Inputs(), worker or Worker()
+    inputs = inputs or Inputs()
+    worker = replace(worker or Worker(), computed=inputs.computed)
     folder.mkdir(parents=True, exist_ok=True)
     if worker.leads:
         claim(folder, run)
@@ -89,6 +92,8 @@ def train(
     freeze(student, frozen)
     torch.nn.Module.to(student, worker.device)
     supervision = supervise(run, student, layers, teacher, examples, frozen, inputs, worker)
+    if teacher and supervision.teacher is None:
+        teacher.release()
     beam = resolve_decoding(
         run.decoding,
         student.generation_config,
@@ -122,7 +127,7 @@ def supervise(
     worker: Worker,
 ) -> Supervision:
     """Decide where the teacher's part comes from: its cache, or the teacher itself, step by step."""
-    autocast = precision(run.training, worker.device)
+    autocast = precision(run.training, worker)
     supervision = Supervision(
         student,
         None,
@@ -198,9 +203,10 @@ def _finish(
     """
     started = time.monotonic()
     run, material = validator.run, validator.material
-    best = folder / "best"
-    if not best.is_dir():
-        (folder / f"checkpoint-{state.best_step}").rename(best)
+    best, checkpoint = folder / "best", folder / f"checkpoint-{state.best_step}"
+    if checkpoint.is_dir():  # else it was renamed by an earlier call, which died while it scored
+        shutil.rmtree(best, ignore_errors=True)
+        checkpoint.rename(best)
     # The test split is for reporting what may be served; a stopped trial that is chosen after all is scored on it then.
     splits = ("validation",) if state.stopped else ("validation", "test")
     found = {split: validator.score(best, split, validator.beam.beams) for split in splits}
@@ -237,7 +243,7 @@ def _finish(
     }
     facts = {
         **what,
-        "teacher_fingerprint": teacher.key if teacher else None,
+        "teacher_key": teacher.key if teacher else None,
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "scores": {split: evaluation.summary() if evaluation else None for split, evaluation in found.items()},
         "decoding": asdict(validator.beam),

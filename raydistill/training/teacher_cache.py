@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,32 @@ from raydistill.model import forms
 TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BATCH_TOKENS = 8192
 STATES = "states"
+# Parts mapped at once, of the 65,530 mappings that Linux lets a process have: a large corpus has thousands of parts for
+# the encoder and for every layer.
+MAPPED = 32_768
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part on disk: `vectors` of `width` numbers of `kind`. `made`: when, since a store may be deleted and remade."""
+
+    path: Path
+    vectors: int
+    width: int
+    kind: str
+    made: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.vectors * self.width * np.dtype(store.KINDS[self.kind]).itemsize
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Memory-mapped rows of vectors: row i is `lengths[i]` vectors of part `part[i]`, from `start[i]` on.
+    """Memory-mapped rows of vectors: row i is `lengths[i]` vectors of part `part[i]`, from `start[i]` on."""
 
-    `parts` [vectors of the part, width] each.
-    """
-
-    parts: list[np.ndarray]
+    parts: list[Part]
     part: np.ndarray
     start: np.ndarray
     lengths: np.ndarray
@@ -52,7 +68,8 @@ class Ragged:
     def padded(self, rows: Sequence[int]) -> Tensor:
         """The rows filled up with zeros, [rows, longest, width]."""
         first = self.parts[0]
-        out = np.zeros((len(rows), int(self.lengths[list(rows)].max()), first.shape[1]), first.dtype)
+        shape = (len(rows), int(self.lengths[list(rows)].max()), first.width)
+        out = np.zeros(shape, store.KINDS[first.kind])
         for place, i in enumerate(rows):
             out[place, : self.lengths[i]] = self._row(i)
         return self._tensor(out)
@@ -63,7 +80,7 @@ class Ragged:
         return sum(part.nbytes for part in self.parts)
 
     def _row(self, i: int) -> np.ndarray:
-        return self.parts[self.part[i]][self.start[i] : self.start[i] + self.lengths[i]]
+        return mapped(self.parts[self.part[i]])[self.start[i] : self.start[i] + self.lengths[i]]
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -83,7 +100,7 @@ class Pass:
     """What a pass of a teacher over one set of sources has to leave under `root`.
 
     `base`: examples that hold the sources. `decoders`: per label set its examples and the decoder layers wanted.
-    `width` is the model's.
+    `width` is the model's, `most` the bytes that the stores may take together.
     """
 
     root: Path
@@ -94,6 +111,7 @@ class Pass:
     decoders: list[tuple[Examples, list[int]]] = field(default_factory=list)
     numbers: Numbers = Numbers()
     about: dict[str, Any] = field(default_factory=dict)
+    most: float | None = None
 
     @property
     def sources(self) -> list[list[int]]:
@@ -144,8 +162,10 @@ class Pass:
         return sorted(found)
 
     def missing_bytes(self) -> int:
-        """Bytes of the arrays that are not whole yet."""
-        return sum(size for array, size in self.arrays.items() if not store.is_whole(array))
+        """Bytes that are still to be written: the arrays that are not whole yet, less their finished parts."""
+        return sum(
+            size - store.bytes_of_parts(array) for array, size in self.arrays.items() if not store.is_whole(array)
+        )
 
     def unfinished(self) -> bool:
         """Whether an array is not whole yet."""
@@ -153,21 +173,28 @@ class Pass:
 
     def lock(self) -> FileLock:
         """Held by the one process that leads the making of these stores."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.root / f".{self.encoder_store.name}.lock")
+        return store.lock(self.root, self.encoder_store.name)
 
     def begin(self) -> None:
-        """Make the folders and say what they are for; UserError where the disk is too small."""
+        """Make the folders and say what they are for; UserError where the stores are larger than bound or disk."""
+        need = sum(self.arrays.values())
+        if self.most is not None and need > self.most:
+            raise UserError(
+                f"{self.root}: the teacher cache takes {need / 1e9:.3g} GB, more than training.cache_gb allows "
+                f"({self.most / 1e9:.3g}); raise it, or set training.teacher_cache to auto or off"
+            )
         check_disk(self.root, self.missing_bytes())
         for folder in {array.parent for array in self.arrays}:
-            write_json_atomic(folder / "about.json", {**self.about, **vars(self.numbers), "width": self.width})
+            facts = {"width": self.width, "group": self.encoder_store.name}
+            write_json_atomic(folder / "about.json", {**self.about, **vars(self.numbers), **facts})
             store.sweep_orphans(folder)
 
     def finish(self) -> None:
-        """Write the manifests: all parts are there."""
+        """Write the manifests: all parts are there. UserError where some were taken away meanwhile."""
         for array, size in self.arrays.items():
             if not store.is_whole(array):
-                assert not store.missing_parts(array, len(self.parts))
+                if store.missing_parts(array, len(self.parts)):
+                    raise UserError(f"{array.parent}: was removed while it was made; run again")
                 store.finish_array(array, {"parts": len(self.parts), "bytes": size})
 
     @property
@@ -310,36 +337,51 @@ def check_disk(root: Path, need: int) -> None:
 
 
 def _open(array: Path, parts: list[list[int]], lengths: list[int], work: Pass) -> Ragged:
-    """Map an array's parts; UserError where one does not have its size."""
+    """An array's rows, mapped as they are read; UserError where a part does not have its size."""
     store.mark_used(array.parent)
     part, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    maps = []
+    found = []
     for number, rows in enumerate(parts):
         at = 0
         for row in rows:
             part[row], start[row] = number, at
             at += lengths[row]
-        maps.append(_map(store.part_path(array, number), at, work))
-    return Ragged(maps, part, start, np.asarray(lengths), TORCH[work.numbers.kept])
+        found.append(_part(store.part_path(array, number), at, work))
+    return Ragged(found, part, start, np.asarray(lengths), TORCH[work.numbers.kept])
 
 
-def _map(path: Path, vectors: int, work: Pass) -> np.ndarray:
+def _part(path: Path, vectors: int, work: Pass) -> Part:
+    """A part that is there; UserError where it does not have its size."""
+    about = path.stat() if path.is_file() else None
+    part = Part(path, vectors, work.width, work.numbers.kept, about.st_mtime_ns if about else 0)
+    if about is None or about.st_size != part.nbytes:
+        raise _damaged(path)
+    return part
+
+
+@lru_cache(maxsize=MAPPED)
+def mapped(part: Part) -> np.ndarray:
     """A part as an array [vectors, width] over the file's pages; numpy's own memmap would keep a file open for each."""
-    kind = np.dtype(store.KINDS[work.numbers.kept])
-    size = vectors * work.width
-    if not path.is_file() or path.stat().st_size != size * kind.itemsize:
-        raise UserError(f"{path}: is damaged or missing; delete {path.parents[1]} and run again")
-    if not size:
-        return np.empty((0, work.width), kind)
-    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.from_numpy(np.empty(0, kind)).dtype)
-    return mapped.numpy().reshape(vectors, work.width)
+    kind = np.dtype(store.KINDS[part.kind])
+    if not part.nbytes:
+        return np.empty((0, part.width), kind)
+    torch_kind = torch.from_numpy(np.empty(0, kind)).dtype
+    try:
+        numbers = torch.from_file(str(part.path), shared=False, size=part.vectors * part.width, dtype=torch_kind)
+    except RuntimeError:
+        raise _damaged(part.path) from None
+    return numbers.numpy().reshape(part.vectors, part.width)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is damaged or missing; delete {path.parents[1]} and run again")
 
 
 def _open_part(array: Path, work: Pass, number: int) -> dict[int, Tensor]:
     """The states of one part's rows."""
     rows = work.parts[number]
     lengths = [len(work.sources[row]) for row in rows]
-    vectors = torch.from_numpy(_map(store.part_path(array, number), sum(lengths), work))
+    vectors = torch.from_numpy(mapped(_part(store.part_path(array, number), sum(lengths), work)))
     vectors = vectors.view(torch.bfloat16) if work.numbers.kept == "bf16" else vectors
     return dict(zip(rows, vectors.split(lengths), strict=True))
 
