@@ -35,8 +35,8 @@ OURS = (
 )
 CASES = ("multi30k", "mscmdlets", "bart-base", "bart-large")
 # Planned batches enough for two workers to end together: multi30k's hold some 450 rows, mscmdlets' 70, the shapes' 16.
-ROWS = {"multi30k": 4000, "mscmdlets": 2000, "bart-base": 96, "bart-large": 32}
-REPEATS = {"multi30k": 3, "mscmdlets": 3, "bart-base": 1, "bart-large": 1}
+ROWS = {"multi30k": 4000, "mscmdlets": 2000, "bart-base": 64, "bart-large": 32}
+REPEATS = {"multi30k": 2, "mscmdlets": 2, "bart-base": 1, "bart-large": 1}
 SHAPE_SOURCE = (100, 500)
 SHAPE_OUTPUT = 40
 
