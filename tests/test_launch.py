@@ -10,20 +10,12 @@ import psutil
 import pytest
 
 from raydistill.cluster.launch import check_room, launcher_for, train_with_ray_train
-from raydistill.cluster.start import cluster
 from raydistill.config.errors import UserError
 from raydistill.config.run import Run
 from raydistill.training.run import Inputs
 from tests.world import make_world
 
 KEPT = ("step", "loss", "val_loss", "score")
-
-
-@pytest.fixture(scope="module")
-def ray_here(tmp_path_factory):
-    os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
-    with cluster(cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 
 from raydistill.cluster.planned import run_batches
 from raydistill.cluster.pseudolabel import Job, Labeller, _one_engine, describe_job, pseudolabel
-from raydistill.cluster.start import cluster
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
 from raydistill.data.labels import read_candidates, read_manifest
@@ -27,13 +26,6 @@ from tests.tiny import save_tiny
 from tests.world import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
 
 DECODING = Decoding(beams=2, max_length=12)
-
-
-@pytest.fixture(scope="module")
-def ray_here(tmp_path_factory):
-    os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
-    with cluster(cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -341,7 +341,7 @@ def test_two_workers_with_the_same_global_batch_train_the_same_weights(stored, t
 # The loop
 
 
-CLOCKS = ("time_s", "step_ms", "data_wait")
+CLOCKS = ("time_s", "validation_s", "step_ms", "data_wait")
 
 
 def recorded(supervision, settings, folder, report=lambda m, f: None, validate=None):
@@ -657,7 +657,7 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     assert set(result["metrics"]) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
     assert result["labels"] == {"pl": "pseudo"}.get(method, "original")
     assert [m["step"] for m in reports] == [2, 3]
-    assert {"step_ms", "data_wait"} <= set(reports[0])
+    assert {"step_ms", "data_wait", "validation_s"} <= set(reports[0])
     assert 0 <= reports[0]["data_wait"] <= 1
     assert reports == [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with np.load(folder / "rows.npz") as rows:

@@ -96,6 +96,7 @@ def fit(
     autocast = precision(settings, worker)
     started = time.monotonic() - state.seconds
     losses = _Running()
+    check = _Check(supervision, settings, validate, folder, report, worker, per_epoch, total)
     with ahead(steps(supervision, settings, worker, lengths, state.step, total)) as feed:
         while state.step < total and not state.finished:
             begun, waited = time.monotonic(), feed.waited
@@ -107,10 +108,9 @@ def fit(
             schedule.step()
             state.step += 1
             if state.step % check_every == 0 or state.step == total:
+                since = losses.take(worker)  # waits for the device, so that the clock is read after its work
                 state.seconds = time.monotonic() - started
-                _check(
-                    supervision, settings, validate, folder, report, worker, state, losses, optimizer, per_epoch, total
-                )
+                check.take(state, since, optimizer)
     return state
 
 
@@ -226,66 +226,73 @@ def sum_gradients(parameters: list[Parameter]) -> None:
         at += p.numel()
 
 
-def _check(
-    supervision: Supervision,
-    settings: Training,
-    validate: Validate,
-    folder: Path,
-    report: Report,
-    worker: Worker,
-    state: State,
-    losses: "_Running",
-    optimizer: torch.optim.Optimizer,
-    per_epoch: int,
-    total: int,
-) -> None:
-    """Validate, keep the best, decide whether to stop, save the state, report (and stop if told to)."""
-    means = losses.take(worker)
-    if not math.isfinite(means["loss"]):
-        raise Diverged(f"the loss is {means['loss']} at step {state.step}; try a lower learning rate", state.seconds)
-    metrics: dict[str, Any] = {}
-    if worker.leads:
-        candidate = folder / f"checkpoint-{state.step}"
-        metrics = {
+@dataclass(frozen=True)
+class _Check:
+    """What happens between steps: validate, keep the best, decide whether to stop, save the state, report."""
+
+    supervision: Supervision
+    settings: Training
+    validate: Validate
+    folder: Path
+    report: Report
+    worker: Worker
+    per_epoch: int
+    total: int
+
+    def take(self, state: State, means: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
+        """One check, after `state.step` steps whose loss terms and times have these means."""
+        if not math.isfinite(means["loss"]):
+            raise self._diverged("the loss", means["loss"], state)
+        metrics = _from_leader(self._measured(state, means, optimizer) if self.worker.leads else {}, self.worker)
+        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise self._diverged(wrong[0], metrics[wrong[0]], state)
+        self._judge(metrics["score"], state)
+        state.history.append(metrics)
+        if self.worker.leads:
+            self._save(state, optimizer)
+        self._tell(metrics, state)
+
+    def _measured(self, state: State, means: dict[str, float], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        started = time.monotonic()
+        found = self.validate(self.folder / f"checkpoint-{state.step}")
+        return {
             "step": state.step,
-            "epoch": round(state.step / per_epoch, 4),
-            "progress": round(state.step / total, 4),
+            "epoch": round(state.step / self.per_epoch, 4),
+            "progress": round(state.step / self.total, 4),
             "time_s": round(state.seconds, 3),
+            "validation_s": round(time.monotonic() - started, 3),
             "learning_rate": optimizer.param_groups[0]["lr"],
             **{k if k in ("loss", "step_ms", "data_wait") else f"loss_{k}": v for k, v in means.items()},
-            **validate(candidate),
+            **found,
         }
-    metrics = _from_leader(metrics, worker)
-    wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if wrong:
-        raise Diverged(
-            f"{wrong[0]} is {metrics[wrong[0]]} at step {state.step}; try a lower learning rate", state.seconds
-        )
-    score = metrics["score"]
-    if state.best_score is None or score > state.best_score:
-        state.best_score, state.best_step, state.checks_since_best = score, state.step, 0
-    else:
-        state.checks_since_best += 1
-    if state.checks_since_best >= (settings.patience or settings.checks_per_epoch):
-        state.finished, state.reason = True, f"no better score in {state.checks_since_best} validations"
-    state.history.append(metrics)
-    if worker.leads:
+
+    def _judge(self, score: float, state: State) -> None:
+        """Keep the best step; finished after as many checks without a better score as the settings allow."""
+        if state.best_score is None or score > state.best_score:
+            state.best_score, state.best_step, state.checks_since_best = score, state.step, 0
+        else:
+            state.checks_since_best += 1
+        if state.checks_since_best >= (self.settings.patience or self.settings.checks_per_epoch):
+            state.finished, state.reason = True, f"no better score in {state.checks_since_best} validations"
+
+    def _save(self, state: State, optimizer: torch.optim.Optimizer) -> None:
         lines = [json.dumps(line) + "\n" for line in state.history]
-        write_atomic(folder / "metrics.jsonl", "".join(lines).encode())
-        save_state(folder, state, supervision, optimizer)
-        for stale in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
+        write_atomic(self.folder / "metrics.jsonl", "".join(lines).encode())
+        save_state(self.folder, state, self.supervision, optimizer)
+        for stale in {*self.folder.glob("checkpoint-*"), *self.folder.glob(".checkpoint-*")}:
             if stale.name != f"checkpoint-{state.best_step}":
                 shutil.rmtree(stale, ignore_errors=True)
-    _report(report, metrics, folder, worker, state, total)
 
+    def _tell(self, metrics: dict[str, Any], state: State) -> None:
+        """Report, and stop if told to; the answer is kept: a run that dies while it is scored is not told again."""
+        told = _from_leader({"stop": self.report(metrics, self.folder)}, self.worker)["stop"]
+        if told and not state.finished and state.step < self.total:
+            state.finished, state.stopped, state.reason = True, True, told
+            if self.worker.leads:
+                _write_state(self.folder, state)
 
-def _report(report: Report, metrics: dict[str, Any], folder: Path, worker: Worker, state: State, total: int) -> None:
-    """Report, and stop if told to; the answer is kept, since a run that dies while it is scored is not told again."""
-    told = _from_leader({"stop": report(metrics, folder)}, worker)["stop"]
-    if told and not state.finished and state.step < total:
-        state.finished, state.stopped, state.reason = True, True, told
-        if worker.leads:
-            _write_state(folder, state)
+    def _diverged(self, name: str, value: float, state: State) -> Diverged:
+        return Diverged(f"{name} is {value} at step {state.step}; try a lower learning rate", state.seconds)
 
 
 def has_state(folder: Path) -> bool:
