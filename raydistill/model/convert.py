@@ -173,9 +173,8 @@ def _conversion_key(checkpoint: str | Path) -> str:
     folder = resolve(checkpoint)
     digest = hashlib.sha256(teachers.fingerprint(folder).encode())
     digest.update(f"{ctranslate2.__version__} {transformers.__version__}".encode())
-    for name in ("config.json", "tokenizer_config.json", *teachers.TOKENIZER_FILES, *teachers.MARIAN_FILES):
-        if (folder / name).is_file():
-            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    names = ("config.json", "tokenizer_config.json", *teachers.TOKENIZER_FILES, *teachers.MARIAN_FILES)
+    digest.update(teachers.digests_of(folder, names))
     return digest.hexdigest()[:16]
 
 

@@ -27,7 +27,7 @@ from raydistill.model.convert import (
     unsupported,
     words_of,
 )
-from raydistill.model.decoding import Beam, Hypothesis, Progress, Sample, checked, longest_first, made_up, text_of
+from raydistill.model.decoding import Beam, Hypothesis, Progress, Sample, checked, made_up, text_of, write_longest_first
 
 Say = Callable[[str], None]
 
@@ -76,21 +76,13 @@ class CTranslate2Engine:
     ) -> list[list[Hypothesis]]:
         beam = checked(beam, n_best, self.config)
         rows = sources_of(self.tokenizer, texts, max_source_tokens, self.config)
-        found = [[Hypothesis("", 0.0)] for _ in texts]
-        order = longest_first(texts, rows)
         budget = batch_size * max(1, round(sum(map(len, rows)) / max(1, len(rows))))
         if self.device == "cpu":
             budget = min(budget, CPU_TOKENS)
-        call = 8 * batch_size  # rows per call: between calls progress is told and Ctrl-C heard
-        for start in range(0, len(order), call):
-            picked = order[start : start + call]
-            tokens = max(budget, len(rows[picked[0]]))
-            results = self._translate([rows[i] for i in picked], beam, n_best, tokens)
-            for i, hypotheses in zip(picked, results, strict=True):
-                found[i] = hypotheses
-            if on_progress is not None:
-                on_progress(start + len(picked), len(order))
-        return found
+        size = 8 * batch_size  # rows per call: between calls progress is told and Ctrl-C heard
+        return write_longest_first(
+            texts, rows, size, lambda call: self._translate(call, beam, n_best, max(budget, len(call[0]))), on_progress
+        )
 
     def timed(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
         rows = made_up(self.tokenizer, self.config, source_tokens, batch)

@@ -112,9 +112,26 @@ def resolve_decoding(
     )
 
 
-def longest_first(texts: list[str], rows: list[list[int]]) -> list[int]:
-    """The order to work in: what needs most memory first, and blank texts not at all."""
-    return sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(rows[i]))
+def write_longest_first(
+    texts: list[str],
+    rows: list[list[int]],
+    size: int,
+    write: Callable[[list[list[int]]], list[list[Hypothesis]]],
+    on_progress: Progress | None,
+) -> list[list[Hypothesis]]:
+    """What `write` makes of the tokenised texts, `size` rows at a time, in the order of the texts.
+
+    What needs most memory comes first, so the first row of a call is its longest; blank texts are not written at all.
+    """
+    found = [[Hypothesis("", 0.0)] for _ in texts]
+    order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(rows[i]))
+    for start in range(0, len(order), size):
+        picked = order[start : start + size]
+        for i, hypotheses in zip(picked, write([rows[i] for i in picked]), strict=True):
+            found[i] = hypotheses
+        if on_progress is not None:
+            on_progress(start + len(picked), len(order))
+    return found
 
 
 def checked(beam: Beam, n_best: int, config: Any) -> Beam:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -226,13 +226,15 @@ def _beside_forward() -> set[str]:
 
 def settings_fingerprint(where: str | Path) -> str:
     """16 hex digits of a SHA-256 over a checkpoint's configuration, generation settings and tokenizer."""
-    folder = resolve(where, weights=False)
     names = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
-    digest = hashlib.sha256()
-    for name in sorted(names | {"added_tokens.json", "merges.txt", *TOKENIZER_FILES, *MARIAN_FILES}):
-        if (folder / name).is_file():
-            digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    names |= {"added_tokens.json", "merges.txt", *TOKENIZER_FILES, *MARIAN_FILES}
+    return hashlib.sha256(digests_of(resolve(where, weights=False), sorted(names))).hexdigest()[:16]
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> bytes:
+    """Names and SHA-256 of those of a folder's files that are there, in the order of `names`."""
+    there = [name for name in names if (folder / name).is_file()]
+    return b"".join(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest() for name in there)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:

@@ -9,7 +9,16 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.model.convert import sources_of, torch_threads
-from raydistill.model.decoding import Beam, Hypothesis, Progress, checked, fixed_length, longest_first, made_up, text_of
+from raydistill.model.decoding import (
+    Beam,
+    Hypothesis,
+    Progress,
+    checked,
+    fixed_length,
+    made_up,
+    text_of,
+    write_longest_first,
+)
 
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # generate() tells a hypothesis's score only where it keeps the fp32 log-probabilities of the whole vocabulary at every
@@ -44,17 +53,10 @@ class TransformersEngine:
         rows = sources_of(self.tokenizer, texts, max_source_tokens, self.model.config)
         settings = self._settings(beam)
         settings.num_return_sequences = n_best
-        found = [[Hypothesis("", 0.0)] for _ in texts]
-        order = longest_first(texts, rows)
-        call = min(batch_size, _rows_within(KEPT_BYTES[self.model.device.type], beam, self.model.config.vocab_size))
-        for start in range(0, len(order), call):
-            picked = order[start : start + call]
-            batch = self._batch([rows[i] for i in picked], settings, beam.length_penalty)
-            for i, hypotheses in zip(picked, batch, strict=True):
-                found[i] = hypotheses
-            if on_progress is not None:
-                on_progress(start + len(picked), len(order))
-        return found
+        size = min(batch_size, _rows_within(KEPT_BYTES[self.model.device.type], beam, self.model.config.vocab_size))
+        return write_longest_first(
+            texts, rows, size, lambda batch: self._batch(batch, settings, beam.length_penalty), on_progress
+        )
 
     def timed(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
         rows = made_up(self.tokenizer, self.model.config, source_tokens, batch)
