@@ -17,6 +17,9 @@ from raydistill.model.shrink import Plan
 from raydistill.training.losses import Targets, attention_mse, cosine_distance, hidden_mse, output_loss
 from raydistill.training.teacher_cache import Ragged, mask_of, padded
 
+# Of each decoder layer the weights of its self-attention and of its attention to the source (`forms.States`).
+Maps = tuple[tuple[Tensor, Tensor], ...]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -125,7 +128,7 @@ class Supervision:
             attentions="attention" in scales,
         )
         real = batch.labels != -100
-        theirs = self._taught(batch, encoded) if self.method == "kd" else {}
+        theirs, maps = self._taught(batch, encoded, "attention" in scales) if self.method == "kd" else ({}, ())
         targets = Targets(
             labels=batch.labels[real],
             data=scales["data"],
@@ -151,7 +154,7 @@ class Supervision:
             cosine = cosine_distance(ours.last[real], theirs[max(theirs)])
             loss, sums["cosine"] = loss + scales["cosine"] * cosine, cosine.detach()
         if "attention" in scales:
-            attention = self._attention(batch, encoded, ours.attentions)
+            attention = self._attention(batch, ours.attentions, maps)
             loss, sums["attention"] = loss + scales["attention"] * attention, attention.detach()
         return loss, sums
 
@@ -204,21 +207,20 @@ class Supervision:
         ).sum()
         return ours.last, scales["encoder_hidden"] * hidden, {"encoder_hidden": hidden.detach()}
 
-    def _taught(self, batch: Batch, encoded: Tensor) -> dict[int, Tensor]:
-        """The teacher decoder's outputs at the layers needed, real tokens only, [tokens, width] each."""
-        if batch.taught:
-            return batch.taught
-        real = batch.labels != -100
-        layers = self._teacher_decoder(batch, encoded, layers=True).layers
-        return {layer: layers[layer][real] for layer in self.layers_needed}
+    def _taught(self, batch: Batch, encoded: Tensor, attentions: bool) -> tuple[dict[int, Tensor], Maps]:
+        """The teacher decoder's outputs at the layers needed, real tokens only, [tokens, width] each; and its maps.
 
-    def _attention(self, batch: Batch, encoded: Tensor, ours: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
-        """The attention maps' loss, summed over layers and both kinds of attention.
-
-        Maps are in no cache: the teacher's decoder runs live, on the cached encoder states where there are any.
+        Maps, where asked for, are in no cache: the teacher's decoder runs live, on the cached encoder states if any.
         """
+        if batch.taught and not attentions:
+            return batch.taught, ()
+        real = batch.labels != -100
+        found = self._teacher_decoder(batch, encoded, layers=not batch.taught, attentions=attentions)
+        return batch.taught or {n: found.layers[n][real] for n in self.layers_needed}, found.attentions
+
+    def _attention(self, batch: Batch, ours: Maps, theirs: Maps) -> Tensor:
+        """The attention maps' loss, summed over layers and both kinds of attention."""
         assert self.plan is not None
-        theirs = self._teacher_decoder(batch, encoded, attentions=True).attentions
         real = batch.labels != -100
         pairs = zip(ours, self.plan.supervised_decoder, strict=True)
         found = [
