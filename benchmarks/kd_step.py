@@ -30,7 +30,7 @@ from benchmarks.common import describe_machine, write_result
 from raydistill.config.run import Loss, Student, Training
 from raydistill.data.batches import Examples
 from raydistill.evaluation.latency import give_back_freed
-from raydistill.model import forms
+from raydistill.model import forms, onednn
 from raydistill.model.shrink import plan, shrink
 from raydistill.training.loop import Worker, make_optimizer, step, steps
 from raydistill.training.prefetch import ahead
@@ -39,7 +39,7 @@ from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
-SIDES = ("naive", "shared", "ours", "trainer", "ours-sft")
+SIDES = ("naive", "shared", "ours-mkl", "ours", "trainer", "ours-sft")
 WARM_UP = 2
 
 
@@ -108,6 +108,7 @@ def kd_loss(ours: Any, theirs: Any, labels: Tensor, phi: list[int], how: Loss = 
 
 def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], float]:
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
+    onednn.helps = lambda: False  # torch's own layers
     teacher, student, layout = models(options.form, options.layers, options.size)
     teacher.to(options.device)
     student.to(options.device).train()
@@ -143,6 +144,7 @@ def trainer(options: argparse.Namespace, precision: str, count: int) -> list[flo
     """Seconds of each step of Hugging Face's Seq2SeqTrainer on a student with a frozen encoder and embeddings."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
+    onednn.helps = lambda: False  # torch's own layers
     _, student, _ = models(options.form, options.layers, options.size)
     gc.collect()
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -184,6 +186,8 @@ def from_cache(
     side: str, options: argparse.Namespace, precision: str, count: int
 ) -> tuple[list[float], dict[str, Any]]:
     """Seconds of each step of the product's own loop, reading the stores that `make_cache` left; and what it says."""
+    if side == "ours-mkl":
+        onednn.helps = lambda: False  # torch's own layers: what the rest brings
     teacher, student, layout = models(options.form, options.layers, options.size)
     key, width = "random", student.config.d_model
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -237,6 +241,7 @@ def from_cache(
 def make_cache(options: argparse.Namespace, precision: str) -> None:
     """The stores that `from_cache` reads."""
     teacher, student, layout = models(options.form, options.layers, options.size)
+    onednn.quicken(teacher)
     teacher.to(options.device)
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     layers = sorted({*layout.supervised_decoder, forms.depths(teacher.config)[1] - 1})
@@ -362,6 +367,7 @@ def as_markdown(found: dict[str, dict[str, Any]]) -> str:
 
 RATIOS = [
     ("KD: naive / ours", "naive", "ours", "seconds", "10"),
+    ("KD: naive / ours without oneDNN's float32 products", "naive", "ours-mkl", "seconds", ""),
     ("KD: shared encoder / ours", "shared", "ours", "seconds", "6"),
     ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds", "5"),
     ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb", "at most 0.6"),

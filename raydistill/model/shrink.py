@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from raydistill.config.errors import UserError
 from raydistill.config.run import LayerChoice, Student, parse_size
 from raydistill.model import forms
+from raydistill.model.onednn import quicken
 
 # Teacher depth -> student depth -> layers: the authors' table, which no formula gives (reference/README.md).
 COPIED: dict[int, dict[int, list[int]]] = {
@@ -156,6 +157,7 @@ def shrink(
         if wanted is not None:
             state[key] = (others if _of_decoder_layer(key) else theirs)[wanted]
     student.load_state_dict(state)
+    quicken(student)  # as its teacher was when it was loaded
     torch.nn.Module.to(student, next(teacher.parameters()).dtype).eval()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student

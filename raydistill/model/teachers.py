@@ -24,6 +24,7 @@ from raydistill.config.errors import UserError
 from raydistill.config.presets import DATASETS, DEMO_TEACHER_RUN, TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
 from raydistill.model.checkpoints import check_weights, first_line, resolve, safe_open, weight_files
+from raydistill.model.onednn import quicken
 
 FAMILIES = ("bart", "pegasus", "mbart", "marian", "t5")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -131,6 +132,7 @@ def load_model(where: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
             f"{where}: the weights do not fit config.json: {len(mismatched)} have another shape, "
             f"such as {name} ({tuple(found)}, and {tuple(wanted)} by the config)"
         )
+    quicken(model)
     return model.eval()
 
 
