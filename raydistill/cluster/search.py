@@ -20,10 +20,11 @@ from raydistill.cluster.launch import check_room, final_report, launcher_for, tu
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
 from raydistill.config.errors import UserError
+from raydistill.config.files import read_json
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
 from raydistill.results.budget import admitted, known_bounds
-from raydistill.results.records import device_hours, read_json
+from raydistill.results.records import device_hours
 from raydistill.training.run import Inputs
 
 DUPLICATES_IN_A_ROW = 200
