@@ -70,7 +70,7 @@ def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False
     )
     if "curation" in manifest:
         rules = ", ".join(f"{rule}={value}" for rule, value in manifest["curation"].items())
-        show(f"curation of {manifest['of']}: {rules}", as_json)
+        show(f"curation of {manifest.get('of')}: {rules}", as_json)
     first = {row_id: candidates for row_id, candidates in islice(read_candidates(folder), rows)}
     for row_id, candidates in first.items():
         for rank, (text, score) in enumerate(candidates):

@@ -1,6 +1,7 @@
 """Files appear whole or not at all; what stands in them is read without trust, and paths stay in their folder."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 from raydistill.config.errors import UserError
 
+# What taking apart a file raises that is not as it was written.
+UNFIT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError, OSError)
 CARD = "raydistill.json"  # beside a checkpoint's weights: where it comes from
 
 
@@ -47,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with damage_told(path):
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text, parse_constant=_no_number)
+        data = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if not isinstance(data, dict):
             raise ValueError(f"a mapping was expected, found {type(data).__name__}")
         if "\\u" in text:
@@ -62,7 +65,7 @@ def damage_told(path: Path, remedy: str | None = None) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
+    except UNFIT as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
         remedy = remedy or f"Delete {path.parent} to have it made again"
         raise UserError(f"{path}: damaged: {reason[:300]}. {remedy}") from None
@@ -95,5 +98,8 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number

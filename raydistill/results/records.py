@@ -274,13 +274,21 @@ def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher_ms: float |
         key=f"{trial.key} {decoding_name(decoding)}",
         metrics=metrics,
         interval=_interval(one["interval"]),
-        test=dict(one.get("test") or (trial.test if own else None) or {}) or None,
+        test=_tested(one.get("test")) or (trial.test if own else None),
         decoding=decoding,
     )
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _tested(test: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Scores on the test split and their "interval"; None where there are none."""
+    if not test:
+        return None
+    scores = _numbers({name: value for name, value in test.items() if name != "interval"})
+    return scores | ({"interval": _interval(test["interval"])} if test.get("interval") else {})
 
 
 def _interval(ends: Any) -> tuple[float, float]:
@@ -383,7 +391,7 @@ def _finished(folder: Path) -> Trial:
             chosen=dict(data.get("chosen") or {}),
             metrics=_numbers(data.get("metrics") or {}),
             interval=_interval(interval) if interval else None,
-            test=dict(data.get("test") or {}) or None,
+            test=_tested(data.get("test")),
             steps=int(data.get("steps") or 0),
             signature=str(data.get("signature") or ""),
             checkpoint=checkpoint if checkpoint.is_dir() else None,
