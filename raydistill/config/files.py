@@ -11,7 +11,10 @@ from typing import Any
 from raydistill.config.errors import UserError
 
 # What taking apart a file raises that is not as it was written.
-UNFIT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError, OSError)
+UNFIT = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),
+    *(RecursionError, NotImplementedError, MemoryError, OSError),
+)
 CARD = "raydistill.json"  # beside a checkpoint's weights: where it comes from
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import is_there
+from raydistill.config.files import UNFIT, is_there
 
 Record = dict[str, Any] | str
 Rows = Iterator[tuple[int, Record]]
@@ -241,8 +241,8 @@ def _parquet(path: Path) -> Rows:
                     yield number, record
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, *UNFIT) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole Parquet file ({reason}); copy or download it again") from None
 
 
@@ -260,17 +260,14 @@ def _check_groups(path: Path, about: Any) -> None:
 def _batch_rows(batch: Any) -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
-    except _UNREADABLE:
+    except UNFIT:
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError:
                 yield BAD_UTF8
-            except _UNREADABLE as error:
+            except UNFIT as error:  # such as a date in the year 300,000
                 yield f"a value that cannot be read ({error})"
-
-
-_UNREADABLE = (ValueError, ArithmeticError, LookupError)  # such as a date in the year 300,000
 
 
 def kind_of(value: Any) -> str:

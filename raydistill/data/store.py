@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import damage_told, inside, read_json, write_atomic, write_json_atomic
+from raydistill.config.files import damage_told, read_json, write_atomic, write_json_atomic
 
 # Part of every key: a store of another layout is another store.
 FORMAT = 2
@@ -140,8 +140,10 @@ def kept(root: Path) -> Iterator[Kept]:
 
 def lock(root: Path, group: str) -> FileLock:
     """Held by the one process that makes the stores under `root` whose about.json names `group`."""
+    if Path(group).name != group:
+        raise ValueError(f"group {group!r} is no name of a store")
     root.mkdir(parents=True, exist_ok=True)
-    return FileLock(inside(root, f".{group}.lock"))
+    return FileLock(root / f".{group}.lock")
 
 
 def remove(store: Kept) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
-from raydistill.config.files import damage_told, inside, read_json
+from raydistill.config.files import UNFIT, damage_told, inside, read_json
 from raydistill.config.load import read_yaml
 from raydistill.config.space import BOUNDED, NAME, check_bounds
 from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front, known_bounds
@@ -160,7 +160,7 @@ def read_rows(path: Path, split: str) -> np.ndarray | None:
                 raise ValueError("it would unpack to more than any sweep has rows for")
         with np.load(path, allow_pickle=False) as arrays:
             rows = np.asarray(arrays[split]) if split in arrays else None
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (*UNFIT, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, str(error)) from None
     if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
         raise _damaged(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
@@ -386,7 +386,7 @@ def _finished(folder: Path) -> Trial:
             reason=str(data.get("reason") or ""),
             method=str(data.get("method") or ""),
             size=str(data.get("size") or ""),
-            copied=dict(data.get("copied") or {}),
+            copied={side: [int(n) for n in layers] for side, layers in (data.get("copied") or {}).items()},
             labels=str(data.get("labels") or ""),
             chosen=dict(data.get("chosen") or {}),
             metrics=_numbers(data.get("metrics") or {}),
