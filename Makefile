@@ -4,9 +4,10 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AUDIT := .audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test slow ui schema clean
+.PHONY: help install quickstart test slow audit ui schema clean
 
 help: ## list the targets
 	@echo "raydistill: make TARGET"
@@ -43,6 +44,17 @@ test: $(STAMP) ## install, then ruff, mypy and the tests that need no GPU, no ro
 slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+# pip-audit has a venv of its own. Without its advisories it would find nothing and say so: hence the question first,
+# for a page that every package has, and --strict, by which a package that was not looked up is an error.
+audit: ## look the pinned versions up in PyPI's advisories (pip-audit); says so where they cannot be reached
+	@if ! $(PYTHON) -c 'import urllib.request as r; r.urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=10)' 2>/dev/null; then \
+	  echo "audit: NOT DONE, the advisories of pypi.org cannot be reached from here"; \
+	else \
+	  { test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+	    $(AUDIT)/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1; }; } && \
+	  $(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt; \
+	fi
+
 ui: $(STAMP) ## the MLflow UI of the local store, on http://127.0.0.1:5000
 	@command=$$($(BIN)/python -c 'from raydistill.results.tracking import ui_command; print(ui_command())') && \
 	  echo "$$command" && exec $(BIN)/$$command
@@ -53,5 +65,5 @@ schema: $(STAMP) ## write search_spaces/schema.json, which editors check space f
 	@echo "search_spaces/schema.json"
 
 clean: ## delete .venv, builds and caches; outputs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find raydistill tests -name __pycache__ -type d -prune -exec rm -rf {} +

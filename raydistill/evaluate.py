@@ -89,17 +89,15 @@ def evaluate(
 
 def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
     """The data set and the metric: as asked, else as the checkpoint's card tells."""
-    import json
-
-    from raydistill.config.files import CARD
+    from raydistill.config.files import CARD, read_json
     from raydistill.config.presets import default_dataset, metric_for
     from raydistill.config.run import Dataset, Run
 
     card_path = Path(checkpoint) / CARD
     try:
-        card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+        card = read_json(card_path) if card_path.is_file() else {}
         run = Run.model_validate(card["config"]) if "config" in card else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, UserError) as error:
         if name is None:
             raise UserError(f"{card_path}: damaged, or of another version ({error}); give --dataset") from None
         run = None

@@ -70,7 +70,7 @@ def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False
     )
     if "curation" in manifest:
         rules = ", ".join(f"{rule}={value}" for rule, value in manifest["curation"].items())
-        show(f"curation of {manifest['of']}: {rules}", as_json)
+        show(f"curation of {manifest.get('of')}: {rules}", as_json)
     first = {row_id: candidates for row_id, candidates in islice(read_candidates(folder), rows)}
     for row_id, candidates in first.items():
         for rank, (text, score) in enumerate(candidates):
@@ -104,16 +104,17 @@ def curate(
     as_json: Json = False,
 ) -> None:
     """Make a curated label set of a whole one, which stays; nothing is generated again."""
+    from raydistill.config.load import check
     from raydistill.config.run import Dataset
     from raydistill.data.curation import curate as make
-    from raydistill.data.labels import DESCRIBED, read_manifest
+    from raydistill.data.labels import DESCRIBED, MANIFEST, read_manifest
     from raydistill.evaluation.scores import Tally, rouge2_rows
 
     rules = rules_of(keep)
     folder = find(name, root)
     whole = read_manifest(folder, [*DESCRIBED, "data.dataset", "data.split"])
     about = whole["data"]
-    data = Dataset.model_validate({**about["dataset"], **({"name": dataset} if dataset else {})})
+    data = check(Dataset, {**about["dataset"], **({"name": dataset} if dataset else {})}, folder / MANIFEST)
     made = make(folder, data, about["split"], rules, rouge2_rows, Tally(whole["metric"]))
     manifest = read_manifest(made)
     show(table(["label set", made.name], facts_of(manifest)), as_json)

@@ -83,12 +83,12 @@ def pseudolabel(
     from raydistill.cluster.pseudolabel import Job
     from raydistill.cluster.pseudolabel import pseudolabel as label
     from raydistill.cluster.start import cluster, device
-    from raydistill.data.labels import read_manifest
+    from raydistill.data.labels import DESCRIBED, read_manifest
 
     job = Job(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
     with cluster():
         folder = label(job, output or home() / "labels", device())
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, DESCRIBED)
     progress("")
     show(table(["label set", folder.name], facts_of(manifest)), as_json)
     show(f"label set: {folder}", as_json)

@@ -63,7 +63,7 @@ def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     from raydistill.cluster.plan import check_run
     from raydistill.cluster.prepare import inputs_for
     from raydistill.cluster.start import cluster, device
-    from raydistill.results.records import read_json
+    from raydistill.config.files import read_json
     from raydistill.training.record import claim
 
     if (folder / "run.json").is_file():

@@ -178,7 +178,7 @@ def test_a_damaged_set_is_refused_by_name(tmp_path, damage):
     else:
         texts = {"manifest": "{", "manifest without rows": '{"teacher": "t"}', "manifest is a list": "[3]"}
         manifest.write_text(texts[damage])
-    with pytest.raises(UserError, match=r"set: .*(damaged|make it again)"):
+    with pytest.raises(UserError, match=r"/set(/manifest\.json)?: .*(damaged|make it again)"):
         read_label_set(folder)
 
 
@@ -334,7 +334,9 @@ def test_sets_are_listed_and_what_is_none_is_named(tmp_path):
     write(tmp_path / "foreign", ROWS, {"teacher": {"name": "t"}, "rows": 3, "metric": "bleu"})
     found, wrong = list_label_sets(tmp_path)
     assert [folder.name for folder, _ in found] == ["a", "b"]
-    assert [str(error).partition(":")[0] for error in wrong] == [str(tmp_path / name) for name in ("broken", "foreign")]
+    assert [str(error).partition(":")[0] for error in wrong] == [
+        str(tmp_path / name) for name in ("broken/manifest.json", "foreign")
+    ]
     assert list_label_sets(tmp_path / "nothing") == ([], [])
 
 

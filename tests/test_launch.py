@@ -76,6 +76,22 @@ def test_one_trial_under_each_launcher_has_the_same_losses(ray_here, world, tmp_
     assert reported[0].metrics["step"] == history(tmp_path / "tuned")[-1]["step"]
 
 
+def test_everything_of_a_local_ray_listens_on_loopback_and_asks_for_a_token(ray_here):
+    import ray
+
+    @ray.remote
+    def listeners():
+        found = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        return found, ray.util.get_node_ip_address(), os.environ["RAY_AUTH_MODE"]
+
+    of_worker, node, auth = ray.get(listeners.remote())
+    assert (node, auth) == ("127.0.0.1", "token")
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = {(p.name(), c.laddr.ip) for p in family for c in p.net_connections("inet") if c.status == "LISTEN"}
+    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
+    assert {ip.removeprefix("::ffff:") for ip in [*of_worker, *(ip for _, ip in found)]} == {"127.0.0.1"}
+
+
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):
     train_with_ray_train(run_of(world, "one"), tmp_path / "one", Inputs())
     train_with_ray_train(run_of(world, "two", workers=2), tmp_path / "two", Inputs())

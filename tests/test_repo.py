@@ -79,11 +79,13 @@ def test_the_readmes_space_is_one(tmp_path: Path) -> None:
 
 def test_the_makefile_has_what_is_promised() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"help", "install", "quickstart", "test", "slow", "ui", "schema", "clean"} <= targets
+    assert {"help", "install", "quickstart", "test", "slow", "audit", "ui", "schema", "clean"} <= targets
     documents = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("*.md"))]
     named = {name for text in documents for name in re.findall(r"`make ([a-z]+)`", text)}
     assert named <= targets
-    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in run
+    assert "make audit" in run
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

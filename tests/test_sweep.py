@@ -17,7 +17,7 @@ from raydistill.cluster import shapes
 from raydistill.model.teachers import load_config
 from tests.hub_cache import lay_out_dataset
 from tests.tiny import lay_out_model, save_tiny
-from tests.world import command, corpus_rows, environment, last_json, make_world, wait_for_ray_to_end
+from tests.world import SECRETS, command, corpus_rows, environment, last_json, make_world, wait_for_ray_to_end
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
@@ -66,6 +66,15 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
     assert "ROUGE-2" in (sweep / "table.md").read_text()
     assert len(mlflow_children(home)) == 4
     assert {status for _, status in mlflow_children(home)} == {"FINISHED"}
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_sweep_left(demo):
+    home, *_ = demo
+    left = [path for path in home.rglob("*") if path.is_file()]
+    assert {path.name for path in left} >= {"mlflow.db", "run.json", "raydistill.json", "study.log", "sweep.json"}
+    for path in left:
+        content = path.read_bytes()
+        assert not [name for name, value in SECRETS.items() if value.encode() in content], path
 
 
 def test_larger_shapes_cost_more_and_speedup_is_against_the_teacher(demo):

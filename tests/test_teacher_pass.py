@@ -12,10 +12,10 @@ from raydistill.cluster import teacher_pass as module
 from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
 from raydistill.cluster.teacher_pass import Cached, Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
+from raydistill.config.files import read_json
 from raydistill.config.run import Run
 from raydistill.data import store
 from raydistill.model.teachers import load_model
-from raydistill.results.records import read_json
 from raydistill.training.caching import Costs
 from raydistill.training.material import open_teacher
 from raydistill.training.run import Inputs, train
@@ -72,7 +72,7 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
     assert made.bytes == sum(len(content) for content in files(root).values())
     assert beside.items() <= files(root).items()
     assert made.seconds > 0
-    assert made.seconds == sum(store.read_manifest(array)["device_seconds"] for array in work.arrays)
+    assert made.seconds == sum(store.device_seconds(array) for array in work.arrays)
 
     here = Want(runs, want.labels, tmp_path / "here", "cpu").work("full")
     make_here(here, load_model(place / "teacher"))

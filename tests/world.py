@@ -34,10 +34,18 @@ def make_world(folder: Path) -> tuple[Path, Path]:
     return save_tiny("bart", folder / "teacher", dropout=0.0), write_corpus(folder / "data")
 
 
+# In the environment of every command; in nothing that it says or writes.
+SECRETS = {
+    "HF_TOKEN": "hf_NotToBeSeen",
+    "MLFLOW_TRACKING_PASSWORD": "mlflow-not-to-be-seen",
+    "AWS_SECRET_ACCESS_KEY": "aws-not-to-be-seen",
+}
+
+
 def environment(**more: str) -> dict[str, str]:
-    """What a command of the tests runs with: no RAYDISTILL_HOME, as a new user has none."""
+    """What a command of the tests runs with: no RAYDISTILL_HOME, as a new user has none, and secrets."""
     own = {name: value for name, value in os.environ.items() if name != "RAYDISTILL_HOME"}
-    return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+    return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **SECRETS, **more}
 
 
 def command(home: Path, *arguments: object, timeout: float = 280, **more: str) -> subprocess.CompletedProcess[str]:

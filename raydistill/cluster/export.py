@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.files import CARD, write_atomic, write_json_atomic
+from raydistill.config.files import CARD, check_links, read_json, write_atomic, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.model.convert import RefusedError, converted
 from raydistill.model.teachers import load_config, load_tokenizer, max_tokens
 from raydistill.results.card import model_card
-from raydistill.results.records import Outcome, Trial, read_json
+from raydistill.results.records import Outcome, Trial
 from raydistill.training.record import making
 
 
@@ -28,6 +28,7 @@ def export(found: Outcome, key: str) -> Path:
         return place
     assert student.checkpoint is not None
     place.parent.mkdir(exist_ok=True)
+    check_links(student.checkpoint)
     with making(place) as folder:
         shutil.copytree(student.checkpoint, folder)
         _set_decoding(folder, student)

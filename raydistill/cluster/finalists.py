@@ -13,7 +13,7 @@ from typing import Any
 from raydistill.cluster.alone import alone
 from raydistill.cluster.prepare import Prepared
 from raydistill.config.console import progress
-from raydistill.config.files import CARD, write_json_atomic
+from raydistill.config.files import CARD, read_json, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, resolve
@@ -27,7 +27,6 @@ from raydistill.results.records import (
     decoding_name,
     finalists,
     outcome,
-    read_json,
     read_trials,
 )
 from raydistill.training.record import write_rows

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import read_json
 from raydistill.config.run import Run
 from raydistill.config.space import Search
-from raydistill.results.records import read_json, rivals
+from raydistill.results.records import rivals
 from raydistill.results.stopping import falls_behind
 from raydistill.training.run import Inputs
 

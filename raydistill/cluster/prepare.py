@@ -22,11 +22,10 @@ from raydistill.cluster.teacher_pass import (
 )
 from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import read_json, write_json_atomic
 from raydistill.config.run import Decoding, Run, parse_labels, parse_size
 from raydistill.config.space import Space, corners, resolve
 from raydistill.results.cost import pass_hours
-from raydistill.results.records import read_json
 from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
 from raydistill.training.record import write_rows

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from raydistill.cluster.planned import Facts, room_for_actors, run_batches
 from raydistill.config.console import Bar, progress
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_atomic
+from raydistill.config.files import damage_told, read_json, write_atomic
 from raydistill.config.presets import metric_for, teacher_preset
 from raydistill.config.run import Dataset, Decoding, Pseudo
 from raydistill.data.curation import check_curation, curate
@@ -307,7 +307,8 @@ def _one_engine(work: Path, name: str, why: list[str]) -> None:
     with FileLock(work / ".engine.lock"):
         if not place.is_file():
             write_atomic(place, json.dumps({"engine": name, "why": " ".join(why)}).encode())
-        begun = json.loads(place.read_text(encoding="utf-8"))["engine"]
+        with damage_told(place):
+            begun = read_json(place)["engine"]
     if begun != name:
         raise UserError(
             f"{work}: the batches so far were written by {begun}, and this machine opens {name}: texts of two engines "
@@ -338,7 +339,7 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
     rows = chain.from_iterable(window_rows(window) for window in range(len(plan.windows)))
 
     def manifest() -> dict[str, Any]:
-        engine = json.loads((work / "engine.json").read_text(encoding="utf-8"))
+        engine = read_json(work / "engine.json")
         return {
             **about,
             "rows": found.rows,
@@ -361,13 +362,15 @@ def _read_outputs(plan: Plan, work: Path, window: int, sums: dict[str, float]) -
 
     written: dict[str, list[Candidate]] = {}
     for number in plan.batches_of(window):
-        table = pq.read_table(_output(work, number))
-        sums["device_seconds"] += float(table.schema.metadata[b"device_seconds"])
-        columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
-        for row_id, targets, scores in zip(*columns, strict=True):
-            if row_id in written:
-                raise UserError(f"{work}: row {row_id!r} was labelled twice; delete the folder and run again")
-            written[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
+        path = _output(work, number)
+        with damage_told(path, f"Delete {path} to have this batch labelled again"):
+            table = pq.read_table(path)
+            sums["device_seconds"] += float(table.schema.metadata[b"device_seconds"])
+            columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
+            for row_id, targets, scores in zip(*columns, strict=True):
+                if row_id in written:
+                    raise UserError(f"{work}: row {row_id!r} was labelled twice; delete the folder and run again")
+                written[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
     return written
 
 

@@ -20,13 +20,15 @@ from raydistill.cluster.launch import check_room, final_report, launcher_for, tu
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
 from raydistill.config.errors import UserError
+from raydistill.config.files import damage_told, inside, read_json
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
 from raydistill.results.budget import admitted, known_bounds
-from raydistill.results.records import device_hours, read_json
+from raydistill.results.records import device_hours
 from raydistill.training.run import Inputs
 
 DUPLICATES_IN_A_ROW = 200
+STUDY_LOST = "Delete this file to go on with a new study: finished trials are known again by their folders"
 
 
 def key_of(run: Run) -> str:
@@ -123,23 +125,24 @@ class StudySearch(OptunaSearch):
         self.sweep = sweep
         self.trials_folder = sweep / "trials"
         self.cost = space.search.cost
-        storage = JournalStorage(JournalFileBackend(str(sweep / "study.log")))
+        self.numbers: dict[str, int] = {}
+        self.given: set[str] = set()
         sampler = (
             optuna.samplers.RandomSampler(seed=space.search.seed)
             if space.search.sampler == "random"
             else optuna.samplers.TPESampler(seed=space.search.seed, multivariate=False)
         )
-        super().__init__(
-            partial(_define, run=space.run),
-            metric=["score", self.cost],
-            mode=["max", "min"],
-            sampler=sampler,
-            study_name=space.name,
-            storage=storage,
-        )
-        self.numbers: dict[str, int] = {}
-        self.given: set[str] = set()
-        self._take_up()
+        journal = sweep / "study.log"
+        with damage_told(journal, STUDY_LOST):
+            super().__init__(
+                partial(_define, run=space.run),
+                metric=["score", self.cost],
+                mode=["max", "min"],
+                sampler=sampler,
+                study_name=space.name,
+                storage=JournalStorage(JournalFileBackend(str(journal))),
+            )
+            self._take_up()
 
     @property
     def finished(self) -> int:
@@ -216,7 +219,7 @@ class StudySearch(OptunaSearch):
 
     def _settle(self, trial: optuna.trial.FrozenTrial) -> None:
         """A trial that was under way when the sweep died: over if its result is there, else failed for now."""
-        path = self.trials_folder / trial.user_attrs.get("key", "-") / "result.json"
+        path = inside(self.trials_folder, trial.user_attrs.get("key", "-")) / "result.json"
         values = final_report(read_json(path), self.cost) if path.is_file() else {}
         if "score" in values:
             self._ot_study.tell(trial.number, [values["score"], values[self.cost]])

@@ -44,8 +44,8 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
 
     Another command's cluster on the same machine is never joined unasked: its CPUs may be taken for hours.
 
-    A cluster that is started here asks for a token (Ray's default for local clusters, kept in ~/.ray/auth_token),
-    shows its dashboard on loopback only, and ends with the block. The dashboard stays on: without it a trial that a
+    A cluster that is started here listens on loopback only, asks for a token (Ray's default for local clusters, kept in
+    ~/.ray/auth_token), and ends with the block. The dashboard stays on: without it a trial that a
     scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
     """
     for name, value in QUIET.items():
@@ -84,7 +84,7 @@ def _join_or_start(cpus: int | None) -> None:
                 f"or unset RAY_ADDRESS to work on this machine alone"
             ) from None
         return
-    with _silent_stderr():
+    with _silent_stderr(), _on_loopback():
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -93,6 +93,28 @@ def _join_or_start(cpus: int | None) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A block in which a Ray that starts takes 127.0.0.1 for its node's address, as it does on macOS and Windows.
+
+    So all its ports listen there only; `ray.init(_node_ip_address="127.0.0.1")` would be turned into the machine's
+    address again. Workers know by the environment, this process by Ray's constant, which was read at the import.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    kept = os.environ.get(name)
+    os.environ[name] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if kept is not None:
+            os.environ[name] = kept
 
 
 @contextmanager

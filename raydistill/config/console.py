@@ -1,4 +1,4 @@
-"""What every command shares: errors become exit statuses, progress goes to stderr, results to stdout."""
+"""What every command shares: errors become exit statuses, progress goes to stderr, results to stdout, no secret."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config.errors import UserError
+from raydistill.config.secrets import hidden, hidden_in
 
 if TYPE_CHECKING:
     import typer
@@ -35,19 +36,19 @@ def run_app(app: "typer.Typer") -> None:
         app()
     except UserError as error:
         # Raised in a Ray task it comes wrapped, with that task's traceback in its text.
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"error: {hidden(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        print(f"error: {hidden(str(getattr(error, 'cause', error)))}", file=sys.stderr)
         sys.exit(1)
 
 
 def progress(text: str) -> None:
     """One calm line about work under way, to stderr, so that `--json` leaves stdout to the result."""
-    print(text, file=sys.stderr, flush=True)
+    print(hidden(text), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -102,13 +103,13 @@ def _duration(seconds: float) -> str:
 
 def show(text: str, as_json: bool = False) -> None:
     """A result for a person: on stdout, or on stderr where stdout is kept for JSON."""
-    print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+    print(hidden(text), file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """Print the command's result as one JSON object if `--json` was given."""
     if as_json:
-        print(json.dumps(result, default=str, allow_nan=False), flush=True)
+        print(json.dumps(hidden_in(result), default=str, allow_nan=False), flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

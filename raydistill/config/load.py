@@ -9,11 +9,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import is_there
+from raydistill.config.secrets import places_of_credentials
 
 # Names that mean something by themselves, even where a file or folder of that name lies about.
 KNOWN_WORDS = {"bart", "pegasus", "mbart", "marian", "t5", "demo", "xsum", "cnn_dailymail", "wmt16_en_ro"} | {
     *("auto", "original", "pseudo"),
 }
+ELSEWHERE = (
+    "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), PostgreSQL "
+    "PGPASSWORD, S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the hub HF_TOKEN from the environment"
+)
+MOST_CHARS, MOST_NODES, MOST_DEPTH = 1_000_000, 100_000, 100
 Path_ = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
@@ -21,14 +28,17 @@ M = TypeVar("M", bound=BaseModel)
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     """A YAML mapping and the line (from 1) of each key path. Plain YAML only: a !!python tag is refused."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARS + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{_similar_files(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if len(text) > MOST_CHARS:
+        raise UserError(f"{path}: longer than {MOST_CHARS:,} characters; that is no file of settings")
+    lines: dict[Path_, int] = {}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[Path_, int] = {}
+        node = _compose(text)
         if node is not None:
             _walk(node, (), lines, path)
         data = yaml.safe_load(text)
@@ -43,7 +53,16 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[Path_, int]]:
 
 
 def check(model: type[M], data: Any, path: Path | str, lines: dict[Path_, int] | None = None) -> M:
-    """Validate `data` as `model`, or raise a UserError that names file, line and key."""
+    """Validate `data` as `model`, or raise a UserError that names file, line and key.
+
+    An address with a password is refused: settings go into run records, checkpoints and MLflow.
+    """
+    for at in places_of_credentials(data):
+        where = f"{path}:{lines[at]}" if lines and at in lines else str(path)
+        raise UserError(
+            f"{where}: {'.'.join(map(str, at))}: holds a password or token, and settings are kept and shown; leave it "
+            f"out. {ELSEWHERE}"
+        )
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -97,6 +116,7 @@ def apply_settings(data: dict[str, Any], settings: list[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"--set {setting}: expected KEY=VALUE, for example --set search.trials=4")
         try:
+            _compose(text)
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
@@ -144,7 +164,7 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _absolute(name: str) -> str:
-    return name if name in KNOWN_WORDS or not Path(name).exists() else str(Path(name).resolve())
+    return name if name in KNOWN_WORDS or not is_there(Path(name)) else str(Path(name).resolve())
 
 
 def _absolute_labels(labels: str) -> str:
@@ -156,6 +176,24 @@ def _absolute_labels(labels: str) -> str:
         source = f"pseudo@{_absolute(teacher)}" if (kind, at) == ("pseudo", "@") else _absolute(source)
         absolute.append(f"{source}{star}{weight}")
     return "+".join(absolute)
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The nodes of a YAML text; ValueError where they are too deep, or too many, aliases of aliases included."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    waiting, count = [(node, 0)] if node else [], 0
+    while waiting:
+        one, depth = waiting.pop()
+        count += 1
+        if count + len(waiting) > MOST_NODES:
+            raise ValueError(f"more than {MOST_NODES:,} values, aliases counted as often as they stand")
+        if depth > MOST_DEPTH:
+            raise ValueError(f"more than {MOST_DEPTH} levels deep")
+        if isinstance(one, yaml.MappingNode):
+            waiting += [(inner, depth + 1) for pair in one.value for inner in pair]
+        elif isinstance(one, yaml.SequenceNode):
+            waiting += [(inner, depth + 1) for inner in one.value]
+    return node
 
 
 def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:

@@ -233,10 +233,13 @@ class Evaluation(Model):
     validation_beams: int | None = Field(None, ge=1, description="beams during training; default: 2")
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a folder is called so
+
+
 class Run(Model):
     """One run. `teacher` or `start` says what is trained: a (shrunk) teacher, or a new model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: str = Field(pattern=NAME, max_length=100)
     teacher: str | None = None
     start: Start | None = None
     dataset: Dataset

@@ -11,11 +11,12 @@ from raydistill.config.corners import corners, point_values
 from raydistill.config.distributions import encode, fill, propose, split
 from raydistill.config.errors import UserError
 from raydistill.config.load import Path_, absolute_paths, apply_settings, check, explain, read_yaml
-from raydistill.config.run import Model, Run
+from raydistill.config.run import NAME, Model, Run
 
 # With what a sweep needs of the two files below this one.
 __all__ = [
     "BOUNDED",
+    "NAME",
     "Search",
     "Space",
     "check_bounds",
@@ -74,7 +75,7 @@ class Search(Model):
 class Space(Model):
     """A sweep: the run with distributions, how to search it, and the budgets to choose for."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: str = Field(pattern=NAME, max_length=100)
     description: str = ""
     run: dict[str, Any]
     search: Search = Search()

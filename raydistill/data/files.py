@@ -9,7 +9,6 @@ import difflib
 import gzip
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import UNFIT, is_there
 
 Record = dict[str, Any] | str
 Rows = Iterator[tuple[int, Record]]
@@ -29,6 +29,11 @@ SPLIT_NAMES = {
     "test": ("test",),
 }
 BAD_UTF8 = "invalid UTF-8"
+# Bounds on what is held at once, so that a damaged or malicious file cannot take the memory: characters of a line or a
+# CSV field, of an array of JSON objects, and bytes of a Parquet row group that unpacks to so many times its size.
+MOST_LINE, MOST_ARRAY = 2**26, 2**30
+MOST_GROUP, MOST_TIMES = 2**32, 200
+TOO_LONG = "longer than {:,} characters"
 
 
 def extension(path: Path) -> str | None:
@@ -44,8 +49,10 @@ def splits_of(name: str) -> dict[str, list[Path]]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _splits_of_folder(path)
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"{path}: no such file or folder{_near(path)}")
+    if not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder; write the rows into a file first")
     if extension(path) is None:
         raise UserError(f"{path}: unknown kind of file; known are {', '.join(PLAIN)}, all but Parquet also .gz")
     return {_split_in_name(path) or "train": [path]}
@@ -77,6 +84,16 @@ def _open(path: Path) -> TextIO:
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; of one that is too long only the beginning, and more of it than is allowed."""
+    while line := file.readline(MOST_LINE + 1):
+        yield line
+        while len(line) > MOST_LINE and not line.endswith("\n"):
+            line = file.readline(MOST_LINE + 1)
+            if not line:
+                return
+
+
 def _is_utf8(line: str) -> bool:
     try:
         line.encode("utf-8")
@@ -87,16 +104,15 @@ def _is_utf8(line: str) -> bool:
 
 def _json(path: Path) -> Rows:
     with _open(path) as file:
-        first = file.readline()
-        while first and not first.strip():
-            first = file.readline()
-        more = any(line.strip() for line in file)
+        lines = _lines(file)
+        first = next((line for line in lines if line.strip()), "")
+        more = any(line.strip() for line in lines)
     # A line that is a whole array, with other lines after it, is a bad row of a file of lines.
     if first.lstrip().startswith("[") and not (more and _is_json(first)):
         yield from _json_array(path)
         return
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file), 1):
             if line.strip():
                 yield number, _json_line(line)
 
@@ -110,6 +126,8 @@ def _is_json(text: str) -> bool:
 
 
 def _json_line(line: str) -> Record:
+    if len(line) > MOST_LINE:
+        return TOO_LONG.format(MOST_LINE)
     if not _is_utf8(line):
         return BAD_UTF8
     try:
@@ -124,7 +142,9 @@ def _json_line(line: str) -> Record:
 
 def _json_array(path: Path) -> Rows:
     with _open(path) as file:
-        text = file.read()
+        text = file.read(MOST_ARRAY + 1)
+    if len(text) > MOST_ARRAY:
+        raise UserError(f"{path}: an array {TOO_LONG.format(MOST_ARRAY)}; write one object per line")
     if not _is_utf8(text):
         raise UserError(f"{path}: {BAD_UTF8}; save the file as UTF-8")
     try:
@@ -140,9 +160,9 @@ def _json_array(path: Path) -> Rows:
 
 
 def _csv(path: Path, delimiter: str) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # the default refuses documents over 128 KiB
+    csv.field_size_limit(MOST_LINE)  # the default refuses documents over 128 KiB
     with _open(path) as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
         at = 1
         try:
             header = next(reader, [])
@@ -179,13 +199,13 @@ def _line_pairs(path: Path) -> Rows:
         return
     counts = [0, 0]
     with _open(source) as sources, _open(target) as targets:
-        for number, pair in enumerate(zip_longest(sources, targets), 1):
+        for number, pair in enumerate(zip_longest(_lines(sources), _lines(targets)), 1):
             for side in (0, 1):
                 counts[side] += pair[side] is not None
             if None in pair:
                 continue
             texts = [text.rstrip("\r\n") for text in pair]
-            yield number, dict(zip(("source", "target"), texts, strict=True)) if all(map(_is_utf8, texts)) else BAD_UTF8
+            yield number, _fault_of(*texts) or dict(zip(("source", "target"), texts, strict=True))
     if counts[0] != counts[1]:
         raise UserError(
             f"{source} has {counts[0]} lines and {target} has {counts[1]}; line n of one belongs to line n of "
@@ -195,8 +215,14 @@ def _line_pairs(path: Path) -> Rows:
 
 def _lines_alone(source: Path) -> Rows:
     with _open(source) as file:
-        for number, line in enumerate(file, 1):
-            yield number, {"source": line.rstrip("\r\n")} if _is_utf8(line) else BAD_UTF8
+        for number, line in enumerate(_lines(file), 1):
+            yield number, _fault_of(line) or {"source": line.rstrip("\r\n")}
+
+
+def _fault_of(*lines: str) -> str | None:
+    if not all(map(_is_utf8, lines)):
+        return BAD_UTF8
+    return TOO_LONG.format(MOST_LINE) if max(map(len, lines)) > MOST_LINE else None
 
 
 def _parquet(path: Path) -> Rows:
@@ -208,26 +234,40 @@ def _parquet(path: Path) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            _check_groups(path, file.metadata)
             for batch in file.iter_batches(batch_size=1000):
                 for record in _batch_rows(batch):
                     number += 1
                     yield number, record
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (pa.ArrowException, *UNFIT) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole Parquet file ({reason}); copy or download it again") from None
+
+
+def _check_groups(path: Path, about: Any) -> None:
+    """UserError where a row group says that it unpacks to far more than text ever does."""
+    for group in map(about.row_group, range(about.num_row_groups)):
+        packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        if group.total_byte_size > max(MOST_GROUP, MOST_TIMES * packed):
+            raise UserError(
+                f"{path}: a row group of {packed:,} bytes says that it unpacks to {group.total_byte_size:,}; if that "
+                f"is right, write the file with smaller row groups"
+            )
 
 
 def _batch_rows(batch: Any) -> Iterator[Record]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except UNFIT:
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError:
                 yield BAD_UTF8
+            except UNFIT as error:  # such as a date in the year 300,000
+                yield f"a value that cannot be read ({error})"
 
 
 def kind_of(value: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import damage_told, read_json, write_json_atomic
 from raydistill.config.run import LabelPart
 
 MANIFEST = "manifest.json"
@@ -23,6 +23,7 @@ PART_ROWS = 50_000
 FLUSH_LINES = 2_000  # held until they are written, so that memory does not grow with a part
 COLUMNS = ("id", "target", "rank")  # what training reads
 DROPPED = "dropped.parquet"
+AGAIN = "delete the folder and make it again"
 # What a set that `raydistill pseudolabel` made says of itself. Training reads `rows` alone, and so takes others too.
 DESCRIBED = (
     "teacher.name",
@@ -35,6 +36,16 @@ DESCRIBED = (
     "target_words_mean",
     "quality",
 )
+# What these are, and what else commands read where it is there.
+NUMBER = (int, float)
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("teacher.name", "teacher.fingerprint", "metric", "engine", "data.split"), str),
+    **dict.fromkeys(("device_hours", "empty", "target_words_mean"), NUMBER),
+    **dict.fromkeys(("decoding", "data.dataset"), dict),
+    **dict.fromkeys(("dropped", "curation"), dict),
+    "quality": (dict, type(None)),
+    "engine_why": (str, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -174,16 +185,21 @@ def read_manifest(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
             f"{folder}: no finished label set here (no {MANIFEST}); make one with `raydistill pseudolabel`, "
             f"or run its command again to finish it"
         )
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        int(manifest["rows"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, error) from None
+    manifest = read_json(folder / MANIFEST)
+    with damage_told(folder / MANIFEST, AGAIN):
+        if not isinstance(manifest["rows"], int) or manifest["rows"] < 0:
+            raise TypeError(f"rows is {manifest['rows']!r}, which counts nothing")
     if missing := [key for key in needed if not _has(manifest, key)]:
         raise UserError(
             f"{folder}: its {MANIFEST} lacks {', '.join(missing)}, which `raydistill pseudolabel` writes; such a set "
             f"can be trained on, and no more"
         )
+    with damage_told(folder / MANIFEST, AGAIN):
+        for key in filter(lambda key: needed and _has(manifest, key), KINDS):
+            if not isinstance(_get(manifest, key), KINDS[key]):
+                raise TypeError(f"{key} is {_get(manifest, key)!r}")
+        if needed and not all(isinstance(v, NUMBER) for v in (manifest.get("quality") or {}).values()):
+            raise TypeError("quality holds more than numbers")
     return manifest
 
 
@@ -192,8 +208,14 @@ def _has(manifest: Any, key: str) -> bool:
     return isinstance(manifest, dict) and first in manifest and (not rest or _has(manifest[first], rest))
 
 
+def _get(manifest: dict[str, Any], key: str) -> Any:
+    first, _, rest = key.partition(".")
+    return _get(manifest[first], rest) if rest else manifest[first]
+
+
 def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
     """Each row's id and candidates, the best first, one row after the other; UserError where a part is damaged."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     def rows() -> Iterator[tuple[str, str, int, float]]:
@@ -205,24 +227,30 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
     try:
         for row_id, group in groupby(rows(), key=lambda row: row[0]):
             ranked = sorted(group, key=lambda row: row[2])
+            if not all(isinstance(text, str) for line in ranked for text in line[:2]):
+                raise TypeError(f"row {row_id!r}: id and target must be texts")
             if [rank for _, _, rank, _ in ranked] != list(range(len(ranked))):
                 raise ValueError(f"row {row_id!r} does not have its candidates once each")
-            yield row_id, [Candidate(target, score) for _, target, _, score in ranked]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            yield row_id, [Candidate(target, float(score)) for _, target, _, score in ranked]
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _damaged(folder, error) from None
 
 
 def read_dropped(folder: Path) -> list[tuple[str, str]]:
     """(id, reason) of the rows that curation left out."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not (folder / DROPPED).is_file():
         return []
     try:
-        found = pq.read_table(folder / DROPPED)
-    except (OSError, ValueError) as error:
+        found = pq.read_table(folder / DROPPED, columns=["id", "reason"])
+        rows = list(zip(found["id"].to_pylist(), found["reason"].to_pylist(), strict=True))
+        if not all(isinstance(text, str) for row in rows for text in row):
+            raise TypeError(f"{DROPPED}: ids and reasons must be texts")
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _damaged(folder, error) from None
-    return list(zip(found["id"].to_pylist(), found["reason"].to_pylist(), strict=True))
+    return rows
 
 
 def finished_folders(root: Path) -> list[Path]:
@@ -242,7 +270,7 @@ def list_label_sets(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder}: the label set is damaged ({error}); delete the folder and make it again")
+    return UserError(f"{folder}: the label set is damaged ({error}); {AGAIN}")
 
 
 def choose_targets(

@@ -4,7 +4,6 @@ A folder of Parquet files, one per window of rows, and in each a row group per b
 are sorted by length within a window only, so memory is bounded by the window, whatever the size of the data.
 """
 
-import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import damage_told, read_json, write_json_atomic
 from raydistill.data.corpus import Row
 
 # Rows in memory at once; twice as many bring no shorter batches worth having.
@@ -51,16 +50,20 @@ class Plan:
         import pyarrow.parquet as pq
 
         window = bisect_right(self._firsts, number) - 1
-        with pq.ParquetFile(_window(self.folder, window)) as file:
+        path = _window(self.folder, window)
+        with damage_told(path), pq.ParquetFile(path) as file:
             [row] = file.read_row_group(number - self._firsts[window]).to_pylist()
-        return row
+            if [len(row[name]) for name in ("places", "ids", "sources", "targets")] != [self.rows[number]] * 4:
+                raise ValueError(f"batch {number} does not hold {self.rows[number]} rows")
+            return row
 
     def read_targets(self, window: int) -> list[tuple[str, str]]:
         """(id, target) of a window's rows, in the order of the data."""
         import pyarrow.parquet as pq
 
         found: list[tuple[int, tuple[str, str]]] = []
-        with pq.ParquetFile(_window(self.folder, window)) as file:
+        path = _window(self.folder, window)
+        with damage_told(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 [batch] = file.read_row_group(group, columns=["places", "ids", "targets"]).to_pylist()
                 found += zip(batch["places"], zip(batch["ids"], batch["targets"], strict=True), strict=True)
@@ -109,11 +112,19 @@ def make_plan(
 
 
 def open_plan(folder: Path) -> Plan | None:
-    """A finished plan, or None where there is none."""
-    try:
-        return Plan(folder, **json.loads((folder / "plan.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    """A finished plan, or None where there is none; UserError where it is damaged."""
+    path = folder / "plan.json"
+    if not path.is_file():
         return None
+    found = read_json(path)
+    with damage_told(path):
+        plan = Plan(folder, **found)
+        numbers = [*plan.rows, *plan.chars, *plan.windows]
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise TypeError("rows, chars and windows must be counts")
+        if not len(plan.rows) == len(plan.chars) == sum(plan.windows):
+            raise ValueError(f"{sum(plan.windows)} batches in windows, {len(plan.rows)} with rows")
+    return plan
 
 
 def _batches(sizes: list[int], chars: int, rows: int) -> Iterator[list[int]]:

@@ -5,7 +5,6 @@ A store is a folder with `about.json` and a folder per array: `part-000000.bin` 
 lengths, so the store's key must cover them.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.config.files import damage_told, read_json, write_atomic, write_json_atomic
 
 # Part of every key: a store of another layout is another store.
 FORMAT = 2
@@ -86,15 +85,21 @@ def write_time(array: Path, number: int, device_seconds: float) -> None:
 def finish_array(array: Path, facts: dict[str, Any]) -> None:
     """Say that all parts are there, and what they took together."""
     times = list(array.glob("part-*.json"))
-    seconds = sum(json.loads(path.read_text(encoding="utf-8"))["device_seconds"] for path in times)
+    seconds = sum(_device_seconds(path) for path in times)
     write_json_atomic(array / "manifest.json", {**facts, "device_seconds": seconds})
     for path in times:
         path.unlink()
 
 
-def read_manifest(array: Path) -> dict[str, Any]:
-    """What `finish_array` said."""
-    return json.loads((array / "manifest.json").read_text(encoding="utf-8"))
+def device_seconds(array: Path) -> float:
+    """What making a finished array took, as `finish_array` said."""
+    return _device_seconds(array / "manifest.json")
+
+
+def _device_seconds(path: Path) -> float:
+    found = read_json(path)
+    with damage_told(path):
+        return float(found["device_seconds"])
 
 
 def is_whole(array: Path) -> bool:
@@ -117,27 +122,36 @@ def mark_used(store: Path) -> None:
 
 
 def kept(root: Path) -> Iterator[Kept]:
-    """The stores under `root`, last used last."""
+    """The stores under `root`, last used last; a link that leads elsewhere is none. UserError for a damaged one."""
     found = []
     for path in root.glob("*/about.json"):
         folder = path.parent
+        if folder.is_symlink():
+            continue
         size = sum(p.stat().st_size for p in folder.rglob("*.bin"))
         arrays = sorted(p.parent.name for p in folder.glob("*/manifest.json"))
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
+        with damage_told(path):
+            if about["kept"] not in KINDS:
+                raise ValueError(f"kept is {about['kept']!r}")
         found.append(Kept(folder, about, arrays, size, path.stat().st_mtime))
     yield from sorted(found, key=lambda store: store.used)
 
 
 def lock(root: Path, group: str) -> FileLock:
     """Held by the one process that makes the stores under `root` whose about.json names `group`."""
+    if Path(group).name != group:
+        raise ValueError(f"group {group!r} is no name of a store")
     root.mkdir(parents=True, exist_ok=True)
     return FileLock(root / f".{group}.lock")
 
 
 def remove(store: Kept) -> None:
     """Delete a store: what says that it is whole first. UserError where it is being made."""
+    with damage_told(store.folder / "about.json"):
+        held = lock(store.folder.parent, store.about.get("group", store.folder.name))
     try:
-        with lock(store.folder.parent, store.about.get("group", store.folder.name)).acquire(timeout=0):
+        with held.acquire(timeout=0):
             for manifest in store.folder.glob("*/manifest.json"):
                 manifest.unlink()
             shutil.rmtree(store.folder)

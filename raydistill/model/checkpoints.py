@@ -5,10 +5,10 @@ revision of it. Models are loaded from safetensors only, since a pickled file ca
 checkpoints that have nothing else are read once, as tensors and nothing but tensors, and kept as safetensors.
 """
 
-import json
 import os
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
+from raydistill.config.files import check_links, damage_told, read_json
 from raydistill.config.presets import TEACHERS
 
 # The hub's files that are needed: none from sub-folders, no other frameworks' weights.
@@ -62,6 +63,7 @@ def converted_to_safetensors(folder: Path, where: str | Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):
         if not place.is_dir():
+            _check_own(folder)
             for path in pickled:
                 _check_pickle(path)
             making = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
@@ -93,10 +95,11 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [p for p in [folder / "model.safetensors"] if p.is_file()]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index}: not a weight index ({error}); copy the checkpoint again") from None
+    with damage_told(index, "Copy the checkpoint again"):
+        names = set(read_json(index)["weight_map"].values())
+        # By its name alone a shard stays in the folder; the files of the hub's cache are links.
+        if not all(isinstance(name, str) and fnmatch(name, SAFE) and Path(name).name == name for name in names):
+            raise ValueError(f"weight_map names other files than shards called {SAFE}")
     return [folder / name for name in sorted(names)]
 
 
@@ -111,6 +114,12 @@ def first_line(error: BaseException) -> str:
     """An error's text, cut to a line."""
     lines = str(error).strip().splitlines()
     return f"{lines[0][:300]}" if lines else type(error).__name__
+
+
+def _check_own(folder: Path) -> None:
+    """UserError where a checkpoint to be copied holds links that lead out of it, or out of the hub's cache of it."""
+    in_cache = folder.parent.name == "snapshots"
+    check_links(folder, folder.parents[1] / "blobs" if in_cache else None)
 
 
 def _check_pickle(path: Path) -> None:

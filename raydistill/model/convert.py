@@ -181,8 +181,9 @@ def _conversion_key(checkpoint: str | Path) -> str:
 def _is_whole(place: Path) -> bool:
     """Whether the conversion has its proof and every file its recorded size."""
     try:
-        sizes = json.loads((place / PROOF).read_text())["sizes"]
-        return all((place / name).stat().st_size == size for name, size in sizes.items())
+        proof = json.loads((place / PROOF).read_text())
+        sizes = proof["sizes"]
+        return "refused" in proof and all((place / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError):
         return False
 

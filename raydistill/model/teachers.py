@@ -29,6 +29,11 @@ from raydistill.model.onednn import quicken
 FAMILIES = ("bart", "pegasus", "mbart", "marian", "t5")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+# Of a config.json: beyond these the mere shape of the model would take all memory, or all day.
+LARGEST = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers"), 1000),
+    "max_position_embeddings": 2**20,
+}
 Languages = tuple[str, str]
 
 
@@ -57,11 +62,14 @@ def load_config(where: str | Path) -> PretrainedConfig:
         raise UserError(f"{where}: has no config.json; a checkpoint is what save_pretrained writes")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
     kind = data.get("model_type") if isinstance(data, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type is {kind!r}; supported are the encoder-decoders {', '.join(FAMILIES)}")
+    for key, most in LARGEST.items():
+        if isinstance(data.get(key), int) and data[key] > most:
+            raise UserError(f"{path}: {key} is {data[key]}, and no model of these families has more than {most}")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -102,9 +110,10 @@ def load_model(where: str | Path, dtype: torch.dtype = torch.float32) -> PreTrai
 
     Raises UserError: none of `FAMILIES`, no safetensors (only pickled weights), damaged or incomplete weights.
     """
-    load_config(where)
+    config = load_config(where)
     folder = resolve(where)
     check_weights(folder, where)
+    _check_size(config, folder, where)
     logging = transformers.utils.logging
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -284,6 +293,21 @@ def tokenize_targets(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_t
         return []
     encoded = tokenizer(text_target=list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _check_size(config: PretrainedConfig, folder: Path, where: str | Path) -> None:
+    """UserError where config.json asks for more numbers than the weights have bytes: missing ones would be made up."""
+    sides = (("encoder_layers", "encoder_ffn_dim"), ("decoder_layers", "decoder_ffn_dim"))
+    if config.model_type == "t5":
+        sides = (("num_layers", "d_ff"), ("num_decoder_layers", "d_ff"))
+    feed_forward = sum(2 * getattr(config, layers) * getattr(config, width) for layers, width in sides)
+    asked = config.d_model * (config.vocab_size + feed_forward)
+    held = sum(path.stat().st_size for path in weight_files(folder))
+    if asked > held:
+        raise UserError(
+            f"{where}: the weights do not fit config.json: it asks for more than {asked:,} numbers, and the weights "
+            f"are {held:,} bytes"
+        )
 
 
 def _tensors(of: str | Path | PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,6 +5,9 @@ SWEEP/trials/KEY/run.json  metrics.jsonl  rows.npz  best/  result.json (last: th
 """
 
 import json
+import re
+import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +16,14 @@ import numpy as np
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
+from raydistill.config.files import UNFIT, damage_told, inside, read_json
 from raydistill.config.load import read_yaml
-from raydistill.config.space import BOUNDED
+from raydistill.config.space import BOUNDED, NAME, check_bounds
 from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front, known_bounds
 from raydistill.results.stopping import Curve
 
 SERVED = "served.json"
+MOST_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,10 @@ class Trial:
         """What the trial has taken; of one under way, up to its last validation."""
         if self.status != "running":
             return self.metrics.get("gpu_hours", 0.0)
-        training = self.run_config().get("training") or {}
-        seconds = max((float(line.get("time_s", 0.0)) for line in self.history()), default=0.0)
-        return seconds * int(training.get("workers", 1)) * int(training.get("threads", 1)) / 3600
+        with damage_told(self.folder / "run.json"):
+            training = self.run_config().get("training") or {}
+            seconds = max((float(line.get("time_s", 0.0)) for line in self.history()), default=0.0)
+            return seconds * int(training.get("workers", 1)) * int(training.get("threads", 1)) / 3600
 
     def score(self, metric: str) -> float | None:
         """The validation score."""
@@ -92,8 +98,8 @@ class Trial:
             if not line.strip():
                 continue
             try:
-                found.append(json.loads(line))
-            except ValueError as error:
+                found.append(dict(json.loads(line).items()))
+            except (ValueError, AttributeError, RecursionError) as error:
                 if i == len(lines) - 1:
                     break
                 raise _damaged(path, f"line {i + 1}: {error}") from None
@@ -144,28 +150,21 @@ class Outcome:
         return self.student(key).folder.name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping, or a UserError that names the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(data, dict):
-        raise _damaged(path, f"a mapping was expected, found {type(data).__name__}")
-    return data
-
-
 def read_rows(path: Path, split: str) -> np.ndarray | None:
     """Per-row statistics of a split, [rows] or [rows, 10]; None where they were not kept."""
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as packed:
+            if sum(entry.file_size for entry in packed.infolist()) > MOST_ROW_BYTES:
+                raise ValueError("it would unpack to more than any sweep has rows for")
         with np.load(path, allow_pickle=False) as arrays:
-            return np.asarray(arrays[split]) if split in arrays else None
-    except (OSError, ValueError, EOFError) as error:
+            rows = np.asarray(arrays[split]) if split in arrays else None
+    except (*UNFIT, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, str(error)) from None
+    if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
+        raise _damaged(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
+    return rows
 
 
 def read_sweep(sweep: Path) -> dict[str, Any]:
@@ -173,7 +172,19 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
     path = sweep / "sweep.json"
     if not path.exists():
         raise UserError(f"{sweep}: no sweep.json; the sweep was not started or stopped before its first trial")
-    return read_json(path)
+    info = read_json(path)
+    with damage_told(path):
+        if not re.fullmatch(NAME, str(info.get("name", "unnamed"))):  # a folder of artifacts is called so
+            raise ValueError(f"name is {info['name']!r}")
+        if info.get("tracking_uri") is not None and not isinstance(info["tracking_uri"], str):
+            raise TypeError("tracking_uri is no text")
+        float(info.get("teacher_gpu_hours") or 0)
+        teacher = dict(info.get("teacher") or {})
+        for word in ("metrics", "costs"):
+            dict(teacher.get(word) or {}).items()
+        for name, bounds in (info.get("budgets") or {}).items():
+            check_bounds(name, bounds)
+    return info
 
 
 def read_trials(sweep: Path) -> list[Trial]:
@@ -208,7 +219,8 @@ def rivals(sweep: Path, key: str) -> tuple[Curve, list[Curve]]:
 
 def curve(trial: Trial) -> Curve:
     """(share of the steps done, score) of each validation; a run that ended by itself stays at its best."""
-    points = [(float(line["progress"]), float(line["score"])) for line in trial.history() if "progress" in line]
+    with damage_told(trial.folder / "metrics.jsonl"):
+        points = [(float(line["progress"]), float(line["score"])) for line in trial.history() if "progress" in line]
     if trial.status == "done" and points and points[-1][0] < 1:
         points.append((1.0, max(score for _, score in points)))
     return points
@@ -216,7 +228,8 @@ def curve(trial: Trial) -> Curve:
 
 def _shape_asked(trial: Trial) -> str:
     """The size as the run names it: a trial under way has no other, and "" is the full teacher's."""
-    return str((trial.run_config().get("student") or {}).get("size") or "")
+    with damage_told(trial.folder / "run.json"):
+        return str((trial.run_config().get("student") or {}).get("size") or "")
 
 
 def device_hours(sweep: Path) -> float:
@@ -242,22 +255,45 @@ def as_served(trials: list[Trial], teacher_ms: float | None) -> list[Trial]:
     found = []
     for trial in trials:
         path = trial.folder / SERVED
-        for i, one in enumerate(read_json(path)["decodings"] if trial.scored and path.is_file() else []):
-            decoding = {"beams": one["beams"], "length_penalty": one["length_penalty"]}
-            metrics = {**trial.metrics, **one["metrics"], **one["costs"]}
-            if teacher_ms:
-                metrics["speedup"] = teacher_ms / metrics["latency_ms"]
-            found.append(
-                replace(
-                    trial,
-                    key=f"{trial.key} {decoding_name(decoding)}",
-                    metrics=metrics,
-                    interval=(one["interval"][0], one["interval"][1]),
-                    test=one.get("test") or (trial.test if i == 0 else None),  # its own decoding comes first
-                    decoding=decoding,
-                )
-            )
+        if trial.scored and path.is_file():
+            with damage_told(path):
+                found += [
+                    _as_served(trial, one, i == 0, teacher_ms) for i, one in enumerate(read_json(path)["decodings"])
+                ]
     return found
+
+
+def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher_ms: float | None) -> Trial:
+    """A trial with one of its decodings; its `own` comes first."""
+    decoding = {"beams": int(one["beams"]), "length_penalty": float(one["length_penalty"])}
+    metrics = {**trial.metrics, **_numbers(one["metrics"]), **_numbers(one["costs"])}
+    if teacher_ms:
+        metrics["speedup"] = teacher_ms / metrics["latency_ms"]
+    return replace(
+        trial,
+        key=f"{trial.key} {decoding_name(decoding)}",
+        metrics=metrics,
+        interval=_interval(one["interval"]),
+        test=_tested(one.get("test")) or (trial.test if own else None),
+        decoding=decoding,
+    )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _tested(test: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Scores on the test split and their "interval"; None where there are none."""
+    if not test:
+        return None
+    scores = _numbers({name: value for name, value in test.items() if name != "interval"})
+    return scores | ({"interval": _interval(test["interval"])} if test.get("interval") else {})
+
+
+def _interval(ends: Any) -> tuple[float, float]:
+    low, high = ends
+    return float(low), float(high)
 
 
 def decoding_name(decoding: dict[str, Any]) -> str:
@@ -289,7 +325,10 @@ def outcome(sweep: Path) -> Outcome:
     info = read_sweep(sweep)
     trials = read_trials(sweep)
     space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
-    cost = (space.get("search") or {}).get("cost", "latency_ms")
+    with damage_told(sweep / "space.yaml"):
+        cost = (space.get("search") or {}).get("cost", "latency_ms")
+        if cost not in BOUNDED:
+            raise ValueError(f"search.cost is {cost!r}")
     metric = str(info.get("metric", "rouge2"))
     teacher = served_teacher(sweep, info)
     teacher_costs = teacher.get("costs") or {}
@@ -325,8 +364,9 @@ def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
     """The teacher's record, with its costs on real rows where they were measured."""
     teacher = dict(info.get("teacher") or {})
     if (sweep / SERVED).is_file():
-        one = read_json(sweep / SERVED)["decodings"][0]
-        teacher["costs"] = {**(teacher.get("costs") or {}), **one["costs"]}
+        with damage_told(sweep / SERVED):
+            one = read_json(sweep / SERVED)["decodings"][0]
+            teacher["costs"] = {**(teacher.get("costs") or {}), **_numbers(one["costs"])}
     return teacher
 
 
@@ -335,9 +375,9 @@ def _finished(folder: Path) -> Trial:
     data = read_json(path)
     if data.get("status") not in ("done", "stopped", "failed"):
         raise _damaged(path, f"status is {data.get('status')!r}, not done, stopped or failed")
-    checkpoint = folder / str(data.get("checkpoint") or "best")
     interval = data.get("interval")
-    try:
+    with damage_told(path):
+        checkpoint = inside(folder, str(data.get("checkpoint") or "best"))
         return Trial(
             key=folder.name,
             folder=folder,
@@ -346,33 +386,31 @@ def _finished(folder: Path) -> Trial:
             reason=str(data.get("reason") or ""),
             method=str(data.get("method") or ""),
             size=str(data.get("size") or ""),
-            copied=dict(data.get("copied") or {}),
+            copied={side: [int(n) for n in layers] for side, layers in (data.get("copied") or {}).items()},
             labels=str(data.get("labels") or ""),
             chosen=dict(data.get("chosen") or {}),
-            metrics={k: float(v) for k, v in (data.get("metrics") or {}).items() if v is not None},
-            interval=(float(interval[0]), float(interval[1])) if interval else None,
-            test=data.get("test") or None,
+            metrics=_numbers(data.get("metrics") or {}),
+            interval=_interval(interval) if interval else None,
+            test=_tested(data.get("test")),
             steps=int(data.get("steps") or 0),
             signature=str(data.get("signature") or ""),
             checkpoint=checkpoint if checkpoint.is_dir() else None,
             seed=int(data.get("seed") or 0),
         )
-    except (TypeError, ValueError, IndexError) as error:
-        raise _damaged(path, str(error)) from None
 
 
 def _running(folder: Path) -> Trial:
     run = read_json(folder / "run.json")
-    student, training = run.get("student") or {}, run.get("training") or {}
-    return Trial(
-        key=folder.name,
-        folder=folder,
-        status="running",
-        method=str(run.get("method") or ""),
-        size=str(student.get("size") or ""),
-        labels=str(run.get("labels") or ""),
-        seed=int(training.get("seed") or 0),
-    )
+    with damage_told(folder / "run.json"):
+        return Trial(
+            key=folder.name,
+            folder=folder,
+            status="running",
+            method=str(run.get("method") or ""),
+            size=str((run.get("student") or {}).get("size") or ""),
+            labels=str(run.get("labels") or ""),
+            seed=int((run.get("training") or {}).get("seed") or 0),
+        )
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -23,7 +23,9 @@ from filelock import FileLock, Timeout
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_atomic
+from raydistill.config.files import check_links, write_atomic
+from raydistill.config.load import ELSEWHERE
+from raydistill.config.secrets import hidden, places_of_credentials
 from raydistill.results.costs import method_table
 from raydistill.results.figures import choices_table, count_trials, markdown_table
 from raydistill.results.page import write_report
@@ -78,10 +80,12 @@ def ui_command(uri: str | None = None) -> str:
 def check_tracking(uri: str | None) -> None:
     """Say within two seconds whether a store can be used, without importing MLflow.
 
-    UserError for a URI that cannot work (plain file stores: MLflow gave them up), TrackingDown where a server
-    does not answer.
+    UserError for a URI that cannot work (plain file stores: MLflow gave them up) or holds a password, TrackingDown
+    where a server does not answer.
     """
     uri = uri or default_uri()
+    if list(places_of_credentials(uri)):
+        raise UserError(f"tracking_uri {hidden(uri)}: holds a password or token; leave it out. {ELSEWHERE}")
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme in ("", "file"):
         raise UserError(
@@ -96,7 +100,7 @@ def check_tracking(uri: str | None) -> None:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=1.5):
             return
     except urllib.error.HTTPError as error:
-        why = {401: "it wants credentials", 403: "it refuses this host (see its --allowed-hosts)"}
+        why = {401: f"it wants credentials. {ELSEWHERE}", 403: "it refuses this host (see its --allowed-hosts)"}
         if error.code != 404:  # behind a proxy there may be no /health
             raise TrackingDown(
                 f"the tracking server {uri} answers {error.code}: {why.get(error.code, error.reason)}"
@@ -224,14 +228,14 @@ def alias_of(budget_name: str) -> str:
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys and text; lists as JSON; what is None is left out."""
+    """Nested mappings as dotted keys and text without secrets; lists as JSON; what is None is left out."""
     flat: dict[str, str] = {}
     for key, value in data.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             flat |= flatten(value, f"{name}.")
         elif value is not None:
-            flat[name] = value if isinstance(value, str) else json.dumps(value)
+            flat[name] = hidden(value if isinstance(value, str) else json.dumps(value))
     return flat
 
 
@@ -277,13 +281,14 @@ def _publish_end(client: Any, run_id: str, trial: Trial, metric: str, time: int,
     _log_metrics(client, run_id, final)
     client.update_run(run_id, name=trial.label)
     for name in ("run.json", "result.json", "metrics.jsonl"):
-        if (trial.folder / name).exists():
+        if (trial.folder / name).is_file() and not (trial.folder / name).is_symlink():
             client.log_artifact(run_id, str(trial.folder / name))
     if trial.checkpoint is not None:
+        check_links(trial.checkpoint)
         client.log_artifacts(run_id, str(trial.checkpoint), "checkpoint")
     for name, text in (("reason", trial.reason), ("signature", trial.signature), ("status", trial.status)):
         if text:
-            client.set_tag(run_id, f"raydistill.{name}", text[:4000])
+            client.set_tag(run_id, f"raydistill.{name}", hidden(text)[:4000])
     client.set_terminated(run_id, "FINISHED" if trial.scored else "FAILED")
     client.set_tag(run_id, "raydistill.done", "1")  # last: a kill before it has all of this done again
 
@@ -467,5 +472,5 @@ def _plain_errors(uri: str) -> Iterator[None]:
         # mlflow, requests and sqlalchemy are not imported only to name their errors here
         if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "urllib3", "sqlalchemy"):
             raise
-        text = " ".join(str(error).split())[:300]
+        text = hidden(" ".join(str(error).split()))[:300]
         raise TrackingDown(f"MLflow at {uri} failed: {text}. Publishing again later makes up for it") from error

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from raydistill.config.files import write_atomic
+from raydistill.config.files import damage_told, inside, write_atomic
 from raydistill.config.run import Training
 from raydistill.data.batches import epoch_batches, share, within
 from raydistill.model import forms
@@ -331,9 +332,14 @@ def load_state(
     schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> State:
     """The saved state, with weights, optimiser and schedule put back where they were."""
-    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / saved.pop("tensors"))
-    state = State(**saved)
+    path = folder / "state.json"
+    with damage_told(path, f"Delete {path} to begin the run anew"):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            tensors = load_file(inside(folder, saved.pop("tensors")))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+        state = State(**saved)
     own = dict(supervision.student.named_parameters())
     slots: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():

@@ -1,6 +1,5 @@
 """What a run leaves in its folder: its claim, its checkpoints, and last of all its result."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import CARD, write_json_atomic
+from raydistill.config.files import CARD, read_json, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.model.shrink import Plan
 
@@ -24,7 +23,7 @@ def claim(folder: Path, run: Run) -> None:
     path = folder / "run.json"
     if not path.is_file():
         write_json_atomic(path, asked)
-    elif json.loads(path.read_text(encoding="utf-8")) != asked:
+    elif read_json(path) != asked:
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
 
 

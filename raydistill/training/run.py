@@ -6,7 +6,6 @@ validation), best/ (the checkpoint) and, last of all, result.json (the scores). 
 on where it was.
 """
 
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raydistill.config.console import progress
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import read_json, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import statistics
@@ -76,7 +75,7 @@ def train(
         claim(folder, run)
     done = folder / "result.json"
     if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     teacher = open_teacher(run.teacher, run.dataset.name) if run.teacher else None
     student: PreTrainedModel
     layers: Plan | None

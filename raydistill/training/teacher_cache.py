@@ -200,7 +200,7 @@ class Pass:
     @property
     def device_seconds(self) -> float:
         """What making the finished arrays took, whoever made them."""
-        return sum(store.read_manifest(array)["device_seconds"] for array in self.arrays if store.is_whole(array))
+        return sum(store.device_seconds(array) for array in self.arrays if store.is_whole(array))
 
     def make(self, teacher: PreTrainedModel, number: int) -> dict[str, float]:
         """Make part `number` of every array that lacks it; returns how many rows and source tokens it had."""

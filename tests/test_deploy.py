@@ -1,0 +1,254 @@
+"""deploy/: its server on a real PostgreSQL and moto's S3, a sweep published to it, and a database that goes away."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from base64 import b64encode
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import yaml
+
+from tests.test_sweep import KILL_SPACE
+from tests.world import SECRETS, command, last_json, make_world
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+ADMIN, USER = "admin", "team"
+
+
+def free_port():
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Database:
+    """Debian's PostgreSQL in a folder of its own, on loopback, with a password."""
+
+    def __init__(self, folder, password):
+        [self.programs] = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
+        self.folder, self.port, self.password = folder, free_port(), password
+        (folder / "password").write_text(password)
+        subprocess.run(["chown", "-R", "postgres", folder], check=True)
+        self._as_postgres(f"initdb -D {folder}/data -U mlflow --pwfile={folder}/password -A scram-sha-256 -E UTF8")
+        (folder / "password").unlink()
+        self.start()
+        self.run("createdb", "mlflow")
+
+    def start(self):
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
+        self._as_postgres(f"pg_ctl -D {self.folder}/data -l {self.folder}/log -w -o '{options}' start")
+
+    def stop(self):
+        self._as_postgres(f"pg_ctl -D {self.folder}/data -m immediate -w stop")  # as if the machine had lost its power
+
+    @property
+    def environment(self):
+        here = {"PGHOST": "127.0.0.1", "PGPORT": str(self.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
+        return {**here, "PGPASSWORD": self.password}
+
+    def run(self, program, *arguments):
+        env = {**os.environ, **self.environment}
+        done = subprocess.run(
+            [self.programs / program, *arguments], env=env, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    def rows(self, query):
+        return [line.split("|") for line in self.run("psql", "-Atc", query).splitlines()]
+
+    def _as_postgres(self, line):
+        quiet = subprocess.DEVNULL  # a server that inherits a pipe would keep it open
+        subprocess.run(["su", "postgres", "-c", f"{self.programs}/{line}"], stdout=quiet, stderr=quiet, check=True)
+
+
+@contextmanager
+def background(arguments, log, ready, **env):
+    """A process and its children until the block ends; it is there when `ready()` no longer fails."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, env={**os.environ, **env}, stdout=output, stderr=output, cwd=log.parent)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                ready()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.3)
+        yield process
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        process.terminate()
+        for child in [*family, psutil.Process(process.pid)] if family else []:
+            child.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """deploy/serve.sh as a unit file starts it, with a user who is not the administrator."""
+    for name in ("moto.server", "boto3", "psycopg2", "flask_wtf"):
+        pytest.importorskip(name)
+    if os.geteuid() != 0 or not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        pytest.skip("needs root and Debian's postgresql")
+    import boto3
+
+    logs = tmp_path_factory.mktemp("server")
+    hidden = {name: secrets.token_hex(12) for name in ("database", "admin", "user", "form", "bucket")}
+    store, port = free_port(), free_port()
+    s3 = {"aws_access_key_id": "key", "aws_secret_access_key": hidden["bucket"], "region_name": "us-east-1"}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raydistill-postgres-")))
+        database = Database(folder, hidden["database"])
+        stack.callback(database.stop)
+        moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(store)]
+        stack.enter_context(background(moto, logs / "moto.log", lambda: socket.create_connection(("127.0.0.1", store))))
+        bucket = boto3.resource("s3", endpoint_url=f"http://127.0.0.1:{store}", **s3).create_bucket(Bucket="raydistill")
+        url = f"http://127.0.0.1:{port}"
+        env = {
+            **database.environment,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PORT": str(port),
+            "ARTIFACTS": "s3://raydistill/mlflow",
+            "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{store}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": hidden["bucket"],
+            "MLFLOW_AUTH_ADMIN_PASSWORD": hidden["admin"],
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": hidden["form"],
+        }
+        serve = background([DEPLOY / "serve.sh"], logs / "mlflow.log", lambda: ask(url, "/health"), **env)
+        process = stack.enter_context(serve)
+        made = {"username": USER, "password": hidden["user"]}
+        ask(url, "/api/2.0/mlflow/users/create", (ADMIN, hidden["admin"]), made)
+        yield SimpleNamespace(url=url, database=database, bucket=bucket, hidden=hidden, process=process, logs=logs)
+
+
+def ask(url, path, user=None, data=None):
+    """The answer of the server; an HTTPError, which is an OSError, where it refuses."""
+    headers = {"Content-Type": "application/json"}
+    if user:
+        headers["Authorization"] = "Basic " + b64encode(":".join(user).encode()).decode()
+    body = json.dumps(data).encode() if data else None
+    with urllib.request.urlopen(urllib.request.Request(url + path, body, headers), timeout=30) as answer:
+        return answer.read()
+
+
+@pytest.mark.cluster
+def test_nobody_comes_in_without_a_password_and_only_loopback_is_listened_on(server):
+    search = "/api/2.0/mlflow/experiments/search?max_results=1"
+    for user in (None, (USER, "wrong-password"), ("nobody", server.hidden["user"])):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(server.url, search, user)
+    assert b"experiments" in ask(server.url, search, (USER, server.hidden["user"]))
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    listening = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+    arguments = " ".join(word for p in family for word in p.cmdline())
+    assert not [name for name, value in server.hidden.items() if value in arguments]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_sweep_is_published_and_a_database_that_goes_away_loses_nothing(server, tmp_path):
+    teacher, data = make_world(tmp_path)
+    run = {**KILL_SPACE["run"], "teacher": str(teacher), "student": {"size": {"choice": ["2-2", "2-1"]}}}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["training"] = {**run["training"], "epochs": 2}
+    path = tmp_path / "deployed.yaml"
+    path.write_text(yaml.safe_dump({**KILL_SPACE, "name": "deployed", "run": run}))
+    home = tmp_path / "outputs"
+    login = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": server.hidden["user"]}
+    asked = ("sweep", path, "--set", f"tracking_uri={server.url}")
+
+    def trials_in_store():
+        query = "select t.value, r.status from runs r join tags t using (run_uuid) where t.key = 'raydistill.trial'"
+        return sorted(map(tuple, server.database.rows(query)))
+
+    one = command(home, *asked, "--set", "search.trials=1", "--json", **login)
+    assert [(t["key"], "FINISHED") for t in last_json(one)["trials"]] == trials_in_store()
+
+    server.database.stop()
+    away = command(home, *asked, "--set", "search.trials=4", "--json", **login)
+    assert len(last_json(away)["trials"]) == 4
+    assert "run the same command again to publish" in away.stderr
+    server.database.start()
+
+    again = command(home, *asked, "--set", "search.trials=4", "--json", **login)
+    found = last_json(again)
+    assert sorted((t["key"], "FINISHED") for t in found["trials"]) == trials_in_store()
+    read_back(server, home / "sweeps" / "deployed", found)
+    said = one.stdout + one.stderr + away.stdout + away.stderr + again.stdout + again.stderr
+    nothing_secret_is_left(server, home, said)
+
+
+def read_back(server, sweep, found):
+    """Every validation of every trial stands in PostgreSQL once, and every checkpoint in the bucket."""
+    objects = {item.key: item.size for item in server.bucket.objects.all()}
+    for trial in found["trials"]:
+        query = (
+            "select m.step, m.value from metrics m join tags t using (run_uuid) where t.key = 'raydistill.trial' "
+            f"and t.value = '{trial['key']}' and m.key = 'val_loss' order by m.step, m.timestamp"
+        )
+        logged = [(int(step), pytest.approx(float(value))) for step, value in server.database.rows(query)]
+        lines = (sweep / "trials" / trial["key"] / "metrics.jsonl").read_text().splitlines()
+        history = [(line["step"], line["val_loss"]) for line in map(json.loads, lines)]
+        assert history == logged[: len(history)]
+        assert len(logged) == len(history) + 1  # and the best checkpoint's at the end
+        query = (
+            "select r.artifact_uri from runs r join tags t using (run_uuid) "
+            f"where t.key = 'raydistill.trial' and t.value = '{trial['key']}'"
+        )
+        [[uri]] = server.database.rows(query)
+        place = "mlflow/" + uri.removeprefix("mlflow-artifacts:/")
+        weights = sweep / "trials" / trial["key"] / "best" / "model.safetensors"
+        assert objects[f"{place}/checkpoint/model.safetensors"] == weights.stat().st_size
+    aliases = server.database.rows("select alias from registered_model_aliases where name = 'deployed'")
+    assert aliases == [["any"]]
+
+
+def nothing_secret_is_left(server, home, said):
+    """No password in what was said, logged, dumped from the database or written: neither here nor in the bucket."""
+    hidden = [*server.hidden.values(), *SECRETS.values()]
+    texts = {"output": said.encode(), "dump": server.database.run("pg_dump").encode()}
+    texts |= {str(p): p.read_bytes() for folder in (home, server.logs) for p in folder.rglob("*") if p.is_file()}
+    texts |= {item.key: item.get()["Body"].read() for item in server.bucket.objects.all()}
+    for where, content in texts.items():
+        assert not [value for value in hidden if value.encode() in content], where
+
+
+def test_serve_says_which_secret_is_missing(tmp_path):
+    env = {"PATH": os.environ["PATH"], "ARTIFACTS": "s3://b/m", "PGHOST": "h", "PGDATABASE": "d", "PGUSER": "u"}
+    done = subprocess.run([DEPLOY / "serve.sh"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: PGPASSWORD is not set")
+
+
+def test_the_files_open_loopback_only_and_hold_no_secret():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    published = {name: service.get("ports", []) for name, service in compose["services"].items()}
+    assert published == {"database": [], "mlflow": ["127.0.0.1:5000:5000"]}
+    example = dict(
+        line.split("=", 1) for line in (DEPLOY / "mlflow.env.example").read_text().splitlines() if line[:1].isalpha()
+    )
+    assert {name for name, value in example.items() if not value} >= {
+        *("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
+    }
+    asked = (DEPLOY / "serve.sh").read_text().split("for name in ")[1].split(";")[0].split()
+    assert set(asked) <= set(example)
+    pins = dict(line.split("==") for line in (DEPLOY / "requirements.txt").read_text().splitlines() if "==" in line)
+    pinned = (DEPLOY.parent / "constraints.txt").read_text().splitlines()
+    assert f"mlflow=={pins['mlflow[auth]']}" in pinned
+    assert shutil.which("bash")

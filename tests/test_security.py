@@ -1,0 +1,261 @@
+"""Malice: nothing of a checkpoint or a record is run, no path leaves its folder, no secret is seen."""
+
+import json
+import re
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistill.config.errors import UserError
+from raydistill.config.files import check_links, inside, read_json, write_json_atomic
+from raydistill.config.secrets import hidden, hidden_in
+from raydistill.config.space import read_space
+from raydistill.model import teachers
+from raydistill.model.checkpoints import weight_files
+from raydistill.results import records, tracking
+from tests.test_teachers import Malicious, pickle_instead
+from tests.test_tracking import make_trial, runs_of, sweep  # noqa: F401 (a fixture)
+from tests.tiny import save_tiny
+from tests.world import command
+
+
+@pytest.fixture
+def bart(tmp_path):
+    save_tiny("bart", tmp_path / "bart")
+    return tmp_path / "bart"
+
+
+# Nothing is run
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt"])
+def test_a_pickle_beside_the_weights_is_never_opened(name, bart, tmp_path):
+    torch.save({"x": Malicious(tmp_path / "was_run")}, bart / name)
+    assert teachers.load_model(bart).training is False
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_code_of_a_checkpoint_is_never_run(bart, tmp_path):
+    """`auto_map` names classes in a file of the checkpoint, which trust_remote_code would import."""
+    marker = tmp_path / "was_run"
+    (bart / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Theirs: pass\n")
+    names = ("AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM", "AutoTokenizer")
+    for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        data = {**json.loads((bart / file).read_text()), "auto_map": {name: "theirs.Theirs" for name in names}}
+        data["auto_map"]["AutoTokenizer"] = ["theirs.Theirs", "theirs.Theirs"]
+        data["custom_generate"] = "theirs.Theirs"
+        (bart / file).write_text(json.dumps(data))
+    config = teachers.load_config(bart)
+    assert config.model_type == "bart"
+    assert type(teachers.load_model(bart)).__module__.startswith("transformers.models.bart")
+    assert type(teachers.load_tokenizer(bart)).__module__.startswith("transformers.")
+    teachers.load_generation_config(bart)
+    assert not marker.exists()
+
+
+def test_a_model_type_of_its_own_is_refused(bart):
+    config = json.loads((bart / "config.json").read_text())
+    (bart / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": {}}))
+    with pytest.raises(UserError, match="model_type is 'theirs'"):
+        teachers.load_model(bart)
+
+
+def test_rows_that_are_a_pickle_are_refused_unread(tmp_path):
+    marker = tmp_path / "was_run"
+    np.savez(tmp_path / "rows.npz", validation=np.array([Malicious(marker)], dtype=object))
+    with pytest.raises(UserError, match=r"rows\.npz: damaged"):
+        records.read_rows(tmp_path / "rows.npz", "validation")
+    assert not marker.exists()
+
+
+# Nothing takes all the memory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 10**10},
+        {"encoder_layers": 10**9},
+        {"decoder_layers": 900},
+        {"decoder_ffn_dim": 10**9},
+        {"d_model": 10**8},
+        {"max_position_embeddings": 10**10},
+    ],
+)
+def test_a_config_larger_than_its_weights_is_refused_before_it_is_built(bart, changes):
+    config = json.loads((bart / "config.json").read_text())
+    (bart / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UserError, match=r"no model of these families|asks for more than"):
+        teachers.load_model(bart)
+
+
+def test_rows_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_ROW_BYTES", 10**6)
+    np.savez_compressed(tmp_path / "rows.npz", validation=np.zeros(10**6))
+    assert (tmp_path / "rows.npz").stat().st_size < 10**4
+    with pytest.raises(UserError, match="unpack to more than"):
+        records.read_rows(tmp_path / "rows.npz", "validation")
+
+
+# No path leaves its folder
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/../../out", "link", "link/x", "a\0b"])
+def test_what_leads_out_of_a_folder_is_told_from_what_does_not(tmp_path, name):
+    folder = tmp_path / "in"
+    (folder / "a").mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="leads out of"):
+        inside(folder, name)
+    assert inside(folder, "a/b") == folder / "a" / "b"
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "model/../model.safetensors", 3])
+def test_a_weight_index_names_shards_of_its_folder_only(bart, name):
+    (bart / "model.safetensors").rename(bart.parent / "model.safetensors")
+    (bart / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(UserError, match=r"index\.json: damaged"):
+        weight_files(bart)
+
+
+def test_a_pickled_checkpoint_with_a_link_to_elsewhere_is_not_copied(bart, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    (tmp_path / "private.txt").write_text("private")
+    pickle_instead(bart, teachers.load_model(bart).state_dict())
+    (bart / "notes.txt").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(UserError, match=r"notes\.txt: a link that leads out"):
+        teachers.load_model(bart)
+    assert "private" not in "".join(p.read_text() for p in (tmp_path / "home").rglob("*.txt"))
+
+
+@pytest.mark.parametrize("checkpoint", ["../../../private", "PRIVATE", "link"])
+def test_a_result_cannot_have_another_folder_published(sweep, checkpoint, tmp_path):  # noqa: F811
+    (tmp_path / "private").mkdir()
+    folder = make_trial(sweep, "a", 0, 10.0)
+    (folder / "link").symlink_to(tmp_path / "private")
+    asked = checkpoint.replace("PRIVATE", str(tmp_path / "private"))
+    write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "checkpoint": asked})
+    with pytest.raises(UserError, match="leads out of"):
+        tracking.publish(sweep)
+
+
+def test_a_record_cannot_name_a_folder_of_artifacts_elsewhere(sweep):  # noqa: F811
+    write_json_atomic(sweep / "sweep.json", {**read_json(sweep / "sweep.json"), "name": "../../elsewhere"})
+    with pytest.raises(UserError, match=r"sweep\.json: damaged: name is"):
+        tracking.publish(sweep)
+
+
+def test_a_saved_state_names_a_file_of_its_folder(tmp_path):
+    from raydistill.training.loop import load_state
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(json.dumps({"tensors": "../state-1.safetensors"}))
+    with pytest.raises(UserError, match=r"state\.json: damaged: .*leads out of"):
+        load_state(tmp_path / "run", None, None, None)
+
+
+def test_links_within_a_folder_are_fine(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "x").write_text("x")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "own").write_text("x")
+    (tmp_path / "a" / "within").symlink_to("own")
+    (tmp_path / "a" / "blob").symlink_to("../blobs/x")
+    check_links(tmp_path / "a", tmp_path / "blobs")
+    with pytest.raises(UserError, match="blob: a link that leads out"):
+        check_links(tmp_path / "a")
+
+
+# No secret is seen
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("at http://user:pass@host:5000/x", "at http://***@host:5000/x"),
+        ("http://token@host", "http://***@host"),
+        ("postgresql+psycopg2://me:p@ss/w:rd@db:5432/x?a=b", "postgresql+psycopg2://***@db:5432/x?a=b"),
+        ("http://h/?a=1&api_key=abc&b=2", "http://h/?a=1&api_key=***&b=2"),
+        ("s3://KEY:SECRET@bucket/path", "s3://***@bucket/path"),
+        ("owner/model@main and http://host:5000/#/experiments/1", "owner/model@main and http://host:5000/#/experiments/1"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_credentials_in_addresses_are_masked(text, seen):
+    assert hidden(text) == seen
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY"]
+)
+def test_the_environments_secrets_are_masked(name, monkeypatch):
+    monkeypatch.setenv(name, "tell-nobody")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-as-ever")
+    assert hidden("x tell-nobody, false-as-ever") == "x ***, false-as-ever"
+    assert hidden_in({"a": ["tell-nobody", 3], "b": {"c": "is tell-nobody"}}) == {"a": ["***", 3], "b": {"c": "is ***"}}
+    monkeypatch.setenv(name, "short")
+    assert hidden("a short word") == "a short word"
+
+
+PASSWORD = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), min_size=1).filter(
+    lambda text: "@" not in text
+)
+
+
+@given(PASSWORD)
+def test_no_password_survives_in_an_address(password):
+    assert hidden(f"in http://u:{password}@host/x") == "in http://***@host/x"
+
+
+def test_a_password_in_a_space_is_refused_and_not_repeated(tmp_path):
+    home = tmp_path / "outputs"
+    space = tmp_path / "space.yaml"
+    head = "name: x\nrun: {teacher: demo, dataset: demo}\n"
+    space.write_text(head + "tracking_uri: http://me:hunter22@127.0.0.1:9\n")
+    done = command(home, "sweep", space)
+    assert done.returncode == 2
+    assert "space.yaml:3: tracking_uri: holds a password or token" in done.stderr
+    assert "MLFLOW_TRACKING_PASSWORD" in done.stderr
+    space.write_text(head)
+    again = command(home, "sweep", space, "--set", "tracking_uri=http://me:hunter22@127.0.0.1:9", "--dry-run")
+    assert again.returncode == 2
+    assert "hunter22" not in done.stderr + done.stdout + again.stderr + again.stdout
+    assert not home.exists()
+
+
+def test_a_password_anywhere_in_a_space_is_found(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text("name: x\nrun:\n  teacher: {choice: [demo, 's3://K:S@b/t']}\n  dataset: demo\n")
+    with pytest.raises(UserError, match=r"space\.yaml:3: run\.teacher\.choice\.1: holds a password"):
+        read_space(path)
+
+
+def test_an_address_with_a_password_is_never_published_to(sweep):  # noqa: F811
+    for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
+        with pytest.raises(UserError, match="holds a password or token") as refused:
+            tracking.publish(sweep, uri)
+        assert "hunter22" not in str(refused.value)
+
+
+def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("HF_TOKEN", "tell-nobody")
+    folder = make_trial(sweep, "a", 0, 10.0)
+    write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", "labels": ["tell-nobody"]})
+    write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "reason": "401: tell-nobody"})
+    tracking.publish(sweep)
+    run = runs_of(sweep)["a"]
+    assert run.data.params["teacher"] == "http://***@host/t"
+    assert run.data.params["labels"] == '["***"]'
+    assert run.data.tags["raydistill.reason"] == "401: ***"
+    with sqlite3.connect(tracking.default_uri().removeprefix("sqlite:///")) as store:
+        dump = "\n".join(store.iterdump())
+    assert not re.search("hunter22|tell-nobody", dump)
+    (tmp_path / "key").write_text("private")
+    (make_trial(sweep, "b", 1, 9.0) / "best" / "key").symlink_to(tmp_path / "key")
+    with pytest.raises(UserError, match=r"best/key: a link that leads out"):
+        tracking.publish(sweep)
+    assert not list((tmp_path / "home").rglob("mlartifacts/**/key"))
