@@ -7,6 +7,7 @@ on where it was.
 """
 
 import json
+import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -240,6 +241,7 @@ def _finish(
         "signature": scorer,
         "checkpoint": "best",
         "seed": run.training.seed,
+        "host": platform.node(),
     }
     facts = {
         **what,
