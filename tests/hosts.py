@@ -96,7 +96,7 @@ class Host:
                 stdout=log,
                 stderr=log,
             )
-        _run("ip", "link", "set", f"{self.name}-br", "up")
+        self.connect()
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and self.boot.poll() is None:
             with suppress(OSError), socket.create_connection((self.address, 22), timeout=1):
@@ -106,8 +106,16 @@ class Host:
 
     def lose(self) -> None:
         """Take it away as a power cut would: first its network is silent, then every process on it is killed."""
-        _run("ip", "link", "set", f"{self.name}-br", "down")
+        self.disconnect()
         self.switch_off()
+
+    def disconnect(self) -> None:
+        """Pull its network cable: nobody is told, it goes on."""
+        _run("ip", "link", "set", f"{self.name}-br", "down")
+
+    def connect(self) -> None:
+        """Plug it in."""
+        _run("ip", "link", "set", f"{self.name}-br", "up")
 
     def switch_off(self) -> None:
         """Kill every process on it."""

@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from raydistill.data.labels import read_label_set
+from raydistill.data.labels import LabelSet, read_label_set
 from tests.hosts import Host, running_hosts, what_is_missing
 from tests.world import corpus_rows, environment, make_world
 
@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 # A host that says nothing would offer all of this machine's CPUs, and a share of its memory, thrice.
 SMALL = "--num-cpus=1 --object-store-memory=200000000"
+BATCHES = ".many-*.work/out/*.parquet"
 
 SPACE: dict[str, Any] = {
     "name": "spread",
@@ -196,36 +197,101 @@ def refuses_strangers(cluster: Cluster) -> None:
         assert "IN 3" not in done.stdout
 
 
-def test_a_label_job_outlives_a_lost_host(tmp_path: Path) -> None:
-    """One of three hosts goes without a word: the job ends as an untouched one, and the host is taken up again."""
-    with cluster_of(tmp_path, 3) as cluster:
-        teacher, _ = make_world(cluster.shared / "world")
+@dataclass(frozen=True)
+class Struck:
+    """The cluster whose hosts are taken away, what to label, and the labels of a job that nobody disturbed."""
+
+    cluster: Cluster
+    teacher: Path
+    data: Path
+    source: Path
+    labels: dict[str, str]
+
+    def label(self, output: str) -> str:
+        """The command that labels into SHARED/`output`."""
+        inputs = f"--teacher {self.teacher} --dataset {self.source} --batch-chars 600"
+        return f"raydistill pseudolabel {inputs} --output {self.cluster.shared / output}"
+
+
+@pytest.fixture(scope="module")
+def struck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Struck]:
+    """Three hosts; a test that takes one away gives it back."""
+    with cluster_of(tmp_path_factory.mktemp("struck"), 3) as cluster:
+        teacher, data = make_world(cluster.shared / "world")
         source = cluster.shared / "many.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(3000, seed=7)))
-        label = f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 600 --output "
-        cluster.on_head(label + str(cluster.shared / "untouched"))
-        [untouched] = (cluster.shared / "untouched").glob("many-*")
-        assert len(set(read_label_set(untouched).targets.values())) > 100, "labels that tell rows apart"
-
-        job = cluster.start_on_head(label + str(cluster.shared / "struck"))
-        wait_for_batches(cluster.shared / "struck", 60)
-        lost = cluster.hosts[2]
-        lost.lose()
-        said, _ = job.communicate(timeout=600)
-        assert job.returncode == 0, said[-3000:]
-        [struck] = (cluster.shared / "struck").glob("many-*")
-        assert read_label_set(struck).targets == read_label_set(untouched).targets
-        rows = read_label_set(struck).manifest["hosts"]
-        assert 0 < rows[lost.name] < min(rows[host.name] for host in cluster.hosts[:2])
-
-        lost.switch_on()
-        wait_for_nodes(cluster, 3)
+        before = Struck(cluster, teacher, data, source, {})
+        cluster.on_head(before.label("untouched"))
+        labels = labels_in(cluster.shared / "untouched").targets
+        assert len(set(labels.values())) > 100, "labels that tell rows apart"
+        yield replace(before, labels=labels)
 
 
-def wait_for_batches(root: Path, count: int) -> None:
-    """Until so many batches of the job under `root` are done, and not yet all."""
-    deadline = time.monotonic() + 200
-    while len(list(root.glob(".many-*.work/out/*.parquet"))) < count:
-        assert time.monotonic() < deadline, "the job does not get going"
+def test_a_label_job_outlives_a_lost_host(struck: Struck) -> None:
+    """One of three hosts goes without a word: the job ends as an untouched one, and the host is taken up again."""
+    cluster, lost = struck.cluster, struck.cluster.hosts[2]
+    job = cluster.start_on_head(struck.label("lost"))
+    wait_for(cluster.shared / "lost", BATCHES, 60)
+    assert not is_labelled(cluster.shared / "lost"), "the job was over before it could be struck"
+    lost.lose()
+    succeeds(job)
+    found = labels_in(cluster.shared / "lost")
+    assert found.targets == struck.labels
+    rows = found.manifest["hosts"]
+    assert 0 < rows[lost.name] < min(rows[host.name] for host in cluster.hosts[:2])
+    lost.switch_on()
+    wait_for_nodes(cluster, 3)
+
+
+def test_a_label_job_outlives_a_minute_without_network(struck: Struck) -> None:
+    """A host that is cut off works on, unheard, and comes back: no row is missing, doubled or another."""
+    cluster, cut = struck.cluster, struck.cluster.hosts[1]
+    job = cluster.start_on_head(struck.label("cut"))
+    wait_for(cluster.shared / "cut", BATCHES, 60)
+    assert not is_labelled(cluster.shared / "cut"), "the job was over before it could be struck"
+    cut.disconnect()
+    time.sleep(60)
+    cut.connect()
+    succeeds(job)
+    assert labels_in(cluster.shared / "cut").targets == struck.labels
+    wait_for_nodes(cluster, 3)
+
+
+def test_a_sweep_outlives_a_lost_host(struck: Struck) -> None:
+    """Its trials go on elsewhere, from their last checkpoints: all end, once each."""
+    cluster, lost = struck.cluster, struck.cluster.hosts[2]
+    job = cluster.start_on_head(f"raydistill sweep {write_space(cluster, struck.teacher, struck.data)}")
+    trials = cluster.shared / "sweeps" / "spread" / "trials"
+    wait_for(trials, "*/result.json", 3)
+    lost.lose()
+    succeeds(job)
+    results = [json.loads(path.read_text()) for path in trials.glob("*/result.json")]
+    assert [result["status"] for result in results] == ["done"] * 8
+    assert sorted(result["number"] for result in results) == list(range(8))
+    lost.switch_on()
+    wait_for_nodes(cluster, 3)
+
+
+def wait_for(root: Path, pattern: str, count: int) -> None:
+    """Until so many files are there."""
+    deadline = time.monotonic() + 300
+    while len(list(root.glob(pattern))) < count:
+        assert time.monotonic() < deadline, f"{root}: {pattern} does not come"
         time.sleep(0.2)
-    assert not list(root.glob("many-*/manifest.json")), "the job was over before it could be struck"
+
+
+def succeeds(job: subprocess.Popen[str]) -> None:
+    """The job ends, and well."""
+    said, _ = job.communicate(timeout=600)
+    assert job.returncode == 0, said[-3000:]
+
+
+def labels_in(root: Path) -> LabelSet:
+    """The one label set there."""
+    [folder] = root.glob("many-*")
+    return read_label_set(folder)
+
+
+def is_labelled(root: Path) -> bool:
+    """Whether the job there is over."""
+    return bool(list(root.glob("many-*/manifest.json")))
