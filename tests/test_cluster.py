@@ -5,7 +5,7 @@ the CPUs that a host says it has, and the installation: the hosts use this Pytho
 """
 
 import json
-import os
+import secrets
 import subprocess
 import sys
 import time
@@ -96,7 +96,7 @@ def on_test_hosts(hosts: list[Host], folder: Path, shared: Path) -> dict[str, An
     text = (ROOT / "cluster" / "local.yaml").read_text(encoding="utf-8")
     assert "/srv/raydistill" in text
     config = yaml.safe_load(text.replace("/srv/raydistill", str(shared)))
-    config["cluster_name"] = f"raydistill-{os.getpid()}"
+    config["cluster_name"] = f"raydistill-{secrets.token_hex(4)}"
     config["provider"] |= {"head_ip": hosts[0].address, "worker_ips": [host.address for host in hosts[1:]]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
     config["setup_commands"] = [c for c in config["setup_commands"] if "pip install" not in c]
@@ -117,13 +117,18 @@ def cluster_of(folder: Path, count: int) -> Iterator[Cluster]:
             (host.home / ".bashrc").write_text(
                 "export PYTHONPATH=$HOME/raydistill GLOO_SOCKET_IFNAME=eth0 HF_HUB_OFFLINE=1\n"
             )
-        file.write_text(yaml.safe_dump(on_test_hosts(hosts, folder, shared)))
+        config = on_test_hosts(hosts, folder, shared)
+        file.write_text(yaml.safe_dump(config))
         cluster = Cluster(file, hosts, shared, laptop)
         assert cluster.ray("get-auth-token", "--generate").returncode == 0
-        up = cluster.ray("up", "-y", "--no-config-cache", str(file))
-        assert up.returncode == 0, up.stdout[-4000:] + up.stderr[-4000:]
-        wait_for_nodes(cluster, count)
-        yield cluster
+        try:
+            up = cluster.ray("up", "-y", "--no-config-cache", str(file))
+            assert up.returncode == 0, up.stdout[-4000:] + up.stderr[-4000:]
+            wait_for_nodes(cluster, count)
+            yield cluster
+        finally:  # what `ray up` notes of its clusters on this machine
+            for note in Path("/tmp/ray").glob(f"cluster-{config['cluster_name']}.*"):
+                note.unlink()
 
 
 def wait_for_nodes(cluster: Cluster, count: int) -> None:
