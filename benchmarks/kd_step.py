@@ -108,7 +108,7 @@ def kd_loss(ours: Any, theirs: Any, labels: Tensor, phi: list[int], how: Loss = 
 
 def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], float]:
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
-    onednn.helps = lambda: False  # torch's own layers
+    onednn.ALLOWED = False  # torch's own layers
     teacher, student, layout = models(options.form, options.layers, options.size)
     teacher.to(options.device)
     student.to(options.device).train()
@@ -144,7 +144,7 @@ def trainer(options: argparse.Namespace, precision: str, count: int) -> list[flo
     """Seconds of each step of Hugging Face's Seq2SeqTrainer on a student with a frozen encoder and embeddings."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    onednn.helps = lambda: False  # torch's own layers
+    onednn.ALLOWED = False  # torch's own layers
     _, student, _ = models(options.form, options.layers, options.size)
     gc.collect()
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -187,7 +187,7 @@ def from_cache(
 ) -> tuple[list[float], dict[str, Any]]:
     """Seconds of each step of the product's own loop, reading the stores that `make_cache` left; and what it says."""
     if side == "ours-mkl":
-        onednn.helps = lambda: False  # torch's own layers: what the rest brings
+        onednn.ALLOWED = False  # torch's own layers: what the rest brings
     teacher, student, layout = models(options.form, options.layers, options.size)
     key, width = "random", student.config.d_model
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)

@@ -419,6 +419,13 @@ def test_a_conversion_that_is_wrong_on_real_rows_is_refused(tmp_path):
     assert open_engine(folder, cache=cache, sample=sample).name == "transformers"
 
 
+def test_a_teacher_that_writes_up_to_its_last_position_proves_itself_too(tmp_path):
+    """Its own words, read back, fill all positions; the token that decoding begins with needs one of them."""
+    folder = save_tiny("bart", tmp_path / "model", max_positions=16)
+    sample = Sample(tuple(TEXTS), replace(GREEDY, max_length=17), 16)
+    assert open_engine(folder, cache=tmp_path / "cache", sample=sample).name == "ctranslate2"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="the shared teacher is not here")
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ set (data/labels.py). Run again after any death, the job goes on from the files 
 import io
 import json
 import os
+import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -287,7 +289,7 @@ class Labeller:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        about = {"engine": self.name, "device_seconds": str(seconds * self._devices)}
+        about = {"engine": self.name, "device_seconds": str(seconds * self._devices), "host": platform.node()}
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
         write_atomic(_output(self.work, number), buffer.getvalue())
@@ -320,10 +322,11 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
     """Put the batches' outputs in the data's order, check that every row is there once, write the label set."""
     tally = Tally(metric)
     sums = {"empty": 0.0, "words": 0.0, "original_words": 0.0, "device_seconds": 0.0}
+    hosts: Counter[str] = Counter()
 
     def window_rows(window: int) -> Iterator[tuple[str, list[Candidate]]]:
         planned = plan.read_targets(window)
-        written = _read_outputs(plan, work, window, sums)
+        written = _read_outputs(plan, work, window, sums, hosts)
         if written.keys() != {row_id for row_id, _ in planned} or len(written) != len(planned):
             raise UserError(f"{work}: its rows are not those that were planned; delete the folder and run again")
         best = [written[row_id][0].target for row_id, _ in planned]
@@ -348,6 +351,7 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
             "engine": engine["engine"],
             "engine_why": engine["why"],
             "device_hours": sums["device_seconds"] / 3600,
+            "hosts": dict(sorted(hosts.items())),
             "quality": tally.metrics() if found.labelled else None,
             "target_words_mean": sums["words"] / found.rows,
             "original_words_mean": sums["original_words"] / found.rows if found.labelled else None,
@@ -356,8 +360,13 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
     write_label_set(folder, rows, manifest)
 
 
-def _read_outputs(plan: Plan, work: Path, window: int, sums: dict[str, float]) -> dict[str, list[Candidate]]:
-    """The candidates of a window's rows by id; UserError where a row was labelled twice."""
+def _read_outputs(
+    plan: Plan, work: Path, window: int, sums: dict[str, float], hosts: Counter[str]
+) -> dict[str, list[Candidate]]:
+    """The candidates of a window's rows by id; UserError where a row was labelled twice.
+
+    Adds the device-seconds to `sums`, and the rows to the `hosts` that labelled them.
+    """
     import pyarrow.parquet as pq
 
     written: dict[str, list[Candidate]] = {}
@@ -365,7 +374,9 @@ def _read_outputs(plan: Plan, work: Path, window: int, sums: dict[str, float]) -
         path = _output(work, number)
         with damage_told(path, f"Delete {path} to have this batch labelled again"):
             table = pq.read_table(path)
-            sums["device_seconds"] += float(table.schema.metadata[b"device_seconds"])
+            told = table.schema.metadata
+            sums["device_seconds"] += float(told[b"device_seconds"])
+            hosts[told.get(b"host", b"unknown").decode()] += len(table)  # unknown: of a release that did not write it
             columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
             for row_id, targets, scores in zip(*columns, strict=True):
                 if row_id in written:

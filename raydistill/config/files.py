@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ CARD = "raydistill.json"  # beside a checkpoint's weights: where it comes from
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, synced and then renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{os.getpid()}.making")
+    # Not the process's number: on a folder that many machines share, two processes may have the same.
+    making = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
     try:
         with making.open("wb") as file:
             file.write(content)

@@ -190,7 +190,8 @@ def _difference_on(
             written = engine.generate(texts, sample.beam, max_source_tokens=sample.max_source_tokens)
             model = teachers.load_model(checkpoint)
             teachers.set_languages(model, engine.tokenizer)
-            labels = teachers.tokenize_targets(engine.tokenizer, [h[0].text for h in written], sample.beam.max_length)
+            longest = sample.beam.max_length - 1  # without decoding's first token, which takes a position
+            labels = teachers.tokenize_targets(engine.tokenizer, [h[0].text for h in written], longest)
             sources = sources_of(engine.tokenizer, texts, sample.max_source_tokens, engine.config)
             found = disagreement(
                 engine.translator, engine.start, model, engine.tokenizer, sources, labels, threads=threads

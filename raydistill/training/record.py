@@ -1,5 +1,6 @@
 """What a run leaves in its folder: its claim, its checkpoints, and last of all its result."""
 
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, ho
         "interval": None,
         "test": None,
         "seed": run.training.seed,
+        "host": platform.node(),
     }
     write_json_atomic(folder / "result.json", result)
     for left in [*folder.glob("state*"), *folder.glob("checkpoint-*")]:

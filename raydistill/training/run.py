@@ -6,6 +6,7 @@ validation), best/ (the checkpoint) and, last of all, result.json (the scores). 
 on where it was.
 """
 
+import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -239,6 +240,7 @@ def _finish(
         "signature": scorer,
         "checkpoint": "best",
         "seed": run.training.seed,
+        "host": platform.node(),
     }
     facts = {
         **what,

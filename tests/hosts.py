@@ -1,0 +1,177 @@
+"""Test hosts on one machine, for `ray up` to log in to: each with an address, processes, a home and an sshd of its own.
+
+A host is a network namespace on a bridge, in which sshd is process 1 of a process tree: `ray stop` on one host sees
+nothing of another, and killing process 1 ends all that runs there. The file system is the machine's own, so every
+folder is shared; only /root, /dev/shm, /run and Ray's /tmp/ray are each host's.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BRIDGE = "raydistill-br"  # at most 15 characters
+NETWORK = "10.78.9"
+TOOLS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "unshare": "util-linux"}
+SSHD_CONFIG = """\
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+StrictModes no
+UsePAM no
+MaxStartups 50
+PidFile none
+"""
+# What a host does before it becomes its sshd; arguments: its name, its private folder, sshd's configuration, and the
+# folders of this Python, which may lie under the /root that it is about to lose.
+BOOT = """
+set -e
+name=$1 own=$2 config=$3
+shift 3
+hostname "$name"
+mount --make-rprivate /
+for folder; do
+    case $folder in /root/*)
+        mkdir -p "$own$folder"
+        mount --bind "$folder" "$own$folder"
+    esac
+done
+mkdir -p /tmp/ray
+mount --bind "$own/ray" /tmp/ray
+mount --rbind "$own/root" /root
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
+exec "$(command -v sshd)" -D -e -f "$config"
+"""
+
+
+def what_is_missing() -> str:
+    """Why no test host can be made here; empty where they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "test hosts are network namespaces, which only root on Linux can make"
+    packages = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    return f"test hosts need {', '.join(packages)} (apt-get install {' '.join(packages)})" if packages else ""
+
+
+@dataclass
+class Host:
+    """A test host. `boot` is the process outside whose child is process 1 inside; `files` has its own folders."""
+
+    name: str
+    address: str
+    files: Path
+    boot: subprocess.Popen[bytes] | None = None
+
+    @property
+    def home(self) -> Path:
+        """What it sees as /root."""
+        return self.files / "root"
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs on it but sshd's own."""
+        with suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.boot.pid).children(recursive=True) if self.boot else []
+            return [process for process in found if (name := _name(process)) and not name.startswith("sshd")]
+        return []
+
+    def switch_on(self) -> None:
+        """Boot it, and wait until it answers."""
+        folder = self.files.parent
+        alone = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        booted = ["bash", "-c", BOOT, "boot", self.name, str(self.files), str(folder / "sshd_config")]
+        with (folder / f"{self.name}.log").open("ab") as log:
+            self.boot = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *alone, *booted, sys.base_prefix, sys.prefix],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.connect()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and self.boot.poll() is None:
+            with suppress(OSError), socket.create_connection((self.address, 22), timeout=1):
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{self.name} has no sshd after 20 s; see its log beside the keys")
+
+    def lose(self) -> None:
+        """Take it away as a power cut would: first its network is silent, then every process on it is killed."""
+        self.disconnect()
+        self.switch_off()
+
+    def disconnect(self) -> None:
+        """Pull its network cable: nobody is told, it goes on."""
+        _run("ip", "link", "set", f"{self.name}-br", "down")
+
+    def connect(self) -> None:
+        """Plug it in."""
+        _run("ip", "link", "set", f"{self.name}-br", "up")
+
+    def switch_off(self) -> None:
+        """Kill every process on it."""
+        if self.boot:
+            self.boot.kill()
+            self.boot.wait()
+            self.boot = None
+
+
+@contextmanager
+def running_hosts(folder: Path, count: int) -> Iterator[list[Host]]:
+    """`count` hosts that accept root with `folder`/key; they and all that runs on them end with the block."""
+    for name in ("key", "host_key"):
+        _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
+    (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
+    hosts: list[Host] = []
+    _run("ip", "link", "add", BRIDGE, "type", "bridge")
+    try:
+        _run("ip", "address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
+        _run("ip", "link", "set", BRIDGE, "up")
+        for number in range(1, count + 1):
+            hosts.append(_connect(folder, f"rd-host{number}", f"{NETWORK}.{10 + number}"))
+        for host in hosts:
+            host.switch_on()
+        yield hosts
+    finally:
+        for host in hosts:
+            host.switch_off()
+            _run("ip", "link", "delete", f"{host.name}-br")
+            _run("ip", "netns", "delete", host.name)
+        _run("ip", "link", "delete", BRIDGE)
+
+
+def _connect(folder: Path, name: str, address: str) -> Host:
+    """A host's network and folders; it does not run yet."""
+    _run("ip", "netns", "add", name)
+    _run("ip", "link", "add", f"{name}-br", "type", "veth", "peer", "name", "eth0", "netns", name)
+    _run("ip", "link", "set", f"{name}-br", "master", BRIDGE)
+    _run("ip", "-n", name, "link", "set", "lo", "up")
+    _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+    _run("ip", "-n", name, "link", "set", "eth0", "up")
+    # Leads nowhere; Ray learns its own address by asking which one would be used towards the Internet.
+    _run("ip", "-n", name, "route", "add", "default", "via", f"{NETWORK}.1")
+    host = Host(name, address, folder / name)
+    for place in ("root", "ray"):
+        (host.files / place).mkdir(parents=True, exist_ok=True)
+    return host
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return process.name() if process.status() != psutil.STATUS_ZOMBIE else ""
+    return ""
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
