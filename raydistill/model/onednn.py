@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Multiply-adds below which calling oneDNN costs more than it saves, and the smallest weight: it makes a kernel for
-# every shape it meets, which takes about as long as a product of a small weight.
+# Multiply-adds below which calling oneDNN costs more than it saves.
 SMALLEST = 2**21
-SMALLEST_WEIGHT = 2**18
+# The smallest weight. A kernel is made for every shape, which takes as long as a product of a small weight: in training
+# nearly every step has new shapes, while decoding meets the same ones at every token.
+SMALLEST_WEIGHT = {"training": 2**18, "inference": 2**16}
 ALLOWED = True  # False leaves torch's own layers, as the benchmarks' baselines want them
 
 
@@ -26,8 +27,9 @@ class Linear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         size = self.weight.numel()
+        smallest = SMALLEST_WEIGHT["training" if torch.is_grad_enabled() else "inference"]
         fits = inputs.dtype == self.weight.dtype == torch.float32 and inputs.device.type == "cpu"
-        worth = size >= SMALLEST_WEIGHT and inputs.numel() // self.in_features * size >= SMALLEST
+        worth = size >= smallest and inputs.numel() // self.in_features * size >= SMALLEST
         if fits and worth and not torch.is_autocast_enabled("cpu"):
             return _Product.apply(inputs, self.weight, self.bias)
         return F.linear(inputs, self.weight, self.bias)
