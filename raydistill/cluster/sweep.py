@@ -11,7 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from raydistill.cluster.export import export
-from raydistill.cluster.finalists import serve_finalists
+from raydistill.cluster.finalists import is_served, serve_finalists
 from raydistill.cluster.plan import check_space, trials_over
 from raydistill.cluster.prepare import Prepared, prepare
 from raydistill.cluster.search import search
@@ -24,7 +24,7 @@ from raydistill.config.space import Space
 from raydistill.results.cost import pass_hours
 from raydistill.results.figures import count_trials, result_tables
 from raydistill.results.page import write_report
-from raydistill.results.records import Outcome, device_hours, outcome, read_sweep, read_trials
+from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
 PUBLISH_EVERY_S = 20.0
@@ -34,21 +34,16 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
     """Carry out the sweep in `folder`; returns what the command prints and, under `--json`, hands on."""
     check_space(space)
     with claimed(space, folder):
-        over = trials_over(folder)
-        if (folder / "sweep.json").is_file() and (over >= space.search.trials or spent(space, folder)):
-            progress(f"sweep {space.name}: {over} trials are over, and none is to come; in {folder}")
-            prepared = as_prepared(folder)
-        else:
+        ended = no_more_trials(space, folder)
+        prepared = as_prepared(folder) if ended else None
+        if prepared:
+            progress(f"sweep {space.name}: no trial is to come: {ended}; in {folder}")
+            describe_sweep(space, folder, prepared, "running")  # other budgets may make other finalists
+        if prepared is None or not is_served(space, folder, prepared.teacher):
             with cluster():
                 where = device()
-                progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
-                prepared = prepare(space, folder, where)
-                describe_sweep(space, folder, prepared, "running")
-                watch = Watch(space.search.trials, prepared.teacher["metric"], over)
-                with publishing(folder):
-                    search(space, folder, prepared, where, [watch])
-                    if any(trial.scored for trial in read_trials(folder)):
-                        serve_finalists(space, folder, prepared, where)
+                prepared = prepared or _searched(space, folder, where)
+                serve_finalists(space, folder, prepared.teacher, where)
         describe_sweep(space, folder, prepared, "finished")
         found = outcome(folder)
         write_report(found)
@@ -59,10 +54,27 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
 
 
-def spent(space: Space, folder: Path) -> bool:
-    """Whether a sweep has used up its device-hours."""
-    most = space.search.max_device_hours
-    return most is not None and device_hours(folder) >= most
+def _searched(space: Space, folder: Path, where: str) -> Prepared:
+    """Prepare what is missing and run the trials that are to come, with MLflow kept up to date."""
+    progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
+    prepared = prepare(space, folder, where)
+    describe_sweep(space, folder, prepared, "running")
+    watch = Watch(space.search.trials, prepared.teacher["metric"], trials_over(folder))
+    with publishing(folder):
+        search(space, folder, prepared, where, [watch])
+    return prepared
+
+
+def no_more_trials(space: Space, folder: Path) -> str:
+    """Why no trial of a sweep is to come; "" while some are."""
+    if not (folder / "sweep.json").is_file():
+        return ""
+    over, most = trials_over(folder), space.search.max_device_hours
+    if over >= space.search.trials:
+        return f"{over} trials are over"
+    if most is not None and device_hours(folder) >= most:
+        return f"its {most:g} device-hours are used up"
+    return ""
 
 
 def as_prepared(folder: Path) -> Prepared:
