@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from raydistill.cluster.finalists import decodings, is_served, serve_checkpoint, unserved
+from raydistill.cluster.search import Ending
 from raydistill.cluster.sweep import no_more_trials
 from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run
@@ -73,7 +74,7 @@ def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
     """After the last trial, after a kill in between, and for a decoding that was asked for later."""
     space, teacher = finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
-    assert no_more_trials(space, tmp_path) == "1 trials are over"
+    assert no_more_trials(space, tmp_path) == Ending()
     assert [one.folder for one in unserved(space, tmp_path, teacher)] == [tmp_path, student]
     serve_by_hand(tmp_path, [BEAM])
     assert not is_served(space, tmp_path, teacher)
@@ -84,6 +85,18 @@ def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
     more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
     [left] = unserved(more, tmp_path, teacher)
     assert {beam.beams for beam in left.beams} == {3}
+
+
+def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
+    space, _ = finished_sweep(tmp_path, *world)
+    more = space.model_copy(update={"search": Search(trials=9)})
+    assert no_more_trials(more, tmp_path) is None
+    info = json.loads((tmp_path / "sweep.json").read_text())
+    write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "all tried", "exhausted": True}})
+    assert no_more_trials(more, tmp_path) == Ending("all tried", exhausted=True)
+    assert no_more_trials(more.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
+    write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "one hour is used up", "exhausted": False}})
+    assert no_more_trials(more, tmp_path) is None
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,21 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from raydistill.cluster.launch import final_report
 from raydistill.cluster.plan import not_trained, search_plan
-from raydistill.cluster.search import StudySearch, key_of
+from raydistill.cluster.search import Ending, StudySearch, key_of
 from raydistill.cluster.shapes import counted
 from raydistill.cluster.watch import Watch
-from raydistill.config.space import Space, resolve
+from raydistill.config.space import Search, Space, read_space, resolve
 from raydistill.model.teachers import load_config
 from tests.tiny import save_tiny
 
+ROOT = Path(__file__).parent.parent
 RUN = {
     "teacher": "t",
     "dataset": "d",
@@ -51,6 +53,36 @@ def test_the_same_settings_are_not_tried_twice_and_a_small_space_ends(tmp_path):
     keys = [p["key"] for p in everything(StudySearch(space(sampler="tpe"), tmp_path))]
     assert sorted(keys) == sorted(set(keys))
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sampler_that_is_stuck_goes_on_by_chance_to_the_last_combination(tmp_path, sampler):
+    """Scores are made up: the sampler's favourites are soon all tried, and it would propose nothing else."""
+    asked = read_space(ROOT / "benchmarks" / "spaces" / "search_demo.yaml")
+    asked = asked.model_copy(update={"search": Search(trials=99, sampler=sampler, seed=3)})
+
+    def proposals(folder):
+        folder.mkdir()
+        searcher = StudySearch(asked, folder)
+        found = []
+        while isinstance(proposal := searcher.suggest(str(len(found))), dict):
+            at = proposal["chosen"]
+            score = 10.0 + 5 * (at["training.learning_rate"] == 1e-3) + len(at["method"])
+            costs = {"score": score, "latency_ms": float(at["student.size"][-1])}
+            searcher.on_trial_complete(str(len(found)), {**DONE, **costs})
+            found.append(proposal["key"])
+        assert searcher.ended == Ending("every combination of the space has had its trial", exhausted=True)
+        return found
+
+    found = proposals(tmp_path / "a")
+    assert len(found) == len(set(found)) == 36
+    assert proposals(tmp_path / "b") == found
+
+
+def test_a_grid_passes_over_any_number_of_barred_combinations(tmp_path, monkeypatch):
+    monkeypatch.setattr("raydistill.cluster.search.STUCK", 1)
+    monkeypatch.setattr("raydistill.cluster.search.GIVEN_UP", 1)
+    assert len(everything(StudySearch(space(), tmp_path, barred={"2-3"}))) == 3
 
 
 def test_first_points_come_first(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from raydistill.cluster.export import export
 from raydistill.cluster.finalists import is_served, serve_finalists
 from raydistill.cluster.plan import check_space, trials_over
 from raydistill.cluster.prepare import Prepared, prepare
-from raydistill.cluster.search import search
+from raydistill.cluster.search import Ending, search
 from raydistill.cluster.start import cluster, device
 from raydistill.cluster.watch import Watch
 from raydistill.config.console import progress, table
@@ -37,14 +38,15 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         ended = no_more_trials(space, folder)
         prepared = as_prepared(folder) if ended else None
         if prepared:
-            progress(f"sweep {space.name}: no trial is to come: {ended}; in {folder}")
-            describe_sweep(space, folder, prepared, "running")  # other budgets may make other finalists
+            progress(f"sweep {space.name}: {trials_over(folder)} trials are over, and none is to come; in {folder}")
+            describe_sweep(space, folder, prepared, "running", ended)  # other budgets may make other finalists
         if prepared is None or not is_served(space, folder, prepared.teacher):
             with cluster():
                 where = device()
-                prepared = prepared or _searched(space, folder, where)
+                if prepared is None:
+                    prepared, ended = _searched(space, folder, where)
                 serve_finalists(space, folder, prepared.teacher, where)
-        describe_sweep(space, folder, prepared, "finished")
+        describe_sweep(space, folder, prepared, "finished", ended)
         found = outcome(folder)
         write_report(found)
         died = [t.key for t in found.trials if t.status == "running"]
@@ -54,27 +56,32 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
 
 
-def _searched(space: Space, folder: Path, where: str) -> Prepared:
+def _searched(space: Space, folder: Path, where: str) -> tuple[Prepared, Ending]:
     """Prepare what is missing and run the trials that are to come, with MLflow kept up to date."""
     progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
     prepared = prepare(space, folder, where)
     describe_sweep(space, folder, prepared, "running")
     watch = Watch(space.search.trials, prepared.teacher["metric"], trials_over(folder))
     with publishing(folder):
-        search(space, folder, prepared, where, [watch])
-    return prepared
+        ended = search(space, folder, prepared, where, [watch])
+    if ended.why:
+        progress(f"the search ends after {trials_over(folder)} of {space.search.trials} trials: {ended.why}")
+    return prepared, ended
 
 
-def no_more_trials(space: Space, folder: Path) -> str:
-    """Why no trial of a sweep is to come; "" while some are."""
+def no_more_trials(space: Space, folder: Path) -> Ending | None:
+    """How a sweep's search ended, if no trial is to come; None while some are."""
     if not (folder / "sweep.json").is_file():
-        return ""
-    over, most = trials_over(folder), space.search.max_device_hours
-    if over >= space.search.trials:
-        return f"{over} trials are over"
+        return None
+    if trials_over(folder) >= space.search.trials:
+        return Ending()
+    most = space.search.max_device_hours
     if most is not None and device_hours(folder) >= most:
-        return f"its {most:g} device-hours are used up"
-    return ""
+        return Ending(f"its {most:g} device-hours are used up")
+    info = read_sweep(folder)
+    before = Ending(**info.get("ended", {}))
+    # Other budgets may admit shapes that these did not
+    return before if before.exhausted and info["budgets"] == space.budgets else None
 
 
 def as_prepared(folder: Path) -> Prepared:
@@ -110,8 +117,8 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) -> None:
-    """Write sweep.json: what tables, choices and MLflow need beside the trials."""
+def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str, ended: Ending | None = None) -> None:
+    """Write sweep.json: what tables, choices and MLflow need beside the trials, and why no trial is to come."""
     teacher = prepared.teacher
     passes = teacher["passes"]
     write_json_atomic(
@@ -119,6 +126,7 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) 
         {
             "name": space.name,
             "status": status,
+            "ended": asdict(ended or Ending()),
             "metric": teacher["metric"],
             "teacher": teacher,
             "teacher_gpu_hours": teacher["teacher_gpu_hours"],
@@ -162,8 +170,9 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
     teacher = {**prepared.teacher, "costs": found.teacher["costs"]}
     metric = found.metric
     test = teacher["test"]
+    ended = found.info["ended"]["why"]
     lines = [
-        f"sweep {found.name}: {count_trials(found.trials)}",
+        f"sweep {found.name}: {count_trials(found.trials)}{f' ({ended})' if ended else ''}",
         f"teacher {teacher['name']} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
         + (f", {test[metric]:.2f} [{test['interval'][0]:.2f}, {test['interval'][1]:.2f}] on test" if test else "")
         + f", {teacher['costs']['latency_ms']:.1f} ms for 32, {teacher['costs']['params_m']:.2f} M parameters",
@@ -187,6 +196,7 @@ def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
     return {
         "name": found.name,
         "metric": found.metric,
+        "ended": found.info["ended"]["why"],
         "teacher": prepared.teacher,
         "front": list(dict.fromkeys(found.trial_of(key) for key in found.front)),
         "choices": {name: found.trial_of(key) if key else None for name, key in found.chosen.items()},
