@@ -54,7 +54,7 @@ def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict
     )
     record = {"costs": {}, "decoding": asdict(BEAM), "data": {"validation": "v", "test": "t"}, "metric": "rouge2"}
     info = {"name": "m", "metric": "rouge2", "teacher": record, "budgets": {}}
-    write_json_atomic(folder / "sweep.json", info)
+    write_json_atomic(folder / "sweep.json", {**info, "decoding": space.search.decoding.model_dump()})
     card = make_trial(folder, "a", 0, 10.0) / "best" / "raydistill.json"
     write_json_atomic(card, {"decoding": asdict(BEAM)})
     return space, record
@@ -95,6 +95,8 @@ def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_ma
     write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "all tried", "exhausted": True}})
     assert no_more_trials(more, tmp_path) == Ending("all tried", exhausted=True)
     assert no_more_trials(more.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
+    fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
+    assert no_more_trials(more.model_copy(update={"search": fewer}), tmp_path) is None
     write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "one hour is used up", "exhausted": False}})
     assert no_more_trials(more, tmp_path) is None
 

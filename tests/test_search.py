@@ -9,7 +9,8 @@ import pytest
 
 from raydistill.cluster.launch import final_report
 from raydistill.cluster.plan import not_trained, search_plan
-from raydistill.cluster.search import Ending, StudySearch, key_of
+from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.search import Ending, StudySearch, barred_sizes, key_of
 from raydistill.cluster.shapes import counted
 from raydistill.cluster.watch import Watch
 from raydistill.config.space import Search, Space, read_space, resolve
@@ -261,6 +262,15 @@ def test_the_watch_tells_where_the_search_stands(capsys):
     assert lines[-1] == ("  5 of 6 trials over; 1.750 device-hours; about 1 min left; best so far: 2-1 9.00, 2-3 20.00")
 
 
+def test_a_shape_is_barred_only_if_it_is_over_the_budget_with_the_fewest_beams_too():
+    shapes = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
+    fewest = {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}}
+    prepared = Prepared({"size": "2-3", "costs": shapes["2-3"]}, shapes, fewest)
+    for bound, barred in ((90, set()), (45, set()), ("50%", set()), (44, {"2-3"}), ("40%", {"2-3"})):
+        asked = space().model_copy(update={"budgets": {"fast": {"latency_ms": bound}}})
+        assert barred_sizes(asked, prepared) == barred
+
+
 @pytest.mark.parametrize("trials", [1, 4])
 def test_the_study_counts_what_is_over(tmp_path, trials):
     searcher = StudySearch(space(), tmp_path)
@@ -281,8 +291,10 @@ def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_pat
     assert barred == ["2-3", "full"]  # the teacher has 2-3 layers
     assert "by their parameters" in remark
     shapes = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
-    (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes}))
+    fewest = {"2-1": {"latency_ms": 30.0}, "2-3": {"latency_ms": 55.0}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes, "shapes_fewest_beams": fewest}))
     fast = asked.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
-    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")
+    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")  # 60 % of 90 ms is 54 ms
+    assert not_trained(fast, ["2-1"], config, tmp_path) == ([], "")
     assert "better 1/2 of its shape; no trial starts after 3 device-hours" in search_plan(asked)
     assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole

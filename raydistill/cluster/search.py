@@ -102,10 +102,10 @@ def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks
 
 
 def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
-    """Values of `student.size` whose measured shape no budget of the space admits."""
+    """Values of `student.size` whose measured shape no budget of the space admits, with as few beams as may be."""
     budgets = known_bounds(space.budgets, prepared.teacher["costs"])
     sizes = {run.student.size for run in runs_of(space)}
-    costs = {size: prepared.shapes[size or prepared.teacher["size"]] for size in sizes}
+    costs = {size: prepared.shapes_fewest_beams[size or prepared.teacher["size"]] for size in sizes}
     return frozenset(size for size in sizes if not admitted(costs[size], budgets))
 
 

@@ -80,14 +80,15 @@ def no_more_trials(space: Space, folder: Path) -> Ending | None:
         return Ending(f"its {most:g} device-hours are used up")
     info = read_sweep(folder)
     before = Ending(**info.get("ended", {}))
-    # Other budgets may admit shapes that these did not
-    return before if before.exhausted and info["budgets"] == space.budgets else None
+    # Other budgets or fewer beams may admit shapes that were not
+    same = info["budgets"] == space.budgets and info.get("decoding") == space.search.decoding.model_dump()
+    return before if before.exhausted and same else None
 
 
 def as_prepared(folder: Path) -> Prepared:
     """What a finished sweep was prepared with, as its sweep.json tells."""
     info = read_sweep(folder)
-    return Prepared(info["teacher"], info["shapes"])
+    return Prepared(info["teacher"], info["shapes"], info.get("shapes_fewest_beams", info["shapes"]))
 
 
 @contextlib.contextmanager
@@ -134,7 +135,9 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str, 
             "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
             "baseline": teacher["baseline"],
             "shapes": prepared.shapes,
+            "shapes_fewest_beams": prepared.shapes_fewest_beams,
             "budgets": space.budgets,
+            "decoding": space.search.decoding.model_dump(),
             "tracking_uri": space.tracking_uri or default_uri(),
             "versions": {name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
         },
