@@ -422,6 +422,30 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(died, optimizer, stored, tmp
     assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state-6.safetensors", "state.json"]
 
 
+def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_kill(tmp_path):
+    """Each validation takes 0.2 s, and each of the two starts was 5 s before the loop; the first dies at its third."""
+    supervision = tiny("bart", tmp_path / "t")
+    keep = no_scores(supervision)
+
+    def slow(folder):
+        time.sleep(0.2)
+        return keep(folder)
+
+    def dies(metrics, _folder):
+        if metrics["step"] == 3:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fit(supervision, LOOP, slow, folder, dies, begun=time.monotonic() - 5)
+    saved = json.loads((folder / "state.json").read_text())["seconds"]
+    assert 5.6 <= saved < 8
+    state = fit(supervision, LOOP, slow, folder, lambda m, f: None, begun=time.monotonic() - 5)
+    assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
+    assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
+
+
 def scripted(supervision, scores):
     keep = no_scores(supervision)
 

@@ -106,7 +106,7 @@ def train(
     validator = Validator(run, student, tokenizer, material, beam, languages, worker.device, metric)
     startup = time.monotonic() - started
     try:
-        state = fit(supervision, run.training, validator.validate, folder, report, worker)
+        state = fit(supervision, run.training, validator.validate, folder, report, worker, started)
     except Diverged as error:
         facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
         hours = error.seconds * devices(run, worker) / 3600
