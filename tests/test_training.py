@@ -23,6 +23,7 @@ from raydistill.data.labels import Candidate, write_label_set
 from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
+from raydistill.results.records import read_trials
 from raydistill.training import loop, validation
 from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, read_step, step
 from raydistill.training.material import open_teacher
@@ -341,7 +342,7 @@ def test_two_workers_with_the_same_global_batch_train_the_same_weights(stored, t
 # The loop
 
 
-CLOCKS = ("time_s", "validation_s", "step_ms", "data_wait")
+CLOCKS = ("time_s", "validation_s", "gpu_hours", "step_ms", "data_wait")
 
 
 def recorded(supervision, settings, folder, report=lambda m, f: None, validate=None):
@@ -444,6 +445,19 @@ def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_
     state = fit(supervision, LOOP, slow, folder, lambda m, f: None, begun=time.monotonic() - 5)
     assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
     assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
+
+
+def test_a_run_under_way_is_charged_a_gpu_per_worker_or_the_cores_of_its_threads(tmp_path):
+    threads = LOOP.model_copy(update={"threads": 3})
+    assert [Worker(world=2, device=name).devices(threads) for name in ("cpu", "cuda", "cuda:1")] == [6, 2, 2]
+    supervision = tiny("bart", tmp_path / "t")
+    folder = tmp_path / "trials" / "run"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    state = fit(supervision, threads, no_scores(supervision), folder, lambda m, f: None)
+    [trial] = read_trials(tmp_path)
+    assert (trial.status, trial.device_hours) == ("running", state.history[-1]["gpu_hours"])
+    assert trial.device_hours == pytest.approx(3 * state.history[-1]["time_s"] / 3600, rel=0.01)
 
 
 def scripted(supervision, scores):
@@ -966,6 +980,17 @@ def test_a_steps_time_is_until_its_numbers_are_there():
 def stopped_at_the_second():
     reasons = iter([None, "others are better"])
     return lambda metrics, folder: next(reasons)
+
+
+def test_a_collapsed_run_keeps_its_reason_and_hours_and_no_checkpoint(place, tmp_path):
+    folder = tmp_path / "trials" / "run"
+    result = train(make_run(place), folder, lambda m, f: None, Inputs(repetition=-1.0))
+    assert (result["status"], list(result["metrics"])) == ("failed", ["gpu_hours"])
+    assert "collapsed" in result["reason"]
+    assert not (folder / "best").exists()
+    (folder / "best").mkdir()  # as a kill before it was deleted leaves it
+    [trial] = read_trials(tmp_path)
+    assert trial.checkpoint is None
 
 
 def test_a_student_that_collapsed_where_its_teacher_did_not_has_failed():

@@ -68,9 +68,7 @@ class Trial:
         """What the trial has taken; of one under way, up to its last validation."""
         if self.status != "running":
             return self.metrics.get("gpu_hours", 0.0)
-        training = self.run_config().get("training") or {}
-        seconds = max((float(line.get("time_s", 0.0)) for line in self.history()), default=0.0)
-        return seconds * int(training.get("workers", 1)) * int(training.get("threads", 1)) / 3600
+        return max((float(line.get("gpu_hours", 0.0)) for line in self.history()), default=0.0)
 
     def score(self, metric: str) -> float | None:
         """The validation score."""
@@ -354,7 +352,8 @@ def _finished(folder: Path) -> Trial:
             test=data.get("test") or None,
             steps=int(data.get("steps") or 0),
             signature=str(data.get("signature") or ""),
-            checkpoint=checkpoint if checkpoint.is_dir() else None,
+            # A kill may have come before a failed run's checkpoint was deleted
+            checkpoint=checkpoint if checkpoint.is_dir() and data["status"] != "failed" else None,
             seed=int(data.get("seed") or 0),
         )
     except (TypeError, ValueError, IndexError) as error:

@@ -45,6 +45,10 @@ class Worker:
         """Whether this is the worker that validates, writes and reports."""
         return self.rank == 0
 
+    def devices(self, settings: Training) -> int:
+        """How many devices the run holds. A device is a GPU, or a CPU core: a worker has one, or as many as threads."""
+        return self.world * (settings.threads if self.device == "cpu" else 1)
+
 
 @dataclass
 class State:
@@ -267,6 +271,7 @@ class _Check:
             "progress": round(state.step / self.total, 4),
             "time_s": round(state.seconds, 3),
             "validation_s": round(time.monotonic() - started, 3),
+            "gpu_hours": state.seconds * self.worker.devices(self.settings) / 3600,
             "learning_rate": optimizer.param_groups[0]["lr"],
             **{k if k in ("loss", "step_ms", "data_wait") else f"loss_{k}": v for k, v in means.items()},
             **found,

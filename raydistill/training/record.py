@@ -86,7 +86,7 @@ def write_card(best: Path, run: Run, layers: Plan | None, facts: dict[str, Any])
 
 
 def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, hours: float) -> dict[str, Any]:
-    """The result of a run that cannot go on, and the device-hours that it took all the same."""
+    """The result of a run that cannot go on, and the device-hours that it took all the same. No checkpoint is kept."""
     result = {
         "key": folder.name,
         "status": "failed",
@@ -98,7 +98,7 @@ def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, ho
         "seed": run.training.seed,
     }
     write_json_atomic(folder / "result.json", result)
-    for left in [*folder.glob("state*"), *folder.glob("checkpoint-*")]:
+    for left in [*folder.glob("state*"), *folder.glob("checkpoint-*"), folder / "best"]:
         _remove(left)
     return result
 

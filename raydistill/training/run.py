@@ -109,7 +109,7 @@ def train(
         state = fit(supervision, run.training, validator.validate, folder, report, worker, started)
     except Diverged as error:
         facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
-        hours = error.seconds * devices(run, worker) / 3600
+        hours = error.seconds * worker.devices(run.training) / 3600
         return write_failure(folder, run, facts, str(error), hours) if worker.leads else {}
     if not worker.leads:
         return {}
@@ -219,7 +219,7 @@ def _finish(
     if validation:
         scores = validation.scored.metrics
         metrics |= {**scores, "score": scores[validator.metric], "repetition": validation.repetition}
-    hours = (state.seconds + time.monotonic() - started) * devices(run, worker) / 3600
+    hours = (state.seconds + time.monotonic() - started) * worker.devices(run.training) / 3600
     parameters = sum(p.numel() for p in validator.student.parameters())
     metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, "startup_s": startup, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))
@@ -254,11 +254,6 @@ def _finish(
     for stale in folder.glob("state*"):
         stale.unlink()
     return result
-
-
-def devices(run: Run, worker: Worker) -> int:
-    """How many devices a run holds. A device is a GPU, or a CPU core: a worker has one, or as many as threads."""
-    return worker.world * (run.training.threads if worker.device == "cpu" else 1)
 
 
 def collapse(repetition: float, teacher: float | None) -> str | None:
