@@ -4,6 +4,10 @@ import contextlib
 import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,9 +28,10 @@ from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.results.records import read_trials
-from raydistill.training import loop, validation
+from raydistill.training import loop, record, validation
 from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, read_step, step
 from raydistill.training.material import open_teacher
+from raydistill.training.record import held
 from raydistill.training.run import Inputs, collapse, frozen_table, supervise, train
 from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
 from raydistill.training.supervision import Supervision
@@ -701,7 +706,9 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     with np.load(folder / "rows.npz") as rows:
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
         assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "metrics.jsonl", "result.json", "rows.npz", "run.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(".lock", "best", "metrics.jsonl", "result.json", "rows.npz", "run.json")
+    ]
 
     card = read(folder / "best" / "raydistill.json")
     assert card["teacher"] == str(place / "teacher")
@@ -980,6 +987,23 @@ def test_a_steps_time_is_until_its_numbers_are_there():
 def stopped_at_the_second():
     reasons = iter([None, "others are better"])
     return lambda metrics, folder: next(reasons)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(place, tmp_path, monkeypatch):
+    """A worker that outlived its driver still holds the folder: it is waited for, and not written beside."""
+    monkeypatch.setattr(record, "HELD_WAIT_S", 0.2)
+    with held(tmp_path), pytest.raises(UserError, match="another process trains this run"):
+        train(make_run(place), tmp_path, never_called)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    monkeypatch.setattr(record, "HELD_WAIT_S", 30)
+    hold = (
+        "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(60)"
+    )
+    outlived = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    outlived.stdout.readline()
+    threading.Timer(0.5, outlived.kill).start()
+    assert train(make_run(place), tmp_path, lambda m, f: None)["status"] == "done"
+    assert outlived.wait() == -signal.SIGKILL
 
 
 def test_a_collapsed_run_keeps_its_reason_and_hours_and_no_checkpoint(place, tmp_path):

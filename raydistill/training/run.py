@@ -9,6 +9,7 @@ on where it was.
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from raydistill.model.teachers import load_model, load_tokenizer
 from raydistill.training.caching import Keep, pass_for
 from raydistill.training.loop import Diverged, Report, State, Worker, fit, precision
 from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
-from raydistill.training.record import claim, identity, write_card, write_failure, write_rows
+from raydistill.training.record import claim, held, identity, write_card, write_failure, write_rows
 from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import make_here, open_decoder, open_encoder
@@ -68,10 +69,17 @@ def train(
     checkpoint is then scored and kept like any other, with the status "stopped". Raises UserError for what the user
     can mend.
     """
-    started = time.monotonic()
     inputs = inputs or Inputs()
     worker = replace(worker or Worker(), computed=inputs.computed)
     folder.mkdir(parents=True, exist_ok=True)
+    with held(folder) if worker.leads else nullcontext():
+        if worker.world > 1:
+            torch.distributed.barrier()  # the leader holds the folder before anyone reads what is in it
+        return _train(run, folder, report, inputs, worker)
+
+
+def _train(run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worker) -> dict[str, Any]:
+    started = time.monotonic()
     if worker.leads:
         claim(folder, run)
     done = folder / "result.json"
