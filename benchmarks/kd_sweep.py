@@ -101,8 +101,7 @@ def the_sweep(space: Path, home: Path) -> dict[str, Any]:
     begun = min(path.stat().st_mtime for path in folder.glob("trials/*/run.json"))
     ended = max(path.stat().st_mtime for path in folder.glob("trials/*/result.json"))
     done = [r for r in results if r["status"] == "done"]
-    # What a failed trial took until its first step is not in its result; it counts as around the trial.
-    at_work = sum(r["metrics"]["gpu_hours"] * 3600 + r["metrics"].get("startup_s", 0.0) for r in results)
+    at_work = sum(r["metrics"]["gpu_hours"] * 3600 for r in results)  # each from its start to its result
     cache = json.loads((folder / "cache.json").read_text())
     return {
         "seconds": seconds,

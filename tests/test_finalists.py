@@ -1,15 +1,18 @@
 """Serving finalists: which, with which decodings, and that what is written and timed is what would be served."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from raydistill.cluster.finalists import decodings, serve_checkpoint
+from raydistill.cluster.finalists import decodings, is_served, serve_checkpoint, unserved
+from raydistill.cluster.search import Ending
+from raydistill.cluster.sweep import no_more_trials
 from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run
-from raydistill.config.space import DecodingSearch
+from raydistill.config.space import DecodingSearch, Search, Space
 from raydistill.data.corpus import read_corpus
 from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.serving import serve
@@ -42,6 +45,60 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
         write_json_atomic(path, result)
         np.savez(path.parent / "rows.npz", validation=np.full(20, score))
     assert [trial.key for trial in finalists(tmp_path)] == ["a", "b", "c"]
+
+
+def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict]:
+    """A sweep of one finished trial, of which nothing was served, and the teacher's record."""
+    space = Space.model_validate(
+        {"name": "m", "run": {"teacher": str(teacher), "dataset": {"name": str(data)}}, "search": {"trials": 1}}
+    )
+    record = {"costs": {}, "decoding": asdict(BEAM), "data": {"validation": "v", "test": "t"}, "metric": "rouge2"}
+    info = {"name": "m", "metric": "rouge2", "teacher": record, "budgets": {}}
+    write_json_atomic(folder / "sweep.json", {**info, "decoding": space.search.decoding.model_dump()})
+    card = make_trial(folder, "a", 0, 10.0) / "best" / "raydistill.json"
+    write_json_atomic(card, {"decoding": asdict(BEAM)})
+    return space, record
+
+
+def serve_by_hand(folder: Path, beams: list[Beam], **more: object) -> None:
+    costs = {"latency_ms": 5.0}
+    decodings = [
+        {"beams": b.beams, "length_penalty": b.length_penalty, "metrics": {"rouge2": 1.0}, "interval": [0, 2]}
+        | {"costs": costs, **more}
+        for b in beams
+    ]
+    write_json_atomic(folder / "served.json", {"decodings": decodings})
+
+
+def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
+    """After the last trial, after a kill in between, and for a decoding that was asked for later."""
+    space, teacher = finished_sweep(tmp_path, *world)
+    student = tmp_path / "trials" / "a"
+    assert no_more_trials(space, tmp_path) == Ending()
+    assert [one.folder for one in unserved(space, tmp_path, teacher)] == [tmp_path, student]
+    serve_by_hand(tmp_path, [BEAM])
+    assert not is_served(space, tmp_path, teacher)
+    serve_by_hand(student, decodings(BEAM, space.search.decoding))
+    assert is_served(space, tmp_path, teacher)
+    more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))})
+    assert is_served(more, tmp_path, teacher)  # without a length penalty there is nothing new
+    more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
+    [left] = unserved(more, tmp_path, teacher)
+    assert {beam.beams for beam in left.beams} == {3}
+
+
+def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
+    space, _ = finished_sweep(tmp_path, *world)
+    more = space.model_copy(update={"search": Search(trials=9)})
+    assert no_more_trials(more, tmp_path) is None
+    info = json.loads((tmp_path / "sweep.json").read_text())
+    write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "all tried", "exhausted": True}})
+    assert no_more_trials(more, tmp_path) == Ending("all tried", exhausted=True)
+    assert no_more_trials(more.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
+    fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
+    assert no_more_trials(more.model_copy(update={"search": fewer}), tmp_path) is None
+    write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "one hour is used up", "exhausted": False}})
+    assert no_more_trials(more, tmp_path) is None
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,22 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from raydistill.cluster.launch import final_report
 from raydistill.cluster.plan import not_trained, search_plan
-from raydistill.cluster.search import StudySearch, key_of
+from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.search import Ending, StudySearch, barred_sizes, key_of
 from raydistill.cluster.shapes import counted
 from raydistill.cluster.watch import Watch
-from raydistill.config.space import Space, resolve
+from raydistill.config.space import Search, Space, read_space, resolve
 from raydistill.model.teachers import load_config
 from tests.tiny import save_tiny
 
+ROOT = Path(__file__).parent.parent
 RUN = {
     "teacher": "t",
     "dataset": "d",
@@ -51,6 +54,36 @@ def test_the_same_settings_are_not_tried_twice_and_a_small_space_ends(tmp_path):
     keys = [p["key"] for p in everything(StudySearch(space(sampler="tpe"), tmp_path))]
     assert sorted(keys) == sorted(set(keys))
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sampler_that_is_stuck_goes_on_by_chance_to_the_last_combination(tmp_path, sampler):
+    """Scores are made up: the sampler's favourites are soon all tried, and it would propose nothing else."""
+    asked = read_space(ROOT / "benchmarks" / "spaces" / "search_demo.yaml")
+    asked = asked.model_copy(update={"search": Search(trials=99, sampler=sampler, seed=3)})
+
+    def proposals(folder):
+        folder.mkdir()
+        searcher = StudySearch(asked, folder)
+        found = []
+        while isinstance(proposal := searcher.suggest(str(len(found))), dict):
+            at = proposal["chosen"]
+            score = 10.0 + 5 * (at["training.learning_rate"] == 1e-3) + len(at["method"])
+            costs = {"score": score, "latency_ms": float(at["student.size"][-1])}
+            searcher.on_trial_complete(str(len(found)), {**DONE, **costs})
+            found.append(proposal["key"])
+        assert searcher.ended == Ending("every combination of the space has had its trial", exhausted=True)
+        return found
+
+    found = proposals(tmp_path / "a")
+    assert len(found) == len(set(found)) == 36
+    assert proposals(tmp_path / "b") == found
+
+
+def test_a_grid_passes_over_any_number_of_barred_combinations(tmp_path, monkeypatch):
+    monkeypatch.setattr("raydistill.cluster.search.STUCK", 1)
+    monkeypatch.setattr("raydistill.cluster.search.GIVEN_UP", 1)
+    assert len(everything(StudySearch(space(), tmp_path, barred={"2-3"}))) == 3
 
 
 def test_first_points_come_first(tmp_path):
@@ -229,6 +262,15 @@ def test_the_watch_tells_where_the_search_stands(capsys):
     assert lines[-1] == ("  5 of 6 trials over; 1.750 device-hours; about 1 min left; best so far: 2-1 9.00, 2-3 20.00")
 
 
+def test_a_shape_is_barred_only_if_it_is_over_the_budget_with_the_fewest_beams_too():
+    shapes = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
+    fewest = {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}}
+    prepared = Prepared({"size": "2-3", "costs": shapes["2-3"]}, shapes, fewest)
+    for bound, barred in ((90, set()), (45, set()), ("50%", set()), (44, {"2-3"}), ("40%", {"2-3"})):
+        asked = space().model_copy(update={"budgets": {"fast": {"latency_ms": bound}}})
+        assert barred_sizes(asked, prepared) == barred
+
+
 @pytest.mark.parametrize("trials", [1, 4])
 def test_the_study_counts_what_is_over(tmp_path, trials):
     searcher = StudySearch(space(), tmp_path)
@@ -249,8 +291,10 @@ def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_pat
     assert barred == ["2-3", "full"]  # the teacher has 2-3 layers
     assert "by their parameters" in remark
     shapes = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
-    (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes}))
+    fewest = {"2-1": {"latency_ms": 30.0}, "2-3": {"latency_ms": 55.0}}
+    (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes, "shapes_fewest_beams": fewest}))
     fast = asked.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
-    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")
+    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")  # 60 % of 90 ms is 54 ms
+    assert not_trained(fast, ["2-1"], config, tmp_path) == ([], "")
     assert "better 1/2 of its shape; no trial starts after 3 device-hours" in search_plan(asked)
     assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole

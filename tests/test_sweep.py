@@ -105,6 +105,25 @@ def test_the_same_command_again_starts_nothing_and_says_the_same(demo):
     assert len(mlflow_children(home)) == 4
 
 
+def test_finalists_that_a_kill_kept_from_being_served_are_served_by_the_same_command(demo):
+    """All trials are over, as a kill while finalists are served leaves it; one decoding more is asked for, too."""
+    home, _, found, arguments = demo
+    sweep = Path(found["sweep"])
+    results = {p: p.stat().st_mtime_ns for p in sweep.glob("trials/*/result.json")}
+    for served in sweep.rglob("served.json"):
+        served.unlink()
+    again = last_json(command(home, *arguments, "--set", "search.decoding.beams=[1,2,3,4]", "--json"))
+    before, after = (
+        {(f["key"], f["decoding"]["beams"], f["decoding"]["length_penalty"]) for f in one["finalists"]}
+        for one in (found, again)
+    )
+    assert before < after
+    assert {beams for _, beams, _ in after - before} == {3}
+    assert all(f["test"] for f in again["finalists"] if f["front"])
+    assert {p: p.stat().st_mtime_ns for p in results} == results
+    assert json.loads((sweep / "sweep.json").read_text())["status"] == "finished"
+
+
 def test_more_trials_under_the_same_name_are_added(demo):
     home, _, found, arguments = demo
     more = last_json(command(home, *arguments, "--set", "search.trials=5", "--json"))

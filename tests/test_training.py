@@ -4,6 +4,10 @@ import contextlib
 import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -23,9 +27,11 @@ from raydistill.data.labels import Candidate, write_label_set
 from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
-from raydistill.training import loop, validation
+from raydistill.results.records import read_trials
+from raydistill.training import loop, record, validation
 from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, read_step, step
 from raydistill.training.material import open_teacher
+from raydistill.training.record import held
 from raydistill.training.run import Inputs, collapse, frozen_table, supervise, train
 from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
 from raydistill.training.supervision import Supervision
@@ -341,7 +347,7 @@ def test_two_workers_with_the_same_global_batch_train_the_same_weights(stored, t
 # The loop
 
 
-CLOCKS = ("time_s", "validation_s", "step_ms", "data_wait")
+CLOCKS = ("time_s", "validation_s", "gpu_hours", "step_ms", "data_wait")
 
 
 def recorded(supervision, settings, folder, report=lambda m, f: None, validate=None):
@@ -420,6 +426,43 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(died, optimizer, stored, tmp
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state-6.safetensors", "state.json"]
+
+
+def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_kill(tmp_path):
+    """Each validation takes 0.2 s, and each of the two starts was 5 s before the loop; the first dies at its third."""
+    supervision = tiny("bart", tmp_path / "t")
+    keep = no_scores(supervision)
+
+    def slow(folder):
+        time.sleep(0.2)
+        return keep(folder)
+
+    def dies(metrics, _folder):
+        if metrics["step"] == 3:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fit(supervision, LOOP, slow, folder, dies, begun=time.monotonic() - 5)
+    saved = json.loads((folder / "state.json").read_text())["seconds"]
+    assert 5.6 <= saved < 8
+    state = fit(supervision, LOOP, slow, folder, lambda m, f: None, begun=time.monotonic() - 5)
+    assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
+    assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
+
+
+def test_a_run_under_way_is_charged_a_gpu_per_worker_or_the_cores_of_its_threads(tmp_path):
+    threads = LOOP.model_copy(update={"threads": 3})
+    assert [Worker(world=2, device=name).devices(threads) for name in ("cpu", "cuda", "cuda:1")] == [6, 2, 2]
+    supervision = tiny("bart", tmp_path / "t")
+    folder = tmp_path / "trials" / "run"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    state = fit(supervision, threads, no_scores(supervision), folder, lambda m, f: None)
+    [trial] = read_trials(tmp_path)
+    assert (trial.status, trial.device_hours) == ("running", state.history[-1]["gpu_hours"])
+    assert trial.device_hours == pytest.approx(3 * state.history[-1]["time_s"] / 3600, rel=0.01)
 
 
 def scripted(supervision, scores):
@@ -663,7 +706,9 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     with np.load(folder / "rows.npz") as rows:
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
         assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "metrics.jsonl", "result.json", "rows.npz", "run.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(".lock", "best", "metrics.jsonl", "result.json", "rows.npz", "run.json")
+    ]
 
     card = read(folder / "best" / "raydistill.json")
     assert card["teacher"] == str(place / "teacher")
@@ -942,6 +987,34 @@ def test_a_steps_time_is_until_its_numbers_are_there():
 def stopped_at_the_second():
     reasons = iter([None, "others are better"])
     return lambda metrics, folder: next(reasons)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(place, tmp_path, monkeypatch):
+    """A worker that outlived its driver still holds the folder: it is waited for, and not written beside."""
+    monkeypatch.setattr(record, "HELD_WAIT_S", 0.2)
+    with held(tmp_path), pytest.raises(UserError, match="another process trains this run"):
+        train(make_run(place), tmp_path, never_called)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    monkeypatch.setattr(record, "HELD_WAIT_S", 30)
+    hold = (
+        "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(60)"
+    )
+    outlived = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    outlived.stdout.readline()
+    threading.Timer(0.5, outlived.kill).start()
+    assert train(make_run(place), tmp_path, lambda m, f: None)["status"] == "done"
+    assert outlived.wait() == -signal.SIGKILL
+
+
+def test_a_collapsed_run_keeps_its_reason_and_hours_and_no_checkpoint(place, tmp_path):
+    folder = tmp_path / "trials" / "run"
+    result = train(make_run(place), folder, lambda m, f: None, Inputs(repetition=-1.0))
+    assert (result["status"], list(result["metrics"])) == ("failed", ["gpu_hours"])
+    assert "collapsed" in result["reason"]
+    assert not (folder / "best").exists()
+    (folder / "best").mkdir()  # as a kill before it was deleted leaves it
+    [trial] = read_trials(tmp_path)
+    assert trial.checkpoint is None
 
 
 def test_a_student_that_collapsed_where_its_teacher_did_not_has_failed():

@@ -6,12 +6,12 @@ holds pairs of a checkpoint and a way of decoding.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster.alone import alone
-from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.prepare import check_unchanged
 from raydistill.config.console import progress
 from raydistill.config.files import CARD, read_json, write_json_atomic
 from raydistill.config.presets import teacher_preset
@@ -24,6 +24,7 @@ from raydistill.model.generate import open_engine
 from raydistill.model.teachers import load_config, locate, max_tokens
 from raydistill.results.records import (
     SERVED,
+    Trial,
     decoding_name,
     finalists,
     outcome,
@@ -32,19 +33,75 @@ from raydistill.results.records import (
 from raydistill.training.record import write_rows
 
 
-def serve_finalists(space: Space, sweep: Path, prepared: Prepared, device: str) -> None:
-    """Serve the teacher once and every finalist with each decoding of the space; what is there already is kept."""
-    teacher = prepared.teacher
-    run = next(resolve(space, trial.chosen, space.name) for trial in read_trials(sweep) if trial.scored)
-    chosen = finalists(sweep)
-    progress(f"finalists: {len(chosen)} students and the teacher on real rows, one at a time, alone on the machine")
-    own = Beam(**teacher["decoding"])
-    where = locate(str(run.teacher), run.dataset.name)
-    serve_missing(sweep, where, run, teacher["metric"], [own], device)
+@dataclass(frozen=True)
+class Unserved:
+    """A checkpoint, the decodings that it was not served with yet, and the folder whose served.json lacks them."""
+
+    folder: Path
+    checkpoint: str
+    beams: list[Beam]
+
+
+def is_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
+    """Whether nothing is left for `serve_finalists`; looks at files only."""
+    return not unserved(space, sweep, teacher) and not untested(sweep, teacher)
+
+
+def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
+    """Serve the teacher once and every finalist with each decoding of the space; what is there already is kept.
+
+    `teacher` is the record of it in sweep.json. UserError where teacher or data are not those of the sweep any more.
+    """
+    missing = unserved(space, sweep, teacher)
+    if missing:
+        run = _any_run(space, sweep)
+        check_unchanged(run, teacher, sweep)
+        progress(f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine")
+        for one in missing:
+            added = alone(
+                serve_checkpoint,
+                *(one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation"),
+                device=device,
+            )
+            there = _served_in(one.folder)
+            write_json_atomic(one.folder / SERVED, {**added, "decodings": [*there, *added["decodings"]]})
+    score_on_test(space, sweep, teacher, device)
+
+
+def unserved(space: Space, sweep: Path, teacher: dict[str, Any]) -> list[Unserved]:
+    """The teacher, which is served as it is, and the finalists, as far as a decoding of theirs was not served yet."""
+    chosen = [trial for trial in finalists(sweep) if trial.checkpoint]
+    if not chosen:
+        return []
+    run = _any_run(space, sweep)
+    wanted = [Unserved(sweep, locate(str(run.teacher), run.dataset.name), [Beam(**teacher["decoding"])])]
     for trial in chosen:
-        beams = decodings(Beam(**read_json(trial.folder / "best" / CARD)["decoding"]), space.search.decoding)
-        serve_missing(trial.folder, str(trial.folder / "best"), run, teacher["metric"], beams, device)
-    score_on_test(sweep, run, teacher["metric"], device)
+        own = Beam(**read_json(trial.folder / "best" / CARD)["decoding"])
+        wanted.append(Unserved(trial.folder, str(trial.folder / "best"), decodings(own, space.search.decoding)))
+    missing = []
+    for one in wanted:
+        known = {decoding_name(entry) for entry in _served_in(one.folder)}
+        missing.append(replace(one, beams=[beam for beam in one.beams if decoding_name(asdict(beam)) not in known]))
+    return [one for one in missing if one.beams]
+
+
+def untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
+    """The students as served that are on the front or chosen, and have no score on the test split, if there is one."""
+    if "test" not in teacher["data"]:
+        return []
+    found = outcome(sweep)
+    wanted = {*found.front, *(key for key in found.chosen.values() if key)}
+    return [s for s in found.students if s.key in wanted and s.test is None and s.decoding and s.checkpoint]
+
+
+def _any_run(space: Space, sweep: Path) -> Run:
+    """A run of the sweep: teacher, data and evaluation are the same in all."""
+    return next(resolve(space, trial.chosen, space.name) for trial in read_trials(sweep) if trial.scored)
+
+
+def _served_in(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's served.json tells, an entry per decoding."""
+    return list(read_json(folder / SERVED)["decodings"]) if (folder / SERVED).is_file() else []
 
 
 def decodings(own: Beam, search: DecodingSearch) -> list[Beam]:
@@ -58,34 +115,20 @@ def decodings(own: Beam, search: DecodingSearch) -> list[Beam]:
     return found
 
 
-def serve_missing(folder: Path, checkpoint: str, run: Run, metric: str, beams: Sequence[Beam], device: str) -> None:
-    """Serve a checkpoint with those decodings that `folder` does not tell of yet."""
-    there = read_json(folder / SERVED)["decodings"] if (folder / SERVED).is_file() else []
-    known = {decoding_name(one) for one in there}
-    missing = [beam for beam in beams if decoding_name(asdict(beam)) not in known]
-    if missing:
-        added = alone(serve_checkpoint, folder, checkpoint, run, metric, missing, "validation", device=device)
-        write_json_atomic(folder / SERVED, {**added, "decodings": [*there, *added["decodings"]]})
-
-
-def score_on_test(sweep: Path, run: Run, metric: str, device: str) -> None:
+def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
     """Score on the test split what is on the final front or chosen and was not yet: for reporting, not for choosing."""
-    found = outcome(sweep)
-    wanted = {*found.front, *(key for key in found.chosen.values() if key)}
-    for student in found.students:
-        if student.key not in wanted or student.test is not None or student.decoding is None:
-            continue
+    for student in untested(sweep, teacher):
         beam = Beam(**read_json(student.folder / "best" / CARD)["decoding"])
-        beam = replace(beam, **student.decoding)
-        tested = alone(
-            serve_checkpoint, student.folder, str(student.folder / "best"), run, metric, [beam], "test", device=device
-        )
-        if not tested["decodings"]:
-            return  # there is no test split
+        beam = replace(beam, **(student.decoding or {}))
+        [tested] = alone(
+            serve_checkpoint,
+            *(student.folder, str(student.folder / "best"), _any_run(space, sweep), teacher["metric"], [beam], "test"),
+            device=device,
+        )["decodings"]
         served = read_json(student.folder / SERVED)
         for one in served["decodings"]:
             if decoding_name(one) == decoding_name(asdict(beam)):
-                one["test"] = {**tested["decodings"][0]["metrics"], "interval": tested["decodings"][0]["interval"]}
+                one["test"] = {**tested["metrics"], "interval": tested["interval"]}
         write_json_atomic(student.folder / SERVED, served)
 
 
@@ -101,13 +144,12 @@ def serve_checkpoint(
 ) -> dict[str, Any]:
     """Scores and timings of a checkpoint with each decoding on a split; to be called `alone`.
 
-    Per-row statistics go into `folder`, a file per decoding. Without such a split there are no decodings.
+    Per-row statistics go into `folder`, a file per decoding.
     """
     from raydistill.training.material import read_split
 
     corpus = read_split(run.dataset, split)
-    if corpus is None:
-        return {"decodings": []}
+    assert corpus is not None, split
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:
         engine, limit = _open(checkpoint, run, device, threads, Path(scratch))
         found = []

@@ -207,11 +207,12 @@ def not_trained(space: Space, sizes: list[str], config: Any, folder: Path) -> tu
 
     if config is None or not space.budgets:
         return [], ""
-    timed = read_sweep(folder).get("shapes") or {} if (folder / "sweep.json").is_file() else {}
+    info = read_sweep(folder) if (folder / "sweep.json").is_file() else {}
+    timed = info.get("shapes_fewest_beams") or {}
     whole = forms.size_name(config)
     costs = {s: {"params_m": counted(config, s), **timed.get(s, {})} for s in {whole, *sizes} - {"full"}}
     costs["full"] = costs[whole]
-    budgets = known_bounds(space.budgets, costs[whole])
+    budgets = known_bounds(space.budgets, {**costs[whole], **(info.get("shapes") or {}).get(whole, {})})
     remark = "" if timed else " (by their parameters; latency and memory are known once they are timed)"
     return [size for size in sizes if not admitted(costs[size], budgets)], remark
 

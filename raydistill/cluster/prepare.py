@@ -51,10 +51,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Handed to every trial: plain paths and numbers."""
+    """Handed to every trial: plain paths and numbers.
+
+    `shapes` are the costs of each shape with the teacher's own beams, `shapes_fewest_beams` with the fewest that a
+    student may be served with: what no budget admits even so is not trained.
+    """
 
     teacher: dict[str, Any]
     shapes: dict[str, dict[str, float]]
+    shapes_fewest_beams: dict[str, dict[str, float]]
     labels: MadeLabels = field(default_factory=dict)
     cache: Cache = Cache()
 
@@ -103,13 +108,13 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     progress(f"teacher {first.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation")
     sizes = sizes_of(runs, teacher["size"])
     progress(f"latency: timing {len(sizes)} shapes, one at a time, alone on the machine ({', '.join(sizes)})")
-    shapes = alone(time_shapes, first, sizes, teacher, device=device)
-    base = shapes[teacher["size"]]["latency_ms"]
-    shapes = {size: {**row, "speedup": base / row["latency_ms"]} for size, row in shapes.items()}
+    beams = list(dict.fromkeys((teacher["beams"], min([teacher["beams"], *space.search.decoding.beams]))))
+    timed = alone(time_shapes, first, sizes, teacher, beams, device=device)
+    base = timed[teacher["size"]][0]["latency_ms"]
+    shapes = {size: {**rows[0], "speedup": base / rows[0]["latency_ms"]} for size, rows in timed.items()}
     for size in sizes:
-        progress(
-            f"  {size:>6}: {shapes[size]['latency_ms']:8.1f} ms for 32, {shapes[size]['params_m']:.2f} M parameters"
-        )
+        how = [f"{row['latency_ms']:8.1f} ms for 32 (beams: {n})" for n, row in zip(beams, timed[size], strict=True)]
+        progress(f"  {size:>6}: {', '.join(how)}, {shapes[size]['params_m']:.2f} M parameters")
     epochs = space.search.trials * max(run.training.epochs for run in runs)
     record = sweep / "cache.json"
     computed = _computed(runs, device, record)
@@ -118,7 +123,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
     teacher["passes"] = {"labels": sets, "cache": cache.hours}
     teacher["teacher_gpu_hours"] = pass_hours(teacher["passes"])
-    return Prepared(teacher, shapes, labels, cache)
+    return Prepared(teacher, shapes, {size: rows[-1] for size, rows in timed.items()}, labels, cache)
 
 
 def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
@@ -139,15 +144,18 @@ def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
 
 
 def time_shapes(
-    run: Run, sizes: list[str], teacher: dict[str, Any], device: str, threads: int
-) -> dict[str, dict[str, float]]:
-    """Latency, parameters and memory of each shape, untrained: they do not depend on the weights' values.
+    run: Run, sizes: list[str], teacher: dict[str, Any], beams: list[int], device: str, threads: int
+) -> dict[str, list[dict[str, float]]]:
+    """Latency, parameters and memory of each shape with each number of beams.
+
+    The shapes are untrained: their costs do not depend on the weights' values.
 
     To be called `alone`, so that nothing else is timed with it. Kept in HOME/latency.json.
     """
     assert run.teacher is not None
     loaded = open_teacher(run.teacher, run.dataset.name)
-    return {size: time_shape(loaded, size, teacher, run.evaluation.engine, device, threads) for size in sizes}
+    engine = run.evaluation.engine
+    return {size: time_shape(loaded, size, teacher, beams, engine, device, threads) for size in sizes}
 
 
 def _computed(runs: list[Run], device: str, record: Path) -> str | None:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Collection
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ from ray.tune.search.optuna import OptunaSearch
 from raydistill.cluster.launch import check_room, final_report, launcher_for, tune_trial
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
+from raydistill.config.corners import MAX_CORNERS
 from raydistill.config.errors import UserError
 from raydistill.config.files import damage_told, inside, read_json
 from raydistill.config.run import Run
-from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names
+from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names, split
 from raydistill.results.budget import admitted, known_bounds
 from raydistill.results.records import device_hours
 from raydistill.training.run import Inputs
 
-DUPLICATES_IN_A_ROW = 200
+# Of proposals that were tried before, or are barred: after so many the sampler is stuck, and chance takes its place;
+# after so many more there is nothing new to be found by chance either.
+STUCK, GIVEN_UP = 10, 200
 STUDY_LOST = "Delete this file to go on with a new study: finished trials are known again by their folders"
 
 
@@ -45,13 +50,24 @@ def trial_run(space: Space, sweep: Path, prepared: Prepared, config: dict[str, A
     return run, sweep / "trials" / config["key"], prepared.inputs(run, note)
 
 
-def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any]) -> None:
-    """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log."""
+@dataclass(frozen=True)
+class Ending:
+    """Why a search proposes nothing more ("" while it does), and whether it would not either when asked again."""
+
+    why: str = ""
+    exhausted: bool = False
+
+
+def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any]) -> Ending:
+    """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log.
+
+    Returns why it ended before all were run, if it did.
+    """
     barred = barred_sizes(space, prepared)
     searcher = StudySearch(space, sweep, barred)
     missing = space.search.trials - searcher.finished
     if missing <= 0:
-        return
+        return Ending()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     runs = [resolve(space, chosen, space.name) for chosen in corners(space.run, limit=200)]
     if barred:
@@ -82,13 +98,16 @@ def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks
         ),
     )
     tuner.fit()
+    # Trials that died are taken up by the next command, whatever else is to come.
+    died = len(searcher.given) - searcher.finished
+    return replace(searcher.ended, exhausted=searcher.ended.exhausted and not died)
 
 
 def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
-    """Values of `student.size` whose measured shape no budget of the space admits."""
+    """Values of `student.size` whose measured shape no budget of the space admits, with as few beams as may be."""
     budgets = known_bounds(space.budgets, prepared.teacher["costs"])
     sizes = {run.student.size for run in runs_of(space)}
-    costs = {size: prepared.shapes[size or prepared.teacher["size"]] for size in sizes}
+    costs = {size: prepared.shapes_fewest_beams[size or prepared.teacher["size"]] for size in sizes}
     return frozenset(size for size in sizes if not admitted(costs[size], budgets))
 
 
@@ -127,6 +146,7 @@ class StudySearch(OptunaSearch):
         self.cost = space.search.cost
         self.numbers: dict[str, int] = {}
         self.given: set[str] = set()
+        self.ended = Ending()
         sampler = (
             optuna.samplers.RandomSampler(seed=space.search.seed)
             if space.search.sampler == "random"
@@ -151,9 +171,10 @@ class StudySearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
         """The next proposal whose settings no trial has had, or that a killed trial had."""
-        for _ in range(DUPLICATES_IN_A_ROW):
-            if self._exhausted() or self._spent():
-                return Searcher.FINISHED
+        rejected = 0
+        while not (ended := self._ending(rejected)).why:
+            if rejected >= STUCK and self.search_space.search.sampler != "grid":
+                self._draw()
             trial = self._ot_study.ask()
             chosen = propose(self.search_space.run, trial)
             run = resolve(self.search_space, chosen, self.search_space.name)
@@ -161,16 +182,62 @@ class StudySearch(OptunaSearch):
             if run.student.size in self.barred:
                 trial.set_user_attr("barred", f"no budget admits {run.student.size or 'the full size'}")
                 self._ot_study.tell(trial, state=TrialState.PRUNED)
-                continue
-            if key not in self.given:
+            elif key in self.given:
+                self._ot_study.tell(trial, state=TrialState.FAIL)
+            else:
                 self._ot_trials[trial_id] = trial
                 self.given.add(key)
                 number = self.numbers.setdefault(key, len(self.numbers))
                 trial.set_user_attr("key", key)
                 trial.set_user_attr("number", number)
                 return {"chosen": chosen, "key": key, "number": number, "size": run.student.size or "full"}
-            self._ot_study.tell(trial, state=TrialState.FAIL)
+            rejected += 1
+        self.ended = ended
         return Searcher.FINISHED
+
+    def _draw(self) -> None:
+        """Have the study propose by chance what a sampler that is stuck does not; the same again for the same study.
+
+        TPE takes no notice of a proposal that was tried before, and with a few choices would make it for ever.
+        """
+        run = self.search_space.run
+        rng = random.Random(f"{self.search_space.search.seed}:{len(self._ot_study.get_trials(deepcopy=False))}")
+        if self._corners is None:
+            sampler = optuna.samplers.RandomSampler(seed=rng.getrandbits(32))
+            chosen = propose(run, optuna.create_study(sampler=sampler).ask())
+        else:
+            chosen = rng.choice(self._untried())
+        self._ot_study.enqueue_trial(sampler_names(run, chosen))
+
+    @cached_property
+    def _corners(self) -> dict[str, dict[str, Any]] | None:
+        """By key, every combination that may be trained, of a space made of choices; None where there is no end."""
+        space = self.search_space
+        if any(case.distribution.choice is None for case in split(space.run)[1]):
+            return None
+        found = list(corners(space.run))
+        if len(found) >= MAX_CORNERS:  # drawn at random, and not all
+            return None
+        runs = [(resolve(space, chosen, space.name), chosen) for chosen in found]
+        return {key_of(run): chosen for run, chosen in runs if run.student.size not in self.barred}
+
+    def _untried(self) -> list[dict[str, Any]]:
+        return [chosen for key, chosen in (self._corners or {}).items() if key not in self.given]
+
+    def _ending(self, rejected: int) -> Ending:
+        """Why nothing more starts, if so: what is under way ends all the same. `rejected`: proposals in a row."""
+        search = self.search_space.search
+        if self.ends is not None and time.monotonic() >= self.ends:
+            return Ending(f"the {search.max_hours:g} hours of this run of the command are used up")
+        if search.max_device_hours is not None and device_hours(self.sweep) >= search.max_device_hours:
+            return Ending(f"its {search.max_device_hours:g} device-hours are used up")
+        if search.sampler == "grid":
+            exhausted = not self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        else:  # looked at late, since a large space takes seconds to walk
+            exhausted = rejected >= STUCK and self._corners is not None and not self._untried()
+            if rejected >= GIVEN_UP and not exhausted:
+                return Ending(f"{rejected} proposals in a row had been tried before, or are of shapes too dear", True)
+        return Ending("every combination of the space has had its trial", True) if exhausted else Ending()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. A run that failed is over; a trial whose process died is proposed again next time.
@@ -183,19 +250,6 @@ class StudySearch(OptunaSearch):
             self._ot_trials[trial_id].set_user_attr("over", True)
         # Without values and without an error the parent tells "pruned"
         super().on_trial_complete(trial_id, result if scored else None, error=not finished)
-
-    def _exhausted(self) -> bool:
-        """A grid ends with its last point; no sampler goes on after it."""
-        if self.search_space.search.sampler != "grid":
-            return False
-        return not self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-
-    def _spent(self) -> bool:
-        """Whether the search's time or device-hours are used up: what is under way ends, and nothing more starts."""
-        if self.ends is not None and time.monotonic() >= self.ends:
-            return True
-        most = self.search_space.search.max_device_hours
-        return most is not None and device_hours(self.sweep) >= most
 
     def _take_up(self) -> None:
         """Put a study that was killed in order: each trial over, waiting, or waiting again.

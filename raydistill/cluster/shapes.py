@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +23,15 @@ def time_shape(
     teacher: Teacher,
     size: str,
     about: dict[str, Any],
+    beams: Sequence[int],
     engine: Literal["auto", "ctranslate2", "transformers"],
     device: str,
     threads: int,
-) -> dict[str, float]:
+) -> list[dict[str, float]]:
     """Milliseconds (batch of 32 and of 1: median, lowest, highest), parameters, weights and peak memory of one shape.
 
-    `about` holds the lengths in tokens and the beams to time with. The engine is the one that serves on this
-    machine; what the table knows already is not timed again.
+    One mapping for each number of beams. `about` holds the lengths in tokens to time with. The engine is the one that
+    serves on this machine; what the table knows already is not timed again.
     """
     layers = plan(forms.depths(teacher.model.config), Student(size=size))
     config = forms.with_depths(teacher.model.config, *layers.size)
@@ -38,30 +40,31 @@ def time_shape(
     lengths = {"source_tokens": about["tokens"]["source"], "output_tokens": about["tokens"]["output"]}
     name, precision = about["engine"].split()
     machine = latency.hardware(device, threads)
-    found: dict[str, float] = {}
+    weights = {"params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}
+    rows: list[dict[str, float]] = []
     before: float | None = None
     opened: Engine | None = None
     scratch = Path(tempfile.mkdtemp(prefix="raydistill-shape-"))
     try:
-        for cost, batch in BATCHES.items():
-            key = latency.key(
-                machine, latency.shape(config), name, precision, beams=about["beams"], batch=batch, **lengths
-            )
-            timing = latency.lookup(table, key)
-            if timing is None:
-                if opened is None:
-                    before = latency.held_mb(device)
-                    opened = _open(teacher, layers, engine, device, threads, scratch)
-                timing = latency.measure(
-                    opened, batch=batch, beams=about["beams"], repeats=7, min_seconds=1.0, held_before=before, **lengths
-                )
-                latency.record(table, key, timing)
-            found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
-            if cost == "latency_ms" and timing.peak_mb is not None:
-                found["peak_mb"] = timing.peak_mb
+        for many in beams:
+            found: dict[str, float] = {}
+            for cost, batch in BATCHES.items():
+                how = {"beams": many, "batch": batch, **lengths}
+                key = latency.key(machine, latency.shape(config), name, precision, **how)
+                timing = latency.lookup(table, key)
+                if timing is None:
+                    if opened is None:
+                        before = latency.held_mb(device)
+                        opened = _open(teacher, layers, engine, device, threads, scratch)
+                    timing = latency.measure(opened, repeats=7, min_seconds=1.0, held_before=before, **how)
+                    latency.record(table, key, timing)
+                found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
+                if cost == "latency_ms" and timing.peak_mb is not None:
+                    found["peak_mb"] = timing.peak_mb
+            rows.append({**found, **weights})
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return {**found, "params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}
+    return rows
 
 
 def _open(teacher: Teacher, layers: Plan, engine: Any, device: str, threads: int, scratch: Path) -> Engine:

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from raydistill.cluster.export import export
-from raydistill.cluster.finalists import serve_finalists
+from raydistill.cluster.finalists import is_served, serve_finalists
 from raydistill.cluster.plan import check_space, trials_over
 from raydistill.cluster.prepare import Prepared, prepare
-from raydistill.cluster.search import search
+from raydistill.cluster.search import Ending, search
 from raydistill.cluster.start import cluster, device
 from raydistill.cluster.watch import Watch
 from raydistill.config.console import progress, table
@@ -24,7 +25,7 @@ from raydistill.config.space import Space
 from raydistill.results.cost import pass_hours
 from raydistill.results.figures import count_trials, result_tables
 from raydistill.results.page import write_report
-from raydistill.results.records import Outcome, device_hours, outcome, read_sweep, read_trials
+from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
 from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
 
 PUBLISH_EVERY_S = 20.0
@@ -34,22 +35,18 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
     """Carry out the sweep in `folder`; returns what the command prints and, under `--json`, hands on."""
     check_space(space)
     with claimed(space, folder):
-        over = trials_over(folder)
-        if (folder / "sweep.json").is_file() and (over >= space.search.trials or spent(space, folder)):
-            progress(f"sweep {space.name}: {over} trials are over, and none is to come; in {folder}")
-            prepared = as_prepared(folder)
-        else:
+        ended = no_more_trials(space, folder)
+        prepared = as_prepared(folder) if ended else None
+        if prepared:
+            progress(f"sweep {space.name}: {trials_over(folder)} trials are over, and none is to come; in {folder}")
+            describe_sweep(space, folder, prepared, "running", ended)  # other budgets may make other finalists
+        if prepared is None or not is_served(space, folder, prepared.teacher):
             with cluster():
                 where = device()
-                progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
-                prepared = prepare(space, folder, where)
-                describe_sweep(space, folder, prepared, "running")
-                watch = Watch(space.search.trials, prepared.teacher["metric"], over)
-                with publishing(folder):
-                    search(space, folder, prepared, where, [watch])
-                    if any(trial.scored for trial in read_trials(folder)):
-                        serve_finalists(space, folder, prepared, where)
-        describe_sweep(space, folder, prepared, "finished")
+                if prepared is None:
+                    prepared, ended = _searched(space, folder, where)
+                serve_finalists(space, folder, prepared.teacher, where)
+        describe_sweep(space, folder, prepared, "finished", ended)
         found = outcome(folder)
         write_report(found)
         died = [t.key for t in found.trials if t.status == "running"]
@@ -59,16 +56,39 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
         return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
 
 
-def spent(space: Space, folder: Path) -> bool:
-    """Whether a sweep has used up its device-hours."""
+def _searched(space: Space, folder: Path, where: str) -> tuple[Prepared, Ending]:
+    """Prepare what is missing and run the trials that are to come, with MLflow kept up to date."""
+    progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
+    prepared = prepare(space, folder, where)
+    describe_sweep(space, folder, prepared, "running")
+    watch = Watch(space.search.trials, prepared.teacher["metric"], trials_over(folder))
+    with publishing(folder):
+        ended = search(space, folder, prepared, where, [watch])
+    if ended.why:
+        progress(f"the search ends after {trials_over(folder)} of {space.search.trials} trials: {ended.why}")
+    return prepared, ended
+
+
+def no_more_trials(space: Space, folder: Path) -> Ending | None:
+    """How a sweep's search ended, if no trial is to come; None while some are."""
+    if not (folder / "sweep.json").is_file():
+        return None
+    if trials_over(folder) >= space.search.trials:
+        return Ending()
     most = space.search.max_device_hours
-    return most is not None and device_hours(folder) >= most
+    if most is not None and device_hours(folder) >= most:
+        return Ending(f"its {most:g} device-hours are used up")
+    info = read_sweep(folder)
+    before = Ending(**info.get("ended", {}))
+    # Other budgets or fewer beams may admit shapes that were not
+    same = info["budgets"] == space.budgets and info.get("decoding") == space.search.decoding.model_dump()
+    return before if before.exhausted and same else None
 
 
 def as_prepared(folder: Path) -> Prepared:
     """What a finished sweep was prepared with, as its sweep.json tells."""
     info = read_sweep(folder)
-    return Prepared(info["teacher"], info["shapes"])
+    return Prepared(info["teacher"], info["shapes"], info.get("shapes_fewest_beams", info["shapes"]))
 
 
 @contextlib.contextmanager
@@ -98,8 +118,8 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) -> None:
-    """Write sweep.json: what tables, choices and MLflow need beside the trials."""
+def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str, ended: Ending | None = None) -> None:
+    """Write sweep.json: what tables, choices and MLflow need beside the trials, and why no trial is to come."""
     teacher = prepared.teacher
     passes = teacher["passes"]
     write_json_atomic(
@@ -107,6 +127,7 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) 
         {
             "name": space.name,
             "status": status,
+            "ended": asdict(ended or Ending()),
             "metric": teacher["metric"],
             "teacher": teacher,
             "teacher_gpu_hours": teacher["teacher_gpu_hours"],
@@ -114,7 +135,9 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str) 
             "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
             "baseline": teacher["baseline"],
             "shapes": prepared.shapes,
+            "shapes_fewest_beams": prepared.shapes_fewest_beams,
             "budgets": space.budgets,
+            "decoding": space.search.decoding.model_dump(),
             "tracking_uri": space.tracking_uri or default_uri(),
             "versions": {name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
         },
@@ -150,8 +173,9 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
     teacher = {**prepared.teacher, "costs": found.teacher["costs"]}
     metric = found.metric
     test = teacher["test"]
+    ended = found.info["ended"]["why"]
     lines = [
-        f"sweep {found.name}: {count_trials(found.trials)}",
+        f"sweep {found.name}: {count_trials(found.trials)}{f' ({ended})' if ended else ''}",
         f"teacher {teacher['name']} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
         + (f", {test[metric]:.2f} [{test['interval'][0]:.2f}, {test['interval'][1]:.2f}] on test" if test else "")
         + f", {teacher['costs']['latency_ms']:.1f} ms for 32, {teacher['costs']['params_m']:.2f} M parameters",
@@ -175,6 +199,7 @@ def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
     return {
         "name": found.name,
         "metric": found.metric,
+        "ended": found.info["ended"]["why"],
         "teacher": prepared.teacher,
         "front": list(dict.fromkeys(found.trial_of(key) for key in found.front)),
         "choices": {name: found.trial_of(key) if key else None for name, key in found.chosen.items()},

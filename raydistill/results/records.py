@@ -73,10 +73,8 @@ class Trial:
         """What the trial has taken; of one under way, up to its last validation."""
         if self.status != "running":
             return self.metrics.get("gpu_hours", 0.0)
-        with damage_told(self.folder / "run.json"):
-            training = self.run_config().get("training") or {}
-            seconds = max((float(line.get("time_s", 0.0)) for line in self.history()), default=0.0)
-            return seconds * int(training.get("workers", 1)) * int(training.get("threads", 1)) / 3600
+        with damage_told(self.folder / "metrics.jsonl"):
+            return max((float(line.get("gpu_hours", 0.0)) for line in self.history()), default=0.0)
 
     def score(self, metric: str) -> float | None:
         """The validation score."""
@@ -394,7 +392,8 @@ def _finished(folder: Path) -> Trial:
             test=_tested(data.get("test")),
             steps=int(data.get("steps") or 0),
             signature=str(data.get("signature") or ""),
-            checkpoint=checkpoint if checkpoint.is_dir() else None,
+            # A kill may have come before a failed run's checkpoint was deleted
+            checkpoint=checkpoint if checkpoint.is_dir() and data["status"] != "failed" else None,
             seed=int(data.get("seed") or 0),
         )
 

@@ -46,6 +46,10 @@ class Worker:
         """Whether this is the worker that validates, writes and reports."""
         return self.rank == 0
 
+    def devices(self, settings: Training) -> int:
+        """How many devices the run holds. A device is a GPU, or a CPU core: a worker has one, or as many as threads."""
+        return self.world * (settings.threads if self.device == "cpu" else 1)
+
 
 @dataclass
 class State:
@@ -77,12 +81,15 @@ def fit(
     folder: Path,
     report: Report,
     worker: Worker | None = None,
+    begun: float | None = None,
 ) -> State:
     """Train the student until its epochs are over or its score has stopped rising; the best is in `folder`/best.
 
     `validate(checkpoint folder)` returns metrics with `score` (higher is better). After each validation metrics.jsonl
     and the state are saved in `folder` and `report(metrics, folder)` is called, whose answer may stop the run. Called
     again on the same folder it goes on from there. Raises `Diverged` when the loss or a metric is not finite.
+
+    `begun`: when the run began, on the monotonic clock; its seconds count from there (default: from this call).
     """
     worker = worker or Worker()
     lengths = _lengths(supervision)
@@ -95,9 +102,9 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings, total))
     state = load_state(folder, supervision, optimizer, schedule) if has_state(folder) else State()
     autocast = precision(settings, worker)
-    started = time.monotonic() - state.seconds
+    started = (time.monotonic() if begun is None else begun) - state.seconds
     losses = _Running()
-    check = _Check(supervision, settings, validate, folder, report, worker, per_epoch, total)
+    check = _Check(supervision, settings, validate, folder, report, worker, per_epoch, total, started)
     with ahead(steps(supervision, settings, worker, lengths, state.step, total)) as feed:
         while state.step < total and not state.finished:
             begun, waited = time.monotonic(), feed.waited
@@ -110,8 +117,8 @@ def fit(
             state.step += 1
             if state.step % check_every == 0 or state.step == total:
                 since = losses.take(worker)  # waits for the device, so that the clock is read after its work
-                state.seconds = time.monotonic() - started
                 check.take(state, since, optimizer)
+    state.seconds = time.monotonic() - started
     return state
 
 
@@ -239,9 +246,11 @@ class _Check:
     worker: Worker
     per_epoch: int
     total: int
+    started: float  # on the monotonic clock, less what earlier calls took
 
     def take(self, state: State, means: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
         """One check, after `state.step` steps whose loss terms and times have these means."""
+        state.seconds = time.monotonic() - self.started
         if not math.isfinite(means["loss"]):
             raise self._diverged("the loss", means["loss"], state)
         metrics = _from_leader(self._measured(state, means, optimizer) if self.worker.leads else {}, self.worker)
@@ -256,12 +265,14 @@ class _Check:
     def _measured(self, state: State, means: dict[str, float], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         started = time.monotonic()
         found = self.validate(self.folder / f"checkpoint-{state.step}")
+        state.seconds = time.monotonic() - self.started  # with this validation, before the state is saved
         return {
             "step": state.step,
             "epoch": round(state.step / self.per_epoch, 4),
             "progress": round(state.step / self.total, 4),
             "time_s": round(state.seconds, 3),
             "validation_s": round(time.monotonic() - started, 3),
+            "gpu_hours": state.seconds * self.worker.devices(self.settings) / 3600,
             "learning_rate": optimizer.param_groups[0]["lr"],
             **{k if k in ("loss", "step_ms", "data_wait") else f"loss_{k}": v for k, v in means.items()},
             **found,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,8 @@ from raydistill.config.errors import UserError
 from raydistill.config.files import CARD, read_json, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.model.shrink import Plan
+
+HELD_WAIT_S = 60.0
 
 
 def claim(folder: Path, run: Run) -> None:
@@ -26,6 +29,24 @@ def claim(folder: Path, run: Run) -> None:
         write_json_atomic(path, asked)
     elif read_json(path) != asked:
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The run's folder, for one process at a time.
+
+    A worker may outlive its driver for some seconds, until Ray ends it; the one that takes its run up waits for that.
+    UserError where the folder is not free after `HELD_WAIT_S`.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=HELD_WAIT_S)
+    except Timeout:
+        raise UserError(f"{folder}: another process trains this run; wait for it, or end it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -86,7 +107,7 @@ def write_card(best: Path, run: Run, layers: Plan | None, facts: dict[str, Any])
 
 
 def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, hours: float) -> dict[str, Any]:
-    """The result of a run that cannot go on, and the device-hours that it took all the same."""
+    """The result of a run that cannot go on, and the device-hours that it took all the same. No checkpoint is kept."""
     result = {
         "key": folder.name,
         "status": "failed",
@@ -99,7 +120,7 @@ def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, ho
         "host": platform.node(),
     }
     write_json_atomic(folder / "result.json", result)
-    for left in [*folder.glob("state*"), *folder.glob("checkpoint-*")]:
+    for left in [*folder.glob("state*"), *folder.glob("checkpoint-*"), folder / "best"]:
         _remove(left)
     return result
 

@@ -9,6 +9,7 @@ on where it was.
 import platform
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from raydistill.model.teachers import load_model, load_tokenizer
 from raydistill.training.caching import Keep, pass_for
 from raydistill.training.loop import Diverged, Report, State, Worker, fit, precision
 from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
-from raydistill.training.record import claim, identity, write_card, write_failure, write_rows
+from raydistill.training.record import claim, held, identity, write_card, write_failure, write_rows
 from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import make_here, open_decoder, open_encoder
@@ -68,10 +69,17 @@ def train(
     checkpoint is then scored and kept like any other, with the status "stopped". Raises UserError for what the user
     can mend.
     """
-    started = time.monotonic()
     inputs = inputs or Inputs()
     worker = replace(worker or Worker(), computed=inputs.computed)
     folder.mkdir(parents=True, exist_ok=True)
+    with held(folder) if worker.leads else nullcontext():
+        if worker.world > 1:
+            torch.distributed.barrier()  # the leader holds the folder before anyone reads what is in it
+        return _train(run, folder, report, inputs, worker)
+
+
+def _train(run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worker) -> dict[str, Any]:
+    started = time.monotonic()
     if worker.leads:
         claim(folder, run)
     done = folder / "result.json"
@@ -106,10 +114,10 @@ def train(
     validator = Validator(run, student, tokenizer, material, beam, languages, worker.device, metric)
     startup = time.monotonic() - started
     try:
-        state = fit(supervision, run.training, validator.validate, folder, report, worker)
+        state = fit(supervision, run.training, validator.validate, folder, report, worker, started)
     except Diverged as error:
         facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
-        hours = error.seconds * devices(run, worker) / 3600
+        hours = error.seconds * worker.devices(run.training) / 3600
         return write_failure(folder, run, facts, str(error), hours) if worker.leads else {}
     if not worker.leads:
         return {}
@@ -219,7 +227,7 @@ def _finish(
     if validation:
         scores = validation.scored.metrics
         metrics |= {**scores, "score": scores[validator.metric], "repetition": validation.repetition}
-    hours = (state.seconds + time.monotonic() - started) * devices(run, worker) / 3600
+    hours = (state.seconds + time.monotonic() - started) * worker.devices(run.training) / 3600
     parameters = sum(p.numel() for p in validator.student.parameters())
     metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, "startup_s": startup, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))
@@ -255,11 +263,6 @@ def _finish(
     for stale in folder.glob("state*"):
         stale.unlink()
     return result
-
-
-def devices(run: Run, worker: Worker) -> int:
-    """How many devices a run holds. A device is a GPU, or a CPU core: a worker has one, or as many as threads."""
-    return worker.world * (run.training.threads if worker.device == "cpu" else 1)
 
 
 def collapse(repetition: float, teacher: float | None) -> str | None:
