@@ -1,5 +1,6 @@
 """`python -m raydistill.choose SWEEP --within latency_ms=900`: the best checkpoint within a budget."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +32,8 @@ def choose(
     """The best student of a sweep within a budget, and how to load it; registers it in MLflow.
 
     Where a cheaper student's score cannot be told from the highest (paired bootstrap, 95 %), the cheaper one is
-    taken. Without `--within`, the budgets of the space are used.
+    taken. Without `--within`, the budgets of the space are used. The student is handed over as a folder under the
+    sweep's `exports/`, with its chosen decoding and a model card.
 
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
@@ -89,7 +91,7 @@ def _budgets(
 def _one(
     found: "Outcome", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, json: bool
 ) -> dict[str, Any]:
-    """Show one budget's choice, register it, and return it for `--json`."""
+    """Show one budget's choice, hand it over, register it, and return it for `--json`."""
     from raydistill.results.budget import UNITS, describe_bounds
 
     result: dict[str, Any] = {"budget": budget, "bounds": bounds, "reason": choice.reason, "key": None}
@@ -110,10 +112,9 @@ def _one(
     others = [c for c in choice.indistinguishable if c is not best]
     if others:
         lines.append(f"  also not distinguishable: {', '.join(f'{c.label} {c.score:.2f}' for c in others)}")
-    lines.append(f"  checkpoint: {trial.checkpoint or 'missing: it was deleted'}")
     show("\n".join(lines), json)
-    if trial.checkpoint:
-        show(_how_to_load(str(trial.checkpoint)), json)
+    place = _export(found, best.key, budget)
+    show(_how_to_load(place) if place else "  checkpoint: missing: it was deleted", json)
     result |= {
         "key": trial.folder.name,
         "decoding": trial.decoding,
@@ -123,30 +124,37 @@ def _one(
     }
     result |= {"interval": trial.interval, "test": trial.test, "costs": best.costs}
     result |= {"indistinguishable": [c.label for c in choice.indistinguishable]}
-    result |= {"checkpoint": str(trial.checkpoint) if trial.checkpoint else None, "registered": None}
-    if register and trial.checkpoint:
-        result["registered"] = _register(found, best.key, budget, json)
+    result |= {"checkpoint": str(place) if place else None, "registered": None}
+    if register and place:
+        result["registered"] = _register(found, best.key, budget, place, json)
     return result
 
 
-def _how_to_load(checkpoint: str) -> str:
+def _export(found: "Outcome", key: str, budget: str) -> Path | None:
+    """The folder to hand over, which decodes as was chosen; None where the checkpoint is gone."""
+    from raydistill.cluster.export import export
+
+    return export(found, key, budget) if found.student(key).checkpoint else None
+
+
+def _how_to_load(place: Path) -> str:
     return (
+        f"  checkpoint: {place}\n"
         "  to load it:\n"
         "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n"
-        f'    tokenizer = AutoTokenizer.from_pretrained("{checkpoint}")\n'
-        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{checkpoint}")'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
+        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{place}")'
     )
 
 
-def _register(found: "Outcome", key: str, budget: str, json: bool) -> dict[str, str] | None:
+def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) -> dict[str, str] | None:
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
-    from raydistill.cluster.export import export
     from raydistill.results.tracking import TrackingDown, register_choice, ui_command
 
     try:
-        registered = register_choice(found.sweep, key, budget, export(found, key))
+        registered = register_choice(found.sweep, key, budget, place)
     except TrackingDown as error:
         progress(f"not registered: {error}. The same command again registers it")
         return None

@@ -92,7 +92,8 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     assert (choice["budget"], choice["key"], choice["score"]) == ("fast", "a", 10.0)
     assert choice["decoding"] == {"beams": 1, "length_penalty": 1.0}
     assert choice["registered"]["uri"] == "models:/mini@fast"
-    assert "from_pretrained" in result.stderr
+    assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
+    assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
 
     client = tracking._client(tracking.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
@@ -122,6 +123,27 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     found = translator.translate_batch(tokens, target_prefix=first, beam_size=1, max_decoding_length=most)
     ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
+
+
+def test_without_registering_the_folder_to_load_decodes_as_was_chosen_and_says_for_what(sweep: Path) -> None:
+    make_student(sweep, "a", 0, 10.0)
+    result = run("mini", "--within", "latency_ms=45", "--name", "cheap", "--no-register", "--json")
+    assert result.returncode == 0, result.stderr
+    (choice,) = json.loads(result.stdout)["choices"]
+    assert choice["decoding"]["beams"] == 1
+    assert choice["registered"] is None
+    folder = Path(choice["checkpoint"])
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert model.generation_config.num_beams == 1  # the trial's own are 4
+    assert "chosen for: fast, cheap." in (folder / "README.md").read_text()
+    assert not (sweep.parent.parent / "mlflow.db").exists()
+    for file in (sweep / "trials" / "a" / "best").iterdir():
+        file.unlink()
+    (sweep / "trials" / "a" / "best").rmdir()
+    gone = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
+    assert gone.returncode == 0, gone.stderr
+    assert json.loads(gone.stdout)["choices"][0]["checkpoint"] is None
+    assert "missing: it was deleted" in gone.stderr
 
 
 def test_nothing_fits_ends_with_2_and_the_nearest_miss(sweep: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.errors import UserError
 from raydistill.config.files import CARD, check_links, read_json, write_atomic, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
@@ -15,18 +16,20 @@ from raydistill.results.records import Outcome, Trial
 from raydistill.training.record import making
 
 
-def export(found: Outcome, key: str) -> Path:
+def export(found: Outcome, key: str, budget: str | None = None) -> Path:
     """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, and `ctranslate2/` where it loads.
 
-    Made once; made anew where the card would say something else (scores of more trials, other budgets).
+    Made once; made anew where the card would say something else (scores of more trials, other budgets). `budget` is the
+    name of one that is not the sweep's own. UserError for a student whose checkpoint is gone.
     """
     student = found.student(key)
+    if student.checkpoint is None:
+        raise UserError(f"{student.folder}: its checkpoint was deleted; there is nothing to hand over")
     place = found.sweep / "exports" / key.replace(" ", "-")
     budgets = [name for name, chosen in found.chosen.items() if chosen == key]
-    card = model_card(found, student, budgets)
+    card = model_card(found, student, list(dict.fromkeys([*budgets, *([budget] if budget else [])])))
     if (place / "README.md").is_file() and (place / "README.md").read_text(encoding="utf-8") == card:
         return place
-    assert student.checkpoint is not None
     place.parent.mkdir(exist_ok=True)
     check_links(student.checkpoint)
     with making(place) as folder:
