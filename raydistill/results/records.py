@@ -239,11 +239,13 @@ def device_hours(sweep: Path) -> float:
 
 
 def finalists(sweep: Path) -> list[Trial]:
-    """The trials worth serving, by what the search measured: on the front of a cost that counts, or chosen."""
+    """The trials worth serving, by what the search measured: on the front of a cost, or chosen.
+
+    Of every cost that can be bounded, not only of those that the space's budgets bound: `choose` asks for others later.
+    """
     info, trials = read_sweep(sweep), read_trials(sweep)
     students = candidates(trials, info["metric"])
-    costs = {"latency_ms", "latency_ms_b1", *(key for bounds in info["budgets"].values() for key in bounds)}
-    keys = {candidate.key for cost in sorted(costs) for candidate in front(students, cost)}
+    keys = {candidate.key for cost in BOUNDED for candidate in front(students, cost)}
     for bounds in known_bounds(info["budgets"], info["teacher"]["costs"]):
         best = choose(students, bounds, info["metric"]).best
         keys |= {best.key} if best else set()
