@@ -30,7 +30,7 @@ def test_every_decoding_once_the_own_first_and_no_penalty_for_one_beam():
 
 
 def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
-    """a and b are the front of latency, c of parameters, d of device-hours, e is chosen under both bounds, f is nothing.
+    """a and b are the front of latency, c of parameters, d of device-hours, e is chosen, f is nothing.
 
     No budget bounds parameters or device-hours alone: that is for a later `choose`.
     """

@@ -58,7 +58,7 @@ def test_a_full_disk_and_a_lost_checkpoint_leave_the_table(sweep: Path, prepared
     assert (result["exports"], result["whole"]) == ({}, False)
     (sweep / "front.html").unlink()
     (sweep / "front.html").mkdir()  # cannot be written
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         hand_over(outcome(sweep), prepared, told.append)
     assert "sweep mini: 1 trials: 1 done" in told[2]
 
@@ -119,7 +119,7 @@ def test_a_server_that_is_down_in_the_middle_and_on_resume_loses_nothing(tmp_pat
             time.sleep(0.1)
     finally:
         stop(server)
-    out, errors = started.communicate(timeout=280)
+    _, errors = started.communicate(timeout=280)
     assert started.returncode == 0, errors[-3000:]
     assert "run the same command again to publish" in errors
     exports = list((home / "sweeps/killed/exports").iterdir())
