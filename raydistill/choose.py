@@ -151,7 +151,8 @@ def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) 
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
-    from raydistill.results.tracking import TrackingDown, register_choice, ui_command
+    from raydistill.results.registry import register_choice
+    from raydistill.results.store import TrackingDown, ui_command
 
     try:
         registered = register_choice(found.sweep, key, budget, place)

@@ -52,7 +52,7 @@ def sweep(
 
 def _check_tracking(uri: str | None, folder: Path) -> None:
     """A store that does not answer is refused before a sweep begins; one that has begun goes on without it."""
-    from raydistill.results.tracking import TrackingDown, check_tracking
+    from raydistill.results.store import TrackingDown, check_tracking
 
     try:
         check_tracking(uri)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from raydistill.choose import parse_bounds
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.results import tracking
+from raydistill.results import store
 from raydistill.results.records import decoding_name
 from tests.test_tracking import make_trial, sweep
 from tests.tiny import save_tiny, sentences
@@ -95,7 +95,7 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
     assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
 
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert version.tags["decoding"] == "1 beam"
     folder = Path(version.source.removeprefix("file://"))
@@ -105,8 +105,8 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     sources = sentences(5, seed=3)
     import mlflow
 
-    mlflow.set_tracking_uri(tracking.default_uri())
-    mlflow.set_registry_uri(tracking.default_uri())
+    mlflow.set_tracking_uri(store.default_uri())
+    mlflow.set_registry_uri(store.default_uri())
     written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.num_beams == 1

@@ -15,6 +15,7 @@ from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.sweep import hand_over
 from raydistill.config.files import read_json, write_json_atomic
 from raydistill.results.records import outcome
+from raydistill.results.store import client_of
 from tests.test_choose import make_student
 from tests.test_sweep import KILL_SPACE
 from tests.test_tracking import sweep
@@ -133,9 +134,7 @@ def test_a_server_that_is_down_in_the_middle_and_on_resume_loses_nothing(tmp_pat
     server = serve(port, tmp_path)
     try:
         found = last_json(command(home, "sweep", path, "--json"))
-        from raydistill.results import tracking
-
-        client = tracking._client(f"http://127.0.0.1:{port}")
+        client = client_of(f"http://127.0.0.1:{port}")
         experiment = client.get_experiment_by_name("killed").experiment_id
         runs = client.search_runs([experiment], "tags.`raydistill.trial` != ''")
         assert sorted(r.data.tags["raydistill.trial"] for r in runs) == sorted(t["key"] for t in found["trials"])

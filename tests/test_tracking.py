@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.results import records, tracking
+from raydistill.results import records, registry, store, tracking
 
 
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
@@ -72,7 +72,7 @@ def exported(sweep: Path, key: str) -> Path:
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     experiment = client.get_experiment_by_name("mini")
     found = client.search_runs([experiment.experiment_id])
     assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
@@ -107,7 +107,7 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
     }
     assert after["c"].data.tags["raydistill.reason"] == "out of memory"
     assert all(after[k].data.tags["mlflow.parentRunId"] == first.parent_run_id for k in "abc")
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     history = client.get_metric_history(after["b"].info.run_id, "val_loss")
     assert [(m.step, m.value) for m in history] == [(10, 2.0), (20, 1.0), (30, 0.5)]
     final = after["b"].data.metrics
@@ -130,7 +130,7 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
     tracking.publish(sweep)
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     run_id = runs_of(sweep)["a"].info.run_id
     for tag in ("raydistill.done", "raydistill.lines"):  # as if killed after the metrics, before their tags
         client.delete_tag(run_id, tag)
@@ -150,10 +150,10 @@ def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: p
         return create(*arguments)
 
     monkeypatch.setattr(tracking, "_create", slowly)
-    tracking._client(tracking.default_uri())  # imports it once, in this thread
+    store.client_of(store.default_uri())  # imports it once, in this thread
     with ThreadPoolExecutor(2) as pool:
         publishing = pool.submit(tracking.publish, sweep)
-        choosing = pool.submit(tracking.register_choice, sweep, "a", "fast", exported(sweep, "a"))
+        choosing = pool.submit(registry.register_choice, sweep, "a", "fast", exported(sweep, "a"))
         assert publishing.result(timeout=120).parent_run_id == runs_of(sweep)[""].info.run_id
         assert choosing.result(timeout=120).alias == "fast"
     assert set(runs_of(sweep)) == {"", "a"}
@@ -165,7 +165,7 @@ def test_a_publishing_that_hangs_elsewhere_is_not_waited_for_without_end(
     monkeypatch.setattr(tracking, "LOCK_WAIT_S", 0.1)
     with FileLock(sweep / ".publish.lock"), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tracking.publish, sweep)
-        with pytest.raises(tracking.TrackingDown, match="another process has been publishing"):
+        with pytest.raises(store.TrackingDown, match="another process has been publishing"):
             waiting.result(timeout=60)
 
 
@@ -178,18 +178,18 @@ def test_a_folder_that_is_no_sweep_gets_no_lock(tmp_path: Path) -> None:
 def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
-    first = tracking.register_choice(sweep, "a", "fast", exported(sweep, "a"))
-    assert first == tracking.register_choice(sweep, "a", "fast", exported(sweep, "a"))
-    other = tracking.register_choice(sweep, "b", "fast", exported(sweep, "b"))
+    first = registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    assert first == registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    other = registry.register_choice(sweep, "b", "fast", exported(sweep, "b"))
     assert other.version != first.version
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert str(version.version) == other.version
     assert version.tags["size"] == "4-1"
     assert version.tags["latency_ms"] == "120.0"
     assert (Path(version.source.removeprefix("file://")) / "raydistill.json").exists()
     with pytest.raises(UserError, match="no finished checkpoint"):
-        tracking.register_choice(sweep, "nope", "fast", sweep)
+        registry.register_choice(sweep, "nope", "fast", sweep)
 
 
 def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
@@ -198,27 +198,27 @@ def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
         start = time.monotonic()
-        with pytest.raises(tracking.TrackingDown, match="does not answer"):
+        with pytest.raises(store.TrackingDown, match="does not answer"):
             tracking.publish(sweep, uri)
         assert time.monotonic() - start < 5  # the figure is drawn first
         assert (sweep / "front.png").exists()
         free.listen()  # accepts and says nothing
         start = time.monotonic()
-        with pytest.raises(tracking.TrackingDown, match="does not answer"):
-            tracking.check_tracking(uri)
+        with pytest.raises(store.TrackingDown, match="does not answer"):
+            store.check_tracking(uri)
         assert time.monotonic() - start < 2
 
 
 def test_file_stores_are_refused() -> None:
     for uri in ("file:///tmp/mlruns", "mlruns", "localhost:5000"):
         with pytest.raises(UserError, match="plain files"):
-            tracking.check_tracking(uri)
+            store.check_tracking(uri)
 
 
 def test_aliases_are_what_mlflow_takes() -> None:
-    assert tracking.alias_of("fast, small") == "fast-small"
-    assert tracking.alias_of("v3") == "budget-v3"
-    assert tracking.alias_of("latest") == "budget-latest"
+    assert registry.alias_of("fast, small") == "fast-small"
+    assert registry.alias_of("v3") == "budget-v3"
+    assert registry.alias_of("latest") == "budget-latest"
 
 
 def test_records_are_read_back_and_damage_is_named(sweep: Path) -> None:

@@ -25,7 +25,9 @@ from raydistill.results.cost import pass_hours
 from raydistill.results.figures import count_trials, result_tables
 from raydistill.results.page import write_report
 from raydistill.results.records import Outcome, device_hours, outcome, read_sweep, read_trials
-from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
+from raydistill.results.registry import register_choice
+from raydistill.results.store import TrackingDown, default_uri, ui_command
+from raydistill.results.tracking import publish
 
 PUBLISH_EVERY_S = 20.0
 
