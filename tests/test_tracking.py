@@ -68,6 +68,7 @@ def exported(sweep: Path, key: str) -> Path:
     folder = sweep / "exports" / key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "raydistill.json").write_text("{}")
+    (folder / "README.md").write_text("chosen for fast")
     return folder
 
 
@@ -141,6 +142,64 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
     assert len(client.get_metric_history(run_id, "val_loss")) == 2
 
 
+def test_a_run_that_was_created_twice_stands_once(sweep: Path) -> None:
+    """As a server behind a proxy does that gives up after the run was made, so that the request is sent again."""
+    make_trial(sweep, "a", 0, 10.0)
+    parent = tracking.publish(sweep).parent_run_id
+    client = store.client_of(store.default_uri())
+    kept = runs_of(sweep)["a"]
+    tags = {k: kept.data.tags[k] for k in ("raydistill.sweep", "raydistill.trial", "mlflow.parentRunId")}
+    for one in (tags, {"raydistill.sweep": tags["raydistill.sweep"]}):
+        client.create_run(kept.info.experiment_id, tags=one)
+    tracking.publish(sweep)
+    after = runs_of(sweep)
+    assert {key: run.info.run_id for key, run in after.items()} == {"": parent, "a": kept.info.run_id}
+
+
+def test_what_serving_found_is_logged_after_the_trial_is_done_and_once(sweep: Path) -> None:
+    folder = make_trial(sweep, "a", 0, 10.0)
+    tracking.publish(sweep)
+    costs = {"latency_ms": 50.0, "latency_ms_b1": 2.0}
+    one = {"beams": 4, "length_penalty": 1.0, "metrics": {"rouge2": 10.0}, "interval": [9, 11], "costs": costs}
+    two = {**one, "beams": 1, "metrics": {"rouge2": 8.0}, "costs": {**costs, "latency_ms": 30.0}}
+    write_json_atomic(folder / "served.json", {"decodings": [one]})
+    tracking.publish(sweep)
+    tested = {"test": {"rouge2": 7.0, "interval": [6, 9]}}
+    write_json_atomic(folder / "served.json", {"decodings": [one, {**two, **tested}]})
+    for _ in range(2):
+        tracking.publish(sweep, finished=True)
+    run = runs_of(sweep)["a"]
+    found = run.data.metrics
+    assert (found["b4-p1/rouge2"], found["b4-p1/latency_ms"], found["b4-p1/speedup"]) == (10.0, 50.0, 6.0)
+    assert (found["b1/rouge2"], found["b1/rouge2_high"], found["b1/test_rouge2_low"]) == (8.0, 11.0, 6.0)
+    assert "b1/params_m" not in found
+    client = store.client_of(store.default_uri())
+    assert len(client.get_metric_history(run.info.run_id, "b4-p1/rouge2")) == 1
+    assert "served.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    running = make_trial(sweep, "b", 1, 12.0, status=None)
+
+    def drawn() -> dict[str, int]:
+        tracking.publish(sweep)
+        return {name: (sweep / name).stat().st_mtime_ns for name in ("front.png", "curves.png", "front.html")}
+
+    first = drawn()
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5}) + "\n")
+    assert drawn() == first
+    assert runs_of(sweep)["b"].data.metrics["val_loss"] == 0.5  # the numbers go on
+    (sweep / "front.png").unlink()
+    finish_trial(running, 1, 12.5)
+    assert all(drawn()[name] > then for name, then in first.items())
+    client = store.client_of(store.default_uri())
+    parent = runs_of(sweep)[""]
+    place = client.download_artifacts(parent.info.run_id, "front.html")
+    assert Path(place).read_bytes() == (sweep / "front.html").read_bytes()
+
+
 def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trial(sweep, "a", 0, 10.0)
     create = tracking._create
@@ -187,7 +246,12 @@ def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     assert str(version.version) == other.version
     assert version.tags["size"] == "4-1"
     assert version.tags["latency_ms"] == "120.0"
-    assert (Path(version.source.removeprefix("file://")) / "raydistill.json").exists()
+    kept = Path(version.source.removeprefix("file://"))
+    assert (kept / "raydistill.json").exists()
+    (exported(sweep, "b") / "README.md").write_text("chosen for fast and small")
+    again = registry.register_choice(sweep, "b", "small", sweep / "exports" / "b")
+    assert again.version == other.version
+    assert (kept / "README.md").read_text() == "chosen for fast and small"
     with pytest.raises(UserError, match="no finished checkpoint"):
         registry.register_choice(sweep, "nope", "fast", sweep)
 

@@ -13,14 +13,16 @@ from raydistill.model.convert import RefusedError, converted
 from raydistill.model.teachers import load_config, load_tokenizer, max_tokens
 from raydistill.results.card import model_card
 from raydistill.results.records import Outcome, Trial
+from raydistill.results.registry import write_mlmodel
 from raydistill.training.record import making
 
 
 def export(found: Outcome, key: str, budget: str | None = None) -> Path:
-    """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, and `ctranslate2/` where it loads.
+    """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, MLflow's `MLmodel`, `ctranslate2/`.
 
-    Made once; made anew where the card would say something else (scores of more trials, other budgets). `budget` is the
-    name of one that is not the sweep's own. UserError for a student whose checkpoint is gone.
+    The last is left out where CTranslate2 does not load the model. Made once; made anew where the card would say
+    something else (scores of more trials, other budgets). `budget` is the name of one that is not the sweep's own.
+    UserError for a student whose checkpoint is gone.
     """
     student = found.student(key)
     if student.checkpoint is None:
@@ -28,7 +30,8 @@ def export(found: Outcome, key: str, budget: str | None = None) -> Path:
     place = found.sweep / "exports" / key.replace(" ", "-")
     budgets = [name for name, chosen in found.chosen.items() if chosen == key]
     card = model_card(found, student, list(dict.fromkeys([*budgets, *([budget] if budget else [])])))
-    if (place / "README.md").is_file() and (place / "README.md").read_text(encoding="utf-8") == card:
+    whole = (place / "README.md").is_file() and (place / "MLmodel").is_file()
+    if whole and (place / "README.md").read_text(encoding="utf-8") == card:
         return place
     place.parent.mkdir(exist_ok=True)
     check_links(student.checkpoint)
@@ -36,6 +39,7 @@ def export(found: Outcome, key: str, budget: str | None = None) -> Path:
         shutil.copytree(student.checkpoint, folder)
         _set_decoding(folder, student)
         _add_ctranslate2(folder)
+        write_mlmodel(folder)
         write_atomic(folder / "README.md", card.encode())
     return place
 

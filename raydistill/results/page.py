@@ -21,8 +21,10 @@ from raydistill.results.figures import (
     markdown_table,
     result_tables,
 )
-from raydistill.results.records import Outcome, Trial, decoding_label
+from raydistill.results.records import SERVED, Outcome, Trial, decoding_label
 
+STAMP = "table.md"  # written last: the pictures are no older than it
+REPORT = ("front.png", "curves.png", "front.html", STAMP)
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
 svg { max-width: 100%; height: auto }
@@ -58,16 +60,28 @@ for (const [id, lines] of Object.entries(facts)) {
 def write_report(found: Outcome) -> list[Path]:
     """Write SWEEP/table.md and, once a trial is scored, front.png, curves.png and front.html; returns the paths."""
     text = "\n\n".join(markdown_table(*part) for part in result_tables(found))
-    files = {"table.md": (text + "\n").encode()}
+    files = {}
     if any(trial.scored for trial in found.trials):
         files |= {
             "front.png": front_of(found, "png"),
             "curves.png": curves_of(found),
             "front.html": page(found).encode(),
         }
+    files[STAMP] = (text + "\n").encode()
     for name, content in files.items():
         write_atomic(found.sweep / name, content)
     return [found.sweep / name for name in files]
+
+
+def refreshed(found: Outcome) -> list[Path]:
+    """The report's files, written anew only where a trial has ended, or a student was served or chosen, since."""
+    stamp = found.sweep / STAMP
+    told = [found.sweep / "sweep.json", found.sweep / SERVED]
+    told += [trial.folder / name for trial in found.trials for name in ("result.json", SERVED)]
+    latest = max(path.stat().st_mtime_ns for path in told if path.is_file())
+    if stamp.is_file() and stamp.stat().st_mtime_ns > latest:
+        return [path for name in REPORT if (path := found.sweep / name).is_file()]
+    return write_report(found)
 
 
 def page(found: Outcome) -> str:

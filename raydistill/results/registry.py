@@ -1,5 +1,6 @@
 """Chosen students as versions of a registered MLflow model, with an alias for each budget."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from raydistill.config.errors import UserError
 from raydistill.results.records import decoding_label, outcome
 from raydistill.results.store import check_tracking, client_of, plain_errors
 from raydistill.results.tracking import alone, publish_alone, run_of, uri_of
+
+CARD_TAG = "raydistill.card"  # which README.md a version's files have
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,8 @@ def _register(sweep: Path, student: str, budget_name: str, export: Path, trackin
 
 
 def _version(client: Any, name: str, run: Any, export: Path) -> str:
-    """The model version made from this export of this run, which is made if there is none."""
-    from mlflow import pyfunc
+    """The model version made from this export of this run, which is made if there is none; with its present card."""
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
 
     try:
         client.get_registered_model(name)
@@ -75,14 +76,26 @@ def _version(client: Any, name: str, run: Any, export: Path) -> str:
             raise
         client.create_registered_model(name, description="Students chosen by raydistill, an alias per budget")
     run_id, source = run.info.run_id, f"{run.info.artifact_uri}/{export.name}"
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.source == source:
-            return str(version.version)
-    model = Model(artifact_path=export.name, run_id=run_id)
+    card = hashlib.sha256((export / "README.md").read_bytes()).hexdigest()
+    known = [one for one in client.search_model_versions(f"name = '{name}'") if one.source == source]
+    if not known:
+        client.log_artifacts(run_id, str(export), export.name)
+        made = client.create_model_version(name, source, run_id=run_id, await_creation_for=0, tags={CARD_TAG: card})
+        return str(made.version)
+    if known[0].tags.get(CARD_TAG) != card:  # nothing else of an export changes: its weights and decoding are its name
+        client.log_artifact(run_id, str(export / "README.md"), export.name)
+        client.set_model_version_tag(name, known[0].version, CARD_TAG, card)
+    return str(known[0].version)
+
+
+def write_mlmodel(folder: Path) -> None:
+    """Make a folder to hand over one that MLflow loads: `mlflow.pyfunc.load_model` and `mlflow models`."""
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    model = Model()
     pyfunc.add_to_model(model, loader_module="raydistill.model.served")
-    model.save(str(export / "MLmodel"))
-    client.log_artifacts(run_id, str(export), export.name)
-    return str(client.create_model_version(name, source, run_id=run_id, await_creation_for=0).version)
+    model.save(str(folder / "MLmodel"))
 
 
 def alias_of(budget_name: str) -> str:

@@ -1,10 +1,12 @@
 """MLflow's runs of a sweep: everything is derived from the sweep's folder, so it can be repeated at will.
 
 Tags make it idempotent: `raydistill.sweep` finds the parent run, `raydistill.trial` a child, `raydistill.lines` says
-how much of a history is logged, and `raydistill.done` that a finished trial's artifacts are all there.
+how much of a history is logged, `raydistill.done` that a finished trial's artifacts are all there, `raydistill.served`
+which served.json was logged, and `raydistill.report` which pictures.
 """
 
 import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -18,8 +20,8 @@ from raydistill.config.files import check_links, write_atomic
 from raydistill.config.secrets import hidden
 from raydistill.results.costs import method_table
 from raydistill.results.figures import choices_table, count_trials, markdown_table
-from raydistill.results.page import write_report
-from raydistill.results.records import Outcome, Trial, outcome, read_sweep
+from raydistill.results.page import refreshed
+from raydistill.results.records import SERVED, Outcome, Trial, decoding_name, outcome, read_sweep
 from raydistill.results.store import (
     TrackingDown,
     check_tracking,
@@ -34,6 +36,7 @@ FINAL = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),
     *("speedup", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours"),
 )
+TRAINED = ("val_loss", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours")  # whatever the decoding
 CHOSEN = "raydistill.chosen_for"
 COLUMNS = ("latency_ms", "speedup", "params_m", "gpu_hours")
 LOCK_WAIT_S = 120.0  # a first publishing copies every checkpoint
@@ -62,7 +65,7 @@ def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False
 def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool) -> Tracked:
     """`publish` for one who is `alone` already."""
     found = outcome(sweep)
-    report = write_report(found)
+    report = refreshed(found)
     uri = uri_of(found, tracking_uri)
     check_tracking(uri)
     with plain_errors(uri):
@@ -76,6 +79,7 @@ def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool) -> Trac
             if run is None:
                 run = _create_child(client, experiment, parent.info.run_id, identity, trial)
             _publish_trial(client, run, trial, found.metric, finished)
+            _publish_served(client, run, trial, found)
         children = {key: run for key, run in _runs(client, experiment, identity).items() if key}
         _publish_parent(client, parent, children, found, report, finished)
         view = _share_view(client, experiment, found.metric)
@@ -112,6 +116,30 @@ def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: b
         client.set_terminated(run.info.run_id, "KILLED")
     elif run.info.status != "RUNNING":
         client.update_run(run.info.run_id, status="RUNNING")
+
+
+def _publish_served(client: Any, run: Any, trial: Trial, found: Outcome) -> None:
+    """What a finalist came to with each decoding, as the metrics DECODING/NAME, and the file that says so.
+
+    It is found after the trial is done, and decodings may be added later.
+    """
+    path = trial.folder / SERVED
+    if not path.is_file() or path.is_symlink():
+        return
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if run.data.tags.get("raydistill.served") == digest:
+        return
+    # a constant time and step, so that publishing a decoding again adds nothing
+    points = [
+        (f"{decoding_name(student.decoding)}/{name}", value, run.info.start_time, 0)
+        for student in found.students
+        if student.decoding and student.folder == trial.folder
+        for name, value in _final_metrics(student, found.metric).items()
+        if name not in TRAINED
+    ]
+    _log_metrics(client, run.info.run_id, points)
+    client.log_artifact(run.info.run_id, str(path))
+    client.set_tag(run.info.run_id, "raydistill.served", digest)  # last
 
 
 def _publish_history(client: Any, run: Any, trial: Trial) -> tuple[int, int]:
@@ -169,9 +197,12 @@ def _publish_parent(
     if _is_number(found.info.get("teacher_gpu_hours")):
         points.append(("teacher_gpu_hours", float(found.info["teacher_gpu_hours"]), parent.info.start_time, 0))
     _log_metrics(client, run_id, points)
-    for path in [*report, found.sweep / "space.yaml", found.sweep / "sweep.json"]:
-        if path.exists():
-            client.log_artifact(run_id, str(path))
+    drawn = str(max(path.stat().st_mtime_ns for path in report))
+    if parent.data.tags.get("raydistill.report") != drawn:
+        for path in [*report, found.sweep / "space.yaml", found.sweep / "sweep.json"]:
+            if path.exists():
+                client.log_artifact(run_id, str(path))
+        client.set_tag(run_id, "raydistill.report", drawn)
     for key, child in children.items():
         budgets = ", ".join(name for name, chosen in found.chosen.items() if chosen and found.trial_of(chosen) == key)
         if budgets != child.data.tags.get(CHOSEN, ""):
@@ -271,14 +302,22 @@ def run_of(client: Any, found: Outcome, key: str, uri: str) -> Any:
 
 
 def _runs(client: Any, experiment: str, identity: str) -> dict[str, Any]:
-    """This sweep's runs by trial key; the parent under ""."""
+    """This sweep's runs by trial key; the parent under "".
+
+    A request that was sent again, since a proxy had given up on it, may have made a second run of a trial: of two the
+    one that was written to, which has more tags, is kept, and the other deleted.
+    """
     found: dict[str, Any] = {}
     token = None
     while True:
         text = f"tags.`raydistill.sweep` = '{identity}'"
         page = client.search_runs([experiment], text, max_results=500, page_token=token)
         for run in page:
-            found.setdefault(run.data.tags.get("raydistill.trial", ""), run)
+            key = run.data.tags.get("raydistill.trial", "")
+            other = found.setdefault(key, run)
+            if other is not run:
+                found[key], lesser = sorted((run, other), key=lambda one: len(one.data.tags), reverse=True)
+                client.delete_run(lesser.info.run_id)
         token = page.token
         if not token:
             return found
