@@ -108,6 +108,10 @@ def _one(
         on_test = f", 95 % interval [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else ""
         lines.append(f"  {found.metric} {trial.test[found.metric]:.2f} on test{on_test}")
     lines += [f"  {key} {value:.4g} ({UNITS[key]})" for key, value in best.costs.items()]
+    if "speedup" in trial.metrics:
+        lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
+    if measured := found.measured(trial):
+        lines.append(f"  milliseconds with {measured}")
     lines.append(f"  why: {choice.reason}")
     others = [c for c in choice.indistinguishable if c is not best]
     if others:
@@ -123,6 +127,7 @@ def _one(
         "score": best.score,
     }
     result |= {"interval": trial.interval, "test": trial.test, "costs": best.costs}
+    result |= {"speedup": trial.metrics.get("speedup"), "measured_with": measured or None}
     result |= {"indistinguishable": [c.label for c in choice.indistinguishable]}
     result |= {"checkpoint": str(place) if place else None, "registered": None}
     if register and place:

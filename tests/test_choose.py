@@ -78,7 +78,9 @@ def make_student(sweep: Path, key: str, number: int, score: float) -> Path:
         served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
         served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
         np.savez(folder / f"rows-validation-{decoding_name(served[-1])}.npz", validation=np.full(20, score))
-    write_json_atomic(folder / "served.json", {"decodings": served})
+    hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
+    about = {"engine": "ctranslate2 int8", "hardware": hardware}
+    write_json_atomic(folder / "served.json", {**about, "decodings": served})
     return folder
 
 
@@ -102,6 +104,12 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     card = (folder / "README.md").read_text()
     for text in ("chosen for: fast", "9.00 to 11.00", "| latency_ms (ms for a batch of 32) | 40 | 300 |", "1 beam"):
         assert text in card
+    measured = "ctranslate2 int8, some CPU, 2 threads"
+    assert "| speed-up, for a batch of 32 | 7.50x | 1.00x |" in card
+    assert f"Milliseconds with {measured}." in card
+    assert f"milliseconds with {measured}" in result.stderr
+    assert "7.50 times the teacher's speed" in result.stderr
+    assert version.tags["measured_with"] == measured
     sources = sentences(5, seed=3)
     import mlflow
 

@@ -60,7 +60,7 @@ for (const [id, lines] of Object.entries(facts)) {
 def write_report(found: Outcome) -> list[Path]:
     """Write SWEEP/table.md and, once a trial is scored, front.png, curves.png and front.html; returns the paths."""
     text = "\n\n".join(markdown_table(*part) for part in result_tables(found))
-    files = {}
+    files: dict[str, bytes] = {}
     if any(trial.scored for trial in found.trials):
         files |= {
             "front.png": front_of(found, "png"),
@@ -91,6 +91,7 @@ def page(found: Outcome) -> str:
         ("What each method cost", method_table(found)),
         *zip(("Trials", "Finalists as they serve, on real rows"), result_tables(found), strict=False),
     ]
+    measured = sorted(set(map(found.measured, found.students)))
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -103,6 +104,10 @@ def page(found: Outcome) -> str:
         "<h2>Learning curves</h2>",
         _svg(curves_of(found, "svg")),
         *[f"<h2>{title}</h2>{_table(*table)}" for title, table in tables[2:]],
+        *[
+            f"<p>Milliseconds with {html.escape(how)}.</p>"
+            for how in sorted({*map(found.measured, found.students)} - {""})
+        ],
         '<div id="facts" role="status"></div>',
         f'<script type="application/json" id="data">{_json(facts(found))}</script>',
         f"<script>{SCRIPT}</script></body></html>",
@@ -135,7 +140,8 @@ def _of_student(found: Outcome, student: Trial) -> list[str]:
     budgets = [budget for budget, key in found.chosen.items() if key == student.key]
     lines += [f"chosen for {', '.join(budgets)}"] if budgets else []
     lines += ["stopped early"] if student.status == "stopped" else []
-    return lines + _costs(student.metrics)
+    measured = found.measured(student)
+    return [*lines, *_costs(student.metrics), *([f"measured with {measured}"] if measured else [])]
 
 
 def _costs(costs: dict[str, float]) -> list[str]:
@@ -144,6 +150,7 @@ def _costs(costs: dict[str, float]) -> list[str]:
         "latency_ms_b1": "{:.1f} ms for one",
         "params_m": "{:.1f} M parameters",
     }
+    words |= {"speedup": "{:.2f} times the teacher's speed"}
     words |= {"peak_mb": "{:.0f} MB at most", "gpu_hours": "{:.3f} device-hours"}
     return [text.format(costs[key]) for key, text in words.items() if key in costs]
 

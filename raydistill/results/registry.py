@@ -55,7 +55,7 @@ def _register(sweep: Path, student: str, budget_name: str, export: Path, trackin
         version = _version(client, found.name, run, export)
         tags = {"size": trial.size, "method": trial.method, "score": trial.score(found.metric)}
         tags |= {"metric": found.metric, "latency_ms": trial.metrics.get("latency_ms"), "trial": key}
-        tags |= {"params_m": trial.metrics.get("params_m")}
+        tags |= {"params_m": trial.metrics.get("params_m"), "measured_with": found.measured(trial) or None}
         tags |= {"decoding": decoding_label(trial.decoding) if trial.decoding else None}
         for name, value in tags.items():
             if value is not None:
