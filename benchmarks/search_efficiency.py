@@ -2,25 +2,32 @@
 
 A sweep with `sampler: grid` and `stopping: off` trains every combination once and keeps every validation. Searches are
 then replayed over it, one trial at a time: what a search proposes is looked up instead of trained, and it is charged
-the device-time that it took, up to the validation at which it was stopped.
+the device-time that it took, up to the validation at which it was stopped. `--live SEED` also carries out one pair of
+real sweeps, this search and random full-length search, in fresh homes.
 
     raydistill sweep benchmarks/spaces/search_demo.yaml
-    python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 100
+    python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 100 --live 0
 """
 
 import argparse
-import statistics
+import math
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.storages import InMemoryStorage
 
 from benchmarks.common import describe_machine, write_result
 from raydistill.cluster.search import StudySearch
 from raydistill.config.console import progress
+from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Space, read_space
 from raydistill.results.figures import markdown_table
 from raydistill.results.records import Trial, curve, read_sweep, read_trials
@@ -28,41 +35,63 @@ from raydistill.results.stopping import Curve, falls_behind
 
 SHARES = (0.9, 0.95, 0.99)  # of the whole grid's hypervolume; fixed before the first replay
 MAIN = 0.95
+SEARCHES = {
+    "this search": {"sampler": "tpe", "stopping": "per_shape"},
+    "TPE, full length": {"sampler": "tpe", "stopping": "off"},
+    "random, stopped per shape": {"sampler": "random", "stopping": "per_shape"},
+    "random, full length": {"sampler": "random", "stopping": "off"},
+}
+OURS, BASELINE = "this search", "random, full length"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A trained trial: its curve with device-seconds at each validation, and what it came to in the end.
+    """A trained trial: its curve, device-seconds from its start to the end of each validation, what it came to.
 
-    `finish` are the device-seconds after the last validation, in which the best checkpoint was scored.
+    `finish` are the device-seconds after the last validation, in which the best checkpoint was scored. `score` is None
+    for a trial that failed.
     """
 
     size: str
     curve: Curve
     seconds: tuple[float, ...]
     finish: float
-    score: float
+    score: float | None
     latency: float
+
+    @property
+    def whole(self) -> float:
+        """Device-seconds of the trial at full length."""
+        return (self.seconds[-1] if self.seconds else 0.0) + self.finish
 
 
 @dataclass(frozen=True)
 class Point:
-    """A replayed trial that is over: device-seconds of the search up to its end, and what it found."""
+    """A trial that is over: device-seconds of the search up to its end, and what it found."""
 
     seconds: float
     score: float
     latency: float
 
 
-def recorded(trial: Trial, metric: str) -> Recorded:
-    """A trial of the grid."""
+def recorded(trial: Trial, metric: str, latency: float) -> Recorded:
+    """A trial that is over, charged with its start-up, training, validations and final scoring."""
     training = trial.run_config()["training"]
     devices = training["workers"] * training["threads"]
-    seconds = tuple(float(line["time_s"]) * devices for line in trial.history())
-    finish = trial.metrics["gpu_hours"] * 3600 - seconds[-1]
-    score = trial.score(metric)
-    assert score is not None
-    return Recorded(trial.size, curve(trial), seconds, finish, score, trial.metrics["latency_ms"])
+    history, start = trial.history(), trial.metrics.get("startup_s", 0.0)
+    seconds = tuple(devices * (start + line["time_s"] + line["validation_s"]) for line in history)
+    trained = devices * history[-1]["time_s"] if history else 0.0
+    finish = max(0.0, trial.metrics["gpu_hours"] * 3600 - trained)  # gpu_hours: all but start-up and last validation
+    score = trial.score(metric) if trial.scored else None
+    return Recorded(trial.size, curve(trial), seconds, finish, score, latency)
+
+
+def read_grid(sweep: Path) -> dict[str, Recorded]:
+    """The trials of a sweep that are over, by key, in the order in which they were begun."""
+    info = read_sweep(sweep)
+    latency = {size: costs["latency_ms"] for size, costs in info["shapes"].items()}
+    over = [trial for trial in read_trials(sweep) if trial.status != "running"]
+    return {t.key: recorded(t, info["metric"], latency[t.size]) for t in over}
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
@@ -75,13 +104,18 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
     return area
 
 
-def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, float, float]:
-    """How many validations a trial gets to do, and the device-seconds and the score that this comes to."""
-    for done in range(1, len(trial.curve)):
-        if search.stops_early and falls_behind(trial.curve[:done], rivals, search.grace, search.reduction):
-            score = max(score for _, score in trial.curve[:done])
-            return done, trial.seconds[done - 1] + trial.finish, score
-    return len(trial.curve), trial.seconds[-1] + trial.finish, trial.score
+def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, float, float | None]:
+    """How many validations a trial gets to do, and the device-seconds and the score that this comes to.
+
+    A trial that is stopped is charged the whole final scoring of the full one, though it is not scored on test; one
+    that failed is never stopped. Both make this search look dearer than it is.
+    """
+    if trial.score is not None and search.stops_early:
+        for done in range(1, len(trial.seconds)):
+            if falls_behind(trial.curve[:done], rivals, search.grace, search.reduction):
+                score = max(score for _, score in trial.curve[:done])
+                return done, trial.seconds[done - 1] + trial.finish, score
+    return len(trial.curve), trial.whole, trial.score
 
 
 def replay(space: Space, grid: dict[str, Recorded]) -> list[Point]:
@@ -90,45 +124,46 @@ def replay(space: Space, grid: dict[str, Recorded]) -> list[Point]:
     seen: list[tuple[str, Curve]] = []
     seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="raydistill-replay-") as folder:
-        searcher = StudySearch(space, Path(folder))
-        while len(points) < len(grid):
-            proposal = searcher.suggest(str(len(points)))
+        searcher = StudySearch(space, Path(folder), storage=InMemoryStorage())
+        for number in map(str, range(len(grid))):
+            proposal = searcher.suggest(number)
             if not isinstance(proposal, dict):
                 break
             trial = grid[proposal["key"]]
             rivals = [other for size, other in seen if size == trial.size]
             done, took, score = cut(trial, rivals, space.search)
             seconds += took
-            seen.append((trial.size, trial.curve[:done]))
-            points.append(Point(seconds, score, trial.latency))
-            report = {"finished": True, "status": "done", "score": score, "latency_ms": trial.latency}
-            searcher.on_trial_complete(str(len(points) - 1), report)
+            report: dict[str, Any] = {"finished": True, "status": "failed"}
+            if score is not None:
+                seen.append((trial.size, trial.curve[:done]))
+                points.append(Point(seconds, score, trial.latency))
+                report |= {"status": "done", "score": score, "latency_ms": trial.latency}
+            searcher.on_trial_complete(number, report)
     return points
 
 
-def seconds_to(points: Sequence[Point], target: float, reference: tuple[float, float]) -> float | None:
-    """Device-seconds until a search's hypervolume has reached `target`; None where it never does."""
+def seconds_to(points: Sequence[Point], target: float, reference: tuple[float, float]) -> float:
+    """Device-seconds until a search's hypervolume has reached `target`; infinite where it never does."""
     for n in range(1, len(points) + 1):
         if hypervolume([(p.score, p.latency) for p in points[:n]], reference) >= target:
             return points[n - 1].seconds
-    return None
+    return math.inf
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the medians, with its 95 % interval over the seeds (both resampled)."""
+    """Ratio of the medians, with its 95 % interval over the seeds (both resampled).
+
+    Infinite where half of ours never got there; 0 where half of theirs did not.
+    """
     rng = np.random.default_rng(0)
     draws = [np.median(rng.choice(np.asarray(values), (2000, len(values))), axis=1) for values in (ours, theirs)]
-    low, high = np.percentile(draws[0] / draws[1], [2.5, 97.5])
-    return statistics.median(ours) / statistics.median(theirs), float(low), float(high)
+    low, high = np.percentile(_ratio(*draws), [2.5, 97.5], method="inverted_cdf")
+    return float(_ratio(np.median(ours), np.median(theirs))), float(low), float(high)
 
 
-SEARCHES = {
-    "this search": {"sampler": "tpe", "stopping": "per_shape"},
-    "TPE, full length": {"sampler": "tpe", "stopping": "off"},
-    "random, stopped per shape": {"sampler": "random", "stopping": "per_shape"},
-    "random, full length": {"sampler": "random", "stopping": "off"},
-}
-BASELINE = "random, full length"
+def _ratio(ours: Any, theirs: Any) -> Any:
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isinf(ours), np.inf, ours / theirs)
 
 
 def replay_all(space: Space, grid: dict[str, Recorded], seeds: int) -> dict[str, list[list[Point]]]:
@@ -142,22 +177,89 @@ def replay_all(space: Space, grid: dict[str, Recorded], seeds: int) -> dict[str,
 
 
 def rows_of(
-    found: dict[str, list[list[Point]]], share: float, target: float, reference: tuple[float, float]
+    found: dict[str, list[list[Point]]], share: float, target: float, reference: tuple[float, float], passes: float
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """The table's rows, and the same with more digits, for one share of the grid's hypervolume."""
-    reached = {name: [seconds_to(points, target, reference) for points in runs] for name, runs in found.items()}
-    times = {
-        name: [points[-1].seconds if t is None else t for t, points in zip(reached[name], runs, strict=True)]
-        for name, runs in found.items()
-    }
+    """The table's rows, and the same with more digits, for one share of the grid's hypervolume.
+
+    `passes` are the device-seconds of the teacher's passes, which every search needs alike before its first trial.
+    """
+    times = {name: [seconds_to(points, target, reference) for points in runs] for name, runs in found.items()}
     rows, data = [], []
     for name, values in times.items():
-        ratio, low, high = compare(values, times[BASELINE])
-        quartiles = " / ".join(f"{q:.0f}" for q in np.percentile(values, [25, 50, 75]))
-        there = f"{sum(t is not None for t in reached[name])} of {len(values)}"
+        alone = compare(values, times[BASELINE])
+        whole = compare([t + passes for t in values], [t + passes for t in times[BASELINE]])
+        quartiles = " / ".join(_shown(q, 0) for q in np.percentile(values, [25, 50, 75], method="inverted_cdf"))
+        there = sum(map(math.isfinite, values)) / len(values)
         mark = f"{share:.0%}{' (main)' if share == MAIN else ''}"
-        rows.append([mark, name, quartiles, f"{ratio:.2f} [{low:.2f}, {high:.2f}]", there])
-        data.append({"share": share, "search": name, "seconds": values, "ratio": [ratio, low, high]})
+        rows.append([mark, name, quartiles, _with_interval(alone), _with_interval(whole), f"{there:.0%}"])
+        data.append(
+            {
+                **{"share": share, "search": name, "got_there": there, "seconds": _finite(values)},
+                **{"ratio": _finite(alone), "ratio_with_passes": _finite(whole)},
+            }
+        )
+    return rows, data
+
+
+def _shown(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "never"
+
+
+def _with_interval(found: tuple[float, float, float]) -> str:
+    ratio, low, high = (_shown(value, 2) for value in found)
+    return f"{ratio} [{low}, {high}]"
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    """As JSON has it: null for what is infinite."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def live(sweep: Path, seed: int, trials: int) -> dict[str, list[Point]]:
+    """This search and random full-length search as real sweeps over the grid's space, each in a fresh home.
+
+    One trial at a time, as in the replays. The shapes' latencies are the grid's, so that hypervolumes compare.
+    """
+    found = {}
+    for name in (OURS, BASELINE):
+        with tempfile.TemporaryDirectory(prefix="raydistill-live-") as folder:
+            place = Path(folder)
+            _furnish(place, sweep.absolute().parents[1])
+            changes = {**SEARCHES[name], "seed": seed, "trials": trials, "concurrent": 1}
+            settings = [f"search.{key}={value}" for key, value in changes.items()]
+            settings += ["points=[]", "budgets={}", "tracking_uri=null"]
+            command = [sys.executable, "-m", "raydistill.sweep", str(sweep / "space.yaml")]
+            command += [part for setting in settings for part in ("--set", setting)]
+            subprocess.run(command, env={**os.environ, "RAYDISTILL_HOME": folder}, stdout=sys.stderr, check=True)
+            seconds, points = 0.0, []
+            for trial in read_grid(place / "sweeps" / sweep.name).values():
+                seconds += trial.whole
+                if trial.score is not None:
+                    points.append(Point(seconds, trial.score, trial.latency))
+            found[name] = points
+    return found
+
+
+def _furnish(place: Path, home: Path) -> None:
+    """A fresh home with nothing but the demo's teacher, where the grid had it, and the measured latencies."""
+    shutil.copy(home / "latency.json", place)
+    if (teacher := home / "runs" / DEMO_TEACHER_RUN).is_dir():
+        shutil.copytree(teacher, place / "runs" / DEMO_TEACHER_RUN)
+
+
+def live_rows(
+    found: dict[str, list[Point]], whole: float, reference: tuple[float, float]
+) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """The live pair's table, and the same with more digits."""
+    rows, data = [], []
+    for name, points in found.items():
+        times = [seconds_to(points, share * whole, reference) for share in SHARES]
+        reached = hypervolume([(p.score, p.latency) for p in points], reference) / whole
+        rows.append(
+            [name, str(len(points)), f"{points[-1].seconds:.0f}", f"{reached:.1%}", *(_shown(t, 0) for t in times)]
+        )
+        each = [[p.seconds, p.score, p.latency] for p in points]
+        data.append({"live": name, "points": each, "reached": reached, "seconds": _finite(times)})
     return rows, data
 
 
@@ -166,27 +268,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("sweep", type=Path, help="folder of the finished grid sweep")
     parser.add_argument("--seeds", type=int, default=100)
-    arguments = parser.parse_args()
+    parser.add_argument("--live", type=int, metavar="SEED", help="also carry out one pair of real sweeps")
+    parser.add_argument("--live-trials", type=int, help="how many trials each has; default: a third of the grid")
+    options = parser.parse_args()
     machine = describe_machine()
-    info = read_sweep(arguments.sweep)
-    teacher, metric = info["teacher"], info["metric"]
-    grid = {t.key: recorded(t, metric) for t in read_trials(arguments.sweep) if t.status == "done"}
-    reference = (teacher["metrics"][metric] / 2, teacher["costs"]["latency_ms"])
-    whole = hypervolume([(t.score, t.latency) for t in grid.values()], reference)
-    found = replay_all(read_space(arguments.sweep / "space.yaml"), grid, arguments.seeds)
-    parts = [rows_of(found, share, share * whole, reference) for share in SHARES]
-    header = ["of the grid's hypervolume", "search", "device-seconds (quartiles)", "of random's", "got there"]
-    text = (
-        f"Grid: {arguments.sweep.name}, {len(grid)} trials of {len({t.size for t in grid.values()})} shapes, "
-        f"{sum(t.seconds[-1] + t.finish for t in grid.values()):.0f} device-seconds in all. {arguments.seeds} seeds. "
-        f"Reference point: half the teacher's score ({reference[0]:.2f}) and its latency ({reference[1]:.1f} ms). A "
-        f"replay that never gets there is charged all that it ran.\n\n"
-        + markdown_table(header, [row for rows, _ in parts for row in rows])
-    )
-    place = write_result(
-        "search_efficiency", "Search efficiency", text, [d for _, data in parts for d in data], machine
-    )
+    info, grid = read_sweep(options.sweep), read_grid(options.sweep)
+    passes = 3600 * float(info["teacher_gpu_hours"])
+    reference = (info["teacher"]["metrics"][info["metric"]] / 2, info["teacher"]["costs"]["latency_ms"])
+    whole = hypervolume([(t.score, t.latency) for t in grid.values() if t.score is not None], reference)
+    found = replay_all(read_space(options.sweep / "space.yaml"), grid, options.seeds)
+    parts = [rows_of(found, share, share * whole, reference, passes) for share in SHARES]
+    header = ["of the grid's hypervolume", "search", "device-seconds (quartiles)", "of random's"]
+    header += ["with the teacher's passes", "got there"]
+    text = about(options, grid, reference, passes) + markdown_table(header, [row for rows, _ in parts for row in rows])
+    data = [d for _, part in parts for d in part]
+    if options.live is not None:
+        pair = live(options.sweep, options.live, options.live_trials or len(grid) // 3)
+        rows, more = live_rows(pair, whole, reference)
+        header = ["live", "trials", "device-seconds in all", "of the grid's hypervolume"]
+        text += "\n\n" + markdown_table([*header, *(f"device-seconds to {share:.0%}" for share in SHARES)], rows)
+        data += more
+    place = write_result("search_efficiency", "Search efficiency", text, data, machine)
     print(place.read_text(encoding="utf-8"))
+
+
+def about(options: argparse.Namespace, grid: dict[str, Recorded], reference: tuple[float, float], passes: float) -> str:
+    """What the figures are of."""
+    failed = sum(trial.score is None for trial in grid.values())
+    return (
+        f"Grid: {options.sweep.name}, {len(grid)} trials ({failed} failed) of {len({t.size for t in grid.values()})} "
+        f"shapes, {sum(t.whole for t in grid.values()):.0f} device-seconds in all, start-up, validations and final "
+        f"scoring counted; the teacher's passes took {passes:.0f}, the same for every search. {options.seeds} seeds. "
+        f"Reference point: half the teacher's score ({reference[0]:.2f}) and its latency ({reference[1]:.1f} ms). A "
+        f"stopped trial is charged the final scoring of the full one. A replay that never gets there counts as "
+        f"infinitely long.\n\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`python -m raydistill.choose SWEEP --within latency_ms=900`: the best checkpoint within a budget."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +32,8 @@ def choose(
     """The best student of a sweep within a budget, and how to load it; registers it in MLflow.
 
     Where a cheaper student's score cannot be told from the highest (paired bootstrap, 95 %), the cheaper one is
-    taken. Without `--within`, the budgets of the space are used.
+    taken. Without `--within`, the budgets of the space are used. The student is handed over as a folder under the
+    sweep's `exports/`, with its chosen decoding and a model card.
 
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
@@ -89,7 +91,7 @@ def _budgets(
 def _one(
     found: "Outcome", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, json: bool
 ) -> dict[str, Any]:
-    """Show one budget's choice, register it, and return it for `--json`."""
+    """Show one budget's choice, hand it over, register it, and return it for `--json`."""
     from raydistill.results.budget import UNITS, describe_bounds
 
     result: dict[str, Any] = {"budget": budget, "bounds": bounds, "reason": choice.reason, "key": None}
@@ -106,14 +108,17 @@ def _one(
         on_test = f", 95 % interval [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else ""
         lines.append(f"  {found.metric} {trial.test[found.metric]:.2f} on test{on_test}")
     lines += [f"  {key} {value:.4g} ({UNITS[key]})" for key, value in best.costs.items()]
+    if "speedup" in trial.metrics:
+        lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
+    if measured := found.measured(trial):
+        lines.append(f"  milliseconds with {measured}")
     lines.append(f"  why: {choice.reason}")
     others = [c for c in choice.indistinguishable if c is not best]
     if others:
         lines.append(f"  also not distinguishable: {', '.join(f'{c.label} {c.score:.2f}' for c in others)}")
-    lines.append(f"  checkpoint: {trial.checkpoint or 'missing: it was deleted'}")
     show("\n".join(lines), json)
-    if trial.checkpoint:
-        show(_how_to_load(str(trial.checkpoint)), json)
+    place = _export(found, best.key, budget)
+    show(_how_to_load(place) if place else "  checkpoint: missing: it was deleted", json)
     result |= {
         "key": trial.folder.name,
         "decoding": trial.decoding,
@@ -122,31 +127,40 @@ def _one(
         "score": best.score,
     }
     result |= {"interval": trial.interval, "test": trial.test, "costs": best.costs}
+    result |= {"speedup": trial.metrics.get("speedup"), "measured_with": measured or None}
     result |= {"indistinguishable": [c.label for c in choice.indistinguishable]}
-    result |= {"checkpoint": str(trial.checkpoint) if trial.checkpoint else None, "registered": None}
-    if register and trial.checkpoint:
-        result["registered"] = _register(found, best.key, budget, json)
+    result |= {"checkpoint": str(place) if place else None, "registered": None}
+    if register and place:
+        result["registered"] = _register(found, best.key, budget, place, json)
     return result
 
 
-def _how_to_load(checkpoint: str) -> str:
+def _export(found: "Outcome", key: str, budget: str) -> Path | None:
+    """The folder to hand over, which decodes as was chosen; None where the checkpoint is gone."""
+    from raydistill.cluster.export import export
+
+    return export(found, key, budget) if found.student(key).checkpoint else None
+
+
+def _how_to_load(place: Path) -> str:
     return (
+        f"  checkpoint: {place}\n"
         "  to load it:\n"
         "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n"
-        f'    tokenizer = AutoTokenizer.from_pretrained("{checkpoint}")\n'
-        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{checkpoint}")'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
+        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{place}")'
     )
 
 
-def _register(found: "Outcome", key: str, budget: str, json: bool) -> dict[str, str] | None:
+def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) -> dict[str, str] | None:
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
-    from raydistill.cluster.export import export
-    from raydistill.results.tracking import TrackingDown, register_choice, ui_command
+    from raydistill.results.registry import register_choice
+    from raydistill.results.store import TrackingDown, ui_command
 
     try:
-        registered = register_choice(found.sweep, key, budget, export(found, key))
+        registered = register_choice(found.sweep, key, budget, place)
     except TrackingDown as error:
         progress(f"not registered: {error}. The same command again registers it")
         return None

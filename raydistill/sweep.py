@@ -1,11 +1,12 @@
 """`raydistill sweep`: the whole search, from a space file to the front and the choice per budget."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, run_app, show
+from raydistill.config.console import finish, home, make_app, progress, run_app, show
 
 app = make_app()
 
@@ -30,9 +31,8 @@ def sweep(
     checked = read_space(space, settings)
     folder = home() / "sweeps" / checked.name
     from raydistill.config.presets import check_teacher
-    from raydistill.results.tracking import check_tracking
 
-    check_tracking(checked.tracking_uri)
+    _check_tracking(checked.tracking_uri, folder)
     if isinstance(checked.run.get("teacher"), str) and not dry_run:
         check_teacher(checked.run["teacher"])
     if dry_run:
@@ -44,11 +44,22 @@ def sweep(
         return
     from raydistill.cluster.sweep import run_sweep
 
-    result = run_sweep(checked, folder)
-    show(result["text"], as_json)
-    finish({k: v for k, v in result.items() if k != "text"}, as_json)
-    if result["died"]:
+    result = run_sweep(checked, folder, partial(show, as_json=as_json))
+    finish(result, as_json)
+    if not result["whole"]:
         raise typer.Exit(1)
+
+
+def _check_tracking(uri: str | None, folder: Path) -> None:
+    """A store that does not answer is refused before a sweep begins; one that has begun goes on without it."""
+    from raydistill.results.store import TrackingDown, check_tracking
+
+    try:
+        check_tracking(uri)
+    except TrackingDown as error:
+        if not (folder / "space.yaml").is_file():
+            raise
+        progress(f"{error} The sweep goes on; what is missing is published later")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from raydistill.cluster.export import export
-from raydistill.results import records, tracking
+from raydistill.results import records, registry, store, tracking
 from raydistill.results.page import write_report
 from tests.test_choose import make_student
 from tests.test_tracking import make_trial, sweep
@@ -53,7 +53,7 @@ def chosen(sweep: Path) -> tuple[Path, records.Outcome]:
     tracking.publish(sweep, finished=True)
     found = records.outcome(sweep)
     key = str(found.chosen["fast"])
-    tracking.register_choice(sweep, key, "fast", export(found, key))
+    registry.register_choice(sweep, key, "fast", export(found, key))
     return sweep, found
 
 
@@ -63,7 +63,7 @@ def ui(chosen: tuple[Path, records.Outcome]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = tracking.ui_command().replace("5000", str(port)).split()
+    command = store.ui_command().replace("5000", str(port)).split()
     server = subprocess.Popen(
         [sys.executable, "-m", *command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -93,7 +93,7 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     browser: Any, ui: str, chosen: tuple[Path, records.Outcome]
 ) -> None:
     _, found = chosen
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     experiment = client.get_experiment_by_name(found.name).experiment_id
     browser.get(f"{ui}/#/experiments/{experiment}/runs")
     parent = browser.find_element("link text", found.name)

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from raydistill.choose import parse_bounds
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.results import tracking
+from raydistill.results import store
 from raydistill.results.records import decoding_name
 from tests.test_tracking import make_trial, sweep
 from tests.tiny import save_tiny, sentences
@@ -78,7 +78,9 @@ def make_student(sweep: Path, key: str, number: int, score: float) -> Path:
         served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
         served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
         np.savez(folder / f"rows-validation-{decoding_name(served[-1])}.npz", validation=np.full(20, score))
-    write_json_atomic(folder / "served.json", {"decodings": served})
+    hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
+    about = {"engine": "ctranslate2 int8", "hardware": hardware}
+    write_json_atomic(folder / "served.json", {**about, "decodings": served})
     return folder
 
 
@@ -92,20 +94,27 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     assert (choice["budget"], choice["key"], choice["score"]) == ("fast", "a", 10.0)
     assert choice["decoding"] == {"beams": 1, "length_penalty": 1.0}
     assert choice["registered"]["uri"] == "models:/mini@fast"
-    assert "from_pretrained" in result.stderr
+    assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
+    assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
 
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert version.tags["decoding"] == "1 beam"
     folder = Path(version.source.removeprefix("file://"))
     card = (folder / "README.md").read_text()
     for text in ("chosen for: fast", "9.00 to 11.00", "| latency_ms (ms for a batch of 32) | 40 | 300 |", "1 beam"):
         assert text in card
+    measured = "ctranslate2 int8, some CPU, 2 threads"
+    assert "| speed-up, for a batch of 32 | 7.50x | 1.00x |" in card
+    assert f"Milliseconds with {measured}." in card
+    assert f"milliseconds with {measured}" in result.stderr
+    assert "7.50 times the teacher's speed" in result.stderr
+    assert version.tags["measured_with"] == measured
     sources = sentences(5, seed=3)
     import mlflow
 
-    mlflow.set_tracking_uri(tracking.default_uri())
-    mlflow.set_registry_uri(tracking.default_uri())
+    mlflow.set_tracking_uri(store.default_uri())
+    mlflow.set_registry_uri(store.default_uri())
     written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.num_beams == 1
@@ -122,6 +131,27 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     found = translator.translate_batch(tokens, target_prefix=first, beam_size=1, max_decoding_length=most)
     ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
+
+
+def test_without_registering_the_folder_to_load_decodes_as_was_chosen_and_says_for_what(sweep: Path) -> None:
+    make_student(sweep, "a", 0, 10.0)
+    result = run("mini", "--within", "latency_ms=45", "--name", "cheap", "--no-register", "--json")
+    assert result.returncode == 0, result.stderr
+    (choice,) = json.loads(result.stdout)["choices"]
+    assert choice["decoding"]["beams"] == 1
+    assert choice["registered"] is None
+    folder = Path(choice["checkpoint"])
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert model.generation_config.num_beams == 1  # the trial's own are 4
+    assert "chosen for: fast, cheap." in (folder / "README.md").read_text()
+    assert not (sweep.parent.parent / "mlflow.db").exists()
+    for file in (sweep / "trials" / "a" / "best").iterdir():
+        file.unlink()
+    (sweep / "trials" / "a" / "best").rmdir()
+    gone = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
+    assert gone.returncode == 0, gone.stderr
+    assert json.loads(gone.stdout)["choices"][0]["checkpoint"] is None
+    assert "missing: it was deleted" in gone.stderr
 
 
 def test_nothing_fits_ends_with_2_and_the_nearest_miss(sweep: Path) -> None:

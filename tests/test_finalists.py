@@ -33,18 +33,29 @@ def test_every_decoding_once_the_own_first_and_no_penalty_for_one_beam():
 
 
 def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
-    """a and b are the front of latency; c is best under the budget on parameters; d is none of these."""
-    info = {"name": "m", "metric": "rouge2", "teacher": {"costs": {}}, "budgets": {"small": {"params_m": 2.5}}}
+    """a and b are the front of latency, c of parameters, d of device-hours, e is chosen, f is nothing.
+
+    No budget bounds parameters or device-hours alone: that is for a later `choose`.
+    """
+    info = {"name": "m", "metric": "rouge2", "teacher": {"costs": {}}}
+    info["budgets"] = {"both": {"params_m": 2.5, "latency_ms": 55}}
     write_json_atomic(tmp_path / "sweep.json", info)
-    for number, (key, score, latency, params) in enumerate(
-        [("a", 10.0, 50.0, 3.0), ("b", 20.0, 90.0, 4.0), ("c", 9.0, 60.0, 2.0), ("d", 8.0, 70.0, 5.0)]
+    for number, (key, score, latency, params, hours) in enumerate(
+        [
+            ("a", 10.0, 50.0, 3.0, 2.0),
+            ("b", 20.0, 90.0, 4.0, 2.0),
+            ("c", 9.0, 60.0, 2.0, 2.0),
+            ("d", 8.0, 70.0, 5.0, 1.0),
+            ("e", 7.0, 55.0, 2.5, 2.0),
+            ("f", 6.0, 70.0, 5.0, 2.0),
+        ]
     ):
         path = make_trial(tmp_path, key, number, score) / "result.json"
         result = json.loads(path.read_text())
-        result["metrics"] |= {"latency_ms": latency, "params_m": params}
+        result["metrics"] |= {"latency_ms": latency, "params_m": params, "gpu_hours": hours}
         write_json_atomic(path, result)
         np.savez(path.parent / "rows.npz", validation=np.full(20, score))
-    assert [trial.key for trial in finalists(tmp_path)] == ["a", "b", "c"]
+    assert [trial.key for trial in finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
 
 
 def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict]:

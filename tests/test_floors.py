@@ -28,7 +28,7 @@ BELOW = {
 ONLY_IN = {
     "ray": {"cluster", "commands"},
     "optuna": {"cluster", "commands"},
-    "mlflow": {"results/tracking.py"},
+    "mlflow": {"results/store.py", "results/tracking.py", "results/registry.py"},
     "matplotlib": {"results"},
     "ctranslate2": {"model"},
     "datasets": {"data"},

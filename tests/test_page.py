@@ -31,7 +31,7 @@ def sweep(tmp_path: Path) -> Path:
     for beams, score, milliseconds in ((4, 10.0, 90.0), (1, 8.0, 30.0)):
         one = {"beams": beams, "length_penalty": 0.6, "metrics": {"rouge2": score}, "interval": [score - 1, score + 1]}
         decodings.append({**one, "costs": {"latency_ms": milliseconds}})
-    write_json_atomic(tmp_path / "trials" / "a" / "served.json", {"decodings": decodings})
+    write_json_atomic(tmp_path / "trials" / "a" / "served.json", {"engine": "ctranslate2 fp32", "decodings": decodings})
     return tmp_path
 
 
@@ -58,6 +58,9 @@ def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhe
         "decoder layers copied: 0",
     ]
     assert "ROUGE-2 8.00 [7.00, 9.00] on validation" in shown["student-a_b1"]
+    assert shown["student-a_b1"][-1] == "measured with ctranslate2 fp32"
+    assert "10.00 times the teacher's speed" in shown["student-a_b1"]
+    assert "<p>Milliseconds with ctranslate2 fp32.</p>" in text
     assert shown["teacher"][0] == "teacher big (4-4)"
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     assert data is not None

@@ -1,10 +1,34 @@
-"""The replay's arithmetic, by hand."""
+"""The replay's arithmetic, by hand; and the live pair on a tiny world."""
 
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
+import yaml
 
-from benchmarks.search_efficiency import Point, Recorded, compare, cut, hypervolume, replay, seconds_to
+from benchmarks.search_efficiency import (
+    Point,
+    Recorded,
+    compare,
+    cut,
+    hypervolume,
+    live,
+    live_rows,
+    read_grid,
+    recorded,
+    replay,
+    rows_of,
+    seconds_to,
+)
 from raydistill.cluster.search import key_of
-from raydistill.config.space import Space, corners, resolve
+from raydistill.config.files import write_json_atomic
+from raydistill.config.space import Space, corners, read_space, resolve
+from raydistill.results.records import read_trials
+from tests.test_tracking import make_trial
+from tests.world import command, last_json, make_world
 
 
 def test_hypervolume_by_hand():
@@ -18,12 +42,32 @@ def test_time_to_a_hypervolume():
     points = [Point(10, 3, 2), Point(25, 5, 6)]
     assert seconds_to(points, 16, (1, 10)) == 10
     assert seconds_to(points, 24, (1, 10)) == 25
-    assert seconds_to(points, 25, (1, 10)) is None
+    assert seconds_to(points, 25, (1, 10)) == math.inf
 
 
 def test_ratio_of_medians():
     ratio, low, high = compare([1.0] * 9, [4.0] * 9)
     assert (ratio, low, high) == (0.25, 0.25, 0.25)
+
+
+def test_a_search_that_never_gets_there_took_infinitely_long():
+    never = math.inf
+    assert compare([never] * 9, [4.0] * 9) == (never, never, never)
+    assert compare([4.0] * 9, [never] * 9) == (0, 0, 0)
+    assert compare([never] * 9, [never] * 9) == (never, never, never)
+    assert compare([1.0, 1.0, 1.0, never], [4.0] * 4)[0] == 0.25
+    short, long = [Point(10, 3, 2)], [Point(10, 3, 2), Point(90, 5, 6)]
+    found = {"this search": [short, short, long], "random, full length": [long, long, long]}
+    rows, data = rows_of(found, 0.95, 24, (1, 10), 110)
+    assert rows[0][2:] == ["90 / never / never", "never [1.00, never]", "never [1.00, never]", "33%"]
+    assert data[0]["seconds"] == [None, None, 90]
+    json.dumps(data, allow_nan=False)
+
+
+def test_teacher_passes_are_added_to_every_search():
+    found = {"this search": [[Point(10, 5, 6)]], "random, full length": [[Point(90, 5, 6)]]}
+    rows, _ = rows_of(found, 0.95, 16, (1, 10), 110)
+    assert rows[0][2:] == ["10 / 10 / 10", "0.11 [0.11, 0.11]", "0.60 [0.60, 0.60]", "100%"]  # 10 / 90, 120 / 200
 
 
 SPACE = Space.model_validate(
@@ -49,6 +93,28 @@ def test_a_trial_that_is_stopped_is_charged_what_it_ran_and_its_scoring():
     weak = record("2-2", 4.0)
     assert cut(weak, [], SPACE.search) == (4, 45.0, 4.0)
     assert cut(weak, [record("2-2", 8.0).curve], SPACE.search) == (1, 15.0, 1.0)
+    assert cut(replace(weak, score=None), [record("2-2", 8.0).curve], SPACE.search) == (4, 45.0, None)  # it failed
+
+
+def test_start_up_training_validations_and_scoring_are_all_charged(tmp_path: Path):
+    """Two devices. 3 s to start; validations at 5 and 9 s of training, 1 and 2 s long; 4 s of scoring at the end."""
+    folder = make_trial(tmp_path, "a", 0, 10.0)
+    run = json.loads((folder / "run.json").read_text())
+    write_json_atomic(folder / "run.json", {**run, "training": {"workers": 1, "threads": 2}})
+    lines = [
+        {"time_s": 5.0, "validation_s": 1.0, "progress": 0.5, "score": 9.0},
+        {"time_s": 9.0, "validation_s": 2.0, "progress": 1.0, "score": 10.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = json.loads((folder / "result.json").read_text())
+    result["metrics"] |= {"startup_s": 3.0, "gpu_hours": 2 * (9 + 4) / 3600}
+    write_json_atomic(folder / "result.json", result)
+    (trial,) = read_trials(tmp_path)
+    found = recorded(trial, "rouge2", 7.0)
+    assert found.seconds == (2 * (3 + 5 + 1), 2 * (3 + 9 + 2))
+    assert found.finish == pytest.approx(2 * 4)
+    assert found.whole == pytest.approx(2 * (3 + 9 + 2 + 4))
+    assert (found.score, found.latency, found.curve) == (10.0, 7.0, [(0.5, 9.0), (1.0, 10.0)])
 
 
 @pytest.mark.parametrize(("stopping", "seconds"), [("per_shape", {120.0, 150.0, 180.0}), ("off", {180.0})])
@@ -65,3 +131,48 @@ def test_a_replay_tries_all_of_the_grid_once(stopping: str, seconds: set[float])
         totals.add(points[-1].seconds)
     assert totals <= seconds
     assert hypervolume([(p.score, p.latency) for p in points], (0, 10)) == 8 * 6
+
+
+def test_a_trial_that_fails_costs_its_time_and_finds_nothing():
+    runs = [resolve(SPACE, chosen, "s") for chosen in corners(SPACE.run)]
+    grid = {key_of(run): replace(record(str(run.student.size), 4.0), score=None) for run in runs}
+    alive = key_of(runs[0])
+    grid[alive] = record(str(runs[0].student.size), 4.0)
+    ends = set()
+    for seed in range(12):
+        space = SPACE.model_copy(update={"search": SPACE.search.model_copy(update={"seed": seed})})
+        ends |= {tuple(p.seconds for p in replay(space, grid))}
+    assert ends <= {(45.0,), (90.0,), (135.0,), (180.0,)}
+    assert len(ends) > 1
+
+
+def test_the_demos_grid_has_about_110_trials():
+    space = read_space(Path(__file__).parent.parent / "benchmarks/spaces/search_demo.yaml")
+    combinations = len(list(corners(space.run)))
+    assert combinations == space.search.trials
+    assert 100 <= combinations <= 120
+
+
+@pytest.mark.slow
+def test_the_live_pair_is_two_real_sweeps_judged_by_the_grids_hypervolume(tmp_path: Path):
+    teacher, data = make_world(tmp_path)
+    run = {
+        "teacher": str(teacher),
+        "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+        "student": {"size": {"choice": ["2-2", "2-1"]}},
+        "training": {"learning_rate": {"choice": [1e-3, 1e-4]}, "epochs": 4, "batch_size": 8, "patience": 99},
+        "decoding": {"beams": 1, "max_length": 12},
+    }
+    search = {"trials": 4, "sampler": "grid", "stopping": "off", "decoding": {"beams": []}}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"name": "grid", "run": run, "search": search}))
+    sweep = Path(last_json(command(tmp_path / "outputs", "sweep", path, "--json"))["sweep"])
+    grid = read_grid(sweep)
+    pair = live(sweep, 3, 2)
+    assert [len(points) for points in pair.values()] == [2, 2]
+    for points in pair.values():
+        assert 0 < points[0].seconds < points[1].seconds
+        assert {point.latency for point in points} <= {trial.latency for trial in grid.values()}
+    rows, kept = live_rows(pair, 1.0, (0.0, 1e9))
+    assert [row[0] for row in rows] == list(pair)
+    assert all(np.isfinite(one["reached"]) for one in kept)

@@ -16,7 +16,7 @@ from raydistill.config.secrets import hidden, hidden_in
 from raydistill.config.space import read_space
 from raydistill.model import teachers
 from raydistill.model.checkpoints import weight_files
-from raydistill.results import records, tracking
+from raydistill.results import records, store, tracking
 from tests.test_teachers import Malicious, pickle_instead
 from tests.test_tracking import make_trial, runs_of, sweep  # noqa: F401 (a fixture)
 from tests.tiny import save_tiny
@@ -251,8 +251,8 @@ def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch
     assert run.data.params["teacher"] == "http://***@host/t"
     assert run.data.params["labels"] == '["***"]'
     assert run.data.tags["raydistill.reason"] == "401: ***"
-    with sqlite3.connect(tracking.default_uri().removeprefix("sqlite:///")) as store:
-        dump = "\n".join(store.iterdump())
+    with sqlite3.connect(store.default_uri().removeprefix("sqlite:///")) as database:
+        dump = "\n".join(database.iterdump())
     assert not re.search("hunter22|tell-nobody", dump)
     (tmp_path / "key").write_text("private")
     (make_trial(sweep, "b", 1, 9.0) / "best" / "key").symlink_to(tmp_path / "key")

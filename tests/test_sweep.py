@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -207,7 +208,7 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     assert "kd_xsum" in json.dumps(chosen)
 
 
-KILL_SPACE = {
+KILL_SPACE: dict[str, Any] = {
     "name": "killed",
     "run": {
         "method": {"choice": ["sft", "kd"]},

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
-from raydistill.results import records, tracking
+from raydistill.results import records, registry, store, tracking
 
 
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
@@ -68,11 +68,12 @@ def exported(sweep: Path, key: str) -> Path:
     folder = sweep / "exports" / key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "raydistill.json").write_text("{}")
+    (folder / "README.md").write_text("chosen for fast")
     return folder
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     experiment = client.get_experiment_by_name("mini")
     found = client.search_runs([experiment.experiment_id])
     assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
@@ -107,7 +108,7 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
     }
     assert after["c"].data.tags["raydistill.reason"] == "out of memory"
     assert all(after[k].data.tags["mlflow.parentRunId"] == first.parent_run_id for k in "abc")
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     history = client.get_metric_history(after["b"].info.run_id, "val_loss")
     assert [(m.step, m.value) for m in history] == [(10, 2.0), (20, 1.0), (30, 0.5)]
     final = after["b"].data.metrics
@@ -130,7 +131,7 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
     tracking.publish(sweep)
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     run_id = runs_of(sweep)["a"].info.run_id
     for tag in ("raydistill.done", "raydistill.lines"):  # as if killed after the metrics, before their tags
         client.delete_tag(run_id, tag)
@@ -139,6 +140,64 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
     assert runs_of(sweep)["a"].info.run_id == run_id
     assert runs_of(sweep)["a"].info.status == "FINISHED"
     assert len(client.get_metric_history(run_id, "val_loss")) == 2
+
+
+def test_a_run_that_was_created_twice_stands_once(sweep: Path) -> None:
+    """As a server behind a proxy does that gives up after the run was made, so that the request is sent again."""
+    make_trial(sweep, "a", 0, 10.0)
+    parent = tracking.publish(sweep).parent_run_id
+    client = store.client_of(store.default_uri())
+    kept = runs_of(sweep)["a"]
+    tags = {k: kept.data.tags[k] for k in ("raydistill.sweep", "raydistill.trial", "mlflow.parentRunId")}
+    for one in (tags, {"raydistill.sweep": tags["raydistill.sweep"]}):
+        client.create_run(kept.info.experiment_id, tags=one)
+    tracking.publish(sweep)
+    after = runs_of(sweep)
+    assert {key: run.info.run_id for key, run in after.items()} == {"": parent, "a": kept.info.run_id}
+
+
+def test_what_serving_found_is_logged_after_the_trial_is_done_and_once(sweep: Path) -> None:
+    folder = make_trial(sweep, "a", 0, 10.0)
+    tracking.publish(sweep)
+    costs = {"latency_ms": 50.0, "latency_ms_b1": 2.0}
+    one = {"beams": 4, "length_penalty": 1.0, "metrics": {"rouge2": 10.0}, "interval": [9, 11], "costs": costs}
+    two = {**one, "beams": 1, "metrics": {"rouge2": 8.0}, "costs": {**costs, "latency_ms": 30.0}}
+    write_json_atomic(folder / "served.json", {"decodings": [one]})
+    tracking.publish(sweep)
+    tested = {"test": {"rouge2": 7.0, "interval": [6, 9]}}
+    write_json_atomic(folder / "served.json", {"decodings": [one, {**two, **tested}]})
+    for _ in range(2):
+        tracking.publish(sweep, finished=True)
+    run = runs_of(sweep)["a"]
+    found = run.data.metrics
+    assert (found["b4-p1/rouge2"], found["b4-p1/latency_ms"], found["b4-p1/speedup"]) == (10.0, 50.0, 6.0)
+    assert (found["b1/rouge2"], found["b1/rouge2_high"], found["b1/test_rouge2_low"]) == (8.0, 11.0, 6.0)
+    assert "b1/params_m" not in found
+    client = store.client_of(store.default_uri())
+    assert len(client.get_metric_history(run.info.run_id, "b4-p1/rouge2")) == 1
+    assert "served.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    running = make_trial(sweep, "b", 1, 12.0, status=None)
+
+    def drawn() -> dict[str, int]:
+        tracking.publish(sweep)
+        return {name: (sweep / name).stat().st_mtime_ns for name in ("front.png", "curves.png", "front.html")}
+
+    first = drawn()
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5}) + "\n")
+    assert drawn() == first
+    assert runs_of(sweep)["b"].data.metrics["val_loss"] == 0.5  # the numbers go on
+    (sweep / "front.png").unlink()
+    finish_trial(running, 1, 12.5)
+    assert all(drawn()[name] > then for name, then in first.items())
+    client = store.client_of(store.default_uri())
+    parent = runs_of(sweep)[""]
+    place = client.download_artifacts(parent.info.run_id, "front.html")
+    assert Path(place).read_bytes() == (sweep / "front.html").read_bytes()
 
 
 def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +209,10 @@ def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: p
         return create(*arguments)
 
     monkeypatch.setattr(tracking, "_create", slowly)
-    tracking._client(tracking.default_uri())  # imports it once, in this thread
+    store.client_of(store.default_uri())  # imports it once, in this thread
     with ThreadPoolExecutor(2) as pool:
         publishing = pool.submit(tracking.publish, sweep)
-        choosing = pool.submit(tracking.register_choice, sweep, "a", "fast", exported(sweep, "a"))
+        choosing = pool.submit(registry.register_choice, sweep, "a", "fast", exported(sweep, "a"))
         assert publishing.result(timeout=120).parent_run_id == runs_of(sweep)[""].info.run_id
         assert choosing.result(timeout=120).alias == "fast"
     assert set(runs_of(sweep)) == {"", "a"}
@@ -165,7 +224,7 @@ def test_a_publishing_that_hangs_elsewhere_is_not_waited_for_without_end(
     monkeypatch.setattr(tracking, "LOCK_WAIT_S", 0.1)
     with FileLock(sweep / ".publish.lock"), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(tracking.publish, sweep)
-        with pytest.raises(tracking.TrackingDown, match="another process has been publishing"):
+        with pytest.raises(store.TrackingDown, match="another process has been publishing"):
             waiting.result(timeout=60)
 
 
@@ -178,18 +237,23 @@ def test_a_folder_that_is_no_sweep_gets_no_lock(tmp_path: Path) -> None:
 def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
-    first = tracking.register_choice(sweep, "a", "fast", exported(sweep, "a"))
-    assert first == tracking.register_choice(sweep, "a", "fast", exported(sweep, "a"))
-    other = tracking.register_choice(sweep, "b", "fast", exported(sweep, "b"))
+    first = registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    assert first == registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    other = registry.register_choice(sweep, "b", "fast", exported(sweep, "b"))
     assert other.version != first.version
-    client = tracking._client(tracking.default_uri())
+    client = store.client_of(store.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert str(version.version) == other.version
     assert version.tags["size"] == "4-1"
     assert version.tags["latency_ms"] == "120.0"
-    assert (Path(version.source.removeprefix("file://")) / "raydistill.json").exists()
+    kept = Path(version.source.removeprefix("file://"))
+    assert (kept / "raydistill.json").exists()
+    (exported(sweep, "b") / "README.md").write_text("chosen for fast and small")
+    again = registry.register_choice(sweep, "b", "small", sweep / "exports" / "b")
+    assert again.version == other.version
+    assert (kept / "README.md").read_text() == "chosen for fast and small"
     with pytest.raises(UserError, match="no finished checkpoint"):
-        tracking.register_choice(sweep, "nope", "fast", sweep)
+        registry.register_choice(sweep, "nope", "fast", sweep)
 
 
 def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
@@ -198,27 +262,27 @@ def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
         start = time.monotonic()
-        with pytest.raises(tracking.TrackingDown, match="does not answer"):
+        with pytest.raises(store.TrackingDown, match="does not answer"):
             tracking.publish(sweep, uri)
         assert time.monotonic() - start < 5  # the figure is drawn first
         assert (sweep / "front.png").exists()
         free.listen()  # accepts and says nothing
         start = time.monotonic()
-        with pytest.raises(tracking.TrackingDown, match="does not answer"):
-            tracking.check_tracking(uri)
+        with pytest.raises(store.TrackingDown, match="does not answer"):
+            store.check_tracking(uri)
         assert time.monotonic() - start < 2
 
 
 def test_file_stores_are_refused() -> None:
     for uri in ("file:///tmp/mlruns", "mlruns", "localhost:5000"):
         with pytest.raises(UserError, match="plain files"):
-            tracking.check_tracking(uri)
+            store.check_tracking(uri)
 
 
 def test_aliases_are_what_mlflow_takes() -> None:
-    assert tracking.alias_of("fast, small") == "fast-small"
-    assert tracking.alias_of("v3") == "budget-v3"
-    assert tracking.alias_of("latest") == "budget-latest"
+    assert registry.alias_of("fast, small") == "fast-small"
+    assert registry.alias_of("v3") == "budget-v3"
+    assert registry.alias_of("latest") == "budget-latest"
 
 
 def test_records_are_read_back_and_damage_is_named(sweep: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.errors import UserError
 from raydistill.config.files import CARD, check_links, read_json, write_atomic, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
@@ -12,27 +13,33 @@ from raydistill.model.convert import RefusedError, converted
 from raydistill.model.teachers import load_config, load_tokenizer, max_tokens
 from raydistill.results.card import model_card
 from raydistill.results.records import Outcome, Trial
+from raydistill.results.registry import write_mlmodel
 from raydistill.training.record import making
 
 
-def export(found: Outcome, key: str) -> Path:
-    """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, and `ctranslate2/` where it loads.
+def export(found: Outcome, key: str, budget: str | None = None) -> Path:
+    """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, MLflow's `MLmodel`, `ctranslate2/`.
 
-    Made once; made anew where the card would say something else (scores of more trials, other budgets).
+    The last is left out where CTranslate2 does not load the model. Made once; made anew where the card would say
+    something else (scores of more trials, other budgets). `budget` is the name of one that is not the sweep's own.
+    UserError for a student whose checkpoint is gone.
     """
     student = found.student(key)
+    if student.checkpoint is None:
+        raise UserError(f"{student.folder}: its checkpoint was deleted; there is nothing to hand over")
     place = found.sweep / "exports" / key.replace(" ", "-")
     budgets = [name for name, chosen in found.chosen.items() if chosen == key]
-    card = model_card(found, student, budgets)
-    if (place / "README.md").is_file() and (place / "README.md").read_text(encoding="utf-8") == card:
+    card = model_card(found, student, list(dict.fromkeys([*budgets, *([budget] if budget else [])])))
+    whole = (place / "README.md").is_file() and (place / "MLmodel").is_file()
+    if whole and (place / "README.md").read_text(encoding="utf-8") == card:
         return place
-    assert student.checkpoint is not None
     place.parent.mkdir(exist_ok=True)
     check_links(student.checkpoint)
     with making(place) as folder:
         shutil.copytree(student.checkpoint, folder)
         _set_decoding(folder, student)
         _add_ctranslate2(folder)
+        write_mlmodel(folder)
         write_atomic(folder / "README.md", card.encode())
     return place
 

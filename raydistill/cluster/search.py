@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray import tune
@@ -132,11 +132,15 @@ class StudySearch(OptunaSearch):
 
     What the sampler learns: a trial that was stopped early has the score of its best checkpoint, which is real; a
     failed one, and a proposal of a size in `barred`, stand in the study as pruned, which TPE ranks below all others.
+
+    `storage` is for a search that is to leave nothing; the default is the journal SWEEP/study.log.
     """
 
     _ot_study: Any
 
-    def __init__(self, space: Space, sweep: Path, barred: Collection[str | None] = ()) -> None:
+    def __init__(
+        self, space: Space, sweep: Path, barred: Collection[str | None] = (), storage: BaseStorage | None = None
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.search_space = space
         self.barred = barred
@@ -160,7 +164,7 @@ class StudySearch(OptunaSearch):
                 mode=["max", "min"],
                 sampler=sampler,
                 study_name=space.name,
-                storage=JournalStorage(JournalFileBackend(str(journal))),
+                storage=storage or JournalStorage(JournalFileBackend(str(journal))),
             )
             self._take_up()
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -26,13 +26,15 @@ from raydistill.results.cost import pass_hours
 from raydistill.results.figures import count_trials, result_tables
 from raydistill.results.page import write_report
 from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
-from raydistill.results.tracking import TrackingDown, default_uri, publish, register_choice, ui_command
+from raydistill.results.registry import register_choice
+from raydistill.results.store import TrackingDown, default_uri, ui_command
+from raydistill.results.tracking import publish
 
 PUBLISH_EVERY_S = 20.0
 
 
-def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
-    """Carry out the sweep in `folder`; returns what the command prints and, under `--json`, hands on."""
+def run_sweep(space: Space, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Carry out the sweep in `folder`; tells what the command prints and returns what it hands on under `--json`."""
     check_space(space)
     with claimed(space, folder):
         ended = no_more_trials(space, folder)
@@ -47,13 +49,34 @@ def run_sweep(space: Space, folder: Path) -> dict[str, Any]:
                     prepared, ended = _searched(space, folder, where)
                 serve_finalists(space, folder, prepared.teacher, where)
         describe_sweep(space, folder, prepared, "finished", ended)
-        found = outcome(folder)
-        write_report(found)
-        died = [t.key for t in found.trials if t.status == "running"]
-        tracked = _publish(folder, found, finished=not died)
-        text = summary(found, prepared, died)
-        text += f"\n\n{tracked}"
-        return {"text": text, "sweep": str(folder), "died": died, **as_data(found, prepared)}
+        return hand_over(outcome(folder), prepared, tell)
+
+
+def hand_over(found: Outcome, prepared: Prepared, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Export the choices, tell of everything, and only then draw and publish.
+
+    In this order, since neither a tracking server that is down nor a full disk should keep a student or the table.
+    """
+    exports, problems = export_choices(found)
+    died = [trial.key for trial in found.trials if trial.status == "running"]
+    tell("\n".join([summary(found, prepared, died), *problems]))
+    write_report(found)
+    tell(f"\n{_publish(found, exports, finished=not died)}")
+    places = {budget: str(place) for budget, place in exports.items()}
+    whole = not died and not problems
+    return {"sweep": str(found.sweep), "died": died, "exports": places, "whole": whole, **as_data(found, prepared)}
+
+
+def export_choices(found: Outcome) -> tuple[dict[str, Path], list[str]]:
+    """The folder of each budget's student, and a line for each that could not be made."""
+    exports, problems = {}, []
+    for budget, key in found.chosen.items():
+        if key:
+            try:
+                exports[budget] = export(found, key)
+            except (UserError, OSError) as error:
+                problems.append(f"{budget}: {key} is not exported: {error}")
+    return exports, problems
 
 
 def _searched(space: Space, folder: Path, where: str) -> tuple[Prepared, Ending]:
@@ -191,6 +214,8 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
     if died:
         lines.append(f"{len(died)} trials died ({', '.join(died)}): run the same command to take them up again")
     lines += ["", f"front: {found.sweep / 'front.html'} (and front.png)", f"table: {found.sweep / 'table.md'}"]
+    if any(found.chosen.values()):
+        lines.append(f"chosen students: {found.sweep / 'exports'}")
     return "\n".join(lines)
 
 
@@ -233,13 +258,12 @@ def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _publish(folder: Path, found: Outcome, finished: bool) -> str:
-    """Bring MLflow up to date and register the choices; returns the line that says how to look at it."""
+def _publish(found: Outcome, exports: dict[str, Path], finished: bool) -> str:
+    """Bring MLflow up to date and register what was exported; returns the line that says how to look at it."""
     try:
-        tracked = publish(folder, finished=finished)
-        for budget, key in found.chosen.items():
-            if key:
-                register_choice(folder, key, budget, export(found, key))
+        tracked = publish(found.sweep, finished=finished)
+        for budget, place in exports.items():
+            register_choice(found.sweep, str(found.chosen[budget]), budget, place)
     except TrackingDown as error:
         return f"MLflow: {error}; run the same command again to publish"
     return f"to look at it: {ui_command(found.info.get('tracking_uri'))}\n{tracked.url}"

@@ -36,6 +36,7 @@ def model_card(found: Outcome, student: Trial, budgets: list[str]) -> str:
         "",
         markdown_table(["cost", "student", "teacher"], _costs(found, student)),
         "",
+        *([f"Milliseconds with {measured}.", ""] if (measured := found.measured(student)) else []),
         "## How to load it",
         "",
         "```python",
@@ -87,4 +88,6 @@ def _costs(found: Outcome, student: Trial) -> list[list[str]]:
         if key in student.metrics:
             theirs = f"{teacher[key]:.4g}" if key in teacher else "-"
             rows.append([f"{key} ({unit})", f"{student.metrics[key]:.4g}", theirs])
+    if "speedup" in student.metrics:
+        rows.append(["speed-up, for a batch of 32", f"{student.metrics['speedup']:.2f}x", "1.00x"])
     return rows

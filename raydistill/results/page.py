@@ -21,8 +21,10 @@ from raydistill.results.figures import (
     markdown_table,
     result_tables,
 )
-from raydistill.results.records import Outcome, Trial, decoding_label
+from raydistill.results.records import SERVED, Outcome, Trial, decoding_label
 
+STAMP = "table.md"  # written last: the pictures are no older than it
+REPORT = ("front.png", "curves.png", "front.html", STAMP)
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
 svg { max-width: 100%; height: auto }
@@ -58,16 +60,28 @@ for (const [id, lines] of Object.entries(facts)) {
 def write_report(found: Outcome) -> list[Path]:
     """Write SWEEP/table.md and, once a trial is scored, front.png, curves.png and front.html; returns the paths."""
     text = "\n\n".join(markdown_table(*part) for part in result_tables(found))
-    files = {"table.md": (text + "\n").encode()}
+    files: dict[str, bytes] = {}
     if any(trial.scored for trial in found.trials):
         files |= {
             "front.png": front_of(found, "png"),
             "curves.png": curves_of(found),
             "front.html": page(found).encode(),
         }
+    files[STAMP] = (text + "\n").encode()
     for name, content in files.items():
         write_atomic(found.sweep / name, content)
     return [found.sweep / name for name in files]
+
+
+def refreshed(found: Outcome) -> list[Path]:
+    """The report's files, written anew only where a trial has ended, or a student was served or chosen, since."""
+    stamp = found.sweep / STAMP
+    told = [found.sweep / "sweep.json", found.sweep / SERVED]
+    told += [trial.folder / name for trial in found.trials for name in ("result.json", SERVED)]
+    latest = max(path.stat().st_mtime_ns for path in told if path.is_file())
+    if stamp.is_file() and stamp.stat().st_mtime_ns > latest:
+        return [path for name in REPORT if (path := found.sweep / name).is_file()]
+    return write_report(found)
 
 
 def page(found: Outcome) -> str:
@@ -89,6 +103,10 @@ def page(found: Outcome) -> str:
         "<h2>Learning curves</h2>",
         _svg(curves_of(found, "svg")),
         *[f"<h2>{title}</h2>{_table(*table)}" for title, table in tables[2:]],
+        *[
+            f"<p>Milliseconds with {html.escape(how)}.</p>"
+            for how in sorted({*map(found.measured, found.students)} - {""})
+        ],
         '<div id="facts" role="status"></div>',
         f'<script type="application/json" id="data">{_json(facts(found))}</script>',
         f"<script>{SCRIPT}</script></body></html>",
@@ -121,7 +139,8 @@ def _of_student(found: Outcome, student: Trial) -> list[str]:
     budgets = [budget for budget, key in found.chosen.items() if key == student.key]
     lines += [f"chosen for {', '.join(budgets)}"] if budgets else []
     lines += ["stopped early"] if student.status == "stopped" else []
-    return lines + _costs(student.metrics)
+    measured = found.measured(student)
+    return [*lines, *_costs(student.metrics), *([f"measured with {measured}"] if measured else [])]
 
 
 def _costs(costs: dict[str, float]) -> list[str]:
@@ -130,6 +149,7 @@ def _costs(costs: dict[str, float]) -> list[str]:
         "latency_ms_b1": "{:.1f} ms for one",
         "params_m": "{:.1f} M parameters",
     }
+    words |= {"speedup": "{:.2f} times the teacher's speed"}
     words |= {"peak_mb": "{:.0f} MB at most", "gpu_hours": "{:.3f} device-hours"}
     return [text.format(costs[key]) for key, text in words.items() if key in costs]
 

@@ -34,6 +34,7 @@ class Trial:
     `decoding` that it was served with: its key and label tell which, and its scores and costs are of that.
 
     `metrics` are on validation, `test` on the test split (with its "interval"), both with the contract's names.
+    `measured` says with which engine and precision, and on what, a finalist was timed.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Trial:
     checkpoint: Path | None = None
     seed: int = 0
     decoding: dict[str, Any] | None = None
+    measured: str = ""
 
     @property
     def label(self) -> str:
@@ -142,6 +144,11 @@ class Outcome:
     def student(self, key: str) -> Trial:
         """The student of that key."""
         return next(student for student in self.students if student.key == key)
+
+    def measured(self, student: Trial) -> str:
+        """With what a student's milliseconds were measured; before it is served, that is its shape at fixed lengths."""
+        engine = self.teacher.get("engine")
+        return student.measured or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
 
     def trial_of(self, key: str) -> str:
         """The key of the trial whose checkpoint a student is."""
@@ -237,11 +244,13 @@ def device_hours(sweep: Path) -> float:
 
 
 def finalists(sweep: Path) -> list[Trial]:
-    """The trials worth serving, by what the search measured: on the front of a cost that counts, or chosen."""
+    """The trials worth serving, by what the search measured: on the front of a cost, or chosen.
+
+    Of every cost that can be bounded, not only of those that the space's budgets bound: `choose` asks for others later.
+    """
     info, trials = read_sweep(sweep), read_trials(sweep)
     students = candidates(trials, info["metric"])
-    costs = {"latency_ms", "latency_ms_b1", *(key for bounds in info["budgets"].values() for key in bounds)}
-    keys = {candidate.key for cost in sorted(costs) for candidate in front(students, cost)}
+    keys = {candidate.key for cost in BOUNDED for candidate in front(students, cost)}
     for bounds in known_bounds(info["budgets"], info["teacher"]["costs"]):
         best = choose(students, bounds, info["metric"]).best
         keys |= {best.key} if best else set()
@@ -255,10 +264,17 @@ def as_served(trials: list[Trial], teacher_ms: float | None) -> list[Trial]:
         path = trial.folder / SERVED
         if trial.scored and path.is_file():
             with damage_told(path):
-                found += [
-                    _as_served(trial, one, i == 0, teacher_ms) for i, one in enumerate(read_json(path)["decodings"])
-                ]
+                served = read_json(path)
+                timed = replace(trial, measured=_measured(served))
+                found += [_as_served(timed, one, i == 0, teacher_ms) for i, one in enumerate(served["decodings"])]
     return found
+
+
+def _measured(served: dict[str, Any]) -> str:
+    """Such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
+    hardware = served.get("hardware") or {}
+    threads = f"{hardware['threads']} threads" if hardware.get("kind") == "cpu" else None
+    return ", ".join(str(part) for part in (served.get("engine"), hardware.get("name"), threads) if part)
 
 
 def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher_ms: float | None) -> Trial:
