@@ -33,6 +33,7 @@ from raydistill.data.stream import scan, usable_rows
 from raydistill.model import teachers
 from raydistill.results.figures import result_tables
 from raydistill.results.records import outcome
+from tests import world
 from tests.test_labels import ROWS, WHOLE
 from tests.test_search import RUN
 from tests.test_tracking import make_trial
@@ -335,6 +336,15 @@ def command(monkeypatch, app, words):
     with pytest.raises(SystemExit) as left:
         run_app(app)
     assert left.value.code in (0, 2)
+
+
+def test_a_name_that_is_no_utf8_is_shown_all_the_same(tmp_path):
+    home = tmp_path / "outputs"
+    name = os.fsdecode(b"set-\xff")
+    labels.write_label_set(home / "labels" / name, ROWS, lambda: {**WHOLE, "rows": 3})
+    done = world.command(home, "labels", "list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "set-\\udcff" in done.stdout
 
 
 def test_plans(holds, tmp_path):

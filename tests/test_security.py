@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistill.cluster.start import PASSED_ON
 from raydistill.config.errors import UserError
 from raydistill.config.files import check_links, inside, read_json, write_json_atomic
 from raydistill.config.secrets import hidden, hidden_in
@@ -209,6 +210,13 @@ PASSWORD = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), 
 @given(PASSWORD)
 def test_no_password_survives_in_an_address(password):
     assert hidden(f"in http://u:{password}@host/x") == "in http://***@host/x"
+
+
+def test_what_workers_are_handed_is_no_secret(monkeypatch):
+    """Ray's dashboard shows the environment that a command asks for."""
+    for name in PASSED_ON:
+        monkeypatch.setenv(name, "tell-everybody")
+    assert hidden("tell-everybody") == "tell-everybody"
 
 
 def test_a_password_in_a_space_is_refused_and_not_repeated(tmp_path):

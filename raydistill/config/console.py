@@ -1,5 +1,6 @@
 """What every command shares: errors become exit statuses, progress goes to stderr, results to stdout, no secret."""
 
+import io
 import json
 import os
 import sys
@@ -32,6 +33,8 @@ def run_app(app: "typer.Typer") -> None:
 
     An `OSError` such as a full disk or a missing permission is the user's to mend too, with status 1.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8; stderr is so by itself
     try:
         app()
     except UserError as error:

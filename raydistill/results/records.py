@@ -185,8 +185,8 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
             raise TypeError("tracking_uri is no text")
         float(info.get("teacher_gpu_hours") or 0)
         teacher = dict(info.get("teacher") or {})
-        for word in ("metrics", "costs"):
-            dict(teacher.get(word) or {}).items()
+        _numbers(teacher.get("metrics") or {})
+        _numbers({name: value for name, value in (teacher.get("costs") or {}).items() if name in BOUNDED})
         for name, bounds in (info.get("budgets") or {}).items():
             check_bounds(name, bounds)
     return info
@@ -302,7 +302,7 @@ def _tested(test: dict[str, Any] | None) -> dict[str, Any] | None:
     if not test:
         return None
     scores = _numbers({name: value for name, value in test.items() if name != "interval"})
-    return scores | ({"interval": _interval(test["interval"])} if test.get("interval") else {})
+    return scores | ({"interval": list(_interval(test["interval"]))} if test.get("interval") else {})
 
 
 def _interval(ends: Any) -> tuple[float, float]:
@@ -400,7 +400,7 @@ def _finished(folder: Path) -> Trial:
             reason=str(data.get("reason") or ""),
             method=str(data.get("method") or ""),
             size=str(data.get("size") or ""),
-            copied={side: [int(n) for n in layers] for side, layers in (data.get("copied") or {}).items()},
+            copied={side: [int(n) for n in ns] for side, ns in (data.get("copied") or {}).items() if ns is not None},
             labels=str(data.get("labels") or ""),
             chosen=dict(data.get("chosen") or {}),
             metrics=_numbers(data.get("metrics") or {}),
