@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,25 +77,43 @@ def test_the_report_is_four_files(sweep: Path) -> None:
     assert (sweep / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def trial(method: str, size: str, score: float, hours: float) -> Trial:
+def trial(folder: Path, method: str, size: str, score: float, hours: float, labels: str = "auto") -> Trial:
+    key = f"{method}{size}{score}"
+    run = {"name": "m", "teacher": "t", "dataset": {"name": "d"}, "method": method, "labels": labels}
+    write_json_atomic(folder / key / "run.json", run)
     metrics = {"rouge2": score, "gpu_hours": hours}
-    return Trial(f"{method}{size}{score}", Path("x"), "done", method=method, size=size, metrics=metrics)
+    return Trial(key, folder / key, "done", method=method, size=size, metrics=metrics)
 
 
-def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_hours_hold_the_teachers_pass(
-    sweep: Path,
+def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_hours_hold_the_passes_it_needs(
+    sweep: Path, tmp_path: Path
 ) -> None:
+    """A label set is charged once, to every method whose trials train on it; the cache to kd."""
+
+    def made(*facts: Any, **labels: str) -> Trial:
+        return trial(tmp_path / "runs", *facts, **labels)
+
     trials = [
-        *(trial("sft", "2-2", 10, 1), trial("sft", "2-2", 12, 1), trial("sft", "2-1", 5, 1)),
-        *(trial("pl", "2-2", 13, 2), trial("pl", "2-1", 8, 1), trial("pl", "2-3", 99, 1)),
+        *(made("sft", "2-2", 10, 1), made("sft", "2-2", 12, 1), made("sft", "2-1", 5, 1)),
+        *(made("pl", "2-2", 13, 2), made("pl", "2-1", 8, 1), made("pl", "2-3", 99, 1)),
     ]
     assert gain(trials, "pl", "rouge2") == 2.0  # (1 + 3) / 2; nothing to compare 2-3 with
     assert gain(trials, "sft", "rouge2") is None
     assert gain(trials, "kd", "rouge2") is None
     found = records.outcome(sweep)
-    found = replace(found, trials=trials, info={**found.info, "teacher_passes": {"labels": 4.0, "cache": 9.0}})
-    _, rows = method_table(found)
+    mixed = "original+pseudo+/other"
+    labels = {"original": {}, "pseudo": {"own": 4.0}, mixed: {"own": 4.0, "others": 2.0}}
+    teacher = {**found.teacher, "passes": {"labels": labels, "cache": 9.0}}
+    _, rows = method_table(replace(found, trials=trials, teacher=teacher))
     assert rows == [
         ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
         ["sft", "3", "3.000", "0.000", "-", "-"],
+    ]
+    trials += [made("kd", "2-2", 22, 1, labels="pseudo"), made("kd", "2-2", 11, 1, labels=mixed)]
+    trials += [made("sft", "2-2", 6, 1, labels=mixed)]
+    _, rows = method_table(replace(found, trials=trials, teacher=teacher))
+    assert rows == [
+        ["kd", "2", "2.000", "15.000", "+10.00", "+0.59"],  # own 4, others 2, the cache 9; 10 points in 17 hours
+        ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
+        ["sft", "4", "4.000", "6.000", "-", "-"],
     ]

@@ -25,7 +25,7 @@ from raydistill.config.errors import UserError
 from raydistill.config.files import read_json, write_json_atomic
 from raydistill.config.run import Decoding, Run, parse_labels, parse_size
 from raydistill.config.space import Space, corners, resolve
-from raydistill.results.cost import pass_hours
+from raydistill.results.costs import pass_hours
 from raydistill.training.caching import Keep
 from raydistill.training.material import open_teacher
 from raydistill.training.record import write_rows

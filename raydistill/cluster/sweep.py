@@ -22,7 +22,6 @@ from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
-from raydistill.results.cost import pass_hours
 from raydistill.results.figures import count_trials, result_tables
 from raydistill.results.page import write_report
 from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
@@ -144,7 +143,6 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
 def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str, ended: Ending | None = None) -> None:
     """Write sweep.json: what tables, choices and MLflow need beside the trials, and why no trial is to come."""
     teacher = prepared.teacher
-    passes = teacher["passes"]
     write_json_atomic(
         folder / "sweep.json",
         {
@@ -154,7 +152,6 @@ def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str, 
             "metric": teacher["metric"],
             "teacher": teacher,
             "teacher_gpu_hours": teacher["teacher_gpu_hours"],
-            "teacher_passes": {"labels": pass_hours({**passes, "cache": 0.0}), "cache": passes["cache"]},
             "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
             "baseline": teacher["baseline"],
             "shapes": prepared.shapes,

@@ -1,8 +1,53 @@
-"""What each method's gain cost: device-hours of its trials and of the teacher's passes that it needs."""
+"""Device-hours end to end: a run's own and those of the teacher's passes that it needs; and what a method's gain cost.
 
+A device is a GPU, or a CPU core. `passes` is what sweep.json keeps of the teacher's: under "labels" the label sets
+behind each `label_key` with their device-hours, and the device-hours of the "cache". A pass is charged once, to all
+that need it, however many trials share it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from raydistill.config.files import damage_told
+from raydistill.config.run import Run
 from raydistill.results.records import Outcome, Trial
 
-PASS_OF = {"pl": "labels", "kd": "cache"}  # which teacher pass a method cannot do without
+Passes = dict[str, Any]
+
+
+def pass_hours(passes: Passes) -> float:
+    """All teacher passes of a sweep; a label set that serves several settings counts once."""
+    sets = {name: hours for used in passes["labels"].values() for name, hours in used.items()}
+    return float(sum(sets.values()) + passes["cache"])
+
+
+def needed(trial: Trial, passes: Passes) -> Passes | None:
+    """The passes that a run would need if it were run alone; None where the sweep does not say what they took.
+
+    Its label sets, whatever its method; and for `kd` the whole teacher cache, which is what knowing the teacher's
+    states costs here. Other methods read no more of the cache than encoder states, which they would work out themselves
+    without it: their share is not known and is not added.
+    """
+    with damage_told(trial.folder / "run.json"):
+        run = Run.model_validate(trial.run_config())
+    used = passes["labels"].get(run.label_key)
+    return None if used is None else {"labels": {run.label_key: used}, "cache": passes["cache"] * (run.method == "kd")}
+
+
+def end_to_end(trial: Trial, passes: Passes | None) -> float | None:
+    """A run's own device-hours and those of all passes that it needs; None where these are not known."""
+    hours = trial.metrics.get("gpu_hours")
+    own = None if hours is None or passes is None else needed(trial, passes)
+    return None if own is None or hours is None else hours + pass_hours(own)
+
+
+def shared(trials: Iterable[Trial], passes: Passes | None) -> float:
+    """Device-hours of the passes that any of the trials needs, each once."""
+    if not passes:
+        return 0.0
+    each = [own for trial in trials if (own := needed(trial, passes))]
+    labels = {key: used for own in each for key, used in own["labels"].items()}
+    return pass_hours({"labels": labels, "cache": max((own["cache"] for own in each), default=0.0)})
 
 
 def best_by_size(trials: list[Trial], method: str, metric: str) -> dict[str, float]:
@@ -23,17 +68,15 @@ def gain(trials: list[Trial], method: str, metric: str) -> float | None:
 
 
 def method_table(found: Outcome) -> tuple[list[str], list[list[str]]]:
-    """A header and a row per method: what it took, what it brought over `sft`, and that per device-hour.
-
-    A teacher pass is charged once for all trials that share it, to the method that needs it.
-    """
+    """A header and a row per method: what it took, what it brought over `sft`, and that per device-hour."""
     header = ["method", "trials", "device h, trials", "device h, teacher", f"{found.metric} over sft", "per device h"]
-    passes = found.info.get("teacher_passes") or {}
+    passes = found.teacher.get("passes")
     rows = []
     for method in sorted({trial.method for trial in found.trials if trial.method}):
         mine = [trial for trial in found.trials if trial.method == method]
         hours = sum(trial.device_hours for trial in mine)
-        teacher = float(passes.get(PASS_OF.get(method, ""), 0.0))
+        with damage_told(found.sweep / "sweep.json"):
+            teacher = shared(mine, passes)
         points = gain(found.trials, method, found.metric)
         spent = hours + teacher
         rows.append(

@@ -103,10 +103,7 @@ def page(found: Outcome) -> str:
         "<h2>Learning curves</h2>",
         _svg(curves_of(found, "svg")),
         *[f"<h2>{title}</h2>{_table(*table)}" for title, table in tables[2:]],
-        *[
-            f"<p>Milliseconds with {html.escape(how)}.</p>"
-            for how in sorted({*map(found.measured, found.students)} - {""})
-        ],
+        *[f"<p>Milliseconds with {html.escape(how)}.</p>" for how in measured if how],
         '<div id="facts" role="status"></div>',
         f'<script type="application/json" id="data">{_json(facts(found))}</script>',
         f"<script>{SCRIPT}</script></body></html>",

@@ -11,7 +11,7 @@ import numpy as np
 
 from raydistill.config.run import Run, parse_labels
 from raydistill.evaluation.scores import Comparison, paired_bootstrap
-from raydistill.results.cost import end_to_end
+from raydistill.results.costs import end_to_end
 from raydistill.results.paper import data_name, teacher_name
 from raydistill.results.records import Trial, read_rows, read_sweep, read_trials
 
