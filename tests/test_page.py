@@ -90,8 +90,8 @@ def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_
 ) -> None:
     """A label set is charged once, to every method whose trials train on it; the cache to kd."""
 
-    def made(*facts: Any, **labels: str) -> Trial:
-        return trial(tmp_path / "runs", *facts, **labels)
+    def made(method: str, size: str, score: float, hours: float, labels: str = "auto") -> Trial:
+        return trial(tmp_path / "runs", method, size, score, hours, labels)
 
     trials = [
         *(made("sft", "2-2", 10, 1), made("sft", "2-2", 12, 1), made("sft", "2-1", 5, 1)),

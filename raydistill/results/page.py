@@ -91,6 +91,7 @@ def page(found: Outcome) -> str:
         ("What each method cost", method_table(found)),
         *zip(("Trials", "Finalists as they serve, on real rows"), result_tables(found), strict=False),
     ]
+    measured = sorted(set(map(found.measured, found.students)))
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
