@@ -12,10 +12,13 @@ import psutil
 import pytest
 import yaml
 
+from raydistill.config.files import read_json
+from raydistill.results.records import decoding_name, finalists
 from tests.test_sweep import KILL_SPACE, mlflow_children
 from tests.world import environment, make_world, processes_of, wait_for_ray_to_end
 
 KILLS = 20
+DECODINGS = ("b1", "b2-p0.6", "b2-p1", "b4-p0.6", "b4-p1")
 WANTED = {(method, size) for method in ("sft", "kd") for size in ("2-3", "2-2", "2-1")}
 
 
@@ -36,11 +39,23 @@ def start(path: Path, home: Path) -> subprocess.Popen[str]:
     )
 
 
+def results_of(home: Path) -> dict[Path, int]:
+    """When each trial's result was written."""
+    return {p: p.stat().st_mtime_ns for p in home.glob("sweeps/killed/trials/*/result.json")}
+
+
 def run_under_kills(path: Path, home: Path, rng: random.Random, most: int) -> tuple[int, dict]:
-    """Start the sweep again and again until it ends by itself; how often it was killed, and what it printed."""
+    """Start the sweep again and again until it ends by itself; how often it was killed, and what it printed.
+
+    A trial that was over at any kill must have the same result at the next, and at the end.
+    """
     kills = 0
+    over: dict[Path, int] = {}
     process = start(path, home)
     while True:
+        now = results_of(home)
+        assert {p: now.get(p) for p in over} == over, "a finished trial was done again"
+        over = now
         try:
             out, errors = process.communicate(timeout=rng.uniform(1, 25) if kills < most else 280)
         except subprocess.TimeoutExpired:
@@ -55,7 +70,22 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, most: int) -> tu
             process = start(path, home)
             continue
         assert process.returncode == 0, errors[-3000:]
+        assert {p: results_of(home)[p] for p in over} == over
         return kills, json.loads(out.strip().splitlines()[-1])
+
+
+def check_finalists(sweep: Path, found: dict) -> None:
+    """Every finalist stands once with each decoding: its own of one beam, and 2 and 4 beams with two penalties."""
+    wanted = {(key, name) for key in (t.key for t in finalists(sweep)) for name in DECODINGS}
+    stand = [(t["key"], decoding_name(t["decoding"])) for t in found["finalists"]]
+    assert len(stand) == len(set(stand))
+    assert set(stand) == wanted
+    assert {key for key, _ in wanted} >= set(found["front"]) != set()
+    for key, name in wanted:
+        assert (sweep / "trials" / key / f"rows-validation-{name}.npz").is_file()
+    assert len(read_json(sweep / "served.json")["decodings"]) == 1  # the teacher
+    assert found["choices"]["any"] in {key for key, _ in wanted}
+    assert (Path(found["exports"]["any"]) / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -66,7 +96,7 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     kills = 0
-    keys = set()
+    losses: dict[str, float] = {}
     while kills < KILLS:
         place = tmp_path / f"round{kills}"
         home = place / "outputs"
@@ -78,11 +108,15 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
         kills += more
         assert {t["status"] for t in found["trials"]} == {"done"}
         assert sorted((t["method"], t["size"]) for t in found["trials"]) == sorted(WANTED)
-        keys.add(frozenset(t["key"] for t in found["trials"]))
+        check_finalists(Path(found["sweep"]), found)
+        # However often a trial was killed, it came to the same: it went on from its own state.
+        for trial in found["trials"]:
+            loss = trial["metrics"]["val_loss"]
+            assert loss == pytest.approx(losses.setdefault(trial["key"], loss), rel=0.02)
+        assert {p.name for p in home.glob("sweeps/killed/trials/*/")} == set(losses)
         assert sorted(key for key, _ in mlflow_children(home)) == sorted(t["key"] for t in found["trials"])
         for history in home.glob("sweeps/killed/trials/*/metrics.jsonl"):
             steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
             assert steps == sorted(set(steps))
             assert len(steps) == 12
         wait_for_ray_to_end(home)
-    assert len(keys) == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import GenerationConfig
 
 from raydistill.cluster import shapes
 from raydistill.model.teachers import load_config
@@ -56,8 +57,22 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
     assert teacher["status"] == "done"
     assert [t["status"] for t in found["trials"]] == ["done"] * 4
     assert {t["method"] for t in found["trials"]} == {"sft", "kd", "pl"}
-    front = {t["key"] for t in found["trials"]} & set(found["front"])
-    assert front == set(found["front"]) != set()
+    finalists = found["finalists"]
+    assert {t["key"] for t in finalists if t["front"]} == set(found["front"]) <= {t["key"] for t in found["trials"]}
+    places = [(t["metrics"]["rouge2"], t["metrics"]["latency_ms"]) for t in finalists]
+    for one, (score, latency) in zip(finalists, places, strict=True):
+        beaten = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in places)
+        assert one["front"] != beaten
+    served = json.loads((Path(found["sweep"]) / "served.json").read_text())
+    theirs = served["decodings"][0]["costs"]["latency_ms"]
+    for budget, share in (("fast", 0.6), ("fastest", 0.45)):
+        key, decoding = found["choices"][budget], found["decodings"][budget]
+        fitting = [t for t in finalists if t["metrics"]["latency_ms"] <= share * theirs]
+        assert (key is None) == (not fitting)
+        assert not fitting or (key, decoding) in [(t["key"], t["decoding"]) for t in fitting]
+    for key, place in found["exports"].items():
+        assert found["choices"][key] in place
+        assert (Path(place) / "model.safetensors").is_file()
     for trial in found["trials"]:
         assert trial["interval"][0] <= trial["metrics"]["rouge2"] <= trial["interval"][1]
         assert trial["metrics"]["latency_ms"] > trial["metrics"]["latency_ms_b1"] > 0
@@ -127,9 +142,15 @@ def test_finalists_that_a_kill_kept_from_being_served_are_served_by_the_same_com
 
 def test_more_trials_under_the_same_name_are_added(demo):
     home, _, found, arguments = demo
+    before = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}
+    assert len(before) == 4
     more = last_json(command(home, *arguments, "--set", "search.trials=5", "--json"))
     assert len(more["trials"]) == 5
     assert {t["key"] for t in found["trials"]} < {t["key"] for t in more["trials"]}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    [added] = [t for t in more["trials"] if t["key"] not in {old["key"] for old in found["trials"]}]
+    assert added["status"] in ("done", "stopped")
+    assert added["chosen"] not in [t["chosen"] for t in found["trials"]]
 
 
 def test_another_space_under_the_same_name_is_refused(demo):
@@ -141,8 +162,11 @@ def test_another_space_under_the_same_name_is_refused(demo):
 
 def test_choose_evaluate_shrink_and_pseudolabel_work_on_what_the_sweep_left(demo, tmp_path):
     home, _, found, _ = demo
-    best = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))
-    assert json.dumps(best).count("checkpoint")
+    [best] = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
+    told = json.loads((Path(found["sweep"]) / "trials" / best["key"] / "served.json").read_text())["decodings"]
+    assert best["score"] in [one["metrics"]["rouge2"] for one in told if one["beams"] == best["decoding"]["beams"]]
+    assert best["costs"]["params_m"] <= 100
+    assert GenerationConfig.from_pretrained(best["checkpoint"]).num_beams == best["decoding"]["beams"]
     checkpoint = Path(found["sweep"]) / "trials" / found["front"][0] / "best"
     card = json.loads((checkpoint / "raydistill.json").read_text())
     assert set(card) >= {"teacher", "size", "copied", "supervised", "config", "data", "scores", "versions"}
@@ -199,13 +223,15 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     for trial in found["trials"]:
         assert trial["status"] == "done" or "collapsed" in trial["reason"]
     assert {t["chosen"]["loss.alpha_hidden"] for t in found["trials"]} == {3}
-    chosen = last_json(command(home, "choose", "kd_xsum", "--within", "params_m=100", "--name", "any", "--json", **env))
+    asked = ["--within", "params_m=100", "--name", "any"]
+    [chosen] = last_json(command(home, "choose", "kd_xsum", *asked, "--json", **env))["choices"]
     with sqlite3.connect(home / "mlflow.db") as store:
         aliases = dict(
             store.execute("select alias, version from registered_model_aliases where name = 'kd_xsum'").fetchall()
         )
-    assert "any" in aliases
-    assert "kd_xsum" in json.dumps(chosen)
+    assert chosen["registered"]["uri"] == "models:/kd_xsum@any"
+    assert str(aliases["any"]) == chosen["registered"]["version"]
+    assert chosen["key"] in {t["key"] for t in found["trials"] if t["status"] == "done"}
 
 
 KILL_SPACE: dict[str, Any] = {
