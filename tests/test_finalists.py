@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from raydistill.cluster.finalists import decodings, is_served, serve_checkpoint, unserved
+from raydistill.cluster.finalists import decodings, keep, serve_checkpoint, unserved, untested
 from raydistill.cluster.search import Ending
 from raydistill.cluster.sweep import no_more_trials
 from raydistill.config.files import write_json_atomic
@@ -18,7 +19,8 @@ from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam
 from raydistill.model.generate import open_engine
-from raydistill.results.records import finalists
+from raydistill.results.figures import results_table
+from raydistill.results.records import finalists, outcome, served_in
 from tests.test_tracking import make_trial
 from tests.world import make_world
 
@@ -71,14 +73,17 @@ def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict
     return space, record
 
 
-def serve_by_hand(folder: Path, beams: list[Beam], **more: object) -> None:
-    costs = {"latency_ms": 5.0}
-    decodings = [
+HERE = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
+BY = {"engine": "transformers fp32", "version": version("transformers")}
+
+
+def serve_by_hand(folder: Path, beams: list[Beam], hardware: dict | None = None, **more: object) -> None:
+    entries = [
         {"beams": b.beams, "length_penalty": b.length_penalty, "metrics": {"rouge2": 1.0}, "interval": [0, 2]}
-        | {"costs": costs, **more}
+        | {"costs": {"latency_ms": 5.0 * b.beams}, **BY, "hardware": hardware or HERE, **more}
         for b in beams
     ]
-    write_json_atomic(folder / "served.json", {"decodings": decodings})
+    keep(folder, entries)
 
 
 def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
@@ -86,16 +91,55 @@ def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
     space, teacher = finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
     assert no_more_trials(space, tmp_path) == Ending()
-    assert [one.folder for one in unserved(space, tmp_path, teacher)] == [tmp_path, student]
-    serve_by_hand(tmp_path, [BEAM])
-    assert not is_served(space, tmp_path, teacher)
-    serve_by_hand(student, decodings(BEAM, space.search.decoding))
-    assert is_served(space, tmp_path, teacher)
+    assert [one.folder for one in unserved(space, tmp_path, teacher, HERE)] == [tmp_path, student]
+    beams = decodings(BEAM, space.search.decoding)
+    serve_by_hand(tmp_path, beams)
+    assert [one.folder for one in unserved(space, tmp_path, teacher, HERE)] == [student]
+    serve_by_hand(student, beams)
+    assert unserved(space, tmp_path, teacher, HERE) == []
+    assert [one.key for one in untested(tmp_path, teacher)] == ["a b1"]  # equal scores: one beam is the cheapest
+    assert untested(tmp_path, {**teacher, "data": {"validation": "v"}}) == []
     more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))})
-    assert is_served(more, tmp_path, teacher)  # without a length penalty there is nothing new
+    assert unserved(more, tmp_path, teacher, HERE) == []  # without a length penalty there is nothing new
     more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
-    [left] = unserved(more, tmp_path, teacher)
-    assert {beam.beams for beam in left.beams} == {3}
+    left = unserved(more, tmp_path, teacher, HERE)
+    assert [one.folder for one in left] == [tmp_path, student]
+    assert {beam.beams for one in left for beam in one.beams} == {3}
+
+
+def test_timings_are_of_one_machine_and_engine_and_those_of_others_are_kept(world, tmp_path):
+    space, teacher = finished_sweep(tmp_path, *world)
+    student = tmp_path / "trials" / "a"
+    beams = decodings(BEAM, space.search.decoding)
+    for folder in (tmp_path, student):
+        serve_by_hand(folder, beams)
+    there = {**HERE, "name": "b"}
+    known = {"kind": "cpu", "name": "a"}  # before Ray is started, less is known
+    assert unserved(space, tmp_path, teacher, {}) == unserved(space, tmp_path, teacher, known) == []
+    assert [one.beams for one in unserved(space, tmp_path, teacher, there)] == [beams, beams]
+    for folder in (tmp_path, student):
+        serve_by_hand(folder, beams, there, costs={"latency_ms": 50.0})
+    for machine in (HERE, there):
+        assert unserved(space, tmp_path, teacher, machine) == []
+    assert {one.metrics["latency_ms"] for one in outcome(tmp_path).students} == {20.0, 5.0, 10.0}  # still of the first
+    served = json.loads((tmp_path / "served.json").read_text())
+    write_json_atomic(tmp_path / "served.json", {**served, "hardware": there})
+    assert {one.metrics["latency_ms"] for one in outcome(tmp_path).students} == {50.0}
+    serve_by_hand(student, beams, version="0.1")
+    assert [one.folder for one in unserved(space, tmp_path, teacher, HERE)] == [student]
+    assert len(served_in(student)) == 2 * len(beams)
+
+
+def test_a_speed_up_is_over_the_teachers_own_decoding_and_over_the_same(world, tmp_path):
+    finished_sweep(tmp_path, *world)
+    student = tmp_path / "trials" / "a"
+    beams = decodings(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
+    serve_by_hand(tmp_path, beams)  # 20 ms with its own four beams, 5 ms with one
+    serve_by_hand(student, beams, costs={"latency_ms": 2.5})
+    found = {one.decoding["beams"]: one.metrics for one in outcome(tmp_path).students}
+    assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in found.items()} == {4: (8, 8), 1: (8, 2)}
+    header, rows = results_table(outcome(tmp_path).students, [], {}, "rouge2")
+    assert [row[header.index("speed-up (same decoding)")] for row in rows] == ["8.00x (8.00x)", "8.00x (2.00x)"]
 
 
 def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
@@ -145,12 +189,15 @@ def test_a_checkpoint_is_served_with_each_decoding_and_its_rows_are_kept(world, 
     run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})
     beams = decodings(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
     found = serve_checkpoint(tmp_path, str(teacher), run, "bleu", beams, "validation", "cpu", 1)
-    assert [one["beams"] for one in found["decodings"]] == [4, 1]
-    four, one = (decoding["costs"] for decoding in found["decodings"])
+    assert [one["beams"] for one in found] == [4, 1]
+    four, one = (decoding["costs"] for decoding in found)
     assert one["latency_ms"] < four["latency_ms"]
     assert four["latency_ms_low"] <= four["latency_ms"] <= four["latency_ms_high"]
-    assert found["rows"] == 8
-    assert found["hardware"]["threads"] == 1
+    for served in found:
+        assert served["rows"] == 8
+        assert served["hardware"]["threads"] == 1
+        assert served["engine"].split()[0] in ("ctranslate2", "transformers")
+        assert served["version"] == version(served["engine"].split()[0])
     for name in ("b4-p1", "b1"):
         with np.load(tmp_path / f"rows-validation-{name}.npz") as kept:
             assert kept["validation"].shape == (8, 10)

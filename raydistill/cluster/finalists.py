@@ -4,20 +4,23 @@ Nothing is trained. Fewer beams often cost nothing, so decoding is part of the c
 holds pairs of a checkpoint and a way of decoding.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raydistill.cluster.alone import alone
 from raydistill.cluster.prepare import check_unchanged
 from raydistill.config.console import progress
-from raydistill.config.files import CARD, read_json, write_json_atomic
+from raydistill.config.files import CARD, damage_told, read_json, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, resolve
-from raydistill.evaluation.latency import hardware
+from raydistill.evaluation.latency import Hardware, hardware, version_of
 from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam, Engine
 from raydistill.model.generate import open_engine
@@ -29,6 +32,7 @@ from raydistill.results.records import (
     finalists,
     outcome,
     read_trials,
+    served_in,
 )
 from raydistill.training.record import write_rows
 
@@ -43,46 +47,83 @@ class Unserved:
 
 
 def is_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
-    """Whether nothing is left for `serve_finalists`; looks at files only."""
-    return not unserved(space, sweep, teacher) and not untested(sweep, teacher)
+    """Whether nothing is left for `serve_finalists` on this machine; looks at files only."""
+    here = machine_here()
+    return not (unserved(space, sweep, teacher, here) or untested(sweep, teacher)) and _served_last(sweep, here)
 
 
 def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
-    """Serve the teacher once and every finalist with each decoding of the space; what is there already is kept.
+    """Serve the teacher and every finalist with each decoding of the space; what was served so before is kept.
 
-    `teacher` is the record of it in sweep.json. UserError where teacher or data are not those of the sweep any more.
+    `teacher` is the record of it in sweep.json. A sweep is judged by what one machine served: by this one's, once all
+    is there. UserError where teacher or data are not those of the sweep any more.
     """
-    missing = unserved(space, sweep, teacher)
+    machine = alone(hardware, device=device)
+    missing = unserved(space, sweep, teacher, machine)
     if missing:
         run = _any_run(space, sweep)
         check_unchanged(run, teacher, sweep)
         progress(f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine")
         for one in missing:
-            added = alone(
-                serve_checkpoint,
-                *(one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation"),
-                device=device,
-            )
-            there = _served_in(one.folder)
-            write_json_atomic(one.folder / SERVED, {**added, "decodings": [*there, *added["decodings"]]})
+            what = (one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation")
+            keep(one.folder, alone(serve_checkpoint, *what, device=device))
+    if (sweep / SERVED).is_file() and not _served_last(sweep, machine):
+        write_json_atomic(sweep / SERVED, {**read_json(sweep / SERVED), "hardware": machine})
     score_on_test(space, sweep, teacher, device)
 
 
-def unserved(space: Space, sweep: Path, teacher: dict[str, Any]) -> list[Unserved]:
-    """The teacher, which is served as it is, and the finalists, as far as a decoding of theirs was not served yet."""
+def machine_here() -> Hardware:
+    """What is known, before Ray is started, of where it would serve; nothing where RAY_ADDRESS names a cluster."""
+    if os.environ.get("RAY_ADDRESS"):
+        return {}
+    found = hardware("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: value for name, value in found.items() if name != "threads"}
+
+
+def unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: Hardware) -> list[Unserved]:
+    """The teacher and the finalists, as far as a decoding of theirs was not yet served on `machine` by this engine.
+
+    `machine`: hardware as it is known; what it does not say is not compared.
+    """
     chosen = [trial for trial in finalists(sweep) if trial.checkpoint]
     if not chosen:
         return []
-    run = _any_run(space, sweep)
-    wanted = [Unserved(sweep, locate(str(run.teacher), run.dataset.name), [Beam(**teacher["decoding"])])]
+    run, search = _any_run(space, sweep), space.search.decoding
+    where = locate(str(run.teacher), run.dataset.name)
+    wanted = [Unserved(sweep, where, decodings(Beam(**teacher["decoding"]), search))]
     for trial in chosen:
         own = Beam(**read_json(trial.folder / "best" / CARD)["decoding"])
-        wanted.append(Unserved(trial.folder, str(trial.folder / "best"), decodings(own, space.search.decoding)))
+        wanted.append(Unserved(trial.folder, str(trial.folder / "best"), decodings(own, search)))
     missing = []
     for one in wanted:
-        known = {decoding_name(entry) for entry in _served_in(one.folder)}
+        known = {decoding_name(entry) for entry in served_in(one.folder) if _is_of(one.folder, entry, machine)}
         missing.append(replace(one, beams=[beam for beam in one.beams if decoding_name(asdict(beam)) not in known]))
     return [one for one in missing if one.beams]
+
+
+def _is_of(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
+    """Whether what was served is of this machine, and of its engine as it is installed now."""
+    with damage_told(folder / SERVED, "Delete this file to have it made again"):
+        same = entry.get("version") == version_of(entry.get("engine", "none").split()[0])
+        return same and machine.items() <= entry["hardware"].items()
+
+
+def _served_last(sweep: Path, machine: Hardware) -> bool:
+    """Whether the sweep is judged by what this machine served, if any did."""
+    there = read_json(sweep / SERVED).get("hardware") or {} if (sweep / SERVED).is_file() else machine
+    return machine.items() <= there.items()
+
+
+def keep(folder: Path, added: list[dict[str, Any]]) -> None:
+    """Add to what a folder's served.json tells, in the place of the same decodings on the same machine."""
+    before = read_json(folder / SERVED) if (folder / SERVED).is_file() else {"hardware": added[0]["hardware"]}
+    replaced = {(decoding_name(one), str(one["hardware"])) for one in added}
+    kept = [
+        one
+        for one in before.get("decodings", [])
+        if "hardware" in one and (decoding_name(one), str(one["hardware"])) not in replaced
+    ]
+    write_json_atomic(folder / SERVED, {**before, "decodings": [*kept, *added]})
 
 
 def untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
@@ -97,11 +138,6 @@ def untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
 def _any_run(space: Space, sweep: Path) -> Run:
     """A run of the sweep: teacher, data and evaluation are the same in all."""
     return next(resolve(space, trial.chosen, space.name) for trial in read_trials(sweep) if trial.scored)
-
-
-def _served_in(folder: Path) -> list[dict[str, Any]]:
-    """What a folder's served.json tells, an entry per decoding."""
-    return list(read_json(folder / SERVED)["decodings"]) if (folder / SERVED).is_file() else []
 
 
 def decodings(own: Beam, search: DecodingSearch) -> list[Beam]:
@@ -120,13 +156,10 @@ def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: st
     for student in untested(sweep, teacher):
         beam = Beam(**read_json(student.folder / "best" / CARD)["decoding"])
         beam = replace(beam, **(student.decoding or {}))
-        [tested] = alone(
-            serve_checkpoint,
-            *(student.folder, str(student.folder / "best"), _any_run(space, sweep), teacher["metric"], [beam], "test"),
-            device=device,
-        )["decodings"]
+        what = (student.folder, str(student.folder / "best"), _any_run(space, sweep), teacher["metric"], [beam], "test")
+        [tested] = alone(serve_checkpoint, *what, device=device)
         served = read_json(student.folder / SERVED)
-        for one in served["decodings"]:
+        for one in served["decodings"]:  # also those of other machines: scores are no timings
             if decoding_name(one) == decoding_name(asdict(beam)):
                 one["test"] = {**tested["metrics"], "interval": tested["interval"]}
         write_json_atomic(student.folder / SERVED, served)
@@ -141,8 +174,8 @@ def serve_checkpoint(
     split: str,
     device: str,
     threads: int,
-) -> dict[str, Any]:
-    """Scores and timings of a checkpoint with each decoding on a split; to be called `alone`.
+) -> list[dict[str, Any]]:
+    """Scores and timings of a checkpoint with each decoding on a split, and by what; to be called `alone`.
 
     Per-row statistics go into `folder`, a file per decoding.
     """
@@ -152,18 +185,15 @@ def serve_checkpoint(
     assert corpus is not None, split
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:
         engine, limit = _open(checkpoint, run, device, threads, Path(scratch))
+        by = {"engine": f"{engine.name} {engine.precision}", "version": version_of(engine.name)}
+        by |= {"hardware": hardware(device, threads)}
         found = []
         for beam in beams:
             served = serve(engine, corpus.sources, corpus.targets, metric, beam, limit)
             decoding = {"beams": beam.beams, "length_penalty": beam.length_penalty}
             write_rows(folder / f"rows-{split}-{decoding_name(decoding)}.npz", {split: served.scored.rows})
-            found.append({**decoding, **served.summary()})
-    return {
-        "engine": f"{engine.name} {engine.precision}",
-        "hardware": hardware(device, threads),
-        "rows": len(corpus),
-        "decodings": found,
-    }
+            found.append({**decoding, **by, "rows": len(corpus), **served.summary()})
+    return found
 
 
 def _open(checkpoint: str, run: Run, device: str, threads: int, scratch: Path) -> tuple[Engine, int]:

@@ -174,7 +174,7 @@ def key(
     facts: dict[str, Any] = {
         **machine,
         "shape": of_shape,
-        "engine": f"{engine} {_version(engine)}",
+        "engine": f"{engine} {version_of(engine)}",
         "precision": precision,
         "beams": beams,
         "batch": batch,
@@ -183,6 +183,16 @@ def key(
     }
     text = json.dumps(facts, sort_keys=True)
     return f"{of_shape.split(' d_model')[0]} {engine} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def version_of(engine: str) -> str:
+    """The version of the library that an engine is."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(engine)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def lookup(table: Path, name: str) -> Timing | None:
@@ -208,15 +218,6 @@ def _read(table: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _version(engine: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(engine)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _cpu_name() -> str:

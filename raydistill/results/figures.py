@@ -119,6 +119,7 @@ def results_table(
         header.insert(4, "encoder from")
     if any(t.decoding for t in trials):
         header.insert(-1, "decoding")
+        header[header.index("speed-up")] = "speed-up (same decoding)"
     order = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
     rows = []
     for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0)):
@@ -135,7 +136,7 @@ def results_table(
             _with_interval(test.get(metric), test.get("interval")),
             _with_interval(t.score(metric), t.interval),
             _number(t.metrics.get("latency_ms"), 0),
-            _number(t.metrics.get("speedup"), 2, "x"),
+            _speedups(t),
             _number(t.metrics.get("params_m"), 1),
             _number(t.metrics.get("gpu_hours"), 3),
             _number(t.number, 0),
@@ -147,6 +148,12 @@ def results_table(
             row.insert(-1, decoding_label(t.decoding) if t.decoding else "-")
         rows.append(row)
     return header, rows
+
+
+def _speedups(trial: Trial) -> str:
+    """Over the teacher with its own decoding, and in brackets over the teacher with the student's."""
+    own, same = (trial.metrics.get(name) for name in ("speedup", "speedup_same_decoding"))
+    return _number(own, 2, "x") + (f" ({_number(same, 2, 'x')})" if same is not None else "")
 
 
 def result_tables(found: Outcome) -> list[tuple[list[str], list[list[str]]]]:

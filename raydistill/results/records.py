@@ -257,32 +257,48 @@ def finalists(sweep: Path) -> list[Trial]:
     return [trial for trial in trials if trial.key in keys]
 
 
-def as_served(trials: list[Trial], teacher_ms: float | None) -> list[Trial]:
-    """A student for every trial and way of decoding that was served."""
+def served_in(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's served.json tells: an entry per machine and way of decoding, the checkpoint's own first."""
+    if not (folder / SERVED).is_file():
+        return []
+    served = read_json(folder / SERVED)
+    with damage_told(folder / SERVED, "Delete this file to have it made again"):
+        of_all = {name: served[name] for name in ("engine", "hardware") if name in served}
+        return [{**of_all, **one} for one in served["decodings"]]
+
+
+def as_served(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
+    """A student for every trial and way of decoding that was served where the teacher was, as `served_teacher` tells.
+
+    `speedup` is over the teacher with its own decoding, `speedup_same_decoding` over the teacher with the student's.
+    """
     found = []
     for trial in trials:
-        path = trial.folder / SERVED
-        if trial.scored and path.is_file():
-            with damage_told(path):
-                served = read_json(path)
-                timed = replace(trial, measured=_measured(served))
-                found += [_as_served(timed, one, i == 0, teacher_ms) for i, one in enumerate(served["decodings"])]
+        if trial.scored:
+            with damage_told(trial.folder / SERVED):
+                entries = [one for one in served_in(trial.folder) if _served_at(one, teacher.get("hardware"))]
+                found += [_as_served(trial, one, i == 0, teacher) for i, one in enumerate(entries)]
     return found
 
 
-def _measured(served: dict[str, Any]) -> str:
+def _served_at(entry: dict[str, Any], hardware: dict[str, Any] | None) -> bool:
+    return hardware is None or entry.get("hardware", hardware) == hardware
+
+
+def _measured(entry: dict[str, Any]) -> str:
     """Such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
-    hardware = served.get("hardware") or {}
+    hardware = entry.get("hardware") or {}
     threads = f"{hardware['threads']} threads" if hardware.get("kind") == "cpu" else None
-    return ", ".join(str(part) for part in (served.get("engine"), hardware.get("name"), threads) if part)
+    return ", ".join(str(part) for part in (entry.get("engine"), hardware.get("name"), threads) if part)
 
 
-def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher_ms: float | None) -> Trial:
+def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher: dict[str, Any]) -> Trial:
     """A trial with one of its decodings; its `own` comes first."""
     decoding = {"beams": int(one["beams"]), "length_penalty": float(one["length_penalty"])}
     metrics = {**trial.metrics, **_numbers(one["metrics"]), **_numbers(one["costs"])}
-    if teacher_ms:
-        metrics["speedup"] = teacher_ms / metrics["latency_ms"]
+    same = (teacher.get("served") or {}).get(decoding_name(decoding), {})
+    over = {"speedup": teacher.get("costs") or {}, "speedup_same_decoding": same}
+    metrics |= {k: v["latency_ms"] / metrics["latency_ms"] for k, v in over.items() if v.get("latency_ms")}
     return replace(
         trial,
         key=f"{trial.key} {decoding_name(decoding)}",
@@ -290,6 +306,7 @@ def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher_ms: float |
         interval=_interval(one["interval"]),
         test=_tested(one.get("test")) or (trial.test if own else None),
         decoding=decoding,
+        measured=_measured(one),
     )
 
 
@@ -347,7 +364,7 @@ def outcome(sweep: Path) -> Outcome:
     teacher = served_teacher(sweep, info)
     teacher_costs = teacher.get("costs") or {}
     budgets = info.get("budgets") or space.get("budgets") or {}
-    served = as_served(trials, teacher_costs.get("latency_ms"))
+    served = as_served(trials, teacher)
     students = served or [trial for trial in trials if trial.scored]
     able = candidates(students, metric)
     bounds: dict[str, dict[str, float]] = {}
@@ -375,12 +392,17 @@ def outcome(sweep: Path) -> Outcome:
 
 
 def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's record, with its costs on real rows where they were measured."""
+    """The teacher's record; with its costs on real rows where they were measured, of its own decoding.
+
+    Then also the `hardware` that the sweep is judged by, and by way of decoding the costs (`served`).
+    """
     teacher = dict(info.get("teacher") or {})
     if (sweep / SERVED).is_file():
         with damage_told(sweep / SERVED):
-            one = read_json(sweep / SERVED)["decodings"][0]
-            teacher["costs"] = {**(teacher.get("costs") or {}), **_numbers(one["costs"])}
+            hardware = read_json(sweep / SERVED).get("hardware")
+            here = {decoding_name(one): _numbers(one["costs"]) for one in served_in(sweep) if _served_at(one, hardware)}
+        teacher["costs"] = {**(teacher.get("costs") or {}), **next(iter(here.values()), {})}
+        teacher |= {"hardware": hardware, "served": here}
     return teacher
 
 
