@@ -245,21 +245,48 @@ def test_the_key_is_of_the_settings_and_not_of_the_name():
     assert key_of(a) != key_of(resolve(space(), {**chosen, "student.size": "2-1"}, "one"))
 
 
-def test_the_watch_tells_where_the_search_stands(capsys):
-    watch = Watch(trials=6, metric="rouge2", over=1)
+def leave_trial(sweep, key, size, status, **metrics):
+    folder = sweep / "trials" / key
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"status": status, "size": size, "metrics": metrics}))
+
+
+def test_the_watch_tells_where_the_search_stands(capsys, tmp_path):
+    """One trial was over before, and the teacher's passes took a quarter of an hour."""
+    (tmp_path / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 0.25}))
+    leave_trial(tmp_path, "before", "2-2", "done", rouge2=15.0, gpu_hours=1.0)
+    watch = Watch(tmp_path, Search(trials=6), "rouge2")
     watch.begun = time.monotonic() - 240
     for number, (size, score) in enumerate([("2-3", 20.0), ("2-1", 9.0), ("2-3", 18.0)]):
         trial = SimpleNamespace(trial_id=str(number), config={"number": number, "key": f"k{number}", "size": size})
         watch.on_trial_start(0, [], trial)
         watch.on_trial_result(0, [], trial, {"step": 5, "score": score - 1})
+        leave_trial(tmp_path, f"k{number}", size, "done", rouge2=score, gpu_hours=0.5)
         watch.on_trial_result(0, [], trial, {"finished": True, "status": "done", "score": score, "gpu_hours": 0.5})
     failed = SimpleNamespace(trial_id="9", config={"number": 9, "key": "k9", "size": "2-1"})
     watch.on_trial_start(0, [], failed)
+    leave_trial(tmp_path, "k9", "2-1", "failed", gpu_hours=0.25)
     watch.on_trial_result(0, [], failed, {"finished": True, "status": "failed", "gpu_hours": 0.25})
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2] == "trial 9 k9 is over after 0 s: failed"
     # four trials in four minutes, one left
-    assert lines[-1] == ("  5 of 6 trials over; 1.750 device-hours; about 1 min left; best so far: 2-1 9.00, 2-3 20.00")
+    assert lines[-1] == (
+        "  5 of 6 trials over; 3.000 device-hours; about 1 min left; best so far: 2-1 9.00, 2-2 15.00, 2-3 20.00"
+    )
+
+
+def test_the_time_left_respects_the_searchs_limits(tmp_path):
+    """Ten of twenty trials in an hour, for two device-hours: another hour, if nothing ends it before."""
+    (tmp_path / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 1.0}))
+
+    def left(**limits):
+        return Watch(tmp_path, Search(trials=20, **limits), "rouge2").minutes_left(3600, over=10, hours=3.0)
+
+    assert left() == 60
+    assert left(max_hours=1.5) == 30
+    assert left(max_device_hours=3.5) == 15  # of which one was the teacher's
+    assert left(max_hours=1.1, max_device_hours=3.5) == pytest.approx(6)
+    assert left(max_device_hours=2.5) == 0
 
 
 def test_a_shape_is_barred_only_if_it_is_over_the_budget_with_the_fewest_beams_too():

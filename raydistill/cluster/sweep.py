@@ -83,7 +83,7 @@ def _searched(space: Space, folder: Path, where: str) -> tuple[Prepared, Ending]
     progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
     prepared = prepare(space, folder, where)
     describe_sweep(space, folder, prepared, "running")
-    watch = Watch(space.search.trials, prepared.teacher["metric"], trials_over(folder))
+    watch = Watch(folder, space.search, prepared.teacher["metric"])
     with publishing(folder):
         ended = search(space, folder, prepared, where, [watch])
     if ended.why:
