@@ -185,8 +185,8 @@ def serve_checkpoint(
     assert corpus is not None, split
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:
         engine, limit = _open(checkpoint, run, device, threads, Path(scratch))
-        by = {"engine": f"{engine.name} {engine.precision}", "version": version_of(engine.name)}
-        by |= {"hardware": hardware(device, threads)}
+        by: dict[str, Any] = {"engine": f"{engine.name} {engine.precision}", "version": version_of(engine.name)}
+        by["hardware"] = hardware(device, threads)
         found = []
         for beam in beams:
             served = serve(engine, corpus.sources, corpus.targets, metric, beam, limit)
