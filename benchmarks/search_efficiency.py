@@ -76,12 +76,8 @@ class Point:
 
 def recorded(trial: Trial, metric: str, latency: float) -> Recorded:
     """A trial that is over, charged with its start-up, training, validations and final scoring."""
-    training = trial.run_config()["training"]
-    devices = training["workers"] * training["threads"]
-    history, start = trial.history(), trial.metrics.get("startup_s", 0.0)
-    seconds = tuple(devices * (start + line["time_s"] + line["validation_s"]) for line in history)
-    trained = devices * history[-1]["time_s"] if history else 0.0
-    finish = max(0.0, trial.metrics["gpu_hours"] * 3600 - trained)  # gpu_hours: all but start-up and last validation
+    seconds = tuple(3600 * line["gpu_hours"] for line in trial.history())
+    finish = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
     score = trial.score(metric) if trial.scored else None
     return Recorded(trial.size, curve(trial), seconds, finish, score, latency)
 

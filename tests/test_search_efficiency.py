@@ -97,23 +97,21 @@ def test_a_trial_that_is_stopped_is_charged_what_it_ran_and_its_scoring():
 
 
 def test_start_up_training_validations_and_scoring_are_all_charged(tmp_path: Path):
-    """Two devices. 3 s to start; validations at 5 and 9 s of training, 1 and 2 s long; 4 s of scoring at the end."""
+    """18 and 28 device-seconds at its validations, with all that was before them; 8 more for its scoring."""
     folder = make_trial(tmp_path, "a", 0, 10.0)
-    run = json.loads((folder / "run.json").read_text())
-    write_json_atomic(folder / "run.json", {**run, "training": {"workers": 1, "threads": 2}})
     lines = [
-        {"time_s": 5.0, "validation_s": 1.0, "progress": 0.5, "score": 9.0},
-        {"time_s": 9.0, "validation_s": 2.0, "progress": 1.0, "score": 10.0},
+        {"gpu_hours": 18 / 3600, "progress": 0.5, "score": 9.0},
+        {"gpu_hours": 28 / 3600, "progress": 1.0, "score": 10.0},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = json.loads((folder / "result.json").read_text())
-    result["metrics"] |= {"startup_s": 3.0, "gpu_hours": 2 * (9 + 4) / 3600}
+    result["metrics"] |= {"gpu_hours": 36 / 3600}
     write_json_atomic(folder / "result.json", result)
     (trial,) = read_trials(tmp_path)
     found = recorded(trial, "rouge2", 7.0)
-    assert found.seconds == (2 * (3 + 5 + 1), 2 * (3 + 9 + 2))
-    assert found.finish == pytest.approx(2 * 4)
-    assert found.whole == pytest.approx(2 * (3 + 9 + 2 + 4))
+    assert found.seconds == pytest.approx((18, 28))
+    assert found.finish == pytest.approx(8)
+    assert found.whole == pytest.approx(36)
     assert (found.score, found.latency, found.curve) == (10.0, 7.0, [(0.5, 9.0), (1.0, 10.0)])
 
 
