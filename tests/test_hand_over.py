@@ -31,7 +31,9 @@ def prepared(sweep: Path) -> Prepared:
     info = read_json(sweep / "sweep.json")
     costs = {**info["teacher"]["costs"], "params_m": 9.0}
     teacher = {**TEACHER, **info["teacher"], "costs": costs}
-    write_json_atomic(sweep / "sweep.json", {**info, "teacher": teacher, "tracking_uri": "http://127.0.0.1:9"})
+    write_json_atomic(
+        sweep / "sweep.json", {**info, "teacher": teacher, "tracking_uri": "http://127.0.0.1:9", "ended": {"why": ""}}
+    )
     return Prepared(teacher, {}, {})
 
 

@@ -263,7 +263,7 @@ def served_in(folder: Path) -> list[dict[str, Any]]:
         return []
     served = read_json(folder / SERVED)
     with damage_told(folder / SERVED, "Delete this file to have it made again"):
-        of_all = {name: served[name] for name in ("engine", "hardware") if name in served}
+        of_all: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
         return [{**of_all, **one} for one in served["decodings"]]
 
 
