@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raydistill.config.errors import UserError
 from raydistill.config.run import Run
 from raydistill.results import paper
 from raydistill.results.report import tables
@@ -100,6 +101,62 @@ def test_table_5_has_means_over_seeds_costs_end_to_end_and_paired_differences(sw
     assert found["Pseudo - SFT"] == "+2.00 [+2.00, +2.00], n = 1"
 
 
+def second_sweep(first: Path, name: str, change: dict | None = None) -> Path:
+    """Another sweep of the same teacher, which tried plain fine-tuning and kd by a better recipe."""
+    folder = first.parent / name
+    recipe = {"student": {"size": "6-3"}, "hours": 0.25}
+    write_trial(folder, "a", 28.5, 0, **recipe)
+    write_trial(folder, "b", 27.5, 0, method="kd", **recipe)
+    info = json.loads((first / "sweep.json").read_text())
+    info["teacher"] |= change or {}
+    (folder / "sweep.json").write_text(json.dumps(info))
+    np.savez(folder / "teacher_rows.npz", test=np.full(ROWS, 30.0))
+    return folder
+
+
+def test_of_two_sweeps_each_has_a_row_and_no_row_has_figures_of_both(sweep):
+    other = second_sweep(sweep, "two")
+    both = [sweep, other]
+    assert "sweep" not in table([sweep], "table5")[0]
+    for place in ("table2", "table5", "table9", "table10"):
+        assert {r["sweep"] for r in table(both, place) if r["teacher"] == "Marian"} <= {"one", "two", ""}
+    rows = {r["sweep"]: r for r in table(both, "table5") if r["teacher"] == "Marian"}
+    assert {k: (r["SFT score"], r["KD score"], r["Pseudo score"]) for k, r in rows.items()} == {
+        "one": ("25.00", "28.00", "27.00"),
+        "two": ("28.50", "27.50", ""),
+    }
+    rows = {r["sweep"]: r for r in table(both, "table10") if r["teacher"] == "Marian"}
+    assert {k: (r["Orig"].split(" ")[0], r["PL"].split(" ")[0]) for k, r in rows.items()} == {
+        "one": ("-5.00", "-3.00"),
+        "two": ("-1.50", ""),
+    }
+    rows = {(r["sweep"], r["size"]): r["ours by"] for r in table(both, "table6_EN-RO")}
+    assert rows == {
+        ("one", "6-3"): "SFT on original+pseudo+set, n = 1",
+        ("two", "6-3"): "SFT on original, n = 1",
+        ("one", "6-6"): "teacher",
+        ("two", "6-6"): "teacher",
+    }
+    # Only the first compares starts: the second's fine-tuning is no row of Table 9.
+    assert {r["sweep"] for r in table(both, "table9") if r["seeds"]} == {"one"}
+
+
+@pytest.mark.parametrize(("change", "what"), [({"key": "l"}, "teacher"), ({"data": {"test": "y"}}, "test split")])
+def test_sweeps_of_two_teachers_or_data_sets_of_one_name_are_not_reported_together(sweep, change, what):
+    info = json.loads((sweep / "sweep.json").read_text())
+    info["teacher"]["data"] = {"train": "w", "test": "x"}
+    (sweep / "sweep.json").write_text(json.dumps(info))
+    assert tables(*read_settings([sweep, second_sweep(sweep, "two")]))
+    with pytest.raises(UserError, match=f"the {what} of one is not the other's; report them apart"):
+        tables(*read_settings([sweep, second_sweep(sweep, "three", change)]))
+
+
+def test_a_full_depth_student_does_not_take_the_teachers_row(sweep):
+    write_trial(sweep, "z", 31.0, 0, student={"size": "6-6"})
+    rows = {r["ours by"]: r["ROUGE-2"] for r in table([sweep], "table6_EN-RO") if r["size"] == "6-6"}
+    assert rows == {"teacher": "30.00", "SFT on original, n = 1": "31.00"}
+
+
 def test_what_nobody_has_is_an_empty_cell(sweep):
     ours = row([sweep], "table5", teacher="BART", size="12-3")
     assert (ours["SFT score"], ours["KD - SFT"], ours["SFT score (paper)"]) == ("", "", "21.08")
@@ -146,7 +203,8 @@ def test_table_3_describes_the_corpus(sweep):
 
 def test_best_by_size_takes_the_best_on_validation_of_all_methods(sweep):
     student = row([sweep], "table6_EN-RO", size="6-3")
-    assert (student["ours by"], student["ROUGE-2"], student["speed-up"]) == ("SFT, n = 1", "29.00", "2.00")
+    assert student["ours by"] == "SFT on original+pseudo+set, n = 1"
+    assert (student["ROUGE-2"], student["speed-up"]) == ("29.00", "2.00")
     teacher = row([sweep], "table6_EN-RO", size="6-6")
     assert (teacher["ours by"], teacher["ROUGE-2"], teacher["ms for 32"]) == ("teacher", "30.00", "100")
 

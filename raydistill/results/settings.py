@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from raydistill.config.errors import UserError
 from raydistill.config.run import Run, parse_labels
 from raydistill.evaluation.scores import Comparison, paired_bootstrap
 from raydistill.results.cost import end_to_end
@@ -25,9 +26,25 @@ class Sweep:
     trials: list[Trial]
 
     @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.folder.name
+
+    @property
     def teacher(self) -> dict[str, Any]:
         """What sweep.json tells of the teacher; empty before the teacher was scored."""
         return self.info.get("teacher") or {}
+
+    @property
+    def teacher_name(self) -> str:
+        """By the paper's name where it has one."""
+        return teacher_name(str(self.teacher.get("name")))
+
+    @cached_property
+    def data(self) -> str | None:
+        """The data set by the paper's name where it has one, from any trial's run; None before the first trial."""
+        names = ((trial.run_config().get("dataset") or {}).get("name") for trial in self.trials)
+        return next((data_name(str(name)) for name in names if name), None)
 
     @property
     def metric(self) -> str:
@@ -81,6 +98,12 @@ class Setting:
         known = ("original", "pseudo")
         return tuple(p.source if p.source in known else "other" for p in parse_labels(self.run.label_source))
 
+    @property
+    def labels(self) -> str:
+        """What it was trained to write, a folder by its last part: "original+pseudo*0.5+SET"."""
+        parts = parse_labels(self.run.label_source)
+        return "+".join(f"{data_name(p.source)}{'' if p.weight == 1 else f'*{p.weight:g}'}" for p in parts)
+
     def test(self, metric: str) -> float | None:
         """The mean test score over the seeds."""
         return _mean((t.test or {}).get(metric) for t in self.trials)
@@ -125,6 +148,36 @@ def read_settings(folders: Iterable[Path]) -> tuple[list[Sweep], list[Setting]]:
             else:
                 grouped[key] = Setting(sweep, run, [trial])
     return sweeps, list(grouped.values())
+
+
+def by_sweep(settings: Iterable[Setting]) -> list[tuple[Sweep, list[Setting]]]:
+    """The settings of each sweep, for a row of each: two sweeps may have trained by two recipes."""
+    found: dict[Path, list[Setting]] = {}
+    for s in settings:
+        found.setdefault(s.sweep.folder, []).append(s)
+    return [(mine[0].sweep, mine) for mine in found.values()]
+
+
+def check_together(sweeps: Sequence[Sweep]) -> None:
+    """UserError where sweeps of one teacher and data set by name are of two teachers, or of two data sets."""
+    first: dict[tuple[str, str], Sweep] = {}
+    for sweep in sweeps:
+        if sweep.data is None:
+            continue
+        one = first.setdefault((sweep.teacher_name, sweep.data), sweep)
+        differ = ["teacher"] if _differ(one.teacher.get("key"), sweep.teacher.get("key")) else []
+        marks, others = one.teacher.get("data") or {}, sweep.teacher.get("data") or {}
+        differ += [f"{split} split" for split in marks if _differ(marks[split], others.get(split))]
+        if differ:
+            raise UserError(
+                f"{one.folder} and {sweep.folder} are both of {sweep.teacher_name} on {sweep.data}, but the "
+                f"{' and the '.join(differ)} of one is not the other's; report them apart"
+            )
+
+
+def _differ(a: str | None, b: str | None) -> bool:
+    """Whether two marks are known and not the same."""
+    return a is not None and b is not None and a != b
 
 
 def best(settings: Iterable[Setting]) -> Setting | None:
