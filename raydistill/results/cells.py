@@ -32,9 +32,9 @@ def number(value: float | None, digits: int, sign: bool = False) -> str:
     return "" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def interval(found: Comparison | None, seeds: int) -> str:
+def interval(found: Comparison, seeds: int) -> str:
     """A difference with its interval and the number of seeds behind it."""
-    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], n = {seeds}" if found else ""
+    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], n = {seeds}"
 
 
 def beside(*names: str) -> list[str]:

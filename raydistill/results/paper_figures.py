@@ -53,7 +53,7 @@ def _curves(axes: Any, setting: Setting, colour: str) -> None:
     """A line for each run of a setting, named once."""
     layers = ",".join(map(str, setting.layers)) or "random"
     other = "" if setting.source in ("", "teacher") else f" from {Path(setting.source).name}"
-    for i, trial in enumerate(setting.trials):
+    for i, trial in enumerate(setting.ended):
         checks = [c for c in trial.history() if "val_loss" in c]
         label = f"{name_of(setting)} ({layers}){other}" if i == 0 else None
         axes.plot([c["epoch"] for c in checks], [c["val_loss"] for c in checks], color=colour, label=label)

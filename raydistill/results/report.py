@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from raydistill.results import paper
 from raydistill.results.cells import SWEEP, Table, beside, interval, number, without_sweep
+from raydistill.results.figures import count_trials
 from raydistill.results.initialisations import initialisations
-from raydistill.results.settings import Setting, Sweep, best, by_sweep, check_together, difference
+from raydistill.results.settings import Setting, Sweep, best, by_sweep, check_together, difference, less_teacher
 
 METHODS = {"sft": "SFT", "kd": "KD", "pl": "Pseudo"}
 EXTRA = {"sft": "", "pl": "T's generations", "kd": "T's hidden states, logits"}
@@ -23,8 +24,8 @@ LABELS = {
     "Orig+PL+PL*": ("original", "pseudo", "other"),
 }
 INTERVAL = (
-    "In brackets the 95 % interval of a paired bootstrap over the test rows, n seeds' scores taken together: it tells "
-    "of the rows' chance and not of the seeds'."
+    "Differences are of the means over the n seeds that both sides have, in brackets the 95 % interval of a paired "
+    "bootstrap over the test rows: it tells of the rows' chance and not of the seeds'."
 )
 
 
@@ -41,6 +42,11 @@ def tables(sweeps: Sequence[Sweep], settings: Sequence[Setting]) -> list[Table]:
         label_strategies(settings),
     ]
     return made if len(sweeps) > 1 else list(map(without_sweep, made))
+
+
+def heads(sweeps: Sequence[Sweep]) -> list[str]:
+    """A line about each sweep: what became of its trials, since the failed are in no score."""
+    return [f"{sweep.name}: {count_trials(sweep.trials)}" for sweep in sweeps]
 
 
 def costs(settings: Sequence[Setting]) -> Table:
@@ -155,7 +161,7 @@ def best_by_size(sweeps: Sequence[Sweep], settings: Sequence[Setting], data: str
         if s.place[2] == data:
             students.setdefault(s.place[:2], []).append(s)
     metric = mine[0].metric if mine else "rouge2"
-    rows = []
+    rows: list[list[str]] = []
     for key in _by_teacher([*theirs, *students, *teachers]):
         row, known = theirs.get(key), len(rows)
         rows += [_teacher_of_size(key, sweep, metric, row) for sweep in teachers.get(key, [])]
@@ -223,19 +229,17 @@ def label_strategies(settings: Sequence[Setting]) -> Table:
 
 
 def _gain(a: Setting | None, b: Setting | None) -> str:
-    if a is None or b is None:
-        return ""
-    return interval(difference(a.sweep.metric, a.rows(), b.rows()), min(a.seeds, b.seeds))
+    found = difference(a, b) if a and b else None
+    return interval(*found) if found else ""
 
 
 def _less_teacher(student: Setting | None) -> str:
     """With its interval where the rows of both are there; else the plain difference."""
     if student is None:
         return ""
+    if found := less_teacher(student):
+        return interval(*found)
     metric = student.sweep.metric
-    found = difference(metric, student.rows(), student.sweep.teacher_rows())
-    if found is not None:
-        return interval(found, student.seeds)
     score, theirs = student.test(metric), (student.sweep.teacher.get("test") or {}).get(metric)
     return "" if score is None or theirs is None else f"{score - theirs:+.2f}, n = {student.seeds}"
 
