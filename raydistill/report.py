@@ -30,7 +30,7 @@ def report(
     """
     from raydistill.results.paper_figures import figure_1, figure_2
     from raydistill.results.records import open_sweep
-    from raydistill.results.report import tables
+    from raydistill.results.report import heads, tables
     from raydistill.results.settings import read_settings
 
     folders = list(dict.fromkeys(open_sweep(name) for name in sweeps))
@@ -39,7 +39,9 @@ def report(
     place = output or home() / "reports" / "-".join(folder.name for folder in folders)
     figure_1(place / "figure1.png", settings)
     figures = ["figure1.png", *(["figure2.png"] if figure_2(place / "figure2.png", settings) else [])]
-    write_tables(place, made, figures, [folder.name for folder in folders])
+    about = heads(found)
+    write_tables(place, made, figures, about)
+    show("\n".join(about) + "\n", as_json)
     for table in made:
         show(f"{as_markdown(table)}\n", as_json)
     show(f"report: {place / 'report.md'}, a CSV file for each table, {', '.join(figures)}", as_json)
@@ -59,15 +61,16 @@ FIGURES = {
 }
 
 
-def write_tables(place: Path, made: "list[Table]", figures: list[str], names: list[str]) -> None:
-    """report.md with all tables and pictures, and a CSV file for each table."""
+def write_tables(place: Path, made: "list[Table]", figures: list[str], about: list[str]) -> None:
+    """report.md with what is told `about` the sweeps and all tables and pictures, and a CSV file for each table."""
     import csv
     import io
 
     from raydistill.config.files import write_atomic
 
-    head = f"# {', '.join(names)}: the tables of Pre-trained Summarization Distillation\n\n"
-    head += "Columns marked (paper) are the paper's own figures; an empty cell has none.\n\n"
+    head = "# The tables of Pre-trained Summarization Distillation, from our sweeps\n\n"
+    head += "".join(f"- {line}\n" for line in about)
+    head += "\nColumns marked (paper) are the paper's own figures; an empty cell has none.\n\n"
     pictures = "".join(f"\n![{FIGURES[name]}]({name})\n" for name in figures)
     write_atomic(place / "report.md", (head + "\n\n".join(map(as_markdown, made)) + "\n" + pictures).encode())
     for table in made:

@@ -1009,7 +1009,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(place, tmp_path, monkeypatch)
 def test_a_collapsed_run_keeps_its_reason_and_hours_and_no_checkpoint(place, tmp_path):
     folder = tmp_path / "trials" / "run"
     result = train(make_run(place), folder, lambda m, f: None, Inputs(repetition=-1.0))
-    assert (result["status"], list(result["metrics"])) == ("failed", ["gpu_hours"])
+    assert (result["status"], list(result["metrics"])) == ("failed", ["repetition", "gpu_hours"])
     assert "collapsed" in result["reason"]
     assert not (folder / "best").exists()
     (folder / "best").mkdir()  # as a kill before it was deleted leaves it

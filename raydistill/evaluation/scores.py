@@ -5,6 +5,7 @@ bootstrap resamples rows without scoring any text again.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -185,14 +186,26 @@ def paired_bootstrap(
     p is twice the smaller share of resamples on either side of 0, each count plus one: never exactly 0.
     ValueError where the two were not scored on the same number of rows.
     """
-    if len(a_rows) != len(b_rows):
-        raise ValueError(f"a paired comparison needs the same rows; got {len(a_rows)} and {len(b_rows)}")
-    a, b = _resampled(metric, [a_rows, b_rows], seed, samples)
-    differences = a - b
+    return paired_bootstrap_of_means(metric, [a_rows], [b_rows], seed, samples)
+
+
+def paired_bootstrap_of_means(
+    metric: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0, samples: int = 1000
+) -> Comparison:
+    """`paired_bootstrap` where a side is several trainings of one system, and its score the mean of theirs.
+
+    Each of a side is [rows] or [rows, 10]; at least one each. All are scored on each resample of the rows.
+    """
+    lengths = sorted({len(rows) for rows in (*a, *b)})
+    if len(lengths) > 1:
+        raise ValueError(f"a paired comparison needs the same rows; got {' and '.join(map(str, lengths))}")
+    found = _resampled(metric, [*a, *b], seed, samples)
+    differences = np.mean(found[: len(a)], axis=0) - np.mean(found[len(a) :], axis=0)
     low, high = np.percentile(differences, [2.5, 97.5])
     smaller = min(np.sum(differences <= 0), np.sum(differences >= 0))
     p = min(1.0, 2 * (int(smaller) + 1) / (samples + 1))
-    return Comparison(corpus_score(metric, a_rows) - corpus_score(metric, b_rows), float(low), float(high), p)
+    ours, theirs = (float(np.mean([corpus_score(metric, rows) for rows in side])) for side in (a, b))
+    return Comparison(ours - theirs, float(low), float(high), p)
 
 
 def collapsed(text: str) -> bool:

@@ -172,8 +172,10 @@ def result_tables(found: Outcome) -> list[tuple[list[str], list[list[str]]]]:
 
 
 def count_trials(trials: Sequence[Trial]) -> str:
-    """How many trials there are of each status, such as "9 trials: 6 done, 3 stopped early"."""
-    words = {"done": "done", "stopped": "stopped early", "failed": "failed", "running": "not over"}
+    """How many trials there are of each status, such as "18 trials: 16 done, 2 failed (2 collapsed)"."""
+    collapsed = sum(t.status == "failed" and t.reason.startswith("collapsed") for t in trials)
+    failed = f"failed ({collapsed} collapsed)" if collapsed else "failed"
+    words = {"done": "done", "stopped": "stopped early", "failed": failed, "running": "not over"}
     counts = {status: sum(t.status == status for t in trials) for status in words}
     parts = [f"{n} {words[status]}" for status, n in counts.items() if n]
     return f"{len(trials)} trials" + (f": {', '.join(parts)}" if parts else "")

@@ -7,8 +7,8 @@ from typing import Any
 
 from raydistill.config.files import write_atomic
 from raydistill.results import paper
-from raydistill.results.report import INITS
-from raydistill.results.settings import Setting, best
+from raydistill.results.initialisations import compared, name_of
+from raydistill.results.settings import Setting, best, by_sweep
 
 
 def figure_1(path: Path, settings: Sequence[Setting]) -> None:
@@ -27,30 +27,36 @@ def figure_1(path: Path, settings: Sequence[Setting]) -> None:
 
 
 def figure_2(path: Path, settings: Sequence[Setting]) -> bool:
-    """Validation loss against epochs by what the decoder started from, a panel per teacher, size and data.
+    """Validation loss against epochs by what the decoder started from, a panel per sweep, teacher, size and data.
 
     A line is a run. Returns whether there was anything to draw: the paper gives no numbers for its own figure.
     """
-    wanted = [s for s in settings if s.run.method == "sft" and s.label_kinds == ("original",)]
-    places = [place for place in dict.fromkeys(s.place for s in wanted) if sum(s.place == place for s in wanted) > 1]
-    if not places:
+    wanted = compared(settings)
+    groups = [
+        (place, sweep.name, mine)
+        for place in dict.fromkeys(s.place for s in wanted)
+        for sweep, mine in by_sweep(s for s in wanted if s.place == place)
+    ]
+    if not groups:
         return False
-    figure, panels = _panels(len(places))
-    for axes, place in zip(panels, places, strict=True):
-        for i, setting in enumerate(s for s in wanted if s.place == place):
-            layers = ",".join(map(str, setting.layers)) or "random"
-            name = INITS.get(setting.run.student.init, "rand") if setting.layers else "SFT rand"
-            other = "" if setting.source in ("", "teacher") else f" from {Path(setting.source).name}"
-            for j, trial in enumerate(setting.trials):
-                checks = [c for c in trial.history() if "val_loss" in c]
-                label = f"{name} ({layers}){other}" if j == 0 else None
-                axes.plot(
-                    [c["epoch"] for c in checks], [c["val_loss"] for c in checks], color=f"C{i % 10}", label=label
-                )
-        axes.set(title=" ".join(place), xlabel="epoch", ylabel="validation cross-entropy")
+    figure, panels = _panels(len(groups))
+    for axes, (place, name, mine) in zip(panels, groups, strict=True):
+        for i, setting in enumerate(mine):
+            _curves(axes, setting, f"C{i % 10}")
+        axes.set(title=f"{' '.join(place)} ({name})", xlabel="epoch", ylabel="validation cross-entropy")
         axes.legend(fontsize=8, frameon=False)
     _save(figure, path)
     return True
+
+
+def _curves(axes: Any, setting: Setting, colour: str) -> None:
+    """A line for each run of a setting, named once."""
+    layers = ",".join(map(str, setting.layers)) or "random"
+    other = "" if setting.source in ("", "teacher") else f" from {Path(setting.source).name}"
+    for i, trial in enumerate(setting.ended):
+        checks = [c for c in trial.history() if "val_loss" in c]
+        label = f"{name_of(setting)} ({layers}){other}" if i == 0 else None
+        axes.plot([c["epoch"] for c in checks], [c["val_loss"] for c in checks], color=colour, label=label)
 
 
 def _published(data: str) -> dict[str, list[tuple[float, float]]]:
@@ -62,13 +68,15 @@ def _published(data: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def _ours(settings: Sequence[Setting], data: str) -> dict[str, list[tuple[float, float]]]:
+    """A line's points by teacher and sweep: a line is of one recipe."""
     found: dict[str, list[tuple[float, float]]] = {}
     for place in dict.fromkeys(s.place for s in settings if s.place[2] == data):
-        chosen = best(s for s in settings if s.place == place)
-        speedup = chosen.measure("speedup") if chosen else None
-        score = chosen.test(chosen.sweep.metric) if chosen else None
-        if speedup is not None and score is not None:
-            found.setdefault(place[0], []).append((speedup, score))
+        for sweep, mine in by_sweep(s for s in settings if s.place == place):
+            chosen = best(mine)
+            speedup = chosen.measure("speedup") if chosen else None
+            score = chosen.test(sweep.metric) if chosen else None
+            if speedup is not None and score is not None:
+                found.setdefault(f"{place[0]} ({sweep.name})", []).append((speedup, score))
     return found
 
 

@@ -106,14 +106,19 @@ def write_card(best: Path, run: Run, layers: Plan | None, facts: dict[str, Any])
     write_json_atomic(best / CARD, card)
 
 
-def write_failure(folder: Path, run: Run, facts: dict[str, Any], reason: str, hours: float) -> dict[str, Any]:
-    """The result of a run that cannot go on, and the device-hours that it took all the same. No checkpoint is kept."""
+def write_failure(
+    folder: Path, run: Run, facts: dict[str, Any], reason: str, hours: float, metrics: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """The result of a run that cannot go on, and the device-hours that it took all the same. No checkpoint is kept.
+
+    `metrics`: what is known besides, of a run that came to its end before it was found to have failed.
+    """
     result = {
         "key": folder.name,
         "status": "failed",
         "reason": reason,
         **facts,
-        "metrics": {"gpu_hours": hours},
+        "metrics": {**(metrics or {}), "gpu_hours": hours},
         "interval": None,
         "test": None,
         "seed": run.training.seed,

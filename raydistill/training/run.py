@@ -232,7 +232,9 @@ def _finish(
     metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, "startup_s": startup, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))
     if validation and (why := collapse(validation.repetition, inputs.repetition)):
-        return write_failure(folder, run, {**what, **inputs.note}, why, hours)
+        # Its losses are whole: tables of losses read them, and know it by its repetition.
+        ended = {} if state.stopped else {"repetition": validation.repetition}
+        return write_failure(folder, run, {**what, **inputs.note}, why, hours, ended)
     scorer = "val_loss" if validator.metric == "val_loss" else signature(validator.metric)
     result = {
         "key": folder.name,
