@@ -126,7 +126,9 @@ def row(folders, name: str, **where: str) -> dict[str, str]:
 
 def parsed(cell: str) -> tuple[float, float, float, int]:
     """The difference, the ends of its interval and the seeds of a cell such as "+3.00 [+2.10, +3.90], n = 1"."""
-    return tuple(map(float, re.fullmatch(r"(\S+) \[(\S+), (\S+)\], n = (\d+)", cell).groups()))
+    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\], n = (\d+)", cell)
+    assert found, cell
+    return float(found[1]), float(found[2]), float(found[3]), int(found[4])
 
 
 def assert_interval(cell: str, difference: float, seeds: int, apart: np.ndarray) -> None:

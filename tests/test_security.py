@@ -182,6 +182,8 @@ def test_links_within_a_folder_are_fine(tmp_path):
         ("postgresql+psycopg2://me:p@ss/w:rd@db:5432/x?a=b", "postgresql+psycopg2://***@db:5432/x?a=b"),
         ("http://h/?a=1&api_key=abc&b=2", "http://h/?a=1&api_key=***&b=2"),
         ("s3://KEY:SECRET@bucket/path", "s3://***@bucket/path"),
+        ("https://b/x?X-Amz-Signature=ab&y=1", "https://b/x?X-Amz-Signature=***&y=1"),
+        ("http://h/#/runs?viewStateShareKey=raydistill", "http://h/#/runs?viewStateShareKey=raydistill"),
         ("owner/model@main and http://host:5000/#/experiments/1", "owner/model@main and http://host:5000/#/experiments/1"),
         ("", ""),
     ],

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,23 @@ def mlflow_children(home: Path) -> list[tuple[str, str]]:
 def demo(tmp_path_factory):
     """The quickstart with fewer steps and rows: train, then sweep, then what comes after."""
     home = tmp_path_factory.mktemp("demo") / "outputs"
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as logs:  # a short name
+        yield *demo_sweep(home, logs), Path(logs)
+
+
+def demo_sweep(home, logs):
+    """The folder, what the two commands ended with, and the arguments of the second; Ray logs into `logs`."""
     small = ["--set", "dataset.train_rows=400", "--set", "training.max_steps=30", "--set", "dataset.validation_rows=40"]
-    teacher = command(home, "train", "demo", *small, "--set", "dataset.test_rows=40", "--json")
+    teacher = command(home, "train", "demo", *small, "--set", "dataset.test_rows=40", "--json", RAY_TMPDIR=logs)
     rows = [f"run.dataset.{split}_rows={n}" for split, n in (("train", 400), ("validation", 40), ("test", 40))]
     settings = [part for row in rows for part in ("--set", row)]
     arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *SHORT, *settings, "--set", "search.trials=4"]
-    return home, last_json(teacher), last_json(command(home, *arguments, "--json")), arguments
+    found = command(home, *arguments, "--json", RAY_TMPDIR=logs)
+    return home, last_json(teacher), last_json(found), arguments
 
 
 def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
-    home, teacher, found, _ = demo
+    home, teacher, found, *_ = demo
     assert teacher["status"] == "done"
     assert [t["status"] for t in found["trials"]] == ["done"] * 4
     assert {t["method"] for t in found["trials"]} == {"sft", "kd", "pl"}
@@ -85,9 +93,10 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
 
 
 def test_no_secret_of_the_environment_is_in_anything_that_a_sweep_left(demo):
-    home, *_ = demo
-    left = [path for path in home.rglob("*") if path.is_file()]
+    home, *_, logs = demo
+    left = [path for folder in (home, logs) for path in folder.rglob("*") if path.is_file()]
     assert {path.name for path in left} >= {"mlflow.db", "run.json", "raydistill.json", "study.log", "sweep.json"}
+    assert {path.name for path in left} >= {"runtime_env_agent.log", "raylet.out", "gcs_server.out"}
     for path in left:
         content = path.read_bytes()
         assert not [name for name, value in SECRETS.items() if value.encode() in content], path
@@ -113,7 +122,7 @@ def test_a_layer_that_the_teacher_does_not_have_is_refused_before_anything_start
 
 
 def test_the_same_command_again_starts_nothing_and_says_the_same(demo):
-    home, _, found, arguments = demo
+    home, _, found, arguments, _ = demo
     results = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}
     again = last_json(command(home, *arguments, "--json"))
     assert again["front"] == found["front"]
@@ -123,7 +132,7 @@ def test_the_same_command_again_starts_nothing_and_says_the_same(demo):
 
 def test_finalists_that_a_kill_kept_from_being_served_are_served_by_the_same_command(demo):
     """All trials are over, as a kill while finalists are served leaves it; one decoding more is asked for, too."""
-    home, _, found, arguments = demo
+    home, _, found, arguments, _ = demo
     sweep = Path(found["sweep"])
     results = {p: p.stat().st_mtime_ns for p in sweep.glob("trials/*/result.json")}
     for served in sweep.rglob("served.json"):
@@ -141,7 +150,7 @@ def test_finalists_that_a_kill_kept_from_being_served_are_served_by_the_same_com
 
 
 def test_more_trials_under_the_same_name_are_added(demo):
-    home, _, found, arguments = demo
+    home, _, found, arguments, _ = demo
     before = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}
     assert len(before) == 4
     more = last_json(command(home, *arguments, "--set", "search.trials=5", "--json"))
@@ -154,14 +163,14 @@ def test_more_trials_under_the_same_name_are_added(demo):
 
 
 def test_another_space_under_the_same_name_is_refused(demo):
-    home, _, _, arguments = demo
+    home, _, _, arguments, _ = demo
     refused = command(home, *arguments, "--set", "run.training.learning_rate=0.5")
     assert refused.returncode == 2
     assert "begun with another run" in refused.stderr
 
 
 def test_choose_evaluate_shrink_and_pseudolabel_work_on_what_the_sweep_left(demo, tmp_path):
-    home, _, found, _ = demo
+    home, _, found, *_ = demo
     [best] = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
     told = json.loads((Path(found["sweep"]) / "trials" / best["key"] / "served.json").read_text())["decodings"]
     assert best["score"] in [one["metrics"]["rouge2"] for one in told if one["beams"] == best["decoding"]["beams"]]

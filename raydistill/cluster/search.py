@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
@@ -33,6 +34,11 @@ from raydistill.training.run import Inputs
 # Of proposals that were tried before, or are barred: after so many the sampler is stuck, and chance takes its place;
 # after so many more there is nothing new to be found by chance either.
 STUCK, GIVEN_UP = 10, 200
+# Tune would hand the AWS keys of this process to its actors as a setting, which Ray's agent writes into a log that all
+# may read. Actors on this machine have its environment anyway; other nodes have roles or keys of their own.
+class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+    [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+)
 STUDY_LOST = "Delete this file to go on with a new study: finished trials are known again by their folders"
 
 

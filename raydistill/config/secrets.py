@@ -7,7 +7,9 @@ from typing import Any
 
 # user:password@ of an address, also where the password holds an unquoted slash; and parameters that are secret.
 _USER = re.compile(r"(?<=://)(?:[^\s/?#@]*:\S*|[^\s/?#]*)@")
-_PARAMETER = re.compile(r"(?<=[?&;])([\w-]*(?:password|passwd|secret|token|key)=)[^\s&;#]+", re.IGNORECASE)
+_PARAMETER = re.compile(
+    r"(?<=[?&;])([\w-]*(?:password|passwd|secret|token|api_?key|access_?key|signature)=)[^\s&;#]+", re.IGNORECASE
+)
 _SECRET = re.compile(r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|_KEY)$|.*SECRET.*", re.IGNORECASE)
 _SHORTEST = 6  # of a value in the environment: a shorter one would be found in any text
 MASK = "***"
