@@ -10,6 +10,7 @@ real sweeps, this search and random full-length search, in fresh homes.
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -222,7 +223,7 @@ def live(sweep: Path, seed: int, trials: int) -> dict[str, list[Point]]:
             place = Path(folder)
             _furnish(place, sweep.absolute().parents[1])
             changes = {**SEARCHES[name], "seed": seed, "trials": trials, "concurrent": 1}
-            settings = [f"search.{key}={value}" for key, value in changes.items()]
+            settings = [f"search.{key}={json.dumps(value)}" for key, value in changes.items()]
             settings += ["points=[]", "budgets={}", "tracking_uri=null"]
             command = [sys.executable, "-m", "raydistill.sweep", str(sweep / "space.yaml")]
             command += [part for setting in settings for part in ("--set", setting)]

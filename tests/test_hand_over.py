@@ -1,5 +1,7 @@
 """The end of a sweep: students and the table first, whatever the disk or the tracking server do then."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -75,6 +77,7 @@ def serve(port: int, folder: Path) -> subprocess.Popen[bytes]:
         env=environment(MLFLOW_DISABLE_TELEMETRY="true"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     for _ in range(240):
         try:
@@ -87,11 +90,13 @@ def serve(port: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
+    """As a machine that goes down takes its server with it, workers and all."""
+    os.killpg(server.pid, signal.SIGKILL)
     server.wait(30)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_server_that_is_down_in_the_middle_and_on_resume_loses_nothing(tmp_path: Path) -> None:
     """Stopped once a trial is over, down for the rest and for a second command, back for a third."""
     teacher, data = make_world(tmp_path)
