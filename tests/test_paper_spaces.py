@@ -7,7 +7,12 @@ import pytest
 
 from raydistill.cluster.plan import describe_plan
 from raydistill.cluster.prepare import runs_of
-from raydistill.config.space import read_space
+from raydistill.config.corners import point_values
+from raydistill.config.layers import layers_to_copy
+from raydistill.config.run import parse_size
+from raydistill.config.space import read_space, resolve
+from raydistill.results import paper
+from raydistill.results.ablations import variation
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 TABLES = sorted(SPACES.glob("table*.yaml"))
@@ -55,14 +60,62 @@ def test_expected_hours_are_the_papers_costs(name, hours, offline, tmp_path):
     assert plan["expected_gpu_hours"] == pytest.approx(hours)
 
 
-def test_the_initialisations_are_those_of_table_8():
-    starts = {(r.student.init, r.student.copy_from) for r in runs_of(read_space(SPACES / "table8_xsum_bart.yaml"))}
-    assert starts == {
-        ("spaced", None),
-        ("spaced", "facebook/bart-large"),
-        ("spaced", "facebook/bart-large-cnn"),
-        *((init, None) for init in ("last", "first", "middle", "repeated", "random")),
-    }
+def place_of(path):
+    """(teacher, data) of a table's space, by the paper's names."""
+    teacher = {"bart": "BART", "pegasus": "Pegasus", "marian": "Marian", "mbart": "mBART"}
+    data = {"xsum": "XSUM", "cnn": "CNN", "enro": "EN-RO"}
+    _, where, who = path.stem.split("_")
+    return teacher[who], data[where]
+
+
+def of_table(number):
+    return pytest.mark.parametrize("path", SPACES.glob(f"table{number}_*.yaml"), ids=lambda path: path.stem)
+
+
+@of_table(5)
+def test_the_methods_are_those_of_table_5(path):
+    [theirs] = [row for (teacher, _, data), row in paper.TABLE_5.items() if (teacher, data) == place_of(path)]
+    runs = runs_of(read_space(path))
+    assert sorted(r.method for r in runs) == sorted(m for m in ("sft", "kd", "pl") if getattr(theirs, m))
+    assert {r.label_source for r in runs} == {"pseudo" if r.method == "pl" else "original" for r in runs}
+
+
+@of_table("[89]")
+def test_the_initialisations_are_those_of_tables_8_and_9(path):
+    depth = {"BART": 12, "Marian": 6}[place_of(path)[0]]
+    starts = []
+    for run in runs_of(read_space(path)):
+        if run.student.init == "random":
+            starts.append(((), ""))
+        else:
+            layers = tuple(layers_to_copy(depth, parse_size(run.student.size)[1], run.student.init))
+            starts.append((layers, run.student.copy_from or "teacher"))
+    assert sorted(starts) == sorted(paper.INITIALISATIONS[place_of(path)])
+
+
+@of_table(10)
+def test_the_labels_are_those_of_table_10(path):
+    [theirs] = [row for (teacher, _, data), row in paper.TABLE_10.items() if (teacher, data) == place_of(path)]
+    other = {"BART": "pegasus", "Pegasus": "bart"}.get(place_of(path)[0])
+    mixes = ["original", "pseudo", "original+pseudo", f"original+pseudo+pseudo@{other}"]
+    wanted = [mix for mix, figure in zip(mixes, theirs[1:], strict=True) if figure is not None]
+    assert sorted(r.labels for r in runs_of(read_space(path))) == sorted(wanted)
+
+
+def test_section_6_3_varies_one_thing_at_a_time_and_stops_no_trial():
+    space = read_space(SPACES / "section63_xsum_bart.yaml")
+    assert space.search.trials == len(space.points)
+    assert not space.search.stops_early
+    runs = [resolve(space, point_values(space.run, point), "s") for point in space.points]
+    assert {run.method for run in runs} == {"kd"}
+    assert [variation(run.loss) for run in runs] == [
+        "plain KD",
+        "no hidden loss",
+        "attention maps 1",
+        "cosine 1",
+        "normalised hidden",
+        "temperature 1",
+    ]
 
 
 @pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)

@@ -124,7 +124,7 @@ def row(folders, name: str, **where: str) -> dict[str, str]:
     return found
 
 
-def parsed(cell: str) -> tuple[float, float, float, int]:
+def parsed(cell: str) -> tuple[float, ...]:
     """The difference, the ends of its interval and the seeds of a cell such as "+3.00 [+2.10, +3.90], n = 1"."""
     found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\], n = (\d+)", cell)
     assert found, cell
@@ -157,6 +157,23 @@ def test_of_several_settings_that_with_the_best_validation_is_shown(sweep):
     assert row([sweep], "table5", teacher="BART", data="XSUM", size="12-3")["KD score"] == "28.00"
 
 
+def test_variations_of_kd_are_beside_plain_kd_and_not_in_table_5(sweep):
+    student = {"size": "12-3"}
+    write_trial(sweep, "n", 20.0, 0, method="kd", student=student, loss={"alpha_hidden": 0})
+    write_trial(sweep, "o", 21.0, 0, method="kd", student=student, loss={"alpha_cosine": 1, "temperature": 1})
+    write_trial(sweep, "p", 22.0, 0, method="kd", student=student, loss={"normalize_hidden": True})
+    found = {r["variation"]: r for r in table([sweep], "section63")}
+    assert {k: (r["score"], r["less plain KD"].split(" ")[0]) for k, r in found.items()} == {
+        "plain KD": ("28.00", ""),
+        "no hidden loss": ("20.00", "-8.00"),
+        "cosine 1, temperature 1": ("21.00", "-7.00"),
+        "normalised hidden": ("22.00", "-6.00"),
+    }
+    assert_interval(found["no hidden loss"]["less plain KD"], -8.0, 1, rows_of("n", 20.0) - rows_of("c", 28.0))
+    # All three have a better validation score than plain KD.
+    assert row([sweep], "table5", teacher="BART", size="12-3", data="XSUM")["KD score"] == "28.00"
+
+
 def bleu_rows(short: float, long: float, length: int) -> np.ndarray:
     """Two outputs whose n-gram precisions are `short` (of 10 words) and `long`, for every n; none is too short."""
     totals = np.array([[10, 8, 6, 4], [length, length * 4 // 5, length * 3 // 5, length * 2 // 5]])
@@ -186,6 +203,14 @@ def test_bleu_is_of_all_rows_together_and_differences_agree_with_the_cells(tmp_p
     assert (found["SFT score"], found["KD score"], found["SFT score (paper)"]) == ("72.92", "62.50", "25.91")
     assert parsed(found["KD - SFT"])[::3] == (-25.0, 1)  # seed 0 of both
     assert parsed(row([folder], "table10", teacher="Marian")["Orig"])[::3] == (-27.08, 2)
+
+
+def test_layers_listed_one_by_one_are_the_spaced_ones_where_they_are_the_same(sweep):
+    write_trial(sweep, "l", 25.0, 0, method="kd", student={"size": "12-6", "copied": {"decoder": [0, 2, 4, 7, 9, 11]}})
+    write_trial(sweep, "m", 26.0, 0, method="pl", student={"size": "12-6", "copied": {"decoder": [0, 1, 2, 3, 4, 5]}})
+    found = row([sweep], "table5", teacher="BART", size="12-6", data="XSUM")
+    assert (found["KD score"], found["Pseudo score"]) == ("25.00", "")
+    assert {r["name"] for r in table([sweep], "table8") if r["layers copied"] == "0,1,2"} == {"SFT lo"}
 
 
 def test_a_students_end_in_repetition_is_told_and_counts_where_losses_are_compared(sweep):

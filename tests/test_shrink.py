@@ -5,9 +5,10 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from raydistill.config.errors import UserError
+from raydistill.config.layers import layers_to_copy, layers_to_supervise
 from raydistill.config.run import LayerChoice, Student
 from raydistill.model import forms
-from raydistill.model.shrink import layers_to_copy, layers_to_supervise, plan, shrink
+from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model
 from tests.tiny import FAMILIES, save_tiny
 

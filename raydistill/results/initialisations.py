@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from raydistill.config.layers import layers_to_copy
 from raydistill.results import paper
 from raydistill.results.cells import SWEEP, Table, beside, number
 from raydistill.results.settings import Setting, by_sweep
@@ -56,11 +57,14 @@ def start(setting: Setting) -> Start:
 
 
 def name_of(setting: Setting) -> str:
-    """What a student started from, by the paper's names where it has them."""
+    """What a student started from, by the paper's names; "" for a list of layers that has none."""
     if not setting.layers:
         return "SFT rand"
-    student = setting.run.student
-    return "SFT" if student.copied.decoder is not None or student.copy_from else INITS.get(student.init, "")
+    depths = setting.sweep.teacher_depths
+    if setting.source != "teacher" or depths is None:
+        return "SFT"
+    layers = list(setting.layers)
+    return next((name for init, name in INITS.items() if layers == layers_to_copy(depths[1], len(layers), init)), "")
 
 
 def _rows(teacher: str, data: str, ours: list[Setting]) -> list[list[str]]:

@@ -8,6 +8,7 @@ row are of one sweep, so of one recipe; of several sweeps each has a row.
 from collections.abc import Iterable, Mapping, Sequence
 
 from raydistill.results import paper
+from raydistill.results.ablations import ablations, as_in_table_5
 from raydistill.results.cells import SWEEP, Table, beside, interval, number, without_sweep
 from raydistill.results.figures import count_trials
 from raydistill.results.initialisations import initialisations
@@ -40,6 +41,7 @@ def tables(sweeps: Sequence[Sweep], settings: Sequence[Setting]) -> list[Table]:
         *[best_by_size(sweeps, settings, data) for data in _data_of_best(sweeps)],
         *initialisations(settings),
         label_strategies(settings),
+        ablations(settings),
     ]
     return made if len(sweeps) > 1 else list(map(without_sweep, made))
 
@@ -256,8 +258,8 @@ def _teacher_cells(mine: Sequence[Setting], theirs: float | None) -> list[str]:
 
 
 def _plain(settings: Sequence[Setting]) -> list[Setting]:
-    """The methods as Table 5 means them: spaced layers, and labels as the method has them."""
-    return [s for s in settings if s.spaced and s.label_kinds == (PLAIN_LABELS[s.run.method],)]
+    """The methods as Table 5 means them: spaced layers, the paper's losses, and labels as the method has them."""
+    return as_in_table_5(s for s in settings if s.spaced and s.label_kinds == (PLAIN_LABELS[s.run.method],))
 
 
 def _with_labels(settings: Sequence[Setting]) -> list[Setting]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from raydistill.config.errors import UserError
-from raydistill.config.run import Run, parse_labels
+from raydistill.config.layers import layers_to_copy
+from raydistill.config.run import Run, parse_labels, parse_size
 from raydistill.evaluation.scores import Comparison, paired_bootstrap_of_means
 from raydistill.results.costs import end_to_end
 from raydistill.results.paper import data_name, teacher_name
@@ -34,6 +35,12 @@ class Sweep:
     def teacher(self) -> dict[str, Any]:
         """What sweep.json tells of the teacher; empty before the teacher was scored."""
         return self.info.get("teacher") or {}
+
+    @property
+    def teacher_depths(self) -> tuple[int, int] | None:
+        """The teacher's encoder and decoder layers; None before it was scored."""
+        size = self.teacher.get("size")
+        return parse_size(size) if size else None
 
     @property
     def teacher_name(self) -> str:
@@ -95,11 +102,17 @@ class Setting:
             return ""
         return self.run.student.copy_from or "teacher"
 
-    @property
+    @cached_property
     def spaced(self) -> bool:
-        """Whether the student starts as the paper's do."""
-        student = self.run.student
-        return student.init == "spaced" and student.copied.decoder is None and student.copy_from is None
+        """Whether the student starts as the paper's do, also where its layers are listed one by one.
+
+        False of a teacher whose size is not known.
+        """
+        copied, depths = self.ended[0].copied, self.sweep.teacher_depths
+        if depths is None or not self.layers or self.source != "teacher" or not copied.get("encoder"):
+            return False
+        sides = zip(("encoder", "decoder"), depths, strict=True)
+        return all(copied[side] == layers_to_copy(depth, len(copied[side])) for side, depth in sides)
 
     @property
     def label_kinds(self) -> tuple[str, ...]:
