@@ -275,6 +275,12 @@ def test_a_weight_below_one_takes_a_fixed_share_of_the_rows():
     assert len(more) == 4000 + len(rows)
 
 
+def test_halves_of_two_sources_are_not_of_the_same_rows(tmp_path):
+    ids = [f"row {i}" for i in range(1000)]
+    rows, _ = targets_of(ids, ids, "original*0.5+pseudo*0.5", pseudo(tmp_path, **dict.fromkeys(ids, "x")))
+    assert len(set(rows)) == pytest.approx(750, abs=40)  # 1 - 0.5 x 0.5 of them; a binomial's 95 % are within 27
+
+
 @pytest.mark.parametrize("wrong", ["original+", "pseudo*", "pseudo*0", "pseudo*-1", "pseudo*inf", "pseudo*x", ""])
 def test_what_is_no_source_is_said(wrong):
     with pytest.raises(

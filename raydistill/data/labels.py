@@ -279,8 +279,8 @@ def choose_targets(
     """Row numbers and targets of the training examples, one source of labels after the other.
 
     `sets` holds the label set of each source but `original`. A weight says how often an epoch reads a source's rows:
-    2 reads all of them twice, 0.5 a half of them, the same half whenever the ids are the same. A row whose pseudo-label
-    is empty or was dropped is left out of that source.
+    2 reads all of them twice, 0.5 a half of them, the same half whenever source and ids are the same. A row whose
+    pseudo-label is empty or was dropped is left out of that source.
     """
     rows: list[int] = []
     targets: list[str] = []
@@ -291,7 +291,7 @@ def choose_targets(
             usable, texts = _labelled(ids, sets[source])
         else:
             raise UserError(f"labels: {source!r} needs a label set; make one with `raydistill pseudolabel`")
-        picked = [i for i in usable for _ in range(_times(ids[i], weight))]
+        picked = [i for i in usable for _ in range(_times(source, ids[i], weight))]
         rows += picked
         targets += [texts[i] for i in picked]
     if not rows:
@@ -318,8 +318,11 @@ def _labelled(ids: list[str], found: LabelSet) -> tuple[list[int], list[str]]:
     return kept, texts
 
 
-def _times(row_id: str, weight: float) -> int:
-    """How often a row is read: the weight's whole part, and once more for its fraction of all rows."""
+def _times(source: str, row_id: str, weight: float) -> int:
+    """How often a row is read: the weight's whole part, and once more for its fraction of all rows.
+
+    Each source has a fraction of its own, or halves of two sources would be of the same rows.
+    """
     whole, fraction = divmod(weight, 1)
-    draw = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "big") / 2**64
+    draw = int.from_bytes(hashlib.sha256(f"{source}\0{row_id}".encode()).digest()[:8], "big") / 2**64
     return int(whole) + (draw < fraction)
