@@ -55,6 +55,9 @@ def write_trial(
         "metrics": {"score": 60 - score, **costs},
         "test": {"rouge2": score, "rougeL": score + 10, "interval": [score - 1, score + 1]},
         "seed": seed,
+        "alignment": 2e-7 if seed else 0.0,
+        "ended_at": f"2026-01-0{1 + seed}T10:00:00+00:00",
+        "host": "here",
     }
     (folder / "result.json").write_text(json.dumps(result))
     return folder
@@ -97,17 +100,22 @@ def sweep(tmp_path) -> Path:
             "original+pseudo+/other/set": {"own": 2.0, "others": 4.0},
         },
         "cache": 1.0,
+        "stores": {"decoder-1/layer-11": 0.25, "encoder-1/states": 0.75},
     }
     teacher = {
         "name": "bart",
         "key": "k",
         "size": "12-12",
         "passes": passes,
+        "label_sets": {"own": {"teacher": "bart", "rows": 28999, "quality": {"rouge1": 44.4, "rouge2": 21.25}}},
+        "engine": "ctranslate2 fp32",
+        "machine": {"kind": "cpu", "name": "EPYC", "cores": 2, "threads": 1},
         "test": {"rouge2": 30.0, "rougeL": 41.0, "interval": [29, 31]},
         "costs": {"latency_ms": 100.0, "params_m": 4.0},
         "corpus": {"rows": 29000, "source_words_mean": 11.9, "target_words_mean": 11.1, "bytes": 3_900_000},
     }
     info = {"name": "one", "metric": "rouge2", "teacher": teacher, "teacher_gpu_hours": 7.0}
+    info["versions"] = {"raydistill": "0.1.0", "torch": "2.13.0"}
     (folder / "sweep.json").write_text(json.dumps(info))
     np.savez(folder / "teacher_rows.npz", test=rows_of("teacher", 30.0))
     return folder
@@ -216,7 +224,11 @@ def test_layers_listed_one_by_one_are_the_spaced_ones_where_they_are_the_same(sw
 def test_a_students_end_in_repetition_is_told_and_counts_where_losses_are_compared(sweep):
     found = row([sweep], "table8", **{"layers copied": "-"})
     assert (found["seeds"], found["repetition"]) == ("2", "0.46")
-    assert heads(read_settings([sweep])[0]) == ["one: 9 trials: 8 done, 1 failed (1 collapsed)"]
+    assert heads(read_settings([sweep])[0]) == [
+        "one: 9 trials: 8 done, 1 failed (1 collapsed); teacher bart; a full-depth copy of it differs by 2.0e-07 of "
+        "the largest logit; engine ctranslate2 fp32; machine EPYC, 1 threads; hosts here; versions raydistill 0.1.0, "
+        "torch 2.13.0; seeds 0, 1; ended 2026-01-01 to 2026-01-02"
+    ]
 
 
 def second_sweep(first: Path, name: str, change: dict | None = None) -> Path:
@@ -308,6 +320,34 @@ def test_table_2_and_4_add_up_runs_and_passes(sweep):
     found = row([sweep], "table4", teacher="BART", data="XSUM")
     assert (found["device-hours"], found["device-hours (paper)"]) == ("11.500", "787")  # 9 x 0.5 + 7
     assert (found["experiments"], found["% of hours"], found["% of hours (paper)"]) == ("9", "100", "30")
+
+
+def test_a_pass_that_two_sweeps_read_is_counted_once(sweep):
+    """The second reads the first's label sets and encoder states, and made states of one layer (0.5 hours) more."""
+    first = json.loads((sweep / "sweep.json").read_text())["teacher"]["passes"]
+    stores = {"encoder-1/states": 0.75, "decoder-1/layer-5": 0.5}
+    other = second_sweep(sweep, "two", {"passes": {**first, "cache": 1.25, "stores": stores}})
+    found = row([sweep, other], "table4", teacher="BART", data="XSUM")
+    assert found["device-hours"] == "13.000"  # 11 x 0.5 + 7 + 0.5
+
+
+def test_the_quality_of_pseudo_labels_stands_under_table_10(sweep):
+    [found] = table([sweep], "table10_labels")
+    assert (found["teacher"], found["data"], found["label set"], found["rows"]) == ("BART", "XSUM", "own", "28999")
+    assert (found["ROUGE-1"], found["ROUGE-2"], found["ROUGE-L"], found["BLEU"]) == ("44.40", "21.25", "", "")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ("/home/me/teachers/mine-6-6", "mine-6-6"),
+        ("../shared/teachers/mine-6-6/", "mine-6-6"),
+        ("me/mine-6-6", "me/mine-6-6"),  # on the hub
+        ("facebook/bart-large-xsum@abc", "BART"),
+    ],
+)
+def test_a_teacher_in_a_folder_is_called_by_its_last_part(teacher, name):
+    assert paper.teacher_name(teacher) == name
 
 
 def test_table_3_describes_the_corpus(sweep):

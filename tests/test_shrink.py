@@ -231,7 +231,7 @@ def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeyp
     from raydistill.training.material import open_teacher
 
     folder = save_tiny("bart", tmp_path / "t")
-    open_teacher(str(folder), "a")
+    assert 0 <= open_teacher(str(folder), "a").alignment <= 1e-5
     monkeypatch.setattr(module, "layers_to_copy", lambda teacher, student, init="spaced": [0, *range(student - 1)])
     with pytest.raises(UserError, match=r"a copy of full depth is off by \d"):
         open_teacher(str(folder), "b")

@@ -71,8 +71,8 @@ def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next
     assert not work.unfinished()
     assert made.bytes == sum(len(content) for content in files(root).values())
     assert beside.items() <= files(root).items()
-    assert made.seconds > 0
-    assert made.seconds == sum(store.device_seconds(array) for array in work.arrays)
+    assert sum(made.seconds.values()) > 0
+    assert made.seconds == {f"{a.parent.name}/{a.name}": store.device_seconds(a) for a in work.arrays}
 
     here = Want(runs, want.labels, tmp_path / "here", "cpu").work("full")
     make_here(here, load_model(place / "teacher"))
@@ -109,15 +109,17 @@ def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, mo
     run = run_of(place, "sft")
     with pytest.raises(KeyboardInterrupt):
         prepare._cache([run], {}, "cpu", record, 7.0, None)
-    monkeypatch.setattr(prepare, "teacher_pass", lambda want, keep: Cached(90 if keep == "encoder" else 0, 1.5))
+    monkeypatch.setattr(
+        prepare, "teacher_pass", lambda want, keep: Cached(90 if keep == "encoder" else 0, {"e/s": 1.5})
+    )
     cache = prepare._cache([run], {}, "cpu", record, 9.0, None)
     assert asked == [7.0]
-    assert (cache.keep_of(run), cache.hours) == ("encoder", 1.5 / 3600)
+    assert (cache.keep_of(run), cache.stores) == ("encoder", {"e/s": 1.5 / 3600})
     assert read_json(record)["groups"][group_of(run)] == {
         "keep": "encoder",
         "why": "it pays",
         "bytes": 90,
-        "device_seconds": 1.5,
+        "device_seconds": {"e/s": 1.5},
     }
 
 

@@ -34,15 +34,16 @@ from raydistill.training.run import Inputs, score_teacher
 
 @dataclass(frozen=True)
 class Cache:
-    """The teacher cache of some runs: its root, what `auto` came to by group of runs, the device-hours it took.
+    """The teacher cache of some runs: its root, what `auto` came to by group of runs, the device-hours they took.
 
-    `computed` is what `precision: auto` came to.
+    `computed` is what `precision: auto` came to. `stores` are device-hours by array of a store: another sweep may read
+    the same ones.
     """
 
     root: Path | None = None
     keeps: dict[str, Keep] = field(default_factory=dict)
     computed: str | None = None
-    hours: float = 0.0
+    stores: dict[str, float] = field(default_factory=dict)
 
     def keep_of(self, run: Run) -> Keep:
         """What `teacher_cache: auto` means for a run."""
@@ -121,7 +122,8 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     labels, sets = _labels(runs, device, epochs, computed)
     cache = _cache(runs, labels, device, record, epochs, computed)
     teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
-    teacher["passes"] = {"labels": sets, "cache": cache.hours}
+    teacher["passes"] = {"labels": sets, "cache": sum(cache.stores.values()), "stores": cache.stores}
+    teacher["label_sets"] = label_sets(runs, labels)
     teacher["teacher_gpu_hours"] = pass_hours(teacher["passes"])
     return Prepared(teacher, shapes, {size: rows[-1] for size, rows in timed.items()}, labels, cache)
 
@@ -207,6 +209,24 @@ def _labels(
     return made, hours
 
 
+def label_sets(runs: list[Run], made: MadeLabels) -> dict[str, dict[str, Any]]:
+    """By name what the manifests of all label sets trained on tell: teacher, rows, scores against the originals."""
+    from raydistill.data.labels import read_manifest
+
+    told = {}
+    for run in runs:
+        folders = [*made[run.label_key].values(), *[p.folder for p in parse_labels(run.label_source) if p.folder]]
+        for folder in folders:
+            manifest = read_manifest(Path(folder))
+            teacher = (manifest.get("teacher") or {}).get("name")
+            told[Path(folder).name] = {
+                "teacher": teacher,
+                "rows": manifest["rows"],
+                "quality": manifest.get("quality"),
+            }
+    return told
+
+
 def _written(
     run: Run, other: str | None, device: str, beside: AbstractContextManager[Callable[[], Also] | None]
 ) -> str:
@@ -233,19 +253,19 @@ def _cache(
         want = Want(group, labels, root, device, computed)
         if name not in found["groups"]:
             keep, why = decide(want, epochs)
-            found["groups"][name] = {"keep": keep, "why": why, "bytes": 0, "device_seconds": 0.0}
+            found["groups"][name] = {"keep": keep, "why": why, "bytes": 0, "device_seconds": {}}
             write_json_atomic(record, found)
         cached = teacher_pass(want, found["groups"][name]["keep"])
         found["groups"][name] |= {"bytes": cached.bytes, "device_seconds": cached.seconds}
-        found["device_seconds"] = sum(kept["device_seconds"] for kept in found["groups"].values())
         write_json_atomic(record, found)
-    keeps = {name: kept["keep"] for name, kept in found["groups"].items()}
-    return Cache(root, keeps, computed, found["device_seconds"] / 3600)
+    groups = {name: found["groups"][name] for name in _groups(runs)}
+    hours = {store: took / 3600 for kept in groups.values() for store, took in kept["device_seconds"].items()}
+    return Cache(root, {name: kept["keep"] for name, kept in groups.items()}, computed, hours)
 
 
 def _read_record(record: Path) -> dict[str, Any]:
     """What was decided and made so far."""
-    return read_json(record) if record.is_file() else {"device_seconds": 0.0, "groups": {}}
+    return read_json(record) if record.is_file() else {"groups": {}}
 
 
 def _groups(runs: list[Run]) -> dict[str, list[Run]]:

@@ -29,10 +29,10 @@ MadeLabels = dict[str, dict[str, str]]
 
 @dataclass(frozen=True)
 class Cached:
-    """What a pass came to: the bytes kept, and the device-seconds that they once took."""
+    """What a pass came to: the bytes kept, and by array of a store the device-seconds that it once took."""
 
     bytes: int
-    seconds: float
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)

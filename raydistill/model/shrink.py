@@ -101,10 +101,11 @@ def shrink(
     return student
 
 
-def check_alignment(teacher: PreTrainedModel, name: str) -> None:
-    """UserError where a copy of full depth does not write the teacher's own logits: then no student can be trusted.
+def check_alignment(teacher: PreTrainedModel, name: str) -> float:
+    """How far a copy of full depth is off the teacher's own logits, as a share of the largest (or of 1).
 
-    One made-up row of tokens in, all logits compared; it is asked of every teacher that is trained from.
+    UserError where it is not the same model: then no student can be trusted. One made-up row of tokens in, all logits
+    compared; it is asked of every teacher that is trained from.
     """
     copy_of_all = shrink(teacher, plan(forms.depths(teacher.config), Student()))
     ids = torch.arange(1, 9)[None].remainder(teacher.config.vocab_size)
@@ -114,10 +115,12 @@ def check_alignment(teacher: PreTrainedModel, name: str) -> None:
             for model in (teacher, copy_of_all)
         )
     apart = float((wanted - found).abs().max())
-    if not apart <= ALIGNED * max(1.0, float(wanted.abs().max())):
+    share = apart / max(1.0, float(wanted.abs().max()))
+    if not share <= ALIGNED:
         raise UserError(
             f"teacher {name}: a copy of full depth is off by {apart:.2g} in its logits; it cannot be shrunk"
         )
+    return share
 
 
 def check_same_shape(teacher: PretrainedConfig, other: PretrainedConfig, name: str) -> None:

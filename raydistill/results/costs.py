@@ -1,7 +1,7 @@
 """Device-hours end to end: a run's own and those of the teacher's passes that it needs; and what a method's gain cost.
 
 A device is a GPU, or a CPU core. `passes` is what sweep.json keeps of the teacher's: under "labels" the label sets
-behind each `label_key` with their device-hours, and the device-hours of the "cache". A pass is charged once, to all
+behind each `label_key` with their device-hours, the device-hours of the "cache", and by array these "stores". A pass is charged once, to all
 that need it, however many trials share it.
 """
 
@@ -19,6 +19,15 @@ def pass_hours(passes: Passes) -> float:
     """All teacher passes of a sweep; a label set that serves several settings counts once."""
     sets = {name: hours for used in passes["labels"].values() for name, hours in used.items()}
     return float(sum(sets.values()) + passes["cache"])
+
+
+def products(passes: Passes, unnamed: str) -> dict[str, float]:
+    """Device-hours by the name of what a pass made: label sets, and arrays of the teacher cache.
+
+    Two sweeps that read one have it by the same name. A record that does not name its arrays has its cache as `unnamed`.
+    """
+    sets = {name: hours for used in passes["labels"].values() for name, hours in used.items()}
+    return {**sets, **passes.get("stores", {unnamed: passes["cache"]})}
 
 
 def needed(trial: Trial, passes: Passes) -> Passes | None:

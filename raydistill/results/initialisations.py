@@ -99,7 +99,7 @@ def _row(ours: Setting, spaced: Setting | None, name: str, loss: float | None) -
 
 def _whence(teacher: str, begun: Start) -> list[str]:
     layers, source = begun
-    return [",".join(map(str, layers)) or "-", (teacher if source == "teacher" else source) or "-"]
+    return [",".join(map(str, layers)) or "-", (teacher if source == "teacher" else paper.last_part(source)) or "-"]
 
 
 def _spaced_beside(setting: Setting, ours: list[Setting]) -> Setting | None:

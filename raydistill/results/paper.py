@@ -4,6 +4,7 @@ Settings are (teacher, size, data) by the paper's names. Scores are ROUGE-2 on X
 hours on one Nvidia RTX 2080. What a table leaves blank or marks with a dash is not here.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 from raydistill.config.presets import TEACHERS
@@ -16,9 +17,14 @@ _HUB_NAMES = {preset.hub: name for name, presets in TEACHERS.items() for preset 
 
 
 def teacher_name(teacher: str) -> str:
-    """A teacher by the paper's name where it is one of the named ones; else as it is called, a folder by its path."""
+    """A teacher by the paper's name where it is one of the named ones; else as it is called (`last_part`)."""
     plain = teacher.partition("@")[0]
-    return TEACHER_NAMES.get(_HUB_NAMES.get(plain, plain), teacher)
+    return TEACHER_NAMES.get(_HUB_NAMES.get(plain, plain), last_part(teacher))
+
+
+def last_part(name: str) -> str:
+    """A folder by the last part of its path; a name on the hub, of one or two parts, as it is."""
+    return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
 
 
 def data_name(dataset: str) -> str:

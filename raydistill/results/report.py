@@ -7,6 +7,7 @@ row are of one sweep, so of one recipe; of several sweeps each has a row.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from raydistill.config.files import read_json
 from raydistill.results import paper
 from raydistill.results.ablations import ablations, as_in_table_5
 from raydistill.results.cells import SWEEP, Table, beside, interval, number, without_sweep
@@ -24,6 +25,7 @@ LABELS = {
     "Orig+PL": ("original", "pseudo"),
     "Orig+PL+PL*": ("original", "pseudo", "other"),
 }
+QUALITY = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU"}
 INTERVAL = (
     "Differences are of the means over the n seeds that both sides have, in brackets the 95 % interval of a paired "
     "bootstrap over the test rows: it tells of the rows' chance and not of the seeds'."
@@ -41,14 +43,35 @@ def tables(sweeps: Sequence[Sweep], settings: Sequence[Setting]) -> list[Table]:
         *[best_by_size(sweeps, settings, data) for data in _data_of_best(sweeps)],
         *initialisations(settings),
         label_strategies(settings),
+        label_quality(sweeps),
         ablations(settings),
     ]
     return made if len(sweeps) > 1 else list(map(without_sweep, made))
 
 
 def heads(sweeps: Sequence[Sweep]) -> list[str]:
-    """A line about each sweep: what became of its trials, since the failed are in no score."""
-    return [f"{sweep.name}: {count_trials(sweep.trials)}" for sweep in sweeps]
+    """A line about each sweep: what became of its trials, since the failed are in no score, and how it was run."""
+    return [f"{sweep.name}: {count_trials(sweep.trials)}; {'; '.join(_run_how(sweep))}" for sweep in sweeps]
+
+
+def _run_how(sweep: Sweep) -> list[str]:
+    """Teacher, alignment, engine, machine, versions, seeds and dates; nothing for what the sweep does not tell."""
+    results = [read_json(t.folder / "result.json") for t in sweep.trials if t.status != "running"]
+    apart = [found["alignment"] for found in results if found.get("alignment") is not None]
+    machine = sweep.teacher.get("machine") or {}
+    versions = sweep.info.get("versions") or {}
+    days = sorted({str(found["ended_at"])[:10] for found in results if found.get("ended_at")})
+    told = {
+        "teacher": str(sweep.teacher.get("name") or ""),
+        "a full-depth copy of it differs by": f"{max(apart):.1e} of the largest logit" if apart else "",
+        "engine": str(sweep.teacher.get("engine") or ""),
+        "machine": f"{machine['name']}, {machine['threads']} threads" if machine else "",
+        "hosts": ", ".join(sorted({str(found["host"]) for found in results if found.get("host")})),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "seeds": ", ".join(map(str, sorted({trial.seed for trial in sweep.trials}))),
+        "ended": " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
+    }
+    return [f"{what} {value}" for what, value in told.items() if value]
 
 
 def costs(settings: Sequence[Setting]) -> Table:
@@ -102,16 +125,21 @@ def corpora(sweeps: Sequence[Sweep]) -> Table:
 
 
 def effort(sweeps: Sequence[Sweep]) -> Table:
-    """Table 4: device-hours and experiments per teacher and data set, the teacher's passes among them."""
+    """Table 4: device-hours and experiments per teacher and data set, the teacher's passes among them.
+
+    What several sweeps read of one pass is counted once.
+    """
     hours: dict[tuple[str, str], float] = {}
+    made: dict[tuple[str, str], dict[str, float]] = {}
     runs: dict[tuple[str, str], int] = {}
     for sweep in sweeps:
         if sweep.data is None:
             continue
         key = (sweep.teacher_name, sweep.data)
-        own = sum(trial.device_hours for trial in sweep.trials)
-        hours[key] = hours.get(key, 0.0) + own + float(sweep.info.get("teacher_gpu_hours") or 0.0)
+        hours[key] = hours.get(key, 0.0) + sum(trial.device_hours for trial in sweep.trials)
+        made.setdefault(key, {}).update(sweep.passes)
         runs[key] = runs.get(key, 0) + len(sweep.trials)
+    hours = {key: spent + sum(made[key].values()) for key, spent in hours.items()}
     theirs_hours = {key: spent for key, (spent, _) in paper.TABLE_4.items()}
     theirs_runs = {key: count for key, (_, count) in paper.TABLE_4.items()}
     keys = dict.fromkeys([*paper.TABLE_4, *hours])
@@ -228,6 +256,19 @@ def label_strategies(settings: Sequence[Setting]) -> Table:
     header = ["teacher", "size", "data", SWEEP, *beside("teacher score", *LABELS)]
     note = f"Student less teacher. {INTERVAL} PL*: with another teacher's labels added."
     return Table("table10", "Table 10: pseudo-labelling strategies", header, rows, note)
+
+
+def label_quality(sweeps: Sequence[Sweep]) -> Table:
+    """Under Table 10: the scores of the pseudo-labels against the originals, a row for each set."""
+    rows = []
+    for sweep in sweeps:
+        for name, told in (sweep.teacher.get("label_sets") or {}).items():
+            quality = told.get("quality") or {}
+            who = paper.teacher_name(told["teacher"]) if told.get("teacher") else ""
+            scores = [number(quality.get(metric), 2) for metric in QUALITY]
+            rows.append([who, sweep.data or "", sweep.name, name, number(told.get("rows"), 0), *scores])
+    header = ["teacher", "data", SWEEP, "label set", "rows", *QUALITY.values()]
+    return Table("table10_labels", "The pseudo-labels of Table 10 against the originals", header, rows)
 
 
 def _gain(a: Setting | None, b: Setting | None) -> str:

@@ -13,7 +13,7 @@ from raydistill.config.errors import UserError
 from raydistill.config.layers import layers_to_copy
 from raydistill.config.run import Run, parse_labels, parse_size
 from raydistill.evaluation.scores import Comparison, paired_bootstrap_of_means
-from raydistill.results.costs import end_to_end
+from raydistill.results.costs import end_to_end, products
 from raydistill.results.paper import data_name, teacher_name
 from raydistill.results.records import Trial, read_rows, read_sweep, read_trials
 
@@ -52,6 +52,13 @@ class Sweep:
         """The data set by the paper's name where it has one, from any trial's run; None before the first trial."""
         names = ((trial.run_config().get("dataset") or {}).get("name") for trial in self.trials)
         return next((data_name(str(name)) for name in names if name), None)
+
+    @property
+    def passes(self) -> dict[str, float]:
+        """Device-hours of the teacher's passes, by the name of what each made."""
+        if passes := self.teacher.get("passes"):
+            return products(passes, f"cache of {self.folder}")
+        return {f"passes of {self.folder}": float(self.info.get("teacher_gpu_hours") or 0.0)}
 
     @property
     def metric(self) -> str:

@@ -31,12 +31,16 @@ from raydistill.model.teachers import (
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher with all that depends on it and the data alone; shared by the runs of one process."""
+    """A teacher with all that depends on it and the data alone; shared by the runs of one process.
+
+    `alignment`: how far a full-depth copy of it is off in its logits, as a share of the largest.
+    """
 
     where: str
     tokenizer: PreTrainedTokenizerBase
     key: str
     preset: TeacherPreset | None
+    alignment: float
 
     @property
     def languages(self) -> Languages | None:
@@ -46,9 +50,7 @@ class Teacher:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The weights, without gradients, on the CPU; loaded anew where they were released."""
-        model = load_model(self.where)
-        set_languages(model, self.tokenizer)
-        return model.requires_grad_(False)
+        return _load(self.where, self.tokenizer)
 
     def release(self) -> None:
         """Drop the weights: a run that reads the cache needs none once its student is made."""
@@ -73,9 +75,16 @@ def open_teacher(name: str, dataset: str) -> Teacher:
     preset = teacher_preset(name, dataset)
     where = locate(name, dataset)
     tokenizer = load_tokenizer(where, preset.languages if preset else None)
-    teacher = Teacher(where, tokenizer, teacher_key(where), preset)
-    check_alignment(teacher.model, name)
+    model = _load(where, tokenizer)
+    teacher = Teacher(where, tokenizer, teacher_key(where), preset, check_alignment(model, name))
+    teacher.__dict__["model"] = model  # read once
     return teacher
+
+
+def _load(where: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    model = load_model(where)
+    set_languages(model, tokenizer)
+    return model.requires_grad_(False)
 
 
 def load_material(run: Run, preset: TeacherPreset | None, tokenizer: PreTrainedTokenizerBase, config: Any) -> Material:

@@ -11,6 +11,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from raydistill.config.run import Run
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import statistics
 from raydistill.evaluation.checkpoint import evaluate
+from raydistill.evaluation.latency import hardware
 from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
 from raydistill.model.decoding import resolve_decoding
@@ -250,6 +252,8 @@ def _finish(
         "signature": scorer,
         "checkpoint": "best",
         "seed": run.training.seed,
+        "alignment": teacher.alignment if teacher else None,
+        "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
     }
     facts = {
@@ -327,6 +331,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "decoding": asdict(beam),
         "signature": signature(material.metric),
         "engine": f"{engine.name} {engine.precision}",
+        "machine": hardware(device, threads),
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "rows": {split: len(corpus) for split, corpus in material.corpora.items()},
         "scored": {split: evaluation.scored.rows for split, evaluation in found.items()},

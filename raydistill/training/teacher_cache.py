@@ -198,9 +198,10 @@ class Pass:
                 store.finish_array(array, {"parts": len(self.parts), "bytes": size})
 
     @property
-    def device_seconds(self) -> float:
-        """What making the finished arrays took, whoever made them."""
-        return sum(store.device_seconds(array) for array in self.arrays if store.is_whole(array))
+    def device_seconds(self) -> dict[str, float]:
+        """What making each finished array took, whoever made it, by store and array: "encoder-KEY/states"."""
+        whole = (array for array in self.arrays if store.is_whole(array))
+        return {f"{array.parent.name}/{array.name}": store.device_seconds(array) for array in whole}
 
     def make(self, teacher: PreTrainedModel, number: int) -> dict[str, float]:
         """Make part `number` of every array that lacks it; returns how many rows and source tokens it had."""
