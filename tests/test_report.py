@@ -226,8 +226,8 @@ def test_a_students_end_in_repetition_is_told_and_counts_where_losses_are_compar
     assert (found["seeds"], found["repetition"]) == ("2", "0.46")
     assert heads(read_settings([sweep])[0]) == [
         "one: 9 trials: 8 done, 1 failed (1 collapsed); teacher bart; a full-depth copy of it differs by 2.0e-07 of "
-        "the largest logit; engine ctranslate2 fp32; machine EPYC, 1 threads; hosts here; versions raydistill 0.1.0, "
-        "torch 2.13.0; seeds 0, 1; ended 2026-01-01 to 2026-01-02"
+        "the largest logit; engine ctranslate2 fp32; machine EPYC (cpu, 1 threads); hosts here; versions "
+        "raydistill 0.1.0, torch 2.13.0; seeds 0, 1; ended 2026-01-01 to 2026-01-02"
     ]
 
 

@@ -1,8 +1,8 @@
 """Device-hours end to end: a run's own and those of the teacher's passes that it needs; and what a method's gain cost.
 
 A device is a GPU, or a CPU core. `passes` is what sweep.json keeps of the teacher's: under "labels" the label sets
-behind each `label_key` with their device-hours, the device-hours of the "cache", and by array these "stores". A pass is charged once, to all
-that need it, however many trials share it.
+behind each `label_key` with their device-hours, the device-hours of the "cache", and those by array under "stores". A
+pass is charged once, to all that need it, however many trials share it.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,8 @@ def pass_hours(passes: Passes) -> float:
 def products(passes: Passes, unnamed: str) -> dict[str, float]:
     """Device-hours by the name of what a pass made: label sets, and arrays of the teacher cache.
 
-    Two sweeps that read one have it by the same name. A record that does not name its arrays has its cache as `unnamed`.
+    Two sweeps that read one have it by the same name. A record that does not name its arrays has its cache as
+    `unnamed`.
     """
     sets = {name: hours for used in passes["labels"].values() for name, hours in used.items()}
     return {**sets, **passes.get("stores", {unnamed: passes["cache"]})}

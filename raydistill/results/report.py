@@ -7,7 +7,7 @@ row are of one sweep, so of one recipe; of several sweeps each has a row.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from raydistill.config.files import read_json
+from raydistill.config.files import damage_told, read_json
 from raydistill.results import paper
 from raydistill.results.ablations import ablations, as_in_table_5
 from raydistill.results.cells import SWEEP, Table, beside, interval, number, without_sweep
@@ -58,14 +58,16 @@ def _run_how(sweep: Sweep) -> list[str]:
     """Teacher, alignment, engine, machine, versions, seeds and dates; nothing for what the sweep does not tell."""
     results = [read_json(t.folder / "result.json") for t in sweep.trials if t.status != "running"]
     apart = [found["alignment"] for found in results if found.get("alignment") is not None]
-    machine = sweep.teacher.get("machine") or {}
-    versions = sweep.info.get("versions") or {}
+    with damage_told(sweep.folder / "sweep.json"):
+        known = dict(sweep.teacher.get("machine") or {})
+        machine = f"{known['name']} ({known['kind']}, {known['threads']} threads)" if known else ""
+        versions = dict(sweep.info.get("versions") or {})
     days = sorted({str(found["ended_at"])[:10] for found in results if found.get("ended_at")})
     told = {
         "teacher": str(sweep.teacher.get("name") or ""),
         "a full-depth copy of it differs by": f"{max(apart):.1e} of the largest logit" if apart else "",
         "engine": str(sweep.teacher.get("engine") or ""),
-        "machine": f"{machine['name']}, {machine['threads']} threads" if machine else "",
+        "machine": machine,
         "hosts": ", ".join(sorted({str(found["host"]) for found in results if found.get("host")})),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "seeds": ", ".join(map(str, sorted({trial.seed for trial in sweep.trials}))),
