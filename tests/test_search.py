@@ -76,7 +76,7 @@ def test_a_sampler_that_is_stuck_goes_on_by_chance_to_the_last_combination(tmp_p
         return found
 
     found = proposals(tmp_path / "a")
-    assert len(found) == len(set(found)) == 36
+    assert len(found) == len(set(found)) == (1 + 2 + 1) * 3 * 2 * 5  # sft, kd with either coefficient, pl
     assert proposals(tmp_path / "b") == found
 
 
