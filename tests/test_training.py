@@ -29,7 +29,16 @@ from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.results.records import read_trials
 from raydistill.training import loop, record, validation
-from raydistill.training.loop import Diverged, Worker, fit, learning_rate_factor, read_step, step
+from raydistill.training.loop import (
+    Diverged,
+    Worker,
+    clip_and_step,
+    fit,
+    learning_rate_factor,
+    make_optimizer,
+    read_step,
+    step,
+)
 from raydistill.training.material import open_teacher
 from raydistill.training.record import held
 from raydistill.training.run import Inputs, collapse, frozen_table, supervise, train
@@ -293,6 +302,30 @@ def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
     start = weights_of(tiny("bart", tmp_path / "t").student)
     _, after = stepped(tiny("bart", tmp_path / "t"), Training(batch_size=6, gradient_clip=0.5))
     assert float((after - start).norm()) == pytest.approx(0.1 * 0.5, rel=1e-3)  # learning rate times norm
+
+
+@pytest.mark.parametrize("most", [0.5, 1e9])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_clipping_within_the_step_is_clipping_before_it(kind, most):
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3), torch.randn(5)]
+    gradients = [[torch.randn_like(p) for p in start] for _ in range(3)]
+    settings = Training(optimizer=kind, learning_rate=0.1, weight_decay=0.1)
+
+    def ends(take):
+        parameters = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = make_optimizer(parameters, settings)
+        for step_gradients in gradients:
+            for p, gradient in zip(parameters, step_gradients, strict=True):
+                p.grad = gradient.clone()
+            take(optimizer, parameters)
+        return torch.cat([p.detach().flatten() for p in parameters])
+
+    def one_after_another(optimizer, parameters):
+        torch.nn.utils.clip_grad_norm_(parameters, most)
+        optimizer.step()
+
+    torch.testing.assert_close(ends(lambda o, ps: clip_and_step(o, ps, most)), ends(one_after_another))
 
 
 def no_scores(supervision):
