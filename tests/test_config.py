@@ -16,7 +16,16 @@ from raydistill.config.errors import UserError
 from raydistill.config.load import apply_settings, check, read_yaml
 from raydistill.config.run import Loss, Run, Training
 from raydistill.config.schema import json_schema
-from raydistill.config.space import Space, corners, point_values, propose, read_space, resolve, sampler_names
+from raydistill.config.space import (
+    Space,
+    check_bounds,
+    corners,
+    point_values,
+    propose,
+    read_space,
+    resolve,
+    sampler_names,
+)
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 BASE = {"teacher": "demo", "dataset": "demo"}
@@ -255,6 +264,12 @@ def test_an_error_names_file_line_and_key(text, message, tmp_path):
     found = refusal(path)
     assert found.startswith(str(path))
     assert message in found
+
+
+@pytest.mark.parametrize("bound", [True, 0, -1, math.nan, math.inf, "50 per cent", "-5%"])
+def test_a_bound_is_a_positive_number_or_a_share(bound):
+    with pytest.raises(ValueError, match="budget fast: latency_ms is "):
+        check_bounds("fast", {"latency_ms": bound})
 
 
 def test_all_errors_are_told_at_once(tmp_path):

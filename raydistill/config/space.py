@@ -99,7 +99,7 @@ def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
             raise ValueError(f"budget {name}: cannot bound {key!r}; known: {', '.join(BOUNDED)}")
         number = bound.removesuffix("%") if isinstance(bound, str) else bound
         try:
-            value = float(number)
+            value = math.nan if isinstance(number, bool) else float(number)
         except ValueError:
             value = math.nan
         if value == math.inf:
