@@ -5,7 +5,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from raydistill.cluster.launch import final_report
 from raydistill.cluster.plan import not_trained, search_plan
@@ -84,6 +88,19 @@ def test_a_grid_passes_over_any_number_of_barred_combinations(tmp_path, monkeypa
     monkeypatch.setattr("raydistill.cluster.search.STUCK", 1)
     monkeypatch.setattr("raydistill.cluster.search.GIVEN_UP", 1)
     assert len(everything(StudySearch(space(), tmp_path, barred={"2-3"}))) == 3
+
+
+def test_the_study_on_disk_is_optunas_own(tmp_path):
+    """What optuna-dashboard reads: directions, what was chosen, scores and costs, without a line of ours."""
+    searcher = StudySearch(space(), tmp_path)
+    asked = searcher.suggest("a")
+    searcher.on_trial_complete("a", {**DONE, "score": 12.5, "latency_ms": 40.0})
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
+    study = optuna.load_study(study_name=space().name, storage=storage)
+    (trial,) = study.get_trials(states=[TrialState.COMPLETE])
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert (trial.values, trial.user_attrs["key"]) == ([12.5, 40.0], asked["key"])
+    assert trial.params["method"] == asked["chosen"]["method"]
 
 
 def test_first_points_come_first(tmp_path):

@@ -304,6 +304,23 @@ def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
     assert float((after - start).norm()) == pytest.approx(0.1 * 0.5, rel=1e-3)  # learning rate times norm
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_the_plain_attention_kernel_trains_as_the_fused_one(family, tmp_path, monkeypatch):
+    """In bf16 on a CPU, where short micro-batches take it: nearer to each other than either is to float32."""
+
+    def gradient(short, precision):
+        monkeypatch.setattr("raydistill.training.loop.SHORT", short)
+        supervision = tiny(family, tmp_path / "t")
+        parameters = [p for p in supervision.student.parameters() if p.requires_grad]
+        now = read_step(supervision, list(range(6)), Training(batch_size=6), Worker())
+        settings, optimizer = Training(gradient_clip=1e9), torch.optim.SGD(parameters)
+        step(supervision, now, settings, Worker(), precision, parameters, optimizer)
+        return torch.cat([p.grad.flatten() for p in parameters])
+
+    plain, fused, exact = gradient(128, torch.bfloat16), gradient(0, torch.bfloat16), gradient(0, None)
+    assert 0 < distance(plain, fused) < 0.7 * distance(fused, exact)
+
+
 @pytest.mark.parametrize("most", [0.5, 1e9])
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
 def test_clipping_within_the_step_is_clipping_before_it(kind, most):

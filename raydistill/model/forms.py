@@ -106,9 +106,11 @@ def head(model: PreTrainedModel, hidden: Tensor, table: Tensor | None = None) ->
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
     project: Any = model.lm_head
-    logits = project(hidden) if table is None else torch.nn.functional.linear(hidden.to(table.dtype), table)
     bias: Any = getattr(model, "final_logits_bias", None)
-    return logits if bias is None else logits + bias.to(logits.dtype)
+    if table is None:
+        logits = project(hidden)
+        return logits if bias is None else logits.add_(bias)  # no second [tokens, vocabulary] for it
+    return torch.nn.functional.linear(hidden.to(table.dtype), table, None if bias is None else bias[0].to(table.dtype))
 
 
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:

@@ -137,8 +137,8 @@ def _losses_and_slopes(logits: Tensor, theirs: Tensor | None, labels: Tensor, ta
             sums[0] -= smoothing / vocabulary * log_p.sum()
         warm = warm_teacher = None
         if theirs is not None:
-            warm = torch.log_softmax(logits[part].float() / temperature, dim=-1)
-            log_q = torch.log_softmax(theirs[part].float() / temperature, dim=-1)
+            warm = _log_softmax(logits[part], temperature)
+            log_q = _log_softmax(theirs[part], temperature)
             warm_teacher = log_q.exp()
             sums[1] += temperature**2 * (log_q.sub_(warm)).mul_(warm_teacher).sum()
         if slopes:
@@ -150,3 +150,7 @@ def _losses_and_slopes(logits: Tensor, theirs: Tensor | None, labels: Tensor, ta
                 slope.add_(warm.exp_().sub_(warm_teacher), alpha=targets.logits * temperature)
             logits[part] = slope
     return sums
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits.to(torch.float32, copy=True).div_(temperature), dim=-1)
