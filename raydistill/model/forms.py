@@ -109,7 +109,7 @@ def head(model: PreTrainedModel, hidden: Tensor, table: Tensor | None = None) ->
     bias: Any = getattr(model, "final_logits_bias", None)
     if table is None:
         logits = project(hidden)
-        return logits if bias is None else logits.add_(bias)  # no second [tokens, vocabulary] for it
+        return logits if bias is None else logits + bias.to(logits.dtype)
     return torch.nn.functional.linear(hidden.to(table.dtype), table, None if bias is None else bias[0].to(table.dtype))
 
 
