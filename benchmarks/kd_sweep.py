@@ -143,7 +143,7 @@ def released(run: Run, inputs: Inputs) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     onednn.ALLOWED = False  # plain torch layers: what loads and shrinks here is ours
     assert run.teacher is not None
-    teacher = open_teacher(run.teacher, run.dataset.name)
+    teacher = open_teacher(run.teacher, run.dataset)
     started = time.monotonic()
     student, layers = make_student(run, teacher)
     freeze(student, what_is_frozen(run, layers))

@@ -1,12 +1,15 @@
 """`raydistill evaluate`: score and time a checkpoint, or two against each other."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from raydistill.config.console import finish, make_app, progress, run_app, show, table
 from raydistill.config.errors import UserError
+
+if TYPE_CHECKING:
+    from raydistill.config.run import Dataset, Run
 
 app = make_app()
 
@@ -29,6 +32,10 @@ def evaluate(
     ] = "auto",
     precision: Annotated[Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="of the engine")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all")] = None,
+    languages: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: as it was trained"),
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one")] = "auto",
     predictions: Annotated[Path | None, typer.Option(help="write what it wrote, one JSON object a row")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
@@ -43,7 +50,7 @@ def evaluate(
 
     for name in (checkpoint, *([against] if against else [])):
         check_teacher(name)
-    about = dataset_of(checkpoint, dataset, metric)
+    about = dataset_of(checkpoint, dataset, metric) | {"languages": languages}
     corpus = _corpus(about["dataset"], split, rows)
 
     import os
@@ -89,17 +96,14 @@ def evaluate(
 
 def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
     """The data set and the metric: as asked, else as the checkpoint's card tells."""
-    from raydistill.config.files import CARD, read_json
     from raydistill.config.presets import default_dataset, metric_for
-    from raydistill.config.run import Dataset, Run
+    from raydistill.config.run import Dataset
 
-    card_path = Path(checkpoint) / CARD
     try:
-        card = read_json(card_path) if card_path.is_file() else {}
-        run = Run.model_validate(card["config"]) if "config" in card else None
-    except (ValueError, UserError) as error:
+        run = run_of(checkpoint)
+    except UserError as error:
         if name is None:
-            raise UserError(f"{card_path}: damaged, or of another version ({error}); give --dataset") from None
+            raise UserError(f"{error}; give --dataset") from None
         run = None
     wanted = name or (run.dataset.name if run else default_dataset(checkpoint))
     if wanted is None:
@@ -109,6 +113,30 @@ def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]
     if metric == "auto" and run is not None and same and run.evaluation.metric != "auto":
         metric = run.evaluation.metric
     return {"dataset": dataset, "metric": metric_for(wanted, metric)}
+
+
+def run_of(checkpoint: str) -> "Run | None":
+    """The run that made a checkpoint, from its card; None where there is none. A UserError where it is damaged."""
+    from raydistill.config.files import CARD, read_json
+    from raydistill.config.run import Run
+
+    path = Path(checkpoint) / CARD
+    try:
+        card = read_json(path) if path.is_file() else {}
+        return Run.model_validate(card["config"]) if "config" in card else None
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error})") from None
+
+
+def languages_trained_with(checkpoint: str, dataset: "Dataset") -> tuple[str, str] | None:
+    """A student's languages are those of the run that made it, whatever it is scored on."""
+    from raydistill.model.teachers import languages_of
+
+    try:
+        run = run_of(checkpoint)
+    except UserError:  # `--dataset` was given in its place
+        run = None
+    return languages_of(run.teacher, run.dataset) if run else languages_of(checkpoint, dataset)
 
 
 def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
@@ -155,7 +183,7 @@ def _score(
         device=device,
         threads=threads,
         precision=precision,
-        languages=preset.languages if preset else None,
+        languages=about["languages"] or languages_trained_with(checkpoint, about["dataset"]),
         say=progress,
     )
     limit = max_tokens("max_source_tokens", about["dataset"], preset, config)

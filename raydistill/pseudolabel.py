@@ -52,6 +52,10 @@ def pseudolabel(
     batch_chars: Annotated[
         int | None, typer.Option(min=1, help="source characters of a planned batch, the unit of resume")
     ] = None,
+    languages: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: the preset's"),
+    ] = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="leave out rows without text, and count them")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
@@ -77,7 +81,7 @@ def pseudolabel(
     if rows and split not in ("train", "validation", "test"):
         raise UserError(f"--rows goes with the splits train, validation and test, not with {split!r}")
     caps = {f"{split}_rows": rows} if rows else {}
-    data = Dataset(name=name, skip_bad_rows=skip_bad_rows, **caps)
+    data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **caps)
     check_inputs(teacher, data, split)
 
     from raydistill.cluster.pseudolabel import Job

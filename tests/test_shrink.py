@@ -6,7 +6,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from raydistill.config.errors import UserError
 from raydistill.config.layers import layers_to_copy, layers_to_supervise
-from raydistill.config.run import LayerChoice, Student
+from raydistill.config.run import Dataset, LayerChoice, Student
 from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
 from raydistill.model.teachers import load_model
@@ -218,7 +218,7 @@ def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
     teacher, other = save_tiny("bart", tmp_path / "t", seed=0), save_tiny("bart", tmp_path / "o", seed=1)
     settings = {"name": "r", "teacher": str(teacher), "dataset": str(tmp_path)}
     run = Run(**settings, student={"size": "2-1", "copy_from": str(other)})
-    student, _ = make_student(run, open_teacher(str(teacher), str(tmp_path)))
+    student, _ = make_student(run, open_teacher(str(teacher), run.dataset))
     name = "model.decoder.layers.0.fc1.weight"
     assert torch.equal(student.state_dict()[name], load_model(other).state_dict()[name])
     with pytest.raises(ValueError, match="random copies no decoder layer"):
@@ -231,7 +231,7 @@ def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeyp
     from raydistill.training.material import open_teacher
 
     folder = save_tiny("bart", tmp_path / "t")
-    assert 0 <= open_teacher(str(folder), "a").alignment <= 1e-5
+    assert 0 <= open_teacher(str(folder), Dataset(name="a")).alignment <= 1e-5
     monkeypatch.setattr(module, "layers_to_copy", lambda teacher, student, init="spaced": [0, *range(student - 1)])
     with pytest.raises(UserError, match=r"a copy of full depth is off by \d"):
-        open_teacher(str(folder), "b")
+        open_teacher(str(folder), Dataset(name="b"))

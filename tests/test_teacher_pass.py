@@ -93,7 +93,7 @@ def test_a_teacher_stored_in_bf16_has_one_key_for_pass_runs_and_sweep(place, tmp
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
     train(run, tmp_path / "run", lambda m, f: None, Inputs(cache=tmp_path / "cache"))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == before
-    teacher = open_teacher(str(kept), run.dataset.name)
+    teacher = open_teacher(str(kept), run.dataset)
     prepare.check_unchanged(run, {"key": teacher.key, "data": {}}, tmp_path)
 
 

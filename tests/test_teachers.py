@@ -10,9 +10,13 @@ import torch
 from transformers import BartConfig, T5Config
 
 from raydistill.config.errors import UserError
+from raydistill.config.files import CARD
 from raydistill.config.presets import TEACHERS
+from raydistill.config.run import Dataset, Run
+from raydistill.evaluate import languages_trained_with
 from raydistill.model import teachers
 from raydistill.model.checkpoints import weight_files
+from raydistill.training.material import open_teacher
 from tests.tiny import FAMILIES, lay_out_model, save_tiny, sentences
 from tests.world import command, corpus_rows, last_json
 
@@ -366,6 +370,44 @@ def test_t5_reads_its_tasks_prefix_and_hands_it_on(tiny, tmp_path):
     translate.save_pretrained(tmp_path / "student")
     student = teachers.load_tokenizer(tmp_path / "student")
     assert teachers.tokenize_sources(student, ["the old man"], 99) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "dataset", "wanted"),
+    [
+        ("/a/folder", Dataset(name="mine"), None),
+        ("/a/folder", Dataset(name="mine", languages=["en_XX", "de_DE"]), ("en_XX", "de_DE")),
+        ("/a/folder", Dataset(name="wmt16_en_ro"), ("en_XX", "ro_RO")),
+        ("mbart", Dataset(name="mine"), ("en_XX", "ro_RO")),
+        ("t5", Dataset(name="wmt16_en_ro"), ("en", "ro")),
+        ("t5", Dataset(name="mine"), None),  # its first preset summarizes
+        ("t5", Dataset(name="mine", languages=["en", "de"]), ("en", "de")),
+    ],
+)
+def test_the_data_sets_languages_go_before_the_presets(teacher, dataset, wanted):
+    assert teachers.languages_of(teacher, dataset) == wanted
+
+
+def test_a_teacher_by_path_reads_and_writes_the_data_sets_languages(tiny):
+    teacher = open_teacher(str(tiny["mbart"]), Dataset(name="mine", languages=("de_DE", "fr_XX")))
+    code = teacher.tokenizer.convert_tokens_to_ids
+    assert teachers.tokenize_sources(teacher.tokenizer, ["a"], 9)[0][-1] == code("de_DE")
+    assert teacher.model.generation_config.decoder_start_token_id == code("fr_XX")
+
+
+def test_a_t5_without_a_task_for_the_languages_says_which_it_has(tiny, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny["t5"], folder)
+    edit_config(folder, task_specific_params={"translation_en_to_ro": {"prefix": "to Romanian: "}})
+    with pytest.raises(UserError, match=r"no task translation_en_to_de; this T5 knows translation_en_to_ro"):
+        open_teacher(str(folder), Dataset(name="mine", languages=("en", "de")))
+
+
+def test_a_student_is_scored_with_the_languages_it_was_trained_with(tmp_path):
+    run = Run(name="r", teacher="t", dataset={"name": "mine", "languages": ["en", "ro"]}, student={"size": "2-1"})
+    (tmp_path / CARD).write_text(json.dumps({"config": run.model_dump(mode="json")}))
+    assert languages_trained_with(str(tmp_path), Dataset(name="other")) == ("en", "ro")
+    assert languages_trained_with("t5", Dataset(name="wmt16_en_ro")) == ("en", "ro")
 
 
 def test_pegasus_is_never_computed_in_fp16(tiny):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.config.errors import UserError
-from raydistill.config.run import LayerChoice, Loss, Run, Student, Training
+from raydistill.config.run import Dataset, LayerChoice, Loss, Run, Student, Training
 from raydistill.data.batches import Examples, buckets, epoch_batches, share
 from raydistill.data.labels import Candidate, write_label_set
 from raydistill.model import forms
@@ -865,14 +865,14 @@ def test_a_run_that_diverges_has_a_failed_result_with_its_reason(place, tmp_path
 
 
 def test_a_teachers_generation_config_is_not_its_students(place):
-    teacher = open_teacher(str(place / "teacher"), str(place))
+    teacher = open_teacher(str(place / "teacher"), Dataset(name=str(place)))
     student, _ = make_student(make_run(place), teacher)
     student.generation_config.num_beams = 77
     assert teacher.model.generation_config.num_beams != 77
 
 
 def test_a_dropout_asked_for_is_set_and_the_teachers_stays(place, tmp_path):
-    teacher = open_teacher(str(place / "teacher"), str(place))
+    teacher = open_teacher(str(place / "teacher"), Dataset(name=str(place)))
     student, _ = make_student(make_run(place, training={"dropout": 0.25}), teacher)
     layers: Any = student.get_decoder().layers
     layer = layers[0]
@@ -889,7 +889,7 @@ def test_a_cache_filled_before_is_what_the_run_opens(place, tmp_path):
     train(run, tmp_path / "first", lambda m, f: None, inputs)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
     assert sorted(p.parent.name for p in files) == ["layer-02", "states"]
-    assert "model" not in vars(open_teacher(run.teacher, run.dataset.name))  # its memory is free while steps run
+    assert "model" not in vars(open_teacher(run.teacher, run.dataset))  # its memory is free while steps run
     train(run, tmp_path / "run", lambda m, f: None, inputs)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == files
 
@@ -912,7 +912,7 @@ def test_which_stores_a_run_uses_and_whether_a_teacher_runs(
     place, cache, keep, training, size, stores, teacher, tmp_path
 ):
     run = make_run(place, "kd", student={"size": size}, training={"teacher_cache": cache, **training})
-    theirs = open_teacher(str(place / "teacher"), str(place))
+    theirs = open_teacher(str(place / "teacher"), Dataset(name=str(place)))
     student, layers = make_student(run, theirs)
     examples = Examples([[5, 6, 2]], [[7, 2]], [0])
     frozen = what_is_frozen(run, layers)

@@ -10,7 +10,7 @@ from raydistill.config.files import CARD, check_links, read_json, write_atomic, 
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.model.convert import RefusedError, converted
-from raydistill.model.teachers import load_config, load_tokenizer, max_tokens
+from raydistill.model.teachers import languages_of, load_config, load_tokenizer, max_tokens
 from raydistill.results.card import model_card
 from raydistill.results.records import Outcome, Trial
 from raydistill.results.registry import write_mlmodel
@@ -50,7 +50,7 @@ def _set_decoding(folder: Path, student: Trial) -> None:
     run = Run.model_validate(card["config"])
     preset = teacher_preset(str(run.teacher), run.dataset.name)
     card["max_source_tokens"] = max_tokens("max_source_tokens", run.dataset, preset, load_config(folder))
-    card["languages"] = preset.languages if preset else None
+    card["languages"] = languages_of(run.teacher, run.dataset)
     if student.decoding:
         path = folder / "generation_config.json"
         generation: dict[str, Any] = read_json(path)

@@ -24,7 +24,7 @@ from raydistill.evaluation.latency import Hardware, hardware, version_of
 from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam, Engine
 from raydistill.model.generate import open_engine
-from raydistill.model.teachers import load_config, locate, max_tokens
+from raydistill.model.teachers import languages_of, load_config, locate, max_tokens
 from raydistill.results.records import (
     SERVED,
     Trial,
@@ -204,7 +204,7 @@ def _open(checkpoint: str, run: Run, device: str, threads: int, scratch: Path) -
         run.evaluation.engine,
         device=device,
         threads=threads,
-        languages=preset.languages if preset else None,
+        languages=languages_of(run.teacher, run.dataset),
         cache=scratch / "engine",
     )
     return engine, max_tokens("max_source_tokens", run.dataset, preset, load_config(checkpoint))

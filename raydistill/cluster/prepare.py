@@ -155,7 +155,7 @@ def time_shapes(
     To be called `alone`, so that nothing else is timed with it. Kept in HOME/latency.json.
     """
     assert run.teacher is not None
-    loaded = open_teacher(run.teacher, run.dataset.name)
+    loaded = open_teacher(run.teacher, run.dataset)
     engine = run.evaluation.engine
     return {size: time_shape(loaded, size, teacher, beams, engine, device, threads) for size in sizes}
 

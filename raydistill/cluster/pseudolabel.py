@@ -120,7 +120,7 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
 def describe_job(job: Job, found: Scan) -> dict[str, Any]:
     """Teacher, data and decoding as the manifest holds them, without loading the model."""
     from raydistill.model.decoding import resolve_decoding
-    from raydistill.model.teachers import load_config, load_generation_config, locate, max_tokens
+    from raydistill.model.teachers import languages_of, load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(job.teacher, job.dataset.name)
     where = locate(job.teacher, job.dataset.name)
@@ -147,7 +147,7 @@ def describe_job(job: Job, found: Scan) -> dict[str, Any]:
             "max_source_tokens": max_tokens("max_source_tokens", job.dataset, preset, config),
         },
         "n_best": job.pseudo.n_best,
-        "languages": preset.languages if preset else None,
+        "languages": languages_of(job.teacher, job.dataset),
     }
 
 

@@ -193,14 +193,14 @@ def _teacher(want: Want, device: str) -> Any:
 
     run = want.runs[0]
     assert run.teacher is not None
-    return torch.nn.Module.to(open_teacher(run.teacher, run.dataset.name).model, device)
+    return torch.nn.Module.to(open_teacher(run.teacher, run.dataset).model, device)
 
 
 @lru_cache(maxsize=2)
 def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
     from raydistill.config.presets import teacher_preset
-    from raydistill.model.teachers import load_config, load_tokenizer, locate, teacher_key
+    from raydistill.model.teachers import languages_of, load_config, load_tokenizer, locate, teacher_key
     from raydistill.training.loop import Worker, precision
     from raydistill.training.material import load_material, make_examples
 
@@ -208,7 +208,7 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     assert run.teacher is not None
     where = locate(run.teacher, run.dataset.name)
     preset = teacher_preset(run.teacher, run.dataset.name)
-    config, tokenizer = load_config(where), load_tokenizer(where, preset.languages if preset else None)
+    config, tokenizer = load_config(where), load_tokenizer(where, languages_of(run.teacher, run.dataset))
     material = load_material(run, preset, tokenizer, config)
     examples: dict[str, Examples] = {}
     for each in want.runs:

@@ -38,6 +38,9 @@ class Dataset(Model):
     test_rows: int | None = Field(None, ge=1)
     max_source_tokens: int | None = Field(None, ge=4, description="default: the preset's, else 512")
     max_target_tokens: int | None = Field(None, ge=2, description="default: the preset's, else 128")
+    languages: tuple[str, str] | None = Field(
+        None, description="source and target for mBART and T5, such as [en_XX, ro_RO]; default: the preset's"
+    )
 
 
 class Start(Model):

@@ -51,6 +51,15 @@ def locate(teacher: str, dataset: str) -> str:
     return f"{preset.hub}@{preset.revision}" if preset else teacher
 
 
+def languages_of(teacher: str | None, dataset: Dataset) -> Languages | None:
+    """Source and target language: as the data set says, else the named teacher's for it, else the named data set's."""
+    if dataset.languages or teacher is None:
+        return dataset.languages
+    if preset := teacher_preset(teacher, dataset.name):
+        return preset.languages
+    return DATASETS[dataset.name].languages if dataset.name in DATASETS else None
+
+
 def load_config(where: str | Path) -> PretrainedConfig:
     """The checked configuration of a checkpoint, without its weights.
 
@@ -178,11 +187,15 @@ def source_prefix(config: PretrainedConfig, languages: Languages | None) -> str:
     """What a T5 checkpoint wants before every source, such as "summarize: "; "" where its config names nothing.
 
     The published T5 models were trained on many tasks at once and list their prefixes in `task_specific_params`,
-    which students inherit.
+    which students inherit. Raises UserError where a model that lists its tasks has none for the languages.
     """
-    task = f"translation_{languages[0][:2]}_to_{languages[1][:2]}" if languages else "summarization"
     tasks = getattr(config, "task_specific_params", None) or {}
-    return str(tasks.get(task, {}).get("prefix", "")) if config.model_type == "t5" else ""
+    if config.model_type != "t5":
+        return ""
+    task = f"translation_{languages[0][:2]}_to_{languages[1][:2]}" if languages else "summarization"
+    if languages and tasks and task not in tasks:
+        raise UserError(f"languages {', '.join(languages)}: no task {task}; this T5 knows {', '.join(sorted(tasks))}")
+    return str(tasks.get(task, {}).get("prefix", ""))
 
 
 def set_languages(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -344,7 +357,8 @@ def _set_tokenizer_languages(
         token = tokenizer.convert_ids_to_tokens(start) if start is not None else None
         if token is None or token in (tokenizer.eos_token, tokenizer.bos_token):
             raise UserError(
-                f"{where}: which languages? The checkpoint does not say; give both, such as en_XX and ro_RO"
+                f"{where}: which languages? The checkpoint does not say; give both, as in `languages: [en_XX, ro_RO]` "
+                f"of the data set or `--languages en_XX ro_RO`"
             )
         tokenizer.tgt_lang = token
     # The attribute alone does not change the special tokens of the source.

@@ -18,6 +18,7 @@ from raydistill.evaluation.latency import give_back_freed
 from raydistill.model.shrink import check_alignment
 from raydistill.model.teachers import (
     Languages,
+    languages_of,
     load_model,
     load_tokenizer,
     locate,
@@ -41,11 +42,7 @@ class Teacher:
     key: str
     preset: TeacherPreset | None
     alignment: float
-
-    @property
-    def languages(self) -> Languages | None:
-        """mBART's language codes, from the preset."""
-        return self.preset.languages if self.preset else None
+    languages: Languages | None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -70,13 +67,13 @@ class Material:
 
 
 @lru_cache(maxsize=2)
-def open_teacher(name: str, dataset: str) -> Teacher:
+def open_teacher(name: str, dataset: Dataset) -> Teacher:
     """Open a teacher once per process: tokenizer, key, preset, and the weights, checked."""
-    preset = teacher_preset(name, dataset)
-    where = locate(name, dataset)
-    tokenizer = load_tokenizer(where, preset.languages if preset else None)
+    preset, languages = teacher_preset(name, dataset.name), languages_of(name, dataset)
+    where = locate(name, dataset.name)
+    tokenizer = load_tokenizer(where, languages)
     model = _load(where, tokenizer)
-    teacher = Teacher(where, tokenizer, teacher_key(where), preset, check_alignment(model, name))
+    teacher = Teacher(where, tokenizer, teacher_key(where), preset, check_alignment(model, name), languages)
     teacher.__dict__["model"] = model  # read once
     return teacher
 

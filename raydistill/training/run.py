@@ -87,7 +87,7 @@ def _train(run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worke
     done = folder / "result.json"
     if done.is_file():
         return read_json(done)
-    teacher = open_teacher(run.teacher, run.dataset.name) if run.teacher else None
+    teacher = open_teacher(run.teacher, run.dataset) if run.teacher else None
     student: PreTrainedModel
     layers: Plan | None
     if teacher:
@@ -287,7 +287,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
     What students are compared with, and what latency is measured at. `scored` are per-row statistics by split.
     """
     assert run.teacher is not None
-    teacher = open_teacher(run.teacher, run.dataset.name)
+    teacher = open_teacher(run.teacher, run.dataset)
     material = load_material(run, teacher.preset, teacher.tokenizer, teacher.model.config)
     preset = teacher.preset.decoding if teacher.preset else None
     beam = resolve_decoding(run.decoding, teacher.model.generation_config, preset, material.max_target_tokens)
