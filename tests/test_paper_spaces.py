@@ -129,3 +129,24 @@ def test_the_miniatures_run_every_setting_with_three_seeds(path):
         settings.setdefault(plain, set()).add(run.training.seed)
     assert all(seeds == {0, 1, 2} for seeds in settings.values())
     assert len(MINI) == 3
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_the_recipes_are_the_authors(path):
+    """Typed from ../shared/reference/README.md, apart from the spaces: rate, batch, smoothing, Adam's epsilon."""
+    recipes = {
+        ("BART", "XSUM"): (3e-4, 64, 0.0, 1e-8),
+        ("BART", "CNN"): (3e-5, 32, 0.0, 1e-8),
+        ("Pegasus", "XSUM"): (1e-4 * 8, 256, 0.0, 1e-8),
+        ("Pegasus", "CNN"): (1e-4 * 8, 256, 0.0, 1e-8),
+        ("Marian", "EN-RO"): (3e-4, 64, 0.0, 1e-8),
+        ("mBART", "EN-RO"): (3e-5, 64, 0.1, 1e-6),
+    }
+    for run in runs_of(read_space(path)):
+        how = run.training
+        found = (how.learning_rate, how.batch_size, run.loss.label_smoothing, how.adam_eps)
+        assert found == pytest.approx(recipes[place_of(path)])
+        assert (how.warmup_steps, how.schedule, how.weight_decay, how.gradient_clip) == (500, "linear", 0, 1)
+        assert how.precision != "fp16"
+        assert how.epochs <= 5
+        assert how.accumulation == (8 if place_of(path)[0] == "Pegasus" else 1)

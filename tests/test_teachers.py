@@ -15,7 +15,7 @@ from raydistill.config.presets import TEACHERS
 from raydistill.config.run import Dataset, Run
 from raydistill.evaluate import languages_trained_with
 from raydistill.model import teachers
-from raydistill.model.checkpoints import weight_files
+from raydistill.model.checkpoints import commit, weight_files
 from raydistill.training.material import open_teacher
 from tests.tiny import FAMILIES, lay_out_model, save_tiny, sentences
 from tests.world import command, corpus_rows, last_json
@@ -323,6 +323,12 @@ def test_offline_a_cached_model_loads_by_its_hub_name(offline, tiny):
     assert len(teachers.load_tokenizer("someone/tiny-bart")) == model.config.vocab_size
 
 
+def test_offline_a_branch_is_told_by_the_commit_it_stands_for(offline, tiny):
+    sha = lay_out_model(offline, "someone/tiny-bart", tiny["bart"])
+    assert commit("someone/tiny-bart@main") == commit("someone/tiny-bart") == sha
+    assert commit(tiny["bart"]) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offline_each_named_teacher_loads_from_the_hubs_cache(family, offline, tiny):
     for dataset, preset in TEACHERS[family].items():
@@ -425,6 +431,7 @@ def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(
     arguments = ("pseudolabel", "--teacher", "pegasus", "--dataset", file, "--beams", 2, "--json")
     done = last_json(command(tmp_path / "outputs", *arguments, HF_HUB_CACHE=str(tmp_path / "hub")))
     assert done["rows"] == 12
+    assert done["teacher"]["commit"] == preset.revision
     assert done["teacher"]["where"] == f"{preset.hub}@{preset.revision}"
     assert done["teacher"]["fingerprint"] == teachers.fingerprint(tiny["pegasus"])
     assert (done["decoding"]["beams"], done["decoding"]["length_penalty"]) == (2, 0.6)

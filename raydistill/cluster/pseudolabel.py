@@ -152,10 +152,13 @@ def describe_job(job: Job, found: Scan) -> dict[str, Any]:
 
 
 def _identity(where: str) -> dict[str, str]:
-    """The teacher's weights, and its configuration and tokenizer, as fingerprints."""
+    """Fingerprints of the weights and of configuration and tokenizer; the commit, of a teacher from the hub."""
+    from raydistill.model.checkpoints import commit
     from raydistill.model.teachers import fingerprint, settings_fingerprint
 
-    return {"fingerprint": fingerprint(where), "settings": settings_fingerprint(where)}
+    known = commit(where)
+    found = {"fingerprint": fingerprint(where), "settings": settings_fingerprint(where)}
+    return {**found, "commit": known} if known else found
 
 
 def _make(

@@ -51,6 +51,11 @@ def resolve(where: str | Path, weights: bool = True) -> Path:
     return converted_to_safetensors(folder, where) if list(folder.glob(PICKLED)) else folder
 
 
+def commit(where: str | Path) -> str | None:
+    """The hub's commit that a hub name stands for in the local cache ("main" moves on); None for a folder."""
+    return None if Path(where).is_dir() else resolve(where, weights=False).name
+
+
 def converted_to_safetensors(folder: Path, where: str | Path) -> Path:
     """The folder under `home()/cache/safetensors` that holds a pickled checkpoint as safetensors; made once.
 

@@ -57,6 +57,7 @@ def _origin(student: Trial, card: dict[str, Any], data: str) -> list[list[str]]:
     rows += [[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied.items()]
     rows += [[f"{side} layers supervised", " ".join(map(str, v))] for side, v in (card.get("supervised") or {}).items()]
     rows += [["teacher's key", str(card.get("teacher_key"))]]
+    rows += [["teacher's commit", str(card["teacher_commit"])]] if card.get("teacher_commit") else []
     rows += [[f"{split} data's fingerprint", mark] for split, mark in (card.get("data") or {}).items()]
     versions = card.get("versions") or {}
     return [*rows, ["made with", ", ".join(f"{name} {version}" for name, version in versions.items())]]

@@ -64,7 +64,7 @@ def _run_how(sweep: Sweep) -> list[str]:
         versions = dict(sweep.info.get("versions") or {})
     days = sorted({str(found["ended_at"])[:10] for found in results if found.get("ended_at")})
     told = {
-        "teacher": str(sweep.teacher.get("name") or ""),
+        "teacher": " at commit ".join(str(sweep.teacher[key]) for key in ("name", "commit") if sweep.teacher.get(key)),
         "a full-depth copy of it differs by": f"{max(apart):.1e} of the largest logit" if apart else "",
         "engine": str(sweep.teacher.get("engine") or ""),
         "machine": machine,
