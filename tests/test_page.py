@@ -116,3 +116,7 @@ def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_
         ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
         ["sft", "4", "4.000", "6.000", "-", "-"],
     ]
+    # Of the cache's 9 hours 3 are the encoder's: all read those, and each row has them once.
+    teacher["passes"] |= {"stores": {"encoder-1/states": 3.0, "decoder-1/layer-02": 6.0}}
+    _, rows = method_table(replace(found, trials=trials, teacher=teacher))
+    assert [r[3] for r in rows] == ["15.000", "7.000", "9.000"]

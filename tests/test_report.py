@@ -152,11 +152,16 @@ def test_table_5_has_means_over_seeds_costs_end_to_end_and_paired_differences(sw
     assert (found["SFT score"], found["SFT score (paper)"], found["SFT seeds"]) == ("25.00", "21.08", "2")
     assert (found["KD score"], found["Pseudo score"]) == ("28.00", "27.00")
     assert (found["teacher score"], found["teacher score (paper)"]) == ("30.00", "22.29")
-    # 0.5 hours each; kd needs the cache (1), pl the label set (2).
-    assert (found["SFT cost"], found["KD cost"], found["Pseudo cost"]) == ("0.500", "1.500", "2.500")
+    # 0.5 hours each; kd needs the cache (1), the others its encoder states (0.75), pl the label set (2).
+    assert (found["SFT cost"], found["KD cost"], found["Pseudo cost"]) == ("1.250", "1.500", "3.250")
     # kd and pl have seed 0 alone: fine-tuning's seed 1 is not in these.
     assert_interval(found["KD - SFT"], 4.0, 1, rows_of("c", 28.0) - rows_of("a", 24.0))
     assert_interval(found["Pseudo - SFT"], 3.0, 1, rows_of("d", 27.0) - rows_of("a", 24.0))
+
+
+def test_a_run_without_the_cache_is_not_charged_for_it(sweep):
+    write_trial(sweep, "l", 99.0, 0, student={"size": "12-6"}, training={"teacher_cache": "off"})
+    assert row([sweep], "table5", teacher="BART", data="XSUM", size="12-6")["SFT cost"] == "0.500"
 
 
 def test_of_several_settings_that_with_the_best_validation_is_shown(sweep):
@@ -314,7 +319,7 @@ def test_a_trial_that_is_not_finished_is_in_no_score(sweep):
 
 def test_table_2_and_4_add_up_runs_and_passes(sweep):
     costs = {r["technique"]: r["device-hours"] for r in table([sweep], "table2") if r["data"] == "XSUM"}
-    assert costs == {"SFT": "0.500", "Pseudo": "2.500", "KD": "1.500"}
+    assert costs == {"SFT": "1.250", "Pseudo": "3.250", "KD": "1.500"}
     theirs = {r["technique"]: r["paper: GPU hours"] for r in table([sweep], "table2") if r["data"] == "CNN"}
     assert theirs == {"SFT": "2.5", "Pseudo": "19.0", "KD": "14.0"}
     found = row([sweep], "table4", teacher="BART", data="XSUM")

@@ -34,14 +34,17 @@ def products(passes: Passes, unnamed: str) -> dict[str, float]:
 def needed(trial: Trial, passes: Passes) -> Passes | None:
     """The passes that a run would need if it were run alone; None where the sweep does not say what they took.
 
-    Its label sets, whatever its method; and for `kd` the whole teacher cache, which is what knowing the teacher's
-    states costs here. Other methods read no more of the cache than encoder states, which they would work out themselves
-    without it: their share is not known and is not added.
+    Its label sets, whatever its method; for `kd` the whole teacher cache, and for the others its encoder states, which
+    they read instead of working them out, unless the cache was turned off for them.
     """
     with damage_told(trial.folder / "run.json"):
         run = Run.model_validate(trial.run_config())
     used = passes["labels"].get(run.label_key)
-    return None if used is None else {"labels": {run.label_key: used}, "cache": passes["cache"] * (run.method == "kd")}
+    if used is None:
+        return None
+    encoder = sum(hours for name, hours in passes.get("stores", {}).items() if name.startswith("encoder-"))
+    cache = passes["cache"] if run.method == "kd" else encoder * (run.training.teacher_cache != "off")
+    return {"labels": {run.label_key: used}, "cache": cache}
 
 
 def end_to_end(trial: Trial, passes: Passes | None) -> float | None:
