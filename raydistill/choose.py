@@ -11,7 +11,7 @@ from raydistill.config.space import check_bounds
 
 if TYPE_CHECKING:
     from raydistill.results.budget import Choice
-    from raydistill.results.records import Outcome
+    from raydistill.results.outcome import Outcome
 
 app = make_app()
 
@@ -38,7 +38,8 @@ def choose(
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
     asked = parse_bounds(within or [])
-    from raydistill.results.records import open_sweep, outcome
+    from raydistill.results.outcome import outcome
+    from raydistill.results.records import open_sweep
 
     folder = open_sweep(sweep)
     found = outcome(folder)
@@ -71,7 +72,7 @@ def _budgets(
     found: "Outcome", asked: dict[str, float | str], name: str | None
 ) -> "list[tuple[str, dict[str, float], Choice]]":
     from raydistill.results import budget
-    from raydistill.results.records import candidates
+    from raydistill.results.outcome import candidates
 
     if asked:
         costs = found.teacher.get("costs") or {}

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from raydistill.cluster.export import export
-from raydistill.results import records, registry, store, tracking
+from raydistill.results import registry, store, tracking
+from raydistill.results.outcome import Outcome, outcome
 from raydistill.results.page import write_report
 from tests.test_choose import make_student
 from tests.test_tracking import make_trial, sweep
@@ -45,20 +46,20 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def chosen(sweep: Path) -> tuple[Path, records.Outcome]:
+def chosen(sweep: Path) -> tuple[Path, Outcome]:
     """A finished sweep, published and with its choice registered."""
     make_student(sweep, "a", 0, 10.0)
     make_student(sweep, "b", 1, 60.0)
     make_trial(sweep, "c", 2, 8.0)
     tracking.publish(sweep, finished=True)
-    found = records.outcome(sweep)
+    found = outcome(sweep)
     key = str(found.chosen["fast"])
     registry.register_choice(sweep, key, "fast", export(found, key))
     return sweep, found
 
 
 @pytest.fixture
-def ui(chosen: tuple[Path, records.Outcome]) -> Iterator[str]:
+def ui(chosen: tuple[Path, Outcome]) -> Iterator[str]:
     """MLflow's UI on the sweep's store, on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,7 +91,7 @@ def shot(driver: Any, name: str) -> None:
 
 
 def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
-    browser: Any, ui: str, chosen: tuple[Path, records.Outcome]
+    browser: Any, ui: str, chosen: tuple[Path, Outcome]
 ) -> None:
     _, found = chosen
     client = store.client_of(store.default_uri())
@@ -110,7 +111,7 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
 
 
 def test_the_page_shows_what_a_mark_is_and_asks_for_nothing_from_elsewhere(
-    browser: Any, chosen: tuple[Path, records.Outcome]
+    browser: Any, chosen: tuple[Path, Outcome]
 ) -> None:
     from selenium.webdriver import ActionChains
 

@@ -20,7 +20,8 @@ from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam
 from raydistill.model.generate import open_engine
 from raydistill.results.figures import results_table
-from raydistill.results.records import finalists, outcome, served_in
+from raydistill.results.outcome import finalists, outcome
+from raydistill.results.served import served_in
 from tests.test_tracking import make_trial
 from tests.world import make_world
 

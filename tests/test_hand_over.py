@@ -16,7 +16,7 @@ import yaml
 from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.sweep import hand_over
 from raydistill.config.files import read_json, write_json_atomic
-from raydistill.results.records import outcome
+from raydistill.results.outcome import outcome
 from raydistill.results.store import client_of
 from tests.test_choose import make_student
 from tests.test_sweep import KILL_SPACE

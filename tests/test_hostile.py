@@ -32,7 +32,7 @@ from raydistill.data.plan import make_plan, open_plan
 from raydistill.data.stream import scan, usable_rows
 from raydistill.model import teachers
 from raydistill.results.figures import result_tables
-from raydistill.results.records import outcome
+from raydistill.results.outcome import outcome
 from tests import world
 from tests.test_labels import ROWS, WHOLE
 from tests.test_search import RUN

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from raydistill.config.files import read_json
-from raydistill.results.records import decoding_name, finalists
+from raydistill.results.outcome import finalists
+from raydistill.results.records import decoding_name
 from tests.test_sweep import KILL_SPACE, mlflow_children
 from tests.world import environment, make_world, processes_of, wait_for_ray_to_end
 

@@ -10,6 +10,7 @@ import pytest
 from raydistill.config.files import write_json_atomic
 from raydistill.results import records
 from raydistill.results.costs import gain, method_table
+from raydistill.results.outcome import outcome
 from raydistill.results.page import facts, page, write_report
 from raydistill.results.records import Trial
 from tests.test_tracking import make_trial
@@ -36,7 +37,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_the_front_holds_pairs_of_checkpoint_and_decoding(sweep: Path) -> None:
-    found = records.outcome(sweep)
+    found = outcome(sweep)
     assert found.front == ["a b1", "a b4-p0.6"]
     assert [found.trial_of(key) for key in found.front] == ["a", "a"]
     fastest = found.student("a b1")
@@ -46,7 +47,7 @@ def test_the_front_holds_pairs_of_checkpoint_and_decoding(sweep: Path) -> None:
 
 
 def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhere(sweep: Path) -> None:
-    found = records.outcome(sweep)
+    found = outcome(sweep)
     text = page(found)
     shown = facts(found)
     for mark in shown:
@@ -70,7 +71,7 @@ def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhe
 
 
 def test_the_report_is_four_files(sweep: Path) -> None:
-    written = write_report(records.outcome(sweep))
+    written = write_report(outcome(sweep))
     assert sorted(path.name for path in written) == ["curves.png", "front.html", "front.png", "table.md"]
     assert all(path.stat().st_size > 0 for path in written)
     assert (sweep / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -99,7 +100,7 @@ def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_
     assert gain(trials, "pl", "rouge2") == 2.0  # (1 + 3) / 2; nothing to compare 2-3 with
     assert gain(trials, "sft", "rouge2") is None
     assert gain(trials, "kd", "rouge2") is None
-    found = records.outcome(sweep)
+    found = outcome(sweep)
     mixed = "original+pseudo+/other"
     labels = {"original": {}, "pseudo": {"own": 4.0}, mixed: {"own": 4.0, "others": 2.0}}
     teacher = {**found.teacher, "passes": {"labels": labels, "cache": 9.0}}

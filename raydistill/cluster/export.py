@@ -12,7 +12,8 @@ from raydistill.config.run import Run
 from raydistill.model.convert import RefusedError, converted
 from raydistill.model.teachers import languages_of, load_config, load_tokenizer, max_tokens
 from raydistill.results.card import model_card
-from raydistill.results.records import Outcome, Trial
+from raydistill.results.outcome import Outcome
+from raydistill.results.records import Trial
 from raydistill.results.registry import write_mlmodel
 from raydistill.training.record import making
 

@@ -25,15 +25,9 @@ from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam, Engine
 from raydistill.model.generate import open_engine
 from raydistill.model.teachers import languages_of, load_config, locate, max_tokens
-from raydistill.results.records import (
-    SERVED,
-    Trial,
-    decoding_name,
-    finalists,
-    outcome,
-    read_trials,
-    served_in,
-)
+from raydistill.results.outcome import finalists, outcome
+from raydistill.results.records import Trial, decoding_name, read_trials
+from raydistill.results.served import SERVED, served_in
 from raydistill.training.record import write_rows
 
 

@@ -23,8 +23,9 @@ from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.space import Space
 from raydistill.results.figures import count_trials, result_tables
+from raydistill.results.outcome import Outcome, outcome
 from raydistill.results.page import write_report
-from raydistill.results.records import Outcome, device_hours, outcome, read_sweep
+from raydistill.results.records import device_hours, read_sweep
 from raydistill.results.registry import register_choice
 from raydistill.results.store import TrackingDown, default_uri, ui_command
 from raydistill.results.tracking import publish

@@ -5,7 +5,8 @@ from typing import Any
 from raydistill.config.files import CARD, read_json
 from raydistill.results.budget import UNITS
 from raydistill.results.figures import NAMES, markdown_table
-from raydistill.results.records import Outcome, Trial, decoding_label
+from raydistill.results.outcome import Outcome
+from raydistill.results.records import Trial, decoding_label
 
 
 def model_card(found: Outcome, student: Trial, budgets: list[str]) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 from raydistill.config.files import damage_told
 from raydistill.config.run import Run
-from raydistill.results.records import Outcome, Trial
+from raydistill.results.outcome import Outcome
+from raydistill.results.records import Trial
 
 Passes = dict[str, Any]
 

@@ -4,7 +4,8 @@ import math
 from typing import Any, Literal
 
 from raydistill.results.figures import COLOURS, NAMES, picture, pyplot
-from raydistill.results.records import Outcome, Trial
+from raydistill.results.outcome import Outcome
+from raydistill.results.records import Trial
 
 COLUMNS = 3
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from raydistill.results.budget import UNITS
-from raydistill.results.records import Outcome, Trial, decoding_label
+from raydistill.results.outcome import Outcome
+from raydistill.results.records import Trial, decoding_label
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart
 COLOURS = {"sft": "#0072B2", "kd": "#D55E00", "pl": "#009E73"}

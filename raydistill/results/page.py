@@ -21,7 +21,9 @@ from raydistill.results.figures import (
     markdown_table,
     result_tables,
 )
-from raydistill.results.records import SERVED, Outcome, Trial, decoding_label
+from raydistill.results.outcome import Outcome
+from raydistill.results.records import Trial, decoding_label
+from raydistill.results.served import SERVED
 
 STAMP = "table.md"  # written last: the pictures are no older than it
 REPORT = ("front.png", "curves.png", "front.html", STAMP)

@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,9 @@ import numpy as np
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.files import UNFIT, damage_told, inside, read_json
-from raydistill.config.load import read_yaml
 from raydistill.config.space import BOUNDED, NAME, check_bounds
-from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front, known_bounds
 from raydistill.results.stopping import Curve
 
-SERVED = "served.json"
 MOST_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
 
 
@@ -111,50 +108,6 @@ class Trial:
         return read_json(path) if path.exists() else {}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A sweep read as a whole: its trials, the front, and the choice for each budget.
-
-    `students` are what front and choices are made of: the finalists as served, or, before they are, every trial with a
-    scored checkpoint. `front` and `chosen` are keys of students. `teacher` has scores and costs measured the same way.
-    """
-
-    sweep: Path
-    name: str
-    metric: str
-    cost: str
-    info: dict[str, Any]
-    teacher: dict[str, Any]
-    trials: list[Trial]
-    students: list[Trial]
-    front: list[str]
-    bounds: dict[str, dict[str, float]]
-    choices: dict[str, Choice]
-
-    @property
-    def chosen(self) -> dict[str, str | None]:
-        """The chosen student's key per budget."""
-        return {name: choice.best.key if choice.best else None for name, choice in self.choices.items()}
-
-    @property
-    def served(self) -> bool:
-        """Whether the students are finalists as served."""
-        return any(student.decoding for student in self.students)
-
-    def student(self, key: str) -> Trial:
-        """The student of that key."""
-        return next(student for student in self.students if student.key == key)
-
-    def measured(self, student: Trial) -> str:
-        """With what a student's milliseconds were measured; before it is served, that is its shape at fixed lengths."""
-        engine = self.teacher.get("engine")
-        return student.measured or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
-
-    def trial_of(self, key: str) -> str:
-        """The key of the trial whose checkpoint a student is."""
-        return self.student(key).folder.name
-
-
 def read_rows(path: Path, split: str) -> np.ndarray | None:
     """Per-row statistics of a split, [rows] or [rows, 10]; None where they were not kept."""
     if not path.exists():
@@ -185,8 +138,8 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
             raise TypeError("tracking_uri is no text")
         float(info.get("teacher_gpu_hours") or 0)
         teacher = dict(info.get("teacher") or {})
-        _numbers(teacher.get("metrics") or {})
-        _numbers({name: value for name, value in (teacher.get("costs") or {}).items() if name in BOUNDED})
+        numbers_of(teacher.get("metrics") or {})
+        numbers_of({name: value for name, value in (teacher.get("costs") or {}).items() if name in BOUNDED})
         for name, bounds in (info.get("budgets") or {}).items():
             check_bounds(name, bounds)
     return info
@@ -243,167 +196,21 @@ def device_hours(sweep: Path) -> float:
     return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
 
 
-def finalists(sweep: Path) -> list[Trial]:
-    """The trials worth serving, by what the search measured: on the front of a cost, or chosen.
-
-    Of every cost that can be bounded, not only of those that the space's budgets bound: `choose` asks for others later.
-    """
-    info, trials = read_sweep(sweep), read_trials(sweep)
-    students = candidates(trials, info["metric"])
-    keys = {candidate.key for cost in BOUNDED for candidate in front(students, cost)}
-    for bounds in known_bounds(info["budgets"], info["teacher"]["costs"]):
-        best = choose(students, bounds, info["metric"]).best
-        keys |= {best.key} if best else set()
-    return [trial for trial in trials if trial.key in keys]
-
-
-def served_in(folder: Path) -> list[dict[str, Any]]:
-    """What a folder's served.json tells: an entry per machine and way of decoding, the checkpoint's own first."""
-    if not (folder / SERVED).is_file():
-        return []
-    served = read_json(folder / SERVED)
-    with damage_told(folder / SERVED, "Delete this file to have it made again"):
-        of_all: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
-        return [{**of_all, **one} for one in served["decodings"]]
-
-
-def as_served(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
-    """A student for every trial and way of decoding that was served where the teacher was, as `served_teacher` tells.
-
-    `speedup` is over the teacher with its own decoding, `speedup_same_decoding` over the teacher with the student's.
-    """
-    found = []
-    for trial in trials:
-        if trial.scored:
-            with damage_told(trial.folder / SERVED):
-                entries = [one for one in served_in(trial.folder) if _served_at(one, teacher.get("hardware"))]
-                found += [_as_served(trial, one, i == 0, teacher) for i, one in enumerate(entries)]
-    return found
-
-
-def _served_at(entry: dict[str, Any], hardware: dict[str, Any] | None) -> bool:
-    return hardware is None or entry.get("hardware", hardware) == hardware
-
-
-def _measured(entry: dict[str, Any]) -> str:
-    """Such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
-    hardware = entry.get("hardware") or {}
-    threads = f"{hardware['threads']} threads" if hardware.get("kind") == "cpu" else None
-    return ", ".join(str(part) for part in (entry.get("engine"), hardware.get("name"), threads) if part)
-
-
-def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher: dict[str, Any]) -> Trial:
-    """A trial with one of its decodings; its `own` comes first."""
-    decoding = {"beams": int(one["beams"]), "length_penalty": float(one["length_penalty"])}
-    metrics = {**trial.metrics, **_numbers(one["metrics"]), **_numbers(one["costs"])}
-    same = (teacher.get("served") or {}).get(decoding_name(decoding), {})
-    over = {"speedup": teacher.get("costs") or {}, "speedup_same_decoding": same}
-    metrics |= {k: v["latency_ms"] / metrics["latency_ms"] for k, v in over.items() if v.get("latency_ms")}
-    return replace(
-        trial,
-        key=f"{trial.key} {decoding_name(decoding)}",
-        metrics=metrics,
-        interval=_interval(one["interval"]),
-        test=_tested(one.get("test")) or (trial.test if own else None),
-        decoding=decoding,
-        measured=_measured(one),
-    )
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def _tested(test: dict[str, Any] | None) -> dict[str, Any] | None:
+def tested(test: dict[str, Any] | None) -> dict[str, Any] | None:
     """Scores on the test split and their "interval"; None where there are none."""
     if not test:
         return None
-    scores = _numbers({name: value for name, value in test.items() if name != "interval"})
-    return scores | ({"interval": list(_interval(test["interval"]))} if test.get("interval") else {})
+    scores = numbers_of({name: value for name, value in test.items() if name != "interval"})
+    return scores | ({"interval": list(ends_of(test["interval"]))} if test.get("interval") else {})
 
 
-def _interval(ends: Any) -> tuple[float, float]:
+def ends_of(ends: Any) -> tuple[float, float]:
     low, high = ends
     return float(low), float(high)
-
-
-def decoding_name(decoding: dict[str, Any]) -> str:
-    """A way of decoding in a file's name: "b4-p0.6"; one beam has no length penalty."""
-    penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
-    return f"b{decoding['beams']}{penalty}"
-
-
-def decoding_label(decoding: dict[str, Any]) -> str:
-    """The same for people."""
-    if decoding["beams"] == 1:
-        return "1 beam"
-    return f"{decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"
-
-
-def candidates(trials: list[Trial], metric: str) -> list[Candidate]:
-    """Scored trials, or students as served, as candidates of a budget."""
-    found = []
-    for trial in trials:
-        score = trial.score(metric)
-        if trial.scored and score is not None:
-            costs = {k: float(trial.metrics[k]) for k in BOUNDED if trial.metrics.get(k) is not None}
-            found.append(Candidate(trial.key, float(score), trial.rows(), costs, trial.label))
-    return found
-
-
-def outcome(sweep: Path) -> Outcome:
-    """Read a sweep and judge it: the front by the space's cost, a choice per stored budget."""
-    info = read_sweep(sweep)
-    trials = read_trials(sweep)
-    space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
-    with damage_told(sweep / "space.yaml"):
-        cost = (space.get("search") or {}).get("cost", "latency_ms")
-        if cost not in BOUNDED:
-            raise ValueError(f"search.cost is {cost!r}")
-    metric = str(info.get("metric", "rouge2"))
-    teacher = served_teacher(sweep, info)
-    teacher_costs = teacher.get("costs") or {}
-    budgets = info.get("budgets") or space.get("budgets") or {}
-    served = as_served(trials, teacher)
-    students = served or [trial for trial in trials if trial.scored]
-    able = candidates(students, metric)
-    bounds: dict[str, dict[str, float]] = {}
-    choices: dict[str, Choice] = {}
-    for name, budget in budgets.items():
-        try:
-            bounds[name] = absolute_bounds(budget, teacher_costs)
-            choices[name] = choose(able, bounds[name], metric)
-        except UserError as error:  # a share of what was not measured on the teacher (yet)
-            bounds[name] = {}
-            choices[name] = Choice(None, None, [], {}, str(error))
-    return Outcome(
-        sweep=sweep,
-        name=str(info.get("name", sweep.name)),
-        metric=metric,
-        cost=cost,
-        info=info,
-        teacher=teacher,
-        trials=trials,
-        students=students,
-        front=[c.key for c in front(able, cost)],
-        bounds=bounds,
-        choices=choices,
-    )
-
-
-def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's record; with its costs on real rows where they were measured, of its own decoding.
-
-    Then also the `hardware` that the sweep is judged by, and by way of decoding the costs (`served`).
-    """
-    teacher = dict(info.get("teacher") or {})
-    if (sweep / SERVED).is_file():
-        with damage_told(sweep / SERVED):
-            hardware = read_json(sweep / SERVED).get("hardware")
-            here = {decoding_name(one): _numbers(one["costs"]) for one in served_in(sweep) if _served_at(one, hardware)}
-        teacher["costs"] = {**(teacher.get("costs") or {}), **next(iter(here.values()), {})}
-        teacher |= {"hardware": hardware, "served": here}
-    return teacher
 
 
 def _finished(folder: Path) -> Trial:
@@ -425,9 +232,9 @@ def _finished(folder: Path) -> Trial:
             copied={side: [int(n) for n in ns] for side, ns in (data.get("copied") or {}).items() if ns is not None},
             labels=str(data.get("labels") or ""),
             chosen=dict(data.get("chosen") or {}),
-            metrics=_numbers(data.get("metrics") or {}),
-            interval=_interval(interval) if interval else None,
-            test=_tested(data.get("test")),
+            metrics=numbers_of(data.get("metrics") or {}),
+            interval=ends_of(interval) if interval else None,
+            test=tested(data.get("test")),
             steps=int(data.get("steps") or 0),
             signature=str(data.get("signature") or ""),
             # A kill may have come before a failed run's checkpoint was deleted
@@ -452,3 +259,16 @@ def _running(folder: Path) -> Trial:
 
 def _damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path}: damaged: {what}. Delete {path.parent} to have it made again")
+
+
+def decoding_name(decoding: dict[str, Any]) -> str:
+    """A way of decoding in a file's name: "b4-p0.6"; one beam has no length penalty."""
+    penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
+    return f"b{decoding['beams']}{penalty}"
+
+
+def decoding_label(decoding: dict[str, Any]) -> str:
+    """The same for people."""
+    if decoding["beams"] == 1:
+        return "1 beam"
+    return f"{decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"

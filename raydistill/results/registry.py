@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.errors import UserError
-from raydistill.results.records import decoding_label, outcome
+from raydistill.results.outcome import outcome
+from raydistill.results.records import decoding_label
 from raydistill.results.store import check_tracking, client_of, plain_errors
 from raydistill.results.tracking import alone, publish_alone, run_of, uri_of
 

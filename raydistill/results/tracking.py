@@ -20,8 +20,10 @@ from raydistill.config.files import check_links, write_atomic
 from raydistill.config.secrets import hidden
 from raydistill.results.costs import method_table
 from raydistill.results.figures import choices_table, count_trials, markdown_table
+from raydistill.results.outcome import Outcome, outcome
 from raydistill.results.page import refreshed
-from raydistill.results.records import SERVED, Outcome, Trial, decoding_name, outcome, read_sweep
+from raydistill.results.records import Trial, decoding_name, read_sweep
+from raydistill.results.served import SERVED
 from raydistill.results.store import (
     TrackingDown,
     check_tracking,

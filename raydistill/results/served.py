@@ -1,0 +1,80 @@
+"""Finalists and the teacher as they serve, an entry per decoding: SWEEP/served.json, SWEEP/trials/KEY/served.json."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raydistill.config.files import damage_told, read_json
+from raydistill.results.records import Trial, decoding_name, ends_of, numbers_of, tested
+
+SERVED = "served.json"
+
+
+def served_in(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's served.json tells: an entry per machine and way of decoding, the checkpoint's own first."""
+    if not (folder / SERVED).is_file():
+        return []
+    served = read_json(folder / SERVED)
+    with damage_told(folder / SERVED, "Delete this file to have it made again"):
+        of_all: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
+        return [{**of_all, **one} for one in served["decodings"]]
+
+
+def as_served(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
+    """A student for every trial and way of decoding that was served where the teacher was, as `served_teacher` tells.
+
+    `speedup` is over the teacher with its own decoding, `speedup_same_decoding` over the teacher with the student's.
+    """
+    found = []
+    for trial in trials:
+        if trial.scored:
+            with damage_told(trial.folder / SERVED):
+                entries = [one for one in served_in(trial.folder) if _served_at(one, teacher.get("hardware"))]
+                found += [_as_served(trial, one, i == 0, teacher) for i, one in enumerate(entries)]
+    return found
+
+
+def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's record; with its costs on real rows where they were measured, of its own decoding.
+
+    Then also the `hardware` that the sweep is judged by, and by way of decoding the costs (`served`).
+    """
+    teacher = dict(info.get("teacher") or {})
+    if (sweep / SERVED).is_file():
+        with damage_told(sweep / SERVED):
+            hardware = read_json(sweep / SERVED).get("hardware")
+            here = {
+                decoding_name(one): numbers_of(one["costs"]) for one in served_in(sweep) if _served_at(one, hardware)
+            }
+        teacher["costs"] = {**(teacher.get("costs") or {}), **next(iter(here.values()), {})}
+        teacher |= {"hardware": hardware, "served": here}
+    return teacher
+
+
+def _served_at(entry: dict[str, Any], hardware: dict[str, Any] | None) -> bool:
+    return hardware is None or entry.get("hardware", hardware) == hardware
+
+
+def _measured(entry: dict[str, Any]) -> str:
+    """Such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
+    hardware = entry.get("hardware") or {}
+    threads = f"{hardware['threads']} threads" if hardware.get("kind") == "cpu" else None
+    return ", ".join(str(part) for part in (entry.get("engine"), hardware.get("name"), threads) if part)
+
+
+def _as_served(trial: Trial, one: dict[str, Any], own: bool, teacher: dict[str, Any]) -> Trial:
+    """A trial with one of its decodings; its `own` comes first."""
+    decoding = {"beams": int(one["beams"]), "length_penalty": float(one["length_penalty"])}
+    metrics = {**trial.metrics, **numbers_of(one["metrics"]), **numbers_of(one["costs"])}
+    same = (teacher.get("served") or {}).get(decoding_name(decoding), {})
+    over = {"speedup": teacher.get("costs") or {}, "speedup_same_decoding": same}
+    metrics |= {k: v["latency_ms"] / metrics["latency_ms"] for k, v in over.items() if v.get("latency_ms")}
+    return replace(
+        trial,
+        key=f"{trial.key} {decoding_name(decoding)}",
+        metrics=metrics,
+        interval=ends_of(one["interval"]),
+        test=tested(one.get("test")) or (trial.test if own else None),
+        decoding=decoding,
+        measured=_measured(one),
+    )
