@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
@@ -83,6 +83,25 @@ def test_padding_changes_nothing_and_the_order_is_kept(tiny, family):
     assert len(set(texts_of(together))) > 1
     for a, b in zip(together, alone, strict=True):
         assert a[0].score == pytest.approx(b[0].score, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_engine_is_plain_generate(tiny, family):
+    """Which reorders the source's keys and values with the beams."""
+    engine = open_engine(tiny[family], "transformers")
+    assert isinstance(engine, TransformersEngine)
+    beam = replace(GREEDY, beams=4, max_length=12)
+    found = engine.generate(TEXTS, beam, max_source_tokens=50, n_best=3)
+    settings = engine._settings(beam)
+    settings.num_return_sequences = 3
+    rows = teachers.tokenize_sources(engine.tokenizer, TEXTS, 50)
+    batch = engine.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own is too short for this t5
+    plain = engine.model.generate(**batch, generation_config=settings, past_key_values=cache)
+    texts = engine.tokenizer.batch_decode(plain.sequences, skip_special_tokens=True)
+    assert [one.text for hypotheses in found for one in hypotheses] == [text.strip() for text in texts]
+    scores = [one.score for hypotheses in found for one in hypotheses]
+    assert scores == pytest.approx(plain.sequences_scores.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
