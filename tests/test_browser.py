@@ -97,7 +97,8 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     client = store.client_of(store.default_uri())
     experiment = client.get_experiment_by_name(found.name).experiment_id
     browser.get(f"{ui}/#/experiments/{experiment}/runs")
-    parent = browser.find_element("link text", found.name)
+    # The experiment has the same name, and links to itself above the table and beside it.
+    parent = browser.find_element("xpath", f"//a[contains(@href, '/runs/')][normalize-space()='{found.name}']")
     shot(browser, "1-experiment")
     parent.click()  # one: the sweep's run, with the choices in its description
     student = found.student(str(found.chosen["fast"]))

@@ -188,7 +188,10 @@ def _publish_parent(
     at = f"#/experiments/{parent.info.experiment_id}/runs"
     if found.choices:
         links = {key: f"{at}/{child.info.run_id}" for key, child in children.items()}
-        note += f"\n\n{markdown_table(*choices_table(found, links))}"
+        header, rows = choices_table(found, links)
+        # MLflow folds a description after a few lines: the links come first, so that they can be clicked at once.
+        note = f"**Chosen** for {'; '.join(f'{name}: {student}' for name, _, student, *_ in rows)}\n\n{note}"
+        note += f"\n\n{markdown_table(header, rows)}"
     note += f"\n\n{markdown_table(*method_table(found))}"
     note += "\n\nThe front to point at, and the learning curves: artifact `front.html` of this run."
     client.set_tag(run_id, "mlflow.note.content", note[:8000])
