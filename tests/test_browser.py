@@ -104,7 +104,8 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     student = found.student(str(found.chosen["fast"]))
     link = browser.find_element("link text", student.label)
     shot(browser, "2-sweep")
-    link.click()  # two: the chosen student's run
+    link.click()  # two: the chosen student's run, in a tab of its own
+    browser.switch_to.window(browser.window_handles[-1])
     artifacts = browser.find_element("xpath", "//*[@role='tab' and contains(., 'Artifacts')]")
     artifacts.click()  # three: its files
     browser.find_element("xpath", f"//*[contains(text(), '{student.key.replace(' ', '-')}')]")
