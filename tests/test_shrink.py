@@ -235,3 +235,12 @@ def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeyp
     monkeypatch.setattr(module, "layers_to_copy", lambda teacher, student, init="spaced": [0, *range(student - 1)])
     with pytest.raises(UserError, match=r"a copy of full depth is off by \d"):
         open_teacher(str(folder), Dataset(name="b"))
+
+
+def test_runs_on_other_numbers_of_rows_share_a_teacher(tmp_path):
+    from raydistill.training.material import open_teacher
+
+    folder = str(save_tiny("bart", tmp_path / "t"))
+    few, many = Dataset(name="a", train_rows=10), Dataset(name="a", train_rows=20)
+    assert open_teacher(folder, few) is open_teacher(folder, many)
+    assert open_teacher(folder, few).commit is None

@@ -176,8 +176,8 @@ def step(
     optimizer.zero_grad(set_to_none=True)
     # A worker without a row of a small batch has no loss, but all the names.
     sums = {name: torch.zeros((), device=worker.device) for name in now.weights}
+    here = torch.device(worker.device).type
     for micro in now.micros:
-        here = torch.device(worker.device).type
         with torch.autocast(here, dtype=autocast, enabled=autocast is not None), attention(micro, here, autocast):
             loss, found = supervision.terms(micro.to(worker.device), scales)
         loss.backward()

@@ -15,6 +15,7 @@ from raydistill.data.batches import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.data.labels import choose_targets, read_label_set
 from raydistill.evaluation.latency import give_back_freed
+from raydistill.model.checkpoints import commit
 from raydistill.model.shrink import check_alignment
 from raydistill.model.teachers import (
     Languages,
@@ -34,7 +35,8 @@ from raydistill.model.teachers import (
 class Teacher:
     """A teacher with all that depends on it and the data alone; shared by the runs of one process.
 
-    `alignment`: how far a full-depth copy of it is off in its logits, as a share of the largest.
+    `alignment`: how far a full-depth copy of it is off in its logits, as a share of the largest. `commit`: the hub's,
+    of what was loaded.
     """
 
     where: str
@@ -43,6 +45,7 @@ class Teacher:
     preset: TeacherPreset | None
     alignment: float
     languages: Languages | None
+    commit: str | None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -66,14 +69,21 @@ class Material:
     metric: str
 
 
-@lru_cache(maxsize=2)
 def open_teacher(name: str, dataset: Dataset) -> Teacher:
-    """Open a teacher once per process: tokenizer, key, preset, and the weights, checked."""
-    preset, languages = teacher_preset(name, dataset.name), languages_of(name, dataset)
-    where = locate(name, dataset.name)
+    """Open a teacher once per process: tokenizer, key, preset, and the weights, checked.
+
+    Of the data set its name and languages count: runs on other numbers of its rows share the teacher.
+    """
+    return _opened(name, dataset.name, languages_of(name, dataset))
+
+
+@lru_cache(maxsize=2)
+def _opened(name: str, dataset: str, languages: Languages | None) -> Teacher:
+    preset, where = teacher_preset(name, dataset), locate(name, dataset)
     tokenizer = load_tokenizer(where, languages)
     model = _load(where, tokenizer)
-    teacher = Teacher(where, tokenizer, teacher_key(where), preset, check_alignment(model, name), languages)
+    alignment = check_alignment(model, name)
+    teacher = Teacher(where, tokenizer, teacher_key(where), preset, alignment, languages, commit(where))
     teacher.__dict__["model"] = model  # read once
     return teacher
 

@@ -28,7 +28,6 @@ from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.latency import hardware
 from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
-from raydistill.model.checkpoints import commit
 from raydistill.model.decoding import resolve_decoding
 from raydistill.model.generate import open_engine
 from raydistill.model.shrink import Plan
@@ -260,7 +259,7 @@ def _finish(
     facts = {
         **what,
         "teacher_key": teacher.key if teacher else None,
-        "teacher_commit": commit(teacher.where) if teacher else None,
+        "teacher_commit": teacher.commit if teacher else None,
         "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
         "scores": {split: evaluation.summary() if evaluation else None for split, evaluation in found.items()},
         "decoding": asdict(validator.beam),
@@ -319,7 +318,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
     return {
         "name": run.teacher,
         "key": teacher.key,
-        "commit": commit(teacher.where),
+        "commit": teacher.commit,
         "size": forms.size_name(teacher.model.config),
         "metric": material.metric,
         "metrics": found["validation"].scored.metrics,
