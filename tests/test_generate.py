@@ -87,7 +87,7 @@ def test_padding_changes_nothing_and_the_order_is_kept(tiny, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_engine_is_plain_generate(tiny, family):
-    """Which reorders the source's keys and values with the beams."""
+    """Which holds the source's keys and values for each beam, and reorders them."""
     engine = open_engine(tiny[family], "transformers")
     assert isinstance(engine, TransformersEngine)
     beam = replace(GREEDY, beams=4, max_length=12)
@@ -102,6 +102,20 @@ def test_the_reference_engine_is_plain_generate(tiny, family):
     assert [one.text for hypotheses in found for one in hypotheses] == [text.strip() for text in texts]
     scores = [one.score for hypotheses in found for one in hypotheses]
     assert scores == pytest.approx(plain.sequences_scores.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("attention", "held"), [("sdpa", 2), ("eager", 8)])
+def test_the_source_is_held_once_per_row_where_torch_attends(tiny, attention, held):
+    model = teachers.load_model(tiny["bart"])
+    model.set_attn_implementation(attention)
+    engine = TransformersEngine(model, teachers.load_tokenizer(tiny["bart"]))
+    beam = replace(GREEDY, beams=4, max_length=12)
+    out = engine._run(teachers.tokenize_sources(engine.tokenizer, TEXTS[:2], 50), engine._settings(beam))
+    source = out.past_key_values.cross_attention_cache.layers[0].keys
+    assert len(source) == held
+    assert model.config._attn_implementation == attention
+    reference = open_engine(tiny["bart"], "transformers").generate(TEXTS, beam, max_source_tokens=50)
+    assert texts_of(engine.generate(TEXTS, beam, max_source_tokens=50)) == texts_of(reference)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
