@@ -13,6 +13,7 @@ from raydistill.results.costs import gain, method_table
 from raydistill.results.outcome import outcome
 from raydistill.results.page import facts, page, write_report
 from raydistill.results.records import Trial
+from raydistill.results.served import timed_alike
 from tests.test_tracking import make_trial
 
 
@@ -51,7 +52,8 @@ def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhe
     text = page(found)
     shown = facts(found)
     for mark in shown:
-        assert f'id="{mark}"' in text or mark == "student-a"  # trial a is shown as it was served
+        assert f'id="{mark}"' in text
+    assert sorted(shown) == ["student-a_b1", "student-a_b4-p0_6", "student-b", "student-c", "teacher"]
     assert shown["student-a_b1"][:4] == [
         "4-1 kd (trial 0, 1 beam)",
         "method kd, labels original",
@@ -68,6 +70,17 @@ def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhe
     assert json.loads(data[1]) == shown
     assert "</script><b>" not in text
     assert not re.search(r'(?:src|href)="https?:', text)
+
+
+def test_a_trial_that_was_not_served_is_shown_on_the_clock_of_the_student_of_its_shape(sweep: Path) -> None:
+    found = outcome(sweep)
+    b = next(mark for mark in found.marks if mark.key == "b")
+    assert b.metrics["latency_ms"] == 90.0  # trial a's with its own decoding, which comes first
+    measured = "measured with ctranslate2 fp32, on 4-1 kd (trial 0, 4 beams, length penalty 0.6)"
+    assert facts(found)["student-b"][-1] == measured
+    assert found.trials[1].metrics.get("latency_ms") != 90.0  # the table of trials tells the search's own
+    other = replace(found.trials[1], size="4-3")
+    assert [mark.key for mark in timed_alike([other, found.trials[2]], found.students)] == ["c"]
 
 
 def test_the_report_is_four_files(sweep: Path) -> None:

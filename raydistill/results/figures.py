@@ -25,9 +25,8 @@ AXES = {
 
 def front_of(found: Outcome, form: Literal["png", "svg"]) -> bytes:
     """The front of a sweep: its students, and paler the trials that are none of them."""
-    students = {student.folder for student in found.students}
     return front_picture(
-        [*found.students, *(trial for trial in found.trials if trial.folder not in students)],
+        found.marks,
         found.front,
         found.chosen,
         found.teacher,

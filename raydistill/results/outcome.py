@@ -10,7 +10,7 @@ from raydistill.config.load import read_yaml
 from raydistill.config.space import BOUNDED
 from raydistill.results.budget import Candidate, Choice, absolute_bounds, choose, front, known_bounds
 from raydistill.results.records import Trial, read_sweep, read_trials
-from raydistill.results.served import as_served, served_teacher
+from raydistill.results.served import as_served, served_teacher, timed_alike
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Outcome:
     def served(self) -> bool:
         """Whether the students are finalists as served."""
         return any(student.decoding for student in self.students)
+
+    @property
+    def marks(self) -> list[Trial]:
+        """What a picture shows: the students and, on the same clock, the trials that are none of them."""
+        return [*self.students, *(timed_alike(self.trials, self.students) if self.served else [])]
 
     def student(self, key: str) -> Trial:
         """The student of that key."""

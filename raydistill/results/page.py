@@ -116,9 +116,7 @@ def page(found: Outcome) -> str:
 
 def facts(found: Outcome) -> dict[str, list[str]]:
     """What is shown of every mark, line by line, by the mark's id."""
-    shown = {
-        mark_of(trial.key): _of_student(found, trial) for trial in [*found.trials, *found.students] if trial.scored
-    }
+    shown = {mark_of(student.key): _of_student(found, student) for student in found.marks}
     teacher = found.teacher
     score = (teacher.get("metrics") or {}).get(found.metric)
     if score is not None:

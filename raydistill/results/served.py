@@ -8,6 +8,8 @@ from raydistill.config.files import damage_told, read_json
 from raydistill.results.records import Trial, decoding_name, ends_of, numbers_of, tested
 
 SERVED = "served.json"
+# What a shape and its decoding decide, whatever the weights.
+OF_THE_SHAPE = ("latency_ms", "latency_ms_b1", "peak_mb", "speedup")
 
 
 def served_in(folder: Path) -> list[dict[str, Any]]:
@@ -32,6 +34,25 @@ def as_served(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
                 entries = [one for one in served_in(trial.folder) if _served_at(one, teacher.get("hardware"))]
                 found += [_as_served(trial, one, i == 0, teacher) for i, one in enumerate(entries)]
     return found
+
+
+def timed_alike(trials: list[Trial], students: list[Trial]) -> list[Trial]:
+    """The scored trials that are none of the served `students`, each with the times of the student of its size.
+
+    Of the first one's own decoding. Their own times are of fixed lengths, which beside times on real rows would make
+    them look fast. A trial of a size that was not served is left out.
+    """
+    known = {student.folder for student in students}
+    clocks = {student.size: student for student in reversed(students)}
+    return [
+        replace(
+            trial,
+            metrics={**trial.metrics, **{k: v for k, v in clocks[trial.size].metrics.items() if k in OF_THE_SHAPE}},
+            measured=f"{clocks[trial.size].measured}, on {clocks[trial.size].label}",
+        )
+        for trial in trials
+        if trial.scored and trial.folder not in known and trial.size in clocks
+    ]
 
 
 def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
