@@ -49,7 +49,8 @@ OURS, BASELINE = "this search", "random, full length"
 class Recorded:
     """A trained trial: its curve, device-seconds from its start to the end of each validation, what it came to.
 
-    `finish` are the device-seconds after the last validation, in which the best checkpoint was scored. `score` is None
+    `finish` are the device-seconds after the last validation, in which the best checkpoint was scored on validation and
+    test; `judged` is the part of them for validation, which is all that a stopped trial is scored on. `score` is None
     for a trial that failed.
     """
 
@@ -57,6 +58,7 @@ class Recorded:
     curve: Curve
     seconds: tuple[float, ...]
     finish: float
+    judged: float
     score: float | None
     latency: float
 
@@ -80,7 +82,9 @@ def recorded(trial: Trial, metric: str, latency: float) -> Recorded:
     seconds = tuple(3600 * line["gpu_hours"] for line in trial.history())
     finish = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
     score = trial.score(metric) if trial.scored else None
-    return Recorded(trial.size, curve(trial), seconds, finish, score, latency)
+    rows = {split: len(kept) for split in ("validation", "test") if (kept := trial.rows(split)) is not None}
+    judged = finish * rows["validation"] / sum(rows.values()) if rows else finish
+    return Recorded(trial.size, curve(trial), seconds, finish, judged, score, latency)
 
 
 def read_grid(sweep: Path) -> dict[str, Recorded]:
@@ -104,14 +108,14 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
 def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, float, float | None]:
     """How many validations a trial gets to do, and the device-seconds and the score that this comes to.
 
-    A trial that is stopped is charged the whole final scoring of the full one, though it is not scored on test; one
-    that failed is never stopped. Both make this search look dearer than it is.
+    A trial that is stopped is charged the full one's scoring on validation, by its share of the rows that were scored.
+    One that failed is never stopped, which makes this search look dearer than it is.
     """
     if trial.score is not None and search.stops_early:
         for done in range(1, len(trial.seconds)):
             if falls_behind(trial.curve[:done], rivals, search.grace, search.reduction):
                 score = max(score for _, score in trial.curve[:done])
-                return done, trial.seconds[done - 1] + trial.finish, score
+                return done, trial.seconds[done - 1] + trial.judged, score
     return len(trial.curve), trial.whole, trial.score
 
 
@@ -297,8 +301,8 @@ def about(options: argparse.Namespace, grid: dict[str, Recorded], reference: tup
         f"shapes, {sum(t.whole for t in grid.values()):.0f} device-seconds in all, start-up, validations and final "
         f"scoring counted; the teacher's passes took {passes:.0f}, the same for every search. {options.seeds} seeds. "
         f"Reference point: half the teacher's score ({reference[0]:.2f}) and its latency ({reference[1]:.1f} ms). A "
-        f"stopped trial is charged the final scoring of the full one. A replay that never gets there counts as "
-        f"infinitely long.\n\n"
+        f"stopped trial is charged the full one's scoring on validation, and none on test. A replay that never "
+        f"gets there counts as infinitely long.\n\n"
     )
 
 
