@@ -43,7 +43,7 @@ def figure_2(path: Path, settings: Sequence[Setting]) -> bool:
     for axes, (place, name, mine) in zip(panels, groups, strict=True):
         for i, setting in enumerate(mine):
             _curves(axes, setting, f"C{i % 10}")
-        axes.set(title=f"{' '.join(place)} ({name})", xlabel="epoch", ylabel="validation cross-entropy")
+        axes.set(title=f"{' '.join(place)}\n({name})", xlabel="epoch", ylabel="validation cross-entropy")
         axes.legend(fontsize=8, frameon=False)
     _save(figure, path)
     return True
