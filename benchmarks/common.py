@@ -34,8 +34,10 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def write_result(name: str, title: str, markdown: str, data: Any, machine: dict[str, Any]) -> Path:
-    """Write `benchmarks/results/NAME.md` and, with the same figures and more, `NAME.json`; returns the first.
+def write_result(
+    name: str, title: str, markdown: str, data: Any, machine: dict[str, Any], results: Path = RESULTS
+) -> Path:
+    """Write NAME.md into `results` and, with the same figures and more, NAME.json; returns the first.
 
     The command is the one that is running. `machine` is `describe_machine()` as it was before the work.
     """
@@ -43,9 +45,9 @@ def write_result(name: str, title: str, markdown: str, data: Any, machine: dict[
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = f"# {title}\n\n{date}: {facts}.\n\n    {command}\n\n{markdown.strip()}\n"
-    write_json_atomic(RESULTS / f"{name}.json", {"date": date, "command": command, "machine": machine, "data": data})
-    write_atomic(RESULTS / f"{name}.md", text.encode())
-    return RESULTS / f"{name}.md"
+    write_json_atomic(results / f"{name}.json", {"date": date, "command": command, "machine": machine, "data": data})
+    write_atomic(results / f"{name}.md", text.encode())
+    return results / f"{name}.md"
 
 
 def _version(package: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import describe_machine, write_result
 from benchmarks.sides import Side, Work, work_of, write_batches
-from benchmarks.stamps import End, Stamps, read_stamps, write_jsonl
+from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
 from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
 from raydistill.config.console import progress
@@ -107,15 +107,6 @@ class Bench:
 
     def _work(self, job: Job) -> Work:
         return work_of(job, self.engines)
-
-
-def rate(ends: list[End]) -> float:
-    """Rows per second of all workers: each one's rows after its first batch by the time since that one."""
-    total = 0.0
-    for worker in {end.worker for end in ends}:
-        first, *rest = sorted((end for end in ends if end.worker == worker), key=lambda end: end.at)
-        total += sum(end.rows for end in rest) / (rest[-1].at - first.at) if rest else 0.0
-    return total
 
 
 def overhead(bench: Bench, rows: int) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class End:
-    """A batch was done: by which process, at which second of the clock, and how many rows it had."""
+    """A batch was done: by which process, at which second of the clock, and how many rows (how much work) it had."""
 
     worker: int
     at: float
-    rows: int
+    rows: float
 
 
 class Stamps:
@@ -34,6 +34,15 @@ def read_stamps(folder: Path) -> list[End]:
     """What all actors noted."""
     lines = [line for file in folder.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
     return [End(*json.loads(line)) for line in lines]
+
+
+def rate(ends: list[End]) -> float:
+    """Rows per second of all workers: each one's rows after its first batch by the time since that one."""
+    total = 0.0
+    for worker in {end.worker for end in ends}:
+        first, *rest = sorted((end for end in ends if end.worker == worker), key=lambda end: end.at)
+        total += sum(end.rows for end in rest) / (rest[-1].at - first.at) if rest else 0.0
+    return total
 
 
 def write_jsonl(file: Path, pairs: Iterator[tuple[str, str]]) -> None:

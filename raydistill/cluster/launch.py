@@ -15,10 +15,12 @@ from raydistill.config.run import Run
 from raydistill.config.space import Search
 from raydistill.results.records import rivals
 from raydistill.results.stopping import falls_behind
-from raydistill.training.run import Inputs
+from raydistill.training.run import Inputs, train
 
 Metrics = dict[str, Any]
 Stop = Callable[[], str | None]
+# What a launcher carries out, in a worker: training.run.train, or what is called and leaves its folder as that does.
+Work = Callable[..., Metrics]
 
 
 def launcher_for(run: Run, device: str) -> str:
@@ -57,6 +59,7 @@ def train_with_ray_train(
     retries: int = 2,
     stop: Stop | None = None,
     callbacks: list[Any] | None = None,
+    work: Work = train,
 ) -> Metrics:
     """One run as a Ray Train job; a worker that dies is started again and goes on from the run's folder.
 
@@ -70,7 +73,13 @@ def train_with_ray_train(
     training = run.training
     trainer = TorchTrainer(
         _train_worker,
-        train_loop_config={"run": run.model_dump(mode="json"), "folder": str(folder), "inputs": inputs, "stop": stop},
+        train_loop_config={
+            "run": run.model_dump(mode="json"),
+            "folder": str(folder),
+            "inputs": inputs,
+            "stop": stop,
+            "work": work,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",
@@ -108,12 +117,11 @@ def final_report(result: Metrics, cost: str) -> Metrics:
     return report
 
 
-def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str) -> None:
+def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str, work: Work = train) -> None:
     """A trial: the function that Tune calls, in a reused actor, with what the search proposed."""
     from ray import tune
 
     from raydistill.cluster.search import trial_run
-    from raydistill.training.run import train
 
     run, folder, inputs = trial_run(space, Path(sweep), prepared, config)
     cost = space.search.cost
@@ -129,6 +137,7 @@ def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device
             retries=space.search.retries,
             stop=stop,
             callbacks=[TuneReportCallback()],
+            work=work,
         )
     else:
         _use_threads(run.training.threads)
@@ -137,7 +146,7 @@ def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device
             tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
             return stop() if stop else None
 
-        result = train(run, folder, report, inputs)
+        result = work(run, folder, report, inputs)
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
 
 
@@ -152,7 +161,6 @@ def _train_worker(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from raydistill.training.loop import Worker
-    from raydistill.training.run import train
 
     run = Run.model_validate(config["run"])
     context = ray.train.get_context()
@@ -164,7 +172,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
         return stop() if stop and worker.leads else None
 
-    train(run, Path(config["folder"]), report, config["inputs"], worker)
+    config["work"](run, Path(config["folder"]), report, config["inputs"], worker)
 
 
 def _use_threads(threads: int) -> None:

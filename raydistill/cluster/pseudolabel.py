@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -33,6 +33,9 @@ from raydistill.data.plan import BATCH_CHARS, Plan, make_plan, open_plan
 from raydistill.data.stream import Scan, scan, usable_rows
 from raydistill.evaluation.scores import Tally, rouge2_rows
 
+if TYPE_CHECKING:  # it loads torch
+    from raydistill.model.decoding import Engine
+
 PROOF_ROWS = 4
 # A GPU takes as many rows at once as fill it; a CPU core is fastest with few.
 GPU_CHARS = 4 * BATCH_CHARS
@@ -45,6 +48,8 @@ SEARCH_VERSION = 2
 # Called in the actor with (batch number, ids, sources, the labels), when a batch is labelled and before its file is
 # written: what else a pass over the data has to produce. It must leave its output whole, as the batch's own file is.
 Also = Callable[[int, list[str], list[str], list[str]], None]
+# What opens the teacher in an actor; called as model.generate.open_engine is.
+Opener = Callable[..., "Engine"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,17 @@ class Job:
 
 
 def pseudolabel(
-    job: Job, root: Path, device: str = "cpu", say: bool = True, also: Callable[[], Also] | None = None
+    job: Job,
+    root: Path,
+    device: str = "cpu",
+    say: bool = True,
+    also: Callable[[], Also] | None = None,
+    opener: Opener | None = None,
 ) -> Path:
     """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again.
 
     Where `job.pseudo.curation` has rules, the folder is that of the curated set, and the whole one stands beside it.
+    `opener` is there for measuring the job itself (benchmarks/scaling.py); the default is `open_engine`.
     """
     found = scan(job.dataset, job.split)
     about = describe_job(job, found)
@@ -78,7 +89,7 @@ def pseudolabel(
     folder = root / f"{_plain(job.dataset.name)}-{_plain(job.split)}-{_key(job, about, found, device)}"
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root / f".{folder.name}.lock", folder):
-        _make(job, about, found, folder, device, say, also)
+        _make(job, about, found, folder, device, say, also, opener)
     if rules == type(rules)():
         return folder
     return curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))
@@ -169,6 +180,7 @@ def _make(
     device: str,
     say: bool,
     also: Callable[[], Also] | None,
+    opener: Opener | None,
 ) -> None:
     """Go on with the label set in `folder`; the caller holds its lock."""
     work = folder.with_name(f".{folder.name}.work")
@@ -190,7 +202,7 @@ def _make(
     if say and len(missing) < len(plan):
         progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
     if missing:
-        _label(job, about, plan, work, missing, device, say, also)
+        _label(job, about, plan, work, missing, device, say, also, opener)
     _compact(plan, work, folder, about, found, metric_for(job.dataset.name, job.metric))
     shutil.rmtree(work, ignore_errors=True)
 
@@ -204,6 +216,7 @@ def _label(
     device: str,
     say: bool,
     also: Callable[[], Also] | None,
+    opener: Opener | None,
 ) -> None:
     """Run the missing batches through one actor per GPU, or per `job.threads` CPUs, and tell how far it is."""
     total, todo = sum(plan.rows), sum(plan.rows[n] for n in missing)
@@ -224,7 +237,7 @@ def _label(
             bar.advance(plan.chars[int(facts["batch"])], f"{done['rows']}/{total} rows, {rates}")
 
     def labeller() -> Callable[[int], Facts]:
-        return Labeller(job, about, plan, work, device, also() if also else None)
+        return Labeller(job, about, plan, work, device, also() if also else None, opener)
 
     try:
         run_batches(missing, labeller, device=device, threads=job.threads, on_done=on_done)
@@ -237,7 +250,14 @@ class Labeller:
     """One teacher on one device or CPU share: labels planned batches and leaves a file for each."""
 
     def __init__(
-        self, job: Job, about: dict[str, Any], plan: Plan, work: Path, device: str, also: Also | None = None
+        self,
+        job: Job,
+        about: dict[str, Any],
+        plan: Plan,
+        work: Path,
+        device: str,
+        also: Also | None = None,
+        opener: Opener | None = None,
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
         from raydistill.model.decoding import Beam, Sample
@@ -252,7 +272,7 @@ class Labeller:
         self.threads = job.threads
         middle = plan.read_batch(len(plan) // 2)["sources"]
         said: list[str] = []
-        self.engine = open_engine(
+        self.engine = (opener or open_engine)(
             about["teacher"]["where"],
             job.engine,
             device=device,

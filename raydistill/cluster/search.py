@@ -19,7 +19,7 @@ from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from raydistill.cluster.launch import check_room, final_report, launcher_for, tune_trial
+from raydistill.cluster.launch import Work, check_room, final_report, launcher_for, tune_trial
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
 from raydistill.config.corners import MAX_CORNERS
@@ -29,7 +29,7 @@ from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names, split
 from raydistill.results.budget import admitted, known_bounds
 from raydistill.results.records import device_hours
-from raydistill.training.run import Inputs
+from raydistill.training.run import Inputs, train
 
 # Of proposals that were tried before, or are barred: after so many the sampler is stuck, and chance takes its place;
 # after so many more there is nothing new to be found by chance either.
@@ -64,10 +64,13 @@ class Ending:
     exhausted: bool = False
 
 
-def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any]) -> Ending:
+def search(
+    space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any], work: Work = train
+) -> Ending:
     """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log.
 
-    Returns why it ended before all were run, if it did.
+    Returns why it ended before all were run, if it did. `work` is there for measuring the search itself
+    (benchmarks/scaling.py).
     """
     barred = barred_sizes(space, prepared)
     searcher = StudySearch(space, sweep, barred)
@@ -85,7 +88,7 @@ def search(space: Space, sweep: Path, prepared: Prepared, device: str, callbacks
         check_room(run, device)
     threads = max(run.training.threads for run in runs)
     in_actor = all(launcher_for(run, device) == "tune" for run in runs)
-    trainable = partial(tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device)
+    trainable = partial(tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device, work=work)
     trainable.__name__ = "trial"  # type: ignore[attr-defined]
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": threads if in_actor else 0.1}),
