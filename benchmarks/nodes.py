@@ -39,8 +39,20 @@ class Meter:
 def nodes(count: int, *, cpus: int = 1, gpus: int = 0) -> Iterator[Meter]:
     """A head without CPUs and `count` nodes that offer so much each, joined as the commands join a cluster.
 
-    What they offer is only said to Ray: more CPUs than there are, and GPUs where there are none. All of it asks for a
-    token, and ends with the block.
+    What they offer is only said to Ray: more CPUs than there are, and GPUs where there are none.
+    """
+    with head() as started:
+        for _ in range(count):
+            started.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE_BYTES)
+        with cluster(), _metered(started) as meter:
+            yield meter
+
+
+@contextmanager
+def head() -> Iterator[Cluster]:
+    """A head without CPUs, to which nodes may be added. RAY_ADDRESS names it; it asks for a token.
+
+    It and its nodes end with the block.
     """
     mine = {**QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     kept = {name: os.environ.get(name) for name in (*mine, "RAY_ADDRESS")}
@@ -50,11 +62,8 @@ def nodes(count: int, *, cpus: int = 1, gpus: int = 0) -> Iterator[Meter]:
     try:
         # No port is named for the dashboard, so that it takes the next where another Ray has its own.
         started.add_node(num_cpus=0, include_dashboard=True, dashboard_port=None, object_store_memory=STORE_BYTES)
-        for _ in range(count):
-            started.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE_BYTES)
         os.environ["RAY_ADDRESS"] = started.address
-        with cluster(), _metered(started) as meter:
-            yield meter
+        yield started
     finally:
         started.shutdown()
         for name, value in kept.items():

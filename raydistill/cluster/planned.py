@@ -27,15 +27,15 @@ def run_batches(
     device: str,
     on_done: Callable[[Facts], None],
     threads: int = 1,
-    actors: int | None = None,
 ) -> None:
-    """Do the planned batches `numbers` in a pool of Ray actors; returns when all are done.
+    """Do the planned batches `numbers` in a pool of Ray actors that grows with the cluster; returns when all are done.
 
     `make()` is called once in each actor, and again where one is started anew, and returns the function that does
     batch n, writes its output whole, and tells a few numbers of it (always the same names). `on_done(facts)` is
     called here as batches finish, in any order, with "batch" among the facts. An actor holds a GPU, or `threads`
-    CPUs; `actors` defaults to as many as the cluster has room for. What a batch raises ends the job (a
-    UserError arrives as one); an actor that dies is replaced and its batch done again, at most `RETRIES` times.
+    CPUs. There are as many as the cluster has room for, and more as nodes join while it runs: Ray Data asks the
+    cluster for them too. What a batch raises ends the job (a UserError arrives as one); an actor that dies, or whose
+    node leaves, is replaced where there is room and its batch done again, at most `RETRIES` times.
     """
     import ray.data
 
@@ -70,13 +70,13 @@ def run_batches(
     context.verbose_stats_logs = False
     # Its 30 minutes are too few for a large teacher's batch on a CPU.
     context.execution_no_progress_timeout_s = -1
-    size = min(actors or room_for_actors(device, threads), len(numbers))
+    size = min(room_for_actors(device, threads), len(numbers))
     resources: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device == "cuda" else {})
     done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
         Actor,
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=size),
+        compute=ray.data.ActorPoolStrategy(min_size=size, max_size=len(numbers)),
         max_task_retries=RETRIES,
         **resources,
     )
