@@ -989,15 +989,39 @@ def test_a_run_that_is_told_to_stop_keeps_its_best_checkpoint_scored(place, tmp_
     assert train(run, tmp_path / "s", lambda metrics, where: None, Inputs()) == result
 
 
+def test_checks_during_training_have_a_decoding_of_their_own_and_the_end_has_the_runs(place, tmp_path, monkeypatch):
+    """The paper's XSUM recipe looks at 2 beams with length penalty 0.5, and reports the teacher's own decoding."""
+    used = []
+    score = validation.Validator.score
+
+    def noted(self, checkpoint, split, beam):
+        used.append((checkpoint.name == "best", split, beam.beams, beam.length_penalty, beam.max_length))
+        return score(self, checkpoint, split, beam)
+
+    monkeypatch.setattr(validation.Validator, "score", noted)
+    run = make_run(
+        place,
+        decoding={"beams": 3, "length_penalty": 1.5, "max_length": 8},
+        evaluation={"validation_length_penalty": 0.5},
+        training={"checks_per_epoch": 1},
+    )
+    train(run, tmp_path / "run", lambda metrics, where: None)
+    assert used == [
+        (False, "validation", 2, 0.5, 8),
+        (True, "validation", 3, 1.5, 8),
+        (True, "test", 3, 1.5, 8),
+    ]
+
+
 def test_a_stopped_run_that_dies_while_it_is_scored_is_stopped_still(place, tmp_path, monkeypatch):
     run = make_run(place, training={"epochs": 4})
     whole = train(run, tmp_path / "whole", stopped_at_the_second(), Inputs())
     score = validation.Validator.score
 
-    def dies(self, checkpoint, split, beams):
+    def dies(self, checkpoint, split, beam):
         if checkpoint.name == "best":
             raise KeyboardInterrupt
-        return score(self, checkpoint, split, beams)
+        return score(self, checkpoint, split, beam)
 
     monkeypatch.setattr(validation.Validator, "score", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -234,6 +234,9 @@ class Evaluation(Model):
     engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
     batch_size: int = Field(32, ge=1)
     validation_beams: int | None = Field(None, ge=1, description="beams during training; default: 2")
+    validation_length_penalty: float | None = Field(
+        None, description="length penalty during training; default: the decoding's own"
+    )
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a folder is called so

@@ -219,7 +219,7 @@ def _finish(
         checkpoint.rename(best)
     # The test split is for reporting what may be served; a stopped trial that is chosen after all is scored on it then.
     splits = ("validation",) if state.stopped else ("validation", "test")
-    found = {split: validator.score(best, split, validator.beam.beams) for split in splits}
+    found = {split: validator.score(best, split, validator.beam) for split in splits}
     validation, test = found["validation"], found.get("test")
     rows = {split: evaluation.scored.rows for split, evaluation in found.items() if evaluation}
     if rows:

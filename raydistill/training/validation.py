@@ -45,13 +45,23 @@ class Validator:
         self.student.eval()
         save_checkpoint(self.student, self.tokenizer, folder)
         loss = self.loss()
-        found = self.score(folder, "validation", self.run.evaluation.validation_beams or min(2, self.beam.beams))
+        found = self.score(folder, "validation", self.quick_beam())
         if found is None:
             return {"val_loss": loss, "score": -loss}
         metrics = found.scored.metrics
         return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": found.repetition}
 
-    def score(self, folder: Path, split: str, beams: int) -> Evaluation | None:
+    def quick_beam(self) -> Beam:
+        """The decoding of the checks during training: fewer beams and a penalty of their own, as in the recipes."""
+        asked = self.run.evaluation
+        penalty = asked.validation_length_penalty
+        return replace(
+            self.beam,
+            beams=asked.validation_beams or min(2, self.beam.beams),
+            length_penalty=self.beam.length_penalty if penalty is None else penalty,
+        )
+
+    def score(self, folder: Path, split: str, beam: Beam) -> Evaluation | None:
         """Generate and score a split with the checkpoint in `folder`; None where there is no such split or scorer."""
         corpus = self.material.corpora.get(split)
         if corpus is None or self.metric == "val_loss":
@@ -70,7 +80,7 @@ class Validator:
                 corpus.sources,
                 corpus.targets,
                 self.metric,
-                replace(self.beam, beams=beams),
+                beam,
                 max_source_tokens=self.material.max_source_tokens,
                 batch_size=self.run.evaluation.batch_size,
             )
