@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raydistill.config.console import finish, make_app, progress, run_app, show
+from raydistill.config.console import finish, home, make_app, progress, run_app, show
 from raydistill.config.errors import UserError
 from raydistill.config.space import check_bounds
 
@@ -38,9 +38,11 @@ def choose(
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
     asked = parse_bounds(within or [])
+    from raydistill.cluster import storage
     from raydistill.results.outcome import outcome
     from raydistill.results.records import open_sweep
 
+    storage.fetch(home() / "sweeps" / sweep, names=storage.RECORDS)
     folder = open_sweep(sweep)
     found = outcome(folder)
     budgets = _budgets(found, asked, name)

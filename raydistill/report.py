@@ -28,11 +28,13 @@ def report(
 
     Example: `raydistill report mini_table5 mini_table9 mini_table10`
     """
+    from raydistill.cluster import storage
     from raydistill.results.paper_figures import figure_1, figure_2
     from raydistill.results.records import open_sweep
     from raydistill.results.report import heads, tables
     from raydistill.results.settings import read_settings
 
+    storage.fetch(*(home() / "sweeps" / name for name in sweeps), names=storage.RECORDS)
     folders = list(dict.fromkeys(open_sweep(name) for name in sweeps))
     found, settings = read_settings(folders)
     made = tables(found, settings)

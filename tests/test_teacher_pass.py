@@ -153,14 +153,14 @@ def test_auto_decides_by_figures_and_once(place, tmp_path, monkeypatch):
         (dear, kd, "encoder", "reading the decoder states does not pay"),
         (replace(cheap, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
     ]:
-        monkeypatch.setattr(module, "alone", lambda *_, costs=costs, device: costs)
+        monkeypatch.setattr(module, "alone", lambda *_, costs=costs, **places: costs)
         keep, why = decide(Want([who], {}, tmp_path / "cache", "cpu"), 100.0)
         assert (keep, why.startswith(because)) == (expected, True)
         assert "100 epochs in all" in why
     assert teacher_pass(want, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
     tiny = Want([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
-    monkeypatch.setattr(module, "alone", lambda *_, device: cheap)
+    monkeypatch.setattr(module, "alone", lambda *_, **places: cheap)
     keep, why = decide(tiny, 1e6)
     assert keep == "off"
     assert why.startswith("the encoder states do not fit")

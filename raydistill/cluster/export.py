@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raydistill.cluster import storage
 from raydistill.config.errors import UserError
 from raydistill.config.files import CARD, check_links, read_json, write_atomic, write_json_atomic
 from raydistill.config.presets import teacher_preset
@@ -28,6 +29,7 @@ def export(found: Outcome, key: str, budget: str | None = None) -> Path:
     student = found.student(key)
     if student.checkpoint is None:
         raise UserError(f"{student.folder}: its checkpoint was deleted; there is nothing to hand over")
+    storage.fetch(student.checkpoint)
     place = found.sweep / "exports" / key.replace(" ", "-")
     budgets = [name for name, chosen in found.chosen.items() if chosen == key]
     card = model_card(found, student, list(dict.fromkeys([*budgets, *([budget] if budget else [])])))

@@ -26,7 +26,7 @@ from raydistill.model.decoding import Beam, Engine
 from raydistill.model.generate import open_engine
 from raydistill.model.teachers import languages_of, load_config, locate, max_tokens
 from raydistill.results.outcome import finalists, outcome
-from raydistill.results.records import Trial, decoding_name, read_trials
+from raydistill.results.records import Trial, decoding_name, read_trials, rows_name
 from raydistill.results.served import SERVED, served_in
 from raydistill.training.record import write_rows
 
@@ -60,7 +60,7 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
         progress(f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine")
         for one in missing:
             what = (one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation")
-            keep(one.folder, alone(serve_checkpoint, *what, device=device))
+            keep(one.folder, alone(serve_checkpoint, *what, device=device, **_moves(*what)))
     if (sweep / SERVED).is_file() and not _served_last(sweep, machine):
         write_json_atomic(sweep / SERVED, {**read_json(sweep / SERVED), "hardware": machine})
     score_on_test(space, sweep, teacher, device)
@@ -151,12 +151,19 @@ def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: st
         beam = Beam(**read_json(student.folder / "best" / CARD)["decoding"])
         beam = replace(beam, **(student.decoding or {}))
         what = (student.folder, str(student.folder / "best"), _any_run(space, sweep), teacher["metric"], [beam], "test")
-        [tested] = alone(serve_checkpoint, *what, device=device)
+        [tested] = alone(serve_checkpoint, *what, device=device, **_moves(*what))
         served = read_json(student.folder / SERVED)
         for one in served["decodings"]:  # also those of other machines: scores are no timings
             if decoding_name(one) == decoding_name(asdict(beam)):
                 one["test"] = {**tested["metrics"], "interval": tested["interval"]}
         write_json_atomic(student.folder / SERVED, served)
+
+
+def _moves(
+    folder: Path, checkpoint: str, run: Run, metric: str, beams: Sequence[Beam], split: str
+) -> dict[str, list[Path]]:
+    """What `serve_checkpoint` reads and writes, for machines that share no folder."""
+    return {"reads": [Path(checkpoint)], "writes": [folder / rows_name(split, asdict(beam)) for beam in beams]}
 
 
 def serve_checkpoint(
@@ -185,7 +192,7 @@ def serve_checkpoint(
         for beam in beams:
             served = serve(engine, corpus.sources, corpus.targets, metric, beam, limit)
             decoding = {"beams": beam.beams, "length_penalty": beam.length_penalty}
-            write_rows(folder / f"rows-{split}-{decoding_name(decoding)}.npz", {split: served.scored.rows})
+            write_rows(folder / rows_name(split, decoding), {split: served.scored.rows})
             found.append({**decoding, **by, "rows": len(corpus), **served.summary()})
     return found
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raydistill.cluster import storage
+from raydistill.cluster.teacher_pass import read_by
 from raydistill.config.errors import UserError
 from raydistill.config.files import read_json
 from raydistill.config.run import Run
@@ -87,15 +89,17 @@ def train_with_ray_train(
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{folder.name}",
-            storage_path=str(folder.parent / ".ray"),
             callbacks=callbacks or [],
             failure_config=ray.train.FailureConfig(max_failures=retries),
+            **storage.for_ray(folder.parent / ".ray"),
         ),
     )
+    storage.keep(folder, *reads(run, inputs))
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise _of_worker(error) from None
+    storage.fetch(folder)
     return read_json(folder / "result.json")
 
 
@@ -143,15 +147,24 @@ def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device
         _use_threads(run.training.threads)
 
         def report(metrics: Metrics, where: Path | None) -> str | None:
+            storage.keep(folder, mirror=True)
             tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
             return stop() if stop else None
 
+        storage.fetch(folder, *reads(run, inputs))
         result = work(run, folder, report, inputs)
+        storage.keep(folder, mirror=True)
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
+
+
+def reads(run: Run, inputs: Inputs) -> list[Path]:
+    """The folders that a run reads, as far as they are not each machine's own: teacher, label sets, teacher cache."""
+    return [*read_by(run), *inputs.labels.values(), *inputs.stores]
 
 
 def reason_to_stop(folder: Path, search: Search) -> str | None:
     """Why the trial in `folder` should stop now, by what it and the others of its shape have left on disk."""
+    storage.fetch(folder.parent, names=["run.json", "metrics.jsonl", "result.json"])
     return falls_behind(*rivals(folder.parent.parent, folder.name), search.grace, search.reduction)
 
 
@@ -168,11 +181,19 @@ def _train_worker(config: dict[str, Any]) -> None:
     worker = Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
     stop: Stop | None = config["stop"]
 
+    folder: Path = Path(config["folder"])
+    inputs: Inputs = config["inputs"]
+
     def report(metrics: Metrics, where: Path | None) -> str | None:
+        if worker.leads:
+            storage.keep(folder, mirror=True)
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
         return stop() if stop and worker.leads else None
 
-    config["work"](run, Path(config["folder"]), report, config["inputs"], worker)
+    storage.fetch(folder, *reads(run, inputs))
+    config["work"](run, folder, report, inputs, worker)
+    if worker.leads:
+        storage.keep(folder, mirror=True)
 
 
 def _use_threads(threads: int) -> None:

@@ -18,6 +18,7 @@ from raydistill.cluster.teacher_pass import (
     encoder_beside,
     folders_of,
     group_of,
+    read_by,
     teacher_pass,
 )
 from raydistill.config.console import home, progress
@@ -44,6 +45,11 @@ class Cache:
     keeps: dict[str, Keep] = field(default_factory=dict)
     computed: str | None = None
     stores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders of the stores."""
+        return tuple(sorted({self.root / store.partition("/")[0] for store in self.stores})) if self.root else ()
 
     def keep_of(self, run: Run) -> Keep:
         """What `teacher_cache: auto` means for a run."""
@@ -75,6 +81,7 @@ class Prepared:
             costs=costs,
             note=note,
             repetition=self.teacher.get("repetition"),
+            stores=self.cache.places,
         )
 
 
@@ -102,7 +109,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
         check_unchanged(first, teacher, sweep)
     else:
         progress(f"teacher {first.teacher}: scoring it on validation and test")
-        teacher = alone(score_teacher, first, device=device)
+        teacher = alone(score_teacher, first, device=device, reads=read_by(first))
         write_rows(sweep / "teacher_rows.npz", teacher.pop("scored"))
         write_json_atomic(teacher_file, teacher)
     metric = teacher["metric"]
@@ -110,7 +117,10 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     sizes = sizes_of(runs, teacher["size"])
     progress(f"latency: timing {len(sizes)} shapes, one at a time, alone on the machine ({', '.join(sizes)})")
     beams = list(dict.fromkeys((teacher["beams"], min([teacher["beams"], *space.search.decoding.beams]))))
-    timed = alone(time_shapes, first, sizes, teacher, beams, device=device)
+    table = home() / "latency.json"
+    timed = alone(
+        time_shapes, first, sizes, teacher, beams, device=device, reads=[table, *read_by(first)], writes=[table]
+    )
     base = timed[teacher["size"]][0]["latency_ms"]
     shapes = {size: {**rows[0], "speedup": base / rows[0]["latency_ms"]} for size, rows in timed.items()}
     for size in sizes:
@@ -293,4 +303,10 @@ def inputs_for(run: Run, device: str, folder: Path) -> Inputs:
     computed = _computed([run], device, record)
     labels, _ = _labels([run], device, run.training.epochs, computed)
     cache = _cache([run], labels, device, record, run.training.epochs, computed)
-    return Inputs(labels=folders_of(labels, run), cache=cache.root, keep=cache.keep_of(run), computed=computed)
+    return Inputs(
+        labels=folders_of(labels, run),
+        cache=cache.root,
+        keep=cache.keep_of(run),
+        computed=computed,
+        stores=cache.places,
+    )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
+from raydistill.cluster import storage
 from raydistill.cluster.planned import Facts, room_for_actors, run_batches
 from raydistill.config.console import Bar, progress
 from raydistill.config.errors import UserError
@@ -92,7 +93,9 @@ def pseudolabel(
         _make(job, about, found, folder, device, say, also, opener)
     if rules == type(rules)():
         return folder
-    return curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))
+    made = curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))
+    storage.keep(made)
+    return made
 
 
 def _key(job: Job, about: dict[str, Any], found: Scan, device: str) -> str:
@@ -184,6 +187,7 @@ def _make(
 ) -> None:
     """Go on with the label set in `folder`; the caller holds its lock."""
     work = folder.with_name(f".{folder.name}.work")
+    storage.fetch(folder, work)
     if is_finished(folder):
         if not job.fallback and (why := read_manifest(folder).get("engine_why")):
             raise UserError(f"{folder}: is finished, but not by CTranslate2: {why}")
@@ -197,13 +201,17 @@ def _make(
         read = CHARS_PER_TOKEN * about["decoding"]["max_source_tokens"]
         rows = usable_rows(job.dataset, job.split, found)
         plan = make_plan(rows, work / "plan", batch_chars=chars, max_chars=read)
+        storage.keep(work / "plan")
     (work / "out").mkdir(exist_ok=True)
     missing = [n for n in range(len(plan)) if not _is_done(_output(work, n))]
     if say and len(missing) < len(plan):
         progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
     if missing:
         _label(job, about, plan, work, missing, device, say, also, opener)
+        storage.fetch(work)
     _compact(plan, work, folder, about, found, metric_for(job.dataset.name, job.metric))
+    storage.keep(folder)
+    storage.drop(work)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -236,7 +244,10 @@ def _label(
             rates = f"{(done['rows'] - total + todo) / seconds:.1f} rows/s, {done['tokens'] / seconds:.0f} tokens/s"
             bar.advance(plan.chars[int(facts["batch"])], f"{done['rows']}/{total} rows, {rates}")
 
+    storage.keep(where := Path(about["teacher"]["where"]))
+
     def labeller() -> Callable[[int], Facts]:
+        storage.fetch(where, work / "plan", work / "engine.json")
         return Labeller(job, about, plan, work, device, also() if also else None, opener)
 
     try:
@@ -316,6 +327,7 @@ class Labeller:
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
         write_atomic(_output(self.work, number), buffer.getvalue())
+        storage.keep(_output(self.work, number))
 
     @property
     def _devices(self) -> int:
@@ -330,8 +342,10 @@ def _one_engine(work: Path, name: str, why: list[str]) -> None:
     """
     place = work / "engine.json"
     with FileLock(work / ".engine.lock"):
+        storage.fetch(place)
         if not place.is_file():
             write_atomic(place, json.dumps({"engine": name, "why": " ".join(why)}).encode())
+            storage.keep(place)
         with damage_told(place):
             begun = read_json(place)["engine"]
     if begun != name:
@@ -386,18 +400,21 @@ def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found:
 def _read_outputs(
     plan: Plan, work: Path, window: int, sums: dict[str, float], hosts: Counter[str]
 ) -> dict[str, list[Candidate]]:
-    """The candidates of a window's rows by id; UserError where a row was labelled twice.
+    """The candidates of a window's rows by id; UserError where a row was labelled twice, or by two engines.
 
     Adds the device-seconds to `sums`, and the rows to the `hosts` that labelled them.
     """
     import pyarrow.parquet as pq
 
     written: dict[str, list[Candidate]] = {}
+    engine = read_json(work / "engine.json")["engine"]
     for number in plan.batches_of(window):
         path = _output(work, number)
         with damage_told(path, f"Delete {path} to have this batch labelled again"):
             table = pq.read_table(path)
             told = table.schema.metadata
+            if told[b"engine"].decode() != engine:
+                raise UserError(f"{work}: was written by two engines; delete the folder and run again")
             sums["device_seconds"] += float(told[b"device_seconds"])
             hosts[told.get(b"host", b"unknown").decode()] += len(table)  # unknown: of a release that did not write it
             columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))

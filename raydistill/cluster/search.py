@@ -19,6 +19,7 @@ from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from raydistill.cluster import storage
 from raydistill.cluster.launch import Work, check_room, final_report, launcher_for, tune_trial
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
@@ -100,10 +101,10 @@ def search(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(sweep / ".ray"),
             failure_config=tune.FailureConfig(max_failures=space.search.retries),
             callbacks=callbacks,
             verbose=0,
+            **storage.for_ray(sweep / ".ray"),
         ),
     )
     tuner.fit()
@@ -203,6 +204,7 @@ class StudySearch(OptunaSearch):
                 number = self.numbers.setdefault(key, len(self.numbers))
                 trial.set_user_attr("key", key)
                 trial.set_user_attr("number", number)
+                storage.keep(self.sweep / "study.log")
                 return {"chosen": chosen, "key": key, "number": number, "size": run.student.size or "full"}
             rejected += 1
         self.ended = ended
@@ -263,6 +265,7 @@ class StudySearch(OptunaSearch):
             self._ot_trials[trial_id].set_user_attr("over", True)
         # Without values and without an error the parent tells "pruned"
         super().on_trial_complete(trial_id, result if scored else None, error=not finished)
+        storage.keep(self.sweep / "study.log")
 
     def _take_up(self) -> None:
         """Put a study that was killed in order: each trial over, waiting, or waiting again.

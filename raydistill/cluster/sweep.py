@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from raydistill.cluster import storage
 from raydistill.cluster.export import export
 from raydistill.cluster.finalists import is_served, serve_finalists
 from raydistill.cluster.plan import check_space, trials_over
@@ -49,7 +50,9 @@ def run_sweep(space: Space, folder: Path, tell: Callable[[str], None]) -> dict[s
                     prepared, ended = _searched(space, folder, where)
                 serve_finalists(space, folder, prepared.teacher, where)
         describe_sweep(space, folder, prepared, "finished", ended)
-        return hand_over(outcome(folder), prepared, tell)
+        told = hand_over(outcome(folder), prepared, tell)
+        storage.keep(folder)
+        return told
 
 
 def hand_over(found: Outcome, prepared: Prepared, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -85,8 +88,10 @@ def _searched(space: Space, folder: Path, where: str) -> tuple[Prepared, Ending]
     prepared = prepare(space, folder, where)
     describe_sweep(space, folder, prepared, "running")
     watch = Watch(folder, space.search, prepared.teacher["metric"])
+    storage.keep(folder)
     with publishing(folder):
         ended = search(space, folder, prepared, where, [watch])
+    storage.fetch(folder / "trials", names=storage.RECORDS)
     if ended.why:
         progress(f"the search ends after {trials_over(folder)} of {space.search.trials} trials: {ended.why}")
     return prepared, ended
@@ -124,6 +129,7 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(f"{folder}: another process is at work on this sweep; wait for it, or end it first") from None
     try:
+        storage.fetch(folder, names=storage.RECORDS)
         path = folder / "space.yaml"
         asked = space.model_dump(mode="json")
         if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
@@ -174,6 +180,7 @@ def publishing(folder: Path) -> Iterator[None]:
         told = False
         while not over.wait(PUBLISH_EVERY_S):
             try:
+                storage.fetch(folder / "trials", names=storage.RECORDS)
                 publish(folder)
             except Exception as error:  # a fault in publishing must not end a sweep of hours; it is tried again
                 if not told:

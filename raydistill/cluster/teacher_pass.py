@@ -12,11 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from raydistill.cluster import storage
 from raydistill.cluster.alone import alone
 from raydistill.cluster.planned import Facts, run_batches
 from raydistill.cluster.pseudolabel import Also
 from raydistill.config.console import progress
-from raydistill.config.run import Run
+from raydistill.config.run import Run, parse_labels
+from raydistill.data import store
 from raydistill.data.batches import Examples
 from raydistill.training.caching import Costs, Keep, choose, measure, pass_for
 from raydistill.training.teacher_cache import Pass
@@ -56,8 +58,19 @@ class Want:
         examples, key, config, computed = _read(self)
         return pass_for(modes, examples, key, config, self.root, computed)
 
+    def reads(self) -> list[Path]:
+        """What is read of the home: the teacher and the label sets, as far as they lie there."""
+        labels = [Path(folder) for made in self.labels.values() for folder in made.values()]
+        return [*labels, *{place for run in self.runs for place in read_by(run)}]
+
     def __hash__(self) -> int:
         return hash((str(self.runs), str(self.labels), self.root, self.device, self.computed))
+
+
+def read_by(run: Run) -> list[Path]:
+    """The folders that a run names: its teacher, a checkpoint to copy from, label sets."""
+    named = [run.teacher, run.student.copy_from, *(part.folder for part in parse_labels(run.label_source))]
+    return [Path(name) for name in named if name]
 
 
 def folders_of(labels: MadeLabels, run: Run) -> dict[str, Path]:
@@ -75,10 +88,13 @@ def teacher_pass(want: Want, keep: Keep) -> Cached:
     """Make what the runs read of the teacher, unless it is there; `keep` is what `decide` came to."""
     work = want.work(keep)
     with work.lock():
+        known(work)
         if work.unfinished():
+            storage.fetch(*work.arrays)  # the parts that an earlier pass made, wherever
             work.begin()
+            storage.keep(*stores_of(work))
             _make(want, keep, work)
-            work.finish()
+            finish(work)
     return Cached(sum(work.arrays.values()), work.device_seconds)
 
 
@@ -87,9 +103,10 @@ def decide(want: Want, epochs: float) -> tuple[Keep, str]:
     if all(run.training.teacher_cache != "auto" for run in want.runs):
         return "full", "as the runs ask"
     whole = want.work("full")
+    known(whole)
     if not whole.unfinished():
         return "full", "it is there already"
-    costs = alone(measured, want, device=want.device)
+    costs = alone(measured, want, device=want.device, reads=want.reads())
     keep, why = choose(whole, costs, room(whole), epochs)
     progress(f"teacher cache: {keep}: {why}")
     return keep, why
@@ -104,11 +121,14 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
     """
     bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device, want.computed)
     work = bare.work("encoder")
+    known(work)
     if not work.unfinished() or decide(bare, epochs)[0] == "off":
         yield None
         return
     with work.lock():
+        storage.fetch(*work.arrays)
         work.begin()
+        storage.keep(*stores_of(work))
 
         def also() -> Also:
             part = maker(bare, "encoder")()
@@ -121,8 +141,9 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
             return make
 
         yield also
+        storage.fetch(*work.arrays)
         if not work.missing():
-            work.finish()
+            finish(work)
 
 
 def sources_only(run: Run) -> Run:
@@ -164,7 +185,25 @@ def _make(want: Want, keep: Keep, work: Pass) -> None:
             progress(f"  {done}/{total} parts")
             last = time.monotonic()
 
+    storage.keep(*want.reads())
     run_batches(missing, maker(want, keep), device=want.device, on_done=on_done)
+
+
+def stores_of(work: Pass) -> list[Path]:
+    """The folders of the stores that a pass has to leave."""
+    return sorted({array.parent for array in work.arrays})
+
+
+def known(work: Pass) -> None:
+    """Learn from the storage which of a pass's arrays are whole: not their parts, which may be many gigabytes."""
+    storage.fetch(*stores_of(work), names=["about.json", "manifest.json"])
+
+
+def finish(work: Pass) -> None:
+    """`Pass.finish` where parts were made on machines that share no folder: the parts come here first."""
+    storage.fetch(*work.arrays)
+    work.finish()
+    storage.keep(*work.arrays)
 
 
 def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
@@ -175,11 +214,18 @@ def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
         import torch
 
         torch.set_num_threads(1)
+        storage.fetch(*want.reads())
         teacher, work = _teacher(want, want.device), want.work(keep)
+        known(work)
 
         def part(number: int) -> Facts:
+            files = [store.part_path(array, number) for array in work.arrays]
+            files += [path.with_suffix(".json") for path in files]
+            storage.fetch(*files)
             with torch.inference_mode():
-                return work.make(teacher, number)
+                facts = work.make(teacher, number)
+            storage.keep(*files)
+            return facts
 
         return part
 

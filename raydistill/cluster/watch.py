@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.tune import Callback
 
+from raydistill.cluster import storage
 from raydistill.config.console import progress
 from raydistill.config.space import Search
 from raydistill.results.records import Trial, device_hours, read_trials
@@ -38,6 +39,7 @@ class Watch(Callback):
             if "score" in result:
                 progress(f"  {name}: step {result.get('step')}, {self.metric} {result['score']:.2f}")
             return
+        storage.fetch(self.sweep / "trials" / trial.config["key"], names=storage.RECORDS)
         now = time.monotonic()
         took = now - self.started.get(trial.trial_id, now)
         outcome = f"{self.metric} {result['score']:.2f}" if "score" in result else "failed"

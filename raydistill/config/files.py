@@ -21,13 +21,22 @@ CARD = "raydistill.json"  # beside a checkpoint's weights: where it comes from
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, synced and then renamed into place."""
+    with appearing(path) as place:
+        place.write_bytes(content)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which is synced and takes `path`'s place at the end of the block.
+
+    Nothing is left of it when the block fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process's number: on a folder that many machines share, two processes may have the same.
     making = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
     try:
-        with making.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield making
+        with making.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(making, path)
     finally:

@@ -81,8 +81,7 @@ class Trial:
 
     def rows(self, split: str = "validation") -> np.ndarray | None:
         """Per-row statistics of the main metric, [rows] or [rows, 10]; None where they were not kept."""
-        name = f"rows-{split}-{decoding_name(self.decoding)}.npz" if self.decoding else "rows.npz"
-        return read_rows(self.folder / name, split)
+        return read_rows(self.folder / rows_name(split, self.decoding), split)
 
     def history(self) -> list[dict[str, Any]]:
         """One mapping per validation, in order. A torn last line, as a kill leaves it, is passed over."""
@@ -265,6 +264,11 @@ def decoding_name(decoding: dict[str, Any]) -> str:
     """A way of decoding in a file's name: "b4-p0.6"; one beam has no length penalty."""
     penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
     return f"b{decoding['beams']}{penalty}"
+
+
+def rows_name(split: str, decoding: dict[str, Any] | None) -> str:
+    """The file of the per-row statistics: of a run's own scores, or of a split as it was served with a decoding."""
+    return f"rows-{split}-{decoding_name(decoding)}.npz" if decoding else "rows.npz"
 
 
 def decoding_label(decoding: dict[str, Any]) -> str:

@@ -50,6 +50,7 @@ class Inputs:
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
     collapsed into repetition is a failed run.
+    `stores` are the cache's folders that were made for this run or the sweep that it is of.
     `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
     """
 
@@ -60,6 +61,7 @@ class Inputs:
     costs: dict[str, float] = field(default_factory=dict)
     note: dict[str, Any] = field(default_factory=dict)
     repetition: float | None = None
+    stores: tuple[Path, ...] = ()
 
 
 def train(
