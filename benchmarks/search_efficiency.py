@@ -235,8 +235,8 @@ def live(sweep: Path, seed: int, trials: int) -> dict[str, list[Point]]:
             seconds, points = 0.0, []
             for trial in read_grid(place / "sweeps" / sweep.name).values():
                 seconds += trial.whole
-                if trial.score is not None:
-                    points.append(Point(seconds, trial.score, trial.latency))
+                score = -math.inf if trial.score is None else trial.score  # a failed one has its price and no more
+                points.append(Point(seconds, score, trial.latency))
             found[name] = points
     return found
 
@@ -259,7 +259,7 @@ def live_rows(
         rows.append(
             [name, str(len(points)), f"{points[-1].seconds:.0f}", f"{reached:.1%}", *(_shown(t, 0) for t in times)]
         )
-        each = [[p.seconds, p.score, p.latency] for p in points]
+        each = [_finite((p.seconds, p.score, p.latency)) for p in points]
         data.append({"live": name, "points": each, "reached": reached, "seconds": _finite(times)})
     return rows, data
 

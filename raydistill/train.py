@@ -64,10 +64,13 @@ def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     from raydistill.cluster.prepare import inputs_for
     from raydistill.cluster.start import cluster, device
     from raydistill.config.files import read_json
-    from raydistill.training.record import claim
+    from raydistill.training.material import origin_of
+    from raydistill.training.record import ORIGIN, claim, claim_origin
 
     if (folder / "run.json").is_file():
         claim(folder, run)
+    if (folder / ORIGIN).is_file():
+        claim_origin(folder, origin_of(run))
     if (folder / "result.json").is_file():
         progress(f"{folder}: this run is finished already")
         return read_json(folder / "result.json")

@@ -251,9 +251,27 @@ HEAD = "name: x\nrun:\n  teacher: demo\n  dataset: demo\n"
         (HEAD + 'budgets: {fast: {latency_ms: "nan%"}}\n', "latency_ms is 'nan%'"),
         (HEAD + 'budgets: {fast: {latency_ms: "inf%"}}\n', "latency_ms is 'inf%', which bounds nothing"),
         (HEAD + "budgets: {fast: {latency_ms: .inf}}\n", "latency_ms"),
-        (HEAD + "  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n", "give either `teacher`"),
+        (HEAD + "  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n", "a sweep is of a teacher"),
         (HEAD + "  training: {batch_size: 4, accumulation: 8}\n", "batch_size 4 cannot be split"),
         (HEAD + "  student: {size: 2-1, copied: {decoder: [0, 1]}}\n", "copied.decoder lists 2"),
+        (HEAD + "  decoding: {beams: {choice: [1, 4]}}\n", ":5: decoding.beams: is one for all trials"),
+        (HEAD + "  evaluation: {metric: {choice: [rouge2, bleu]}}\n", "evaluation.metric: is one for all trials"),
+        (
+            "name: s\nrun:\n  teacher: {choice: [a, b]}\n  dataset: {name: d, validation_rows: 5}\n",
+            ":3: teacher: is one for all trials",
+        ),
+        (
+            "name: s\nrun:\n  teacher: a\n  dataset: {name: d, validation_rows: {choice: [5, 9]}}\n",
+            "dataset.validation_rows: is one for all trials",
+        ),
+        ("name: s\nrun:\n  teacher: a\n  dataset: {name: d, train_rows: {choice: [5, 9]}}\n", None),
+        (
+            "name: s\nrun:\n  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n  dataset: d\n",
+            ":3: start: a sweep is of a teacher's students; make a teacher first",
+        ),
+        (HEAD + "budgets: {a/b: {latency_ms: 3}, a-b: {latency_ms: 4}}\n", "are one alias in MLflow, a-b; rename one"),
+        (HEAD + "  labels: original*1e15\n", "with a weight above 0 and up to 100"),
+        (HEAD + "  training: {epochs: 1.0e+300}\n", "epochs"),
     ],
 )  # fmt: skip
 def test_an_error_names_file_line_and_key(text, message, tmp_path):

@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from raydistill.cluster.launch import check_room, launcher_for, train_with_ray_train
+from raydistill.cluster.planned import places
+from raydistill.cluster.start import largest_node
 from raydistill.config.errors import UserError
 from raydistill.config.run import Run
 from raydistill.training.run import Inputs
@@ -129,8 +131,29 @@ def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoin
 
 
 def test_a_run_that_can_never_fit_is_refused_at_once(ray_here, world):
-    with pytest.raises(UserError, match="8 CPUs and the cluster has 2"):
+    with pytest.raises(UserError, match="8 workers need 1 CPUs of one machine each, and the cluster has room for 2"):
         check_room(run_of(world, "big", workers=8), "cpu")
+
+
+def test_room_is_counted_by_machine_and_not_by_the_clusters_total(monkeypatch, world):
+    """Four machines of four CPUs can never hold one worker of eight; with a GPU each they hold one worker of two."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}} for _ in range(4)]
+    monkeypatch.setattr("ray.nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}])
+    assert [places("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
+    assert [places("cuda", threads) for threads in (2, 8)] == [4, 0]
+    with pytest.raises(UserError, match="1 workers need 8 CPUs of one machine each, and the cluster has room for 0"):
+        check_room(run_of(world, "wide", threads=8), "cpu")
+
+
+def test_what_is_timed_goes_to_the_same_one_of_several_machines(monkeypatch):
+    def node(name, cpus, gpus=0.0, alive=True):
+        return {"NodeManagerAddress": name, "Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+    nodes = [node("a", 8.0), node("c", 8.0), node("b", 4.0, 1.0), node("d", 64.0, alive=False)]
+    for order in (nodes, nodes[::-1]):
+        monkeypatch.setattr("ray.nodes", lambda order=order: order)
+        assert largest_node("cpu")["NodeManagerAddress"] == "c"
+        assert largest_node("cuda")["NodeManagerAddress"] == "b"
 
 
 def test_which_launcher_a_run_gets(world):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.cluster.planned import run_batches
-from raydistill.cluster.pseudolabel import Job, Labeller, _one_engine, describe_job, pseudolabel
+from raydistill.cluster.pseudolabel import Job, Labeller, _is_done, _one_engine, describe_job, pseudolabel
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
 from raydistill.data.labels import read_candidates, read_manifest
@@ -89,6 +89,19 @@ def test_a_teacher_with_other_settings_makes_another_set_and_none_changes_during
     assert pseudolabel(job, tmp_path / "labels", say=False) != first
     with pytest.raises(UserError, match="has changed since the job began"):
         Labeller(job, about, Plan(tmp_path, [], [], []), tmp_path, "cpu")
+
+
+def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
+    """A torn file is deleted and made again; of one that cannot be read just now nothing is known."""
+    path = tmp_path / "batch.parquet"
+    path.write_bytes(b"PAR1 torn")
+    monkeypatch.setattr("pyarrow.parquet.read_metadata", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(OSError, match="I/O error"):
+        _is_done(path)
+    assert path.is_file()
+    monkeypatch.undo()
+    assert not _is_done(path)
+    assert not path.exists()
 
 
 def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.search import Ending, StudySearch, barred_sizes, key_of
 from raydistill.cluster.shapes import counted
 from raydistill.cluster.watch import Watch
+from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, read_space, resolve
 from raydistill.model.teachers import load_config
 from tests.tiny import save_tiny
@@ -342,3 +343,11 @@ def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_pat
     assert not_trained(fast, ["2-1"], config, tmp_path) == ([], "")
     assert "better 1/2 of its shape; no trial starts after 3 device-hours" in search_plan(asked)
     assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole
+
+
+def test_a_setting_at_its_default_makes_no_other_trial():
+    """So a setting that a later release adds leaves the keys of a sweep that was begun before as they are."""
+    run = {"name": "s", "teacher": "t", "dataset": "d"}
+    told = {**run, "evaluation": {"validation_length_penalty": None}, "training": {"epochs": 5}}
+    assert key_of(Run.model_validate(run)) == key_of(Run.model_validate(told))
+    assert key_of(Run.model_validate(run)) != key_of(Run.model_validate({**run, "training": {"epochs": 4}}))

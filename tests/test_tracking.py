@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
+from raydistill.config.space import alias_of
 from raydistill.results import records, registry, store, tracking
 
 
@@ -280,9 +281,9 @@ def test_file_stores_are_refused() -> None:
 
 
 def test_aliases_are_what_mlflow_takes() -> None:
-    assert registry.alias_of("fast, small") == "fast-small"
-    assert registry.alias_of("v3") == "budget-v3"
-    assert registry.alias_of("latest") == "budget-latest"
+    assert alias_of("fast, small") == "fast-small"
+    assert alias_of("v3") == "budget-v3"
+    assert alias_of("latest") == "budget-latest"
 
 
 def test_records_are_read_back_and_damage_is_named(sweep: Path) -> None:

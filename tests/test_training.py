@@ -39,7 +39,7 @@ from raydistill.training.loop import (
     read_step,
     step,
 )
-from raydistill.training.material import open_teacher
+from raydistill.training.material import open_teacher, origin_of
 from raydistill.training.record import held
 from raydistill.training.run import Inputs, collapse, frozen_table, supervise, train
 from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
@@ -757,7 +757,7 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
         assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
     assert sorted(p.name for p in folder.iterdir()) == [
-        *(".lock", "best", "metrics.jsonl", "result.json", "rows.npz", "run.json")
+        *(".lock", "best", "metrics.jsonl", "origin.json", "result.json", "rows.npz", "run.json")
     ]
 
     card = read(folder / "best" / "raydistill.json")
@@ -989,14 +989,45 @@ def test_a_run_that_is_told_to_stop_keeps_its_best_checkpoint_scored(place, tmp_
     assert train(run, tmp_path / "s", lambda metrics, where: None, Inputs()) == result
 
 
+def test_what_an_older_release_began_goes_on_though_it_lacks_a_setting(place, tmp_path):
+    run = make_run(place)
+    whole = train(run, tmp_path / "run", lambda metrics, where: None)
+    path = tmp_path / "run" / "run.json"
+    known = read(path)
+    del known["evaluation"]["validation_length_penalty"], known["training"]["cache_precision"]
+    path.write_text(json.dumps(known))
+    assert train(run, tmp_path / "run", never_called) == whole
+    path.write_text(json.dumps(known | {"method": "kd"}))
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        train(run, tmp_path / "run", never_called)
+
+
+@pytest.mark.parametrize("part", ["teacher", "train"])
+def test_a_run_is_not_taken_up_with_another_teacher_or_other_data(place, tmp_path, part):
+    def dies(metrics, where):
+        raise KeyboardInterrupt
+
+    run = make_run(place)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "run", dies)
+    path = tmp_path / "run" / "origin.json"
+    begun = read(path)
+    assert begun == origin_of(run)
+    path.write_text(json.dumps(begun | ({"teacher": "other"} if part == "teacher" else {"data": {"train": "other"}})))
+    with pytest.raises(UserError, match=f"the {part}.* changed since this run was begun"):
+        train(run, tmp_path / "run", never_called)
+    path.write_text(json.dumps(begun))
+    assert train(run, tmp_path / "run", lambda metrics, where: None)["status"] == "done"
+
+
 def test_checks_during_training_have_a_decoding_of_their_own_and_the_end_has_the_runs(place, tmp_path, monkeypatch):
     """The paper's XSUM recipe looks at 2 beams with length penalty 0.5, and reports the teacher's own decoding."""
     used = []
     score = validation.Validator.score
 
-    def noted(self, checkpoint, split, beam):
-        used.append((checkpoint.name == "best", split, beam.beams, beam.length_penalty, beam.max_length))
-        return score(self, checkpoint, split, beam)
+    def noted(self, checkpoint, splits, beam):
+        used.append((checkpoint.name == "best", *splits, beam.beams, beam.length_penalty, beam.max_length))
+        return score(self, checkpoint, splits, beam)
 
     monkeypatch.setattr(validation.Validator, "score", noted)
     run = make_run(
@@ -1008,8 +1039,7 @@ def test_checks_during_training_have_a_decoding_of_their_own_and_the_end_has_the
     train(run, tmp_path / "run", lambda metrics, where: None)
     assert used == [
         (False, "validation", 2, 0.5, 8),
-        (True, "validation", 3, 1.5, 8),
-        (True, "test", 3, 1.5, 8),
+        (True, "validation", "test", 3, 1.5, 8),
     ]
 
 
@@ -1018,10 +1048,10 @@ def test_a_stopped_run_that_dies_while_it_is_scored_is_stopped_still(place, tmp_
     whole = train(run, tmp_path / "whole", stopped_at_the_second(), Inputs())
     score = validation.Validator.score
 
-    def dies(self, checkpoint, split, beam):
+    def dies(self, checkpoint, splits, beam):
         if checkpoint.name == "best":
             raise KeyboardInterrupt
-        return score(self, checkpoint, split, beam)
+        return score(self, checkpoint, splits, beam)
 
     monkeypatch.setattr(validation.Validator, "score", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -12,15 +12,23 @@ def alone(
 ) -> Any:
     """`work(*arguments, device, threads)` as a Ray task that leaves no room for anything else on its machine.
 
+    Always on the same one of several, while it is there: what is timed is compared.
+
     `reads` and `writes`: files and folders that go to that machine and come from it, where machines share no folder.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from raydistill.cluster.start import cpus_of_a_node
+    from raydistill.cluster.start import largest_node
 
-    cpus = 1 if device == "cuda" else cpus_of_a_node()
-    resources: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 1 if device == "cuda" else 0}
-    task = ray.remote(**resources)(_with_threads)
+    node = largest_node(device)
+    cpus = 1 if device == "cuda" else int(node["Resources"].get("CPU", 1)) or 1
+    options: dict[str, Any] = {
+        "num_cpus": cpus,
+        "num_gpus": 1 if device == "cuda" else 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+    }
+    task = ray.remote(**options)(_with_threads)
     reads, writes = list(reads), list(writes)
     storage.keep(*reads)
     found = ray.get(task.remote(work, arguments, device, cpus, reads, writes))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import storage
+from raydistill.cluster.planned import places
 from raydistill.cluster.teacher_pass import read_by
 from raydistill.config.errors import UserError
 from raydistill.config.files import read_json
@@ -36,19 +37,13 @@ def launcher_for(run: Run, device: str) -> str:
 
 def check_room(run: Run, device: str) -> None:
     """UserError where the cluster can never hold the run: Ray would wait for ever without a word."""
-    import ray
-
-    have = ray.cluster_resources()
-    cpus = run.training.workers * run.training.threads
-    if device == "cpu" and have.get("CPU", 0) < cpus:
+    training = run.training
+    room = places(device, training.threads)
+    if room < training.workers:
+        each = f"{training.threads} CPUs of one machine{' and a GPU' if device == 'cuda' else ''}"
         raise UserError(
-            f"{run.training.workers} workers of {run.training.threads} threads need {cpus} CPUs and the cluster has "
-            f"{have.get('CPU', 0):.0f}; lower training.workers or training.threads"
-        )
-    if device == "cuda" and have.get("GPU", 0) < run.training.workers:
-        raise UserError(
-            f"training.workers is {run.training.workers} and the cluster has {have.get('GPU', 0):.0f} GPUs; "
-            f"lower training.workers"
+            f"{training.workers} workers need {each} each, and the cluster has room for {room}; "
+            f"lower training.workers or training.threads"
         )
 
 
@@ -121,8 +116,13 @@ def final_report(result: Metrics, cost: str) -> Metrics:
     return report
 
 
-def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str, work: Work = train) -> None:
-    """A trial: the function that Tune calls, in a reused actor, with what the search proposed."""
+def tune_trial(
+    config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str, in_actor: bool, work: Work = train
+) -> None:
+    """A trial: the function that Tune calls with what the search proposed.
+
+    `in_actor`: it trains here, in a reused actor that holds its CPUs; else it only waits for a Ray Train job.
+    """
     from ray import tune
 
     from raydistill.cluster.search import trial_run
@@ -130,7 +130,7 @@ def tune_trial(config: Metrics, *, space: Any, sweep: str, prepared: Any, device
     run, folder, inputs = trial_run(space, Path(sweep), prepared, config)
     cost = space.search.cost
     stop = partial(reason_to_stop, folder, space.search) if space.search.stops_early else None
-    if launcher_for(run, device) == "train":
+    if not in_actor:
         from ray.tune.integration.ray_train import TuneReportCallback
 
         result = train_with_ray_train(

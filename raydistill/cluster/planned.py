@@ -86,6 +86,16 @@ def run_batches(
         on_done(facts)
 
 
+def places(device: str, threads: int) -> int:
+    """How many processes of `threads` CPUs, and of a GPU each where `device` is cuda, the cluster's nodes can hold."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    by_cpus = [int(node.get("CPU", 0) // threads) for node in nodes]
+    by_gpus = [int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
+    return sum(min(pair) for pair in zip(by_cpus, by_gpus, strict=True))
+
+
 def room_for_actors(device: str, threads: int) -> int:
     """Actors that the cluster can hold at once: one per GPU, or per `threads` CPUs of a node.
 
@@ -93,11 +103,9 @@ def room_for_actors(device: str, threads: int) -> int:
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    by_cpus = [int(node.get("CPU", 0) // threads) for node in nodes]
-    by_gpus = [int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
-    room = sum(min(pair) for pair in zip(by_cpus, by_gpus, strict=True))
+    room = places(device, threads)
     if not room:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
         raise UserError(
             f"no machine of the cluster has {threads} CPUs{' and a GPU' if device == 'cuda' else ''} for a teacher "

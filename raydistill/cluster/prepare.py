@@ -28,8 +28,8 @@ from raydistill.config.run import Decoding, Run, parse_labels, parse_size
 from raydistill.config.space import Space, corners, resolve
 from raydistill.results.costs import pass_hours
 from raydistill.training.caching import Keep
-from raydistill.training.material import open_teacher
-from raydistill.training.record import write_rows
+from raydistill.training.material import open_teacher, origin_of
+from raydistill.training.record import changes, write_rows
 from raydistill.training.run import Inputs, score_teacher
 
 
@@ -140,15 +140,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
 
 def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
     """UserError where teacher or data are no longer those that the sweep was begun with."""
-    from raydistill.data.corpus import read_corpus
-    from raydistill.model.teachers import locate, teacher_key
-
-    assert run.teacher is not None
-    changed = ["teacher"] if teacher_key(locate(run.teacher, run.dataset.name)) != teacher["key"] else []
-    for split, mark in teacher["data"].items():
-        if read_corpus(run.dataset, split).fingerprint != mark:
-            changed.append(f"{split} split")
-    if changed:
+    if changed := changes({"teacher": teacher["key"], "data": teacher["data"]}, origin_of(run)):
         raise UserError(
             f"{sweep}: the {' and the '.join(changed)} changed since this sweep was begun; results of both are not "
             f"mixed: give the sweep another name (--set name=...), or delete the folder"

@@ -29,6 +29,7 @@ from raydistill.config.files import damage_told, read_json, write_atomic
 from raydistill.config.presets import metric_for, teacher_preset
 from raydistill.config.run import Dataset, Decoding, Pseudo
 from raydistill.data.curation import check_curation, curate
+from raydistill.data.files import extension
 from raydistill.data.labels import Candidate, is_finished, label_set_name, read_manifest, write_label_set
 from raydistill.data.plan import BATCH_CHARS, Plan, make_plan, open_plan
 from raydistill.data.stream import Scan, scan, usable_rows
@@ -434,7 +435,9 @@ def _is_done(output: Path) -> bool:
         pq.read_metadata(output)
     except FileNotFoundError:
         return False
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's own: nothing is known of the file
+            raise
         output.unlink()
         return False
     return True
@@ -445,4 +448,6 @@ def _output(work: Path, number: int) -> Path:
 
 
 def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in Path(name).name)
+    """A data set's name as a folder's: "my_texts.jsonl.gz" is my-texts."""
+    stem = Path(name).name.removesuffix(extension(Path(name)) or "")
+    return "".join(c if c.isalnum() else "-" for c in stem)

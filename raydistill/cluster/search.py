@@ -21,6 +21,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raydistill.cluster import storage
 from raydistill.cluster.launch import Work, check_room, final_report, launcher_for, tune_trial
+from raydistill.cluster.planned import places
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
 from raydistill.config.corners import MAX_CORNERS
@@ -45,7 +46,8 @@ STUDY_LOST = "Delete this file to go on with a new study: finished trials are kn
 
 def key_of(run: Run) -> str:
     """A trial's key, and its folder's name: the same settings are the same trial, whatever it is called."""
-    settings = run.model_dump(mode="json", exclude={"name"})
+    # Without defaults, so that a setting that a later release adds does not make another trial of it.
+    settings = run.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{run.method}-{run.student.size or 'full'}-{digest}"
 
@@ -89,7 +91,9 @@ def search(
         check_room(run, device)
     threads = max(run.training.threads for run in runs)
     in_actor = all(launcher_for(run, device) == "tune" for run in runs)
-    trainable = partial(tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device, work=work)
+    trainable = partial(
+        tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device, in_actor=in_actor, work=work
+    )
     trainable.__name__ = "trial"  # type: ignore[attr-defined]
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": threads if in_actor else 0.1}),
@@ -123,14 +127,8 @@ def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
 
 def room(runs: list[Run], device: str) -> int:
     """How many trials the cluster can hold at a time."""
-    import ray
-
-    resource, need = (
-        ("GPU", max(run.training.workers for run in runs))
-        if device == "cuda"
-        else ("CPU", max(run.training.workers * run.training.threads for run in runs))
-    )
-    return max(1, int(ray.cluster_resources().get(resource, 1) // need))
+    threads, workers = (max(getattr(run.training, name) for run in runs) for name in ("threads", "workers"))
+    return max(1, places(device, threads) // workers)
 
 
 class StudySearch(OptunaSearch):

@@ -9,14 +9,13 @@ from typing import Any, Literal
 from raydistill.config.console import home
 from raydistill.config.run import Student
 from raydistill.evaluation import latency
+from raydistill.evaluation.serving import BATCHES
 from raydistill.model import forms
 from raydistill.model.decoding import Engine
 from raydistill.model.generate import open_engine
 from raydistill.model.shrink import Plan, plan, shrink
 from raydistill.training.material import Teacher
 from raydistill.training.record import save_checkpoint
-
-BATCHES = {"latency_ms": 32, "latency_ms_b1": 1}
 
 
 def time_shape(

@@ -143,8 +143,12 @@ def device() -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
 
-def cpus_of_a_node() -> int:
-    """CPUs of the largest living node."""
+def largest_node(device: str) -> dict[str, Any]:
+    """The living node with a GPU, where `device` is cuda, and most CPUs; of equal ones always the same."""
     import ray
 
-    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]) or 1
+    def size(node: dict[str, Any]) -> tuple[bool, float, str]:
+        resources = node["Resources"]
+        return device == "cuda" and resources.get("GPU", 0) >= 1, resources.get("CPU", 0), node["NodeManagerAddress"]
+
+    return max((node for node in ray.nodes() if node["Alive"]), key=size)

@@ -1,6 +1,5 @@
 """What a run is: one training of one student (or of a teacher), from teacher and data to checkpoint."""
 
-import math
 import re
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -10,6 +9,9 @@ Method = Literal["sft", "kd", "pl"]
 # Tables 8 and 9: SFT, lo, mid, hi, 000 and rand.
 Init = Literal["spaced", "first", "middle", "last", "repeated", "random"]
 Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+MOST_WEIGHT = 100  # of a label source: its rows are listed so often
 
 
 class Model(BaseModel):
@@ -139,7 +141,7 @@ class Training(Model):
     micro_tokens: int = Field(
         16384, ge=1, description="padded source and target tokens of a micro-batch, at most; steps stay the same"
     )
-    epochs: float = Field(5, gt=0)
+    epochs: float = Field(5, gt=0, le=100_000)
     max_steps: int | None = Field(None, ge=1)
     warmup_steps: int = Field(500, ge=0)
     schedule: Literal["linear", "constant"] = "linear"
@@ -349,10 +351,11 @@ def parse_labels(labels: str) -> list[LabelPart]:
             part = LabelPart(source.strip(), float(weight) if star else 1.0)
         except ValueError:
             part = LabelPart("")
-        if part.source in ("", "pseudo@") or not 0 < part.weight < math.inf:
+        if part.source in ("", "pseudo@") or not 0 < part.weight <= MOST_WEIGHT:
             raise ValueError(
                 f"labels {labels!r}: {text!r} is no source; expected original, pseudo, pseudo@TEACHER or a label set's "
-                f"folder, with a weight above 0 where wanted, such as original+pseudo*0.5 (no + and no * in a path)"
+                f"folder, with a weight above 0 and up to {MOST_WEIGHT} where wanted, such as original+pseudo*0.5 "
+                f"(no + and no * in a path)"
             )
         parts.append(part)
     sources = [part.source for part in parts]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ __all__ = [
     "NAME",
     "Search",
     "Space",
+    "alias_of",
     "check_bounds",
     "check_run_space",
     "corners",
@@ -87,9 +89,18 @@ class Space(Model):
 
     @model_validator(mode="after")
     def _budgets_known(self) -> "Space":
+        aliases: dict[str, str] = {}
         for name, bounds in self.budgets.items():
             check_bounds(name, bounds)
+            if (other := aliases.setdefault(alias_of(name), name)) != name:
+                raise ValueError(f"budgets {other} and {name} are one alias in MLflow, {alias_of(name)}; rename one")
         return self
+
+
+def alias_of(budget_name: str) -> str:
+    """A budget's name as an alias: letters, digits, - and _; "v3" and "latest" are MLflow's own."""
+    alias = re.sub(r"[^A-Za-z0-9_-]+", "-", budget_name).strip("-") or "chosen"
+    return f"budget-{alias}" if re.fullmatch(r"[vV]\d+|latest|\d+", alias) else alias
 
 
 def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
@@ -127,6 +138,7 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
     """Check every corner of the run, every first point, and that a grid is made of choices."""
     try:
         _, cases = split(space.run)
+        _check_common(space.run, [case.key for case in cases])
         if space.search.sampler == "grid" and any(c.distribution.choice is None for c in cases):
             raise ValueError("search.sampler: grid needs choices only; a range has no end of values")
         candidates = list(itertools.chain(corners(space.run), (point_values(space.run, p) for p in space.points)))
@@ -141,6 +153,27 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
         except ValidationError as error:
             at = f" (for {', '.join(f'{k}={v}' for k, v in chosen.items())})" if chosen else ""
             raise UserError(explain(error, Run, path, in_run) + at) from None
+
+
+# One teacher is scored and timed for all trials of a sweep, and they are compared on the same rows by the same measure.
+COMMON = ("teacher", "dataset", "evaluation", "decoding")
+MAY_DIFFER = ("dataset.train_rows",)
+
+
+def _check_common(run: dict[str, Any], varied: list[str]) -> None:
+    """ValueError where trials would differ in what a sweep has once, or have no teacher to be students of."""
+    if run.get("start") is not None or any(key.split(".")[0] == "start" for key in varied):
+        raise ValueError("start: a sweep is of a teacher's students; make a teacher first, with `raydistill train`")
+    for key in varied:
+        if key.split(".")[0] in COMMON and key not in MAY_DIFFER:
+            raise ValueError(
+                f"{key}: is one for all trials of a sweep, which are compared by the same teacher, rows and decoding; "
+                f"make a space for each value" + _decoding_hint(key)
+            )
+
+
+def _decoding_hint(key: str) -> str:
+    return " (search.decoding tries beams and length penalties on finished students)" if "decoding" in key else ""
 
 
 def sampler_names(run: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

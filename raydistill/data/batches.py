@@ -9,8 +9,6 @@ from functools import cached_property
 
 import numpy as np
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class Examples:

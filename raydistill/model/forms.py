@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-FORMS = ("bart", "pegasus", "mbart", "marian", "t5")
-
 
 @dataclass(frozen=True)
 class States:

@@ -1,12 +1,12 @@
 """Chosen students as versions of a registered MLflow model, with an alias for each budget."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydistill.config.errors import UserError
+from raydistill.config.space import alias_of
 from raydistill.results.outcome import outcome
 from raydistill.results.records import decoding_label
 from raydistill.results.store import check_tracking, client_of, plain_errors
@@ -97,9 +97,3 @@ def write_mlmodel(folder: Path) -> None:
     model = Model()
     pyfunc.add_to_model(model, loader_module="raydistill.model.served")
     model.save(str(folder / "MLmodel"))
-
-
-def alias_of(budget_name: str) -> str:
-    """A budget's name as an alias: letters, digits, - and _; "v3" and "latest" are MLflow's own."""
-    alias = re.sub(r"[^A-Za-z0-9_-]+", "-", budget_name).strip("-") or "chosen"
-    return f"budget-{alias}" if re.fullmatch(r"[vV]\d+|latest|\d+", alias) else alias

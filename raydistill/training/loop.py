@@ -98,7 +98,7 @@ def fit(
     worker = worker or Worker()
     lengths = _lengths(supervision)
     per_epoch = math.ceil(len(lengths) / settings.batch_size)
-    total = math.ceil(round(settings.epochs * per_epoch, 6))
+    total = max(1, math.ceil(round(settings.epochs * per_epoch, 6)))
     total = min(total, settings.max_steps or total)
     check_every = max(1, round(per_epoch / settings.checks_per_epoch))
     parameters = [p for p in supervision.student.parameters() if p.requires_grad]

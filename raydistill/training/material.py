@@ -68,6 +68,18 @@ class Material:
     max_target_tokens: int
     metric: str
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each split's content."""
+        return {split: corpus.fingerprint for split, corpus in self.corpora.items()}
+
+
+def origin_of(run: Run) -> dict[str, Any]:
+    """The teacher's key and the splits' fingerprints as they are now; nothing is tokenised or loaded."""
+    key = teacher_key(locate(run.teacher, run.dataset.name)) if run.teacher else None
+    found = {split: corpus for split in ("train", "validation", "test") if (corpus := read_split(run.dataset, split))}
+    return {"teacher": key, "data": {split: corpus.fingerprint for split, corpus in found.items()}}
+
 
 def open_teacher(name: str, dataset: Dataset) -> Teacher:
     """Open a teacher once per process: tokenizer, key, preset, and the weights, checked.

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: its claim, its checkpoints, and last of all its result."""
 
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -14,21 +15,49 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import CARD, read_json, write_json_atomic
+from raydistill.config.files import CARD, damage_told, read_json, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.model.shrink import Plan
 
 HELD_WAIT_S = 60.0
+ORIGIN = "origin.json"  # which teacher and which data a run was begun with
 
 
 def claim(folder: Path, run: Run) -> None:
-    """The folder belongs to this config: another config's work is neither gone on with nor taken for this one's."""
-    asked = run.model_dump(mode="json")
+    """The folder belongs to this config: another config's work is neither gone on with nor taken for this one's.
+
+    What an older release wrote lacks settings that it did not know; they had the values that are the defaults now.
+    """
     path = folder / "run.json"
     if not path.is_file():
-        write_json_atomic(path, asked)
-    elif read_json(path) != asked:
+        write_json_atomic(path, run.model_dump(mode="json"))
+        return
+    with damage_told(path):
+        begun = Run.model_validate(read_json(path))
+    if begun != run:
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
+
+
+def claim_origin(folder: Path, now: dict[str, Any]) -> None:
+    """Teacher and data (as `material.origin_of` tells) that the run was begun with stay the same to its end.
+
+    UserError where a run is taken up after the teacher behind its path, or a data file, became another one.
+    """
+    path = folder / ORIGIN
+    if not path.is_file():
+        write_json_atomic(path, now)
+    elif changed := changes(read_json(path), now):
+        raise UserError(
+            f"{folder}: the {' and the '.join(changed)} changed since this run was begun; results of both are not "
+            f"mixed: give the run another name, or delete the folder"
+        )
+
+
+def changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is another than it was: "teacher", "train split" and so on."""
+    found = ["teacher"] if begun.get("teacher") != now["teacher"] else []
+    marks = begun.get("data") or {}
+    return found + [f"{split} split" for split, mark in marks.items() if now["data"].get(split) != mark]
 
 
 @contextmanager
@@ -59,6 +88,9 @@ def making(target: Path) -> Iterator[Path]:
     _remove(place)
     try:
         yield place
+        for path in [place, *place.rglob("*")]:
+            if path.is_file():
+                _sync(path)
         if target.is_dir():
             shutil.rmtree(target)
         place.replace(target)
@@ -68,6 +100,12 @@ def making(target: Path) -> Iterator[Path]:
         ) from None
     finally:
         _remove(place)
+
+
+def _sync(path: Path) -> None:
+    """To the disk: what is named by a record that is synced must not be less sure than the record."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _remove(place: Path) -> None:

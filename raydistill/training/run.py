@@ -35,7 +35,7 @@ from raydistill.model.teachers import load_model, load_tokenizer
 from raydistill.training.caching import Keep, pass_for
 from raydistill.training.loop import Diverged, Report, State, Worker, fit, precision
 from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
-from raydistill.training.record import claim, held, identity, write_card, write_failure, write_rows
+from raydistill.training.record import claim, claim_origin, held, identity, write_card, write_failure, write_rows
 from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import make_here, open_decoder, open_encoder
@@ -99,6 +99,8 @@ def _train(run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worke
         place = random_start(run, folder, worker)
         tokenizer, student, layers = load_tokenizer(place), load_model(place), None
     material = load_material(run, teacher.preset if teacher else None, tokenizer, student.config)
+    if worker.leads:
+        claim_origin(folder, {"teacher": teacher.key if teacher else None, "data": material.fingerprints})
     examples = make_examples(run, material, tokenizer, inputs.labels)
     frozen = what_is_frozen(run, layers)
     freeze(student, frozen)
@@ -221,9 +223,9 @@ def _finish(
         checkpoint.rename(best)
     # The test split is for reporting what may be served; a stopped trial that is chosen after all is scored on it then.
     splits = ("validation",) if state.stopped else ("validation", "test")
-    found = {split: validator.score(best, split, validator.beam) for split in splits}
-    validation, test = found["validation"], found.get("test")
-    rows = {split: evaluation.scored.rows for split, evaluation in found.items() if evaluation}
+    found = validator.score(best, splits, validator.beam)
+    validation, test = found.get("validation"), found.get("test")
+    rows = {split: evaluation.scored.rows for split, evaluation in found.items()}
     if rows:
         write_rows(folder / "rows.npz", rows)
     at_best = next(m for m in state.history if m["step"] == state.best_step)
@@ -262,8 +264,8 @@ def _finish(
         **what,
         "teacher_key": teacher.key if teacher else None,
         "teacher_commit": teacher.commit if teacher else None,
-        "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
-        "scores": {split: evaluation.summary() if evaluation else None for split, evaluation in found.items()},
+        "data": material.fingerprints,
+        "scores": {split: evaluation.summary() for split, evaluation in found.items()},
         "decoding": asdict(validator.beam),
         "signature": scorer,
     }
@@ -336,7 +338,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "signature": signature(material.metric),
         "engine": f"{engine.name} {engine.precision}",
         "machine": hardware(device, threads),
-        "data": {split: corpus.fingerprint for split, corpus in material.corpora.items()},
+        "data": material.fingerprints,
         "rows": {split: len(corpus) for split, corpus in material.corpora.items()},
         "scored": {split: evaluation.scored.rows for split, evaluation in found.items()},
         "corpus": statistics(material.corpora["train"]),

@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Validator:
         self.student.eval()
         save_checkpoint(self.student, self.tokenizer, folder)
         loss = self.loss()
-        found = self.score(folder, "validation", self.quick_beam())
+        found = self.score(folder, ["validation"], self.quick_beam()).get("validation")
         if found is None:
             return {"val_loss": loss, "score": -loss}
         metrics = found.scored.metrics
@@ -61,11 +62,11 @@ class Validator:
             length_penalty=self.beam.length_penalty if penalty is None else penalty,
         )
 
-    def score(self, folder: Path, split: str, beam: Beam) -> Evaluation | None:
-        """Generate and score a split with the checkpoint in `folder`; None where there is no such split or scorer."""
-        corpus = self.material.corpora.get(split)
-        if corpus is None or self.metric == "val_loss":
-            return None
+    def score(self, folder: Path, splits: Sequence[str], beam: Beam) -> dict[str, Evaluation]:
+        """Generate and score splits with the checkpoint in `folder`; none where there is no such split or scorer."""
+        corpora = {split: self.material.corpora[split] for split in splits if split in self.material.corpora}
+        if self.metric == "val_loss" or not corpora:
+            return {}
         engine = open_engine(
             folder,
             self.run.evaluation.engine,
@@ -75,15 +76,18 @@ class Validator:
             cache=folder.parent / ".engine",
         )
         try:
-            return evaluate(
-                engine,
-                corpus.sources,
-                corpus.targets,
-                self.metric,
-                beam,
-                max_source_tokens=self.material.max_source_tokens,
-                batch_size=self.run.evaluation.batch_size,
-            )
+            return {
+                split: evaluate(
+                    engine,
+                    corpus.sources,
+                    corpus.targets,
+                    self.metric,
+                    beam,
+                    max_source_tokens=self.material.max_source_tokens,
+                    batch_size=self.run.evaluation.batch_size,
+                )
+                for split, corpus in corpora.items()
+            }
         finally:
             shutil.rmtree(folder.parent / ".engine", ignore_errors=True)
 
