@@ -2,7 +2,7 @@
 
 A host is a network namespace on a bridge, in which sshd is process 1 of a process tree: `ray stop` on one host sees
 nothing of another, and killing process 1 ends all that runs there. The file system is the machine's own, so every
-folder is shared; only /root, /dev/shm, /run and Ray's /tmp/ray are each host's.
+folder is shared; only /root, /dev/shm, /run, Ray's /tmp/ray and the folder `private` beside the keys are each host's.
 """
 
 import os
@@ -47,6 +47,7 @@ for folder; do
 done
 mkdir -p /tmp/ray
 mount --bind "$own/ray" /tmp/ray
+mount --bind "$own/private" "$(dirname "$own")/private"
 mount --rbind "$own/root" /root
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
@@ -76,6 +77,11 @@ class Host:
     def home(self) -> Path:
         """What it sees as /root."""
         return self.files / "root"
+
+    @property
+    def private(self) -> Path:
+        """What it sees as the folder `private` beside the keys."""
+        return self.files / "private"
 
     def processes(self) -> list[psutil.Process]:
         """All that runs on it but sshd's own."""
@@ -131,6 +137,7 @@ def running_hosts(folder: Path, count: int) -> Iterator[list[Host]]:
     for name in ("key", "host_key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
     (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
+    (folder / "private").mkdir()
     hosts: list[Host] = []
     _run("ip", "link", "add", BRIDGE, "type", "bridge")
     try:
@@ -160,7 +167,7 @@ def _connect(folder: Path, name: str, address: str) -> Host:
     # Leads nowhere; Ray learns its own address by asking which one would be used towards the Internet.
     _run("ip", "-n", name, "route", "add", "default", "via", f"{NETWORK}.1")
     host = Host(name, address, folder / name)
-    for place in ("root", "ray"):
+    for place in ("root", "ray", "private"):
         (host.files / place).mkdir(parents=True, exist_ok=True)
     return host
 

@@ -6,10 +6,11 @@ the CPUs that a host says it has, and the installation: the hosts use this Pytho
 
 import json
 import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from raydistill.data.labels import LabelSet, read_label_set
-from tests.hosts import Host, running_hosts, what_is_missing
+from tests.hosts import NETWORK, Host, running_hosts, what_is_missing
 from tests.world import corpus_rows, environment, make_world
 
 pytestmark = [
@@ -91,11 +92,11 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def on_test_hosts(hosts: list[Host], folder: Path, shared: Path) -> dict[str, Any]:
+def on_test_hosts(hosts: list[Host], folder: Path, home: Path) -> dict[str, Any]:
     """cluster/local.yaml for test hosts."""
     text = (ROOT / "cluster" / "local.yaml").read_text(encoding="utf-8")
     assert "/srv/raydistill" in text
-    config = yaml.safe_load(text.replace("/srv/raydistill", str(shared)))
+    config = yaml.safe_load(text.replace("/srv/raydistill", str(home)))
     config["cluster_name"] = f"raydistill-{secrets.token_hex(4)}"
     config["provider"] |= {"head_ip": hosts[0].address, "worker_ips": [host.address for host in hosts[1:]]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(folder / "key")}
@@ -106,18 +107,22 @@ def on_test_hosts(hosts: list[Host], folder: Path, shared: Path) -> dict[str, An
 
 
 @contextmanager
-def cluster_of(folder: Path, count: int) -> Iterator[Cluster]:
-    """`count` hosts on which `ray up` has been run, all of them at work."""
+def cluster_of(folder: Path, count: int, storage: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """`count` hosts on which `ray up` has been run, all of them at work.
+
+    `storage`: the environment of one; the hosts' homes are then each one's own.
+    """
     shared, laptop, file = folder / "shared", folder / "laptop", folder / "local.yaml"
     shared.mkdir()
     laptop.mkdir()
     with running_hosts(folder, count) as hosts:
         for host in hosts:
             (host.home / "venv").symlink_to(sys.prefix)
+            more = " ".join(f"{name}='{value}'" for name, value in (storage or {}).items())
             (host.home / ".bashrc").write_text(
-                "export PYTHONPATH=$HOME/raydistill GLOO_SOCKET_IFNAME=eth0 HF_HUB_OFFLINE=1\n"
+                f"export PYTHONPATH=$HOME/raydistill GLOO_SOCKET_IFNAME=eth0 HF_HUB_OFFLINE=1 {more}\n"
             )
-        config = on_test_hosts(hosts, folder, shared)
+        config = on_test_hosts(hosts, folder, folder / "private" if storage else shared)
         file.write_text(yaml.safe_dump(config))
         cluster = Cluster(file, hosts, shared, laptop)
         assert cluster.ray("get-auth-token", "--generate").returncode == 0
@@ -200,6 +205,83 @@ def refuses_strangers(cluster: Cluster) -> None:
         done = cluster.ray("exec", str(cluster.file), f"env {stranger} timeout 60 {ask}")
         assert done.returncode != 0
         assert "IN 3" not in done.stdout
+
+
+@contextmanager
+def bucket() -> Iterator[dict[str, str]]:
+    """moto's S3 server on all of this machine's addresses, with a bucket; gives the hosts' environment for it."""
+    boto3 = pytest.importorskip("boto3")
+    with socket.socket() as free:
+        free.bind(("0.0.0.0", 0))
+        port = free.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close(), 60)
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{port}",
+            region_name="us-east-1",
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+        )
+        s3.create_bucket(Bucket="shared")
+        where = f"s3://shared/raydistill?endpoint_override={NETWORK}.1:{port}&scheme=http&region=us-east-1"
+        yield {**keys, "RAYDISTILL_STORAGE": where}
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_until(works: Callable[[], object], seconds: float) -> None:
+    """Until a call raises no OSError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            works()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_hosts_that_share_no_folder_share_a_bucket(tmp_path: Path) -> None:
+    """Work spreads over hosts with homes of their own; a head that lost its own goes on from the bucket."""
+    with bucket() as storage, cluster_of(tmp_path, 3, storage) as cluster:
+        head, home = cluster.hosts[0], tmp_path / "private"
+        teacher, data = make_world(cluster.shared / "world")
+        path = write_space(cluster, teacher, data)
+        cluster.on_head(f"raydistill sweep {path}", timeout=900)
+        trials = head.private / "sweeps/spread/trials"
+        results = [json.loads(found.read_text()) for found in trials.glob("*/result.json")]
+        assert [result["status"] for result in results] == ["done"] * 8
+        assert {result["host"] for result in results} == {host.name for host in cluster.hosts}
+        on_worker = cluster.hosts[1].private / "sweeps/spread"
+        assert list(on_worker.glob("trials/*/best/model.safetensors")), "its own trials"
+        assert len(list(on_worker.glob("trials/*/best/model.safetensors"))) < 8
+        assert not list((head.private / "sweeps/spread").glob(".ray/*")), "Tune's state is in the bucket"
+
+        source = cluster.shared / "many.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(1500, seed=7)))
+        label = f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 2000"
+        cluster.on_head(label)
+        labels = labels_in(head.private / "labels")
+        assert len(labels.targets) == 1500
+        assert labels.manifest["hosts"].keys() == {host.name for host in cluster.hosts}
+
+        cluster.on_head(f"rm -rf {home}/*")
+        said = cluster.on_head(f"raydistill sweep {path} 2>&1", timeout=900)
+        assert "8 trials are over, and none is to come" in said
+        assert {json.loads(found.read_text())["ended_at"] for found in trials.glob("*/result.json")} == {
+            result["ended_at"] for result in results
+        }
+        assert "1500 rows are there already" in cluster.on_head(f"{label} 2>&1")
+        assert labels_in(head.private / "labels").targets == labels.targets
+        cluster.down()
 
 
 @dataclass(frozen=True)
