@@ -401,7 +401,7 @@ def test_studies(holds, tmp_path):
 
     def says(content):
         (tmp_path / "study.log").write_bytes(content)
-        accepts_or_says(lambda: StudySearch(space, tmp_path), tmp_path)
+        accepts_or_says(lambda: StudySearch(space, tmp_path), tmp_path, reads_only=False)
 
     holds(says, st.builds(partial(damaged, whole), EDITS), few=15, many=300)
     written = SPOTS.map(lambda spots: "".join(json.dumps(line) + "\n" for line in changed(lines, spots)).encode())

@@ -351,3 +351,33 @@ def test_a_setting_at_its_default_makes_no_other_trial():
     told = {**run, "evaluation": {"validation_length_penalty": None}, "training": {"epochs": 5}}
     assert key_of(Run.model_validate(run)) == key_of(Run.model_validate(told))
     assert key_of(Run.model_validate(run)) != key_of(Run.model_validate({**run, "training": {"epochs": 4}}))
+
+
+def test_a_journal_with_a_damaged_end_is_cut_there_and_finished_trials_are_known_by_their_folders(tmp_path):
+    """As a full disk leaves it: half a line, and the next one written behind it in the same line."""
+    first = StudySearch(space(), tmp_path)
+    journal = tmp_path / "study.log"
+    keys, lengths = [], []
+    for name in ("a", "b"):
+        keys.append(first.suggest(name)["key"])
+        lengths.append(journal.stat().st_size)
+        first.on_trial_complete(name, {**DONE, "score": 10.0, "latency_ms": 5.0})
+        folder = tmp_path / "trials" / keys[-1]
+        folder.mkdir(parents=True)
+        result = {"status": "done", "number": len(keys) - 1, "metrics": {"score": 10.0, "latency_ms": 5.0}}
+        (folder / "result.json").write_text(json.dumps(result))
+    whole = journal.read_bytes()
+    at = whole.index(b"\n", lengths[0]) + 10  # in the second line after the first proposal
+    journal.write_bytes(whole[:at] + whole[-30:])
+
+    again = StudySearch(space(), tmp_path)
+    assert journal.with_suffix(".damaged").read_bytes() == whole[:at] + whole[-30:]
+    for line in journal.read_bytes().splitlines():
+        json.loads(line)
+    assert again.finished == 1, "the first, by its result"
+    proposals = everything(again)
+    assert sorted(p["key"] for p in proposals if p["key"] == keys[1]) == [keys[1]]
+    assert len({p["key"] for p in proposals} | {keys[0]}) == 6
+    numbers = {p["key"]: p["number"] for p in proposals}
+    assert numbers[keys[1]] == 1
+    assert sorted(n for key, n in numbers.items() if key != keys[1]) == [2, 3, 4, 5]

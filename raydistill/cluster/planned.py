@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from raydistill.config.console import explained
 from raydistill.config.errors import UserError
 
 Facts = dict[str, float]
@@ -61,6 +62,8 @@ def run_batches(
                     facts = self.work(int(number))
                 except UserError as error:
                     self.wrong = str(error)
+                except OSError as error:
+                    self.wrong = explained(error)
             told = {"batch": number, "wrong": self.wrong, **facts}
             return {name: np.array([value]) for name, value in told.items()}
 

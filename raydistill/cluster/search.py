@@ -26,7 +26,7 @@ from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
 from raydistill.config.corners import MAX_CORNERS
 from raydistill.config.errors import UserError
-from raydistill.config.files import damage_told, inside, read_json
+from raydistill.config.files import damage_told, inside, read_json, write_atomic
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names, split
 from raydistill.results.budget import admitted, known_bounds
@@ -131,6 +131,40 @@ def room(runs: list[Run], device: str) -> int:
     return max(1, places(device, threads) // workers)
 
 
+def mend(journal: Path) -> None:
+    """Cut a study's journal at its first damaged line, such as a full disk leaves; a copy of it stays beside.
+
+    What is left is the study as it was then, and trials that are missing in it are known again by their folders.
+    """
+    if not journal.is_file():
+        return
+    content = journal.read_bytes()
+    whole = 0
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n") or not _is_record(line):
+            break
+        whole += len(line)
+    if whole < len(content):
+        kept = journal.with_suffix(".damaged")
+        write_atomic(kept, content)
+        write_atomic(journal, content[:whole])
+        progress(f"{journal}: its end was damaged and is left out; finished trials are known by their folders ({kept})")
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _number(result: Path) -> int:
+    """The number that a finished trial had."""
+    found = read_json(result)
+    with damage_told(result):
+        return int(found.get("number", -1))
+
+
 class StudySearch(OptunaSearch):
     """OptunaSearch on a study that outlives the process.
 
@@ -165,6 +199,8 @@ class StudySearch(OptunaSearch):
             else optuna.samplers.TPESampler(seed=space.search.seed, multivariate=False)
         )
         journal = sweep / "study.log"
+        if storage is None:
+            mend(journal)
         with damage_told(journal, STUDY_LOST):
             super().__init__(
                 partial(_define, run=space.run),
@@ -199,7 +235,7 @@ class StudySearch(OptunaSearch):
             else:
                 self._ot_trials[trial_id] = trial
                 self.given.add(key)
-                number = self.numbers.setdefault(key, len(self.numbers))
+                number = self.numbers.setdefault(key, 1 + max(self.numbers.values(), default=-1))
                 trial.set_user_attr("key", key)
                 trial.set_user_attr("number", number)
                 storage.keep(self.sweep / "study.log")
@@ -274,7 +310,9 @@ class StudySearch(OptunaSearch):
         for trial in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
             self._settle(trial)
         trials = self._ot_study.get_trials()
-        self.numbers = {t.user_attrs["key"]: t.user_attrs["number"] for t in trials if "number" in t.user_attrs}
+        # Of folders too: the end of a journal may have been lost.
+        self.numbers = {path.parent.name: _number(path) for path in self.trials_folder.glob("*/result.json")}
+        self.numbers |= {t.user_attrs["key"]: t.user_attrs["number"] for t in trials if "number" in t.user_attrs}
         self.given = {t.user_attrs["key"] for t in trials if _is_over(t) and "key" in t.user_attrs}
         seen = [t.params for t in trials if _is_over(t)]
         seen += [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]

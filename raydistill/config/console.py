@@ -1,5 +1,6 @@
 """What every command shares: errors become exit statuses, progress goes to stderr, results to stdout, no secret."""
 
+import errno
 import io
 import json
 import os
@@ -45,8 +46,18 @@ def run_app(app: "typer.Typer") -> None:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        print(f"error: {hidden(str(getattr(error, 'cause', error)))}", file=sys.stderr)
+        print(f"error: {hidden(explained(getattr(error, 'cause', error)))}", file=sys.stderr)
         sys.exit(1)
+
+
+def explained(error: OSError) -> str:
+    """What the system says, and of a full disk which one it is and that nothing is lost."""
+    if error.errno != errno.ENOSPC:
+        return str(error)
+    return (
+        f"{error}: the disk of {error.filename or home()} is full. Nothing is lost: free some of it, and run the same "
+        f"command again"
+    )
 
 
 def progress(text: str) -> None:
