@@ -359,6 +359,38 @@ def test_a_sweep_outlives_a_lost_host(struck: Struck) -> None:
     wait_for_nodes(cluster, 3)
 
 
+def test_a_killed_driver_is_taken_up_by_the_same_command(struck: Struck) -> None:
+    """A sweep's and a label job's: what was finished stays as it is, and the end is that of an untouched run."""
+    cluster = struck.cluster
+    sweep = f"raydistill sweep {write_space(cluster, struck.teacher, struck.data)} --set name=orphaned"
+    trials = cluster.shared / "sweeps" / "orphaned" / "trials"
+    job = cluster.start_on_head(sweep)
+    wait_for(trials, "*/result.json", 3)
+    kill_driver(cluster, "sweep", job)
+    before = {path: path.read_bytes() for path in trials.glob("*/result.json")}
+    assert 3 <= len(before) < 8
+    cluster.on_head(sweep)
+    after = {path: path.read_bytes() for path in trials.glob("*/result.json")}
+    assert [json.loads(result)["status"] for result in after.values()] == ["done"] * 8
+    assert before.items() <= after.items(), "a finished trial was done again"
+
+    job = cluster.start_on_head(struck.label("orphaned"))
+    wait_for(cluster.shared / "orphaned", BATCHES, 60)
+    kill_driver(cluster, "pseudolabel", job)
+    assert not is_labelled(cluster.shared / "orphaned")
+    cluster.on_head(struck.label("orphaned"))
+    assert labels_in(cluster.shared / "orphaned").targets == struck.labels
+
+
+def kill_driver(cluster: Cluster, name: str, job: subprocess.Popen[str]) -> None:
+    """SIGKILL for the command on the head; Ray's processes there are left to find out."""
+    lines = {process: process.cmdline() for process in cluster.hosts[0].processes()}
+    [driver] = [p for p, line in lines.items() if [Path(part).name for part in line[1:3]] == ["raydistill", name]]
+    driver.kill()
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+
+
 def wait_for(root: Path, pattern: str, count: int) -> None:
     """Until so many files are there."""
     deadline = time.monotonic() + 300

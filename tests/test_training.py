@@ -1020,6 +1020,26 @@ def test_a_run_is_not_taken_up_with_another_teacher_or_other_data(place, tmp_pat
     assert train(run, tmp_path / "run", lambda metrics, where: None)["status"] == "done"
 
 
+def test_a_run_whose_machine_goes_is_saved_at_that_step_and_goes_on_the_same_elsewhere(place, tmp_path):
+    """Between two validations: nothing is done again, and the end is that of a run that nobody disturbed."""
+    run = make_run(place, training={"epochs": 4, "checks_per_epoch": 1, "patience": 9})
+    train(run, tmp_path / "whole", lambda metrics, where: None)
+    asked = []
+
+    def leaving():
+        asked.append(True)
+        return len(asked) == 4
+
+    with pytest.raises(loop.Leaving, match="saved at step 5"):  # at step 3 there was a validation
+        train(run, tmp_path / "run", lambda metrics, where: None, Inputs(), loop.Worker(leaving=leaving))
+    assert read(tmp_path / "run" / "state.json")["step"] == 5
+    steps = []
+    train(run, tmp_path / "run", lambda metrics, where: steps.append(metrics["step"]))
+    assert steps == [6, 9, 12]
+    whole, gone = (weights_of(load_model(tmp_path / name / "best")) for name in ("whole", "run"))
+    torch.testing.assert_close(gone, whole, rtol=0, atol=1e-6)
+
+
 def test_checks_during_training_have_a_decoding_of_their_own_and_the_end_has_the_runs(place, tmp_path, monkeypatch):
     """The paper's XSUM recipe looks at 2 beams with length penalty 0.5, and reports the teacher's own decoding."""
     used = []

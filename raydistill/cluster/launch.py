@@ -4,7 +4,9 @@ Both hand `training.run.train` a `report`, and both go on from the run's own fol
 """
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from raydistill.config.run import Run
 from raydistill.config.space import Search
 from raydistill.results.records import rivals
 from raydistill.results.stopping import falls_behind
+from raydistill.training.loop import Leaving, Worker
 from raydistill.training.run import Inputs, train
 
+DRAIN_POLL_S = 5.0
 Metrics = dict[str, Any]
 Stop = Callable[[], str | None]
 # What a launcher carries out, in a worker: training.run.train, or what is called and leaves its folder as that does.
@@ -152,7 +156,8 @@ def tune_trial(
             return stop() if stop else None
 
         storage.fetch(folder, *reads(run, inputs))
-        result = work(run, folder, report, inputs)
+        with kept_on_leaving(folder):
+            result = work(run, folder, report, inputs, Worker(leaving=Departures(alone=True)))
         storage.keep(folder, mirror=True)
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
 
@@ -173,12 +178,12 @@ def _train_worker(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    from raydistill.training.loop import Worker
-
     run = Run.model_validate(config["run"])
     context = ray.train.get_context()
     _use_threads(run.training.threads)
-    worker = Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    world = context.get_world_size()
+    leaving = Departures(alone=world == 1)
+    worker = Worker(context.get_world_rank(), world, str(get_device()), leaving=leaving)
     stop: Stop | None = config["stop"]
 
     folder: Path = Path(config["folder"])
@@ -191,9 +196,46 @@ def _train_worker(config: dict[str, Any]) -> None:
         return stop() if stop and worker.leads else None
 
     storage.fetch(folder, *reads(run, inputs))
-    config["work"](run, folder, report, inputs, worker)
+    with kept_on_leaving(folder):
+        config["work"](run, folder, report, inputs, worker)
     if worker.leads:
         storage.keep(folder, mirror=True)
+
+
+class Departures:
+    """Whether Ray was told that a machine is to be drained, as for a spot instance's notice: this one, or, where a run
+    is not `alone` on one, any.
+
+    Ray gives no new work to such a machine, so a run that ends with `Leaving` is started again elsewhere.
+    """
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+        self.next = 0.0
+
+    def __call__(self) -> bool:
+        """Asks Ray's head at most once in `DRAIN_POLL_S`; no while it does not answer."""
+        import ray
+
+        now = time.monotonic()
+        if now < self.next:
+            return False
+        self.next = now + DRAIN_POLL_S
+        try:
+            leaving = ray._private.state.state.get_draining_nodes()  # what Ray Train's own watcher asks
+        except Exception:
+            return False
+        return ray.get_runtime_context().get_node_id() in leaving if self.alone else bool(leaving)
+
+
+@contextmanager
+def kept_on_leaving(folder: Path) -> Iterator[None]:
+    """A block of training; what it saved because the machine goes is put into the storage before it does."""
+    try:
+        yield
+    except Leaving:
+        storage.keep(folder, mirror=True)
+        raise
 
 
 def _use_threads(threads: int) -> None:

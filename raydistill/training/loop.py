@@ -38,12 +38,14 @@ class Worker:
     """One of `world` data-parallel workers.
 
     `computed` is what `precision: auto` came to, "bf16" or "fp32", where that was decided for all workers before.
+    `leaving()` is asked after every step whether the machine is about to be taken away.
     """
 
     rank: int = 0
     world: int = 1
     device: str = "cpu"
     computed: str | None = None
+    leaving: Callable[[], bool] | None = None
 
     @property
     def leads(self) -> bool:
@@ -78,6 +80,10 @@ class Diverged(Exception):
         self.seconds = seconds
 
 
+class Leaving(Exception):
+    """The machine is about to go: the run's state was saved just now, and it is to be taken up elsewhere."""
+
+
 def fit(
     supervision: Supervision,
     settings: Training,
@@ -91,7 +97,8 @@ def fit(
 
     `validate(checkpoint folder)` returns metrics with `score` (higher is better). After each validation metrics.jsonl
     and the state are saved in `folder` and `report(metrics, folder)` is called, whose answer may stop the run. Called
-    again on the same folder it goes on from there. Raises `Diverged` when the loss or a metric is not finite.
+    again on the same folder it goes on from there. Raises `Diverged` when the loss or a metric is not finite, and
+    `Leaving` when the machine is about to go.
 
     `begun`: when the run began, on the monotonic clock; its seconds count from there (default: from this call).
     """
@@ -122,6 +129,10 @@ def fit(
             if state.step % check_every == 0 or state.step == total:
                 since = losses.take(worker)  # waits for the device, so that the clock is read after its work
                 check.take(state, since, optimizer)
+            elif worker.leads and worker.leaving is not None and worker.leaving():
+                state.seconds = time.monotonic() - started
+                save_state(folder, state, supervision, optimizer)
+                raise Leaving(f"the machine is about to go; the run is saved at step {state.step}")
     state.seconds = time.monotonic() - started
     return state
 
