@@ -1,0 +1,113 @@
+"""A machine that Ray was told to drain, as for a spot instance's notice: the trial on it is saved and moves."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.tune import Callback
+
+from benchmarks.nodes import STORE_BYTES, head
+from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.search import search
+from raydistill.cluster.start import cluster
+from raydistill.config.space import Space
+from tests.tiny import save_tiny
+from tests.world import write_corpus
+
+PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto
+PER_EPOCH, EPOCHS = 1000, 4
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def space_of(folder: Path, launcher: str) -> Space:
+    """One trial of four epochs of a thousand steps, with a validation at the end of each."""
+    run = {
+        "teacher": str(save_tiny("bart", folder / "teacher", dropout=0.0)),
+        "dataset": {
+            "name": str(write_corpus(folder / "data", train=8 * PER_EPOCH)),
+            "max_source_tokens": 32,
+            "max_target_tokens": 16,
+        },
+        "student": {"size": "2-1"},
+        "training": {
+            "epochs": EPOCHS,
+            "batch_size": 8,
+            "warmup_steps": 2,
+            "checks_per_epoch": 1,
+            "patience": 99,
+            "teacher_cache": "off",
+            "launcher": launcher,
+        },
+        "decoding": {"beams": 1, "max_length": 12},
+        "evaluation": {"metric": "rouge2"},
+    }
+    return Space.model_validate({"name": "drained", "run": run, "search": {"trials": 1, "sampler": "grid"}})
+
+
+class Notice(Callback):
+    """After a trial's first validation another machine joins, and the trial's own has half a minute left."""
+
+    def __init__(self, cluster: Any, node: str) -> None:
+        self.cluster, self.node = cluster, node
+        self.given = False
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        if not self.given:
+            self.given = True
+            self.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+            client: Any = GcsClient(address=self.cluster.address)
+            accepted, why = client.drain_node(self.node, PREEMPTION, "spot notice", int(1000 * (time.time() + 30)))
+            assert accepted, why
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("launcher", ["tune", "train"])
+def test_a_trial_on_a_machine_that_is_drained_is_saved_at_once_and_moves(
+    launcher: str, home: Path, tmp_path: Path
+) -> None:
+    sweep = home / "sweeps" / "drained"
+    sweep.mkdir(parents=True)
+    space = space_of(tmp_path, launcher)
+    costs = {"latency_ms": 10.0, "latency_ms_b1": 1.0, "params_m": 1.0}
+    prepared = Prepared({"size": "2-3", "costs": costs}, {"2-1": costs}, {"2-1": costs})
+    saved: list[int] = []  # the steps at which the state was saved, as far as they were seen
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            for path in sweep.glob("trials/*/state.json"):
+                if (step := _step(path)) is not None and step not in saved:
+                    saved.append(step)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    with head() as started, cluster():
+        first = started.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        try:
+            search(space, sweep, prepared, "cpu", [Notice(started, first.node_id)])
+        finally:
+            over.set()
+            thread.join()
+    [folder] = sweep.glob("trials/*")
+    result = json.loads((folder / "result.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (result["status"], result["steps"]) == ("done", EPOCHS * PER_EPOCH)
+    assert [line["step"] for line in lines] == [n * PER_EPOCH for n in range(1, EPOCHS + 1)]
+    assert len([step for step in saved if step % PER_EPOCH]) == 1, f"saved once between two validations: {saved}"
+
+
+def _step(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())["step"]
+    except (OSError, ValueError):
+        return None
