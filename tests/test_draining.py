@@ -56,16 +56,18 @@ def space_of(folder: Path, launcher: str) -> Space:
 class Notice(Callback):
     """After a trial's first validation another machine joins, and the trial's own has half a minute left."""
 
-    def __init__(self, cluster: Any, node: str) -> None:
-        self.cluster, self.node = cluster, node
-        self.given = False
+    # Of the class, since Tune pickles its callbacks: the cluster, the trial's node, whether it was told.
+    cluster: Any = None
+    node: str = ""
+    given = False
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        if not self.given:
-            self.given = True
-            self.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-            client: Any = GcsClient(address=self.cluster.address)
-            accepted, why = client.drain_node(self.node, PREEMPTION, "spot notice", int(1000 * (time.time() + 30)))
+        if not Notice.given:
+            Notice.given = True
+            Notice.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+            client: Any = GcsClient(address=Notice.cluster.address)
+            deadline = int(1000 * (time.time() + 30))
+            accepted, why = client.drain_node(Notice.node, PREEMPTION, "spot notice", deadline)
             assert accepted, why
 
 
@@ -93,8 +95,9 @@ def test_a_trial_on_a_machine_that_is_drained_is_saved_at_once_and_moves(
     thread.start()
     with head() as started, cluster():
         first = started.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+        Notice.cluster, Notice.node, Notice.given = started, first.node_id, False
         try:
-            search(space, sweep, prepared, "cpu", [Notice(started, first.node_id)])
+            search(space, sweep, prepared, "cpu", [Notice()])
         finally:
             over.set()
             thread.join()
