@@ -19,7 +19,7 @@ from tests.tiny import save_tiny
 from tests.world import write_corpus
 
 PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto
-PER_EPOCH, EPOCHS = 1000, 4
+PER_EPOCH, EPOCHS = 300, 10
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def space_of(folder: Path, launcher: str) -> Space:
-    """One trial of four epochs of a thousand steps, with a validation at the end of each."""
+    """One trial of ten epochs of 300 steps, with a validation at the end of each."""
     run = {
         "teacher": str(save_tiny("bart", folder / "teacher", dropout=0.0)),
         "dataset": {
@@ -101,7 +101,7 @@ def test_a_trial_on_a_machine_that_is_drained_is_saved_at_once_and_moves(
         finally:
             over.set()
             thread.join()
-    [folder] = sweep.glob("trials/*")
+    [folder] = sweep.glob("trials/sft-*")
     result = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (result["status"], result["steps"]) == ("done", EPOCHS * PER_EPOCH)
