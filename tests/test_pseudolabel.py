@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.cluster.planned import run_batches
-from raydistill.cluster.pseudolabel import Job, Labeller, _is_done, _one_engine, describe_job, pseudolabel
+from raydistill.cluster.pseudolabel import Job, Labeller, _is_done, _one_engine, _plain, describe_job, pseudolabel
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
 from raydistill.data.labels import read_candidates, read_manifest
@@ -89,6 +89,12 @@ def test_a_teacher_with_other_settings_makes_another_set_and_none_changes_during
     assert pseudolabel(job, tmp_path / "labels", say=False) != first
     with pytest.raises(UserError, match="has changed since the job began"):
         Labeller(job, about, Plan(tmp_path, [], [], []), tmp_path, "cpu")
+
+
+def test_a_label_set_is_called_as_its_data_are():
+    """As the README's `labels describe my-texts-train` finds it."""
+    names = {"data/my_texts.jsonl.gz": "my-texts", "x/train.source": "train", "EdinburghNLP/xsum": "xsum", "a.b": "a-b"}
+    assert {name: _plain(name) for name in names} == names
 
 
 def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
