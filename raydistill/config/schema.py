@@ -1,15 +1,16 @@
 """`python -m raydistill.config.schema` prints the schema of a space; `make schema` writes it."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from raydistill.config.distributions import Distribution
 from raydistill.config.run import Run
-from raydistill.config.space import Space
+from raydistill.config.space import COMMON, MAY_DIFFER, Space
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of a space file for editors: in `run`, any value may be a distribution."""
+    """The schema of a space file for editors: in `run`, a value may be a distribution where trials may differ in it."""
     schema = Space.model_json_schema()
     run = Run.model_json_schema()
     definitions: dict[str, Any] = {**schema.pop("$defs", {}), **run.pop("$defs", {})}
@@ -24,19 +25,11 @@ def json_schema() -> dict[str, Any]:
             },
         ]
     }
-    for name in (
-        "Dataset",
-        "Start",
-        "Student",
-        "LayerChoice",
-        "Loss",
-        "Training",
-        "Decoding",
-        "Evaluation",
-        "Columns",
-    ):
+    for name in ("Student", "LayerChoice", "Loss", "Training"):
         _allow_distributions(definitions[name])
-    _allow_distributions(run)
+    _allow_distributions(definitions["Dataset"], [key.partition(".")[2] for key in MAY_DIFFER])
+    del run["properties"]["start"], definitions["Start"]  # a sweep is of a teacher's students
+    _allow_distributions(run, [key for key in run["properties"] if key not in COMMON])
     run["required"] = [key for key in run.get("required", []) if key != "name"]
     dataset = run["properties"]["dataset"]
     run["properties"]["dataset"] = {"anyOf": [{"type": "string"}, dataset]}
@@ -45,9 +38,10 @@ def json_schema() -> dict[str, Any]:
     return {**schema, "$defs": definitions, "$schema": "https://json-schema.org/draft/2020-12/schema"}
 
 
-def _allow_distributions(model: dict[str, Any]) -> None:
-    for key, value in model["properties"].items():
-        model["properties"][key] = {"anyOf": [value, {"$ref": "#/$defs/Distribution"}]}
+def _allow_distributions(model: dict[str, Any], keys: Iterable[str] | None = None) -> None:
+    """Let the values of `keys`, or all, be distributions."""
+    for key in list(keys or model["properties"]):
+        model["properties"][key] = {"anyOf": [model["properties"][key], {"$ref": "#/$defs/Distribution"}]}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from raydistill.config.run import NAME, Model, Run
 # With what a sweep needs of the two files below this one.
 __all__ = [
     "BOUNDED",
+    "COMMON",
+    "MAY_DIFFER",
     "NAME",
     "Search",
     "Space",
