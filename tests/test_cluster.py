@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 
 from raydistill.data.labels import LabelSet, read_label_set
 from tests.hosts import NETWORK, Host, running_hosts, what_is_missing
-from tests.world import corpus_rows, environment, make_world
+from tests.world import background, corpus_rows, environment, free_port, make_world
 
 pytestmark = [
     pytest.mark.cluster,
@@ -208,50 +208,25 @@ def refuses_strangers(cluster: Cluster) -> None:
 
 
 @contextmanager
-def bucket() -> Iterator[dict[str, str]]:
+def bucket(folder: Path) -> Iterator[dict[str, str]]:
     """moto's S3 server on all of this machine's addresses, with a bucket; gives the hosts' environment for it."""
     boto3 = pytest.importorskip("boto3")
-    with socket.socket() as free:
-        free.bind(("0.0.0.0", 0))
-        port = free.getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_until(lambda: socket.create_connection(("127.0.0.1", port), timeout=1).close(), 60)
-        s3 = boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{port}",
-            region_name="us-east-1",
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-        )
-        s3.create_bucket(Bucket="shared")
-        where = f"s3://shared/raydistill?endpoint_override={NETWORK}.1:{port}&scheme=http&region=us-east-1"
-        yield {**keys, "RAYDISTILL_STORAGE": where}
-    finally:
-        server.kill()
-        server.wait()
-
-
-def wait_until(works: Callable[[], object], seconds: float) -> None:
-    """Until a call raises no OSError."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            works()
-            return
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    port = free_port()
+    server = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(port)]
+    with background(server, folder / "moto.log", lambda: socket.create_connection(("127.0.0.1", port)).close()):
+        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="shared")
+        yield {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "RAYDISTILL_STORAGE": f"s3://shared/raydistill?endpoint_override={NETWORK}.1:{port}"
+            "&scheme=http&region=us-east-1",
+        }
 
 
 def test_hosts_that_share_no_folder_share_a_bucket(tmp_path: Path) -> None:
     """Work spreads over hosts with homes of their own; a head that lost its own goes on from the bucket."""
-    with bucket() as storage, cluster_of(tmp_path, 3, storage) as cluster:
+    with bucket(tmp_path) as storage, cluster_of(tmp_path, 3, storage) as cluster:
         head, home = cluster.hosts[0], tmp_path / "private"
         teacher, data = make_world(cluster.shared / "world")
         path = write_space(cluster, teacher, data)

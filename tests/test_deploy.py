@@ -8,11 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,16 +20,10 @@ import pytest
 import yaml
 
 from tests.test_sweep import KILL_SPACE
-from tests.world import SECRETS, command, last_json, make_world
+from tests.world import SECRETS, background, command, free_port, last_json, make_world
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 ADMIN, USER = "admin", "team"
-
-
-def free_port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Database:
@@ -71,30 +64,6 @@ class Database:
     def _as_postgres(self, line):
         quiet = subprocess.DEVNULL  # a server that inherits a pipe would keep it open
         subprocess.run(["su", "postgres", "-c", f"{self.programs}/{line}"], stdout=quiet, stderr=quiet, check=True)
-
-
-@contextmanager
-def background(arguments, log, ready, **env):
-    """A process and its children until the block ends; it is there when `ready()` no longer fails."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(arguments, env={**os.environ, **env}, stdout=output, stderr=output, cwd=log.parent)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                ready()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                time.sleep(0.3)
-        yield process
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        process.terminate()
-        for child in [*family, psutil.Process(process.pid)] if family else []:
-            child.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

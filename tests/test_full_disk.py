@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from raydistill.data.labels import read_label_set
-from tests.world import corpus_rows, environment, make_world
+from tests.world import command, corpus_rows, environment, make_world
 
 pytestmark = [
     pytest.mark.cluster,
@@ -74,10 +74,9 @@ def strike(home: Path, process: subprocess.Popen[str]) -> None:
 
 
 def finishes(home: Path, *arguments: object) -> str:
-    process = start(home, *arguments)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    done = command(home, *arguments, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_a_label_job_on_a_full_disk(home: Path, tmp_path: Path) -> None:

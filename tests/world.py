@@ -2,9 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -96,3 +99,35 @@ def last_json(done: subprocess.CompletedProcess[str]) -> dict:
     """The object that `--json` ends with; the command's messages where it failed."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def background(
+    arguments: list[str], log: Path, ready: Callable[[], object], **env: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process and its children until the block ends; it is there when `ready()` no longer fails."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, env={**os.environ, **env}, stdout=output, stderr=output, cwd=log.parent)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                ready()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.3)
+        yield process
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        process.terminate()
+        for child in [*family, psutil.Process(process.pid)] if family else []:
+            child.kill()
+        process.wait()

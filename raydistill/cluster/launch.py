@@ -5,8 +5,7 @@ Both hand `training.run.train` a `report`, and both go on from the run's own fol
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from raydistill.config.run import Run
 from raydistill.config.space import Search
 from raydistill.results.records import rivals
 from raydistill.results.stopping import falls_behind
-from raydistill.training.loop import Leaving, Worker
+from raydistill.training.loop import Leaving, Report, Worker
 from raydistill.training.run import Inputs, train
 
 DRAIN_POLL_S = 5.0
@@ -151,14 +150,10 @@ def tune_trial(
         _use_threads(run.training.threads)
 
         def report(metrics: Metrics, where: Path | None) -> str | None:
-            storage.keep(folder, mirror=True)
             tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
             return stop() if stop else None
 
-        storage.fetch(folder, *reads(run, inputs))
-        with kept_on_leaving(folder):
-            result = work(run, folder, report, inputs, Worker(leaving=Departures(alone=True)))
-        storage.keep(folder, mirror=True)
+        result = _carry_out(work, run, folder, report, inputs, Worker(leaving=Departures(alone=True)))
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
 
 
@@ -186,20 +181,35 @@ def _train_worker(config: dict[str, Any]) -> None:
     worker = Worker(context.get_world_rank(), world, str(get_device()), leaving=leaving)
     stop: Stop | None = config["stop"]
 
-    folder: Path = Path(config["folder"])
-    inputs: Inputs = config["inputs"]
-
     def report(metrics: Metrics, where: Path | None) -> str | None:
-        if worker.leads:
-            storage.keep(folder, mirror=True)
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
         return stop() if stop and worker.leads else None
 
+    _carry_out(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
+
+
+def _carry_out(work: Work, run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worker) -> Metrics:
+    """`work` in a worker, on machines that may share no folder: what it reads is fetched, and what it leaves is kept.
+
+    At every validation, at the end, and when it was saved because the machine goes.
+    """
+
+    def keep() -> None:
+        if worker.leads:
+            storage.keep(folder, mirror=True)
+
+    def kept(metrics: Metrics, where: Path | None) -> str | None:
+        keep()
+        return report(metrics, where)
+
     storage.fetch(folder, *reads(run, inputs))
-    with kept_on_leaving(folder):
-        config["work"](run, folder, report, inputs, worker)
-    if worker.leads:
-        storage.keep(folder, mirror=True)
+    try:
+        result = work(run, folder, kept, inputs, worker)
+    except Leaving:
+        keep()
+        raise
+    keep()
+    return result
 
 
 class Departures:
@@ -226,16 +236,6 @@ class Departures:
         except Exception:
             return False
         return ray.get_runtime_context().get_node_id() in leaving if self.alone else bool(leaving)
-
-
-@contextmanager
-def kept_on_leaving(folder: Path) -> Iterator[None]:
-    """A block of training; what it saved because the machine goes is put into the storage before it does."""
-    try:
-        yield
-    except Leaving:
-        storage.keep(folder, mirror=True)
-        raise
 
 
 def _use_threads(threads: int) -> None:

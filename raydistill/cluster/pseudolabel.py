@@ -245,7 +245,8 @@ def _label(
             rates = f"{(done['rows'] - total + todo) / seconds:.1f} rows/s, {done['tokens'] / seconds:.0f} tokens/s"
             bar.advance(plan.chars[int(facts["batch"])], f"{done['rows']}/{total} rows, {rates}")
 
-    storage.keep(where := Path(about["teacher"]["where"]))
+    where = Path(about["teacher"]["where"])
+    storage.keep(where)
 
     def labeller() -> Callable[[int], Facts]:
         storage.fetch(where, work / "plan", work / "engine.json")

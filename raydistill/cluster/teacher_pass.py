@@ -187,6 +187,7 @@ def _make(want: Want, keep: Keep, work: Pass) -> None:
 
     storage.keep(*want.reads())
     run_batches(missing, maker(want, keep), device=want.device, on_done=on_done)
+    storage.fetch(*work.arrays)
 
 
 def stores_of(work: Pass) -> list[Path]:
@@ -200,8 +201,7 @@ def known(work: Pass) -> None:
 
 
 def finish(work: Pass) -> None:
-    """`Pass.finish` where parts were made on machines that share no folder: the parts come here first."""
-    storage.fetch(*work.arrays)
+    """`Pass.finish`, kept in the storage too; the parts are here."""
     work.finish()
     storage.keep(*work.arrays)
 

@@ -36,11 +36,16 @@ def appearing(path: Path) -> Iterator[Path]:
     making = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
     try:
         yield making
-        with making.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(making)
         os.replace(making, path)
     finally:
         making.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """To the disk: what a synced record names must not be less sure than the record."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json_atomic(path: Path, data: Any) -> None:

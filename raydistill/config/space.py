@@ -170,12 +170,8 @@ def _check_common(run: dict[str, Any], varied: list[str]) -> None:
         if key.split(".")[0] in COMMON and key not in MAY_DIFFER:
             raise ValueError(
                 f"{key}: is one for all trials of a sweep, which are compared by the same teacher, rows and decoding; "
-                f"make a space for each value" + _decoding_hint(key)
+                f"make a space for each value (search.decoding tries beams and length penalties on finished students)"
             )
-
-
-def _decoding_hint(key: str) -> str:
-    return " (search.decoding tries beams and length penalties on finished students)" if "decoding" in key else ""
 
 
 def sampler_names(run: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a run leaves in its folder: its claim, its checkpoints, and last of all its result."""
 
-import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
-from raydistill.config.files import CARD, damage_told, read_json, write_json_atomic
+from raydistill.config.files import CARD, damage_told, read_json, sync, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.model.shrink import Plan
 
@@ -90,7 +89,7 @@ def making(target: Path) -> Iterator[Path]:
         yield place
         for path in [place, *place.rglob("*")]:
             if path.is_file():
-                _sync(path)
+                sync(path)
         if target.is_dir():
             shutil.rmtree(target)
         place.replace(target)
@@ -100,12 +99,6 @@ def making(target: Path) -> Iterator[Path]:
         ) from None
     finally:
         _remove(place)
-
-
-def _sync(path: Path) -> None:
-    """To the disk: what is named by a record that is synced must not be less sure than the record."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _remove(place: Path) -> None:
