@@ -35,19 +35,27 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def write_result(
-    name: str, title: str, markdown: str, data: Any, machine: dict[str, Any], results: Path = RESULTS
+    name: str,
+    title: str,
+    markdown: str,
+    data: Any,
+    machine: dict[str, Any],
+    results: Path = RESULTS,
+    variant: str = "",
 ) -> Path:
     """Write NAME.md into `results` and, with the same figures and more, NAME.json; returns the first.
 
-    The command is the one that is running. `machine` is `describe_machine()` as it was before the work.
+    The command is the one that is running. `machine` is `describe_machine()` as it was before the work. Of a `variant`,
+    such as another device, the files are NAME_VARIANT.
     """
     date = time.strftime("%Y-%m-%d")
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = f"# {title}\n\n{date}: {facts}.\n\n    {command}\n\n{markdown.strip()}\n"
-    write_json_atomic(results / f"{name}.json", {"date": date, "command": command, "machine": machine, "data": data})
-    write_atomic(results / f"{name}.md", text.encode())
-    return results / f"{name}.md"
+    stem = f"{name}_{variant}" if variant else name
+    write_json_atomic(results / f"{stem}.json", {"date": date, "command": command, "machine": machine, "data": data})
+    write_atomic(results / f"{stem}.md", text.encode())
+    return results / f"{stem}.md"
 
 
 def _version(package: str) -> str:

@@ -195,7 +195,8 @@ def main() -> None:
         "seconds": time.monotonic() - started,
         "timings": [{**asdict(draw(asked.seed, n)), "ms": ms} for n, ms in times.items()],
     }
-    write_result("inference_time", "Inference time by a BART's dimensions", text, data, machine)
+    variant = "" if asked.device == "cpu" else asked.device
+    write_result("inference_time", "Inference time by a BART's dimensions", text, data, machine, variant=variant)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_dec
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
 SIDES = ("naive", "shared", "ours-mkl", "ours", "trainer", "ours-sft")
+# Steps timed together on a GPU, which works while the next ones are prepared: no side asks for a step's loss.
+BLOCK = 5
 WARM_UP = 2
 
 
-def models(form: str, layers: int, size: str) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+def models(form: str, layers: int, size: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
     """A random teacher and a student of it, dropout 0, with encoder and embeddings frozen."""
     config = (
         BartConfig(dropout=0.0, encoder_layers=layers, decoder_layers=layers)
@@ -51,7 +54,8 @@ def models(form: str, layers: int, size: str) -> tuple[PreTrainedModel, PreTrain
         else PegasusConfig(vocab_size=96103, encoder_layers=16, decoder_layers=16, dropout=0.0)
     )
     torch.manual_seed(0)
-    teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
+    with torch.device(device):  # random weights of this size take a CPU many seconds
+        teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
     layout = plan(forms.depths(config), Student(size=size))
     assert layout.encoder_complete, f"{size}: a student whose encoder is not the teacher's reads no encoder states"
     student = shrink(teacher, layout)
@@ -106,10 +110,29 @@ def kd_loss(ours: Any, theirs: Any, labels: Tensor, phi: list[int], how: Loss = 
     return how.alpha_data * ce + how.alpha_logits * temperature**2 * kl + how.alpha_hidden * hidden
 
 
-def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], float]:
+def time_steps(call: Callable[[], Any], count: int, device: str) -> list[float]:
+    """Seconds of each of `count` steps, on a GPU the mean of each `BLOCK`, after those of the warm-up."""
+    each = BLOCK if device == "cuda" else 1
+    seconds = []
+    for _ in range(WARM_UP + count // each):
+        begun = time.perf_counter()
+        for _ in range(each):
+            call()
+        synchronize(device)
+        seconds.append((time.perf_counter() - begun) / each)
+    return seconds[WARM_UP:]
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
     onednn.ALLOWED = False  # torch's own layers
-    teacher, student, layout = models(options.form, options.layers, options.size)
+    teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     teacher.to(options.device)
     student.to(options.device).train()
     student.get_encoder().eval()
@@ -118,7 +141,7 @@ def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     batches = loader(examples, options.batch, options.device, student.config.pad_token_id)
 
-    def call() -> float:
+    def call() -> Tensor:
         batch = next(batches)
         labels = batch.pop("labels")  # given them, transformers would work out a cross-entropy that nobody uses
         batch["decoder_input_ids"] = forms.shift_right(student, labels)
@@ -135,17 +158,17 @@ def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     return call
 
 
-def trainer(options: argparse.Namespace, precision: str, count: int) -> list[float]:
-    """Seconds of each step of Hugging Face's Seq2SeqTrainer on a student with a frozen encoder and embeddings."""
+def trainer(options: argparse.Namespace, precision: str) -> list[float]:
+    """Seconds, as of `time_steps`, of a step of Hugging Face's Seq2SeqTrainer; encoder and embeddings are frozen."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
     onednn.ALLOWED = False  # torch's own layers
-    _, student, _ = models(options.form, options.layers, options.size)
+    _, student, _ = models(options.form, options.layers, options.size, options.device)
     gc.collect()
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     rows = [{"input_ids": s, "labels": t} for s, t in zip(examples.sources, examples.targets, strict=True)]
@@ -155,16 +178,20 @@ def trainer(options: argparse.Namespace, precision: str, count: int) -> list[flo
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     ends: list[float] = []
+    each = BLOCK if options.device == "cuda" else 1
+    count = each * WARM_UP + options.steps
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            ends.append(time.perf_counter())
+            if state.global_step % each == 0:
+                synchronize(options.device)
+                ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = Seq2SeqTrainingArguments(
             folder,
             per_device_train_batch_size=options.batch,
-            max_steps=count + 1,
+            max_steps=count,
             bf16=precision == "bf16",
             use_cpu=options.device == "cpu",
             learning_rate=3e-4,
@@ -176,19 +203,17 @@ def trainer(options: argparse.Namespace, precision: str, count: int) -> list[flo
             disable_tqdm=True,
         )
         Seq2SeqTrainer(student, arguments, collate, rows, callbacks=[Clock()]).train()
-    return [after - before for before, after in itertools.pairwise(ends)]
+    return [(after - before) / each for before, after in itertools.pairwise(ends)][WARM_UP - 1 :]
 
 
 # Ours
 
 
-def from_cache(
-    side: str, options: argparse.Namespace, precision: str, count: int
-) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each step of the product's own loop, reading the stores that `make_cache` left; and what it says."""
+def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[list[float], dict[str, Any]]:
+    """Seconds, as of `time_steps`, of a step of the product's own loop from `make_cache`'s stores; and what it says."""
     if side == "ours-mkl":
         onednn.ALLOWED = False  # torch's own layers: what the rest brings
-    teacher, student, layout = models(options.form, options.layers, options.size)
+    teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     key, width = "random", student.config.d_model
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     method: Any = "sft" if side == "ours-sft" else "kd"
@@ -220,27 +245,23 @@ def from_cache(
     lengths = [options.target] * len(examples)
     student.train()
     student.get_encoder().eval()
-    seconds = []
     forget_peak(options.device)
-    with ahead(steps(supervision, settings, worker, lengths, 0, count)) as feed:
-        for _ in range(count):
-            begun = time.perf_counter()
-            means = step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)
-            loss = float(means["loss"])
-            seconds.append(time.perf_counter() - begun)
-        facts: dict[str, Any] = {"loss": loss, "data_wait": feed.waited / sum(seconds)}
+    with ahead(steps(supervision, settings, worker, lengths, 0, sys.maxsize)) as feed:
+
+        def call() -> Tensor:
+            return step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)["loss"]
+
+        begun = time.perf_counter()
+        seconds = time_steps(call, options.steps, options.device)
+        facts: dict[str, Any] = {"data_wait": feed.waited / (time.perf_counter() - begun), "loss": float(call())}
         if options.profile:
-            more = steps(supervision, settings, worker, lengths, count, count + 1)
-            now = next(more)
-            facts["profile"] = profile(
-                lambda: step(supervision, now, settings, worker, autocast, parameters, optimizer), options.device
-            )
+            facts["profile"] = profile(call, options.device)
         return seconds, facts
 
 
 def make_cache(options: argparse.Namespace, precision: str) -> None:
     """The stores that `from_cache` reads."""
-    teacher, student, layout = models(options.form, options.layers, options.size)
+    teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     onednn.quicken(teacher)
     teacher.to(options.device)
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -258,7 +279,8 @@ def make_cache(options: argparse.Namespace, precision: str) -> None:
 def run_side(options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a step, the range, and the peak memory while the steps ran, in MB."""
     torch.set_num_threads(options.threads)
-    precision, count = options.precision, options.steps + WARM_UP
+    forget_peak(options.device)
+    precision = options.precision
     facts: dict[str, Any] = {}
     if options.side == "cache":
         make_cache(options, precision)
@@ -266,33 +288,37 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     if options.side in ("naive", "shared"):
         call = baseline(options.side, options, precision)
         forget_peak(options.device)
-        seconds = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            facts["loss"] = call()
-            seconds.append(time.perf_counter() - begun)
+        seconds = time_steps(call, options.steps, options.device)
+        facts["loss"] = float(call())
         if options.profile:
             facts["profile"] = profile(call, options.device)
     elif options.side == "trainer":
-        seconds = trainer(options, precision, count)
+        seconds = trainer(options, precision)
     else:
-        seconds, facts = from_cache(options.side, options, precision, count)
-    measured = seconds[WARM_UP:]
+        seconds, facts = from_cache(options.side, options, precision)
     return {
-        "seconds": statistics.median(measured),
-        "fastest": min(measured),
-        "slowest": max(measured),
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
         "peak_mb": peak_mb(options.device),
         **facts,
     }
 
 
 def profile(call: Callable[[], Any], device: str) -> str:
-    """torch's table of where the time of one step goes."""
+    """torch's table of where the time of one step goes, and where it waited for the GPU."""
+    if device == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            call()
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
     with torch.profiler.profile(activities=activities) as found:
         call()
+        synchronize(device)
     return found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
 
 
@@ -317,8 +343,8 @@ def compare(options: argparse.Namespace) -> None:
     machine = describe_machine(options.device)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.cache_root) as cache:
-        for precision in ("fp32", "bf16"):
-            for side in ("cache", *SIDES):
+        for precision in options.precisions:
+            for side in ("cache", *sides_on(options.device)):
                 name = f"{side} {precision}"
                 found[name] = in_process(options, side, precision, cache)
                 print(
@@ -331,11 +357,22 @@ def compare(options: argparse.Namespace) -> None:
         as_markdown(found),
         found,
         machine,
+        variant="" if options.device == "cpu" else f"{options.device}_{options.form}",
     )
 
 
+def sides_on(device: str) -> list[str]:
+    """The sides that differ on a device: oneDNN is the CPU's."""
+    return [side for side in SIDES if device == "cpu" or side != "ours-mkl"]
+
+
 def in_process(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
-    """One side's figures, from a process of its own."""
+    """One side's figures, from a process of its own; on a GPU, whose memory torch counts, from this one."""
+    if options.device == "cuda":
+        found = run_side(argparse.Namespace(**vars(options) | {"side": side, "precision": precision, "cache": cache}))
+        gc.collect()
+        torch.cuda.empty_cache()
+        return found
     given = [f"--{name}={getattr(options, name)}" for name in PASSED_ON]
     command = [sys.executable, "-m", "benchmarks.kd_step", *given, f"--side={side}", f"--precision={precision}"]
     done = subprocess.run([*command, f"--cache={cache}"], stdout=subprocess.PIPE, text=True, check=True)
@@ -356,21 +393,23 @@ def as_markdown(found: dict[str, dict[str, Any]]) -> str:
     def ratio(a: str, b: str, what: str = "seconds") -> str:
         return f"{found[a][what] / found[b][what]:.2f}"
 
-    rows += ["", "| ratio | fp32 | bf16 | promised |", "|---|---|---|---|"]
-    for text, a, b, what, promised in RATIOS:
-        both = [ratio(f"{a} {p}", f"{b} {p}", what) for p in ("fp32", "bf16")]
-        rows.append(f"| {text} | {' | '.join(both)} | {promised} |")
-    rows.append(f"| KD: naive in fp32 / ours in bf16 | | {ratio('naive fp32', 'ours bf16')} | 26 |")
+    precisions = list(dict.fromkeys(name.split()[1] for name in found))
+    rows += ["", f"| ratio | {' | '.join(precisions)} |", f"|---|{'---|' * len(precisions)}"]
+    for text, a, b, what in RATIOS:
+        if all(f"{side} {p}" in found for side in (a, b) for p in precisions):
+            rows.append(f"| {text} | {' | '.join(ratio(f'{a} {p}', f'{b} {p}', what) for p in precisions)} |")
+    if len(precisions) > 1:
+        rows.append(f"| KD: naive in fp32 / ours in bf16 | | {ratio('naive fp32', 'ours bf16')} |")
     tables = [f"{name}:\n\n```\n{facts['profile']}\n```" for name, facts in found.items() if "profile" in facts]
     return "\n".join(rows) + "\n\n" + "\n\n".join(tables)
 
 
 RATIOS = [
-    ("KD: naive / ours", "naive", "ours", "seconds", "10"),
-    ("KD: naive / ours without oneDNN's float32 products", "naive", "ours-mkl", "seconds", ""),
-    ("KD: shared encoder / ours", "shared", "ours", "seconds", "6"),
-    ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds", "5"),
-    ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb", "at most 0.6"),
+    ("KD: naive / ours", "naive", "ours", "seconds"),
+    ("KD: naive / ours without oneDNN's float32 products", "naive", "ours-mkl", "seconds"),
+    ("KD: shared encoder / ours", "shared", "ours", "seconds"),
+    ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds"),
+    ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb"),
 ]
 PASSED_ON = ("device", "threads", "batch", "source", "target", "form", "layers", "size", "steps", "profile")
 
@@ -388,9 +427,10 @@ def main() -> None:
     parser.add_argument(
         "--size", help="of the student: a whole encoder, and by default 3 (bart) or 4 (pegasus) decoder layers"
     )
-    parser.add_argument("--steps", type=int, default=5, help="measured steps, after two others")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, after those of the warm-up")
     parser.add_argument("--profile", type=int, default=0, help="1: torch's profile of a step of each side")
     parser.add_argument("--cache-root", help="a folder on the disk to read from; default: the system's for temporary")
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--side", choices=["cache", *SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)

@@ -2,8 +2,8 @@
 
 The plain loop takes batches of 32 rows as they come, in one process of two threads (what one gets who just calls it)
 and, where there are rows enough for it, in two processes of one thread, which is faster; ratios are told to both. Ours
-takes planned batches, neighbours in length, in two processes of one thread, as the product's actors do. Sides take
-turns; a figure is the median.
+takes planned batches, neighbours in length, in two processes of one thread, as the product's actors do. On a GPU every
+side is one process that computes in bf16. Sides take turns; a figure is the median.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.common import describe_machine, write_result
 from benchmarks.shapes import save_bart, save_rows
 from benchmarks.sides import Side, Work, Written, work_of, write_batches
-from raydistill.cluster.pseudolabel import CHARS_PER_TOKEN, Job
+from raydistill.cluster.pseudolabel import CHARS_PER_TOKEN, GPU_CHARS, Job
 from raydistill.config.console import progress
 from raydistill.config.run import Dataset, Decoding
 from raydistill.data.plan import BATCH_CHARS, make_plan
@@ -33,6 +33,11 @@ OURS = (
     Side("transformers", "transformers"),
     Side("ctranslate2 fp32", "ctranslate2"),
     Side("ctranslate2 int8", "ctranslate2", "int8"),
+)
+ON_GPU = (
+    Side("plain generate", "generate", "bf16", "cuda", processes=1),
+    Side("transformers", "transformers", "bf16", "cuda", processes=1),
+    Side("ctranslate2 bf16", "ctranslate2", "bf16", "cuda", processes=1),
 )
 CASES = ("multi30k", "mscmdlets", "bart-base", "bart-large")
 # Planned batches enough for two workers to end together: multi30k's hold some 450 rows, mscmdlets' 70, the shapes' 16.
@@ -54,12 +59,14 @@ class Round:
 def main() -> None:
     """Run the cases, print and write the result."""
     asked = _arguments()
-    machine = describe_machine()
+    machine = describe_machine(asked.device)
     with tempfile.TemporaryDirectory() as scratch:
         found = {case: measure_case(case, asked, Path(scratch)) for case in asked.case}
     markdown = "\n\n".join(f"## {case}\n\n{facts['what']}\n\n{_table(facts)}" for case, facts in found.items())
     print(markdown)
-    print(write_result("pseudolabel_engines", "Engines against plain generate", markdown, found, machine))
+    title = "Engines against plain generate"
+    variant = "" if asked.device == "cpu" else asked.device
+    print(write_result("pseudolabel_engines", title, markdown, found, machine, variant=variant))
 
 
 def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -71,7 +78,7 @@ def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[st
     read = CHARS_PER_TOKEN * work.max_source_tokens
     plan = make_plan(iter(rows), scratch / f"{case}-plan", batch_chars=asked.batch_chars, max_chars=read)
     planned = [plan.read_batch(n) for n in range(len(plan))]
-    sides = [side for side in (*PLAIN, *OURS) if _wanted(side, asked.side)]
+    sides = [side for side in ((*PLAIN, *OURS) if asked.device == "cpu" else ON_GPU) if _wanted(side, asked.side)]
     sides = [side for side in sides if len(rows) >= PLAIN_BATCH * side.processes or side.engine != "generate"]
     # The first start converts the model and lets it prove itself; both are kept, and later starts find them.
     first = {s.name: write_batches(s, work, []).startup for s in sides if s.engine == "ctranslate2"}
@@ -169,7 +176,7 @@ def _job(case: str, asked: argparse.Namespace, scratch: Path) -> tuple[Job, str]
     if case == "mscmdlets":
         data = Dataset(name=str(asked.data / "mscmdlets"), train_rows=rows, max_source_tokens=96)
         return _trained(asked.mscmdlets_teacher, data), "Trained BART-form 2-4 teacher, d 128, training split."
-    rows = min(rows, ROWS[case])
+    rows = min(rows, ROWS[case]) if asked.device == "cpu" else rows
     size = case.removeprefix("bart-")
     teacher = save_bart(size, scratch / case)
     file = save_rows(scratch / f"{case}.jsonl", rows, *SHAPE_SOURCE)
@@ -197,14 +204,16 @@ def _arguments() -> argparse.Namespace:
     shared = Path("../shared")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="default: all")
     parser.add_argument("--side", nargs="+", default=[], help="only sides whose name holds one of these words")
-    parser.add_argument("--rows", type=int, help=f"default: {ROWS}; of the shapes no more than these")
+    parser.add_argument("--rows", type=int, help=f"default: {ROWS}; of the shapes, on a CPU, no more")
     parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}")
     parser.add_argument("--rows-at-once", type=int, help="ours; default: the product's")
-    parser.add_argument("--batch-chars", type=int, default=BATCH_CHARS, help="ours; default: the product's")
+    parser.add_argument("--batch-chars", type=int, help="ours; default: the product's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--multi30k-teacher", type=Path, default=shared / "teachers" / "multi30k-marian-6-6")
     parser.add_argument("--mscmdlets-teacher", type=Path, default=Path("outputs/runs/mscmdlets-teacher/best"))
     asked = parser.parse_args()
+    asked.batch_chars = asked.batch_chars or (BATCH_CHARS if asked.device == "cpu" else GPU_CHARS)
     teachers = {"multi30k": asked.multi30k_teacher, "mscmdlets": asked.mscmdlets_teacher}
     for case, folder in teachers.items():
         if case in asked.case and not folder.is_dir():

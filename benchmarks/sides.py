@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from raydistill.cluster.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, Job, describe_job
+from raydistill.cluster.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, ROWS_AT_ONCE_GPU, Job, describe_job
 from raydistill.cluster.start import QUIET
 from raydistill.data.stream import scan, usable_rows
 from raydistill.model.decoding import Beam, Sample
@@ -43,6 +43,7 @@ class Side:
     name: str
     engine: Literal["generate", "transformers", "ctranslate2"]
     precision: str = "fp32"
+    device: str = "cpu"
     processes: int = 2
     threads: int = 1
     rows_at_once: int | None = None
@@ -87,21 +88,23 @@ def write_batches(side: Side, work: Work, batches: list[list[str]]) -> Written:
     return Written([texts for texts, _ in done], [end for _, end in done], seconds, started - began)
 
 
-def plain_generate(work: Work, threads: int) -> Write:
+def plain_generate(side: Side, work: Work) -> Write:
     """The body of the obvious loop, with nothing of ours: tokenize a batch, pad it, `generate`, decode."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(side.threads)
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(work.checkpoint)
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(work.checkpoint, dtype=torch.float32).eval()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[side.precision]
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(work.checkpoint, dtype=dtype).to(side.device).eval()
     beam = work.beam
     searching = {"length_penalty": beam.length_penalty, "early_stopping": beam.early_stopping}
 
     def write(texts: list[str]) -> list[str]:
         batch = tokenizer(texts, padding=True, truncation=True, max_length=work.max_source_tokens, return_tensors="pt")
+        batch = batch.to(side.device)
         with torch.inference_mode():
             written = model.generate(
                 input_ids=batch["input_ids"],
@@ -123,6 +126,7 @@ def our_engine(side: Side, work: Work) -> Write:
     engine = open_engine(
         work.checkpoint,
         "transformers" if side.engine == "transformers" else "ctranslate2",
+        device=side.device,
         threads=side.threads,
         precision=side.precision,
         cache=work.cache,
@@ -135,7 +139,7 @@ def our_engine(side: Side, work: Work) -> Write:
             texts,
             work.beam,
             max_source_tokens=work.max_source_tokens,
-            batch_size=side.rows_at_once or ROWS_AT_ONCE[side.engine],
+            batch_size=side.rows_at_once or (ROWS_AT_ONCE[side.engine] if side.device == "cpu" else ROWS_AT_ONCE_GPU),
         )
         return [hypotheses[0].text.strip() for hypotheses in found]
 
@@ -147,7 +151,7 @@ _writer: list[Write] = []  # of this process, once it is open
 
 def _open(side: Side, work: Work, ready: Any) -> None:
     try:
-        write = plain_generate(work, side.threads) if side.engine == "generate" else our_engine(side, work)
+        write = plain_generate(side, work) if side.engine == "generate" else our_engine(side, work)
         write(list(work.sample[:WARM_ROWS]))
     except BaseException:
         ready.abort()  # the others would wait for this one

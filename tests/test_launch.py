@@ -141,6 +141,7 @@ def test_room_is_counted_by_machine_and_not_by_the_clusters_total(monkeypatch, w
     monkeypatch.setattr("ray.nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}])
     assert [places("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
     assert [places("cuda", threads) for threads in (2, 8)] == [4, 0]
+    assert [places("cuda", 1, share) for share in (1, 0.6, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 8, 12, 16, 16]
     with pytest.raises(UserError, match="1 workers need 8 CPUs of one machine each, and the cluster has room for 0"):
         check_room(run_of(world, "wide", threads=8), "cpu")
 

@@ -278,6 +278,20 @@ def test_a_full_student_of_its_teacher_has_no_distillation_loss(tmp_path):
 # Steps
 
 
+@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian"])
+def test_the_masks_that_a_gpu_is_given_say_what_the_plain_one_says(family, tmp_path):
+    supervision = tiny(family, tmp_path / "t")
+    batch, student = supervision.read([0, 1, 2]), supervision.student.eval()
+    assert not batch.mask.all()
+    with torch.no_grad():
+        encoded = forms.encode(student, batch.ids, batch.mask).last
+        ids = forms.shift_right(student, batch.labels)
+        plain = forms.decode(student, ids, encoded, batch.mask).last
+        masks = forms.known_masks(student, ids, batch.mask)
+        given = student.get_decoder()(ids, encoder_hidden_states=encoded, use_cache=False, **masks).last_hidden_state
+    torch.testing.assert_close(plain, given)
+
+
 def stepped(supervision, settings, worker=None, batches=((0, 1, 2, 3, 4, 5),)):
     parameters = [p for p in supervision.student.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
@@ -505,6 +519,7 @@ def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_
 def test_a_run_under_way_is_charged_a_gpu_per_worker_or_the_cores_of_its_threads(tmp_path):
     threads = LOOP.model_copy(update={"threads": 3})
     assert [Worker(world=2, device=name).devices(threads) for name in ("cpu", "cuda", "cuda:1")] == [6, 2, 2]
+    assert Worker(device="cuda").devices(LOOP.model_copy(update={"gpus": 0.25})) == 0.25
     supervision = tiny("bart", tmp_path / "t")
     folder = tmp_path / "trials" / "run"
     folder.mkdir(parents=True)

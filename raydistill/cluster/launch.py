@@ -1,4 +1,4 @@
-"""Two launchers, one training core: Ray Train for GPUs, several workers and every `train`; Tune for short CPU trials.
+"""Two launchers, one training core: Ray Train for GPUs, several workers and every `train`; Tune for short trials.
 
 Both hand `training.run.train` a `report`, and both go on from the run's own folder after a death.
 """
@@ -41,7 +41,7 @@ def launcher_for(run: Run, device: str) -> str:
 def check_room(run: Run, device: str) -> None:
     """UserError where the cluster can never hold the run: Ray would wait for ever without a word."""
     training = run.training
-    room = places(device, training.threads)
+    room = places(device, training.threads, training.gpus)
     if room < training.workers:
         each = f"{training.threads} CPUs of one machine{' and a GPU' if device == 'cuda' else ''}"
         raise UserError(
@@ -83,7 +83,7 @@ def train_with_ray_train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",
-            resources_per_worker={"CPU": training.threads, **({"GPU": 1} if device == "cuda" else {})},
+            resources_per_worker={"CPU": training.threads, **({"GPU": training.gpus} if device == "cuda" else {})},
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{folder.name}",
@@ -124,7 +124,7 @@ def tune_trial(
 ) -> None:
     """A trial: the function that Tune calls with what the search proposed.
 
-    `in_actor`: it trains here, in a reused actor that holds its CPUs; else it only waits for a Ray Train job.
+    `in_actor`: it trains here, in a reused actor that holds its CPUs and GPU; else it only waits for Ray Train's job.
     """
     from ray import tune
 
@@ -153,7 +153,7 @@ def tune_trial(
             tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
             return stop() if stop else None
 
-        result = _carry_out(work, run, folder, report, inputs, Worker(leaving=Departures(alone=True)))
+        result = _carry_out(work, run, folder, report, inputs, Worker(device=device, leaving=Departures(alone=True)))
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
 
 

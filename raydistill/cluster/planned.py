@@ -89,13 +89,14 @@ def run_batches(
         on_done(facts)
 
 
-def places(device: str, threads: int) -> int:
-    """How many processes of `threads` CPUs, and of a GPU each where `device` is cuda, the cluster's nodes can hold."""
+def places(device: str, threads: int, gpus: float = 1) -> int:
+    """How many processes of `threads` CPUs, and of `gpus` of a GPU where `device` is cuda, the cluster can hold."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     by_cpus = [int(node.get("CPU", 0) // threads) for node in nodes]
-    by_gpus = [int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
+    on_one = int(1 / gpus + 1e-9)  # Ray gives a share of one GPU, never of two
+    by_gpus = [on_one * int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
     return sum(min(pair) for pair in zip(by_cpus, by_gpus, strict=True))
 
 

@@ -89,14 +89,13 @@ def search(
         raise UserError("no shape of the space fits any of its budgets; raise a budget, or add smaller sizes")
     for run in runs:
         check_room(run, device)
-    threads = max(run.training.threads for run in runs)
     in_actor = all(launcher_for(run, device) == "tune" for run in runs)
     trainable = partial(
         tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device, in_actor=in_actor, work=work
     )
     trainable.__name__ = "trial"  # type: ignore[attr-defined]
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": threads if in_actor else 0.1}),
+        tune.with_resources(trainable, largest(runs, device) if in_actor else {"cpu": 0.1}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=missing,
@@ -127,8 +126,15 @@ def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
 
 def room(runs: list[Run], device: str) -> int:
     """How many trials the cluster can hold at a time."""
-    threads, workers = (max(getattr(run.training, name) for run in runs) for name in ("threads", "workers"))
-    return max(1, places(device, threads) // workers)
+    most = largest(runs, device)
+    workers = max(run.training.workers for run in runs)
+    return max(1, places(device, most["cpu"], most.get("gpu", 1)) // workers)
+
+
+def largest(runs: list[Run], device: str) -> dict[str, Any]:
+    """What a worker of any of the runs holds at most, in Tune's words."""
+    threads, gpus = (max(getattr(run.training, name) for run in runs) for name in ("threads", "gpus"))
+    return {"cpu": threads} | ({"gpu": gpus} if device == "cuda" else {})
 
 
 def mend(journal: Path) -> None:

@@ -138,8 +138,11 @@ class Training(Model):
     gradient_clip: float = Field(1.0, gt=0)
     batch_size: int = Field(32, ge=1, description="rows per optimiser step, over all workers")
     accumulation: int = Field(1, ge=1, description="micro-batches that one step is split into, at least")
-    micro_tokens: int = Field(
-        16384, ge=1, description="padded source and target tokens of a micro-batch, at most; steps stay the same"
+    micro_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="padded source and target tokens of a micro-batch, at most; steps stay the same; "
+        "default: 16384, and on a GPU 65536 where the encoder is not trained",
     )
     epochs: float = Field(5, gt=0, le=100_000)
     max_steps: int | None = Field(None, ge=1)
@@ -158,8 +161,11 @@ class Training(Model):
     seed: int = 0
     workers: int = Field(1, ge=1, description="data-parallel workers; the global batch stays batch_size")
     threads: int = Field(1, ge=1, description="CPU threads per worker where there is no GPU")
+    gpus: float = Field(
+        1, gt=0, le=1, description="share of a GPU per worker, where there are any; 0.25: four small students share one"
+    )
     launcher: Literal["auto", "train", "tune"] = Field(
-        "auto", description="train: Ray Train; tune: a reused actor, for short CPU trials of one worker"
+        "auto", description="train: Ray Train; tune: a reused actor, for short trials of one worker"
     )
     teacher_cache: Literal["auto", "full", "encoder", "off"] = Field(
         "auto", description="what of the teacher is kept on disk; auto: what pays, by measurement"
@@ -176,6 +182,8 @@ class Training(Model):
                 f"batch_size {self.batch_size} cannot be split over {self.workers} workers "
                 f"x {self.accumulation} accumulation"
             )
+        if self.workers > 1 and self.gpus < 1:  # NCCL refuses two workers of one group on the same GPU
+            raise ValueError(f"gpus {self.gpus:g} is for runs of one worker; {self.workers} workers need a GPU each")
         return self
 
 

@@ -71,7 +71,7 @@ def decode(
         out = model.get_decoder()(
             input_ids=ids,
             encoder_hidden_states=encoded,
-            encoder_attention_mask=mask,
+            **(known_masks(model, ids, mask) if ids.is_cuda else {"encoder_attention_mask": mask}),
             output_hidden_states=layers,
             output_attentions=attentions,
             use_cache=False,
@@ -82,6 +82,18 @@ def decode(
         if attentions
         else found
     )
+
+
+def known_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The decoder's masks as torch's attention reads them, [1, 1, targets, targets] and, `mask`, [batch, 1, 1, tokens].
+
+    Of plain ones transformers asks in every pass whether they are all ones, and a GPU's answer comes only when all that
+    it was given before is done: the next step's work would not be prepared meanwhile.
+    """
+    if model.config._attn_implementation != "sdpa" or model.config.model_type == "t5":  # T5 adds its biases to them
+        return {"encoder_attention_mask": mask}
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    return {"attention_mask": causal[None, None], "encoder_attention_mask": mask.bool()[:, None, None, :]}
 
 
 @contextlib.contextmanager

@@ -25,12 +25,14 @@ Maps = tuple[tuple[Tensor, Tensor], ...]
 class Batch:
     """A micro-batch as tensors: all that is read from memory and disk, nothing that a model works out.
 
-    `labels` [rows, target tokens], -100 where there is none; `mask` [rows, source tokens]; `ids` the source tokens
-    where an encoder has to run, else None; `encoded` the cached encoder states, else None; `taught` the teacher
+    `labels` [rows, target tokens], -100 where there is none; `real` [tokens], the places of the others among all of
+    them, known before so that a GPU is not asked for their number; `mask` [rows, source tokens]; `ids` the source
+    tokens where an encoder has to run, else None; `encoded` the cached encoder states, else None; `taught` the teacher
     decoder's cached outputs by layer, real tokens only, [tokens, width] each.
     """
 
     labels: Tensor
+    real: Tensor
     mask: Tensor
     ids: Tensor | None = None
     encoded: Tensor | None = None
@@ -47,6 +49,7 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(
             change(self.labels),
+            change(self.real),
             change(self.mask),
             None if self.ids is None else change(self.ids),
             None if self.encoded is None else change(self.encoded),
@@ -109,11 +112,12 @@ class Supervision:
         """The tensors of a micro-batch of examples, in the main memory; safe in another thread."""
         rows = [self.examples.rows[i] for i in batch]
         labels = padded([self.examples.targets[i] for i in batch], -100)
+        real = (labels != -100).flatten().nonzero()[:, 0]
         taught = {layer: self.decoded[layer].flat(batch) for layer in self.layers_needed} if self.decoded else {}
         sources = [self.examples.sources[row] for row in rows]
         if self.encoder_shared and self.encoded is not None:
-            return Batch(labels, mask_of(sources), None, self.encoded.padded(rows), taught)
-        return Batch(labels, mask_of(sources), padded(sources, self.student.config.pad_token_id), None, taught)
+            return Batch(labels, real, mask_of(sources), None, self.encoded.padded(rows), taught)
+        return Batch(labels, real, mask_of(sources), padded(sources, self.student.config.pad_token_id), None, taught)
 
     def terms(self, batch: Batch, scales: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, the terms' sums times their `scales`; and each term's sum, without gradient."""
@@ -127,10 +131,10 @@ class Supervision:
             layers=hidden_wanted,
             attentions="attention" in scales,
         )
-        real = batch.labels != -100
         theirs, maps = self._taught(batch, encoded, "attention" in scales) if self.method == "kd" else ({}, ())
+        last = _picked(ours.last, batch.real)
         targets = Targets(
-            labels=batch.labels[real],
+            labels=batch.labels.flatten()[batch.real],
             data=scales["data"],
             smoothing=self.loss.label_smoothing,
             logits=scales.get("logits", 0.0),
@@ -139,7 +143,7 @@ class Supervision:
             teacher_head=self._teacher_head,
         )
         output, sums["data"], divergence = output_loss(
-            ours.last[real], self._head, targets, self.student.config.vocab_size, forms.head_parameters(self.student)
+            last, self._head, targets, self.student.config.vocab_size, forms.head_parameters(self.student)
         )
         loss = loss + output
         if "logits" in scales:
@@ -147,11 +151,11 @@ class Supervision:
         if hidden_wanted and self.plan is not None:
             pairs = zip(ours.layers, self.plan.supervised_decoder, strict=True)
             hidden = torch.stack(
-                [hidden_mse(layer[real], theirs[phi], self.loss.normalize_hidden) for layer, phi in pairs]
+                [hidden_mse(_picked(own, batch.real), theirs[phi], self.loss.normalize_hidden) for own, phi in pairs]
             ).sum()
             loss, sums["hidden"] = loss + scales["hidden"] * hidden, hidden.detach()
         if "cosine" in scales:
-            cosine = cosine_distance(ours.last[real], theirs[max(theirs)])
+            cosine = cosine_distance(last, theirs[max(theirs)])
             loss, sums["cosine"] = loss + scales["cosine"] * cosine, cosine.detach()
         if "attention" in scales:
             attention = self._attention(batch, ours.attentions, maps)
@@ -214,9 +218,8 @@ class Supervision:
         """
         if batch.taught and not attentions:
             return batch.taught, ()
-        real = batch.labels != -100
         found = self._teacher_decoder(batch, encoded, layers=not batch.taught, attentions=attentions)
-        return batch.taught or {n: found.layers[n][real] for n in self.layers_needed}, found.attentions
+        return batch.taught or {n: _picked(found.layers[n], batch.real) for n in self.layers_needed}, found.attentions
 
     def _attention(self, batch: Batch, ours: Maps, theirs: Maps) -> Tensor:
         """The attention maps' loss, summed over layers and both kinds of attention."""
@@ -239,3 +242,8 @@ class Supervision:
             assert batch.ids is not None
             encoded = forms.encode(self.teacher, batch.ids, batch.mask).last
         return forms.decode(self.teacher, forms.shift_right(self.teacher, batch.labels), encoded, batch.mask, **wanted)
+
+
+def _picked(states: Tensor, real: Tensor) -> Tensor:
+    """Of states [rows, tokens, width] the `real` ones, [real tokens, width]."""
+    return states.flatten(0, 1).index_select(0, real)

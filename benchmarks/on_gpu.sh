@@ -1,0 +1,72 @@
+#!/bin/bash
+# Every measurement that needs a GPU, each with a time limit, the results and logs packed into OUT/gpu.tgz after each.
+#
+#     OUT=/tmp/out bash benchmarks/on_gpu.sh                     # all parts
+#     OUT=/tmp/out bash benchmarks/on_gpu.sh steps engines      # some
+#
+# `shared` below is the folder with data and teachers (SHARED). Parts but `ray` need no Ray and no MLflow.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+OUT=${OUT:?a folder for the results}
+SHARED=${SHARED:-../shared}
+LOGS=$(mktemp -d)
+PY=${PYTHON:-python3}
+export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+
+part() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 begun=$SECONDS
+    shift 2
+    timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
+    echo "$name: status $? after $((SECONDS - begun)) s"
+    tail -n "${TAIL:-4}" "$LOGS/$name.log" | cut -c-300
+    tar czf "$OUT/gpu.tgz.making" -C "$LOGS" . -C "$PWD/benchmarks" results && mv "$OUT/gpu.tgz.making" "$OUT/gpu.tgz"
+}
+
+# CTranslate2's wheel asks for cuBLAS 12. Where only 13 is there, 13 answers under that name: it has all the functions
+# that CTranslate2 calls, and every conversion proves itself against transformers before it is used.
+cublas() {
+    ldconfig -p | grep -q libcublas.so.12 && return
+    local found
+    found=$(find / -name 'libcublas.so.13' -not -path '/proc/*' 2>/dev/null | head -1)
+    [ -n "$found" ] || return
+    mkdir -p /tmp/cublas12 && ln -sf "$found" /tmp/cublas12/libcublas.so.12
+    export LD_LIBRARY_PATH=/tmp/cublas12:$(dirname "$found"):${LD_LIBRARY_PATH:-}
+    echo "CTranslate2 is given $found"
+}
+
+steps() {
+    local form
+    for form in bart pegasus; do
+        part "kd_step_$form" 120 "$PY" -m benchmarks.kd_step --device cuda --batch 64 --form $form --steps 40 \
+            --precisions bf16 --profile 1 --threads 8 --cache-root "${FAST_DISK:-/tmp}"
+    done
+}
+
+tests() {
+    part tests 90 "$PY" -m pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py
+}
+
+engines() {
+    part engines_multi30k 120 "$PY" -m benchmarks.pseudolabel_engines --device cuda --case multi30k bart-large \
+        --rows 1024 --repeats 1 --data "$SHARED/data" --multi30k-teacher "$SHARED/teachers/multi30k-marian-6-6"
+}
+
+shapes() {
+    part speedups 120 "$PY" -m benchmarks.speedups --device cuda --engine "${ENGINE:-ctranslate2}" --precision bf16 \
+        --tables bart-xsum pegasus-xsum
+    part inference_time 120 "$PY" -m benchmarks.inference_time --device cuda --configs "${CONFIGS:-200}" --repeats 5
+}
+
+# One trial per method under Ray Train on the GPU, three at a time.
+ray() {
+    part ray_sweep 300 "$PY" -m raydistill.sweep benchmarks/spaces/gpu_methods.yaml \
+        --set "run.dataset.name=$SHARED/data/multi30k_en_de" --set "run.teacher=$SHARED/teachers/multi30k-marian-6-6" \
+        --set "run.dataset.train_rows=${ROWS:-6000}"
+    tar czf "$OUT/sweep.tgz" --exclude='*.safetensors' --exclude=.ray -C outputs sweeps
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+cublas
+for name in "${@:-tests steps engines shapes ray}"; do
+    for one in $name; do $one; done
+done
