@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 import pytest
 import yaml
 
@@ -75,13 +76,13 @@ class Cluster:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
-    def start_on_head(self, command: str) -> subprocess.Popen[str]:
-        """The same without waiting for its end."""
+    def start_on_head(self, command: str, output: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """The same without waiting for its end; what it says goes to `output`."""
         return subprocess.Popen(
             [str(RAY), "exec", str(self.file), command],
             env=environment(HOME=str(self.laptop)),
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )
@@ -107,22 +108,21 @@ def on_test_hosts(hosts: list[Host], folder: Path, home: Path) -> dict[str, Any]
 
 
 @contextmanager
-def cluster_of(folder: Path, count: int, storage: dict[str, str] | None = None) -> Iterator[Cluster]:
-    """`count` hosts on which `ray up` has been run, all of them at work.
-
-    `storage`: the environment of one; the hosts' homes are then each one's own.
-    """
+def cluster_of(
+    folder: Path, count: int, more: dict[str, str] | None = None, shared_home: bool = True
+) -> Iterator[Cluster]:
+    """`count` hosts on which `ray up` has been run, all of them at work; `more` is in the environment of each."""
     shared, laptop, file = folder / "shared", folder / "laptop", folder / "local.yaml"
     shared.mkdir()
     laptop.mkdir()
     with running_hosts(folder, count) as hosts:
         for host in hosts:
             (host.home / "venv").symlink_to(sys.prefix)
-            more = " ".join(f"{name}='{value}'" for name, value in (storage or {}).items())
+            set_more = " ".join(f"{name}='{value}'" for name, value in (more or {}).items())
             (host.home / ".bashrc").write_text(
-                f"export PYTHONPATH=$HOME/raydistill GLOO_SOCKET_IFNAME=eth0 HF_HUB_OFFLINE=1 {more}\n"
+                f"export PYTHONPATH=$HOME/raydistill GLOO_SOCKET_IFNAME=eth0 HF_HUB_OFFLINE=1 {set_more}\n"
             )
-        config = on_test_hosts(hosts, folder, folder / "private" if storage else shared)
+        config = on_test_hosts(hosts, folder, shared if shared_home else folder / "private")
         file.write_text(yaml.safe_dump(config))
         cluster = Cluster(file, hosts, shared, laptop)
         assert cluster.ray("get-auth-token", "--generate").returncode == 0
@@ -226,7 +226,7 @@ def bucket(folder: Path) -> Iterator[dict[str, str]]:
 
 def test_hosts_that_share_no_folder_share_a_bucket(tmp_path: Path) -> None:
     """Work spreads over hosts with homes of their own; a head that lost its own goes on from the bucket."""
-    with bucket(tmp_path) as storage, cluster_of(tmp_path, 3, storage) as cluster:
+    with bucket(tmp_path) as storage, cluster_of(tmp_path, 3, storage, shared_home=False) as cluster:
         head, home = cluster.hosts[0], tmp_path / "private"
         teacher, data = make_world(cluster.shared / "world")
         path = write_space(cluster, teacher, data)
@@ -359,11 +359,16 @@ def test_a_killed_driver_is_taken_up_by_the_same_command(struck: Struck) -> None
 
 def kill_driver(cluster: Cluster, name: str, job: subprocess.Popen[str]) -> None:
     """SIGKILL for the command on the head; Ray's processes there are left to find out."""
-    lines = {process: process.cmdline() for process in cluster.hosts[0].processes()}
-    [driver] = [p for p, line in lines.items() if [Path(part).name for part in line[1:3]] == ["raydistill", name]]
+    [driver] = drivers(cluster, name)
     driver.kill()
     job.communicate(timeout=60)
     assert job.returncode != 0
+
+
+def drivers(cluster: Cluster, name: str) -> list[psutil.Process]:
+    """The processes of a command of ours on the head."""
+    lines = {process: process.cmdline() for process in cluster.hosts[0].processes()}
+    return [p for p, line in lines.items() if [Path(part).name for part in line[1:3]] == ["raydistill", name]]
 
 
 def wait_for(root: Path, pattern: str, count: int) -> None:

@@ -2,117 +2,28 @@
 
 import json
 import os
-import secrets
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import urllib.error
 import urllib.request
-from base64 import b64encode
-from contextlib import ExitStack
-from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 
+from tests.mlflow_server import DEPLOY, MODULES, USER, ask, mlflow_server, what_is_missing
 from tests.test_sweep import KILL_SPACE
-from tests.world import SECRETS, background, command, free_port, last_json, make_world
-
-DEPLOY = Path(__file__).parent.parent / "deploy"
-ADMIN, USER = "admin", "team"
-
-
-class Database:
-    """Debian's PostgreSQL in a folder of its own, on loopback, with a password."""
-
-    def __init__(self, folder, password):
-        [self.programs] = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
-        self.folder, self.port, self.password = folder, free_port(), password
-        (folder / "password").write_text(password)
-        subprocess.run(["chown", "-R", "postgres", folder], check=True)
-        self._as_postgres(f"initdb -D {folder}/data -U mlflow --pwfile={folder}/password -A scram-sha-256 -E UTF8")
-        (folder / "password").unlink()
-        self.start()
-        self.run("createdb", "mlflow")
-
-    def start(self):
-        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1"
-        self._as_postgres(f"pg_ctl -D {self.folder}/data -l {self.folder}/log -w -o '{options}' start")
-
-    def stop(self):
-        self._as_postgres(f"pg_ctl -D {self.folder}/data -m immediate -w stop")  # as if the machine had lost its power
-
-    @property
-    def environment(self):
-        here = {"PGHOST": "127.0.0.1", "PGPORT": str(self.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
-        return {**here, "PGPASSWORD": self.password}
-
-    def run(self, program, *arguments):
-        env = {**os.environ, **self.environment}
-        done = subprocess.run(
-            [self.programs / program, *arguments], env=env, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    def rows(self, query):
-        return [line.split("|") for line in self.run("psql", "-Atc", query).splitlines()]
-
-    def _as_postgres(self, line):
-        quiet = subprocess.DEVNULL  # a server that inherits a pipe would keep it open
-        subprocess.run(["su", "postgres", "-c", f"{self.programs}/{line}"], stdout=quiet, stderr=quiet, check=True)
+from tests.world import SECRETS, command, last_json, make_world
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """deploy/serve.sh as a unit file starts it, with a user who is not the administrator."""
-    for name in ("moto.server", "boto3", "psycopg2", "flask_wtf"):
+    for name in MODULES:
         pytest.importorskip(name)
-    if os.geteuid() != 0 or not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        pytest.skip("needs root and Debian's postgresql")
-    import boto3
-
-    logs = tmp_path_factory.mktemp("server")
-    hidden = {name: secrets.token_hex(12) for name in ("database", "admin", "user", "form", "bucket")}
-    store, port = free_port(), free_port()
-    s3 = {"aws_access_key_id": "key", "aws_secret_access_key": hidden["bucket"], "region_name": "us-east-1"}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raydistill-postgres-")))
-        database = Database(folder, hidden["database"])
-        stack.callback(database.stop)
-        moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(store)]
-        stack.enter_context(background(moto, logs / "moto.log", lambda: socket.create_connection(("127.0.0.1", store))))
-        bucket = boto3.resource("s3", endpoint_url=f"http://127.0.0.1:{store}", **s3).create_bucket(Bucket="raydistill")
-        url = f"http://127.0.0.1:{port}"
-        env = {
-            **database.environment,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PORT": str(port),
-            "ARTIFACTS": "s3://raydistill/mlflow",
-            "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{store}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": hidden["bucket"],
-            "MLFLOW_AUTH_ADMIN_PASSWORD": hidden["admin"],
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": hidden["form"],
-        }
-        serve = background([DEPLOY / "serve.sh"], logs / "mlflow.log", lambda: ask(url, "/health"), **env)
-        process = stack.enter_context(serve)
-        made = {"username": USER, "password": hidden["user"]}
-        ask(url, "/api/2.0/mlflow/users/create", (ADMIN, hidden["admin"]), made)
-        yield SimpleNamespace(url=url, database=database, bucket=bucket, hidden=hidden, process=process, logs=logs)
-
-
-def ask(url, path, user=None, data=None):
-    """The answer of the server; an HTTPError, which is an OSError, where it refuses."""
-    headers = {"Content-Type": "application/json"}
-    if user:
-        headers["Authorization"] = "Basic " + b64encode(":".join(user).encode()).decode()
-    body = json.dumps(data).encode() if data else None
-    with urllib.request.urlopen(urllib.request.Request(url + path, body, headers), timeout=30) as answer:
-        return answer.read()
+    if why := what_is_missing():
+        pytest.skip(why)
+    with mlflow_server(tmp_path_factory.mktemp("server")) as found:
+        yield found
 
 
 @pytest.mark.cluster
@@ -139,25 +50,19 @@ def test_a_sweep_is_published_and_a_database_that_goes_away_loses_nothing(server
     path = tmp_path / "deployed.yaml"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "name": "deployed", "run": run}))
     home = tmp_path / "outputs"
-    login = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": server.hidden["user"]}
     asked = ("sweep", path, "--set", f"tracking_uri={server.url}")
-
-    def trials_in_store():
-        query = "select t.value, r.status from runs r join tags t using (run_uuid) where t.key = 'raydistill.trial'"
-        return sorted(map(tuple, server.database.rows(query)))
-
-    one = command(home, *asked, "--set", "search.trials=1", "--json", **login)
-    assert [(t["key"], "FINISHED") for t in last_json(one)["trials"]] == trials_in_store()
+    one = command(home, *asked, "--set", "search.trials=1", "--json", **server.login)
+    assert [(t["key"], "FINISHED") for t in last_json(one)["trials"]] == server.trials("deployed")
 
     server.database.stop()
-    away = command(home, *asked, "--set", "search.trials=4", "--json", **login)
+    away = command(home, *asked, "--set", "search.trials=4", "--json", **server.login)
     assert len(last_json(away)["trials"]) == 4
     assert "run the same command again to publish" in away.stderr
     server.database.start()
 
-    again = command(home, *asked, "--set", "search.trials=4", "--json", **login)
+    again = command(home, *asked, "--set", "search.trials=4", "--json", **server.login)
     found = last_json(again)
-    assert sorted((t["key"], "FINISHED") for t in found["trials"]) == trials_in_store()
+    assert sorted((t["key"], "FINISHED") for t in found["trials"]) == server.trials("deployed")
     read_back(server, home / "sweeps" / "deployed", found)
     said = one.stdout + one.stderr + away.stdout + away.stderr + again.stdout + again.stderr
     nothing_secret_is_left(server, home, said)

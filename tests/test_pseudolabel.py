@@ -178,6 +178,20 @@ def test_a_batch_that_fails_ends_the_job_with_its_error(ray_here):
         run_batches(range(4), make, device="cpu", on_done=done.append)
 
 
+@pytest.mark.slow
+def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_here):
+    def make():
+        def work(number):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"rows": 1.0}
+
+        return work
+
+    with pytest.raises(UserError, match=r"lost and could not be replaced .* run the same command again"):
+        run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
+
+
 def test_texts_of_two_engines_are_not_mixed(tmp_path):
     _one_engine(tmp_path, "ctranslate2 fp32", [])
     _one_engine(tmp_path, "ctranslate2 fp32", [])

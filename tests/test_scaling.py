@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks.nodes import Meter
-from benchmarks.scaling import Slept, in_slots
+from benchmarks.nodes import Meter, nodes
+from benchmarks.scaling import SECONDS_PER_STEP, SIZES, Slept, _slept, _space, in_slots
 from benchmarks.stamps import End, rate
 from benchmarks.standins import timed_engine, timed_run
+from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.search import search
 from raydistill.config.run import Run
 from raydistill.model.decoding import Beam
 from raydistill.training.run import Inputs
@@ -58,6 +61,26 @@ def test_a_timed_run_leaves_what_a_search_reads_and_is_not_done_twice(tmp_path: 
     assert seconds == pytest.approx(0.1)
     assert ended - began >= 0.1
     assert timed_run(run, tmp_path, report, inputs, seconds_per_step=100) == result
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("gpus", "together"), [(0.5, 2), (1, 1)])
+def test_small_students_share_a_gpu(gpus: float, together: int, tmp_path: Path) -> None:
+    """On a machine of one GPU, as Ray is told: how many of four trials are at work at the same time.
+
+    By Tune's actors: Ray Train's workers join by NCCL, which needs a real one.
+    """
+    space = _space(4, 4, 8.0, "tune")
+    space.run["training"]["gpus"] = gpus
+    shapes = {size: {"latency_ms": 100.0, "params_m": 100.0} for size in SIZES}
+    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
+    work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
+    with nodes(1, cpus=8, gpus=1):
+        search(space, tmp_path, Prepared(teacher, shapes, shapes), "cuda", [], work)
+    slept = [_slept(path) for path in tmp_path.glob("trials/*/stamps.jsonl")]
+    assert len(slept) == 4
+    assert max(sum(one.began <= other.began < one.ended for one in slept) for other in slept) == together
 
 
 @pytest.mark.slow

@@ -36,12 +36,48 @@ def run_batches(
     called here as batches finish, in any order, with "batch" among the facts. An actor holds a GPU, or `threads`
     CPUs. There are as many as the cluster has room for, and more as nodes join while it runs: Ray Data asks the
     cluster for them too. What a batch raises ends the job (a UserError arrives as one); an actor that dies, or whose
-    node leaves, is replaced where there is room and its batch done again, at most `RETRIES` times.
+    node leaves, is replaced where there is room and its batch done again, at most `RETRIES` times; then, and where the
+    machine of this process leaves the cluster, it is a UserError.
     """
     import ray.data
+    from ray.exceptions import RayError, RayTaskError
 
     if not numbers:
         return
+
+    # Importing it has set the level anew. Its account of an actor's death is a page long; ours is below.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.verbose_stats_logs = False
+    # Its 30 minutes are too few for a large teacher's batch on a CPU.
+    context.execution_no_progress_timeout_s = -1
+    size = min(room_for_actors(device, threads), len(numbers))
+    resources: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device == "cuda" else {})
+    done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
+        _actor(make),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(min_size=size, max_size=len(numbers)),
+        max_task_retries=RETRIES,
+        **resources,
+    )
+    try:
+        for facts in done.iter_rows():
+            if wrong := str(facts.pop("wrong")):
+                raise UserError(wrong)
+            on_done(facts)
+    except RayTaskError:  # an error in a batch, and none of the cluster
+        raise
+    except RayError as error:
+        raise UserError(
+            f"the processes at work were lost and could not be replaced ({type(error).__name__}). What is done is "
+            f"kept: run the same command again. Where it always comes to this, memory is short, most often"
+        ) from None
+
+
+def _actor(make: Callable[[], Work]) -> type:
+    """The class of an actor that does what `make()` returns."""
 
     # Bound here rather than passed as an argument: arguments would go through the object store, from which an actor
     # that is started again may no longer get them.
@@ -67,26 +103,7 @@ def run_batches(
             told = {"batch": number, "wrong": self.wrong, **facts}
             return {name: np.array([value]) for name, value in told.items()}
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set the level anew
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.verbose_stats_logs = False
-    # Its 30 minutes are too few for a large teacher's batch on a CPU.
-    context.execution_no_progress_timeout_s = -1
-    size = min(room_for_actors(device, threads), len(numbers))
-    resources: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device == "cuda" else {})
-    done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
-        Actor,
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=size, max_size=len(numbers)),
-        max_task_retries=RETRIES,
-        **resources,
-    )
-    for facts in done.iter_rows():
-        if wrong := str(facts.pop("wrong")):
-            raise UserError(wrong)
-        on_done(facts)
+    return Actor
 
 
 def places(device: str, threads: int, gpus: float = 1) -> int:
