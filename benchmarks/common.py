@@ -41,18 +41,19 @@ def write_result(
     data: Any,
     machine: dict[str, Any],
     results: Path = RESULTS,
-    variant: str = "",
+    device: str = "cpu",
+    form: str = "",
 ) -> Path:
     """Write NAME.md into `results` and, with the same figures and more, NAME.json; returns the first.
 
-    The command is the one that is running. `machine` is `describe_machine()` as it was before the work. Of a `variant`,
-    such as another device, the files are NAME_VARIANT.
+    The command is the one that is running. `machine` is `describe_machine()` as it was before the work. Of another
+    `device` the files are NAME_DEVICE, or NAME_DEVICE_FORM.
     """
     date = time.strftime("%Y-%m-%d")
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     facts = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = f"# {title}\n\n{date}: {facts}.\n\n    {command}\n\n{markdown.strip()}\n"
-    stem = f"{name}_{variant}" if variant else name
+    stem = name if device == "cpu" else "_".join(part for part in (name, device, form) if part)
     write_json_atomic(results / f"{stem}.json", {"date": date, "command": command, "machine": machine, "data": data})
     write_atomic(results / f"{stem}.md", text.encode())
     return results / f"{stem}.md"

@@ -195,8 +195,7 @@ def main() -> None:
         "seconds": time.monotonic() - started,
         "timings": [{**asdict(draw(asked.seed, n)), "ms": ms} for n, ms in times.items()],
     }
-    variant = "" if asked.device == "cpu" else asked.device
-    write_result("inference_time", "Inference time by a BART's dimensions", text, data, machine, variant=variant)
+    write_result("inference_time", "Inference time by a BART's dimensions", text, data, machine, device=asked.device)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a training step costs: KD naive, KD with a shared encoder, KD from the cache; SFT by the Trainer and by us.
 
 BART-large to 12-3 (or Pegasus-large to 16-4) with random weights, sources of 400 tokens and targets of 25. Every side
-runs in a process of its own, with its loader, its reading from disk and its optimiser. Needs torch, transformers and,
-for the Trainer, accelerate; neither Ray nor MLflow.
+has its loader, its reading from disk and its optimiser, and but for a GPU a process of its own. Needs torch,
+transformers and, for the Trainer, accelerate; neither Ray nor MLflow.
 
     python -m benchmarks.kd_step                       # two threads, batch 4: about 12 minutes
     python -m benchmarks.kd_step --device cuda --batch 64 --form pegasus
@@ -41,8 +41,8 @@ from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_dec
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
 SIDES = ("naive", "shared", "ours-mkl", "ours", "trainer", "ours-sft")
-# Steps timed together on a GPU, which works while the next ones are prepared: no side asks for a step's loss.
-BLOCK = 5
+# Steps timed together: a GPU works while the next ones are prepared, and this script asks for no step's loss.
+BLOCK = {"cpu": 1, "cuda": 5}
 WARM_UP = 2
 
 
@@ -112,7 +112,7 @@ def kd_loss(ours: Any, theirs: Any, labels: Tensor, phi: list[int], how: Loss = 
 
 def time_steps(call: Callable[[], Any], count: int, device: str) -> list[float]:
     """Seconds of each of `count` steps, on a GPU the mean of each `BLOCK`, after those of the warm-up."""
-    each = BLOCK if device == "cuda" else 1
+    each = BLOCK[device]
     seconds = []
     for _ in range(WARM_UP + count // each):
         begun = time.perf_counter()
@@ -178,7 +178,7 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     ends: list[float] = []
-    each = BLOCK if options.device == "cuda" else 1
+    each = BLOCK[options.device]
     count = each * WARM_UP + options.steps
 
     class Clock(TrainerCallback):
@@ -346,7 +346,7 @@ def compare(options: argparse.Namespace) -> None:
         for precision in options.precisions:
             for side in ("cache", *sides_on(options.device)):
                 name = f"{side} {precision}"
-                found[name] = in_process(options, side, precision, cache)
+                found[name] = measured(options, side, precision, cache)
                 print(
                     f"{name}: {json.dumps({k: v for k, v in found[name].items() if k != 'profile'})}", file=sys.stderr
                 )
@@ -357,7 +357,8 @@ def compare(options: argparse.Namespace) -> None:
         as_markdown(found),
         found,
         machine,
-        variant="" if options.device == "cpu" else f"{options.device}_{options.form}",
+        device=options.device,
+        form=options.form,
     )
 
 
@@ -366,7 +367,7 @@ def sides_on(device: str) -> list[str]:
     return [side for side in SIDES if device == "cpu" or side != "ours-mkl"]
 
 
-def in_process(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
+def measured(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
     """One side's figures, from a process of its own; on a GPU, whose memory torch counts, from this one."""
     if options.device == "cuda":
         found = run_side(argparse.Namespace(**vars(options) | {"side": side, "precision": precision, "cache": cache}))
@@ -427,7 +428,7 @@ def main() -> None:
     parser.add_argument(
         "--size", help="of the student: a whole encoder, and by default 3 (bart) or 4 (pegasus) decoder layers"
     )
-    parser.add_argument("--steps", type=int, default=5, help="measured steps, after those of the warm-up")
+    parser.add_argument("--steps", type=int, help="measured steps, after those of the warm-up; default: 5, on a GPU 40")
     parser.add_argument("--profile", type=int, default=0, help="1: torch's profile of a step of each side")
     parser.add_argument("--cache-root", help="a folder on the disk to read from; default: the system's for temporary")
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
@@ -435,6 +436,9 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.steps = options.steps or {"cpu": 5, "cuda": 40}[options.device]
+    if options.steps < BLOCK[options.device]:
+        parser.error(f"--steps: on a GPU {BLOCK['cuda']} are timed together; ask for as many at least")
     options.size = options.size or {"bart": f"{options.layers}-3", "pegasus": "16-4"}[options.form]
     if options.side:
         print(json.dumps(run_side(options)))

@@ -27,6 +27,11 @@ part() { # NAME SECONDS COMMAND...
 cublas() {
     ldconfig -p | grep -q libcublas.so.12 && return
     local found
+    found=$("$PY" -c 'import nvidia, pathlib; print(*[f for p in nvidia.__path__ for f in pathlib.Path(p).rglob("libcublas.so.12")])' 2>/dev/null)
+    if [ -n "$found" ]; then
+        export LD_LIBRARY_PATH=$(dirname "$found"):${LD_LIBRARY_PATH:-}
+        return
+    fi
     found=$(find / -name 'libcublas.so.13' -not -path '/proc/*' 2>/dev/null | head -1)
     [ -n "$found" ] || return
     mkdir -p /tmp/cublas12 && ln -sf "$found" /tmp/cublas12/libcublas.so.12

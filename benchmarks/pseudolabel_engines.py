@@ -65,8 +65,7 @@ def main() -> None:
     markdown = "\n\n".join(f"## {case}\n\n{facts['what']}\n\n{_table(facts)}" for case, facts in found.items())
     print(markdown)
     title = "Engines against plain generate"
-    variant = "" if asked.device == "cpu" else asked.device
-    print(write_result("pseudolabel_engines", title, markdown, found, machine, variant=variant))
+    print(write_result("pseudolabel_engines", title, markdown, found, machine, device=asked.device))
 
 
 def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -138,8 +138,7 @@ def main() -> None:
     text = f"{what}. Source tokens, output tokens and beams: {used}.\n\n{markdown_table(header, rows)}"
     print(text)
     data = [dict(zip(header, row, strict=True)) for row in rows]
-    variant = "" if asked.device == "cpu" else asked.device
-    write_result("speedups", "Speed-ups of the shapes of Tables 6 and 7", text, data, machine, variant=variant)
+    write_result("speedups", "Speed-ups of the shapes of Tables 6 and 7", text, data, machine, device=asked.device)
 
 
 if __name__ == "__main__":

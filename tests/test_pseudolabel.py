@@ -178,6 +178,14 @@ def test_a_batch_that_fails_ends_the_job_with_its_error(ray_here):
         run_batches(range(4), make, device="cpu", on_done=done.append)
 
 
+def test_a_teacher_that_cannot_be_opened_ends_the_job_with_the_cause(ray_here):
+    def make():
+        raise RuntimeError("CUDA error: the real cause")
+
+    with pytest.raises(Exception, match="CUDA error: the real cause"):
+        run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
+
+
 @pytest.mark.slow
 def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_here):
     def make():
@@ -188,7 +196,7 @@ def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_her
 
         return work
 
-    with pytest.raises(UserError, match=r"lost and could not be replaced .* run the same command again"):
+    with pytest.raises(ConnectionError, match=r"lost and could not be replaced .* run the same command again"):
         run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
 
 

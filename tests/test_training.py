@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.config.errors import UserError
 from raydistill.config.run import Dataset, LayerChoice, Loss, Run, Student, Training
-from raydistill.data.batches import Examples, buckets, epoch_batches, share
+from raydistill.data.batches import Examples, buckets, epoch_batches, share, within
 from raydistill.data.labels import Candidate, write_label_set
 from raydistill.model import forms
 from raydistill.model.shrink import plan, shrink
@@ -514,6 +515,50 @@ def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_
     state = fit(supervision, LOOP, slow, folder, lambda m, f: None, begun=time.monotonic() - 5)
     assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
     assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
+
+
+def test_settings_of_memory_may_change_when_a_run_is_taken_up(tmp_path):
+    run = Run.model_validate({"name": "r", "teacher": "t", "dataset": "d", "training": {"micro_tokens": 16384}})
+    record.claim(tmp_path, run)
+    other = {"name": "r", "teacher": "t", "dataset": "d", "training": {"gpus": 0.5}}
+    record.claim(tmp_path, Run.model_validate(other))
+    other["training"]["batch_size"] = 7
+    with pytest.raises(UserError, match="other settings"):
+        record.claim(tmp_path, Run.model_validate(other))
+
+
+def test_a_micro_batch_on_a_gpu_is_bounded_by_its_share_and_by_targets_first():
+    examples = Examples([[1] * 400] * 64, [[1] * 25] * 64, list(range(64)))
+
+    def sizes(gpus, shared, targets=25):
+        longer = Examples(examples.sources, [[1] * targets] * 64, examples.rows)
+        supervision = types.SimpleNamespace(encoder_shared=shared)
+        most = loop.default_micro_tokens(supervision, Training(gpus=gpus), Worker(device="cuda:0"))
+        return [len(part) for part in within(range(64), longer, *most)]
+
+    assert sizes(1, True) == [64]  # 64 * (100 + 25) = 8,000 of 16,384
+    assert sizes(0.25, True) == [32, 32]  # 32 * 125 = 4,000 of 4,096
+    assert sizes(1, False) == [38, 26]  # 38 * 425 = 16,150
+    assert sizes(1, True, targets=512) == [26, 26, 12]  # 26 * 612 = 15,912
+    assert loop.default_micro_tokens(None, Training(gpus=0.25), Worker()) == (16_384, 1.0)
+
+
+def test_a_gpu_without_memory_is_told_with_what_to_do(tmp_path):
+    """Raised here by hand, where torch raises it: in the midst of training."""
+    save_tiny("bart", tmp_path / "teacher")
+
+    def full(metrics, folder):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    lines = [
+        json.dumps({"id": str(i), "source": s, "target": t}) for i, (s, t) in enumerate(zip(*texts(6), strict=True))
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines))
+    run = {"name": "r", "teacher": str(tmp_path / "teacher"), "student": {"size": "2-2"}, "dataset": str(tmp_path)}
+    run["training"] = {"max_steps": 1, "precision": "fp32"}
+    with pytest.raises(UserError, match=r"too little memory: CUDA out of memory\. Lower training\.micro_tokens"):
+        train(Run.model_validate(run), tmp_path / "run", full)
 
 
 def test_a_run_under_way_is_charged_a_gpu_per_worker_or_the_cores_of_its_threads(tmp_path):

@@ -1,4 +1,4 @@
-"""Two launchers, one training core: Ray Train for GPUs, several workers and every `train`; Tune for short trials.
+"""Two launchers, one training core: Ray Train for GPUs, several workers and every `train`; Tune for short CPU trials.
 
 Both hand `training.run.train` a `report`, and both go on from the run's own folder after a death.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import storage
-from raydistill.cluster.planned import places
+from raydistill.cluster.planned import places, resources
 from raydistill.cluster.teacher_pass import read_by
 from raydistill.config.errors import UserError
 from raydistill.config.files import read_json
@@ -43,7 +43,8 @@ def check_room(run: Run, device: str) -> None:
     training = run.training
     room = places(device, training.threads, training.gpus)
     if room < training.workers:
-        each = f"{training.threads} CPUs of one machine{' and a GPU' if device == 'cuda' else ''}"
+        gpu = "a GPU" if training.gpus == 1 else f"{training.gpus:g} of a GPU"
+        each = f"{training.threads} CPUs of one machine{f' and {gpu}' if device == 'cuda' else ''}"
         raise UserError(
             f"{training.workers} workers need {each} each, and the cluster has room for {room}; "
             f"lower training.workers or training.threads"
@@ -83,7 +84,7 @@ def train_with_ray_train(
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",
-            resources_per_worker={"CPU": training.threads, **({"GPU": training.gpus} if device == "cuda" else {})},
+            resources_per_worker=resources(device, training.threads, training.gpus),
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{folder.name}",

@@ -37,7 +37,7 @@ def run_batches(
     CPUs. There are as many as the cluster has room for, and more as nodes join while it runs: Ray Data asks the
     cluster for them too. What a batch raises ends the job (a UserError arrives as one); an actor that dies, or whose
     node leaves, is replaced where there is room and its batch done again, at most `RETRIES` times; then, and where the
-    machine of this process leaves the cluster, it is a UserError.
+    machine of this process leaves the cluster, it is a ConnectionError.
     """
     import ray.data
     from ray.exceptions import RayError, RayTaskError
@@ -70,9 +70,9 @@ def run_batches(
     except RayTaskError:  # an error in a batch, and none of the cluster
         raise
     except RayError as error:
-        raise UserError(
+        raise ConnectionError(
             f"the processes at work were lost and could not be replaced ({type(error).__name__}). What is done is "
-            f"kept: run the same command again. Where it always comes to this, memory is short, most often"
+            f"kept: run the same command again. If it comes to this again, memory is most likely short"
         ) from None
 
 
@@ -82,16 +82,24 @@ def _actor(make: Callable[[], Work]) -> type:
     # Bound here rather than passed as an argument: arguments would go through the object store, from which an actor
     # that is started again may no longer get them.
     class Actor:
+        # What is raised here would be told as an actor's death, without its cause; so it waits for the first batch.
         def __init__(self) -> None:
             self.wrong = ""
+            self.error: Exception | None = None
             try:
                 self.work = make()
             except UserError as error:
                 self.wrong = str(error)
+            except OSError as error:
+                self.wrong = explained(error)
+            except Exception as error:
+                self.error = error
 
         # Ray would wrap what is raised here, and tell of an actor that died in its first call as of a lost machine.
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
             [number] = rows["batch"]
+            if self.error is not None:
+                raise self.error
             facts: Facts = {}
             if not self.wrong:
                 try:
@@ -104,6 +112,11 @@ def _actor(make: Callable[[], Work]) -> type:
             return {name: np.array([value]) for name, value in told.items()}
 
     return Actor
+
+
+def resources(device: str, threads: int, gpus: float = 1) -> dict[str, float]:
+    """What a process holds of Ray's resources."""
+    return {"CPU": threads} | ({"GPU": gpus} if device == "cuda" else {})
 
 
 def places(device: str, threads: int, gpus: float = 1) -> int:

@@ -21,13 +21,13 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raydistill.cluster import storage
 from raydistill.cluster.launch import Work, check_room, final_report, launcher_for, tune_trial
-from raydistill.cluster.planned import places
+from raydistill.cluster.planned import places, resources
 from raydistill.cluster.prepare import Prepared, runs_of
 from raydistill.config.console import progress
 from raydistill.config.corners import MAX_CORNERS
 from raydistill.config.errors import UserError
 from raydistill.config.files import damage_told, inside, read_json, write_atomic
-from raydistill.config.run import Run
+from raydistill.config.run import HOW, Run
 from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names, split
 from raydistill.results.budget import admitted, known_bounds
 from raydistill.results.records import device_hours
@@ -36,6 +36,9 @@ from raydistill.training.run import Inputs, train
 # Of proposals that were tried before, or are barred: after so many the sampler is stuck, and chance takes its place;
 # after so many more there is nothing new to be found by chance either.
 STUCK, GIVEN_UP = 10, 200
+# What a trial holds that only waits for its Ray Train job: next to nothing (a byte), since Tune refuses nothing at all,
+# and a part of a CPU would keep the last of as many trials as there are CPUs from its own.
+WAITS = {"memory": 1.0}
 # Tune would hand the AWS keys of this process to its actors as a setting, which Ray's agent writes into a log that all
 # may read. Actors on this machine have its environment anyway; other nodes have roles or keys of their own.
 class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
@@ -47,7 +50,7 @@ STUDY_LOST = "Delete this file to go on with a new study: finished trials are kn
 def key_of(run: Run) -> str:
     """A trial's key, and its folder's name: the same settings are the same trial, whatever it is called."""
     # Without defaults, so that a setting that a later release adds does not make another trial of it.
-    settings = run.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    settings = run.model_dump(mode="json", exclude={"name": True, **HOW}, exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{run.method}-{run.student.size or 'full'}-{digest}"
 
@@ -95,7 +98,7 @@ def search(
     )
     trainable.__name__ = "trial"  # type: ignore[attr-defined]
     tuner = tune.Tuner(
-        tune.with_resources(trainable, largest(runs, device) if in_actor else {"cpu": 0.1}),
+        tune.with_resources(trainable, tune.PlacementGroupFactory([largest(runs, device) if in_actor else WAITS])),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=missing,
@@ -126,15 +129,17 @@ def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
 
 def room(runs: list[Run], device: str) -> int:
     """How many trials the cluster can hold at a time."""
-    most = largest(runs, device)
     workers = max(run.training.workers for run in runs)
-    return max(1, places(device, most["cpu"], most.get("gpu", 1)) // workers)
+    return max(1, places(device, *_most(runs)) // workers)
 
 
-def largest(runs: list[Run], device: str) -> dict[str, Any]:
-    """What a worker of any of the runs holds at most, in Tune's words."""
-    threads, gpus = (max(getattr(run.training, name) for run in runs) for name in ("threads", "gpus"))
-    return {"cpu": threads} | ({"gpu": gpus} if device == "cuda" else {})
+def largest(runs: list[Run], device: str) -> dict[str, float]:
+    """What a worker of any of the runs holds at most."""
+    return resources(device, *_most(runs))
+
+
+def _most(runs: list[Run]) -> tuple[int, float]:
+    return max(run.training.threads for run in runs), max(run.training.gpus for run in runs)
 
 
 def mend(journal: Path) -> None:

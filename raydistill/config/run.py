@@ -128,6 +128,10 @@ class Loss(Model):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
+# Settings that change how a run is carried out and not what comes of it: it may be taken up with others.
+HOW = {"training": {"micro_tokens", "gpus"}}
+
+
 class Training(Model):
     """Optimisation, validation and where it runs."""
 
@@ -142,7 +146,7 @@ class Training(Model):
         None,
         ge=1,
         description="padded source and target tokens of a micro-batch, at most; steps stay the same; "
-        "default: 16384, and on a GPU 65536 where the encoder is not trained",
+        "default: 16384, on a GPU of its share, where source tokens count a quarter if the encoder is not trained",
     )
     epochs: float = Field(5, gt=0, le=100_000)
     max_steps: int | None = Field(None, ge=1)
@@ -160,9 +164,13 @@ class Training(Model):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     workers: int = Field(1, ge=1, description="data-parallel workers; the global batch stays batch_size")
-    threads: int = Field(1, ge=1, description="CPU threads per worker where there is no GPU")
+    threads: int = Field(1, ge=1, description="CPU threads per worker; with a GPU the CPUs held beside it")
     gpus: float = Field(
-        1, gt=0, le=1, description="share of a GPU per worker, where there are any; 0.25: four small students share one"
+        1,
+        ge=0.01,
+        le=1,
+        description="share of a GPU per worker, where there are any; 0.25: four small students share one, if there are "
+        "CPUs for them",
     )
     launcher: Literal["auto", "train", "tune"] = Field(
         "auto", description="train: Ray Train; tune: a reused actor, for short trials of one worker"

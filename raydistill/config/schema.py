@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from raydistill.config.distributions import Distribution
-from raydistill.config.run import Run
+from raydistill.config.run import HOW, Run
 from raydistill.config.space import COMMON, MAY_DIFFER, Space
 
 
@@ -25,8 +25,10 @@ def json_schema() -> dict[str, Any]:
             },
         ]
     }
-    for name in ("Student", "LayerChoice", "Loss", "Training"):
+    for name in ("Student", "LayerChoice", "Loss"):
         _allow_distributions(definitions[name])
+    training = definitions["Training"]
+    _allow_distributions(training, [key for key in training["properties"] if key not in HOW["training"]])
     _allow_distributions(definitions["Dataset"], [key.partition(".")[2] for key in MAY_DIFFER])
     del run["properties"]["start"], definitions["Start"]  # a sweep is of a teacher's students
     _allow_distributions(run, [key for key in run["properties"] if key not in COMMON])

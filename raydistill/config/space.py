@@ -12,7 +12,7 @@ from raydistill.config.corners import corners, point_values
 from raydistill.config.distributions import encode, fill, propose, split
 from raydistill.config.errors import UserError
 from raydistill.config.load import Path_, absolute_paths, apply_settings, check, explain, read_yaml
-from raydistill.config.run import NAME, Model, Run
+from raydistill.config.run import HOW, NAME, Model, Run
 
 # With what a sweep needs of the two files below this one.
 __all__ = [
@@ -167,7 +167,10 @@ def _check_common(run: dict[str, Any], varied: list[str]) -> None:
     if run.get("start") is not None or any(key.split(".")[0] == "start" for key in varied):
         raise ValueError("start: a sweep is of a teacher's students; make a teacher first, with `raydistill train`")
     for key in varied:
-        if key.split(".")[0] in COMMON and key not in MAY_DIFFER:
+        group, _, name = key.partition(".")
+        if name in HOW.get(group, ()):
+            raise ValueError(f"{key}: changes how a trial is carried out and not what comes of it; give it one value")
+        if group in COMMON and key not in MAY_DIFFER:
             raise ValueError(
                 f"{key}: is one for all trials of a sweep, which are compared by the same teacher, rows and decoding; "
                 f"make a space for each value (search.decoding tries beams and length penalties on finished students)"

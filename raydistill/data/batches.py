@@ -70,8 +70,10 @@ def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> lis
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
-def within(batch: Sequence[int], examples: Examples, tokens: int) -> list[list[int]]:
+def within(batch: Sequence[int], examples: Examples, tokens: int, per_source: float = 1) -> list[list[int]]:
     """A batch in micro-batches of at most `tokens` padded source and target tokens (at least one row each).
+
+    A source token counts as `per_source` of one.
 
     Rows keep their order: those of a batch are neighbours in length already.
     """
@@ -79,7 +81,7 @@ def within(batch: Sequence[int], examples: Examples, tokens: int) -> list[list[i
     source = target = 0
     for i in batch:
         longest = max(source, len(examples.sources[examples.rows[i]])), max(target, len(examples.targets[i]))
-        if not parts or (len(parts[-1]) + 1) * sum(longest) > tokens:
+        if not parts or (len(parts[-1]) + 1) * (per_source * longest[0] + longest[1]) > tokens:
             parts.append([])
             longest = len(examples.sources[examples.rows[i]]), len(examples.targets[i])
         source, target = longest

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.errors import UserError
 from raydistill.config.files import CARD, damage_told, read_json, sync, write_json_atomic
-from raydistill.config.run import Run
+from raydistill.config.run import HOW, Run
 from raydistill.model.shrink import Plan
 
 HELD_WAIT_S = 60.0
@@ -26,6 +26,7 @@ def claim(folder: Path, run: Run) -> None:
     """The folder belongs to this config: another config's work is neither gone on with nor taken for this one's.
 
     What an older release wrote lacks settings that it did not know; they had the values that are the defaults now.
+    Settings of memory (`HOW`) may change.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -33,7 +34,7 @@ def claim(folder: Path, run: Run) -> None:
         return
     with damage_told(path):
         begun = Run.model_validate(read_json(path))
-    if begun != run:
+    if begun.model_dump(exclude=HOW) != run.model_dump(exclude=HOW):
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raydistill.config.console import progress
+from raydistill.config.errors import UserError
 from raydistill.config.files import read_json, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.data.batches import Examples
@@ -121,6 +122,11 @@ def _train(run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worke
     startup = time.monotonic() - started
     try:
         state = fit(supervision, run.training, validator.validate, folder, report, worker, started)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU has too little memory: {str(error).partition('. ')[0]}. Lower training.micro_tokens, or where "
+            f"runs share a GPU raise training.gpus; what is done is kept, and the same command goes on"
+        ) from None
     except Diverged as error:
         facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
         hours = error.seconds * worker.devices(run.training) / 3600

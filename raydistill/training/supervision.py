@@ -25,10 +25,10 @@ Maps = tuple[tuple[Tensor, Tensor], ...]
 class Batch:
     """A micro-batch as tensors: all that is read from memory and disk, nothing that a model works out.
 
-    `labels` [rows, target tokens], -100 where there is none; `real` [tokens], the places of the others among all of
-    them, known before so that a GPU is not asked for their number; `mask` [rows, source tokens]; `ids` the source
-    tokens where an encoder has to run, else None; `encoded` the cached encoder states, else None; `taught` the teacher
-    decoder's cached outputs by layer, real tokens only, [tokens, width] each.
+    `labels` [rows, target tokens], -100 where there is none; `real` [tokens], where in the flattened labels a token
+    stands, known before so that a GPU is not asked; `mask` [rows, source tokens]; `ids` the source tokens where an
+    encoder has to run, else None; `encoded` the cached encoder states, else None; `taught` the teacher decoder's cached
+    outputs by layer, real tokens only, [tokens, width] each.
     """
 
     labels: Tensor
