@@ -186,7 +186,6 @@ def test_a_teacher_that_cannot_be_opened_ends_the_job_with_the_cause(ray_here):
         run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
 
 
-@pytest.mark.slow
 def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_here):
     def make():
         def work(number):

@@ -1,6 +1,7 @@
 """The scaling simulation's arithmetic by hand, its stand-ins, and a small simulation as it is run."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -63,6 +64,17 @@ def test_a_timed_run_leaves_what_a_search_reads_and_is_not_done_twice(tmp_path: 
     assert timed_run(run, tmp_path, report, inputs, seconds_per_step=100) == result
 
 
+def four_trials(gpus: float, sweep: Path) -> None:
+    """Four trials of eight seconds on a machine that offers eight CPUs and a GPU, each asking for `gpus` of it."""
+    space = _space(4, 4, 8.0, "tune")
+    space.run["training"]["gpus"] = gpus
+    shapes = {size: {"latency_ms": 100.0, "params_m": 100.0} for size in SIZES}
+    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
+    work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
+    with nodes(1, cpus=8, gpus=1):
+        search(space, sweep, Prepared(teacher, shapes, shapes), "cuda", [], work)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("gpus", "together"), [(0.5, 2), (1, 1)])
@@ -71,13 +83,8 @@ def test_small_students_share_a_gpu(gpus: float, together: int, tmp_path: Path) 
 
     By Tune's actors: Ray Train's workers join by NCCL, which needs a real one.
     """
-    space = _space(4, 4, 8.0, "tune")
-    space.run["training"]["gpus"] = gpus
-    shapes = {size: {"latency_ms": 100.0, "params_m": 100.0} for size in SIZES}
-    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
-    work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
-    with nodes(1, cpus=8, gpus=1):
-        search(space, tmp_path, Prepared(teacher, shapes, shapes), "cuda", [], work)
+    with multiprocessing.get_context("spawn").Pool(1) as apart:  # a process takes the token of one cluster only
+        apart.apply(four_trials, (gpus, tmp_path))
     slept = [_slept(path) for path in tmp_path.glob("trials/*/stamps.jsonl")]
     assert len(slept) == 4
     assert max(sum(one.began <= other.began < one.ended for one in slept) for other in slept) == together
