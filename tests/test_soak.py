@@ -136,10 +136,12 @@ class Faults:
 
 
 def _works(process: psutil.Process) -> bool:
-    """A trial, an actor that labels or what prepares and judges; none of Ray's own agents, with whom a host is lost."""
+    """A trial, an actor that labels, or what prepares and judges; none of Ray's own actors and agents."""
     try:
         name = process.name()
-        return name.startswith("ray::") and "IDLE" not in name and "Agent" not in name
+        return any(
+            name.startswith(f"ray::{work}") for work in ("MapWorker", "ImplicitFunc", "RayTrainWorker", "_with_thr")
+        )
     except psutil.Error:
         return False
 
