@@ -53,14 +53,14 @@ def run_batches(
     # Its 30 minutes are too few for a large teacher's batch on a CPU.
     context.execution_no_progress_timeout_s = -1
     size = min(room_for_actors(device, threads), len(numbers))
-    resources: dict[str, Any] = {"num_cpus": threads} | ({"num_gpus": 1} if device == "cuda" else {})
     done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
         _actor(make),
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(min_size=size, max_size=len(numbers)),
         max_task_retries=RETRIES,
-        **resources,
+        num_cpus=threads,
+        num_gpus=1 if device == "cuda" else None,
     )
     try:
         for facts in done.iter_rows():
