@@ -133,7 +133,6 @@ def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
     onednn.ALLOWED = False  # torch's own layers
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    teacher.to(options.device)
     student.to(options.device).train()
     student.get_encoder().eval()
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -263,7 +262,6 @@ def make_cache(options: argparse.Namespace, precision: str) -> None:
     """The stores that `from_cache` reads."""
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     onednn.quicken(teacher)
-    teacher.to(options.device)
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     layers = sorted({*layout.supervised_decoder, forms.depths(teacher.config)[1] - 1})
     numbers = Numbers(precision, precision)

@@ -533,14 +533,16 @@ def test_a_micro_batch_on_a_gpu_is_bounded_by_its_share_and_by_targets_first():
     def sizes(gpus, shared, targets=25):
         longer = Examples(examples.sources, [[1] * targets] * 64, examples.rows)
         supervision = types.SimpleNamespace(encoder_shared=shared)
-        most = loop.default_micro_tokens(supervision, Training(gpus=gpus), Worker(device="cuda:0"))
+        most = loop.micro_batch(supervision, Training(gpus=gpus), Worker(device="cuda:0"))
         return [len(part) for part in within(range(64), longer, *most)]
 
     assert sizes(1, True) == [64]  # 64 * (100 + 25) = 8,000 of 16,384
     assert sizes(0.25, True) == [32, 32]  # 32 * 125 = 4,000 of 4,096
     assert sizes(1, False) == [38, 26]  # 38 * 425 = 16,150
     assert sizes(1, True, targets=512) == [26, 26, 12]  # 26 * 612 = 15,912
-    assert loop.default_micro_tokens(None, Training(gpus=0.25), Worker()) == (16_384, 1.0)
+    assert loop.micro_batch(None, Training(gpus=0.25), Worker()) == (16_384, 1.0)
+    told = Training(gpus=0.25, micro_tokens=999)
+    assert loop.micro_batch(None, told, Worker(device="cuda:0")) == (999, 1.0)
 
 
 def test_a_gpu_without_memory_is_told_with_what_to_do(tmp_path):

@@ -161,9 +161,7 @@ def steps(
 def read_step(supervision: Supervision, batch: list[int], settings: Training, worker: Worker) -> Step:
     """One global batch as a step: split by workers, then by `accumulation`, then by `micro_tokens`."""
     mine = share(batch, worker.rank, worker.world, settings.accumulation)
-    most, per_source = default_micro_tokens(supervision, settings, worker)
-    if settings.micro_tokens:
-        most, per_source = settings.micro_tokens, 1.0
+    most, per_source = micro_batch(supervision, settings, worker)
     micros = [m for part in mine for m in within(part, supervision.examples, most, per_source)]
     read = [supervision.read(micro) for micro in micros]
     if worker.device.startswith("cuda"):
@@ -171,12 +169,14 @@ def read_step(supervision: Supervision, batch: list[int], settings: Training, wo
     return Step(supervision.weights(batch), read)
 
 
-def default_micro_tokens(supervision: Supervision, settings: Training, worker: Worker) -> tuple[int, float]:
-    """Tokens of a micro-batch, of the GPU's share, and what of one a source token counts.
+def micro_batch(supervision: Supervision, settings: Training, worker: Worker) -> tuple[int, float]:
+    """Tokens of a micro-batch, and what of one a source token counts: as `micro_tokens` says, else by the device.
 
     From a source of which nothing is learned only keys and values stay for the gradient: on a GPU it counts a quarter.
     On a CPU a larger micro-batch would bring nothing.
     """
+    if settings.micro_tokens:
+        return settings.micro_tokens, 1.0
     if not worker.device.startswith("cuda"):
         return 16_384, 1.0
     return max(1, int(16_384 * settings.gpus)), 0.25 if supervision.encoder_shared else 1.0
