@@ -6,14 +6,19 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import psutil
 import pytest
 
+from benchmarks.scaling import SIZES, _space
 from raydistill.cluster.launch import check_room, launcher_for, train_with_ray_train
 from raydistill.cluster.planned import places
+from raydistill.cluster.prepare import Prepared
+from raydistill.cluster.search import StudySearch, search
 from raydistill.cluster.start import largest_node
-from raydistill.config.errors import UserError
+from raydistill.cluster.watch import Watch
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.run import Run
 from raydistill.training.run import Inputs
 from tests.world import make_world
@@ -96,6 +101,67 @@ def test_everything_of_a_local_ray_listens_on_loopback_and_asks_for_a_token(ray_
             found |= {(process.name(), ip) for ip in addresses}
     assert {"gcs_server", "raylet"} <= {name for name, _ in found}
     assert {ip.removeprefix("::ffff:") for ip in [*of_worker, *(ip for _, ip in found)]} == {"127.0.0.1"}
+
+
+def look_around(run, folder, report, inputs, worker):
+    """Work that writes down where its process listens while it is at work, and whether it has a process group."""
+    import torch.distributed as dist
+
+    listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"worker{worker.rank}.json").write_text(json.dumps([listening, dist.is_initialized()]))
+    if worker.world > 1:
+        dist.barrier()
+    (folder / "result.json").write_text("{}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_at_work_listens_on_loopback_and_alone_has_no_process_group(ray_here, world, tmp_path, workers):
+    """Torch's own store would listen on every address of the machine, and ask for no token."""
+    train_with_ray_train(run_of(world, "around", workers=workers), tmp_path / "run", Inputs(), work=look_around)
+    seen = [json.loads(path.read_text()) for path in sorted((tmp_path / "run").glob("worker*.json"))]
+    assert [grouped for _, grouped in seen] == [workers > 1] * workers
+    assert {ip.removeprefix("::ffff:") for listening, _ in seen for ip in listening} == {"127.0.0.1"}
+
+
+def failing_work(error, count, run, folder, report, inputs, worker):
+    """Work that leaves a line in `count` and fails."""
+    with count.open("a") as file:
+        file.write("tried\n")
+    raise error
+
+
+@pytest.mark.parametrize(("error", "tries"), [(UserError("too little memory"), 1), (PassingError("wait"), 2)])
+def test_what_would_be_wrong_again_is_not_tried_again(ray_here, world, tmp_path, error, tries):
+    work = partial(failing_work, error, tmp_path / "count")
+    with pytest.raises(type(error), match=str(error)):
+        train_with_ray_train(run_of(world, "wrong"), tmp_path / "run", Inputs(), retries=1, work=work)
+    assert len((tmp_path / "count").read_text().splitlines()) == tries
+
+
+@pytest.mark.parametrize(
+    ("launcher", "error", "tries"),
+    [
+        ("tune", UserError("too little memory"), 1),
+        ("tune", RuntimeError("died"), 2),
+        pytest.param("train", OSError("full"), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_trial_is_tried_again_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, tries):
+    """And not as often again by Ray Train; one that failed so is the next command's to try."""
+    space = _space(1, 1, 1.0, launcher)
+    space = space.model_copy(update={"search": space.search.model_copy(update={"retries": 1})})
+    shapes = {size: {"latency_ms": 100.0} for size in SIZES}
+    prepared = Prepared({"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]]}, shapes, shapes)
+    (tmp_path / "sweep.json").write_text("{}")
+    watch = Watch(tmp_path, space.search, "rouge2")
+    work = partial(failing_work, error, tmp_path / "count")
+    ending = search(space, tmp_path, prepared, "cpu", [watch], work)
+    assert len((tmp_path / "count").read_text().splitlines()) == tries
+    assert not ending.exhausted
+    [died] = [line for line in capsys.readouterr().err.splitlines() if " died: " in line]
+    assert died.endswith(str(error))
+    assert StudySearch(space, tmp_path).finished == 0
 
 
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import storage
-from raydistill.cluster.planned import places, resources
+from raydistill.cluster.planned import places, places_by_node, resources
 from raydistill.cluster.teacher_pass import read_by
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.files import read_json
 from raydistill.config.run import Run
 from raydistill.config.space import Search
@@ -65,15 +65,18 @@ def train_with_ray_train(
     """One run as a Ray Train job; a worker that dies is started again and goes on from the run's folder.
 
     Returns the result that result.json holds. `folder` must be seen by every node. `stop()` is asked after every
-    validation for a reason to stop.
+    validation for a reason to stop. `retries`: how often the workers are started again.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from raydistill.cluster.group import OwnGroup
+
     training = run.training
     trainer = TorchTrainer(
-        _train_worker,
+        _train_worker,  # type: ignore[arg-type]  # what it returns comes back in the result
+        torch_config=OwnGroup(),
         train_loop_config={
             "run": run.model_dump(mode="json"),
             "folder": str(folder),
@@ -85,6 +88,7 @@ def train_with_ray_train(
             num_workers=training.workers,
             use_gpu=device == "cuda",
             resources_per_worker=resources(device, training.threads, training.gpus),
+            placement_strategy=placement(run, device),
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{folder.name}",
@@ -95,11 +99,23 @@ def train_with_ray_train(
     )
     storage.keep(folder, *reads(run, inputs))
     try:
-        trainer.fit()
+        ended: Any = trainer.fit()
     except TrainingFailedError as error:
         raise _of_worker(error) from None
+    if ended.return_value:
+        raise UserError(ended.return_value)
     storage.fetch(folder)
     return read_json(folder / "result.json")
+
+
+def placement(run: Run, device: str) -> str:
+    """Ray's strategy for a run's workers: all on one machine where one can hold them, else on as few as may be.
+
+    Its own default would spread them wherever a machine is partly taken, and every step would cross the network.
+    """
+    training = run.training
+    most = max(places_by_node(device, training.threads, training.gpus), default=0)
+    return "STRICT_PACK" if most >= training.workers else "PACK"
 
 
 def _of_worker(error: Exception) -> Exception:
@@ -126,6 +142,8 @@ def tune_trial(
     """A trial: the function that Tune calls with what the search proposed.
 
     `in_actor`: it trains here, in a reused actor that holds its CPUs and GPU; else it only waits for Ray Train's job.
+    Tune starts it again as often as `search.retries` says, so Ray Train does not. What would be wrong again, such as a
+    want of memory, ends it at once, and the next command tries it anew.
     """
     from ray import tune
 
@@ -134,28 +152,32 @@ def tune_trial(
     run, folder, inputs = trial_run(space, Path(sweep), prepared, config)
     cost = space.search.cost
     stop = partial(reason_to_stop, folder, space.search) if space.search.stops_early else None
-    if not in_actor:
-        from ray.tune.integration.ray_train import TuneReportCallback
 
-        result = train_with_ray_train(
-            run,
-            folder,
-            inputs,
-            device=device,
-            retries=space.search.retries,
-            stop=stop,
-            callbacks=[TuneReportCallback()],
-            work=work,
-        )
-    else:
-        _use_threads(run.training.threads)
+    def report(metrics: Metrics, where: Path | None) -> str | None:
+        tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
+        return stop() if stop else None
 
-        def report(metrics: Metrics, where: Path | None) -> str | None:
-            tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
-            return stop() if stop else None
-
-        result = _carry_out(work, run, folder, report, inputs, Worker(device=device, leaving=Departures(alone=True)))
+    try:
+        if in_actor:
+            _use_threads(run.training.threads)
+            here = Worker(device=device, leaving=Departures(alone=True))
+            result = _carry_out(work, run, folder, report, inputs, here)
+        else:
+            result = _waited_for(run, folder, inputs, device, stop, work)
+    except PassingError:
+        raise
+    except UserError as error:
+        tune.report({"step": 0, "died": str(error)})
+        return
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
+
+
+def _waited_for(run: Run, folder: Path, inputs: Inputs, device: str, stop: Stop | None, work: Work) -> Metrics:
+    """A trial's Ray Train job, whose reports go to Tune too."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    told = [TuneReportCallback()]
+    return train_with_ray_train(run, folder, inputs, device=device, retries=0, stop=stop, callbacks=told, work=work)
 
 
 def reads(run: Run, inputs: Inputs) -> list[Path]:
@@ -169,10 +191,15 @@ def reason_to_stop(folder: Path, search: Search) -> str | None:
     return falls_behind(*rivals(folder.parent.parent, folder.name), search.grace, search.reduction)
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def _train_worker(config: dict[str, Any]) -> str | None:
+    """What each Ray Train worker runs. Returns what is wrong, for nothing to be gained by starting it again.
+
+    Of several workers the others may wait for the one with whom something is wrong, which must die then.
+    """
     import ray.train
     from ray.train.torch import get_device
+
+    from raydistill.cluster.group import process_group
 
     run = Run.model_validate(config["run"])
     context = ray.train.get_context()
@@ -186,7 +213,14 @@ def _train_worker(config: dict[str, Any]) -> None:
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
         return stop() if stop and worker.leads else None
 
-    _carry_out(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
+    try:
+        with process_group(worker.device):
+            _carry_out(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
+    except UserError as error:
+        if world > 1 or isinstance(error, PassingError):
+            raise
+        return str(error)
+    return None
 
 
 def _carry_out(work: Work, run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worker) -> Metrics:

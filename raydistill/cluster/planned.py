@@ -121,13 +121,18 @@ def resources(device: str, threads: int, gpus: float = 1) -> dict[str, float]:
 
 def places(device: str, threads: int, gpus: float = 1) -> int:
     """How many processes of `threads` CPUs, and of `gpus` of a GPU where `device` is cuda, the cluster can hold."""
+    return sum(places_by_node(device, threads, gpus))
+
+
+def places_by_node(device: str, threads: int, gpus: float = 1) -> list[int]:
+    """The same for each of its living nodes."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     by_cpus = [int(node.get("CPU", 0) // threads) for node in nodes]
     on_one = int(1 / gpus + 1e-9)  # Ray gives a share of one GPU, never of two
     by_gpus = [on_one * int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
-    return sum(min(pair) for pair in zip(by_cpus, by_gpus, strict=True))
+    return [min(pair) for pair in zip(by_cpus, by_gpus, strict=True)]
 
 
 def room_for_actors(device: str, threads: int) -> int:

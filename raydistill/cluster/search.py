@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from raydistill.training.run import Inputs, train
 # Of proposals that were tried before, or are barred: after so many the sampler is stuck, and chance takes its place;
 # after so many more there is nothing new to be found by chance either.
 STUCK, GIVEN_UP = 10, 200
+RECOUNT_S = 2.0
 # What a trial holds that only waits for its Ray Train job: next to nothing (a byte), since Tune refuses nothing at all,
 # and a part of a CPU would keep the last of as many trials as there are CPUs from its own.
 WAITS = {"memory": 1.0}
@@ -79,12 +80,10 @@ def search(
     (benchmarks/scaling.py).
     """
     barred = barred_sizes(space, prepared)
-    searcher = StudySearch(space, sweep, barred)
-    missing = space.search.trials - searcher.finished
-    if missing <= 0:
-        return Ending()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     runs = [resolve(space, chosen, space.name) for chosen in corners(space.run, limit=200)]
+    searcher = StudySearch(space, sweep, barred, room=Room(partial(room, runs, device), space.search.concurrent))
+    if not searcher.missing:
+        return Ending()
     if barred:
         shapes = ", ".join(sorted(size or prepared.teacher["size"] for size in barred))
         progress(f"no budget admits {shapes}: students of such a shape are not trained")
@@ -93,30 +92,35 @@ def search(
     for run in runs:
         check_room(run, device)
     in_actor = all(launcher_for(run, device) == "tune" for run in runs)
-    trainable = partial(
+    trial = partial(
         tune_trial, space=space, sweep=str(sweep), prepared=prepared, device=device, in_actor=in_actor, work=work
     )
-    trainable.__name__ = "trial"  # type: ignore[attr-defined]
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([largest(runs, device) if in_actor else WAITS])),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=missing,
-            max_concurrent_trials=space.search.concurrent or room(runs, device),
-            reuse_actors=in_actor,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            failure_config=tune.FailureConfig(max_failures=space.search.retries),
-            callbacks=callbacks,
-            verbose=0,
-            **storage.for_ray(sweep / ".ray"),
-        ),
-    )
-    tuner.fit()
+    trial.__name__ = "trial"  # type: ignore[attr-defined]
+    trainable = tune.with_resources(trial, tune.PlacementGroupFactory([largest(runs, device) if in_actor else WAITS]))
+    for _ in range(1 + space.search.retries):
+        _tuned(trainable, searcher, in_actor, callbacks)
+        if not searcher.never_began():
+            break
+        searcher.take_up()
     # Trials that died are taken up by the next command, whatever else is to come.
     died = len(searcher.given) - searcher.finished
     return replace(searcher.ended, exhausted=searcher.ended.exhausted and not died)
+
+
+def _tuned(trainable: Any, searcher: "StudySearch", in_actor: bool, callbacks: list[Any]) -> None:
+    """Have Tune run the trials that the search lacks."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=searcher.missing, reuse_actors=in_actor),
+        run_config=tune.RunConfig(
+            name="tune",
+            failure_config=tune.FailureConfig(max_failures=searcher.search_space.search.retries),
+            callbacks=callbacks,
+            verbose=0,
+            **storage.for_ray(searcher.sweep / ".ray"),
+        ),
+    ).fit()
 
 
 def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
@@ -131,6 +135,24 @@ def room(runs: list[Run], device: str) -> int:
     """How many trials the cluster can hold at a time."""
     workers = max(run.training.workers for run in runs)
     return max(1, places(device, *_most(runs)) // workers)
+
+
+class Room:
+    """How many trials may be under way now: `fixed`, else what the cluster can hold, which may grow and shrink."""
+
+    def __init__(self, count: Callable[[], int], fixed: int | None = None) -> None:
+        self.count = count
+        self.fixed = fixed
+        self.found = 0
+        self.next = 0.0
+
+    def __call__(self) -> int:
+        """Counts anew every `RECOUNT_S` at most: Tune's loop asks many times a second."""
+        if self.fixed:
+            return self.fixed
+        if time.monotonic() >= self.next:
+            self.found, self.next = self.count(), time.monotonic() + RECOUNT_S
+        return self.found
 
 
 def largest(runs: list[Run], device: str) -> dict[str, float]:
@@ -186,13 +208,19 @@ class StudySearch(OptunaSearch):
     What the sampler learns: a trial that was stopped early has the score of its best checkpoint, which is real; a
     failed one, and a proposal of a size in `barred`, stand in the study as pruned, which TPE ranks below all others.
 
-    `storage` is for a search that is to leave nothing; the default is the journal SWEEP/study.log.
+    `room` tells how many trials may be under way, whenever one is asked for; the default is any number. `storage` is
+    for a search that is to leave nothing; the default is the journal SWEEP/study.log.
     """
 
     _ot_study: Any
 
     def __init__(
-        self, space: Space, sweep: Path, barred: Collection[str | None] = (), storage: BaseStorage | None = None
+        self,
+        space: Space,
+        sweep: Path,
+        barred: Collection[str | None] = (),
+        storage: BaseStorage | None = None,
+        room: Callable[[], int] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.search_space = space
@@ -203,6 +231,9 @@ class StudySearch(OptunaSearch):
         self.cost = space.search.cost
         self.numbers: dict[str, int] = {}
         self.given: set[str] = set()
+        self.room = room
+        self.under_way: set[str] = set()
+        self.died: set[str] = set()
         self.ended = Ending()
         sampler = (
             optuna.samplers.RandomSampler(seed=space.search.seed)
@@ -221,15 +252,32 @@ class StudySearch(OptunaSearch):
                 study_name=space.name,
                 storage=storage or JournalStorage(JournalFileBackend(str(journal))),
             )
-            self._take_up()
+            self.take_up()
 
     @property
     def finished(self) -> int:
         """Trials of the study that are over."""
         return sum(_is_over(trial) for trial in self._ot_study.get_trials(deepcopy=False))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
-        """The next proposal whose settings no trial has had, or that a killed trial had."""
+    @property
+    def missing(self) -> int:
+        """Trials that are still to be run."""
+        return max(0, self.search_space.search.trials - self.finished)
+
+    def never_began(self) -> set[str]:
+        """Keys of trials that died and left no folder.
+
+        Tune gives a trial up at once whose actor, kept from the trial before, was lost with its machine.
+        """
+        return {key for key in self.died if not (self.trials_folder / key).exists()}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
+        """The next proposal whose settings no trial has had, or that a killed trial had; None while there is no room.
+
+        Tune asks again then. Its own limit would be what the cluster can hold when the search starts.
+        """
+        if self.room and len(self.under_way) >= self.room():
+            return None
         rejected = 0
         while not (ended := self._ending(rejected)).why:
             if rejected >= STUCK and self.search_space.search.sampler != "grid":
@@ -245,6 +293,7 @@ class StudySearch(OptunaSearch):
                 self._ot_study.tell(trial, state=TrialState.FAIL)
             else:
                 self._ot_trials[trial_id] = trial
+                self.under_way.add(trial_id)
                 self.given.add(key)
                 number = self.numbers.setdefault(key, 1 + max(self.numbers.values(), default=-1))
                 trial.set_user_attr("key", key)
@@ -304,6 +353,9 @@ class StudySearch(OptunaSearch):
 
         Neither has values: a made-up score and cost could stand on the study's front.
         """
+        self.under_way.discard(trial_id)
+        if error:
+            self.died.add(self._ot_trials[trial_id].user_attrs["key"])
         finished = result is not None and bool(result.get("finished"))
         scored = finished and result is not None and "score" in result
         if finished and not scored:
@@ -312,12 +364,13 @@ class StudySearch(OptunaSearch):
         super().on_trial_complete(trial_id, result if scored else None, error=not finished)
         storage.keep(self.sweep / "study.log")
 
-    def _take_up(self) -> None:
+    def take_up(self) -> None:
         """Put a study that was killed in order: each trial over, waiting, or waiting again.
 
         First points are looked for by their values, since a kill may come while they are being enqueued, or after one
         was taken and before it got its key.
         """
+        self.died = set()
         for trial in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
             self._settle(trial)
         trials = self._ot_study.get_trials()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.cluster import storage
-from raydistill.config.console import home
+from raydistill.config.console import home, progress
 from raydistill.config.errors import UserError
 
 QUIET = {
@@ -24,6 +24,8 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Actors of several trials may start at the same time; how many are proposed is StudySearch's to say.
+    "TUNE_MAX_PENDING_TRIALS_PG": "32",
     # A trial that failed after its validations has no score: that is the study's to record, not the end of the sweep.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -140,7 +142,11 @@ def device() -> str:
     """What trials run on: "cuda" where the cluster has a GPU, else "cpu"."""
     import ray
 
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    if ray.cluster_resources().get("GPU", 0) >= 1:
+        return "cuda"
+    if os.environ.get("RAY_ADDRESS"):
+        progress("no GPU is in the cluster now: this job runs on CPUs. If GPUs are to come, end it and begin it then")
+    return "cpu"
 
 
 def largest_node(device: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.console import home
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.files import appearing, inside
 from raydistill.config.secrets import hidden, places_of_credentials
 
@@ -116,7 +116,7 @@ class Storage:
                 try:
                     list(pool.map(lambda pair: transfer(*pair), wanted))
                 except OSError as error:
-                    raise UserError(
+                    raise PassingError(
                         f"{STORAGE}: {hidden(str(error))[:300]}. Nothing is lost: run the same command again"
                     ) from None
 

@@ -22,6 +22,7 @@ from raydistill.cluster.watch import Watch
 from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
 from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.config.run import HOW
 from raydistill.config.space import Space
 from raydistill.results.figures import count_trials, result_tables
 from raydistill.results.outcome import Outcome, outcome
@@ -134,7 +135,8 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         asked = space.model_dump(mode="json")
         if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
             begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = [k for k in ("run", "points") if begun.get(k) != asked[k]]
+            changed = ["run"] if without_how(begun["run"]) != without_how(asked["run"]) else []
+            changed += ["points"] if begun.get("points") != asked["points"] else []
             changed += [f"search.{k}" for k in ("sampler", "cost") if begun["search"][k] != asked["search"][k]]
             if changed:
                 raise UserError(
@@ -145,6 +147,14 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def without_how(run: dict[str, Any]) -> dict[str, Any]:
+    """A space's run without what tells how a trial is computed and not what comes of it: that may change on the way."""
+    sections = {
+        name: {k: v for k, v in run.get(name, {}).items() if k not in settings} for name, settings in HOW.items()
+    }
+    return {name: value for name, value in (run | sections).items() if value != {}}
 
 
 def describe_sweep(space: Space, folder: Path, prepared: Prepared, status: str, ended: Ending | None = None) -> None:

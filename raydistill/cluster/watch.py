@@ -35,6 +35,8 @@ class Watch(Callback):
     ) -> None:
         """A validation, or the end."""
         name = f"trial {trial.config['number']} {trial.config['key']}"
+        if "died" in result:
+            progress(f"{name} died: {result['died']}")
         if not result.get("finished"):
             if "score" in result:
                 progress(f"  {name}: step {result.get('step')}, {self.metric} {result['score']:.2f}")

@@ -458,11 +458,16 @@ class _Running:
 
 
 def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    """The first worker's metrics, for all of them."""
     if worker.world == 1:
         return metrics
-    box = [metrics]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    # As text: torch's own way of sending objects would unpickle what comes from the network.
+    text = torch.frombuffer(bytearray(json.dumps(metrics).encode()), dtype=torch.uint8).to(worker.device)
+    size = torch.tensor([len(text)], device=worker.device)
+    torch.distributed.broadcast(size, src=0)
+    text = text if worker.leads else text.new_empty(int(size))
+    torch.distributed.broadcast(text, src=0)
+    return json.loads(bytes(text.tolist()))
 
 
 def _train_mode(supervision: Supervision) -> None:

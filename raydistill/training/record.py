@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.files import CARD, damage_told, read_json, sync, write_json_atomic
 from raydistill.config.run import HOW, Run
 from raydistill.model.shrink import Plan
@@ -65,13 +65,13 @@ def held(folder: Path) -> Iterator[None]:
     """The run's folder, for one process at a time.
 
     A worker may outlive its driver for some seconds, until Ray ends it; the one that takes its run up waits for that.
-    UserError where the folder is not free after `HELD_WAIT_S`.
+    PassingError where the folder is not free after `HELD_WAIT_S`.
     """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=HELD_WAIT_S)
     except Timeout:
-        raise UserError(f"{folder}: another process trains this run; wait for it, or end it first") from None
+        raise PassingError(f"{folder}: another process trains this run; wait for it, or end it first") from None
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.files import write_json_atomic
 from raydistill.data import store
 from raydistill.data.batches import Examples, buckets, pad
@@ -194,7 +194,7 @@ class Pass:
         for array, size in self.arrays.items():
             if not store.is_whole(array):
                 if store.missing_parts(array, len(self.parts)):
-                    raise UserError(f"{array.parent}: was removed while it was made; run again")
+                    raise PassingError(f"{array.parent}: was removed while it was made; run again")
                 store.finish_array(array, {"parts": len(self.parts), "bytes": size})
 
     @property

@@ -1,0 +1,72 @@
+"""The process group of a data-parallel run: none for one worker, else on its nodes' own addresses.
+
+Ray's TorchTrainer makes one for every run, whose store listens on every address of the machine and asks for no token.
+Here one worker has none, and the store of several is bound to the address by which its node is known to Ray, as Ray's
+own ports are: loopback on a cluster of this machine alone.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch.distributed as dist
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
+
+TIMEOUT = timedelta(minutes=30)  # what Ray's own has, too: a validation holds up all workers but the first
+
+
+class _NoGroup(Backend):
+    """Workers see each other's GPUs, as ray.train.torch.get_device expects; the group is `process_group`'s."""
+
+    share_cuda_visible_devices = True
+
+
+class OwnGroup(TorchConfig):
+    """Of a trainer whose workers make their group themselves."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """What Ray does before the workers begin: nothing."""
+        return _NoGroup
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """A block in which the workers of this Ray Train run have a process group, if they are several.
+
+    `device`: this worker's, "cpu" (gloo) or a GPU's (NCCL).
+    """
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if world == 1:
+        yield
+        return
+    here = ray.util.get_node_ip_address()
+    for backend in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_of(here))
+    listener = socket.create_server((here, 0)) if rank == 0 else None
+    host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
+    store = dist.TCPStore(
+        host, port, world, rank == 0, TIMEOUT, master_listen_fd=listener.detach() if listener else None
+    )
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface that has `address`."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            return name
+    raise OSError(f"{address}: no network interface of this machine has the address that Ray knows it by")
