@@ -53,13 +53,12 @@ def evaluate(
     about = dataset_of(checkpoint, dataset, metric) | {"languages": languages}
     corpus = _corpus(about["dataset"], split, rows)
 
-    import os
-
     import torch
 
+    from raydistill.config.machine import own_cores
     from raydistill.evaluation.scores import paired_bootstrap
 
-    used = threads or len(os.sched_getaffinity(0))
+    used = threads or own_cores()
     names = [checkpoint, *([against] if against else [])]
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     found = [_score(name, about, corpus, engine, precision, used, beams, place) for name in names]

@@ -1,24 +1,35 @@
 """The command as a person runs it."""
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 import time
+import tomllib
+import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ctranslate2
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.choose import parse_bounds
+from raydistill.cluster.export import export
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_json_atomic
+from raydistill.config.files import CARD, read_json, write_json_atomic
+from raydistill.model import served
 from raydistill.results import store
+from raydistill.results.outcome import outcome
 from raydistill.results.records import decoding_name
 from tests.test_tracking import make_trial, sweep
 from tests.tiny import save_tiny, sentences
+from tests.world import background, free_port
 
 __all__ = ["sweep"]
 
@@ -57,9 +68,11 @@ def test_input_is_checked_before_anything_heavy(sweep: Path) -> None:
     assert "no such sweep; sweeps in" in unknown.stderr
 
 
-def make_student(sweep: Path, key: str, number: int, score: float) -> Path:
+def make_student(sweep: Path, key: str, number: int, score: float, size: str = "4-1") -> Path:
     """A finished trial with a checkpoint that loads, served with its own four beams and with one."""
     folder = make_trial(sweep, key, number, score)
+    result = json.loads((folder / "result.json").read_text())
+    write_json_atomic(folder / "result.json", {**result, "size": size})  # of one size all are as fast as their median
     save_tiny("bart", folder / "best")
     path = folder / "best" / "generation_config.json"  # as training leaves it: with the lengths it was scored with
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 20}))
@@ -87,7 +100,7 @@ def make_student(sweep: Path, key: str, number: int, score: float) -> Path:
 def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_load_it(sweep: Path) -> None:
     """Of two ways of decoding that score the same the cheaper is taken, and every reader of the folder decodes so."""
     make_student(sweep, "a", 0, 10.0)  # 100 ms with 4 beams, 40 with one
-    make_student(sweep, "b", 1, 60.0)  # beyond half of the teacher's 300 however it decodes
+    make_student(sweep, "b", 1, 60.0, "4-4")  # beyond half of the teacher's 300 however it decodes
     result = run("mini", "--json")
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
@@ -131,6 +144,82 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     found = translator.translate_batch(tokens, target_prefix=first, beam_size=1, max_decoding_length=most)
     ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
+
+
+@pytest.fixture
+def handed_over(sweep: Path) -> Path:
+    """A student as `choose` hands it over."""
+    make_student(sweep, "a", 0, 10.0)
+    return export(outcome(sweep), "a b1")
+
+
+def test_mlflow_predicts_and_serves_by_the_cards_own_commands(handed_over: Path, tmp_path: Path) -> None:
+    [shown] = re.findall(r"```sh\n(.*?)```", (handed_over / "README.md").read_text(), re.DOTALL)
+    port = free_port()
+    lines = shown.replace("FOLDER", shlex.quote(str(handed_over))).replace("5001", str(port)).splitlines()
+    make_texts, predict, serve, ask = lines
+    there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    there |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(
+        f"{make_texts} && {predict}",
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, **there},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = {"predictions": served._load_pyfunc(str(handed_over)).predict(["a text", "another text"])}
+    assert json.loads(done.stdout) == wanted
+    _, url, _, header, _, data = shlex.split(ask)
+    asked = urllib.request.Request(url, (tmp_path / data.removeprefix("@")).read_bytes(), dict([header.split(": ")]))
+    ping = url.replace("invocations", "ping")
+    with background(shlex.split(serve), tmp_path / "log", lambda: urllib.request.urlopen(ping).close(), **there):
+        assert json.loads(urllib.request.urlopen(asked, timeout=60).read()) == wanted
+
+
+def test_mlflow_serves_with_all_that_the_machine_has_unless_told_otherwise(
+    handed_over: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    card = read_json(handed_over / CARD)
+    card["config"]["evaluation"] = {"engine": "transformers"}  # with which its finalists were then served
+    write_json_atomic(handed_over / CARD, card)
+
+    def engine(**settings: Any) -> tuple[str, str, int | None]:
+        found = mlflow.pyfunc.load_model(str(handed_over), **settings)._model_impl.engine
+        return found.name, found.device, found.threads
+
+    here = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert engine() == ("transformers", here, len(os.sched_getaffinity(0)))
+    assert engine(model_config={"device": "cpu", "threads": 1}) == ("transformers", "cpu", 1)
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"device": "cpu", "threads": 3}')
+    assert engine() == ("transformers", "cpu", 3)
+
+
+def test_requirements_pin_what_serving_imports(handed_over: Path) -> None:
+    program = """
+import json, sys
+from importlib.metadata import packages_distributions, version
+from raydistill.model.served import _load_pyfunc
+_load_pyfunc(sys.argv[1]).predict(["a text"])
+of = packages_distributions()
+roots = {module.split(".")[0] for module in sys.modules}
+print(json.dumps({found.lower(): version(found) for root in roots for found in of.get(root, [])}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(handed_over)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    imported = json.loads(done.stdout)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    ours = {re.split(r"[\[><=]", line)[0].lower() for line in project["dependencies"]}
+    pinned = dict(line.split("==") for line in (handed_over / "requirements.txt").read_text().split())
+    assert pinned.pop("mlflow") == version("mlflow")
+    assert pinned == {name: imported[name].partition("+")[0] for name in pinned}
+    assert ours & set(imported) - set(pinned) <= {"psutil"}  # which transformers takes where it is
 
 
 def test_without_registering_the_folder_to_load_decodes_as_was_chosen_and_says_for_what(sweep: Path) -> None:

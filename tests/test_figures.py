@@ -79,3 +79,11 @@ def test_the_svg_has_a_mark_for_every_scored_trial_and_is_the_same_every_time() 
     ids = {g.get("id") for g in ElementTree.fromstring(made[0]).iter("{http://www.w3.org/2000/svg}g")}
     assert {mark_of(key) for key in "abc"} | {"teacher"} <= ids
     assert mark_of("x") not in ids
+
+
+def test_marks_that_are_moved_apart_are_said_to_be() -> None:
+    def drawn(trials: list[Trial]) -> str:
+        return front_picture(trials, [], {}, None, "rouge2", form="svg").decode()
+
+    assert "Latency of a batch of 32 (ms); methods of equal cost side by side<" in drawn(TRIALS)
+    assert "Latency of a batch of 32 (ms)<" in drawn(TRIALS[:2])

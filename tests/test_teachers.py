@@ -423,9 +423,15 @@ def test_pegasus_is_never_computed_in_fp16(tiny):
         open_engine(tiny["pegasus"], precision="fp16")
 
 
-def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(tiny, tmp_path):
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(weights, tiny, tmp_path):
+    """Google's Pegasus has only a `.bin`."""
     preset = TEACHERS["pegasus"]["xsum"]
-    lay_out_model(tmp_path / "hub", preset.hub, tiny["pegasus"], preset.revision)
+    folder = tmp_path / "pegasus"
+    shutil.copytree(tiny["pegasus"], folder)
+    if weights == "pytorch_model.bin":
+        pickle_instead(folder, teachers.load_model(folder).state_dict())
+    lay_out_model(tmp_path / "hub", preset.hub, folder, preset.revision)
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(12)))
     arguments = ("pseudolabel", "--teacher", "pegasus", "--dataset", file, "--beams", 2, "--json")

@@ -70,6 +70,7 @@ def exported(sweep: Path, key: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "raydistill.json").write_text("{}")
     (folder / "README.md").write_text("chosen for fast")
+    registry.write_mlmodel(folder)
     return folder
 
 
@@ -249,10 +250,12 @@ def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     assert version.tags["latency_ms"] == "120.0"
     kept = Path(version.source.removeprefix("file://"))
     assert (kept / "raydistill.json").exists()
-    (exported(sweep, "b") / "README.md").write_text("chosen for fast and small")
+    for file in ("README.md", *registry.MLFLOW_FILES):
+        (sweep / "exports" / "b" / file).write_text("chosen for fast and small")
     again = registry.register_choice(sweep, "b", "small", sweep / "exports" / "b")
     assert again.version == other.version
-    assert (kept / "README.md").read_text() == "chosen for fast and small"
+    for file in ("README.md", *registry.MLFLOW_FILES):
+        assert (kept / file).read_text() == "chosen for fast and small"
     with pytest.raises(UserError, match="no finished checkpoint"):
         registry.register_choice(sweep, "nope", "fast", sweep)
 

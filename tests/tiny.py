@@ -108,17 +108,24 @@ def build(
 def lay_out_model(cache_home: Path, hub_name: str, folder: Path, revision: str = "main") -> str:
     """Lay a model's folder out under `cache_home` as the hub's cache does; returns the commit hash.
 
-    `revision` is a commit hash, or a name that points to a made-up one.
+    The files are in `blobs/`, each by its hash, and a snapshot holds relative links to them. `revision` is a commit
+    hash, or a name that points to a made-up one.
 
     Set `HF_HUB_CACHE` to `cache_home` (or `HF_HOME` to its parent, where it is named `hub`) and
     `HF_HUB_OFFLINE=1`, before transformers is imported: then `from_pretrained(hub_name)` finds it.
     """
     sha = revision if len(revision) == 40 else hashlib.sha1(hub_name.encode()).hexdigest()
     place = Path(cache_home) / f"models--{hub_name.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True, exist_ok=True)
+    for name in ("refs", "blobs", f"snapshots/{sha}"):
+        (place / name).mkdir(parents=True, exist_ok=True)
     if sha != revision:
         (place / "refs" / revision).write_text(sha)
-    shutil.copytree(folder, place / "snapshots" / sha, dirs_exist_ok=True)
+    for path in folder.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, place / "blobs" / digest)
+        link = place / "snapshots" / sha / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("../../blobs") / digest)
     return sha
 
 

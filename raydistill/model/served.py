@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raydistill.config.files import CARD
+from raydistill.config.machine import own_cores
 from raydistill.config.run import Decoding
 from raydistill.model.decoding import Engine, resolve_decoding
 from raydistill.model.generate import open_engine
@@ -25,12 +28,28 @@ class Student:
         return [hypotheses[0].text.strip() for hypotheses in found]
 
 
-def _load_pyfunc(path: str) -> Student:
-    """What MLflow calls with the folder that holds the checkpoint."""
+def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> Student:
+    """What MLflow calls with the folder that holds the checkpoint, and `registry.SETTINGS` as a person changed them.
+
+    By default the engine, the device and the threads are those with which a sweep times its finalists: the run's
+    engine, a GPU where there is one, else all cores.
+    """
     folder = Path(path)
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     languages = tuple(card["languages"]) if card.get("languages") else None
-    return Student(open_engine(folder, languages=languages), card["max_source_tokens"])
+    kind = (card["config"].get("evaluation") or {}).get("engine", "auto")
+    device, threads = _place(**(settings or {}))
+    engine = open_engine(folder, kind, device=device, threads=threads, languages=languages)
+    return Student(engine, card["max_source_tokens"])
+
+
+def _place(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:
+    """The device to serve on and its CPU threads; a ValueError where `threads` is no number."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if threads == "all":
+        threads = own_cores()
+    return device, int(threads)
 
 
 def _listed(sources: Any) -> list[str]:

@@ -47,8 +47,21 @@ def model_card(found: Outcome, student: Trial, budgets: list[str]) -> str:
         'model = AutoModelForSeq2SeqLM.from_pretrained("FOLDER")  # decodes as above by default',
         "```",
         "",
-        "`FOLDER/ctranslate2`, where it is there, is what `ctranslate2.Translator` reads. With raydistill installed,",
-        '`mlflow.pyfunc.load_model("FOLDER")` has `predict(list of texts)`, and `mlflow models serve` serves it.',
+        "`FOLDER/ctranslate2`, where it is there, is what `ctranslate2.Translator` reads.",
+        "",
+        "MLflow loads and serves it where raydistill is installed, which is not on PyPI (`FOLDER/requirements.txt`",
+        'pins what it needs beside itself): `mlflow.pyfunc.load_model("FOLDER").predict(["a text"])`, or',
+        "",
+        "```sh",
+        """echo '{"inputs": ["a text", "another text"]}' > texts.json""",
+        "mlflow models predict --env-manager local -m FOLDER -t json -i texts.json",
+        "mlflow models serve --env-manager local -m FOLDER -p 5001",
+        "curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d @texts.json",
+        "```",
+        "",
+        "An environment that MLflow makes would lack raydistill, hence `local`. Texts are written on a GPU where there",
+        "is one, else with all cores, as a sweep times its finalists. To change that, give `load_model` a",
+        '`model_config={"device": "cpu", "threads": 4}`, or set `MLFLOW_PYFUNC_INFERENCE_CONFIG` to the same in JSON.',
     ]
     return "\n".join(lines) + "\n"
 

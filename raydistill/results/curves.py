@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from raydistill.results.figures import COLOURS, NAMES, picture, pyplot
+from raydistill.results.figures import COLOURS, NAMES, depths, picture, pyplot
 from raydistill.results.outcome import Outcome
 from raydistill.results.records import Trial
 
@@ -13,7 +13,7 @@ COLUMNS = 3
 def curves_of(found: Outcome, form: Literal["png", "svg"] = "png") -> bytes:
     """Score by epoch: colour is the method; a cross is where a trial was stopped early; the chosen are thick."""
     plt = pyplot()
-    sizes = sorted({trial.size for trial in found.trials if trial.history()}, key=_depth, reverse=True)
+    sizes = sorted({trial.size for trial in found.trials if trial.history()}, key=depths, reverse=True)
     rows = max(1, math.ceil(len(sizes) / COLUMNS))
     columns = max(1, min(len(sizes), COLUMNS))
     figure, grid = plt.subplots(
@@ -59,7 +59,3 @@ def _draw(axes: Any, trial: Trial, metric: str, chosen: bool) -> None:
     )
     if trial.status == "stopped":
         axes.plot(x[-1], y[-1], color=colour, marker="x", markersize=6)
-
-
-def _depth(size: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in size.split("-") if part.isdigit())

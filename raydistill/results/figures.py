@@ -59,18 +59,18 @@ def front_picture(
     done = [t for t in trials if t.scored and t.score(metric) is not None and cost in t.metrics]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     try:
-        sizes = sorted({t.size for t in done}, key=_depths)
+        sizes = sorted({t.size for t in done}, key=depths)
         markers = {size: MARKERS[i % len(MARKERS)] for i, size in enumerate(sizes)}
         points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in done}
         _draw_front(axes, [points[key] for key in front_keys if key in points])
-        points = _side_by_side(done, points)
+        shown = _side_by_side(done, points)
         for t in sorted(done, key=lambda t: t.key in front_keys):
-            _draw_trial(axes, t, points[t.key], markers[t.size], t.key in front_keys)
+            _draw_trial(axes, t, shown[t.key], markers[t.size], t.key in front_keys)
         _draw_teacher(axes, teacher, metric, cost)
         axes.margins(x=0.12, y=0.14)
         _draw_budgets(axes, bounds or {}, cost)
-        _draw_choices(axes, choices, points)
-        axes.set_xlabel(AXES.get(cost, cost))
+        _draw_choices(axes, choices, shown)
+        axes.set_xlabel(AXES.get(cost, cost) + ("; methods of equal cost side by side" if shown != points else ""))
         axes.set_ylabel(f"{NAMES.get(metric, metric)} on validation (95 % interval)")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -98,6 +98,11 @@ def picture(figure: Any, form: Literal["png", "svg"]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=form, metadata={"Software": None} if form == "png" else {"Date": None})
     return buffer.getvalue()
+
+
+def depths(size: str) -> tuple[int, ...]:
+    """The layers of each side in a size such as "12-3", to sort by."""
+    return tuple(int(part) for part in size.split("-") if part.isdigit())
 
 
 def mark_of(key: str) -> str:
@@ -297,10 +302,6 @@ def _legend(axes: Any, methods: set[str], markers: dict[str, str], teacher: bool
     entries.append(Line2D([], [], color="0.35", linewidth=1.2, label="front (filled)"))
     entries.append(dot("chosen", marker="o", markersize=11, markerfacecolor="none", color="black"))
     axes.legend(handles=entries, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-
-
-def _depths(size: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in size.split("-") if part.isdigit())
 
 
 def _shrunk_encoder(trial: Trial) -> bool:

@@ -1,7 +1,10 @@
 """Chosen students as versions of a registered MLflow model, with an alias for each budget."""
 
 import hashlib
+import shutil
+import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,17 @@ from raydistill.config.errors import UserError
 from raydistill.config.space import alias_of
 from raydistill.results.outcome import outcome
 from raydistill.results.records import decoding_label
-from raydistill.results.store import check_tracking, client_of, plain_errors
+from raydistill.results.store import check_tracking, client_of, plain_errors, quiet_mlflow
 from raydistill.results.tracking import alone, publish_alone, run_of, uri_of
 
 CARD_TAG = "raydistill.card"  # which README.md a version's files have
+MLFLOW_FILES = ("MLmodel", "requirements.txt", "python_env.yaml", "conda.yaml")
+# What a served student imports. raydistill itself is in no index that pip could take it from.
+SERVED_BY = (
+    *("torch", "transformers", "ctranslate2", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub"),
+    *("numpy", "pydantic", "pyyaml", "filelock"),
+)
+SETTINGS = {"device": "auto", "threads": "all"}  # what `model.served` takes; MLflow lets a person change no others
 
 
 @dataclass(frozen=True)
@@ -83,17 +93,24 @@ def _version(client: Any, name: str, run: Any, export: Path) -> str:
         client.log_artifacts(run_id, str(export), export.name)
         made = client.create_model_version(name, source, run_id=run_id, await_creation_for=0, tags={CARD_TAG: card})
         return str(made.version)
-    if known[0].tags.get(CARD_TAG) != card:  # nothing else of an export changes: its weights and decoding are its name
-        client.log_artifact(run_id, str(export / "README.md"), export.name)
+    if known[0].tags.get(CARD_TAG) != card:  # of an export only its texts change: weights and decoding are its name
+        for file in ("README.md", *MLFLOW_FILES):
+            client.log_artifact(run_id, str(export / file), export.name)
         client.set_model_version_tag(name, known[0].version, CARD_TAG, card)
     return str(known[0].version)
 
 
 def write_mlmodel(folder: Path) -> None:
-    """Make a folder to hand over one that MLflow loads: `mlflow.pyfunc.load_model` and `mlflow models`."""
-    from mlflow import pyfunc
-    from mlflow.models import Model
+    """Make a folder to hand over one that MLflow loads: `mlflow.pyfunc.load_model` and `mlflow models`.
 
-    model = Model()
-    pyfunc.add_to_model(model, loader_module="raydistill.model.served")
-    model.save(str(folder / "MLmodel"))
+    Beside `MLmodel` with `SETTINGS` come MLflow's files of an environment, with the versions of `SERVED_BY` here.
+    """
+    quiet_mlflow()
+    from mlflow import pyfunc
+
+    pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in SERVED_BY]  # PyPI has no torch 2.13.0+cpu
+    with tempfile.TemporaryDirectory() as scratch:  # save_model wants a folder of its own
+        made = Path(scratch) / "made"
+        pyfunc.save_model(made, loader_module="raydistill.model.served", pip_requirements=pins, model_config=SETTINGS)
+        for file in MLFLOW_FILES:
+            shutil.copy(made / file, folder)

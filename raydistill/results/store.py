@@ -67,9 +67,11 @@ def check_tracking(uri: str | None) -> None:
         raise TrackingDown(f"the tracking server {uri} does not answer ({reason}); is it running?") from None
 
 
-def client_of(uri: str) -> Any:
-    """An MlflowClient that gives up soon, and says nothing on stdout."""
-    # read when mlflow is imported; a user's own settings stand
+def quiet_mlflow() -> None:
+    """Before mlflow is first imported, since it reads this then: no telemetry, few retries, nothing on stdout.
+
+    A user's own settings stand.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
@@ -79,6 +81,11 @@ def client_of(uri: str) -> Any:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def client_of(uri: str) -> Any:
+    """An MlflowClient that gives up soon, and says nothing on stdout."""
+    quiet_mlflow()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # the import sets its own
