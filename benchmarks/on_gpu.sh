@@ -22,16 +22,12 @@ part() { # NAME SECONDS COMMAND...
     tar czf "$OUT/gpu.tgz.making" -C "$LOGS" . -C "$PWD/benchmarks" results && mv "$OUT/gpu.tgz.making" "$OUT/gpu.tgz"
 }
 
-# CTranslate2's wheel asks for cuBLAS 12. Where only 13 is there, 13 answers under that name: it has all the functions
-# that CTranslate2 calls, and every conversion proves itself against transformers before it is used.
+# CTranslate2's wheel asks for cuBLAS 12, which the extra `gpu` installs. Where only 13 is there, 13 answers under that
+# name: it has all the functions that CTranslate2 calls, and every conversion proves itself before it is used.
 cublas() {
     ldconfig -p | grep -q libcublas.so.12 && return
+    "$PY" -c 'from raydistill.model.cublas import preload; raise SystemExit(preload() is None)' && return
     local found
-    found=$("$PY" -c 'import nvidia, pathlib; print(*[f for p in nvidia.__path__ for f in pathlib.Path(p).rglob("libcublas.so.12")])' 2>/dev/null)
-    if [ -n "$found" ]; then
-        export LD_LIBRARY_PATH=$(dirname "$found"):${LD_LIBRARY_PATH:-}
-        return
-    fi
     found=$(find / -name 'libcublas.so.13' -not -path '/proc/*' 2>/dev/null | head -1)
     [ -n "$found" ] || return
     mkdir -p /tmp/cublas12 && ln -sf "$found" /tmp/cublas12/libcublas.so.12

@@ -70,7 +70,7 @@ def time_size(
     """A size's timing: from the table of measurements, else measured and put there."""
     layers = plan(forms.depths(teacher.config), Student(size=size))
     source, output = lengths(case)
-    name = latency.key(
+    facts = latency.facts_of(
         latency.hardware(asked.device, asked.threads),
         latency.shape(forms.with_depths(teacher.config, *layers.size)),
         asked.engine,
@@ -81,7 +81,7 @@ def time_size(
         output_tokens=output,
     )
     table = home() / "speedups.json"
-    if found := latency.lookup(table, name):
+    if found := latency.lookup(table, facts):
         return found
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -96,7 +96,7 @@ def time_size(
             allow_fallback=False,
         )
         timing = latency.measure(engine, source, output, asked.batch, case.beams, asked.repeats, min_seconds=0.0)
-    latency.record(table, name, timing)
+    latency.record(table, facts, timing)
     return timing
 
 

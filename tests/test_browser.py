@@ -49,7 +49,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 def chosen(sweep: Path) -> tuple[Path, Outcome]:
     """A finished sweep, published and with its choice registered."""
     make_student(sweep, "a", 0, 10.0)
-    make_student(sweep, "b", 1, 60.0)
+    make_student(sweep, "b", 1, 60.0, "4-4")
     make_trial(sweep, "c", 2, 8.0)
     tracking.publish(sweep, finished=True)
     found = outcome(sweep)

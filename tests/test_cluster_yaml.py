@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,21 @@ def test_the_mounted_files_are_here_and_are_what_pip_needs(name: str) -> None:
     for who in ("head", "worker"):
         setup = [*config.get("setup_commands", []), *config.get(f"{who}_setup_commands", [])]
         assert any("pip install" in c and "-c constraints.txt" in c for c in setup)
+
+
+def test_machines_with_a_gpu_get_the_cublas_that_ctranslate2_asks_for(given: dict[str, Any], tmp_path: Path) -> None:
+    """The extra is there and pinned; AWS's workers ask for it, and of one's own machines those with NVIDIA's driver."""
+    [package] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    assert f"\n{package.partition('>')[0]}==12." in (ROOT / "constraints.txt").read_text()
+    assert any("-c constraints.txt '.[gpu]'" in command for command in given["worker_setup_commands"])
+    [line] = [c for c in read("cluster/local.yaml")["setup_commands"] if "pip install" in c]
+    shown = line.replace("cd ~/raydistill && ~/venv/bin/python -m pip", "echo")
+    driver = tmp_path / "nvidia-smi"
+    for wanted in (".", ".[gpu]"):
+        shell = subprocess.run(["/bin/bash", "-c", shown], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+        assert shell.stdout.split()[-1] == wanted
+        driver.write_text("#!/bin/sh\n")
+        driver.chmod(0o755)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -19,8 +19,10 @@ from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam
 from raydistill.model.generate import open_engine
-from raydistill.results.figures import results_table
+from raydistill.results.figures import mark_of, results_table
 from raydistill.results.outcome import finalists, outcome
+from raydistill.results.page import facts
+from raydistill.results.records import decoding_name
 from raydistill.results.served import served_in
 from tests.test_tracking import make_trial
 from tests.world import make_world
@@ -141,6 +143,38 @@ def test_a_speed_up_is_over_the_teachers_own_decoding_and_over_the_same(world, t
     assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in found.items()} == {4: (8, 8), 1: (8, 2)}
     header, rows = results_table(outcome(tmp_path).students, [], {}, "rouge2")
     assert [row[header.index("speed-up (same decoding)")] for row in rows] == ["8.00x (8.00x)", "8.00x (2.00x)"]
+
+
+def test_students_of_one_shape_and_as_many_beams_are_as_fast_as_their_median(world, tmp_path):
+    """Table, front, choice and picture: 100.0 and 99.5 ms are no difference, whatever the length penalty, and 40 is."""
+    _, record = finished_sweep(tmp_path, *world)
+    info = {"name": "m", "metric": "rouge2", "teacher": record, "budgets": {"fast": {"latency_ms": "50%"}}}
+    write_json_atomic(tmp_path / "sweep.json", info)
+    make_trial(tmp_path, "b", 1, 10.1)
+    longer = Beam(4, 0.6, 0, 12, 0, False, None)
+    served = {
+        ("a", BEAM): (20.0, 99.5),
+        ("b", BEAM): (20.1, 100.0),
+        ("b", longer): (20.3, 107.0),
+        ("b", Beam(1, 1.0, 0, 12, 0, False, None)): (9.0, 40.0),
+    }
+    serve_by_hand(tmp_path, [BEAM, longer], costs={"latency_ms": 300.0})
+    for (key, beam), (score, ms) in served.items():
+        folder = tmp_path / "trials" / key
+        serve_by_hand(folder, [beam], metrics={"rouge2": score}, costs={"latency_ms": ms})
+        np.savez(folder / f"rows-validation-{decoding_name(asdict(beam))}.npz", validation=np.full(20, score))
+    found = outcome(tmp_path)
+    assert {one.key: one.metrics["latency_ms"] for one in found.students} == {
+        **{key: 100.0 for key in ("a b4-p1", "b b4-p1", "b b4-p0.6")},
+        "b b1": 40.0,
+    }
+    assert found.front == ["b b1", "b b4-p0.6"]
+    assert found.chosen == {"fast": "b b4-p0.6"}
+    assert {one.metrics["speedup"] for one in found.students} == {3.0, 7.5}
+    assert found.student("b b4-p0.6").metrics["latency_ms_own"] == 107.0
+    assert "latency_ms_own" not in found.student("b b1").metrics
+    told = ", ".join(facts(found)[mark_of("b b4-p0.6")])
+    assert "100.0 ms for 32 rows, 107.0 ms when it was timed itself" in told
 
 
 def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):

@@ -1,14 +1,26 @@
+import hashlib
+import json
 import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import threading
 import time
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import transformers
 
+from raydistill.cluster.shapes import time_shape
+from raydistill.config.run import Dataset
 from raydistill.evaluation import latency
 from raydistill.evaluation.latency import Timing
 from raydistill.model import teachers
 from raydistill.model.generate import open_engine
+from raydistill.training.material import open_teacher
 from tests.tiny import save_tiny
 
 
@@ -65,6 +77,7 @@ def test_more_output_takes_longer(kind, tmp_path):
     engine = open_engine(folder, kind, cache=tmp_path / "cache", allow_fallback=False)
     short, long = (latency.measure(engine, 10, n, batch=4, beams=2, min_seconds=0) for n in (2, 40))
     assert long.low_ms > 2 * short.low_ms
+    assert long.others is not None
 
 
 def test_shape_differs_where_the_cost_does_and_not_where_only_the_rates_do():
@@ -73,35 +86,117 @@ def test_shape_differs_where_the_cost_does_and_not_where_only_the_rates_do():
         assert latency.shape(bart()) != latency.shape(bart(**change))
 
 
+def facts(shape="bart 2-1 d_model=8", engine="ctranslate2", precision="fp32", threads=1, **how):
+    how = {"beams": 4, "batch": 32, "source_tokens": 20, "output_tokens": 10, **how}
+    return latency.facts_of(latency.hardware("cpu", threads), shape, engine, precision, **how)
+
+
 def test_key_depends_on_each_of_its_facts():
-    machine = latency.hardware("cpu", 1)
-    facts = dict(beams=4, batch=32, source_tokens=20, output_tokens=10)
-    names = {latency.key(machine, "bart 2-1", "ctranslate2", "fp32", **facts)}
-    for fact in facts:
-        names.add(latency.key(machine, "bart 2-1", "ctranslate2", "fp32", **{**facts, fact: 1}))
-    names.add(latency.key(machine, "bart 2-1", "ctranslate2", "int8", **facts))
-    names.add(latency.key(machine, "bart 2-1", "transformers", "fp32", **facts))
-    names.add(latency.key(machine, "bart 2-2", "ctranslate2", "fp32", **facts))
-    names.add(latency.key(latency.hardware("cpu", 2), "bart 2-1", "ctranslate2", "fp32", **facts))
-    assert len(names) == 9
-    assert latency.key(dict(machine), "bart 2-1", "ctranslate2", "fp32", **facts) in names
+    others = [facts(**{name: 1}) for name in ("beams", "batch", "source_tokens", "output_tokens")]
+    others += [facts(precision="int8"), facts(engine="transformers"), facts("bart 2-2 d_model=8"), facts(threads=2)]
+    others += [{**facts(), "name": "another CPU"}]
+    assert len({latency.key(one) for one in [facts(), *others]}) == 10
+    assert latency.key(dict(reversed(facts().items()))) == latency.key(facts())
+    assert latency.key(facts()).startswith("bart 2-1 ctranslate2 ")
 
 
 def test_table_returns_what_was_recorded_and_survives_damage(tmp_path):
-    table, one = tmp_path / "deep" / "latency.json", Timing(12.5, 11.0, 14.0, 5)
-    assert latency.lookup(table, "a") is None
-    latency.record(table, "a", one)
-    latency.record(table, "b", Timing(1, 1, 1, 1))
-    assert latency.lookup(table, "a") == one
+    table, one = tmp_path / "deep" / "latency.json", Timing(12.5, 11.0, 14.0, 5, others=0.1)
+    assert latency.lookup(table, facts()) is None
+    latency.record(table, facts(), one)
+    latency.record(table, facts(beams=1), Timing(1, 1, 1, 1))
+    assert latency.lookup(table, facts()) == one
     table.write_bytes(table.read_bytes()[:20])
-    assert latency.lookup(table, "a") is None
-    latency.record(table, "a", one)
-    assert latency.lookup(table, "a") == one
+    assert latency.lookup(table, facts()) is None
+    for nonsense in (None, 3, "text", [], {"median_ms": 3.0}):
+        table.write_text(json.dumps({latency.key(facts()): nonsense}))
+        assert latency.lookup(table, facts()) is None
+    latency.record(table, facts(), one)
+    assert latency.lookup(table, facts()) == one
+
+
+def test_a_row_of_the_table_tells_a_person_what_was_timed_where_and_when(tmp_path):
+    table = tmp_path / "latency.json"
+    latency.record(table, facts(), Timing(12.5, 11.0, 14.0, 5, others=1.25))
+    [row] = json.loads(table.read_text()).values()
+    assert (row["median_ms"], row["others"], row["host"]) == (12.5, 1.25, platform.node())
+    assert row["facts"]["shape"] == "bart 2-1 d_model=8"
+    assert row["facts"]["engine"] == f"ctranslate2 {version('ctranslate2')}"
+    assert row["facts"]["name"] == latency.hardware()["name"]
+    assert {name: row["facts"][name] for name in ("precision", "beams", "batch", "source_tokens", "output_tokens")} == {
+        **{"precision": "fp32", "beams": 4, "batch": 32, "source_tokens": 20, "output_tokens": 10}
+    }
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(row["date"])) < timedelta(minutes=1)
+
+
+def test_a_row_of_before_its_facts_were_kept_is_read_and_knows_of_no_others(tmp_path):
+    table = tmp_path / "latency.json"
+    old = {"median_ms": 12.5, "low_ms": 11.0, "high_ms": 14.0, "repeats": 5, "peak_mb": 40.0}
+    table.write_text(json.dumps({latency.key(facts()): old}))
+    found = latency.lookup(table, facts())
+    assert found == Timing(12.5, 11.0, 14.0, 5, 40.0)
+    assert not found.disturbed
+
+
+def test_what_others_do_meanwhile_is_seen_and_what_this_process_does_is_not():
+    """A second of two cores of one's own, then a second beside a process that takes all it gets."""
+
+    def own_work():
+        threads = [threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 500_000)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def seen(during):
+        others = latency.Others()
+        during()
+        return others.cores()
+
+    quiet = min(seen(own_work) for _ in range(3))
+    worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        beside = min(seen(lambda: time.sleep(0.5)) for _ in range(3))
+    finally:
+        worker.kill()
+        worker.wait()
+    assert beside > 0.5
+    if os.getloadavg()[0] < 1:  # else others are at work here, too
+        assert quiet < 0.5
+
+
+def test_a_timing_beside_much_other_work_is_disturbed():
+    assert not Timing(1, 1, 1, 1).disturbed
+    assert not Timing(1, 1, 1, 1, others=latency.CALM).disturbed
+    assert Timing(1, 1, 1, 1, others=1.0).disturbed
+
+
+def test_a_shape_is_timed_once_and_again_only_where_others_disturbed_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    teacher = open_teacher(str(save_tiny("bart", tmp_path / "m")), Dataset(name="demo"))
+    about = {"tokens": {"source": 5, "output": 3}, "engine": "transformers fp32"}
+
+    def timed():
+        [row] = time_shape(teacher, "2-1", about, [1], "transformers", "cpu", 1)
+        return row
+
+    assert timed()["latency_ms"] < 9e9
+    table = tmp_path / "home" / "latency.json"
+    for others, again in ((0.2, False), (3.0, True)):
+        rows = json.loads(table.read_text())
+        assert len(rows) == 2  # 32 rows and one
+        table.write_text(json.dumps({k: {**row, "median_ms": 9e9, "others": others} for k, row in rows.items()}))
+        found = timed()
+        assert (found["latency_ms"] < 9e9) == again
+        if not again:
+            assert found["others"] == 0.2
+    assert all(row["median_ms"] < 9e9 for row in json.loads(table.read_text()).values())
 
 
 def _record_many(table: Path, who: int) -> None:
     for i in range(20):
-        latency.record(table, f"{who}-{i}", Timing(who, who, who, i))
+        latency.record(table, facts(beams=who, batch=i), Timing(who, who, who, i))
 
 
 def test_processes_that_record_at_once_lose_nothing(tmp_path):
@@ -111,7 +206,7 @@ def test_processes_that_record_at_once_lose_nothing(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    assert all(latency.lookup(table, f"{who}-{i}") for who in range(3) for i in range(20))
+    assert all(latency.lookup(table, facts(beams=who, batch=i)) for who in range(3) for i in range(20))
 
 
 def test_hardware_names_the_machine():

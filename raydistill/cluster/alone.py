@@ -1,18 +1,23 @@
-"""A Ray task that has its machine to itself: what is timed, and what needs all cores."""
+"""A Ray task that has what it runs on to itself: what is timed, and what needs all cores."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import storage
+from raydistill.config.console import progress
+from raydistill.evaluation.latency import CALM
 
 
 def alone(
     work: Callable[..., Any], *arguments: Any, device: str, reads: Iterable[Path] = (), writes: Iterable[Path] = ()
 ) -> Any:
-    """`work(*arguments, device, threads)` as a Ray task that leaves no room for anything else on its machine.
+    """`work(*arguments, device, threads)` as a Ray task with nothing of this cluster beside it.
 
-    Always on the same one of several, while it is there: what is timed is compared.
+    On a CPU it holds every core of its machine. On a GPU it holds one whole GPU and a core: what another command runs
+    on the machine's other GPUs and cores goes on. What runs outside the cluster is not seen, in either case.
+
+    Always on the same machine of several, while it is there: what is timed is compared.
 
     `reads` and `writes`: files and folders that go to that machine and come from it, where machines share no folder.
     """
@@ -51,3 +56,12 @@ def _with_threads(
     found = work(*arguments, device, threads)
     storage.keep(*writes)
     return found
+
+
+def tell_of_others(cores: float, then: str) -> None:
+    """Say so where processes outside the cluster kept `cores` busy while something was timed, and what to do `then`."""
+    if cores > CALM:
+        progress(
+            f"latency: other processes kept up to {cores:.1f} cores of that machine busy meanwhile, so these times are "
+            f"too long and may mislead the choice. End those processes; {then}"
+        )

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from raydistill.cluster.alone import alone
+from raydistill.cluster.alone import alone, tell_of_others
 from raydistill.cluster.prepare import check_unchanged
 from raydistill.config.console import progress
 from raydistill.config.files import CARD, damage_told, read_json, write_json_atomic
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, resolve
-from raydistill.evaluation.latency import Hardware, hardware, version_of
+from raydistill.evaluation.latency import Hardware, Others, hardware, version_of
 from raydistill.evaluation.serving import serve
 from raydistill.model.decoding import Beam, Engine
 from raydistill.model.generate import open_engine
@@ -29,6 +29,8 @@ from raydistill.results.outcome import finalists, outcome
 from raydistill.results.records import Trial, decoding_name, read_trials, rows_name
 from raydistill.results.served import SERVED, served_in
 from raydistill.training.record import write_rows
+
+AGAIN = "then delete the served.json files in the sweep's folder, and give the same command"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
         progress(f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine")
         for one in missing:
             what = (one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation")
-            keep(one.folder, alone(serve_checkpoint, *what, device=device, **_moves(*what)))
+            served = alone(serve_checkpoint, *what, device=device, **_moves(*what))
+            tell_of_others(max(entry["others"] for entry in served), AGAIN)
+            keep(one.folder, served)
     if (sweep / SERVED).is_file() and not _served_last(sweep, machine):
         write_json_atomic(sweep / SERVED, {**read_json(sweep / SERVED), "hardware": machine})
     score_on_test(space, sweep, teacher, device)
@@ -190,10 +194,11 @@ def serve_checkpoint(
         by["hardware"] = hardware(device, threads)
         found = []
         for beam in beams:
+            others = Others()
             served = serve(engine, corpus.sources, corpus.targets, metric, beam, limit)
             decoding = {"beams": beam.beams, "length_penalty": beam.length_penalty}
             write_rows(folder / rows_name(split, decoding), {split: served.scored.rows})
-            found.append({**decoding, **by, "rows": len(corpus), **served.summary()})
+            found.append({**decoding, **by, "rows": len(corpus), "others": others.cores(), **served.summary()})
     return found
 
 

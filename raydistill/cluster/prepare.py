@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster.alone import alone
+from raydistill.cluster.alone import alone, tell_of_others
 from raydistill.cluster.pseudolabel import Also, Job, pseudolabel
 from raydistill.cluster.shapes import time_shape
 from raydistill.cluster.teacher_pass import (
@@ -121,6 +121,7 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     timed = alone(
         time_shapes, first, sizes, teacher, beams, device=device, reads=[table, *read_by(first)], writes=[table]
     )
+    tell_of_others(max(row.pop("others") for rows in timed.values() for row in rows), "the next sweep times them again")
     base = timed[teacher["size"]][0]["latency_ms"]
     shapes = {size: {**rows[0], "speedup": base / rows[0]["latency_ms"]} for size, rows in timed.items()}
     for size in sizes:
@@ -150,7 +151,7 @@ def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
 def time_shapes(
     run: Run, sizes: list[str], teacher: dict[str, Any], beams: list[int], device: str, threads: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Latency, parameters and memory of each shape with each number of beams.
+    """Latency, parameters and memory of each shape with each number of beams; the cores that `others` kept busy.
 
     The shapes are untrained: their costs do not depend on the weights' values.
 

@@ -29,8 +29,9 @@ def time_shape(
 ) -> list[dict[str, float]]:
     """Milliseconds (batch of 32 and of 1: median, lowest, highest), parameters, weights and peak memory of one shape.
 
-    One mapping for each number of beams. `about` holds the lengths in tokens to time with. The engine is the one that
-    serves on this machine; what the table knows already is not timed again.
+    One mapping for each number of beams, which also tells how many cores `others` kept busy at most. `about` holds the
+    lengths in tokens to time with. The engine is the one that serves on this machine; what the table knows already is
+    not timed again, unless others disturbed it.
     """
     layers = plan(forms.depths(teacher.model.config), Student(size=size))
     config = forms.with_depths(teacher.model.config, *layers.size)
@@ -46,18 +47,19 @@ def time_shape(
     scratch = Path(tempfile.mkdtemp(prefix="raydistill-shape-"))
     try:
         for many in beams:
-            found: dict[str, float] = {}
+            found: dict[str, float] = {"others": 0.0}
             for cost, batch in BATCHES.items():
                 how = {"beams": many, "batch": batch, **lengths}
-                key = latency.key(machine, latency.shape(config), name, precision, **how)
-                timing = latency.lookup(table, key)
-                if timing is None:
+                facts = latency.facts_of(machine, latency.shape(config), name, precision, **how)
+                timing = latency.lookup(table, facts)
+                if timing is None or timing.disturbed:
                     if opened is None:
                         before = latency.held_mb(device)
                         opened = _open(teacher, layers, engine, device, threads, scratch)
                     timing = latency.measure(opened, repeats=7, min_seconds=1.0, held_before=before, **how)
-                    latency.record(table, key, timing)
+                    latency.record(table, facts, timing)
                 found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
+                found["others"] = max(found["others"], timing.others or 0.0)
                 if cost == "latency_ms" and timing.peak_mb is not None:
                     found["peak_mb"] = timing.peak_mb
             rows.append({**found, **weights})

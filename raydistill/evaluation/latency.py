@@ -11,17 +11,22 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import PretrainedConfig
 
 from raydistill.config.files import write_json_atomic
+from raydistill.config.machine import own_cores
 from raydistill.model.decoding import Engine
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 MAX_REPEATS = 1000
+# Cores that others may keep busy while something is timed: what runs on a machine anyway takes less, a training more.
+CALM = 0.5
 
 Hardware = dict[str, str | int]
 
@@ -30,7 +35,8 @@ Hardware = dict[str, str | int]
 class Timing:
     """Milliseconds per batch: the median, and the lowest and highest of `repeats` calls.
 
-    `peak_mb`: megabytes held at most during them, the engine included; None where it was not measured.
+    `peak_mb`: megabytes held at most during them, the engine included. `others`: how many cores other processes kept
+    busy meanwhile, on average. Each None where it was not measured.
     """
 
     median_ms: float
@@ -38,6 +44,12 @@ class Timing:
     high_ms: float
     repeats: int
     peak_mb: float | None = None
+    others: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others kept the machine so busy that it says too much."""
+        return self.others is not None and self.others > CALM
 
 
 def measure(
@@ -53,13 +65,15 @@ def measure(
 ) -> Timing:
     """Time an engine on rows of one fixed length: `source_tokens` read and `output_tokens` written, each exactly.
 
-    At least `repeats` calls and `min_seconds` of them, so that a small model is not timed on noise. The
-    device should do nothing else meanwhile. With `held_before`, what `held_mb` said before the engine was opened,
-    peak memory is measured too.
+    At least `repeats` calls and `min_seconds` of them, so that a small model is not timed on noise. The device should
+    do nothing else meanwhile; what others did on the machine's cores is measured too. With `held_before`, what
+    `held_mb` said before the engine was opened, so is peak memory.
     """
     if held_before is not None:
         forget_peak()
-    timing = time_calls(engine.timed(source_tokens, output_tokens, batch, beams), repeats, warmup, min_seconds)
+    call = engine.timed(source_tokens, output_tokens, batch, beams)
+    others = Others()
+    timing = replace(time_calls(call, repeats, warmup, min_seconds), others=others.cores())
     peak = held_mb(engine.device, peak=True) if held_before is not None else None
     return replace(timing, peak_mb=peak - held_before) if peak is not None and held_before is not None else timing
 
@@ -115,9 +129,28 @@ def timing_of(seconds: Sequence[float]) -> Timing:
     return Timing(1000 * statistics.median(seconds), 1000 * min(seconds), 1000 * max(seconds), len(seconds))
 
 
+class Others:
+    """How busy other processes keep the cores that this process may use, from now on."""
+
+    def __init__(self) -> None:
+        self.busy, self.begun = _busy_elsewhere(), time.perf_counter()
+
+    def cores(self) -> float:
+        """How many they kept busy until now, on average."""
+        return max(0.0, (_busy_elsewhere() - self.busy) / (time.perf_counter() - self.begun))
+
+
+def _busy_elsewhere() -> float:
+    """Seconds of other processes on these cores; only differences count."""
+    mine = time.process_time()  # of all threads
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    cores = [t for core, t in enumerate(psutil.cpu_times(percpu=True)) if allowed is None or core in allowed]
+    return sum(t.user + t.nice + t.system + getattr(t, "steal", 0.0) for t in cores) - mine
+
+
 def hardware(device: str = "cpu", threads: int = 1) -> Hardware:
     """What was measured on: `kind` (cpu, cuda), `name`, `cores` that this process may use, `threads` used."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = own_cores()
     if device.startswith("cuda"):
         import torch
 
@@ -159,7 +192,7 @@ def shape(config: PretrainedConfig) -> str:
     return " ".join([config.model_type, f"{encoder}-{decoder}", *[f"{k}={getattr(config, k)}" for k in keys]])
 
 
-def key(
+def facts_of(
     machine: Hardware,
     of_shape: str,
     engine: str,
@@ -169,9 +202,9 @@ def key(
     batch: int,
     source_tokens: int,
     output_tokens: int,
-) -> str:
-    """The name of a measurement in the table: all that it depends on, the engine's version too."""
-    facts: dict[str, Any] = {
+) -> dict[str, Any]:
+    """All that a measurement depends on, the engine's version too."""
+    return {
         **machine,
         "shape": of_shape,
         "engine": f"{engine} {version_of(engine)}",
@@ -181,8 +214,12 @@ def key(
         "source_tokens": source_tokens,
         "output_tokens": output_tokens,
     }
-    text = json.dumps(facts, sort_keys=True)
-    return f"{of_shape.split(' d_model')[0]} {engine} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def key(facts: dict[str, Any]) -> str:
+    """The name of a measurement in the table: short, and another one for other facts."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"{facts['shape'].split(' d_model')[0]} {facts['engine'].split()[0]} {digest[:12]}"
 
 
 def version_of(engine: str) -> str:
@@ -195,21 +232,28 @@ def version_of(engine: str) -> str:
         return "unknown"
 
 
-def lookup(table: Path, name: str) -> Timing | None:
-    """The timing of that name in a table's file; None where there is none, or the file is no table."""
-    found = _read(table).get(name)
+def lookup(table: Path, facts: dict[str, Any]) -> Timing | None:
+    """The timing with these facts in a table's file; None where there is none, or the file is no table.
+
+    What the file says beside it is for people; entries of before that was kept are read as well.
+    """
+    found = _read(table).get(key(facts))
     try:
-        return Timing(**found) if isinstance(found, dict) else None
+        return Timing(**{f.name: found[f.name] for f in fields(Timing) if f.name in found}) if found else None
     except TypeError:
         return None
 
 
-def record(table: Path, name: str, timing: Timing) -> None:
-    """Add a timing to a table's file. Processes may record at the same time; the file is whole throughout."""
+def record(table: Path, facts: dict[str, Any], timing: Timing) -> None:
+    """Add a timing to a table's file, with its facts, the machine's name and when it was made (UTC).
+
+    Processes may record at the same time; the file is whole throughout.
+    """
+    made = {"host": platform.node(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.with_name(f".{table.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write_json_atomic(table, {**_read(table), name: asdict(timing)})
+        write_json_atomic(table, {**_read(table), key(facts): {**asdict(timing), **made, "facts": facts}})
 
 
 def _read(table: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raydistill.config.console import home
 from raydistill.config.files import write_json_atomic
-from raydistill.model import teachers
+from raydistill.model import cublas, teachers
 from raydistill.model.convert import (
     RefusedError,
     converted,
@@ -149,6 +149,8 @@ def open_ctranslate2(
     kind = device.partition(":")[0]
     if kind == "cuda" and ctranslate2.get_cuda_device_count() == 0:
         raise RefusedError("this build of ctranslate2 sees no GPU")
+    if kind == "cuda":
+        _load_cublas()
     if CT2_TYPES[precision] not in (types := ctranslate2.get_supported_compute_types(kind)):
         raise RefusedError(f"{precision} is not among its types on this {kind}: {', '.join(sorted(types))}")
     config = teachers.load_config(checkpoint)
@@ -166,12 +168,20 @@ def open_ctranslate2(
             engine.timed(source_tokens=2, output_tokens=1, batch=1, beams=1)()
         difference = 0.0 if sample is None else _difference_on(engine, checkpoint, languages, sample, threads)
     except RuntimeError as error:  # a missing library, no memory left on the GPU
-        raise RefusedError(f"it failed on {device}: {error}") from None
+        mend = "; `pip install nvidia-cublas-cu12` brings it" if "libcublas" in str(error) else ""
+        raise RefusedError(f"it failed on {device}: {error}{mend}") from None
     if not difference <= ROW_TOLERANCE:
         raise RefusedError(
             f"on real rows its log-probabilities are off by up to {difference:.2g} per token ({precision})"
         )
     return engine
+
+
+def _load_cublas() -> None:
+    try:
+        cublas.preload()
+    except OSError as error:
+        raise RefusedError(f"the installed nvidia-cublas-cu12 cannot be loaded: {error}") from None
 
 
 def _difference_on(

@@ -1,7 +1,8 @@
 """What fits a budget, what is on the Pareto front, and which student to take: pure functions."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,12 @@ UNITS = {
     "memory_mb": "MB of weights",
     "peak_mb": "MB held while writing a batch of 32",
     "gpu_hours": "device-hours",
+}
+# Measured with a clock, and so never twice the same; with how several measurements of one thing become one.
+TIMED: dict[str, Callable[[list[float]], float]] = {
+    f"{name}{end}": combined
+    for name in ("latency_ms", "latency_ms_b1")
+    for end, combined in (("", statistics.median), ("_low", min), ("_high", max))
 }
 
 
@@ -84,6 +91,23 @@ def admitted(costs: dict[str, float], budgets: Sequence[dict[str, float]]) -> bo
     return not budgets or any(
         all(costs[key] <= bound for key, bound in bounds.items() if key in costs) for bounds in budgets
     )
+
+
+def on_one_clock(costs: Sequence[dict[str, float]], alike: Sequence[Hashable]) -> list[dict[str, float]]:
+    """The costs, with the median over all that are `alike` in the place of each one's own milliseconds.
+
+    `alike` names for each what decides its speed (shape, beams, engine). Of two that are alike one is the faster by
+    noise, or by the length of what it wrote; so neither is cheaper, and the higher score wins. Lowest and highest
+    become those of all.
+    """
+    pooled: dict[tuple[Hashable, str], list[float]] = {}
+    for one, group in zip(costs, alike, strict=True):
+        for name in one.keys() & TIMED.keys():
+            pooled.setdefault((group, name), []).append(one[name])
+    return [
+        {name: TIMED[name](pooled[group, name]) if name in TIMED else value for name, value in one.items()}
+        for one, group in zip(costs, alike, strict=True)
+    ]
 
 
 def front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:

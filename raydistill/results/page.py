@@ -144,6 +144,7 @@ def _of_student(found: Outcome, student: Trial) -> list[str]:
 def _costs(costs: dict[str, float]) -> list[str]:
     words = {
         "latency_ms": "{:.1f} ms for 32 rows",
+        "latency_ms_own": "{:.1f} ms when it was timed itself",
         "latency_ms_b1": "{:.1f} ms for one",
         "params_m": "{:.1f} M parameters",
     }
