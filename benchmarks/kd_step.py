@@ -33,11 +33,12 @@ from raydistill.data.batches import Examples
 from raydistill.evaluation.latency import give_back_freed
 from raydistill.model import forms, onednn
 from raydistill.model.shrink import plan, shrink
-from raydistill.training.loop import Worker, make_optimizer, step, steps
+from raydistill.training.loop import make_optimizer, step, steps
 from raydistill.training.prefetch import ahead
 from raydistill.training.student import Frozen, freeze
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
 SIDES = ("naive", "shared", "ours-mkl", "ours", "trainer", "ours-sft")

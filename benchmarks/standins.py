@@ -12,9 +12,10 @@ from raydistill.cluster.pseudolabel import CHARS_PER_TOKEN
 from raydistill.config.files import read_json, write_atomic, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.model.decoding import Beam, Hypothesis
-from raydistill.training.loop import Report, Worker
+from raydistill.training.loop import Report
 from raydistill.training.record import claim, held
 from raydistill.training.run import Inputs
+from raydistill.training.workers import Worker
 
 WORDS = 25  # of a text that the engine writes
 CHECKS = 5  # validations of a trial

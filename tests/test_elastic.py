@@ -23,8 +23,9 @@ from raydistill.cluster.search import search
 from raydistill.cluster.start import cluster
 from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.run import Run
-from raydistill.training.loop import Report, Worker
+from raydistill.training.loop import Report
 from raydistill.training.run import Inputs
+from raydistill.training.workers import Worker
 
 BATCHES = 60
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from raydistill.config.files import read_json
 from raydistill.results.outcome import finalists
 from raydistill.results.records import decoding_name
 from tests.test_sweep import KILL_SPACE, mlflow_children
-from tests.world import environment, make_world, processes_of, wait_for_ray_to_end
+from tests.world import AT_WORK, environment, make_world, processes_of, wait_for_ray_to_end
 
 KILLS = 20
 DECODINGS = ("b1", "b2-p0.6", "b2-p1", "b4-p0.6", "b4-p1")
@@ -25,7 +26,7 @@ WANTED = {(method, size) for method in ("sft", "kd") for size in ("2-3", "2-2", 
 
 def workers_of(home: Path) -> list[psutil.Process]:
     """Ray's worker processes that have work: trials, and what prepares or judges them."""
-    return [p for p in processes_of(home) if p.name().startswith("ray::") and "IDLE" not in p.name()]
+    return [p for p in processes_of(home) if p.name().startswith(AT_WORK)]
 
 
 def start(path: Path, home: Path) -> subprocess.Popen[str]:
@@ -45,12 +46,12 @@ def results_of(home: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in home.glob("sweeps/killed/trials/*/result.json")}
 
 
-def run_under_kills(path: Path, home: Path, rng: random.Random, most: int) -> tuple[int, dict]:
-    """Start the sweep again and again until it ends by itself; how often it was killed, and what it printed.
+def run_under_kills(path: Path, home: Path, rng: random.Random, struck: Counter[str]) -> dict:
+    """Start the sweep again and again until it ends by itself; what it printed.
 
-    A trial that was over at any kill must have the same result at the next, and at the end.
+    A trial that was over at any kill must have the same result at the next, and at the end. `struck` counts what was
+    killed, by name; while fewer workers than drivers were, it is a worker's turn where one is at work.
     """
-    kills = 0
     over: dict[Path, int] = {}
     process = start(path, home)
     while True:
@@ -58,13 +59,15 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, most: int) -> tu
         assert {p: now.get(p) for p in over} == over, "a finished trial was done again"
         over = now
         try:
-            out, errors = process.communicate(timeout=rng.uniform(1, 25) if kills < most else 280)
+            out, errors = process.communicate(timeout=rng.uniform(1, 25) if struck.total() < KILLS else 280)
         except subprocess.TimeoutExpired:
             workers = workers_of(home)
-            kills += 1
-            if workers and rng.random() < 0.4:  # the sweep itself must get over it
-                rng.choice(workers).send_signal(signal.SIGKILL)
+            if workers and struck.total() < 2 * struck["driver"]:  # the sweep itself must get over it
+                worker = rng.choice(workers)
+                struck[worker.name().split(".")[0]] += 1
+                worker.send_signal(signal.SIGKILL)
                 continue
+            struck["driver"] += 1
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
             wait_for_ray_to_end(home)
@@ -72,7 +75,7 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, most: int) -> tu
             continue
         assert process.returncode == 0, errors[-3000:]
         assert {p: results_of(home)[p] for p in over} == over
-        return kills, json.loads(out.strip().splitlines()[-1])
+        return json.loads(out.strip().splitlines()[-1])
 
 
 def check_finalists(sweep: Path, found: dict) -> None:
@@ -97,17 +100,16 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
-    kills = 0
+    struck: Counter[str] = Counter()
     losses: dict[str, float] = {}
-    while kills < KILLS:
-        place = tmp_path / f"round{kills}"
+    while (before := struck.total()) < KILLS:
+        place = tmp_path / f"round{before}"
         home = place / "outputs"
         place.mkdir()
         path = place / "killed.yaml"
         path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": {**KILL_SPACE["search"], "retries": 50}}))
-        more, found = run_under_kills(path, home, rng, KILLS - kills)
-        assert more > 0, "the sweep ended before it could be killed"
-        kills += more
+        found = run_under_kills(path, home, rng, struck)
+        assert struck.total() > before, "the sweep ended before it could be killed"
         assert {t["status"] for t in found["trials"]} == {"done"}
         assert sorted((t["method"], t["size"]) for t in found["trials"]) == sorted(WANTED)
         check_finalists(Path(found["sweep"]), found)
@@ -122,3 +124,6 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
             assert steps == sorted(set(steps))
             assert len(steps) == 12
         wait_for_ray_to_end(home)
+    print(f"struck: {dict(struck)}")
+    assert struck["driver"] >= 5
+    assert struck["ray::ImplicitFunc"] >= 3, "trials at work"

@@ -13,8 +13,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from raydistill.cluster.outputs import is_done
 from raydistill.cluster.planned import run_batches
-from raydistill.cluster.pseudolabel import Job, Labeller, _is_done, _one_engine, _plain, describe_job, pseudolabel
+from raydistill.cluster.pseudolabel import Job, Labeller, _one_engine, _plain, describe_job, pseudolabel
 from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
 from raydistill.data.labels import read_candidates, read_manifest
@@ -103,10 +104,10 @@ def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
     path.write_bytes(b"PAR1 torn")
     monkeypatch.setattr("pyarrow.parquet.read_metadata", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
     with pytest.raises(OSError, match="I/O error"):
-        _is_done(path)
+        is_done(path)
     assert path.is_file()
     monkeypatch.undo()
-    assert not _is_done(path)
+    assert not is_done(path)
     assert not path.exists()
 
 
@@ -118,7 +119,7 @@ def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("raydistill.cluster.pseudolabel._compact", killed)
+        patch.setattr("raydistill.cluster.pseudolabel.compact", killed)
         with pytest.raises(KeyboardInterrupt):
             pseudolabel(job_of(world), tmp_path / "hurt", say=False)
     outputs = sorted((tmp_path / "hurt").glob(".*.work/out/*.parquet"))

@@ -151,7 +151,7 @@ def test_a_record_cannot_name_a_folder_of_artifacts_elsewhere(sweep):  # noqa: F
 
 
 def test_a_saved_state_names_a_file_of_its_folder(tmp_path):
-    from raydistill.training.loop import load_state
+    from raydistill.training.state import load_state
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.json").write_text(json.dumps({"tensors": "../state-1.safetensors"}))

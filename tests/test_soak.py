@@ -23,7 +23,7 @@ from tests.hosts import NETWORK, Host, what_is_missing
 from tests.mlflow_server import MODULES, Server, mlflow_server
 from tests.mlflow_server import what_is_missing as what_the_server_misses
 from tests.test_cluster import SPACE, Cluster, cluster_of, drivers, labels_in
-from tests.world import corpus_rows, make_world
+from tests.world import AT_WORK, corpus_rows, make_world
 
 MISSING = what_is_missing() or what_the_server_misses()
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3 * 3600), pytest.mark.skipif(bool(MISSING), reason=MISSING)]
@@ -34,8 +34,6 @@ AWAY_S = 30.0  # a host, the tracking server, the database
 CUT_S = 60.0  # the network
 ROWS = 6000
 ROUND_S = 3600  # a round that takes so long hangs
-# How Ray calls the processes of actors that label, trials of both launchers, and what has its machine alone.
-AT_WORK = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_with_thr")
 UNPUBLISHED = "run the same command again to publish"
 
 

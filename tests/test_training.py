@@ -32,7 +32,6 @@ from raydistill.results.records import read_trials
 from raydistill.training import loop, record, validation
 from raydistill.training.loop import (
     Diverged,
-    Worker,
     clip_and_step,
     fit,
     learning_rate_factor,
@@ -46,6 +45,7 @@ from raydistill.training.run import Inputs, collapse, frozen_table, supervise, t
 from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.training.workers import Worker
 from tests.tiny import save_tiny, sentences
 
 KD = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
@@ -1093,7 +1093,7 @@ def test_a_run_whose_machine_goes_is_saved_at_that_step_and_goes_on_the_same_els
         return len(asked) == 4
 
     with pytest.raises(loop.Leaving, match="saved at step 5"):  # at step 3 there was a validation
-        train(run, tmp_path / "run", lambda metrics, where: None, Inputs(), loop.Worker(leaving=leaving))
+        train(run, tmp_path / "run", lambda metrics, where: None, Inputs(), Worker(leaving=leaving))
     assert read(tmp_path / "run" / "state.json")["step"] == 5
     steps = []
     train(run, tmp_path / "run", lambda metrics, where: steps.append(metrics["step"]))

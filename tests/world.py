@@ -37,6 +37,8 @@ def make_world(folder: Path) -> tuple[Path, Path]:
     return save_tiny("bart", folder / "teacher", dropout=0.0), write_corpus(folder / "data")
 
 
+# How Ray calls the processes of actors that label, trials of both launchers, and what has its machine alone.
+AT_WORK = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_with_thr")
 # In the environment of every command; in nothing that it says or writes.
 SECRETS = {
     "HF_TOKEN": "hf_NotToBeSeen",

@@ -19,8 +19,9 @@ from raydistill.config.run import Run
 from raydistill.config.space import Search
 from raydistill.results.records import rivals
 from raydistill.results.stopping import falls_behind
-from raydistill.training.loop import Leaving, Report, Worker
+from raydistill.training.loop import Leaving, Report
 from raydistill.training.run import Inputs, train
+from raydistill.training.workers import Worker
 
 DRAIN_POLL_S = 5.0
 Metrics = dict[str, Any]

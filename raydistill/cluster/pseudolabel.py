@@ -5,23 +5,20 @@ planned batches and leave a file each (cluster/planned.py); the files are put to
 set (data/labels.py). Run again after any death, the job goes on from the files that are there.
 """
 
-import io
 import json
 import os
-import platform
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
 from raydistill.cluster import storage
+from raydistill.cluster.outputs import compact, is_done, output_of, write_output
 from raydistill.cluster.planned import Facts, room_for_actors, run_batches
 from raydistill.config.console import Bar, progress
 from raydistill.config.errors import UserError
@@ -30,7 +27,7 @@ from raydistill.config.presets import metric_for, teacher_preset
 from raydistill.config.run import Dataset, Decoding, Pseudo
 from raydistill.data.curation import check_curation, curate
 from raydistill.data.files import extension
-from raydistill.data.labels import Candidate, is_finished, label_set_name, read_manifest, write_label_set
+from raydistill.data.labels import is_finished, label_set_name, read_manifest
 from raydistill.data.plan import BATCH_CHARS, Plan, make_plan, open_plan
 from raydistill.data.stream import Scan, scan, usable_rows
 from raydistill.evaluation.scores import Tally, rouge2_rows
@@ -204,13 +201,13 @@ def _make(
         plan = make_plan(rows, work / "plan", batch_chars=chars, max_chars=read)
         storage.keep(work / "plan")
     (work / "out").mkdir(exist_ok=True)
-    missing = [n for n in range(len(plan)) if not _is_done(_output(work, n))]
+    missing = [n for n in range(len(plan)) if not is_done(output_of(work, n))]
     if say and len(missing) < len(plan):
         progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
     if missing:
         _label(job, about, plan, work, missing, device, say, also, opener)
         storage.fetch(work)
-    _compact(plan, work, folder, about, found, metric_for(job.dataset.name, job.metric))
+    compact(plan, work, folder, about, found, metric_for(job.dataset.name, job.metric))
     storage.keep(folder)
     storage.drop(work)
     shutil.rmtree(work, ignore_errors=True)
@@ -317,19 +314,10 @@ class Labeller:
         if self.also is not None:
             self.also(number, batch["ids"], batch["sources"], [texts[0] for texts in targets])
         scores = [[float(h.score) for h in hypotheses] for hypotheses in found]
-        self._write(number, {"id": batch["ids"], "targets": targets, "scores": scores}, seconds)
+        columns = {"id": batch["ids"], "targets": targets, "scores": scores}
+        write_output(self.work, number, columns, self.name, seconds * self._devices)
         tokens = sum(hypotheses[0].tokens for hypotheses in found)
         return {"rows": len(found), "tokens": tokens, "seconds": seconds}
-
-    def _write(self, number: int, columns: dict[str, list[Any]], seconds: float) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        about = {"engine": self.name, "device_seconds": str(seconds * self._devices), "host": platform.node()}
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
-        write_atomic(_output(self.work, number), buffer.getvalue())
-        storage.keep(_output(self.work, number))
 
     @property
     def _devices(self) -> int:
@@ -355,97 +343,6 @@ def _one_engine(work: Path, name: str, why: list[str]) -> None:
             f"{work}: the batches so far were written by {begun}, and this machine opens {name}: texts of two engines "
             f"are not mixed. Go on where {begun} can be opened, or delete the folder to begin anew"
         )
-
-
-def _compact(plan: Plan, work: Path, folder: Path, about: dict[str, Any], found: Scan, metric: str) -> None:
-    """Put the batches' outputs in the data's order, check that every row is there once, write the label set."""
-    tally = Tally(metric)
-    sums = {"empty": 0.0, "words": 0.0, "original_words": 0.0, "device_seconds": 0.0}
-    hosts: Counter[str] = Counter()
-
-    def window_rows(window: int) -> Iterator[tuple[str, list[Candidate]]]:
-        planned = plan.read_targets(window)
-        written = _read_outputs(plan, work, window, sums, hosts)
-        if written.keys() != {row_id for row_id, _ in planned} or len(written) != len(planned):
-            raise UserError(f"{work}: its rows are not those that were planned; delete the folder and run again")
-        best = [written[row_id][0].target for row_id, _ in planned]
-        originals = [target for _, target in planned]
-        sums["empty"] += sum(not text.strip() for text in best)
-        sums["words"] += sum(len(text.split()) for text in best)
-        sums["original_words"] += sum(len(text.split()) for text in originals)
-        if found.labelled:
-            tally.add(best, originals)
-        yield from ((row_id, written.pop(row_id)) for row_id, _ in planned)
-
-    # A generator for each window, so that what it held is gone before the next one is read.
-    rows = chain.from_iterable(window_rows(window) for window in range(len(plan.windows)))
-
-    def manifest() -> dict[str, Any]:
-        engine = read_json(work / "engine.json")
-        return {
-            **about,
-            "rows": found.rows,
-            "empty": int(sums["empty"]),
-            "metric": metric,
-            "engine": engine["engine"],
-            "engine_why": engine["why"],
-            "device_hours": sums["device_seconds"] / 3600,
-            "hosts": dict(sorted(hosts.items())),
-            "quality": tally.metrics() if found.labelled else None,
-            "target_words_mean": sums["words"] / found.rows,
-            "original_words_mean": sums["original_words"] / found.rows if found.labelled else None,
-        }
-
-    write_label_set(folder, rows, manifest)
-
-
-def _read_outputs(
-    plan: Plan, work: Path, window: int, sums: dict[str, float], hosts: Counter[str]
-) -> dict[str, list[Candidate]]:
-    """The candidates of a window's rows by id; UserError where a row was labelled twice, or by two engines.
-
-    Adds the device-seconds to `sums`, and the rows to the `hosts` that labelled them.
-    """
-    import pyarrow.parquet as pq
-
-    written: dict[str, list[Candidate]] = {}
-    engine = read_json(work / "engine.json")["engine"]
-    for number in plan.batches_of(window):
-        path = _output(work, number)
-        with damage_told(path, f"Delete {path} to have this batch labelled again"):
-            table = pq.read_table(path)
-            told = table.schema.metadata
-            if told[b"engine"].decode() != engine:
-                raise UserError(f"{work}: was written by two engines; delete the folder and run again")
-            sums["device_seconds"] += float(told[b"device_seconds"])
-            hosts[told.get(b"host", b"unknown").decode()] += len(table)  # unknown: of a release that did not write it
-            columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
-            for row_id, targets, scores in zip(*columns, strict=True):
-                if row_id in written:
-                    raise UserError(f"{work}: row {row_id!r} was labelled twice; delete the folder and run again")
-                written[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
-    return written
-
-
-def _is_done(output: Path) -> bool:
-    """Whether a batch's file is there and whole: a machine that lost its power may leave one that is not."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        pq.read_metadata(output)
-    except FileNotFoundError:
-        return False
-    except (OSError, pa.ArrowInvalid) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's own: nothing is known of the file
-            raise
-        output.unlink()
-        return False
-    return True
-
-
-def _output(work: Path, number: int) -> Path:
-    return work / "out" / f"batch-{number:06d}.parquet"
 
 
 def _plain(name: str) -> str:

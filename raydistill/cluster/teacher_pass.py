@@ -162,7 +162,8 @@ def room(work: Pass) -> float:
 def auto_precision(device: str, threads: int) -> str:
     """What `precision: auto` comes to on the hardware that this runs on; to be called `alone`."""
     from raydistill.config.run import Training
-    from raydistill.training.loop import Worker, precision
+    from raydistill.training.loop import precision
+    from raydistill.training.workers import Worker
 
     return "fp32" if precision(Training(precision="auto"), Worker(device=device)) is None else "bf16"
 
@@ -247,8 +248,9 @@ def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
     """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
     from raydistill.config.presets import teacher_preset
     from raydistill.model.teachers import languages_of, load_config, load_tokenizer, locate, teacher_key
-    from raydistill.training.loop import Worker, precision
+    from raydistill.training.loop import precision
     from raydistill.training.material import load_material, make_examples
+    from raydistill.training.workers import Worker
 
     run = want.runs[0]
     assert run.teacher is not None

@@ -1,4 +1,4 @@
-"""The training loop: steps, validations, early stop, and a state on disk from which it goes on exactly."""
+"""The training loop: steps, validations and early stop."""
 
 import json
 import math
@@ -7,69 +7,29 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raydistill.config.files import damage_told, inside, write_atomic
+from raydistill.config.files import write_atomic
 from raydistill.config.run import Training
 from raydistill.data.batches import epoch_batches, share, within
 from raydistill.model import forms
 from raydistill.training.prefetch import ahead
-from raydistill.training.record import making
+from raydistill.training.state import State, has_state, load_state, save_state, write_state
 from raydistill.training.supervision import Batch, Supervision
+from raydistill.training.workers import Worker, from_leader, sum_gradients
 
 # Tokens up to which torch's plain attention trains faster in bf16 on a CPU than its flash kernel.
 SHORT = 128
 # Told of every validation; a text that it returns is the reason why the run should stop here.
 Report = Callable[[dict[str, Any], Path | None], str | None]
 Validate = Callable[[Path], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of `world` data-parallel workers.
-
-    `computed` is what `precision: auto` came to, "bf16" or "fp32", where that was decided for all workers before.
-    `leaving()` is asked after every step whether the machine is about to be taken away.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: str = "cpu"
-    computed: str | None = None
-    leaving: Callable[[], bool] | None = None
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the worker that validates, writes and reports."""
-        return self.rank == 0
-
-    def devices(self, settings: Training) -> float:
-        """How many devices the run holds: of GPUs a worker's share, of CPU cores as many as it has threads."""
-        return self.world * (settings.threads if self.device == "cpu" else settings.gpus)
-
-
-@dataclass
-class State:
-    """How far a run is; everything but the tensors."""
-
-    step: int = 0
-    best_score: float | None = None
-    best_step: int = 0
-    checks_since_best: int = 0
-    seconds: float = 0.0
-    finished: bool = False
-    stopped: bool = False
-    reason: str = ""
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Diverged(Exception):
@@ -118,12 +78,12 @@ def fit(
     check = _Check(supervision, settings, validate, folder, report, worker, per_epoch, total, started)
     with ahead(steps(supervision, settings, worker, lengths, state.step, total)) as feed:
         while state.step < total and not state.finished:
-            begun, waited = time.monotonic(), feed.waited
+            step_begun, waited = time.monotonic(), feed.waited
             now = next(feed)
             _train_mode(supervision)
             seed_step(settings.seed, worker.rank, state.step)
             means = step(supervision, now, settings, worker, autocast, parameters, optimizer)
-            losses.add(means, begun, feed.waited - waited)
+            losses.add(means, step_begun, feed.waited - waited)
             schedule.step()
             state.step += 1
             if state.step % check_every == 0 or state.step == total:
@@ -279,16 +239,6 @@ def precision(settings: Training, worker: Worker) -> torch.dtype | None:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def sum_gradients(parameters: list[Parameter]) -> None:
-    """Add up the gradients of all workers in one flat buffer; a parameter without a gradient counts as zero."""
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-    torch.distributed.all_reduce(flat)
-    at = 0
-    for p in parameters:
-        p.grad = flat[at : at + p.numel()].view_as(p)
-        at += p.numel()
-
-
 @dataclass(frozen=True)
 class _Check:
     """What happens between steps: validate, keep the best, decide whether to stop, save the state, report."""
@@ -308,7 +258,7 @@ class _Check:
         state.seconds = time.monotonic() - self.started
         if not math.isfinite(means["loss"]):
             raise self._diverged("the loss", means["loss"], state)
-        metrics = _from_leader(self._measured(state, means, optimizer) if self.worker.leads else {}, self.worker)
+        metrics = from_leader(self._measured(state, means, optimizer) if self.worker.leads else {}, self.worker)
         if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise self._diverged(wrong[0], metrics[wrong[0]], state)
         self._judge(metrics["score"], state)
@@ -352,75 +302,14 @@ class _Check:
 
     def _tell(self, metrics: dict[str, Any], state: State) -> None:
         """Report, and stop if told to; the answer is kept: a run that dies while it is scored is not told again."""
-        told = _from_leader({"stop": self.report(metrics, self.folder)}, self.worker)["stop"]
+        told = from_leader({"stop": self.report(metrics, self.folder)}, self.worker)["stop"]
         if told and not state.finished and state.step < self.total:
             state.finished, state.stopped, state.reason = True, True, told
             if self.worker.leads:
-                _write_state(self.folder, state)
+                write_state(self.folder, state)
 
     def _diverged(self, name: str, value: float, state: State) -> Diverged:
         return Diverged(f"{name} is {value} at step {state.step}; try a lower learning rate", state.seconds)
-
-
-def has_state(folder: Path) -> bool:
-    """Whether a run was begun here."""
-    return (folder / "state.json").is_file()
-
-
-def save_state(folder: Path, state: State, supervision: Supervision, optimizer: torch.optim.Optimizer) -> None:
-    """Tensors into a file named after the step, then the small file that points to it: always one whole state."""
-    trainable = {n: p.detach().contiguous() for n, p in supervision.student.named_parameters() if p.requires_grad}
-    tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in trainable.items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for name, value in slots.items():
-            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    with making(folder / _tensors_name(state)) as place:
-        save_file(tensors, place)
-    _write_state(folder, state)
-    for stale in folder.glob("state-*.safetensors"):
-        if stale.name != _tensors_name(state):
-            stale.unlink()
-
-
-def _tensors_name(state: State) -> str:
-    return f"state-{state.step}.safetensors"
-
-
-def _write_state(folder: Path, state: State) -> None:
-    """The small file; the tensors that it points to are there."""
-    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": _tensors_name(state)}).encode())
-
-
-def load_state(
-    folder: Path,
-    supervision: Supervision,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> State:
-    """The saved state, with weights, optimiser and schedule put back where they were."""
-    path = folder / "state.json"
-    with damage_told(path, f"Delete {path} to begin the run anew"):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            tensors = load_file(inside(folder, saved.pop("tensors")))
-        except SafetensorError as error:
-            raise ValueError(str(error)) from None
-        state = State(**saved)
-    own = dict(supervision.student.named_parameters())
-    slots: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for key, value in tensors.items():
-            kind, _, rest = key.partition("/")
-            if kind == "model":
-                own[rest].copy_(value)
-            elif kind == "optimizer":
-                index, _, name = rest.partition("/")
-                slots.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    schedule.last_epoch = state.step
-    for group, rate in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
-        group["lr"] = rate * schedule.lr_lambdas[0](state.step)
-    return state
 
 
 class _Running:
@@ -455,19 +344,6 @@ class _Running:
         time_of = {"step_ms": 1000 * seconds / self.steps, "data_wait": self.waited / seconds}
         self.sums, self.steps, self.waited = {}, 0, 0.0
         return means | time_of
-
-
-def _from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    """The first worker's metrics, for all of them."""
-    if worker.world == 1:
-        return metrics
-    # As text: torch's own way of sending objects would unpickle what comes from the network.
-    text = torch.frombuffer(bytearray(json.dumps(metrics).encode()), dtype=torch.uint8).to(worker.device)
-    size = torch.tensor([len(text)], device=worker.device)
-    torch.distributed.broadcast(size, src=0)
-    text = text if worker.leads else text.new_empty(int(size))
-    torch.distributed.broadcast(text, src=0)
-    return json.loads(bytes(text.tolist()))
 
 
 def _train_mode(supervision: Supervision) -> None:

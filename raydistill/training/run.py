@@ -34,13 +34,15 @@ from raydistill.model.generate import open_engine
 from raydistill.model.shrink import Plan
 from raydistill.model.teachers import load_model, load_tokenizer
 from raydistill.training.caching import Keep, pass_for
-from raydistill.training.loop import Diverged, Report, State, Worker, fit, precision
+from raydistill.training.loop import Diverged, Report, fit, precision
 from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
 from raydistill.training.record import claim, claim_origin, held, identity, write_card, write_failure, write_rows
+from raydistill.training.state import State
 from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
 from raydistill.training.supervision import Supervision
 from raydistill.training.teacher_cache import make_here, open_decoder, open_encoder
 from raydistill.training.validation import Validator, missing_scorer
+from raydistill.training.workers import Worker
 
 COLLAPSE = 0.5
 

@@ -15,9 +15,9 @@ from raydistill.model.decoding import Beam
 from raydistill.model.shrink import Plan, plan, shrink
 from raydistill.model.start import build_tokenizer, new_model
 from raydistill.model.teachers import load_model, locate
-from raydistill.training.loop import Worker
 from raydistill.training.material import Teacher, read_split
 from raydistill.training.record import making
+from raydistill.training.workers import Worker
 
 
 def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
