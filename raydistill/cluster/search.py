@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune import Callback
 from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -97,14 +98,27 @@ def search(
     )
     trial.__name__ = "trial"  # type: ignore[attr-defined]
     trainable = tune.with_resources(trial, tune.PlacementGroupFactory([largest(runs, device) if in_actor else WAITS]))
+    begun = Begun()
     for _ in range(1 + space.search.retries):
-        _tuned(trainable, searcher, in_actor, callbacks)
-        if not searcher.never_began():
+        _tuned(trainable, searcher, in_actor, [begun, *callbacks])
+        if searcher.died <= begun.keys:
             break
+        # Tune gives up at once a trial whose actor, kept from the trial before, was lost with its machine.
         searcher.take_up()
     # Trials that died are taken up by the next command, whatever else is to come.
     died = len(searcher.given) - searcher.finished
     return replace(searcher.ended, exhausted=searcher.ended.exhausted and not died)
+
+
+class Begun(Callback):
+    """Keys of the trials that had an actor to begin in."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called when the actor is there."""
+        self.keys.add(trial.config["key"])
 
 
 def _tuned(trainable: Any, searcher: "StudySearch", in_actor: bool, callbacks: list[Any]) -> None:
@@ -263,13 +277,6 @@ class StudySearch(OptunaSearch):
     def missing(self) -> int:
         """Trials that are still to be run."""
         return max(0, self.search_space.search.trials - self.finished)
-
-    def never_began(self) -> set[str]:
-        """Keys of trials that died and left no folder.
-
-        Tune gives a trial up at once whose actor, kept from the trial before, was lost with its machine.
-        """
-        return {key for key in self.died if not (self.trials_folder / key).exists()}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next proposal whose settings no trial has had, or that a killed trial had; None while there is no room.
