@@ -220,7 +220,8 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     env = xsum_world(tmp_path)
     home = tmp_path / "outputs"
     space = ROOT / "search_spaces" / "kd_xsum.yaml"
-    done = command(home, "sweep", space, *SHORT, "--set", "search.trials=3", "--json", **env)
+    few = ["--set", "search.trials=3", "--set", "search.decoding.beams=[1]"]
+    done = command(home, "sweep", space, *SHORT, *few, "--json", **env)
     found = last_json(done)
     # How long so tiny a 12-6 takes is chance: where it is beyond both budgets, it is not trained, and that is said.
     trained = {t["size"] for t in found["trials"]}
@@ -264,7 +265,8 @@ def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
+    search = {**KILL_SPACE["search"], "decoding": {"beams": [1]}}
+    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": search}))
     home = tmp_path / "outputs"
     trials = home / "sweeps" / "killed" / "trials"
     before: dict[Path, int] = {}
