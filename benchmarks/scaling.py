@@ -60,28 +60,31 @@ class Slept:
 
 
 def main() -> None:
-    """Run the parts, print and write the result."""
+    """Run the parts, and write the result after each."""
     asked = _arguments()
     machine = describe_machine()
     found: dict[str, Any] = {}
-    most = max(asked.nodes)
     with tempfile.TemporaryDirectory(prefix="raydistill-scaling-") as scratch:
-        place = Path(scratch)
-        if "labels" in asked.part:
-            found["labels"] = [labels(place, n, asked.batches, asked.batch_seconds) for n in asked.nodes]
-        if "batches" in asked.part:
-            found["batches"] = batches(most, asked.empty_batches)
-        if "trials" in asked.part:
-            found["trials"] = [trials(place, n, asked.trials * n, asked.trial_seconds, "tune") for n in asked.nodes]
-        if "train" in asked.part:
-            found["train"] = [
-                trials(place, n, FEWER_FOR_TRAIN * n, 3 * asked.trial_seconds, "train") for n in asked.nodes
-            ]
-        if "many" in asked.part:
-            found["many"] = trials(place, most, asked.many, 1.0, "tune")
-    markdown = report(found)
+        for part in (name for name in PARTS if name in asked.part):
+            found[part] = run_part(part, Path(scratch), asked)
+            markdown = report(found)
+            written = write_result("scaling", "Scaling over nodes, simulated", markdown, found, machine, asked.results)
     print(markdown)
-    print(write_result("scaling", "Scaling over nodes, simulated", markdown, found, machine, asked.results))
+    print(written)
+
+
+def run_part(part: str, place: Path, asked: argparse.Namespace) -> Any:
+    """What one of `PARTS` found: of most parts, for each number of nodes."""
+    most = max(asked.nodes)
+    if part == "labels":
+        return [labels(place, n, asked.batches, asked.batch_seconds) for n in asked.nodes]
+    if part == "batches":
+        return batches(most, asked.empty_batches)
+    if part == "trials":
+        return [trials(place, n, asked.trials * n, asked.trial_seconds, "tune") for n in asked.nodes]
+    if part == "train":
+        return [trials(place, n, FEWER_FOR_TRAIN * n, 3 * asked.trial_seconds, "train") for n in asked.nodes]
+    return trials(place, most, asked.many, 1.0, "tune")
 
 
 def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def trials(place: Path, count: int, number: int, seconds: float, launcher: str) 
     slept = sorted((_slept(path) for path in sweep.glob("trials/*/stamps.jsonl")), key=lambda one: one.began)
     assert len(slept) == number
     begin = time.perf_counter()
-    rivals(sweep, next((sweep / "trials").iterdir()).name)
+    rivals(sweep, next((sweep / "trials").glob("*/result.json")).parent.name)
     reading = time.perf_counter() - begin
     busy = rate(in_slots(slept, count)) / count
     progress(f"{launcher}: {number} trials on {count} nodes: {busy:.0%} of the time at work")
