@@ -10,7 +10,7 @@ trials   a search by Tune's reused actors (short CPU trials) on the same nodes, 
 train    the same by Ray Train (GPU trials), whose start alone needs seconds of this machine's cores: few trials
 many     a search of very short trials on the most nodes: whether a trial costs the head more where many were before it
 
-All of it takes about 15 minutes, on a machine that does nothing else. A quick look:
+All of it takes about half an hour, on a machine that does nothing else. A quick look:
 
     python -m benchmarks.scaling --part labels --nodes 1 2 --batches 5
 """
