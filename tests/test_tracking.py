@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,25 @@ from raydistill.config.errors import UserError
 from raydistill.config.files import write_json_atomic
 from raydistill.config.space import alias_of
 from raydistill.results import records, registry, store, tracking
+
+
+def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
+    """MLflow makes its tables one by one; a store with half of them could never be opened again."""
+    file = tmp_path / "mlflow.db"
+    code = f"from raydistill.results.store import client_of; client_of('sqlite:///{file}')"
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    making = tmp_path / f".mlflow.db.making-{worker.pid}"
+    deadline = time.monotonic() + 60
+    while not (making.is_file() and making.stat().st_size):
+        assert time.monotonic() < deadline
+        assert worker.poll() is None, "it was over before it could be killed"
+        time.sleep(0.01)
+    worker.kill()
+    worker.wait()
+    assert not file.exists()
+    client = store.client_of(f"sqlite:///{file}")
+    assert client.get_experiment(store.experiment_of(client, "mine", f"sqlite:///{file}")).name == "mine"
+    assert not list(tmp_path.glob(".*.making*"))
 
 
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:

@@ -60,11 +60,13 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
         run = _any_run(space, sweep)
         check_unchanged(run, teacher, sweep)
         progress(f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine")
+        others = []
         for one in missing:
             what = (one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation")
             served = alone(serve_checkpoint, *what, device=device, **_moves(*what))
-            tell_of_others(max(entry["others"] for entry in served), AGAIN)
             keep(one.folder, served)
+            others += [entry["others"] for entry in served]
+        tell_of_others(max(others), AGAIN)
     if (sweep / SERVED).is_file() and not _served_last(sweep, machine):
         write_json_atomic(sweep / SERVED, {**read_json(sweep / SERVED), "hardware": machine})
     score_on_test(space, sweep, teacher, device)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.load import ELSEWHERE
@@ -89,7 +91,29 @@ def client_of(uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # the import sets its own
+    if uri.startswith("sqlite:"):
+        _make_whole(_sqlite_file(uri))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_whole(file: Path) -> None:
+    """A local store that is not there yet is made under another name and then takes its own.
+
+    MLflow makes its tables one by one, and a store whose making was killed could never be opened again.
+    """
+    from mlflow import MlflowClient
+
+    if file.is_file() and file.stat().st_size:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        if file.is_file() and file.stat().st_size:
+            return
+        place = file.with_name(f".{file.name}.making-{os.getpid()}")
+        for left in file.parent.glob(f".{file.name}.making-*"):
+            left.unlink()
+        MlflowClient(f"sqlite:///{place}").search_experiments(max_results=1)
+        place.replace(file)
 
 
 def experiment_of(client: Any, name: str, uri: str) -> str:
