@@ -142,16 +142,15 @@ def _no_work() -> Work:
 
 def trials(place: Path, count: int, number: int, seconds: float, launcher: str) -> dict[str, Any]:
     """A search of `number` trials of `seconds` of work each, as many at a time as there are nodes."""
-    space = _space(number, count, seconds, launcher)
+    space = endless(number, count, seconds, launcher)
     sweep = Path(tempfile.mkdtemp(dir=place))
-    shapes = {size: {"latency_ms": 100.0 * (i + 1), "params_m": 100.0} for i, size in enumerate(SIZES)}
-    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
-    write_json_atomic(sweep / "sweep.json", {"teacher": teacher, "metric": "rouge2", "teacher_gpu_hours": 0.0})
+    prepared = made_up()
+    write_json_atomic(sweep / "sweep.json", {"teacher": prepared.teacher, "metric": "rouge2", "teacher_gpu_hours": 0.0})
     work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
     # Under Ray Train the trial's own function takes a tenth of a CPU beside its worker.
     with nodes(count, cpus=1 if launcher == "tune" else 2) as meter:
         began = time.time()
-        search(space, sweep, Prepared(teacher, shapes, shapes), "cpu", [Watch(sweep, space.search, "rouge2")], work)
+        search(space, sweep, prepared, "cpu", [Watch(sweep, space.search, "rouge2")], work)
         ended = time.time()
     slept = sorted((_slept(path) for path in sweep.glob("trials/*/stamps.jsonl")), key=lambda one: one.began)
     assert len(slept) == number
@@ -182,7 +181,14 @@ def in_slots(slept: list[Slept], count: int) -> list[End]:
     return ends
 
 
-def _space(number: int, count: int, seconds: float, launcher: str) -> Space:
+def made_up() -> Prepared:
+    """What a search without a teacher is handed: the costs of `SIZES`, made up."""
+    shapes = {size: {"latency_ms": 100.0 * (i + 1), "params_m": 100.0} for i, size in enumerate(SIZES)}
+    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
+    return Prepared(teacher, shapes, shapes)
+
+
+def endless(number: int, count: int | None, seconds: float, launcher: str, **search: Any) -> Space:
     """A search of endless combinations, whose trials ask whether to stop as always but are equally long."""
     run = {
         "teacher": "none",
@@ -195,7 +201,7 @@ def _space(number: int, count: int, seconds: float, launcher: str) -> Space:
             "launcher": launcher,
         },
     }
-    settings = {"trials": number, "concurrent": count, "stopping": "per_shape", "grace": 0.99}
+    settings = {"trials": number, "concurrent": count, "stopping": "per_shape", "grace": 0.99, **search}
     return Space.model_validate({"name": "scaling", "run": run, "search": settings})
 
 

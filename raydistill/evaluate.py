@@ -58,7 +58,7 @@ def evaluate(
     from raydistill.config.machine import own_cores
     from raydistill.evaluation.scores import paired_bootstrap
 
-    used = threads or own_cores()
+    used = threads or len(own_cores())
     names = [checkpoint, *([against] if against else [])]
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     found = [_score(name, about, corpus, engine, precision, used, beams, place) for name in names]

@@ -15,10 +15,9 @@ from ray.cluster_utils import Cluster
 from ray.tune import Callback
 
 from benchmarks.nodes import STORE_BYTES, head
-from benchmarks.scaling import SIZES, _space
+from benchmarks.scaling import endless, made_up
 from raydistill.cluster.launch import train_with_ray_train
 from raydistill.cluster.planned import Facts, run_batches
-from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.search import search
 from raydistill.cluster.start import cluster
 from raydistill.config.files import write_atomic, write_json_atomic
@@ -106,15 +105,11 @@ class Changes(Callback):
 
 def sweep_while_nodes_come_and_go(sweep: Path) -> None:
     """Ten trials on a node of one CPU, which another joins and leaves: long enough for an actor to start meanwhile."""
-    space = _space(10, 1, 8.0, "tune")
-    space = space.model_copy(update={"search": space.search.model_copy(update={"concurrent": None})})
-    shapes = {size: {"latency_ms": 100.0} for size in SIZES}
-    prepared = Prepared({"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]]}, shapes, shapes)
-
+    space = endless(10, None, 8.0, "tune")
     with head() as started:
         started.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         with cluster():
-            search(space, sweep, prepared, "cpu", [Changes(started)], partial(note_node, 8.0))
+            search(space, sweep, made_up(), "cpu", [Changes(started)], partial(note_node, 8.0))
 
 
 @pytest.mark.slow

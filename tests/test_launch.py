@@ -11,10 +11,9 @@ from functools import partial
 import psutil
 import pytest
 
-from benchmarks.scaling import SIZES, _space
+from benchmarks.scaling import endless, made_up
 from raydistill.cluster.launch import check_room, launcher_for, train_with_ray_train
 from raydistill.cluster.planned import places
-from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.search import StudySearch, search
 from raydistill.cluster.start import largest_node
 from raydistill.cluster.watch import Watch
@@ -149,14 +148,11 @@ def test_what_would_be_wrong_again_is_not_tried_again(ray_here, world, tmp_path,
 )
 def test_a_trial_is_tried_again_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, tries):
     """And not as often again by Ray Train; one that failed so is the next command's to try."""
-    space = _space(1, 1, 1.0, launcher)
-    space = space.model_copy(update={"search": space.search.model_copy(update={"retries": 1})})
-    shapes = {size: {"latency_ms": 100.0} for size in SIZES}
-    prepared = Prepared({"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]]}, shapes, shapes)
+    space = endless(1, 1, 1.0, launcher, retries=1)
     (tmp_path / "sweep.json").write_text("{}")
     watch = Watch(tmp_path, space.search, "rouge2")
     work = partial(failing_work, error, tmp_path / "count")
-    ending = search(space, tmp_path, prepared, "cpu", [watch], work)
+    ending = search(space, tmp_path, made_up(), "cpu", [watch], work)
     assert len((tmp_path / "count").read_text().splitlines()) == tries
     assert not ending.exhausted
     [died] = [line for line in capsys.readouterr().err.splitlines() if " died: " in line]

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.nodes import Meter, nodes
-from benchmarks.scaling import SECONDS_PER_STEP, SIZES, Slept, _slept, _space, in_slots
+from benchmarks.scaling import SECONDS_PER_STEP, Slept, _slept, endless, in_slots, made_up
 from benchmarks.stamps import End, rate
 from benchmarks.standins import timed_engine, timed_run
-from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.search import search
 from raydistill.config.run import Run
 from raydistill.model.decoding import Beam
@@ -66,13 +65,11 @@ def test_a_timed_run_leaves_what_a_search_reads_and_is_not_done_twice(tmp_path: 
 
 def four_trials(gpus: float, sweep: Path) -> None:
     """Four trials of eight seconds on a machine that offers eight CPUs and a GPU, each asking for `gpus` of it."""
-    space = _space(4, 4, 8.0, "tune")
+    space = endless(4, 4, 8.0, "tune")
     space.run["training"]["gpus"] = gpus
-    shapes = {size: {"latency_ms": 100.0, "params_m": 100.0} for size in SIZES}
-    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
     work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
     with nodes(1, cpus=8, gpus=1):
-        search(space, sweep, Prepared(teacher, shapes, shapes), "cuda", [], work)
+        search(space, sweep, made_up(), "cuda", [], work)
 
 
 @pytest.mark.slow

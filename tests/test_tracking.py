@@ -24,7 +24,7 @@ def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
     file = tmp_path / "mlflow.db"
     code = f"from raydistill.results.store import client_of; client_of('sqlite:///{file}')"
     worker = subprocess.Popen([sys.executable, "-c", code])
-    making = tmp_path / f".mlflow.db.making-{worker.pid}"
+    making = tmp_path / ".mlflow.db.making"
     deadline = time.monotonic() + 60
     while not (making.is_file() and making.stat().st_size):
         assert time.monotonic() < deadline

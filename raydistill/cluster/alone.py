@@ -15,7 +15,7 @@ def alone(
     """`work(*arguments, device, threads)` as a Ray task with nothing of this cluster beside it.
 
     On a CPU it holds every core of its machine. On a GPU it holds one whole GPU and a core: what another command runs
-    on the machine's other GPUs and cores goes on. What runs outside the cluster is not seen, in either case.
+    on the machine's other GPUs and cores goes on. What runs outside the cluster goes on too (`tell_of_others`).
 
     Always on the same machine of several, while it is there: what is timed is compared.
 

@@ -49,8 +49,9 @@ def process_group(device: str) -> Iterator[None]:
         yield
         return
     here = ray.util.get_node_ip_address()
+    interface = interface_of(here)
     for backend in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface_of(here))
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
     listener = socket.create_server((here, 0)) if rank == 0 else None
     host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
     store = dist.TCPStore(

@@ -6,7 +6,6 @@ import fcntl
 import gc
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
@@ -143,14 +142,14 @@ class Others:
 def _busy_elsewhere() -> float:
     """Seconds of other processes on these cores; only differences count."""
     mine = time.process_time()  # of all threads
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    cores = [t for core, t in enumerate(psutil.cpu_times(percpu=True)) if allowed is None or core in allowed]
+    own = own_cores()
+    cores = [t for core, t in enumerate(psutil.cpu_times(percpu=True)) if core in own]
     return sum(t.user + t.nice + t.system + getattr(t, "steal", 0.0) for t in cores) - mine
 
 
 def hardware(device: str = "cpu", threads: int = 1) -> Hardware:
     """What was measured on: `kind` (cpu, cuda), `name`, `cores` that this process may use, `threads` used."""
-    cores = own_cores()
+    cores = len(own_cores())
     if device.startswith("cuda"):
         import torch
 

@@ -48,7 +48,7 @@ def _place(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads == "all":
-        threads = own_cores()
+        threads = len(own_cores())
     return device, int(threads)
 
 

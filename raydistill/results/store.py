@@ -109,8 +109,8 @@ def _make_whole(file: Path) -> None:
     with FileLock(file.with_name(f".{file.name}.lock")):
         if file.is_file() and file.stat().st_size:
             return
-        place = file.with_name(f".{file.name}.making-{os.getpid()}")
-        for left in file.parent.glob(f".{file.name}.making-*"):
+        place = file.with_name(f".{file.name}.making")
+        for left in file.parent.glob(f"{place.name}*"):  # SQLite's journal too, which it would apply to the new file
             left.unlink()
         MlflowClient(f"sqlite:///{place}").search_experiments(max_results=1)
         place.replace(file)
