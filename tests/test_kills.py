@@ -1,5 +1,6 @@
 """A sweep that is killed at twenty random moments ends as one that was left alone."""
 
+import itertools
 import json
 import os
 import random
@@ -45,7 +46,7 @@ def start(path: Path, home: Path) -> subprocess.Popen[str]:
 
 def strike_worker(home: Path, rng: random.Random, process: subprocess.Popen[str]) -> str:
     """SIGKILL to a trial that is at work, which is waited for; to another worker where none comes; its name, if any."""
-    patience = time.monotonic() + 20
+    patience = time.monotonic() + 10
     workers: list[psutil.Process] = []
     while process.poll() is None and time.monotonic() < patience:
         workers = [p for p in workers_of(home) if p.name().startswith(TRIAL)]
@@ -67,11 +68,17 @@ def results_of(home: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in home.glob("sweeps/killed/trials/*/result.json")}
 
 
+def enough(struck: Counter[str]) -> bool:
+    """Twenty kills, a quarter of them of trials at work (the rest are drivers, and workers that judge or time)."""
+    return struck.total() >= KILLS and struck[TRIAL] >= KILLS // 4
+
+
 def run_under_kills(path: Path, home: Path, rng: random.Random, struck: Counter[str]) -> dict:
     """Start the sweep again and again until it ends by itself; what it printed.
 
-    A trial that was over at any kill must have the same result at the next, and at the end. `struck` counts what was
-    killed, by name; it is a worker's turn, a trial's if one comes to work, while fewer workers than drivers were.
+    A sweep may end before its first kill. A trial that was over at any kill must have the same result at the next, and
+    at the end. `struck` counts what was killed, by name; it is a worker's turn, a trial's if one comes to work, while
+    fewer workers than drivers were.
     """
     over: dict[Path, int] = {}
     process = start(path, home)
@@ -80,7 +87,7 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, struck: Counter[
         assert {p: now.get(p) for p in over} == over, "a finished trial was done again"
         over = now
         try:
-            out, errors = process.communicate(timeout=rng.uniform(1, 25) if struck.total() < KILLS else 280)
+            out, errors = process.communicate(timeout=rng.uniform(1, 18) if not enough(struck) else 280)
         except subprocess.TimeoutExpired:
             if struck.total() < 2 * struck["driver"]:  # the sweep itself must get over it
                 if name := strike_worker(home, rng, process):
@@ -121,14 +128,15 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     struck: Counter[str] = Counter()
     losses: dict[str, float] = {}
-    while (before := struck.total()) < KILLS:
-        place = tmp_path / f"round{before}"
+    for round_ in itertools.count():
+        if enough(struck):
+            break
+        place = tmp_path / f"round{round_}"
         home = place / "outputs"
         place.mkdir()
         path = place / "killed.yaml"
         path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": {**KILL_SPACE["search"], "retries": 50}}))
         found = run_under_kills(path, home, rng, struck)
-        assert struck.total() > before, "the sweep ended before it could be killed"
         assert {t["status"] for t in found["trials"]} == {"done"}
         assert sorted((t["method"], t["size"]) for t in found["trials"]) == sorted(WANTED)
         check_finalists(Path(found["sweep"]), found)
@@ -144,5 +152,4 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
             assert len(steps) == 12
         wait_for_ray_to_end(home)
     print(f"struck: {dict(struck)}")
-    assert struck["driver"] >= 5
-    assert struck[TRIAL] >= 5
+    assert struck["driver"] >= KILLS // 4

@@ -38,6 +38,12 @@ def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
     assert not list(tmp_path.glob(".*.making*"))
 
 
+def test_a_local_store_that_cannot_be_made_says_so(tmp_path):
+    (tmp_path / ".mlflow.db.lock").mkdir()
+    with pytest.raises(store.TrackingDown, match="the store cannot be made"):
+        store.client_of(f"sqlite:///{tmp_path}/mlflow.db")
+
+
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
     folder = sweep / "trials" / key
     run = {"name": sweep.name, "method": "kd", "student": {"size": "4-1"}, "training": {"learning_rate": 3e-4}}

@@ -92,7 +92,10 @@ def client_of(uri: str) -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # the import sets its own
     if uri.startswith("sqlite:"):
-        _make_whole(_sqlite_file(uri))
+        try:
+            _make_whole(_sqlite_file(uri))
+        except OSError as error:
+            raise TrackingDown(f"tracking_uri {uri}: the store cannot be made ({error.strerror})") from None
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
