@@ -1,11 +1,13 @@
 """`raydistill train`: one run, a student or a teacher, launched by Ray Train."""
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from raydistill.cluster import storage
 from raydistill.config.console import finish, home, make_app, progress, run_app, show, table
 from raydistill.config.errors import UserError
 
@@ -108,6 +110,8 @@ class following:
 
         while True:
             last = self.over.wait(1.0)
+            with contextlib.suppress(UserError):  # the storage does not answer; it is asked again
+                storage.fetch(self.path)
             lines = self._lines()
             for line in lines[self.told :]:
                 m = json.loads(line)

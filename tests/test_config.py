@@ -264,7 +264,10 @@ HEAD = "name: x\nrun:\n  teacher: demo\n  dataset: demo\n"
             "name: s\nrun:\n  teacher: a\n  dataset: {name: d, validation_rows: {choice: [5, 9]}}\n",
             "dataset.validation_rows: is one for all trials",
         ),
-        ("name: s\nrun:\n  teacher: a\n  dataset: {name: d, train_rows: {choice: [5, 9]}}\n", None),
+        (
+            "name: s\nrun:\n  teacher: a\n  dataset: {name: d, train_rows: {choice: [5, 9]}}\n",
+            "dataset.train_rows: is one for all trials",
+        ),
         (
             "name: s\nrun:\n  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n  dataset: d\n",
             ":3: start: a sweep is of a teacher's students; make a teacher first",

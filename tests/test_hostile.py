@@ -3,6 +3,7 @@
 Each property runs with a few examples in the quick suite and with many under `make slow`.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from raydistill import cache as cache_command
 from raydistill import labels as labels_command
 from raydistill.cluster.search import StudySearch
+from raydistill.cluster.sweep import claimed
 from raydistill.config.console import run_app
 from raydistill.config.errors import UserError
 from raydistill.config.files import read_json, write_json_atomic
@@ -438,7 +440,20 @@ def test_sweeps(holds, tmp_path):
             other.write_bytes(content if other == path else kept)
         accepts_or_says(load, tmp_path)
 
+    def goes_on(content):
+        (sweep / "space.yaml").write_bytes(content)
+        with contextlib.suppress(UserError), claimed(space, sweep):
+            pass
+
     load()
+    space = Space.model_validate({"name": "mini", "run": {"teacher": "bart", "dataset": "demo"}})
+    begun = yaml.safe_dump(space.model_dump(mode="json")).encode()
+    for content in (b"", b"name: mini\n", b"run: {}\n", begun.replace(b"run:", b"ran:"), b"search: [", b"[]"):
+        (sweep / "space.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=r"space\.yaml"), claimed(space, sweep):
+            pass
+    holds(goes_on, st.builds(partial(damaged, begun), EDITS), few=15)
+    (sweep / "space.yaml").write_bytes(whole[sweep / "space.yaml"])
     for path in paths:
         if path.suffix == ".json":
             holds(says, st.just(path), records(read_json(path)), few=30)

@@ -192,6 +192,10 @@ def test_a_shape_is_timed_once_and_again_only_where_others_disturbed_it(tmp_path
         if not again:
             assert found["others"] == 0.2
     assert all(row["median_ms"] < 9e9 for row in json.loads(table.read_text()).values())
+    # An engine that could not be used this time leaves no row under its name.
+    before = json.loads(table.read_text())
+    assert time_shape(teacher, "2-2", {**about, "engine": "ctranslate2 fp32"}, [1], "transformers", "cpu", 1)
+    assert json.loads(table.read_text()) == before
 
 
 def _record_many(table: Path, who: int) -> None:

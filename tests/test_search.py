@@ -209,6 +209,8 @@ def test_no_trial_starts_once_the_time_or_the_device_hours_are_used_up(tmp_path)
     late.mkdir()
     sweep.mkdir()
     assert StudySearch(space(max_hours=1e-9), late).suggest("a") == "FINISHED"
+    begun = time.monotonic() - 3601  # the command, whose preparation took an hour
+    assert StudySearch(space(max_hours=1), late, begun=begun).suggest("a") == "FINISHED"
     asked = space(max_device_hours=1.0)
     searcher = StudySearch(asked, sweep)
     (sweep / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 0.25}))
@@ -298,12 +300,13 @@ def test_the_time_left_respects_the_searchs_limits(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 1.0}))
 
     def left(**limits):
-        return Watch(tmp_path, Search(trials=20, **limits), "rouge2").minutes_left(3600, over=10, hours=3.0)
+        watch = Watch(tmp_path, Search(trials=20, **limits), "rouge2", prepared_s=300)
+        return watch.minutes_left(3600, over=10, hours=3.0)
 
     assert left() == 60
-    assert left(max_hours=1.5) == 30
+    assert left(max_hours=1.5) == 25
     assert left(max_device_hours=3.5) == 15  # of which one was the teacher's
-    assert left(max_hours=1.1, max_device_hours=3.5) == pytest.approx(6)
+    assert left(max_hours=1.2, max_device_hours=3.5) == pytest.approx(7)
     assert left(max_device_hours=2.5) == 0
 
 

@@ -99,6 +99,20 @@ def test_what_was_written_here_since_is_not_overwritten_by_what_is_older(at: At)
     assert path.read_text() == "a\nb\n"
 
 
+def test_what_another_machine_kept_since_is_not_overwritten_by_what_was_fetched_before(at: At) -> None:
+    """As by a driver that launches a trial again, whose worker had gone on elsewhere."""
+    storage.keep(write(at("one") / "t/state.json", "100"))
+    other = at("other") / "t"
+    storage.fetch(other)
+    time.sleep(2.1)  # S3 tells times in whole seconds, and clocks may differ by one
+    storage.keep(write(at("one") / "t/state.json", "200"))
+    at("other")
+    write(other / "run.json", "{}")
+    storage.keep(other)
+    storage.fetch(at("third") / "t")
+    assert files_under(at("third") / "t") == {"state.json": "200", "run.json": "{}"}
+
+
 def test_a_mirror_drops_what_made_way(at: At) -> None:
     folder = at("one") / "run"
     write(folder / "checkpoint-1/model", "old")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.files import write_json_atomic
 from raydistill.config.space import alias_of
 from raydistill.results import records, registry, store, tracking
@@ -107,6 +107,27 @@ def runs_of(sweep: Path) -> dict[str, Any]:
     found = client.search_runs([experiment.experiment_id])
     assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
     return {run.data.tags.get("raydistill.trial", ""): run for run in found}
+
+
+def test_a_checkpoint_is_brought_here_before_it_is_published(sweep: Path) -> None:
+    """A trial of another machine, of which only the records are here; one that cannot be brought is not over."""
+    folder = make_trial(sweep, "a", 0, 10.0)
+    weights = folder / "best" / "model.safetensors"
+    weights.unlink(missing_ok=True)
+    weights.parent.mkdir(exist_ok=True)
+    (weights.parent / "raydistill.json").write_text("{}")
+
+    def refuses(checkpoint: Path) -> None:
+        raise PassingError("the storage does not answer")
+
+    with pytest.raises(PassingError):
+        tracking.publish(sweep, bring=refuses)
+    assert "raydistill.done" not in runs_of(sweep)["a"].data.tags
+    tracking.publish(sweep, bring=lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b"weights"))
+    run = runs_of(sweep)["a"]
+    assert run.data.tags["raydistill.done"] == "1"
+    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert (artifacts / "checkpoint" / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import psutil
+import torch
 import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
@@ -63,6 +64,20 @@ def process_group(device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def nodes_of_all(device: str) -> list[str]:
+    """The ids of the nodes that this Ray Train run's workers are on, in the workers' order; all are to ask together."""
+    import ray.train
+
+    here = ray.get_runtime_context().get_node_id()
+    world = ray.train.get_context().get_world_size()
+    if world == 1:
+        return [here]
+    mine = torch.tensor(list(bytes.fromhex(here)), dtype=torch.uint8, device=device)
+    ids = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(ids, mine)
+    return [bytes(each.tolist()).hex() for each in ids]
 
 
 def interface_of(address: str) -> str:

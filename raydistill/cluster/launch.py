@@ -5,7 +5,7 @@ Both hand `training.run.train` a `report`, and both go on from the run's own fol
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,7 @@ def tune_trial(
     Tune starts it again as often as `search.retries` says, so Ray Train does not. What would be wrong again, such as a
     want of memory, ends it at once, and the next command tries it anew.
     """
+    import ray
     from ray import tune
 
     from raydistill.cluster.search import trial_run
@@ -161,7 +162,7 @@ def tune_trial(
     try:
         if in_actor:
             _use_threads(run.training.threads)
-            here = Worker(device=device, leaving=Departures(alone=True))
+            here = Worker(device=device, leaving=Departures([ray.get_runtime_context().get_node_id()]))
             result = _carry_out(work, run, folder, report, inputs, here)
         else:
             result = _waited_for(run, folder, inputs, device, stop, work)
@@ -200,22 +201,21 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     import ray.train
     from ray.train.torch import get_device
 
-    from raydistill.cluster.group import process_group
+    from raydistill.cluster.group import nodes_of_all, process_group
 
     run = Run.model_validate(config["run"])
     context = ray.train.get_context()
     _use_threads(run.training.threads)
-    world = context.get_world_size()
-    leaving = Departures(alone=world == 1)
-    worker = Worker(context.get_world_rank(), world, str(get_device()), leaving=leaving)
+    rank, world, device = context.get_world_rank(), context.get_world_size(), str(get_device())
     stop: Stop | None = config["stop"]
 
     def report(metrics: Metrics, where: Path | None) -> str | None:
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
-        return stop() if stop and worker.leads else None
+        return stop() if stop and rank == 0 else None
 
     try:
-        with process_group(worker.device):
+        with process_group(device):
+            worker = Worker(rank, world, device, leaving=Departures(nodes_of_all(device)))
             _carry_out(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
     except UserError as error:
         if world > 1 or isinstance(error, PassingError):
@@ -249,14 +249,14 @@ def _carry_out(work: Work, run: Run, folder: Path, report: Report, inputs: Input
 
 
 class Departures:
-    """Whether Ray was told that a machine is to be drained, as for a spot instance's notice: this one, or, where a run
-    is not `alone` on one, any.
+    """Whether Ray was told that one of some machines is to be drained, as for a spot instance's notice.
 
+    `nodes`: the ids of those that a run is on. The machine that a run has left stays in Ray's list until it is gone.
     Ray gives no new work to such a machine, so a run that ends with `Leaving` is started again elsewhere.
     """
 
-    def __init__(self, alone: bool) -> None:
-        self.alone = alone
+    def __init__(self, nodes: Iterable[str]) -> None:
+        self.nodes = frozenset(nodes)
         self.next = 0.0
 
     def __call__(self) -> bool:
@@ -271,7 +271,7 @@ class Departures:
             leaving = ray._private.state.state.get_draining_nodes()  # what Ray Train's own watcher asks
         except Exception:
             return False
-        return ray.get_runtime_context().get_node_id() in leaving if self.alone else bool(leaving)
+        return not self.nodes.isdisjoint(leaving)
 
 
 def _use_threads(threads: int) -> None:

@@ -73,16 +73,24 @@ class Ending:
 
 
 def search(
-    space: Space, sweep: Path, prepared: Prepared, device: str, callbacks: list[Any], work: Work = train
+    space: Space,
+    sweep: Path,
+    prepared: Prepared,
+    device: str,
+    callbacks: list[Any],
+    work: Work = train,
+    begun: float | None = None,
 ) -> Ending:
     """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log.
 
-    Returns why it ended before all were run, if it did. `work` is there for measuring the search itself
+    Returns why it ended before all were run, if it did. `begun`: since when, by the monotonic clock, `search.max_hours`
+    counts; now, if None. `work` is there for measuring the search itself
     (benchmarks/scaling.py).
     """
     barred = barred_sizes(space, prepared)
     runs = [resolve(space, chosen, space.name) for chosen in corners(space.run, limit=200)]
-    searcher = StudySearch(space, sweep, barred, room=Room(partial(room, runs, device), space.search.concurrent))
+    places = Room(partial(room, runs, device), space.search.concurrent)
+    searcher = StudySearch(space, sweep, barred, room=places, begun=begun)
     if not searcher.missing:
         return Ending()
     if barred:
@@ -98,10 +106,10 @@ def search(
     )
     trial.__name__ = "trial"  # type: ignore[attr-defined]
     trainable = tune.with_resources(trial, tune.PlacementGroupFactory([largest(runs, device) if in_actor else WAITS]))
-    begun = Begun()
+    had_actors = Begun()
     for _ in range(1 + space.search.retries):
-        _tuned(trainable, searcher, in_actor, [begun, *callbacks])
-        if searcher.died <= begun.keys:
+        _tuned(trainable, searcher, in_actor, [had_actors, *callbacks])
+        if searcher.died <= had_actors.keys:
             break
         # Tune gives up at once a trial whose actor, kept from the trial before, was lost with its machine.
         searcher.take_up()
@@ -235,11 +243,13 @@ class StudySearch(OptunaSearch):
         barred: Collection[str | None] = (),
         storage: BaseStorage | None = None,
         room: Callable[[], int] | None = None,
+        begun: float | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.search_space = space
         self.barred = barred
-        self.ends = time.monotonic() + 3600 * space.search.max_hours if space.search.max_hours else None
+        begun = time.monotonic() if begun is None else begun
+        self.ends = begun + 3600 * space.search.max_hours if space.search.max_hours else None
         self.sweep = sweep
         self.trials_folder = sweep / "trials"
         self.cost = space.search.cost

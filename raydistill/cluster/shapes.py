@@ -57,7 +57,8 @@ def time_shape(
                         before = latency.held_mb(device)
                         opened = _open(teacher, layers, engine, device, threads, scratch)
                     timing = latency.measure(opened, repeats=7, min_seconds=1.0, held_before=before, **how)
-                    latency.record(table, facts, timing)
+                    if (opened.name, opened.precision) == (name, precision):  # else CTranslate2 could not be used
+                        latency.record(table, facts, timing)
                 found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
                 found["others"] = max(found["others"], timing.others or 0.0)
                 if cost == "latency_ms" and timing.peak_mb is not None:

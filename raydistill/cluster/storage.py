@@ -30,6 +30,7 @@ TRANSFERS = 16  # at a time
 LAST = ("state.json", "manifest.json", "result.json")
 # What is known of runs and sweeps without their weights.
 RECORDS = ("*.json", "*.jsonl", "*.npz", "*.yaml", "study.log")
+CLOCKS_NS = 10**9  # by how much the clocks of two machines may differ
 PRIVATE = (".lock", ".making", ".ray", ".engine")  # ends of names that stay on their machine
 
 
@@ -52,13 +53,14 @@ class Storage:
         self._in_order(self._bring, [(path, info) for path, info in there.items() if _is_news(path, info)])
 
     def keep(self, place: Path, *, mirror: bool = False) -> None:
-        """Put the file or folder `place` into the storage, as far as it is not there as it is here.
+        """Put the file or folder `place` into the storage, as far as it is not there as it is here, or newer.
 
         `mirror`: delete there what is not here, as checkpoints that made way for a later one.
         """
         there = self.listed(place)
         here = [p for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file() and self._is_shared(p)]
-        self._in_order(self._put, [(path, None) for path in here if not _is_same(path, there.get(path))])
+        changed = [path for path in here if not (_is_same(path, there.get(path)) or _is_old(path, there.get(path)))]
+        self._in_order(self._put, [(path, None) for path in changed])
         if mirror:
             for path in there.keys() - set(here):
                 self.files.delete_file(self._there(path))
@@ -208,3 +210,8 @@ def _is_same(path: Path, there: Any) -> bool:
 def _is_news(path: Path, there: Any) -> bool:
     """Whether the storage's file is another than the one here, and not an older one."""
     return not path.is_file() or (not _is_same(path, there) and there.mtime_ns >= path.stat().st_mtime_ns)
+
+
+def _is_old(path: Path, there: Any) -> bool:
+    """Whether the storage has a file that another machine kept after the one here was fetched or kept."""
+    return there is not None and path.is_file() and there.mtime_ns > path.stat().st_mtime_ns + CLOCKS_NS

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,7 +22,8 @@ from raydistill.cluster.start import cluster, device
 from raydistill.cluster.watch import Watch
 from raydistill.config.console import progress, table
 from raydistill.config.errors import UserError
-from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.config.files import damage_told, write_atomic, write_json_atomic
+from raydistill.config.load import read_yaml
 from raydistill.config.run import HOW
 from raydistill.config.space import Space
 from raydistill.results.figures import count_trials, result_tables
@@ -37,6 +39,7 @@ PUBLISH_EVERY_S = 20.0
 
 def run_sweep(space: Space, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     """Carry out the sweep in `folder`; tells what the command prints and returns what it hands on under `--json`."""
+    begun = time.monotonic()
     check_space(space)
     with claimed(space, folder):
         ended = no_more_trials(space, folder)
@@ -48,7 +51,7 @@ def run_sweep(space: Space, folder: Path, tell: Callable[[str], None]) -> dict[s
             with cluster():
                 where = device()
                 if prepared is None:
-                    prepared, ended = _searched(space, folder, where)
+                    prepared, ended = _searched(space, folder, where, begun)
                 serve_finalists(space, folder, prepared.teacher, where)
         describe_sweep(space, folder, prepared, "finished", ended)
         told = hand_over(outcome(folder), prepared, tell)
@@ -83,15 +86,18 @@ def export_choices(found: Outcome) -> tuple[dict[str, Path], list[str]]:
     return exports, problems
 
 
-def _searched(space: Space, folder: Path, where: str) -> tuple[Prepared, Ending]:
-    """Prepare what is missing and run the trials that are to come, with MLflow kept up to date."""
+def _searched(space: Space, folder: Path, where: str, begun: float) -> tuple[Prepared, Ending]:
+    """Prepare what is missing and run the trials that are to come, with MLflow kept up to date.
+
+    `begun`: when the command began, by the monotonic clock.
+    """
     progress(f"sweep {space.name}: {space.search.trials} trials on {where}, in {folder}")
     prepared = prepare(space, folder, where)
     describe_sweep(space, folder, prepared, "running")
-    watch = Watch(folder, space.search, prepared.teacher["metric"])
+    watch = Watch(folder, space.search, prepared.teacher["metric"], prepared_s=time.monotonic() - begun)
     storage.keep(folder)
     with publishing(folder):
-        ended = search(space, folder, prepared, where, [watch])
+        ended = search(space, folder, prepared, where, [watch], begun=begun)
     storage.fetch(folder / "trials", names=storage.RECORDS)
     if ended.why:
         progress(f"the search ends after {trials_over(folder)} of {space.search.trials} trials: {ended.why}")
@@ -134,10 +140,11 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         path = folder / "space.yaml"
         asked = space.model_dump(mode="json")
         if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
-            begun = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = ["run"] if without_how(begun["run"]) != without_how(asked["run"]) else []
-            changed += ["points"] if begun.get("points") != asked["points"] else []
-            changed += [f"search.{k}" for k in ("sampler", "cost") if begun["search"][k] != asked["search"][k]]
+            before = read_yaml(path)[0]
+            with damage_told(path):
+                changed = ["run"] if without_how(before["run"]) != without_how(asked["run"]) else []
+                changed += ["points"] if before.get("points") != asked["points"] else []
+                changed += [f"search.{k}" for k in ("sampler", "cost") if before["search"][k] != asked["search"][k]]
             if changed:
                 raise UserError(
                     f"{folder}: this sweep was begun with another {' and '.join(changed)}; trials of two spaces are "
@@ -191,7 +198,7 @@ def publishing(folder: Path) -> Iterator[None]:
         while not over.wait(PUBLISH_EVERY_S):
             try:
                 storage.fetch(folder / "trials", names=storage.RECORDS)
-                publish(folder)
+                publish(folder, bring=storage.fetch)
             except Exception as error:  # a fault in publishing must not end a sweep of hours; it is tried again
                 if not told:
                     progress(f"  MLflow: {error} (the sweep goes on; what is missing is published at the end)")
@@ -276,7 +283,7 @@ def as_data(found: Outcome, prepared: Prepared) -> dict[str, Any]:
 def _publish(found: Outcome, exports: dict[str, Path], finished: bool) -> str:
     """Bring MLflow up to date and register what was exported; returns the line that says how to look at it."""
     try:
-        tracked = publish(found.sweep, finished=finished)
+        tracked = publish(found.sweep, finished=finished, bring=storage.fetch)
         for budget, place in exports.items():
             register_choice(found.sweep, str(found.chosen[budget]), budget, place)
     except TrackingDown as error:

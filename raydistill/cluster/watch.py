@@ -15,12 +15,13 @@ from raydistill.results.records import Trial, device_hours, read_trials
 class Watch(Callback):
     """Tells of trials as they start, are validated, finish or die.
 
-    Where the search stands is read from the sweep's folder, so that a search that was taken up again counts on.
+    `prepared_s`: the seconds that the command took before the search. Where the search stands is read from the sweep's
+    folder, so that a search that was taken up again counts on.
     """
 
-    def __init__(self, sweep: Path, search: Search, metric: str) -> None:
+    def __init__(self, sweep: Path, search: Search, metric: str, prepared_s: float = 0.0) -> None:
         self.sweep, self.search, self.metric = sweep, search, metric
-        self.begun = time.monotonic()
+        self.begun, self.prepared_s = time.monotonic(), prepared_s
         self.before, self.hours_before = len(over_in(sweep)), device_hours(sweep)
         self.started: dict[str, float] = {}
 
@@ -70,7 +71,7 @@ class Watch(Callback):
             return None
         ends = [seconds / done * left]
         if self.search.max_hours is not None:
-            ends.append(3600 * self.search.max_hours - seconds)
+            ends.append(3600 * self.search.max_hours - self.prepared_s - seconds)
         if self.search.max_device_hours is not None and took > 0:
             ends.append(seconds / took * (self.search.max_device_hours - hours))
         return max(0.0, min(ends)) / 60

@@ -6,7 +6,7 @@ from typing import Any
 
 from raydistill.config.distributions import Distribution
 from raydistill.config.run import HOW, Run
-from raydistill.config.space import COMMON, MAY_DIFFER, Space
+from raydistill.config.space import COMMON, Space
 
 
 def json_schema() -> dict[str, Any]:
@@ -29,7 +29,6 @@ def json_schema() -> dict[str, Any]:
         _allow_distributions(definitions[name])
     training = definitions["Training"]
     _allow_distributions(training, [key for key in training["properties"] if key not in HOW["training"]])
-    _allow_distributions(definitions["Dataset"], [key.partition(".")[2] for key in MAY_DIFFER])
     del run["properties"]["start"], definitions["Start"]  # a sweep is of a teacher's students
     _allow_distributions(run, [key for key in run["properties"] if key not in COMMON])
     run["required"] = [key for key in run.get("required", []) if key != "name"]

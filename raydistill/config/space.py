@@ -18,7 +18,6 @@ from raydistill.config.run import HOW, NAME, Model, Run
 __all__ = [
     "BOUNDED",
     "COMMON",
-    "MAY_DIFFER",
     "NAME",
     "Search",
     "Space",
@@ -159,7 +158,6 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
 
 # One teacher is scored and timed for all trials of a sweep, and they are compared on the same rows by the same measure.
 COMMON = ("teacher", "dataset", "evaluation", "decoding")
-MAY_DIFFER = ("dataset.train_rows",)
 
 
 def _check_common(run: dict[str, Any], varied: list[str]) -> None:
@@ -170,7 +168,7 @@ def _check_common(run: dict[str, Any], varied: list[str]) -> None:
         group, _, name = key.partition(".")
         if name in HOW.get(group, ()):
             raise ValueError(f"{key}: changes how a trial is carried out and not what comes of it; give it one value")
-        if group in COMMON and key not in MAY_DIFFER:
+        if group in COMMON:
             raise ValueError(
                 f"{key}: is one for all trials of a sweep, which are compared by the same teacher, rows and decoding; "
                 f"make a space for each value (search.decoding tries beams and length penalties on finished students)"

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ TRAINED = ("val_loss", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher
 CHOSEN = "raydistill.chosen_for"
 COLUMNS = ("latency_ms", "speedup", "params_m", "gpu_hours")
 LOCK_WAIT_S = 120.0  # a first publishing copies every checkpoint
+Bring = Callable[[Path], object]
 CHUNK = {"metrics": 900, "params": 90}  # MLflow takes 1000 metrics and 100 parameters at once
 
 
@@ -54,17 +55,20 @@ class Tracked:
     command: str
 
 
-def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False) -> Tracked:
+def publish(
+    sweep: Path, tracking_uri: str | None = None, finished: bool = False, bring: Bring | None = None
+) -> Tracked:
     """Bring MLflow up to date with a sweep's folder; safe to repeat, and to kill at any point.
 
     Also writes SWEEP/table.md and SWEEP/front.png. Without a `tracking_uri` the sweep's own is used, else the
-    local store. TrackingDown where the store fails: nothing is lost, publish again later.
+    local store. `bring` fetches a checkpoint that another machine made, of which only records may be here, before it
+    is published. TrackingDown where the store fails: nothing is lost, publish again later.
     """
     with alone(sweep):
-        return publish_alone(sweep, tracking_uri, finished)
+        return publish_alone(sweep, tracking_uri, finished, bring)
 
 
-def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool) -> Tracked:
+def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool, bring: Bring | None = None) -> Tracked:
     """`publish` for one who is `alone` already."""
     found = outcome(sweep)
     report = refreshed(found)
@@ -80,7 +84,7 @@ def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool) -> Trac
             run = runs.get(trial.key)
             if run is None:
                 run = _create_child(client, experiment, parent.info.run_id, identity, trial)
-            _publish_trial(client, run, trial, found.metric, finished)
+            _publish_trial(client, run, trial, found.metric, finished, bring)
             _publish_served(client, run, trial, found)
         children = {key: run for key, run in _runs(client, experiment, identity).items() if key}
         _publish_parent(client, parent, children, found, report, finished)
@@ -107,12 +111,14 @@ def alone(sweep: Path) -> Iterator[None]:
         lock.release()
 
 
-def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: bool) -> None:
+def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: bool, bring: Bring | None) -> None:
     if run.data.tags.get("raydistill.done") == "1":
         return
     _log_params(client, run, trial)
     last = _publish_history(client, run, trial)
     if trial.status != "running":
+        if bring and trial.checkpoint:
+            bring(trial.checkpoint)
         _publish_end(client, run.info.run_id, trial, metric, *last)
     elif finished:  # begun and never ended: the sweep is over without it
         client.set_terminated(run.info.run_id, "KILLED")
