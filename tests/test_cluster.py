@@ -239,6 +239,8 @@ def test_hosts_that_share_no_folder_share_a_bucket(tmp_path: Path) -> None:
         assert list(on_worker.glob("trials/*/best/model.safetensors")), "its own trials"
         assert len(list(on_worker.glob("trials/*/best/model.safetensors"))) < 8
         assert not list((head.private / "sweeps/spread").glob(".ray/*")), "Tune's state is in the bucket"
+        published = (head.private / "mlartifacts/spread").glob("*/artifacts/checkpoint/model.safetensors")
+        assert len(list(published)) == 8, "the other hosts' trials too"
 
         source = cluster.shared / "many.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(1500, seed=7)))
