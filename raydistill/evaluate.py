@@ -62,21 +62,8 @@ def evaluate(
     names = [checkpoint, *([against] if against else [])]
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     found = [_score(name, about, corpus, engine, precision, used, beams, place) for name in names]
-    rows_out = []
-    for name, one in zip(names, found, strict=True):
-        low, high = one["interval"]
-        value = one["metrics"][about["metric"]]
-        rows_out.append(
-            [
-                name,
-                f"{value:.2f} [{low:.2f}, {high:.2f}]",
-                f"{one['ms_per_row']:.2f}",
-                one["engine"],
-                f"{one['params_m']:.1f}",
-            ]
-        )
     header = ["checkpoint", f"{about['metric']} on {split} [95 %]", "ms per row", "engine", "params M"]
-    show(table(header, rows_out), as_json)
+    show(table(header, [_row(*pair, about["metric"]) for pair in zip(names, found, strict=True)]), as_json)
     for name, value in found[0]["metrics"].items():
         show(f"  {name} {value:.2f}", as_json)
     show(f"signature: {found[0]['signature']}", as_json)
@@ -199,6 +186,13 @@ def _score(
         "beams": beam.beams,
         "signature": signature(about["metric"]),
     }
+
+
+def _row(name: str, one: dict[str, Any], metric: str) -> list[str]:
+    """One checkpoint's line of the table."""
+    low, high = one["interval"]
+    score = f"{one['metrics'][metric]:.2f} [{low:.2f}, {high:.2f}]"
+    return [name, score, f"{one['ms_per_row']:.2f}", one["engine"], f"{one['params_m']:.1f}"]
 
 
 def _write(path: Path, corpus: Any, names: list[str], found: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from raydistill.config.files import read_json, write_json_atomic
 from raydistill.config.run import Run
 from raydistill.data.batches import Examples
 from raydistill.data.corpus import statistics
-from raydistill.evaluation.checkpoint import evaluate
+from raydistill.evaluation.checkpoint import Evaluation, evaluate
 from raydistill.evaluation.latency import hardware
 from raydistill.evaluation.scores import lead, score, signature
 from raydistill.model import forms
@@ -236,14 +236,7 @@ def _finish(
     rows = {split: evaluation.scored.rows for split, evaluation in found.items()}
     if rows:
         write_rows(folder / "rows.npz", rows)
-    at_best = next(m for m in state.history if m["step"] == state.best_step)
-    metrics = {"score": at_best["score"], "val_loss": at_best["val_loss"]}
-    if validation:
-        scores = validation.scored.metrics
-        metrics |= {**scores, "score": scores[validator.metric], "repetition": validation.repetition}
     hours = (state.seconds + time.monotonic() - started) * worker.devices(run.training) / 3600
-    parameters = sum(p.numel() for p in validator.student.parameters())
-    metrics |= {"params_m": parameters / 1e6, "gpu_hours": hours, "startup_s": startup, **inputs.costs}
     what = identity(run, layers, forms.size_name(validator.student.config))
     if validation and (why := collapse(validation.repetition, inputs.repetition)):
         # Its losses are whole: tables of losses read them, and know it by its repetition.
@@ -256,7 +249,13 @@ def _finish(
         "reason": state.reason or "all epochs done",
         **what,
         **inputs.note,
-        "metrics": metrics,
+        "metrics": {
+            **_scores(state, validation, validator.metric),
+            "params_m": sum(p.numel() for p in validator.student.parameters()) / 1e6,
+            "gpu_hours": hours,
+            "startup_s": startup,
+            **inputs.costs,
+        },
         "interval": list(validation.interval) if validation else None,
         "test": test.summary() if test else None,
         "steps": state.step,
@@ -282,6 +281,16 @@ def _finish(
     for stale in folder.glob("state*"):
         stale.unlink()
     return result
+
+
+def _scores(state: State, validation: Evaluation | None, metric: str) -> dict[str, float]:
+    """Of the best checkpoint: with the full decoding if it was scored with it, else as the loop found it."""
+    at_best = next(m for m in state.history if m["step"] == state.best_step)
+    metrics = {"score": at_best["score"], "val_loss": at_best["val_loss"]}
+    if validation:
+        scores = validation.scored.metrics
+        metrics |= {**scores, "score": scores[metric], "repetition": validation.repetition}
+    return metrics
 
 
 def collapse(repetition: float, teacher: float | None) -> str | None:
