@@ -159,11 +159,12 @@ def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) 
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
+    from raydistill.cluster import storage
     from raydistill.results.registry import register_choice
     from raydistill.results.store import TrackingDown, ui_command
 
     try:
-        registered = register_choice(found.sweep, key, budget, place)
+        registered = register_choice(found.sweep, key, budget, place, bring=storage.fetch)
     except TrackingDown as error:
         progress(f"not registered: {error}. The same command again registers it")
         return None

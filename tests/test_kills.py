@@ -1,6 +1,5 @@
 """A sweep that is killed at twenty random moments ends as one that was left alone."""
 
-import itertools
 import json
 import os
 import random
@@ -128,7 +127,7 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     struck: Counter[str] = Counter()
     losses: dict[str, float] = {}
-    for round_ in itertools.count():
+    for round_ in range(20):
         if enough(struck):
             break
         place = tmp_path / f"round{round_}"
@@ -152,4 +151,4 @@ def test_killed_at_twenty_random_moments_the_same_trials_stand_once_each(tmp_pat
             assert len(steps) == 12
         wait_for_ray_to_end(home)
     print(f"struck: {dict(struck)}")
-    assert struck["driver"] >= KILLS // 4
+    assert enough(struck), struck

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.fs import S3FileSystem
 
 from raydistill.cluster import storage
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 
 At = Callable[[str], Path]
 
@@ -111,6 +112,28 @@ def test_what_another_machine_kept_since_is_not_overwritten_by_what_was_fetched_
     storage.keep(other)
     storage.fetch(at("third") / "t")
     assert files_under(at("third") / "t") == {"state.json": "200", "run.json": "{}"}
+
+
+def test_a_copy_that_carries_an_old_time_goes_over(at: At) -> None:
+    """As a teacher that `rsync -a` or `tar` put in the place of one that was kept later than this one was made."""
+    path = write(at("one") / "teacher/config.json", "monday")
+    storage.keep(path)
+    time.sleep(1.1)
+    write(path, "tuesday, longer")
+    os.utime(path, (1e9, 1e9))
+    storage.keep(path)
+    storage.fetch(at("other") / "teacher")
+    assert files_under(at("other") / "teacher") == {"config.json": "tuesday, longer"}
+
+
+@pytest.mark.parametrize("way", ["keep", "fetch"])
+def test_a_storage_that_does_not_answer_any_more_is_said_in_one_line(way: str, tmp_path: Path) -> None:
+    nobody = S3FileSystem(
+        access_key="a", secret_key="b", region="us-east-1", scheme="http", endpoint_override="127.0.0.1:9"
+    )
+    place = write(tmp_path / "x/a.json", "1").parent
+    with pytest.raises(PassingError, match="Nothing is lost: run the same command again"):
+        getattr(storage.Storage(nobody, "shared/x", tmp_path), way)(place)
 
 
 def test_a_mirror_drops_what_made_way(at: At) -> None:

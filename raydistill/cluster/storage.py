@@ -9,9 +9,10 @@ An object store has no rename: files are whole each by itself, and those that sa
 Files are told apart by size and time, which a file here takes over from the storage; clocks must agree to a second.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -76,9 +77,11 @@ class Storage:
         """What the storage has at `place` or under it, by the path here."""
         from pyarrow.fs import FileSelector, FileType
 
-        found = self.files.get_file_info(self._there(place))
-        if found.type == FileType.Directory:
-            infos = self.files.get_file_info(FileSelector(found.path, recursive=True))
+        with _plain_errors():
+            found = self.files.get_file_info(self._there(place))
+            whole = found.type == FileType.Directory
+            infos = self.files.get_file_info(FileSelector(found.path, recursive=True)) if whole else []
+        if whole:
             infos = [info for info in infos if info.type == FileType.File]
         else:
             infos = [found] if found.type == FileType.File else []
@@ -115,12 +118,8 @@ class Storage:
         with ThreadPoolExecutor(TRANSFERS) as pool:
             for last in (False, True):
                 wanted = [pair for pair in files if (pair[0].name in LAST) == last]
-                try:
+                with _plain_errors():
                     list(pool.map(lambda pair: transfer(*pair), wanted))
-                except OSError as error:
-                    raise PassingError(
-                        f"{STORAGE}: {hidden(str(error))[:300]}. Nothing is lost: run the same command again"
-                    ) from None
 
     def _is_shared(self, path: Path) -> bool:
         return not any(part.endswith(PRIVATE) for part in path.relative_to(self.home).parts)
@@ -191,6 +190,17 @@ def _open(address: str, here: Path) -> Storage:
     return Storage(files, root.rstrip("/"), here)
 
 
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A block in which an error of the storage or of a disk is a PassingError."""
+    try:
+        yield
+    except OSError as error:
+        raise PassingError(
+            f"{STORAGE}: {hidden(str(error))[:300]}. Nothing is lost: run the same command again"
+        ) from None
+
+
 def _shared(places: Iterable[Path]) -> list[tuple[Storage, Path]]:
     storage = opened()
     if storage is None:
@@ -214,4 +224,5 @@ def _is_news(path: Path, there: Any) -> bool:
 
 def _is_old(path: Path, there: Any) -> bool:
     """Whether the storage has a file that another machine kept after the one here was fetched or kept."""
-    return there is not None and path.is_file() and there.mtime_ns > path.stat().st_mtime_ns + CLOCKS_NS
+    # By when it came to be here, not by the time that it carries, which copying and unpacking keep.
+    return there is not None and path.is_file() and there.mtime_ns > path.stat().st_ctime_ns + CLOCKS_NS

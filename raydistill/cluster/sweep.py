@@ -21,7 +21,7 @@ from raydistill.cluster.search import Ending, search
 from raydistill.cluster.start import cluster, device
 from raydistill.cluster.watch import Watch
 from raydistill.config.console import progress, table
-from raydistill.config.errors import UserError
+from raydistill.config.errors import PassingError, UserError
 from raydistill.config.files import damage_told, write_atomic, write_json_atomic
 from raydistill.config.load import read_yaml
 from raydistill.config.run import HOW
@@ -141,7 +141,7 @@ def claimed(space: Space, folder: Path) -> Iterator[None]:
         asked = space.model_dump(mode="json")
         if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
             before = read_yaml(path)[0]
-            with damage_told(path):
+            with damage_told(path, "Delete this file, if the space is still the one that the sweep was begun with"):
                 changed = ["run"] if without_how(before["run"]) != without_how(asked["run"]) else []
                 changed += ["points"] if before.get("points") != asked["points"] else []
                 changed += [f"search.{k}" for k in ("sampler", "cost") if before["search"][k] != asked["search"][k]]
@@ -285,7 +285,7 @@ def _publish(found: Outcome, exports: dict[str, Path], finished: bool) -> str:
     try:
         tracked = publish(found.sweep, finished=finished, bring=storage.fetch)
         for budget, place in exports.items():
-            register_choice(found.sweep, str(found.chosen[budget]), budget, place)
-    except TrackingDown as error:
+            register_choice(found.sweep, str(found.chosen[budget]), budget, place, bring=storage.fetch)
+    except (TrackingDown, PassingError) as error:
         return f"MLflow: {error}; run the same command again to publish"
     return f"to look at it: {ui_command(found.info.get('tracking_uri'))}\n{tracked.url}"

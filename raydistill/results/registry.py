@@ -13,7 +13,7 @@ from raydistill.config.space import alias_of
 from raydistill.results.outcome import outcome
 from raydistill.results.records import decoding_label
 from raydistill.results.store import check_tracking, client_of, plain_errors, quiet_mlflow
-from raydistill.results.tracking import alone, publish_alone, run_of, uri_of
+from raydistill.results.tracking import Bring, alone, publish_alone, run_of, uri_of
 
 CARD_TAG = "raydistill.card"  # which README.md a version's files have
 MLFLOW_FILES = ("MLmodel", "requirements.txt", "python_env.yaml", "conda.yaml")
@@ -36,19 +36,26 @@ class Registered:
 
 
 def register_choice(
-    sweep: Path, key: str, budget_name: str, export: Path, tracking_uri: str | None = None
+    sweep: Path,
+    key: str,
+    budget_name: str,
+    export: Path,
+    tracking_uri: str | None = None,
+    bring: Bring | None = None,
 ) -> Registered:
     """Register a student as a version of the model named like the sweep, with an alias for the budget.
 
     `export` is the folder to hand over; it becomes the version's source, in a form that MLflow loads and serves too.
     Repeating it makes no new version; choosing another student moves the alias. Publishes the sweep first if its
-    trial is not yet in MLflow. UserError for a student that has no checkpoint.
+    trial is not yet in MLflow, with `bring` as `publish` has it. UserError for a student that has no checkpoint.
     """
     with alone(sweep):
-        return _register(sweep, key, budget_name, export, tracking_uri)
+        return _register(sweep, key, budget_name, export, tracking_uri, bring)
 
 
-def _register(sweep: Path, student: str, budget_name: str, export: Path, tracking_uri: str | None) -> Registered:
+def _register(
+    sweep: Path, student: str, budget_name: str, export: Path, tracking_uri: str | None, bring: Bring | None
+) -> Registered:
     found = outcome(sweep)
     trial = next((t for t in found.students if t.key == student), None)
     if trial is None or trial.checkpoint is None:
@@ -60,7 +67,7 @@ def _register(sweep: Path, student: str, budget_name: str, export: Path, trackin
         client = client_of(uri)
         run = run_of(client, found, key, uri)
     if run is None or run.data.tags.get("raydistill.done") != "1":
-        publish_alone(sweep, uri, finished=found.info.get("status") not in (None, "running"))
+        publish_alone(sweep, uri, finished=found.info.get("status") not in (None, "running"), bring=bring)
     with plain_errors(uri):
         run = run_of(client, found, key, uri)
         version = _version(client, found.name, run, export)
