@@ -160,12 +160,13 @@ def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) 
     from dataclasses import asdict
 
     from raydistill.cluster import storage
+    from raydistill.config.errors import PassingError
     from raydistill.results.registry import register_choice
     from raydistill.results.store import TrackingDown, ui_command
 
     try:
         registered = register_choice(found.sweep, key, budget, place, bring=storage.fetch)
-    except TrackingDown as error:
+    except (TrackingDown, PassingError) as error:
         progress(f"not registered: {error}. The same command again registers it")
         return None
     show(f"  registered: {registered.uri} (version {registered.version})", json)
