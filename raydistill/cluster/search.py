@@ -84,8 +84,7 @@ def search(
     """Run the trials that the sweep still lacks. What they find stands in their folders and in SWEEP/study.log.
 
     Returns why it ended before all were run, if it did. `begun`: since when, by the monotonic clock, `search.max_hours`
-    counts; now, if None. `work` is there for measuring the search itself
-    (benchmarks/scaling.py).
+    counts; now, if None. `work` is there for measuring the search itself (benchmarks/scaling.py).
     """
     barred = barred_sizes(space, prepared)
     runs = [resolve(space, chosen, space.name) for chosen in corners(space.run, limit=200)]

@@ -78,14 +78,10 @@ class Storage:
         from pyarrow.fs import FileSelector, FileType
 
         with _plain_errors():
-            found = self.files.get_file_info(self._there(place))
-            whole = found.type == FileType.Directory
-            infos = self.files.get_file_info(FileSelector(found.path, recursive=True)) if whole else []
-        if whole:
-            infos = [info for info in infos if info.type == FileType.File]
-        else:
-            infos = [found] if found.type == FileType.File else []
-        paths = {self._here(info.path): info for info in infos}
+            infos = [self.files.get_file_info(self._there(place))]
+            if infos[0].type == FileType.Directory:
+                infos = self.files.get_file_info(FileSelector(infos[0].path, recursive=True))
+        paths = {self._here(info.path): info for info in infos if info.type == FileType.File}
         return {path: info for path, info in paths.items() if self._is_shared(path)}
 
     def _bring(self, path: Path, info: Any) -> None:

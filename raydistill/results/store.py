@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
+from raydistill.config.files import appearing
 from raydistill.config.load import ELSEWHERE
 from raydistill.config.secrets import hidden, places_of_credentials
 
@@ -108,15 +109,14 @@ def _make_whole(file: Path) -> None:
 
     if file.is_file() and file.stat().st_size:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)  # for the lock
     with FileLock(file.with_name(f".{file.name}.lock")):
         if file.is_file() and file.stat().st_size:
             return
-        place = file.with_name(f".{file.name}.making")
-        for left in file.parent.glob(f"{place.name}*"):  # SQLite's journal too, which it would apply to the new file
+        for left in file.parent.glob(f".{file.name}.*.making*"):  # of one that was killed, SQLite's journal too
             left.unlink()
-        MlflowClient(f"sqlite:///{place}").search_experiments(max_results=1)
-        place.replace(file)
+        with appearing(file) as place:
+            MlflowClient(f"sqlite:///{place}").search_experiments(max_results=1)
 
 
 def experiment_of(client: Any, name: str, uri: str) -> str:

@@ -68,7 +68,7 @@ def publish(
         return publish_alone(sweep, tracking_uri, finished, bring)
 
 
-def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool, bring: Bring | None = None) -> Tracked:
+def publish_alone(sweep: Path, tracking_uri: str | None, finished: bool, bring: Bring | None) -> Tracked:
     """`publish` for one who is `alone` already."""
     found = outcome(sweep)
     report = refreshed(found)
