@@ -29,7 +29,7 @@ from benchmarks.common import describe_machine, write_result
 from raydistill.cluster.search import StudySearch
 from raydistill.config.console import progress
 from raydistill.config.presets import DEMO_TEACHER_RUN
-from raydistill.config.space import Space, read_space
+from raydistill.config.space import Search, Space, read_space
 from raydistill.results.figures import markdown_table
 from raydistill.results.records import Trial, curve, read_sweep, read_trials
 from raydistill.results.stopping import Curve, falls_behind
@@ -42,6 +42,8 @@ SEARCHES = {
     "random, stopped per shape": {"sampler": "random", "stopping": "per_shape"},
     "random, full length": {"sampler": "random", "stopping": "off"},
 }
+# The product's own: a grid never stops anything, and the file that it keeps may be of an earlier release.
+RUNGS = Search().model_dump(include={"grace", "reduction"})
 OURS, BASELINE = "this search", "random, full length"
 
 
@@ -109,12 +111,13 @@ def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, flo
     """How many validations a trial gets to do, and the device-seconds and the score that this comes to.
 
     A trial that is stopped is charged the full one's scoring on validation, by its share of the rows that were scored.
-    One that failed is never stopped, which makes this search look dearer than it is.
+    One that was to fail is stopped like any other, and has failed all the same, though what it had by then may have
+    been sound.
     """
-    if trial.score is not None and search.stops_early:
+    if search.stops_early:
         for done in range(1, len(trial.seconds)):
             if falls_behind(trial.curve[:done], rivals, search.grace, search.reduction):
-                score = max(score for _, score in trial.curve[:done])
+                score = None if trial.score is None else max(score for _, score in trial.curve[:done])
                 return done, trial.seconds[done - 1] + trial.judged, score
     return len(trial.curve), trial.whole, trial.score
 
@@ -171,7 +174,8 @@ def replay_all(space: Space, grid: dict[str, Recorded], seeds: int) -> dict[str,
     """Every search with every seed."""
     found: dict[str, list[list[Point]]] = {}
     for name, changes in SEARCHES.items():
-        searches = [space.search.model_copy(update={**changes, "seed": n, "trials": len(grid)}) for n in range(seeds)]
+        asked = {**changes, **RUNGS, "trials": len(grid)}
+        searches = [space.search.model_copy(update={**asked, "seed": n}) for n in range(seeds)]
         found[name] = [replay(space.model_copy(update={"search": s, "points": []}), grid) for s in searches]
         progress(f"{name}: {seeds} replays")
     return found
@@ -226,7 +230,7 @@ def live(sweep: Path, seed: int, trials: int) -> dict[str, list[Point]]:
         with tempfile.TemporaryDirectory(prefix="raydistill-live-") as folder:
             place = Path(folder)
             _furnish(place, sweep.absolute().parents[1])
-            changes = {**SEARCHES[name], "seed": seed, "trials": trials, "concurrent": 1}
+            changes = {**SEARCHES[name], **RUNGS, "seed": seed, "trials": trials, "concurrent": 1}
             settings = [f"search.{key}={json.dumps(value)}" for key, value in changes.items()]
             settings += ["points=[]", "budgets={}", "tracking_uri=null"]
             command = [sys.executable, "-m", "raydistill.sweep", str(sweep / "space.yaml")]

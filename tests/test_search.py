@@ -344,7 +344,9 @@ def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_pat
     fast = asked.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
     assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")  # 60 % of 90 ms is 54 ms
     assert not_trained(fast, ["2-1"], config, tmp_path) == ([], "")
-    assert "better 1/2 of its shape; no trial starts after 3 device-hours" in search_plan(asked)
+    plan = search_plan(asked)
+    assert "from 12.5% of its steps on, where it is not in the better 1/3 of its shape" in plan
+    assert "no trial starts after 3 device-hours" in plan
     assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole
 
 

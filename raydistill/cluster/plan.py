@@ -223,7 +223,7 @@ def search_plan(space: Space) -> str:
     parts = ["every trial runs to its end"]
     if search.stops_early:
         parts = [
-            f"a trial may stop early from {search.grace:.0%} of its steps on, where it is not in the better "
+            f"a trial may stop early from {100 * search.grace:.3g}% of its steps on, where it is not in the better "
             f"1/{search.reduction} of its shape"
         ]
     if search.max_device_hours is not None:

@@ -49,5 +49,5 @@ def falls_behind(own: Curve, rivals: Sequence[Curve], grace: float, reduction: i
         return None
     return (
         f"stopped early: {better} of {len(scores)} others of its shape were better after "
-        f"{passed[-1]:.0%} of the steps, and {kept} of {len(scores) + 1} go on"
+        f"{100 * passed[-1]:.3g}% of the steps, and {kept} of {len(scores) + 1} go on"
     )
