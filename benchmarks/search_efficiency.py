@@ -6,7 +6,7 @@ the device-time that it took, up to the validation at which it was stopped. `--l
 real sweeps, this search and random full-length search, in fresh homes.
 
     raydistill sweep benchmarks/spaces/search_demo.yaml
-    python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 100 --live 0
+    python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 300 --live 0
 """
 
 import argparse
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from raydistill.config.console import progress
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
 from raydistill.results.figures import markdown_table
-from raydistill.results.records import Trial, curve, read_sweep, read_trials
+from raydistill.results.records import Trial, curve, read_sweep, read_trials, warm_up
 from raydistill.results.stopping import Curve, falls_behind
+from raydistill.training.run import collapse
 
 SHARES = (0.9, 0.95, 0.99)  # of the whole grid's hypervolume; fixed before the first replay
 MAIN = 0.95
@@ -42,7 +43,7 @@ SEARCHES = {
     "random, stopped per shape": {"sampler": "random", "stopping": "per_shape"},
     "random, full length": {"sampler": "random", "stopping": "off"},
 }
-# The product's own: a grid never stops anything, and the file that it keeps may be of an earlier release.
+# The product's own: a grid that stopped nothing made no use of those in its file, which may be of an earlier release.
 RUNGS = Search().model_dump(include={"grace", "reduction"})
 OURS, BASELINE = "this search", "random, full length"
 
@@ -53,7 +54,8 @@ class Recorded:
 
     `finish` are the device-seconds after the last validation, in which the best checkpoint was scored on validation and
     test; `judged` is the part of them for validation, which is all that a stopped trial is scored on. `score` is None
-    for a trial that failed.
+    for a trial that failed. `collapsed` says of each validation whether the outputs then would count as a failure.
+    `warm_up` is a share of the steps.
     """
 
     size: str
@@ -63,6 +65,8 @@ class Recorded:
     judged: float
     score: float | None
     latency: float
+    collapsed: tuple[bool, ...]
+    warm_up: float = 0.0
 
     @property
     def whole(self) -> float:
@@ -79,14 +83,18 @@ class Point:
     latency: float
 
 
-def recorded(trial: Trial, metric: str, latency: float) -> Recorded:
-    """A trial that is over, charged with its start-up, training, validations and final scoring."""
+def recorded(trial: Trial, metric: str, latency: float, repetition: float | None = None) -> Recorded:
+    """A trial that is over, charged with its start-up, training, validations and final scoring.
+
+    `repetition` is the teacher's, which failures are told by.
+    """
     seconds = tuple(3600 * line["gpu_hours"] for line in trial.history())
     finish = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
     score = trial.score(metric) if trial.scored else None
     rows = {split: len(kept) for split in ("validation", "test") if (kept := trial.rows(split)) is not None}
     judged = finish * rows["validation"] / sum(rows.values()) if rows else finish
-    return Recorded(trial.size, curve(trial), seconds, finish, judged, score, latency)
+    collapsed = tuple(bool(collapse(line.get("repetition", 0.0), repetition)) for line in trial.history())
+    return Recorded(trial.size, curve(trial), seconds, finish, judged, score, latency, collapsed, warm_up(trial))
 
 
 def read_grid(sweep: Path) -> dict[str, Recorded]:
@@ -94,7 +102,8 @@ def read_grid(sweep: Path) -> dict[str, Recorded]:
     info = read_sweep(sweep)
     latency = {size: costs["latency_ms"] for size, costs in info["shapes"].items()}
     over = [trial for trial in read_trials(sweep) if trial.status != "running"]
-    return {t.key: recorded(t, info["metric"], latency[t.size]) for t in over}
+    repetition = info["teacher"]["repetition"]
+    return {t.key: recorded(t, info["metric"], latency[t.size], repetition) for t in over}
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
@@ -111,19 +120,24 @@ def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, flo
     """How many validations a trial gets to do, and the device-seconds and the score that this comes to.
 
     A trial that is stopped is charged the full one's scoring on validation, by its share of the rows that were scored.
-    One that was to fail is stopped like any other, and has failed all the same, though what it had by then may have
-    been sound.
+    Whether it failed is told by its best validation up to then, as the product does.
     """
     if search.stops_early:
+        grace = max(search.grace, trial.warm_up)
         for done in range(1, len(trial.seconds)):
-            if falls_behind(trial.curve[:done], rivals, search.grace, search.reduction):
-                score = None if trial.score is None else max(score for _, score in trial.curve[:done])
-                return done, trial.seconds[done - 1] + trial.judged, score
+            if falls_behind(trial.curve[:done], rivals, grace, search.reduction):
+                scores = [score for _, score in trial.curve[:done]]
+                best = scores.index(max(scores))
+                return done, trial.seconds[done - 1] + trial.judged, None if trial.collapsed[best] else scores[best]
     return len(trial.curve), trial.whole, trial.score
 
 
-def replay(space: Space, grid: dict[str, Recorded]) -> list[Point]:
-    """One search over the grid, to the end of the grid or of the search's ideas."""
+def replay(
+    space: Space,
+    grid: dict[str, Recorded],
+    enough: Callable[[Sequence[Point]], bool] = lambda points: False,
+) -> list[Point]:
+    """One search over the grid, until what it found is `enough`, or to the end of the grid or of the search's ideas."""
     points: list[Point] = []
     seen: list[tuple[str, Curve]] = []
     seconds = 0.0
@@ -143,6 +157,8 @@ def replay(space: Space, grid: dict[str, Recorded]) -> list[Point]:
                 points.append(Point(seconds, score, trial.latency))
                 report |= {"status": "done", "score": score, "latency_ms": trial.latency}
             searcher.on_trial_complete(number, report)
+            if enough(points):
+                break
     return points
 
 
@@ -170,13 +186,15 @@ def _ratio(ours: Any, theirs: Any) -> Any:
         return np.where(np.isinf(ours), np.inf, ours / theirs)
 
 
-def replay_all(space: Space, grid: dict[str, Recorded], seeds: int) -> dict[str, list[list[Point]]]:
-    """Every search with every seed."""
+def replay_all(
+    space: Space, grid: dict[str, Recorded], seeds: int, enough: Callable[[Sequence[Point]], bool]
+) -> dict[str, list[list[Point]]]:
+    """Every search with every seed, each until it has found `enough`."""
     found: dict[str, list[list[Point]]] = {}
     for name, changes in SEARCHES.items():
         asked = {**changes, **RUNGS, "trials": len(grid)}
         searches = [space.search.model_copy(update={**asked, "seed": n}) for n in range(seeds)]
-        found[name] = [replay(space.model_copy(update={"search": s, "points": []}), grid) for s in searches]
+        found[name] = [replay(space.model_copy(update={"search": s, "points": []}), grid, enough) for s in searches]
         progress(f"{name}: {seeds} replays")
     return found
 
@@ -272,7 +290,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("sweep", type=Path, help="folder of the finished grid sweep")
-    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=300)
     parser.add_argument("--live", type=int, metavar="SEED", help="also carry out one pair of real sweeps")
     parser.add_argument("--live-trials", type=int, help="how many trials each has; default: a third of the grid")
     options = parser.parse_args()
@@ -281,7 +299,12 @@ def main() -> None:
     passes = 3600 * float(info["teacher_gpu_hours"])
     reference = (info["teacher"]["metrics"][info["metric"]] / 2, info["teacher"]["costs"]["latency_ms"])
     whole = hypervolume([(t.score, t.latency) for t in grid.values() if t.score is not None], reference)
-    found = replay_all(read_space(options.sweep / "space.yaml"), grid, options.seeds)
+    found = replay_all(
+        read_space(options.sweep / "space.yaml"),
+        grid,
+        options.seeds,
+        lambda points: hypervolume([(p.score, p.latency) for p in points], reference) >= max(SHARES) * whole,
+    )
     parts = [rows_of(found, share, share * whole, reference, passes) for share in SHARES]
     header = ["of the grid's hypervolume", "search", "device-seconds (quartiles)", "of random's"]
     header += ["with the teacher's passes", "got there"]
@@ -305,7 +328,8 @@ def about(options: argparse.Namespace, grid: dict[str, Recorded], reference: tup
         f"shapes, {sum(t.whole for t in grid.values()):.0f} device-seconds in all, start-up, validations and final "
         f"scoring counted; the teacher's passes took {passes:.0f}, the same for every search. {options.seeds} seeds. "
         f"Reference point: half the teacher's score ({reference[0]:.2f}) and its latency ({reference[1]:.1f} ms). A "
-        f"stopped trial is charged the full one's scoring on validation, and none on test. A replay that never "
+        f"stopped trial is charged the full one's scoring on validation, and none on test. Trials are compared from "
+        f"{RUNGS['grace']:.3g} of their steps on, and the better 1/{RUNGS['reduction']} goes on. A replay that never "
         f"gets there counts as infinitely long.\n\n"
     )
 

@@ -11,7 +11,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from raydistill.cluster.launch import final_report
+from raydistill.cluster.launch import final_report, reason_to_stop
 from raydistill.cluster.plan import not_trained, search_plan
 from raydistill.cluster.prepare import Prepared
 from raydistill.cluster.search import Ending, StudySearch, barred_sizes, key_of
@@ -20,6 +20,7 @@ from raydistill.cluster.watch import Watch
 from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, read_space, resolve
 from raydistill.model.teachers import load_config
+from tests.test_tracking import make_trial
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -348,6 +349,31 @@ def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_pat
     assert "from 12.5% of its steps on, where it is not in the better 1/3 of its shape" in plan
     assert "no trial starts after 3 device-hours" in plan
     assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole
+
+
+def test_no_trial_is_stopped_for_what_it_scored_in_its_warm_up(tmp_path):
+    """100 steps, compared with another that leads from the first validation on."""
+    for key, scores in {"behind": (1.0, 2.0, 3.0), "ahead": (5.0, 6.0, 7.0, 8.0)}.items():
+        folder = make_trial(tmp_path, key, 0, 8.0, status=None)
+        lines = [{"step": 25 * i, "progress": i / 4, "score": score} for i, score in enumerate(scores, 1)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    behind = tmp_path / "trials" / "behind"
+    run = json.loads((behind / "run.json").read_text())
+    told = {}
+    for steps in (0, 40, 500):
+        run["training"]["warmup_steps"] = steps
+        (behind / "run.json").write_text(json.dumps(run))
+        told[steps] = str(reason_to_stop(behind, Search(grace=0.3, reduction=2)))
+    assert "after 60% of the steps" in told[0]  # the rungs are 30 % and 60 %
+    assert "after 40% of the steps" in told[40]
+    assert "after 50% of the steps" in told[500]
+    run["training"]["warmup_steps"] = 500
+    lines = (behind / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (behind / "metrics.jsonl").write_text(lines[0])
+    assert reason_to_stop(behind, Search(grace=0.1)) is None  # a quarter is done, of which all is warm-up
+    run["training"]["warmup_steps"] = 0
+    (behind / "run.json").write_text(json.dumps(run))
+    assert reason_to_stop(behind, Search(grace=0.1)) is not None
 
 
 def test_a_setting_at_its_default_makes_no_other_trial():

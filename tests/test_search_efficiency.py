@@ -86,30 +86,34 @@ SPACE = Space.model_validate(
 
 def record(size: str, score: float) -> Recorded:
     curve = [(share, share * score) for share in (0.25, 0.5, 0.75, 1.0)]
-    return Recorded(size, curve, (10.0, 20.0, 30.0, 40.0), 5.0, 3.0, score, 8.0 if size == "2-2" else 4.0)
+    return Recorded(size, curve, (10.0, 20.0, 30.0, 40.0), 5.0, 3.0, score, 8.0 if size == "2-2" else 4.0, (False,) * 4)
 
 
 def test_a_trial_that_is_stopped_is_charged_what_it_ran_and_its_scoring_on_validation():
-    """One that was to fail no less: the product does not know that when it stops it."""
     weak = record("2-2", 4.0)
     assert cut(weak, [], SPACE.search) == (4, 45.0, 4.0)
     assert cut(weak, [record("2-2", 8.0).curve], SPACE.search) == (1, 13.0, 1.0)
-    assert cut(replace(weak, score=None), [record("2-2", 8.0).curve], SPACE.search) == (1, 13.0, None)
+    assert cut(replace(weak, score=None), [record("2-2", 8.0).curve], SPACE.search) == (1, 13.0, 1.0)
+    lost = replace(weak, collapsed=(True, True, True, False))  # it ended well, and would not have been let
+    assert cut(lost, [record("2-2", 8.0).curve], SPACE.search) == (1, 13.0, None)
+    late = replace(weak, warm_up=0.5)
+    assert cut(late, [record("2-2", 8.0).curve], SPACE.search) == (2, 23.0, 2.0)
 
 
 def test_start_up_training_validations_and_scoring_are_all_charged(tmp_path: Path):
     """18 and 28 device-seconds at its validations, with all that was before them; 8 more for its scoring."""
     folder = make_trial(tmp_path, "a", 0, 10.0)
     lines = [
-        {"gpu_hours": 18 / 3600, "progress": 0.5, "score": 9.0},
-        {"gpu_hours": 28 / 3600, "progress": 1.0, "score": 10.0},
+        {"gpu_hours": 18 / 3600, "step": 10, "progress": 0.5, "score": 9.0, "repetition": 0.9},
+        {"gpu_hours": 28 / 3600, "step": 20, "progress": 1.0, "score": 10.0, "repetition": 0.1},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = json.loads((folder / "result.json").read_text())
     result["metrics"] |= {"gpu_hours": 36 / 3600}
     write_json_atomic(folder / "result.json", result)
     (trial,) = read_trials(tmp_path)
-    found = recorded(trial, "rouge2", 7.0)
+    found = recorded(trial, "rouge2", 7.0, repetition=0.0)
+    assert (found.collapsed, found.warm_up) == ((True, False), 0.5)  # 500 steps asked for, half of 20 at most
     assert found.seconds == pytest.approx((18, 28))
     assert found.finish == pytest.approx(8)
     assert found.judged == pytest.approx(8)
@@ -133,6 +137,12 @@ def test_a_replay_tries_all_of_the_grid_once(stopping: str, seconds: set[float])
         totals.add(points[-1].seconds)
     assert totals <= seconds
     assert hypervolume([(p.score, p.latency) for p in points], (0, 10)) == 8 * 6
+
+
+def test_a_replay_ends_when_it_has_found_enough():
+    runs = [resolve(SPACE, chosen, "s") for chosen in corners(SPACE.run)]
+    grid = {key_of(run): record(str(run.student.size), 4.0) for run in runs}
+    assert len(replay(SPACE, grid, lambda points: len(points) == 3)) == 3
 
 
 def test_a_trial_that_fails_costs_its_time_and_finds_nothing():

@@ -188,9 +188,13 @@ def reads(run: Run, inputs: Inputs) -> list[Path]:
 
 
 def reason_to_stop(folder: Path, search: Search) -> str | None:
-    """Why the trial in `folder` should stop now, by what it and the others of its shape have left on disk."""
+    """Why the trial in `folder` should stop now, by what it and the others of its shape have left on disk.
+
+    Never for what it scored in its warm-up, where the learning rate that will be best is not ahead yet.
+    """
     storage.fetch(folder.parent, names=["run.json", "metrics.jsonl", "result.json"])
-    return falls_behind(*rivals(folder.parent.parent, folder.name), search.grace, search.reduction)
+    own, others, warm_up = rivals(folder.parent.parent, folder.name)
+    return falls_behind(own, others, max(search.grace, warm_up), search.reduction)
 
 
 def _train_worker(config: dict[str, Any]) -> str | None:

@@ -194,6 +194,10 @@ class Training(Model):
             raise ValueError(f"gpus {self.gpus:g} is for runs of one worker; {self.workers} workers need a GPU each")
         return self
 
+    def warm_up(self, total: int) -> int:
+        """Steps of a run of `total` in which the learning rate rises: `warmup_steps`, but half the run at most."""
+        return min(self.warmup_steps, max(1, total // 2))
+
 
 class Decoding(Model):
     """Beam search. An absent value is the checkpoint's own, else the preset's, else the library's default."""

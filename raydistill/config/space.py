@@ -60,7 +60,9 @@ class Search(Model):
         description="per_shape: a trial that falls behind others of its own shape stops early; auto: unless sampler is "
         "grid, whose table is to be whole",
     )
-    grace: float = Field(0.125, gt=0, lt=1, description="share of a run's steps before which no trial is stopped")
+    grace: float = Field(
+        0.125, gt=0, lt=1, description="share of a run's steps before which no trial is stopped; at least its warm-up"
+    )
     reduction: int = Field(3, ge=2, description="the better 1/reduction of a shape's trials go on at each comparison")
     max_device_hours: float | None = Field(
         None, gt=0, description="no trial starts once trials and teacher passes have taken so much"

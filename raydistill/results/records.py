@@ -17,6 +17,7 @@ import numpy as np
 from raydistill.config.console import home
 from raydistill.config.errors import UserError
 from raydistill.config.files import UNFIT, damage_told, inside, read_json
+from raydistill.config.run import Training
 from raydistill.config.space import BOUNDED, NAME, check_bounds
 from raydistill.results.stopping import Curve
 
@@ -166,12 +167,23 @@ def open_sweep(name_or_path: str) -> Path:
     raise UserError(f"{name_or_path}: no such sweep; {there}. Give a folder or a name")
 
 
-def rivals(sweep: Path, key: str) -> tuple[Curve, list[Curve]]:
-    """The validation curve of a trial, and those of the others of its shape, as early stopping compares them."""
+def rivals(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
+    """What early stopping asks of a trial: its curve, those of the others of its shape, the share of its warm-up."""
     trials = {trial.key: trial for trial in read_trials(sweep)}
     shape = _shape_asked(trials[key])
     others = [t for t in trials.values() if t.key != key and t.status != "failed" and _shape_asked(t) == shape]
-    return curve(trials[key]), [curve(trial) for trial in others]
+    return curve(trials[key]), [curve(trial) for trial in others], warm_up(trials[key])
+
+
+def warm_up(trial: Trial) -> float:
+    """Share of a trial's steps in which its learning rate rises; 0 before its first validation."""
+    with damage_told(trial.folder / "metrics.jsonl"):
+        lines = [line for line in trial.history() if "progress" in line]
+        total = round(lines[-1]["step"] / lines[-1]["progress"]) if lines else 0
+    if not total:
+        return 0.0
+    with damage_told(trial.folder / "run.json"):
+        return Training.model_validate(trial.run_config().get("training", {})).warm_up(total) / total
 
 
 def curve(trial: Trial) -> Curve:

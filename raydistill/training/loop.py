@@ -221,7 +221,7 @@ def make_optimizer(parameters: list[Parameter], settings: Training) -> torch.opt
 
 def learning_rate_factor(step: int, settings: Training, total: int) -> float:
     """Linear warm-up, then linear decay to zero at `total` steps, or constant."""
-    warmup = min(settings.warmup_steps, max(1, total // 2))
+    warmup = settings.warm_up(total)
     if step < warmup:
         return (step + 1) / warmup
     if settings.schedule == "constant":
