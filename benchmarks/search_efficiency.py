@@ -294,6 +294,8 @@ def main() -> None:
     parser.add_argument("--live", type=int, metavar="SEED", help="also carry out one pair of real sweeps")
     parser.add_argument("--live-trials", type=int, help="how many trials each has; default: a third of the grid")
     options = parser.parse_args()
+    if any(trial.status == "stopped" for trial in read_trials(options.sweep)):
+        parser.error(f"{options.sweep}: some of its trials were stopped early; train a grid with stopping: off")
     machine = describe_machine()
     info, grid = read_sweep(options.sweep), read_grid(options.sweep)
     passes = 3600 * float(info["teacher_gpu_hours"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from raydistill.results.outcome import outcome
 from raydistill.results.store import client_of
 from tests.test_choose import make_student
 from tests.test_sweep import KILL_SPACE
-from tests.test_tracking import sweep
+from tests.test_tracking import make_trial, sweep
 from tests.world import command, environment, last_json, make_world
 
 __all__ = ["sweep"]
@@ -49,6 +50,23 @@ def test_without_a_server_the_students_are_there_and_the_table_is_told_first(swe
     assert f"chosen students: {sweep / 'exports'}" in told[0]
     assert "MLflow: the tracking server http://127.0.0.1:9 does not answer" in told[1]
     assert result["whole"]
+
+
+def test_what_was_under_way_when_its_shape_lost_its_budget_is_left_and_not_waited_for(
+    sweep: Path, prepared: Prepared
+) -> None:
+    """Else the command would ask for ever to be given again, and end with status 1."""
+    make_student(sweep, "a", 0, 10.0)
+    make_trial(sweep, "b", 1, 9.0, status=None)
+    prepared = replace(prepared, shapes_fewest_beams={"4-1": {"params_m": 3.0}})
+    told: list[str] = []
+    for bound, died in ((1.0, []), (9.0, ["b"])):
+        info = read_json(sweep / "sweep.json")
+        write_json_atomic(sweep / "sweep.json", {**info, "budgets": {"small": {"params_m": bound}}})
+        result = hand_over(outcome(sweep), prepared, told.append)
+        assert (result["died"], result["whole"]) == (died, not died)
+    assert "1 trials are left half-way (b): no budget admits their shape any more" in told[0]
+    assert "1 trials died (b): run the same command" in told[2]
 
 
 def test_a_full_disk_and_a_lost_checkpoint_leave_the_table(sweep: Path, prepared: Prepared) -> None:

@@ -118,8 +118,9 @@ def prepare(space: Space, sweep: Path, device: str) -> Prepared:
     progress(f"latency: timing {len(sizes)} shapes, one at a time, alone on the machine ({', '.join(sizes)})")
     beams = list(dict.fromkeys((teacher["beams"], min([teacher["beams"], *space.search.decoding.beams]))))
     table = home() / "latency.json"
+    anew = not (sweep / "trials").is_dir()  # the trials of a sweep are compared, so one measure holds for all
     timed = alone(
-        time_shapes, first, sizes, teacher, beams, device=device, reads=[table, *read_by(first)], writes=[table]
+        time_shapes, first, sizes, teacher, beams, anew, device=device, reads=[table, *read_by(first)], writes=[table]
     )
     tell_of_others(max(row.pop("others") for rows in timed.values() for row in rows), "the next sweep times them again")
     base = timed[teacher["size"]][0]["latency_ms"]
@@ -149,18 +150,19 @@ def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
 
 
 def time_shapes(
-    run: Run, sizes: list[str], teacher: dict[str, Any], beams: list[int], device: str, threads: int
+    run: Run, sizes: list[str], teacher: dict[str, Any], beams: list[int], anew: bool, device: str, threads: int
 ) -> dict[str, list[dict[str, float]]]:
     """Latency, parameters and memory of each shape with each number of beams; the cores that `others` kept busy.
 
-    The shapes are untrained: their costs do not depend on the weights' values.
+    The shapes are untrained: their costs do not depend on the weights' values. `anew`: those that others disturbed are
+    timed again.
 
     To be called `alone`, so that nothing else is timed with it. Kept in HOME/latency.json.
     """
     assert run.teacher is not None
     loaded = open_teacher(run.teacher, run.dataset)
     engine = run.evaluation.engine
-    return {size: time_shape(loaded, size, teacher, beams, engine, device, threads) for size in sizes}
+    return {size: time_shape(loaded, size, teacher, beams, engine, device, threads, anew) for size in sizes}
 
 
 def _computed(runs: list[Run], device: str, record: Path) -> str | None:

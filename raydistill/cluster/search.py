@@ -146,10 +146,14 @@ def _tuned(trainable: Any, searcher: "StudySearch", in_actor: bool, callbacks: l
 
 def barred_sizes(space: Space, prepared: Prepared) -> frozenset[str | None]:
     """Values of `student.size` whose measured shape no budget of the space admits, with as few beams as may be."""
-    budgets = known_bounds(space.budgets, prepared.teacher["costs"])
     sizes = {run.student.size for run in runs_of(space)}
-    costs = {size: prepared.shapes_fewest_beams[size or prepared.teacher["size"]] for size in sizes}
-    return frozenset(size for size in sizes if not admitted(costs[size], budgets))
+    return frozenset(size for size in sizes if is_barred(size, space.budgets, prepared))
+
+
+def is_barred(size: str | None, budgets: dict[str, dict[str, Any]], prepared: Prepared) -> bool:
+    """Whether no budget admits a student of this size (None: the teacher's), with as few beams as may be."""
+    costs = prepared.shapes_fewest_beams[size or prepared.teacher["size"]]
+    return not admitted(costs, known_bounds(budgets, prepared.teacher["costs"]))
 
 
 def room(runs: list[Run], device: str) -> int:

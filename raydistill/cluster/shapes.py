@@ -26,12 +26,13 @@ def time_shape(
     engine: Literal["auto", "ctranslate2", "transformers"],
     device: str,
     threads: int,
+    anew: bool = True,
 ) -> list[dict[str, float]]:
     """Milliseconds (batch of 32 and of 1: median, lowest, highest), parameters, weights and peak memory of one shape.
 
     One mapping for each number of beams, which also tells how many cores `others` kept busy at most. `about` holds the
     lengths in tokens to time with. The engine is the one that serves on this machine; what the table knows already is
-    not timed again, unless others disturbed it.
+    not timed again, unless others disturbed it and it is to be timed `anew`.
     """
     layers = plan(forms.depths(teacher.model.config), Student(size=size))
     config = forms.with_depths(teacher.model.config, *layers.size)
@@ -52,7 +53,7 @@ def time_shape(
                 how = {"beams": many, "batch": batch, **lengths}
                 facts = latency.facts_of(machine, latency.shape(config), name, precision, **how)
                 timing = latency.lookup(table, facts)
-                if timing is None or timing.disturbed:
+                if timing is None or (timing.disturbed and anew):
                     if opened is None:
                         before = latency.held_mb(device)
                         opened = _open(teacher, layers, engine, device, threads, scratch)

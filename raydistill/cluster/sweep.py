@@ -17,7 +17,7 @@ from raydistill.cluster.export import export
 from raydistill.cluster.finalists import is_served, serve_finalists
 from raydistill.cluster.plan import check_space, trials_over
 from raydistill.cluster.prepare import Prepared, prepare
-from raydistill.cluster.search import Ending, search
+from raydistill.cluster.search import Ending, is_barred, search
 from raydistill.cluster.start import cluster, device
 from raydistill.cluster.watch import Watch
 from raydistill.config.console import progress, table
@@ -65,8 +65,10 @@ def hand_over(found: Outcome, prepared: Prepared, tell: Callable[[str], None]) -
     In this order, since neither a tracking server that is down nor a full disk should keep a student or the table.
     """
     exports, problems = export_choices(found)
-    died = [trial.key for trial in found.trials if trial.status == "running"]
-    tell("\n".join([summary(found, prepared, died), *problems]))
+    unfinished = [trial for trial in found.trials if trial.status == "running"]
+    left = [trial.key for trial in unfinished if is_barred(trial.size or None, found.info["budgets"], prepared)]
+    died = [trial.key for trial in unfinished if trial.key not in left]
+    tell("\n".join([summary(found, prepared, died, left), *problems]))
     write_report(found)
     tell(f"\n{_publish(found, exports, finished=not died)}")
     places = {budget: str(place) for budget, place in exports.items()}
@@ -213,8 +215,11 @@ def publishing(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
-    """The table with front and choices, the teacher, and where the picture is."""
+def summary(found: Outcome, prepared: Prepared, died: list[str], left: list[str]) -> str:
+    """The table with front and choices, the teacher, and where the picture is.
+
+    `died`: keys of trials that are still to come. `left`: of those that were under way when their shape had a budget.
+    """
     teacher = {**prepared.teacher, "costs": found.teacher["costs"]}
     metric = found.metric
     test = teacher["test"]
@@ -235,6 +240,8 @@ def summary(found: Outcome, prepared: Prepared, died: list[str]) -> str:
         lines.append(f"{name}: {choice.reason}")
     if died:
         lines.append(f"{len(died)} trials died ({', '.join(died)}): run the same command to take them up again")
+    if left:
+        lines.append(f"{len(left)} trials are left half-way ({', '.join(left)}): no budget admits their shape any more")
     lines += ["", f"front: {found.sweep / 'front.html'} (and front.png)", f"table: {found.sweep / 'table.md'}"]
     if any(found.chosen.values()):
         lines.append(f"chosen students: {found.sweep / 'exports'}")
