@@ -14,9 +14,9 @@ from benchmarks.nodes import Meter, nodes
 from benchmarks.scaling import SECONDS_PER_STEP, Slept, _slept, endless, in_slots, made_up
 from benchmarks.stamps import End, rate
 from benchmarks.standins import timed_engine, timed_run
-from raydistill.cluster.search import search
 from raydistill.config.run import Run
-from raydistill.model.decoding import Beam
+from raydistill.inference.decoding import Beam
+from raydistill.search.study import search
 from raydistill.training.run import Inputs
 from tests.world import environment
 

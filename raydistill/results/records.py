@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydistill.config.console import home
-from raydistill.config.errors import UserError
-from raydistill.config.files import UNFIT, damage_told, inside, read_json
 from raydistill.config.run import Training
 from raydistill.config.space import BOUNDED, NAME, check_bounds
-from raydistill.results.stopping import Curve
+from raydistill.core.console import home
+from raydistill.core.errors import UserError
+from raydistill.core.files import UNFIT, damage_told, inside, read_json
+from raydistill.search.early_stopping import Curve
 
 MOST_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
 

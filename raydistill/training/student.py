@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding, Run
-from raydistill.model import forms
-from raydistill.model.decoding import Beam
-from raydistill.model.shrink import Plan, plan, shrink
-from raydistill.model.start import build_tokenizer, new_model
-from raydistill.model.teachers import load_model, locate
-from raydistill.training.material import Teacher, read_split
-from raydistill.training.record import making
+from raydistill.core.errors import UserError
+from raydistill.inference.decoding import Beam
+from raydistill.models import families
+from raydistill.models.loading import load_model, locate
+from raydistill.models.random_init import build_tokenizer, new_model
+from raydistill.models.shrinking import Plan, plan, shrink
+from raydistill.training.run_folder import making
+from raydistill.training.tokenized_data import Teacher, read_split
 from raydistill.training.workers import Worker
 
 
 def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
     """The untrained student and which layers it copies and is supervised by."""
-    layers = plan(forms.depths(teacher.model.config), run.student)
+    layers = plan(families.depths(teacher.model.config), run.student)
     other = run.student.copy_from
     decoder_from = load_model(locate(other, run.dataset.name)) if other else None
     student = shrink(teacher.model, layers, run.training.seed, decoder_from)
@@ -73,9 +73,9 @@ def what_is_frozen(run: Run, layers: Plan | None) -> Frozen:
 
 def freeze(student: PreTrainedModel, frozen: Frozen) -> None:
     """Freeze it; UserError where nothing is left to train."""
-    for parameter in forms.embeddings(student) if frozen.embeddings else []:
+    for parameter in families.embeddings(student) if frozen.embeddings else []:
         parameter.requires_grad_(False)
-    for parameter in forms.encoder_layers(student) if frozen.encoder else []:
+    for parameter in families.encoder_layers(student) if frozen.encoder else []:
         parameter.requires_grad_(False)
     if not any(p.requires_grad for p in student.parameters()):
         raise UserError("nothing is left to train: encoder, embeddings and decoder are all frozen")
@@ -114,7 +114,7 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
 
 def _hold_padding_row(model: PreTrainedModel) -> None:
     """Keep a zero padding row zero: CTranslate2 starts Marian's decoder from zero, whatever that row holds."""
-    for parameter in forms.embeddings(model):
+    for parameter in families.embeddings(model):
         pad_id = model.config.pad_token_id
         if not parameter.requires_grad or pad_id >= len(parameter) or parameter[pad_id].any():
             continue
