@@ -32,12 +32,12 @@ from raydistill.config.run import Loss, Student, Training
 from raydistill.data.batching import Examples
 from raydistill.evaluation.latency import give_back_freed
 from raydistill.models import families, onednn_linear
+from raydistill.models.freezing import Frozen, freeze
 from raydistill.models.shrinking import plan, shrink
 from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
 from raydistill.training.distillation import Supervision
 from raydistill.training.loop import make_optimizer, step, steps
 from raydistill.training.prefetch import ahead
-from raydistill.training.student import Frozen, freeze
 from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)

@@ -34,11 +34,13 @@ from raydistill.evaluation.metrics import score
 from raydistill.inference.decoding import Beam, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
 from raydistill.models import families, onednn_linear
+from raydistill.models.freezing import freeze, what_is_frozen
 from raydistill.search.prepare import runs_of
 from raydistill.teacher_cache.builder import mask_of, padded
 from raydistill.training import loop
-from raydistill.training.run import Inputs, train
-from raydistill.training.student import freeze, make_student, what_is_frozen
+from raydistill.training.inputs import Inputs
+from raydistill.training.run import train
+from raydistill.training.student import make_student
 from raydistill.training.tokenized_data import load_material, make_examples, open_teacher
 
 THREADS = os.cpu_count() or 1

@@ -37,11 +37,11 @@ from raydistill.core.files import write_json_atomic
 from raydistill.data.demo import demo_rows
 from raydistill.jobs.pseudolabel import GPU_CHARS, Job, pseudolabel
 from raydistill.label_sets.label_set import read_manifest
-from raydistill.results.records import rivals
 from raydistill.results.tables import markdown_table
+from raydistill.search.early_stopping import rivals
 from raydistill.search.prepare import Prepared
 from raydistill.search.progress import Watch
-from raydistill.search.study import search
+from raydistill.search.tune_search import search
 
 PARTS = ("labels", "batches", "trials", "train", "many")
 COUNTS = (1, 2, 4, 8)

@@ -29,9 +29,9 @@ from benchmarks.common import describe_machine, write_result
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
 from raydistill.core.console import progress
-from raydistill.results.records import Trial, curve, read_sweep, read_trials, warm_up
+from raydistill.results.records import Trial, read_sweep, read_trials
 from raydistill.results.tables import markdown_table
-from raydistill.search.early_stopping import Curve, falls_behind
+from raydistill.search.early_stopping import Curve, curve, falls_behind, warm_up
 from raydistill.search.study import StudySearch
 from raydistill.training.run import collapse
 

@@ -12,8 +12,8 @@ from raydistill.config.run import Run
 from raydistill.core.files import read_json, write_atomic, write_json_atomic
 from raydistill.inference.decoding import Beam, Hypothesis
 from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import Report
-from raydistill.training.run import Inputs
 from raydistill.training.run_folder import claim, held
 from raydistill.training.workers import Worker
 

@@ -88,7 +88,7 @@ def make_student(sweep: Path, key: str, number: int, score: float, size: str = "
     served = []
     for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
         costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
-        mlflow_pyfunc.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
+        served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
         served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
         np.savez(folder / f"rows-validation-{decoding_name(served[-1])}.npz", validation=np.full(20, score))
     hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}

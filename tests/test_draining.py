@@ -14,7 +14,7 @@ from benchmarks.nodes import STORE_BYTES, head
 from raydistill.cluster.start import cluster
 from raydistill.config.space import Space
 from raydistill.search.prepare import Prepared
-from raydistill.search.study import search
+from raydistill.search.tune_search import search
 from tests.tiny import save_tiny
 from tests.world import write_corpus
 

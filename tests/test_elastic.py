@@ -21,9 +21,9 @@ from raydistill.cluster.start import cluster
 from raydistill.config.run import Run
 from raydistill.core.files import write_atomic, write_json_atomic
 from raydistill.jobs.train import train_with_ray_train
-from raydistill.search.study import search
+from raydistill.search.tune_search import search
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import Report
-from raydistill.training.run import Inputs
 from raydistill.training.workers import Worker
 
 BATCHES = 60

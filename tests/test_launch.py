@@ -18,8 +18,9 @@ from raydistill.config.run import Run
 from raydistill.core.errors import PassingError, UserError
 from raydistill.jobs.train import check_room, launcher_for, train_with_ray_train
 from raydistill.search.progress import Watch
-from raydistill.search.study import StudySearch, search
-from raydistill.training.run import Inputs
+from raydistill.search.study import StudySearch
+from raydistill.search.tune_search import search
+from raydistill.training.inputs import Inputs
 from tests.world import make_world
 
 KEPT = ("step", "loss", "val_loss", "score")

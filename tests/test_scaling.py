@@ -16,8 +16,8 @@ from benchmarks.stamps import End, rate
 from benchmarks.standins import timed_engine, timed_run
 from raydistill.config.run import Run
 from raydistill.inference.decoding import Beam
-from raydistill.search.study import search
-from raydistill.training.run import Inputs
+from raydistill.search.tune_search import search
+from raydistill.training.inputs import Inputs
 from tests.world import environment
 
 ROOT = Path(__file__).parents[1]

@@ -13,13 +13,14 @@ from optuna.trial import TrialState
 
 from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, read_space, resolve
-from raydistill.jobs.train import final_report, reason_to_stop
 from raydistill.models.loading import load_config
 from raydistill.search.dry_run import not_trained, search_plan
 from raydistill.search.prepare import Prepared
 from raydistill.search.progress import Watch
 from raydistill.search.shape_latency import counted
-from raydistill.search.study import Ending, StudySearch, barred_sizes, key_of
+from raydistill.search.study import Ending, StudySearch, final_report, key_of
+from raydistill.search.trial import reason_to_stop
+from raydistill.search.tune_search import barred_sizes
 from tests.test_tracking import make_trial
 from tests.tiny import save_tiny
 

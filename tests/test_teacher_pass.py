@@ -18,7 +18,8 @@ from raydistill.search import prepare
 from raydistill.teacher_cache import store
 from raydistill.teacher_cache.builder import make_here
 from raydistill.teacher_cache.policy import Costs
-from raydistill.training.run import Inputs, train
+from raydistill.training.inputs import Inputs
+from raydistill.training.run import train
 from raydistill.training.tokenized_data import open_teacher
 from tests.world import make_world
 

@@ -26,12 +26,14 @@ from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples, buckets, epoch_batches, share, within
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.models import families
+from raydistill.models.freezing import Frozen, freeze, what_is_frozen
 from raydistill.models.loading import load_model, load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.models.shrinking import plan, shrink
 from raydistill.results.records import read_trials
 from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
 from raydistill.training import loop, run_folder, validation
 from raydistill.training.distillation import Supervision
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import (
     Diverged,
     clip_and_step,
@@ -41,9 +43,9 @@ from raydistill.training.loop import (
     read_step,
     step,
 )
-from raydistill.training.run import Inputs, collapse, frozen_table, supervise, train
+from raydistill.training.run import collapse, frozen_table, supervise, train
 from raydistill.training.run_folder import held
-from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
+from raydistill.training.student import make_student
 from raydistill.training.tokenized_data import open_teacher, origin_of
 from raydistill.training.workers import Worker
 from tests.tiny import save_tiny, sentences

@@ -15,18 +15,16 @@ from typing import Any
 from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import Facts, run_batches
 from raydistill.cluster.exclusive import alone
-from raydistill.config.run import Run, parse_labels
+from raydistill.config.run import Run
 from raydistill.core.console import progress
 from raydistill.data.batching import Examples
 from raydistill.jobs.pseudolabel import Also
 from raydistill.teacher_cache import store
 from raydistill.teacher_cache.builder import Pass
 from raydistill.teacher_cache.policy import Costs, Keep, choose, measure, pass_for
+from raydistill.training.inputs import MadeLabels, folders_of, read_by
 
 FREE_SHARE = 0.9
-
-# The folders of the label sets that teachers wrote: by a run's `label_key`, then by source (pseudo, pseudo@TEACHER).
-MadeLabels = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,6 @@ class Want:
 
     def __hash__(self) -> int:
         return hash((str(self.runs), str(self.labels), self.root, self.device, self.computed))
-
-
-def read_by(run: Run) -> list[Path]:
-    """The folders that a run names: its teacher, a checkpoint to copy from, label sets."""
-    named = [run.teacher, run.student.copy_from, *(part.folder for part in parse_labels(run.label_source))]
-    return [Path(name) for name in named if name]
-
-
-def folders_of(labels: MadeLabels, run: Run) -> dict[str, Path]:
-    """Those of a run, by source."""
-    return {source: Path(folder) for source, folder in labels.get(run.label_key, {}).items()}
 
 
 def group_of(run: Run) -> str:

@@ -4,26 +4,21 @@ Both hand `training.run.train` a `report`, and both go on from the run's own fol
 """
 
 import os
-import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import places, places_by_node, resources
+from raydistill.cluster.drain import Departures
 from raydistill.config.run import Run
-from raydistill.config.space import Search
 from raydistill.core.errors import PassingError, UserError
 from raydistill.core.files import read_json
-from raydistill.jobs.teacher_cache import read_by
-from raydistill.results.records import rivals
-from raydistill.search.early_stopping import falls_behind
+from raydistill.training.inputs import Inputs, read_by
 from raydistill.training.loop import Leaving, Report
-from raydistill.training.run import Inputs, train
+from raydistill.training.run import train
 from raydistill.training.workers import Worker
 
-DRAIN_POLL_S = 5.0
 Metrics = dict[str, Any]
 Stop = Callable[[], str | None]
 # What a launcher carries out, in a worker: training.run.train, or what is called and leaves its folder as that does.
@@ -128,73 +123,9 @@ def _of_worker(error: Exception) -> Exception:
     return error
 
 
-def final_report(result: Metrics, cost: str) -> Metrics:
-    """What a search is told of a finished run: its score and cost, or that it failed."""
-    metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
-    report = {**metrics, "status": result["status"], "finished": True}
-    if result["status"] in ("done", "stopped"):
-        report |= {"score": metrics["score"], cost: metrics.get(cost, 0.0)}
-    return report
-
-
-def tune_trial(
-    config: Metrics, *, space: Any, sweep: str, prepared: Any, device: str, in_actor: bool, work: Work = train
-) -> None:
-    """A trial: the function that Tune calls with what the search proposed.
-
-    `in_actor`: it trains here, in a reused actor that holds its CPUs and GPU; else it only waits for Ray Train's job.
-    Tune starts it again as often as `search.retries` says, so Ray Train does not. What would be wrong again, such as a
-    want of memory, ends it at once, and the next command tries it anew.
-    """
-    import ray
-    from ray import tune
-
-    from raydistill.search.study import trial_run
-
-    run, folder, inputs = trial_run(space, Path(sweep), prepared, config)
-    cost = space.search.cost
-    stop = partial(reason_to_stop, folder, space.search) if space.search.stops_early else None
-
-    def report(metrics: Metrics, where: Path | None) -> str | None:
-        tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
-        return stop() if stop else None
-
-    try:
-        if in_actor:
-            _use_threads(run.training.threads)
-            here = Worker(device=device, leaving=Departures([ray.get_runtime_context().get_node_id()]))
-            result = _carry_out(work, run, folder, report, inputs, here)
-        else:
-            result = _waited_for(run, folder, inputs, device, stop, work)
-    except PassingError:
-        raise
-    except UserError as error:
-        tune.report({"step": 0, "died": str(error)})
-        return
-    tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
-
-
-def _waited_for(run: Run, folder: Path, inputs: Inputs, device: str, stop: Stop | None, work: Work) -> Metrics:
-    """A trial's Ray Train job, whose reports go to Tune too."""
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    told = [TuneReportCallback()]
-    return train_with_ray_train(run, folder, inputs, device=device, retries=0, stop=stop, callbacks=told, work=work)
-
-
 def reads(run: Run, inputs: Inputs) -> list[Path]:
     """The folders that a run reads, as far as they are not each machine's own: teacher, label sets, teacher cache."""
     return [*read_by(run), *inputs.labels.values(), *inputs.stores]
-
-
-def reason_to_stop(folder: Path, search: Search) -> str | None:
-    """Why the trial in `folder` should stop now, by what it and the others of its shape have left on disk.
-
-    Never for what it scored in its warm-up, where the learning rate that will be best is not ahead yet.
-    """
-    sync.fetch(folder.parent, names=["run.json", "metrics.jsonl", "result.json"])
-    own, others, warm_up = rivals(folder.parent.parent, folder.name)
-    return falls_behind(own, others, max(search.grace, warm_up), search.reduction)
 
 
 def _train_worker(config: dict[str, Any]) -> str | None:
@@ -250,32 +181,6 @@ def _carry_out(work: Work, run: Run, folder: Path, report: Report, inputs: Input
         raise
     keep()
     return result
-
-
-class Departures:
-    """Whether Ray was told that one of some machines is to be drained, as for a spot instance's notice.
-
-    `nodes`: the ids of those that a run is on. The machine that a run has left stays in Ray's list until it is gone.
-    Ray gives no new work to such a machine, so a run that ends with `Leaving` is started again elsewhere.
-    """
-
-    def __init__(self, nodes: Iterable[str]) -> None:
-        self.nodes = frozenset(nodes)
-        self.next = 0.0
-
-    def __call__(self) -> bool:
-        """Asks Ray's head at most once in `DRAIN_POLL_S`; no while it does not answer."""
-        import ray
-
-        now = time.monotonic()
-        if now < self.next:
-            return False
-        self.next = now + DRAIN_POLL_S
-        try:
-            leaving = ray._private.state.state.get_draining_nodes()  # what Ray Train's own watcher asks
-        except Exception:
-            return False
-        return not self.nodes.isdisjoint(leaving)
 
 
 def _use_threads(threads: int) -> None:

@@ -14,21 +14,12 @@ from raydistill.core.console import home, progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
 from raydistill.jobs.pseudolabel import Also, Job, pseudolabel
-from raydistill.jobs.teacher_cache import (
-    MadeLabels,
-    Want,
-    auto_precision,
-    decide,
-    encoder_beside,
-    folders_of,
-    group_of,
-    read_by,
-    teacher_pass,
-)
+from raydistill.jobs.teacher_cache import Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
 from raydistill.results.costs import pass_hours
 from raydistill.search.shape_latency import time_shape
 from raydistill.teacher_cache.policy import Keep
-from raydistill.training.run import Inputs, score_teacher
+from raydistill.training.inputs import Inputs, MadeLabels, folders_of, read_by
+from raydistill.training.run import score_teacher
 from raydistill.training.run_folder import changes, write_rows
 from raydistill.training.tokenized_data import open_teacher, origin_of
 

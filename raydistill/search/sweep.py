@@ -28,7 +28,8 @@ from raydistill.search.dry_run import check_space, trials_over
 from raydistill.search.finalists import is_served, serve_finalists
 from raydistill.search.prepare import Prepared, prepare
 from raydistill.search.progress import Watch
-from raydistill.search.study import Ending, is_barred, search
+from raydistill.search.study import Ending
+from raydistill.search.tune_search import is_barred, search
 from raydistill.tracking.export import export
 from raydistill.tracking.mlflow_registry import register_choice
 from raydistill.tracking.mlflow_runs import publish

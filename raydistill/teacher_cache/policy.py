@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from raydistill.config.run import Run
 from raydistill.data.batching import Examples, buckets
 from raydistill.models import families
+from raydistill.models.freezing import what_is_frozen
 from raydistill.models.shrinking import plan
 from raydistill.teacher_cache.builder import Numbers, Pass, mask_of, padded
-from raydistill.training.student import what_is_frozen
 
 Keep = Literal["full", "encoder", "off"]
 PROBE_BYTES = 2**26

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,40 +31,22 @@ from raydistill.evaluation.metrics import lead, score, signature
 from raydistill.inference.decoding import resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
+from raydistill.models.freezing import Frozen, freeze, what_is_frozen
 from raydistill.models.loading import load_model, load_tokenizer
 from raydistill.models.shrinking import Plan
 from raydistill.teacher_cache.builder import make_here, open_decoder, open_encoder
-from raydistill.teacher_cache.policy import Keep, pass_for
+from raydistill.teacher_cache.policy import pass_for
 from raydistill.training.distillation import Supervision
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import Diverged, Report, fit, precision
 from raydistill.training.run_folder import claim, claim_origin, held, identity, write_card, write_failure, write_rows
 from raydistill.training.state import State
-from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
+from raydistill.training.student import make_student, random_start, remember_decoding
 from raydistill.training.tokenized_data import Material, Teacher, load_material, make_examples, open_teacher, tokens
 from raydistill.training.validation import Validator, missing_scorer
 from raydistill.training.workers import Worker
 
 COLLAPSE = 0.5
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What was made before the run: label sets' folders by source, the teacher cache's root, and the shape's costs.
-
-    `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
-    collapsed into repetition is a failed run.
-    `stores` are the cache's folders that were made for this run or the sweep that it is of.
-    `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
-    """
-
-    labels: dict[str, Path] = field(default_factory=dict)
-    cache: Path | None = None
-    keep: Keep = "full"
-    computed: str | None = None
-    costs: dict[str, float] = field(default_factory=dict)
-    note: dict[str, Any] = field(default_factory=dict)
-    repetition: float | None = None
-    stores: tuple[Path, ...] = ()
 
 
 def train(

@@ -1,6 +1,7 @@
-"""The house of DESIGN.md: who may import what, and what works without the heavy libraries."""
+"""The layout of the package: rooms import downwards only, and no module takes part in an import cycle."""
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -14,28 +15,38 @@ from tests.tiny import save_tiny, sentences
 
 PACKAGE = Path(raydistill.__file__).parent
 COMMANDS = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
-# Place -> places of this package that it may import, itself aside. Data goes one way.
-BELOW = {
-    "config": set(),
-    "data": {"config"},
-    "model": {"config"},
-    "evaluation": {"model", "config"},
-    "training": {"evaluation", "model", "data", "config"},
-    "results": {"evaluation", "config"},
-    "cluster": {"results", "training", "evaluation", "model", "data", "config"},
-}
-# Library -> where alone it may be imported; "commands" are the files at the top of the package.
+# From top to bottom. A room may import the rooms that stand after it in this list, and no others.
+ROOMS = [
+    "commands",  # the files at the top of the package
+    "search",
+    "tracking",
+    "paper",
+    "jobs",
+    "cluster",
+    "results",
+    "training",
+    "teacher_cache",
+    "label_sets",
+    "evaluation",
+    "inference",
+    "models",
+    "data",
+    "config",
+    "core",
+]
+# Library -> the rooms or files that may import it.
 ONLY_IN = {
-    "ray": {"cluster", "commands"},
-    "optuna": {"cluster", "commands"},
-    "mlflow": {"tracking/mlflow_store.py", "tracking/mlflow_runs.py", "tracking/mlflow_registry.py"},
-    "matplotlib": {"results"},
-    "ctranslate2": {"model"},
+    "ray": {"commands", "search", "jobs", "cluster"},
+    "optuna": {"search"},
+    "mlflow": {"tracking"},
+    "matplotlib": {"results", "paper"},
+    "ctranslate2": {"inference"},
     "datasets": {"data"},
     "rouge_score": {"evaluation"},
     "sacrebleu": {"evaluation"},
 }
-NO_TORCH = {"config", "data", "results"}
+# Rooms that stay importable in milliseconds, and commands that answer --help at once.
+NO_TORCH = {"core", "config", "data", "label_sets", "results", "paper", "tracking"}
 
 
 def imports():
@@ -50,32 +61,64 @@ def imports():
                 yield from ((file, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def place_of(file):
+def room_of(file):
     return file.split("/")[0] if "/" in file else "commands"
 
 
-def breaches(found):
-    """What breaks the law."""
-    for file, module in found:
+def violations(imported):
+    """Imports that go upwards, and imports of a library outside its rooms."""
+    for file, module in imported:
         root, *inner = module.split(".")
-        place = place_of(file)
-        if root == "raydistill" and place != "commands":
-            wanted = inner[0] if inner else ""
-            if wanted != "__version__" and wanted != place and wanted not in BELOW[place]:
+        room = room_of(file)
+        if root == "raydistill" and inner[0] != "__version__":
+            target = inner[0] if inner[0] in ROOMS else "commands"
+            if ROOMS.index(target) < ROOMS.index(room):
                 yield f"{file} imports {module}"
-        if root in ONLY_IN and not ONLY_IN[root] & {place, file}:
+        if root in ONLY_IN and not ONLY_IN[root] & {room, file}:
             yield f"{file} imports {module}"
-        if root in ("torch", "transformers") and place in NO_TORCH:
+        if root in ("torch", "transformers") and room in NO_TORCH:
             yield f"{file} imports {module}"
 
 
-def test_every_place_imports_only_downwards_and_each_library_has_its_place():
-    assert list(breaches(imports())) == []
+def module_graph(imported):
+    """Module -> the modules of the package that it imports, lazy imports included."""
+    modules = {file.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".") for file, _ in imported}
+    graph = {}
+    for file, name in imported:
+        module = file.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
+        target = name.removeprefix("raydistill.")
+        if name.startswith("raydistill."):  # the name may be a module, or a definition in one
+            target = target if target in modules else target.rpartition(".")[0]
+            if target != module:  # a command run as `python -m` imports its own entry point
+                graph.setdefault(module, set()).add(target)
+    return graph
 
 
-def test_every_folder_is_a_floor():
+def import_cycle(imported):
+    """The modules of one import cycle, or an empty list."""
+    try:
+        graphlib.TopologicalSorter(module_graph(imported)).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_rooms_import_downwards_and_libraries_stay_in_their_rooms():
+    assert list(violations(imports())) == []
+
+
+def test_no_import_cycle_between_modules():
+    assert import_cycle(list(imports())) == []
+
+
+def test_a_lazy_import_cycle_is_detected():
+    lazy = [("search/trial.py", "raydistill.search.study.key_of"), ("search/study.py", "raydistill.search.trial.run")]
+    assert set(import_cycle(lazy)) == {"search.trial", "search.study"}
+
+
+def test_every_folder_is_a_room():
     folders = {p.parent.relative_to(PACKAGE).parts[0] for p in PACKAGE.glob("*/**/*.py")}
-    assert folders == set(BELOW)
+    assert folders == set(ROOMS) - {"commands"}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +126,7 @@ def test_every_folder_is_a_floor():
     [
         ("data/corpus.py", "raydistill.models.families"),
         ("training/loop.py", "raydistill.jobs.train"),
-        ("models/families.py", "raydistill.data.batching"),
+        ("models/families.py", "raydistill.inference.engines"),
         ("results/pareto.py", "raydistill.training.run"),
         ("evaluation/metrics.py", "raydistill.sweep.main"),
         ("training/run.py", "ray.train"),
@@ -92,14 +135,14 @@ def test_every_folder_is_a_floor():
         ("config/run.py", "torch"),
     ],
 )
-def test_the_law_can_be_broken(file, module):
-    assert list(breaches([(file, module)])) == [f"{file} imports {module}"]
+def test_a_violation_is_detected(file, module):
+    assert list(violations([(file, module)])) == [f"{file} imports {module}"]
 
 
 def test_imports_inside_functions_are_seen():
     found = set(imports())
     assert ("evaluation/metrics.py", "rouge_score.rouge_scorer.RougeScorer") in found
-    assert ("jobs/train.py", "raydistill.training.run.train") in found
+    assert ("cluster/exclusive.py", "raydistill.cluster.start.largest_node") in found
 
 
 def python(code, *arguments, **environment):
@@ -131,11 +174,11 @@ from pathlib import Path
 
 import raydistill
 
-for floor in ("config", "data", "model", "evaluation", "training"):
-    package = importlib.import_module(f"raydistill.{floor}")
+for room in ("core", "config", "data", "models", "inference", "evaluation", "label_sets", "teacher_cache", "training"):
+    package = importlib.import_module(f"raydistill.{room}")
     for module in pkgutil.iter_modules(package.__path__):
         if module.name != "schema":
-            importlib.import_module(f"raydistill.{floor}.{module.name}")
+            importlib.import_module(f"raydistill.{room}.{module.name}")
 
 from raydistill.config.run import Run
 from raydistill.training.run import train
