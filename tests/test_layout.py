@@ -127,7 +127,7 @@ def test_every_folder_is_a_room():
         ("data/corpus.py", "raydistill.models.families"),
         ("training/loop.py", "raydistill.jobs.train"),
         ("models/families.py", "raydistill.inference.engines"),
-        ("results/pareto.py", "raydistill.training.run"),
+        ("results/pareto.py", "raydistill.tracking.export"),
         ("evaluation/metrics.py", "raydistill.sweep.main"),
         ("training/run.py", "ray.train"),
         ("results/tables.py", "mlflow"),
