@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.common import describe_machine, write_result
 from raydistill.config.run import Run
-from raydistill.training.inputs import Inputs
+from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
 
 
@@ -66,7 +66,9 @@ def compare(options: argparse.Namespace) -> None:
             for cache in ("full", "off"):
                 started = time.monotonic()
                 run = run_of(options, seed, cache)
-                result = train(run, Path(place) / run.name, lambda m, f: None, Inputs(cache=Path(place) / "cache"))
+                result = train(
+                    run, Path(place) / run.name, lambda m, f: None, RunInputs(cache_root=Path(place) / "cache")
+                )
                 seconds = time.monotonic() - started
                 metrics = result["metrics"]
                 found = {"val_loss": metrics["val_loss"], "bleu": result["test"]["bleu"]}

@@ -12,10 +12,10 @@ from typing import Any
 from benchmarks.common import describe_machine, write_result
 from benchmarks.sides import Side, Work, work_of, write_batches
 from raydistill.config.run import Dataset, Decoding
-from raydistill.core.console import progress
+from raydistill.core.console import print_progress
 from raydistill.data.corpus import Corpus, read_corpus
 from raydistill.evaluation.metrics import paired_bootstrap, score
-from raydistill.jobs.pseudolabel import Job
+from raydistill.jobs.pseudolabel import LabelJob
 from raydistill.results.tables import markdown_table
 
 BATCH = 32
@@ -37,7 +37,7 @@ def main() -> None:
         for case in asked.case:
             data, teacher, metric = _case(case, asked)
             for beams in asked.beams:
-                job = Job(str(teacher), data, "test", Decoding(beams=beams))
+                job = LabelJob(str(teacher), data, "test", Decoding(beams=beams))
                 rows = measure(job, metric, Path(cache))
                 found += [{"case": case, "beams": beams, "metric": metric, **row} for row in rows]
     markdown = _markdown(found)
@@ -45,7 +45,7 @@ def main() -> None:
     print(write_result("engine_parity", "Engines write what plain generate writes", markdown, found, machine))
 
 
-def measure(job: Job, metric: str, cache: Path) -> list[dict[str, Any]]:
+def measure(job: LabelJob, metric: str, cache: Path) -> list[dict[str, Any]]:
     """Each engine's texts of the split against plain `generate`'s: the same, the scores, and where they differ."""
     corpus = read_corpus(job.dataset, job.split)
     work = work_of(job, cache)
@@ -73,7 +73,9 @@ def measure(job: Job, metric: str, cache: Path) -> list[dict[str, Any]]:
                 "different": different,
             }
         )
-        progress(f"{job.dataset.name}: {work.beam.beams} beams, {side.name}: {rows[-1]['identical']:.1%} the same")
+        print_progress(
+            f"{job.dataset.name}: {work.beam.beams} beams, {side.name}: {rows[-1]['identical']:.1%} the same"
+        )
     return rows
 
 

@@ -25,9 +25,9 @@ from scipy import stats
 from transformers import BartConfig, BartForConditionalGeneration
 
 from benchmarks.common import describe_machine, write_result
-from raydistill.core.console import Bar, home
+from raydistill.core.console import ProgressBar, raydistill_home
 from raydistill.evaluation.latency import time_calls
-from raydistill.paper.published import LAYER_COST
+from raydistill.paper.published import LAYER_COST_PERCENT
 from raydistill.results.tables import markdown_table
 
 LAYERS = range(1, 13)
@@ -131,7 +131,7 @@ def time_missing(path: Path, asked: argparse.Namespace) -> dict[int, float]:
     found = read_timings(path)
     missing = [n for n in range(asked.configs) if n not in found]
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar = Bar("shapes", asked.configs, asked.configs - len(missing))
+    bar = ProgressBar("shapes", asked.configs, asked.configs - len(missing))
     with path.open("a", encoding="utf-8") as file:
         file.write("\n")  # so that a torn line stays alone
         for number in missing:
@@ -151,7 +151,7 @@ def markdown(coefficients: dict[str, Coefficient], fit: float, times: np.ndarray
         [
             f"{name}: {UNITS[name]}",
             f"{c.percent:+.2f} % [{c.low:+.2f}, {c.high:+.2f}]",
-            f"+{LAYER_COST[name]:.0f} %" if name in LAYER_COST else "negligible",
+            f"+{LAYER_COST_PERCENT[name]:.0f} %" if name in LAYER_COST_PERCENT else "negligible",
         ]
         for name, c in coefficients.items()
     ]
@@ -182,7 +182,7 @@ def main() -> None:
     about = (
         f"{asked.device}-{asked.threads}-b{asked.batch}-{asked.source}-{asked.target}-r{asked.repeats}-s{asked.seed}"
     )
-    path = home() / "inference_time" / f"{about}.jsonl"
+    path = raydistill_home() / "inference_time" / f"{about}.jsonl"
     started = time.monotonic()
     times = time_missing(path, asked)
     values = np.array([times[n] for n in range(asked.configs)])

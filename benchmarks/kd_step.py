@@ -30,14 +30,20 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTr
 from benchmarks.common import describe_machine, write_result
 from raydistill.config.run import Loss, Student, Training
 from raydistill.data.batching import Examples
-from raydistill.evaluation.latency import give_back_freed
+from raydistill.evaluation.latency import malloc_trim
 from raydistill.models import families, onednn_linear
-from raydistill.models.freezing import Frozen, freeze
-from raydistill.models.shrinking import plan, shrink
-from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
-from raydistill.training.distillation import Supervision
-from raydistill.training.loop import make_optimizer, step, steps
-from raydistill.training.prefetch import ahead
+from raydistill.models.freezing import FrozenParts, freeze
+from raydistill.models.shrinking import plan_layers, shrink
+from raydistill.teacher_cache.builder import (
+    CacheBuilder,
+    CacheDtypes,
+    build_cache,
+    open_decoder_states,
+    open_encoder_states,
+)
+from raydistill.training.distillation import DistillationStep
+from raydistill.training.loop import iter_step_inputs, make_optimizer, train_step
+from raydistill.training.prefetch import prefetch
 from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
@@ -57,10 +63,10 @@ def models(form: str, layers: int, size: str, device: str) -> tuple[PreTrainedMo
     torch.manual_seed(0)
     with torch.device(device):  # random weights of this size take a CPU many seconds
         teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
-    layout = plan(families.depths(config), Student(size=size))
-    assert layout.encoder_complete, f"{size}: a student whose encoder is not the teacher's reads no encoder states"
+    layout = plan_layers(families.num_layers(config), Student(size=size))
+    assert layout.copies_full_encoder, f"{size}: a student whose encoder is not the teacher's reads no encoder states"
     student = shrink(teacher, layout)
-    freeze(student, Frozen(True, True, True))
+    freeze(student, FrozenParts(True, True, True))
     return teacher, student, layout
 
 
@@ -132,7 +138,7 @@ def synchronize(device: str) -> None:
 
 def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
-    onednn_linear.ALLOWED = False  # torch's own layers
+    onednn_linear.ENABLED = False  # torch's own layers
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     student.to(options.device).train()
     student.get_encoder().eval()
@@ -167,7 +173,7 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
     """Seconds, as of `time_steps`, of a step of Hugging Face's Seq2SeqTrainer; encoder and embeddings are frozen."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    onednn_linear.ALLOWED = False  # torch's own layers
+    onednn_linear.ENABLED = False  # torch's own layers
     _, student, _ = models(options.form, options.layers, options.size, options.device)
     gc.collect()
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -212,20 +218,20 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
 def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[list[float], dict[str, Any]]:
     """Seconds, as of `time_steps`, of a step of the product's own loop from `make_cache`'s stores; and what it says."""
     if side == "ours-mkl":
-        onednn_linear.ALLOWED = False  # torch's own layers: what the rest brings
+        onednn_linear.ENABLED = False  # torch's own layers: what the rest brings
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     key, width = "random", student.config.d_model
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     method: Any = "sft" if side == "ours-sft" else "kd"
     autocast = torch.bfloat16 if precision == "bf16" else None
-    layers = sorted({*layout.supervised_decoder, families.depths(teacher.config)[1] - 1})
+    layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
     wanted = [(examples, layers)] if method == "kd" else []
-    work = Pass(Path(options.cache), key, examples, width, True, wanted, Numbers(precision, precision))
+    work = CacheBuilder(Path(options.cache), key, examples, width, True, wanted, CacheDtypes(precision, precision))
     del teacher  # as `train` releases it: all that a step reads of it is in the stores
-    give_back_freed()
+    malloc_trim()
     student.to(options.device)
     head: Any = student.lm_head
-    supervision = Supervision(
+    supervision = DistillationStep(
         student,
         None,
         examples,
@@ -233,10 +239,10 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
         LOSS,
         layout,
         encoder_shared=True,
-        head_shared=True,
-        encoded=open_encoder(work),
-        decoded=open_decoder(work) if wanted else {},
-        table=None if autocast is None else head.weight.detach().to(autocast),
+        lm_head_shared=True,
+        cached_encoder_states=open_encoder_states(work),
+        cached_decoder_states=open_decoder_states(work) if wanted else {},
+        lm_head_weight=None if autocast is None else head.weight.detach().to(autocast),
     )
     settings = Training(batch_size=options.batch, learning_rate=3e-4)
     worker = Worker(device=options.device)
@@ -246,14 +252,14 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
     student.train()
     student.get_encoder().eval()
     forget_peak(options.device)
-    with ahead(steps(supervision, settings, worker, lengths, 0, sys.maxsize)) as feed:
+    with prefetch(iter_step_inputs(supervision, settings, worker, lengths, 0, sys.maxsize)) as feed:
 
         def call() -> Tensor:
-            return step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)["loss"]
+            return train_step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)["loss"]
 
         begun = time.perf_counter()
         seconds = time_steps(call, options.steps, options.device)
-        facts: dict[str, Any] = {"data_wait": feed.waited / (time.perf_counter() - begun), "loss": float(call())}
+        facts: dict[str, Any] = {"data_wait": feed.wait_seconds / (time.perf_counter() - begun), "loss": float(call())}
         if options.profile:
             facts["profile"] = profile(call, options.device)
         return seconds, facts
@@ -262,12 +268,14 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
 def make_cache(options: argparse.Namespace, precision: str) -> None:
     """The stores that `from_cache` reads."""
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    onednn_linear.quicken(teacher)
+    onednn_linear.patch_linear_layers(teacher)
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
-    layers = sorted({*layout.supervised_decoder, families.depths(teacher.config)[1] - 1})
-    numbers = Numbers(precision, precision)
-    make_here(
-        Pass(Path(options.cache), "random", examples, student.config.d_model, True, [(examples, layers)], numbers),
+    layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
+    numbers = CacheDtypes(precision, precision)
+    build_cache(
+        CacheBuilder(
+            Path(options.cache), "random", examples, student.config.d_model, True, [(examples, layers)], numbers
+        ),
         teacher,
     )
 
@@ -330,7 +338,7 @@ def forget_peak(device: str) -> None:
 
 
 def peak_mb(device: str) -> float:
-    """The largest memory since `forget_peak`: of the GPU, or resident of this process (mapped files count)."""
+    """The largest memory since `reset_peak_rss`: of the GPU, or resident of this process (mapped files count)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status").read_text()

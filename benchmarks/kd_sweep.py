@@ -31,17 +31,17 @@ from raydistill.config.run import Run
 from raydistill.config.space import Space
 from raydistill.core.files import write_json_atomic
 from raydistill.evaluation.metrics import score
-from raydistill.inference.decoding import Beam, resolve_decoding
+from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
 from raydistill.models import families, onednn_linear
-from raydistill.models.freezing import freeze, what_is_frozen
-from raydistill.search.prepare import runs_of
-from raydistill.teacher_cache.builder import mask_of, padded
+from raydistill.models.freezing import freeze, resolve_frozen_parts
+from raydistill.search.prepare import corner_runs
+from raydistill.teacher_cache.builder import make_attention_mask, pad_to_tensor
 from raydistill.training import loop
-from raydistill.training.inputs import Inputs
+from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
 from raydistill.training.student import make_student
-from raydistill.training.tokenized_data import load_material, make_examples, open_teacher
+from raydistill.training.tokenized_data import load_tokenized_data, make_examples, open_teacher
 
 THREADS = os.cpu_count() or 1
 PARTIAL = RESULTS / "kd_sweep.partial.json"
@@ -139,18 +139,18 @@ def trial_name(run: Run) -> str:
 # The released code's way
 
 
-def released(run: Run, inputs: Inputs) -> dict[str, float]:
+def released(run: Run, inputs: RunInputs) -> dict[str, float]:
     """One run: seconds and the test score of the checkpoint with the best validation."""
     torch.manual_seed(run.training.seed)
     torch.set_num_threads(THREADS)
-    onednn_linear.ALLOWED = False  # plain torch layers: what loads and shrinks here is ours
+    onednn_linear.ENABLED = False  # plain torch layers: what loads and shrinks here is ours
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
     started = time.monotonic()
     student, layers = make_student(run, teacher)
-    freeze(student, what_is_frozen(run, layers))
-    material = load_material(run, None, teacher.tokenizer, student.config)
-    examples = make_examples(run, material, teacher.tokenizer, inputs.labels)
+    freeze(student, resolve_frozen_parts(run, layers))
+    material = load_tokenized_data(run, None, teacher.tokenizer, student.config)
+    examples = make_examples(run, material, teacher.tokenizer, inputs.label_folders)
     settings = run.training
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
@@ -167,9 +167,9 @@ def released(run: Run, inputs: Inputs) -> dict[str, float]:
             student.train()
             student.get_encoder().eval()
             rows = order[at : at + settings.batch_size]
-            labels = padded([examples.targets[i] for i in rows], -100)
+            labels = pad_to_tensor([examples.targets[i] for i in rows], -100)
             sources = [examples.sources[examples.rows[i]] for i in rows]
-            ids, mask = padded(sources, student.config.pad_token_id), mask_of(sources)
+            ids, mask = pad_to_tensor(sources, student.config.pad_token_id), make_attention_mask(sources)
             optimizer.zero_grad()
             with torch.no_grad():
                 encoded = student.get_encoder()(ids, mask)
@@ -197,11 +197,13 @@ def released(run: Run, inputs: Inputs) -> dict[str, float]:
     return {"seconds": time.monotonic() - started, "bleu": last}
 
 
-def by_generate(student: Any, tokenizer: Any, material: Any, split: str, beam: Beam, beams: int, run: Run) -> float:
+def by_generate(
+    student: Any, tokenizer: Any, material: Any, split: str, beam: BeamSearchParams, beams: int, run: Run
+) -> float:
     """BLEU of a split, written by transformers' generate."""
     corpus = material.corpora[split]
     engine = TransformersEngine(student, tokenizer, threads=THREADS)
-    narrow = Beam(**{**vars(beam), "beams": beams})
+    narrow = BeamSearchParams(**{**vars(beam), "beams": beams})
     texts = engine.generate(corpus.sources, narrow, max_source_tokens=material.max_source_tokens)
     return score("bleu", [hypotheses[0].text for hypotheses in texts], corpus.targets).metrics["bleu"]
 
@@ -244,7 +246,7 @@ def one(asked: dict[str, Any]) -> dict[str, Any]:
     run = Run.model_validate(asked["run"])
     if not asked["buckets"]:
         loop.epoch_batches = random_batches
-    inputs = Inputs(cache=Path(asked["cache"]))
+    inputs = RunInputs(cache_root=Path(asked["cache"]))
     first = run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 1, "warmup_steps": 0})})
     before = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -284,14 +286,14 @@ def compare(options: argparse.Namespace) -> None:
         space = home / "space.yaml"
         space.write_text(yaml.safe_dump(space_of(options)))
         os.environ["RAYDISTILL_HOME"] = str(home / "sweep")
-        runs = runs_of(Space.model_validate(space_of(options)))[: options.trials]
+        runs = corner_runs(Space.model_validate(space_of(options)))[: options.trials]
         for row in one_by_one(runs[0], home / "ladder"):
             data["one_by_one"].append(row)
             keep_partial(data, row)
         data["ours"] = the_sweep(space, home / "sweep")
         keep_partial(data, data["ours"])
         for run in runs:
-            data["released"][trial_name(run)] = found = released(run, Inputs())
+            data["released"][trial_name(run)] = found = released(run, RunInputs())
             keep_partial(data, {trial_name(run): found})
     write_result(
         "kd_sweep", "A sweep of KD trials against the same runs one after another", as_markdown(data), data, machine

@@ -13,7 +13,7 @@ import psutil
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
-from raydistill.cluster.start import QUIET, cluster
+from raydistill.cluster.start import ENV_DEFAULTS, ray_cluster
 
 STORE_BYTES = 100_000_000
 SAMPLE_SECONDS = 0.25
@@ -44,7 +44,7 @@ def nodes(count: int, *, cpus: int = 1, gpus: int = 0) -> Iterator[Meter]:
     with head() as started:
         for _ in range(count):
             started.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE_BYTES)
-        with cluster(), _metered(started) as meter:
+        with ray_cluster(), _metered(started) as meter:
             yield meter
 
 
@@ -54,7 +54,7 @@ def head() -> Iterator[Cluster]:
 
     It and its nodes end with the block.
     """
-    mine = {**QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    mine = {**ENV_DEFAULTS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     kept = {name: os.environ.get(name) for name in (*mine, "RAY_ADDRESS")}
     os.environ.update(mine)
     Config.initialize("")  # Ray has read the environment when it was imported

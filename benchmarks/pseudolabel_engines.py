@@ -18,9 +18,9 @@ from benchmarks.common import describe_machine, write_result
 from benchmarks.shapes import save_bart, save_rows
 from benchmarks.sides import Side, Work, Written, work_of, write_batches
 from raydistill.config.run import Dataset, Decoding
-from raydistill.core.console import progress
-from raydistill.data.streaming import scan, usable_rows
-from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN, GPU_CHARS, Job
+from raydistill.core.console import print_progress
+from raydistill.data.streaming import scan_split, usable_rows
+from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN, GPU_BATCH_CHARS, LabelJob
 from raydistill.label_sets.batch_plan import BATCH_CHARS, make_plan
 from raydistill.results.tables import markdown_table
 
@@ -72,10 +72,10 @@ def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[st
     """All sides of one case in turn, `repeats` times; what was run and each side's figures."""
     job, what = _job(case, asked, scratch)
     work = work_of(job, scratch / f"{case}-engines")
-    found = scan(job.dataset, job.split)
+    found = scan_split(job.dataset, job.split)
     rows = list(usable_rows(job.dataset, job.split, found))
     read = CHARS_PER_TOKEN * work.max_source_tokens
-    plan = make_plan(iter(rows), scratch / f"{case}-plan", batch_chars=asked.batch_chars, max_chars=read)
+    plan = make_plan(iter(rows), scratch / f"{case}-plan", batch_chars=asked.batch_chars, max_source_chars=read)
     planned = [plan.read_batch(n) for n in range(len(plan))]
     sides = [side for side in ((*PLAIN, *OURS) if asked.device == "cpu" else ON_GPU) if _wanted(side, asked.side)]
     sides = [side for side in sides if len(rows) >= PLAIN_BATCH * side.processes or side.engine != "generate"]
@@ -87,7 +87,7 @@ def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[st
         for side in sides:
             done = _run(replace(side, rows_at_once=asked.rows_at_once), work, [r.source for r in rows], planned)
             rounds[side.name].append(done)
-            progress(f"{case} {repeat + 1}/{repeats} {side.name}: {len(rows) / done.seconds:.2f} rows/s")
+            print_progress(f"{case} {repeat + 1}/{repeats} {side.name}: {len(rows) / done.seconds:.2f} rows/s")
     what += f" {len(rows)} rows in {len(plan)} planned batches; {_decoding(work)}; median of {repeats}."
     figures = [_figures(side, rounds[side.name], first.get(side.name)) for side in sides]
     return {"what": what, "rows": len(rows), "sides": _compared(figures, rounds)}
@@ -166,7 +166,7 @@ def _table(facts: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def _job(case: str, asked: argparse.Namespace, scratch: Path) -> tuple[Job, str]:
+def _job(case: str, asked: argparse.Namespace, scratch: Path) -> tuple[LabelJob, str]:
     """The case as a job of the product, and what it is in words."""
     rows = asked.rows or ROWS[case]
     if case == "multi30k":
@@ -182,11 +182,11 @@ def _job(case: str, asked: argparse.Namespace, scratch: Path) -> tuple[Job, str]
     # `generate()` counts the start token; the last token is forced to be the end.
     decoding = Decoding(beams=4, min_length=SHAPE_OUTPUT, max_length=SHAPE_OUTPUT + 1)
     what = f"BART-{size}'s shape, random weights, {SHAPE_SOURCE[0]} to {SHAPE_SOURCE[1]} source tokens evenly spread."
-    return Job(str(teacher), Dataset(name=str(file)), decoding=decoding), what
+    return LabelJob(str(teacher), Dataset(name=str(file)), decoding=decoding), what
 
 
-def _trained(teacher: Path, data: Dataset) -> Job:
-    return Job(str(teacher), data, decoding=Decoding(beams=4))
+def _trained(teacher: Path, data: Dataset) -> LabelJob:
+    return LabelJob(str(teacher), data, decoding=Decoding(beams=4))
 
 
 def _decoding(work: Work) -> str:
@@ -212,7 +212,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--multi30k-teacher", type=Path, default=shared / "teachers" / "multi30k-marian-6-6")
     parser.add_argument("--mscmdlets-teacher", type=Path, default=Path("outputs/runs/mscmdlets-teacher/best"))
     asked = parser.parse_args()
-    asked.batch_chars = asked.batch_chars or (BATCH_CHARS if asked.device == "cpu" else GPU_CHARS)
+    asked.batch_chars = asked.batch_chars or (BATCH_CHARS if asked.device == "cpu" else GPU_BATCH_CHARS)
     teachers = {"multi30k": asked.multi30k_teacher, "mscmdlets": asked.mscmdlets_teacher}
     for case, folder in teachers.items():
         if case in asked.case and not folder.is_dir():

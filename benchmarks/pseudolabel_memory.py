@@ -23,10 +23,10 @@ import psutil
 
 from benchmarks.common import describe_machine, write_result
 from benchmarks.stamps import Stamps, read_stamps, write_jsonl
-from raydistill.cluster.start import cluster
+from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Dataset, Decoding
-from raydistill.core.console import progress
-from raydistill.jobs.pseudolabel import Job, pseudolabel
+from raydistill.core.console import print_progress
+from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.results.tables import markdown_table
 
@@ -57,12 +57,14 @@ def memory(rows: int, place: Path) -> dict[str, Any]:
     file = place / f"tiny-{rows}.jsonl"
     texts = cycle(sentences(1000))
     write_jsonl(file, islice(((f"{text} {i % 97}", text) for i, text in enumerate(texts)), rows))
-    job = Job(str(teacher), Dataset(name=str(file)), decoding=Decoding(beams=1, max_length=8), metric="bleu")
+    job = LabelJob(str(teacher), Dataset(name=str(file)), decoding=Decoding(beams=1, max_length=8), metric="bleu")
     stamps = place / f"tiny-stamps-{rows}"
-    with cluster(2):
+    with ray_cluster(2):
         began = time.time()
         with sampled() as samples:
-            folder = pseudolabel(job, place / f"tiny-labels-{rows}", say=False, also=partial(Stamps, stamps))
+            folder = pseudolabel(
+                job, place / f"tiny-labels-{rows}", verbose=False, make_on_batch=partial(Stamps, stamps)
+            )
         seconds = time.time() - began
     assert read_manifest(folder)["rows"] == rows
     ends = read_stamps(stamps)
@@ -81,7 +83,7 @@ def memory(rows: int, place: Path) -> dict[str, Any]:
             "mb_per_100k_rows": float(slope) * (last - first) / rows * 100_000,
         }
     peaks = ", ".join(f"{who} {found[who]['peak_mb']:.0f} MB" for who in ("driver", "actor"))
-    progress(f"memory: {rows} rows in {seconds:.0f} s, {peaks}")
+    print_progress(f"memory: {rows} rows in {seconds:.0f} s, {peaks}")
     return found
 
 

@@ -21,13 +21,13 @@ from typing import Any
 from benchmarks.common import describe_machine, write_result
 from benchmarks.sides import Side, Work, work_of, write_batches
 from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
-from raydistill.cluster.start import cluster
+from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Dataset, Decoding
-from raydistill.core.console import progress
+from raydistill.core.console import print_progress
 from raydistill.data.corpus import read_corpus
-from raydistill.data.streaming import scan, usable_rows
-from raydistill.jobs.pseudolabel import Job, pseudolabel
-from raydistill.label_sets.batch_plan import Plan, make_plan
+from raydistill.data.streaming import scan_split, usable_rows
+from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
+from raydistill.label_sets.batch_plan import BatchPlan, make_plan
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.results.tables import markdown_table
 
@@ -65,13 +65,13 @@ class Bench:
         self.engines = place / "engines"
         self.runs = 0
 
-    def job(self, rows: int) -> Job:
+    def job(self, rows: int) -> LabelJob:
         """A job over `rows` rows: the training split, again and again under new ids."""
         file = self.place / f"rows-{rows}.jsonl"
         if not file.is_file():
             pairs = islice(cycle(zip(self.corpus.sources, self.corpus.targets, strict=True)), rows)
             write_jsonl(file, pairs)
-        return Job(str(self.teacher), Dataset(name=str(file)), decoding=Decoding(beams=4), metric="bleu")
+        return LabelJob(str(self.teacher), Dataset(name=str(file)), decoding=Decoding(beams=4), metric="bleu")
 
     def guess_rate(self) -> float:
         """Rows per second of two plain processes, roughly, to size the rest; it converts the model as well."""
@@ -91,9 +91,9 @@ class Bench:
         self.runs += 1
         root = self.place / f"labels-{self.runs}"
         stamps = self.place / f"stamps-{self.runs}"
-        with cluster(actors):
+        with ray_cluster(actors):
             began = time.time()
-            folder = pseudolabel(self.job(rows), root, say=False, also=partial(Stamps, stamps))
+            folder = pseudolabel(self.job(rows), root, verbose=False, make_on_batch=partial(Stamps, stamps))
             ended = time.time()
         assert read_manifest(folder)["rows"] == rows
         ends = read_stamps(stamps)
@@ -101,21 +101,21 @@ class Bench:
         first, last = min(end.at for end in ends), max(end.at for end in ends)
         return ends, {"before_s": first - began, "labelling_s": last - first, "after_s": ended - last}
 
-    def _plan(self, job: Job, rows: int) -> Plan:
-        found = scan(job.dataset, job.split)
+    def _plan(self, job: LabelJob, rows: int) -> BatchPlan:
+        found = scan_split(job.dataset, job.split)
         return make_plan(usable_rows(job.dataset, job.split, found), self.place / f"plan-{rows}")
 
-    def _work(self, job: Job) -> Work:
+    def _work(self, job: LabelJob) -> Work:
         return work_of(job, self.engines)
 
 
 def overhead(bench: Bench, rows: int) -> dict[str, Any]:
     """The product against plain processes on the same planned batches, two workers of one thread each."""
     plain = rate(bench.plain(rows, 2))
-    progress(f"overhead: plain processes {plain:.1f} rows/s on {rows} rows")
+    print_progress(f"overhead: plain processes {plain:.1f} rows/s on {rows} rows")
     ends, seconds = bench.product(rows, 2)
     ours = rate(ends)
-    progress(f"overhead: the product {ours:.1f} rows/s")
+    print_progress(f"overhead: the product {ours:.1f} rows/s")
     return {"rows": rows, "batches": len(ends), "plain": plain, "product": ours, "share": 1 - ours / plain, **seconds}
 
 
@@ -131,7 +131,7 @@ def scaling(bench: Bench, rows: int, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for name, run in ways.items():
             rates[name].append(rate(run()))
-            progress(f"scaling: {name}: {rates[name][-1]:.1f} rows/s on {rows} rows")
+            print_progress(f"scaling: {name}: {rates[name][-1]:.1f} rows/s on {rows} rows")
     middle = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "rows": rows,

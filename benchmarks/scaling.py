@@ -29,19 +29,19 @@ from benchmarks.common import RESULTS, describe_machine, write_result
 from benchmarks.nodes import Meter, nodes
 from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
 from benchmarks.standins import timed_engine, timed_run
-from raydistill.cluster.actor_pool import Facts, Work, run_batches
+from raydistill.cluster.actor_pool import BatchFunction, BatchStats, run_batches
 from raydistill.config.run import Dataset, Decoding
 from raydistill.config.space import Space
-from raydistill.core.console import progress
+from raydistill.core.console import print_progress
 from raydistill.core.files import write_json_atomic
 from raydistill.data.demo import demo_rows
-from raydistill.jobs.pseudolabel import GPU_CHARS, Job, pseudolabel
+from raydistill.jobs.pseudolabel import GPU_BATCH_CHARS, LabelJob, pseudolabel
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.results.tables import markdown_table
-from raydistill.search.early_stopping import rivals
-from raydistill.search.prepare import Prepared
-from raydistill.search.progress import Watch
-from raydistill.search.tune_search import search
+from raydistill.search.early_stopping import peer_curves
+from raydistill.search.prepare import PreparedSweep
+from raydistill.search.progress import ProgressCallback
+from raydistill.search.tune_search import run_search
 
 PARTS = ("labels", "batches", "trials", "train", "many")
 COUNTS = (1, 2, 4, 8)
@@ -96,14 +96,19 @@ def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> 
         save_tiny("bart", teacher, max_positions=1024)
     pairs = [(row["source"], row["target"]) for row in demo_rows("train")]
     chars = sum(len(source) for source, _ in pairs) / len(pairs)
-    rows = round(count * batches_each * GPU_CHARS / chars)
+    rows = round(count * batches_each * GPU_BATCH_CHARS / chars)
     write_jsonl(data, islice(cycle(pairs), rows))
-    job = Job(str(teacher), Dataset(name=str(data)), decoding=Decoding(beams=4, max_length=64), metric="rouge2")
-    opener = partial(timed_engine, seconds_per_char=batch_seconds / GPU_CHARS)
+    job = LabelJob(str(teacher), Dataset(name=str(data)), decoding=Decoding(beams=4, max_length=64), metric="rouge2")
+    opener = partial(timed_engine, seconds_per_char=batch_seconds / GPU_BATCH_CHARS)
     with nodes(count, cpus=1, gpus=1) as meter:
         began = time.time()
         folder = pseudolabel(
-            job, place / f"labels-{count}", "cuda", say=False, also=partial(Stamps, stamps), opener=opener
+            job,
+            place / f"labels-{count}",
+            "cuda",
+            verbose=False,
+            make_on_batch=partial(Stamps, stamps),
+            engine_factory=opener,
         )
         ended = time.time()
     assert read_manifest(folder)["rows"] == rows
@@ -112,8 +117,8 @@ def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> 
     phases = {"before": (began, first), "labelling": (first, last), "after": (last, ended)}
     took = {name: {"seconds": end - begin, **meter.between(begin, end)} for name, (begin, end) in phases.items()}
     per_second = rate(ends)
-    ideal = count * GPU_CHARS / chars / batch_seconds
-    progress(f"labels: {count} nodes, {rows} rows: {per_second:.0f} rows/s of {ideal:.0f}")
+    ideal = count * GPU_BATCH_CHARS / chars / batch_seconds
+    print_progress(f"labels: {count} nodes, {rows} rows: {per_second:.0f} rows/s of {ideal:.0f}")
     return {
         **{"nodes": count, "rows": rows, "batches": len(ends), "chars": chars, "batch_seconds": batch_seconds},
         **{"rows_per_second": per_second, "ideal": ideal, "workers": len({end.worker for end in ends})},
@@ -128,13 +133,13 @@ def batches(count: int, number: int) -> dict[str, Any]:
         run_batches(range(number), _no_work, device="cuda", on_done=lambda _: done.append(time.time()))
     begin, end = done[number // 10], done[-1]
     counted = number - number // 10 - 1
-    progress(f"batches: {counted / (end - begin):.0f} a second over {count} nodes")
+    print_progress(f"batches: {counted / (end - begin):.0f} a second over {count} nodes")
     used = {name: seconds / counted for name, seconds in meter.between(begin, end).items()}
     return {"nodes": count, "batches": number, "per_second": counted / (end - begin), "cpu_per_batch": used}
 
 
-def _no_work() -> Work:
-    def work(number: int) -> Facts:
+def _no_work() -> BatchFunction:
+    def work(number: int) -> BatchStats:
         return {"rows": 1.0}
 
     return work
@@ -150,15 +155,15 @@ def trials(place: Path, count: int, number: int, seconds: float, launcher: str) 
     # Under Ray Train the trial's own function takes a tenth of a CPU beside its worker.
     with nodes(count, cpus=1 if launcher == "tune" else 2) as meter:
         began = time.time()
-        search(space, sweep, prepared, "cpu", [Watch(sweep, space.search, "rouge2")], work)
+        run_search(space, sweep, prepared, "cpu", [ProgressCallback(sweep, space.search, "rouge2")], work)
         ended = time.time()
     slept = sorted((_slept(path) for path in sweep.glob("trials/*/stamps.jsonl")), key=lambda one: one.began)
     assert len(slept) == number
     begin = time.perf_counter()
-    rivals(sweep, next((sweep / "trials").glob("*/result.json")).parent.name)
+    peer_curves(sweep, next((sweep / "trials").glob("*/result.json")).parent.name)
     reading = time.perf_counter() - begin
     busy = rate(in_slots(slept, count)) / count
-    progress(f"{launcher}: {number} trials on {count} nodes: {busy:.0%} of the time at work")
+    print_progress(f"{launcher}: {number} trials on {count} nodes: {busy:.0%} of the time at work")
     half = sorted(one.ended for one in slept)[number // 2]
     first, last = min(one.ended for one in slept), max(one.ended for one in slept)
     return {
@@ -181,11 +186,11 @@ def in_slots(slept: list[Slept], count: int) -> list[End]:
     return ends
 
 
-def made_up() -> Prepared:
-    """What a search without a teacher is handed: the costs of `SIZES`, made up."""
+def made_up() -> PreparedSweep:
+    """What a search without a teacher is handed: the costs of `SPLIT_SIZES`, made up."""
     shapes = {size: {"latency_ms": 100.0 * (i + 1), "params_m": 100.0} for i, size in enumerate(SIZES)}
     teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
-    return Prepared(teacher, shapes, shapes)
+    return PreparedSweep(teacher, shapes, shapes)
 
 
 def endless(number: int, count: int | None, seconds: float, launcher: str, **search: Any) -> Space:
@@ -253,7 +258,8 @@ def _labels_text(found: list[dict[str, Any]]) -> str:
         )
     last = found[-1]
     return (
-        f"A full batch ({GPU_CHARS} characters, about {GPU_CHARS / last['chars']:.0f} rows of {last['chars']:.0f}) "
+        f"A full batch ({GPU_BATCH_CHARS} characters, about {GPU_BATCH_CHARS / last['chars']:.0f} rows of "
+        f"{last['chars']:.0f}) "
         f"takes a teacher {last['batch_seconds']:g} s. Rates are each teacher's after its first batch; on "
         f"{last['nodes']} nodes the sleeps alone would make {last['ideal']:.0f} rows/s. Before: reading, checking, "
         f"planning, the actors' start; after: scoring (ROUGE) and writing.\n\n{markdown_table(header, rows)}"

@@ -28,12 +28,12 @@ from optuna.storages import InMemoryStorage
 from benchmarks.common import describe_machine, write_result
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
-from raydistill.core.console import progress
+from raydistill.core.console import print_progress
 from raydistill.results.records import Trial, read_sweep, read_trials
 from raydistill.results.tables import markdown_table
-from raydistill.search.early_stopping import Curve, curve, falls_behind, warm_up
+from raydistill.search.early_stopping import Curve, should_stop_early, validation_curve, warmup_share
 from raydistill.search.study import StudySearch
-from raydistill.training.run import collapse
+from raydistill.training.run import collapse_reason
 
 SHARES = (0.9, 0.95, 0.99)  # of the whole grid's hypervolume; fixed before the first replay
 MAIN = 0.95
@@ -55,7 +55,7 @@ class Recorded:
     `finish` are the device-seconds after the last validation, in which the best checkpoint was scored on validation and
     test; `judged` is the part of them for validation, which is all that a stopped trial is scored on. `score` is None
     for a trial that failed. `collapsed` says of each validation whether the outputs then would count as a failure.
-    `warm_up` is a share of the steps.
+    `warmup_share` is a share of the steps.
     """
 
     size: str
@@ -93,8 +93,10 @@ def recorded(trial: Trial, metric: str, latency: float, repetition: float | None
     score = trial.score(metric) if trial.scored else None
     rows = {split: len(kept) for split in ("validation", "test") if (kept := trial.rows(split)) is not None}
     judged = finish * rows["validation"] / sum(rows.values()) if rows else finish
-    collapsed = tuple(bool(collapse(line.get("repetition", 0.0), repetition)) for line in trial.history())
-    return Recorded(trial.size, curve(trial), seconds, finish, judged, score, latency, collapsed, warm_up(trial))
+    collapsed = tuple(bool(collapse_reason(line.get("repetition", 0.0), repetition)) for line in trial.history())
+    return Recorded(
+        trial.size, validation_curve(trial), seconds, finish, judged, score, latency, collapsed, warmup_share(trial)
+    )
 
 
 def read_grid(sweep: Path) -> dict[str, Recorded]:
@@ -125,7 +127,7 @@ def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, flo
     if search.stops_early:
         grace = max(search.grace, trial.warm_up)
         for done in range(1, len(trial.seconds)):
-            if falls_behind(trial.curve[:done], rivals, grace, search.reduction):
+            if should_stop_early(trial.curve[:done], rivals, grace, search.reduction):
                 scores = [score for _, score in trial.curve[:done]]
                 best = scores.index(max(scores))
                 return done, trial.seconds[done - 1] + trial.judged, None if trial.collapsed[best] else scores[best]
@@ -195,7 +197,7 @@ def replay_all(
         asked = {**changes, **RUNGS, "trials": len(grid)}
         searches = [space.search.model_copy(update={**asked, "seed": n}) for n in range(seeds)]
         found[name] = [replay(space.model_copy(update={"search": s, "points": []}), grid, enough) for s in searches]
-        progress(f"{name}: {seeds} replays")
+        print_progress(f"{name}: {seeds} replays")
     return found
 
 

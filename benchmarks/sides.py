@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from raydistill.cluster.start import QUIET
-from raydistill.data.streaming import scan, usable_rows
-from raydistill.inference.decoding import Beam, Sample
+from raydistill.cluster.start import ENV_DEFAULTS
+from raydistill.data.streaming import scan_split, usable_rows
+from raydistill.inference.decoding import BeamSearchParams, CalibrationRows
 from raydistill.inference.engines import open_engine
-from raydistill.jobs.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, ROWS_AT_ONCE_GPU, Job, describe_job
+from raydistill.jobs.pseudolabel import CPU_BATCH_SIZES, GPU_BATCH_SIZE, NUM_CALIBRATION_ROWS, LabelJob, describe_job
 
 START_SECONDS = 1800  # a process that has not opened its model by then never will
 WARM_ROWS = 2
@@ -30,7 +30,7 @@ class Work:
     """What is written: by which checkpoint and how; `sample` is a few of the sources, `cache` holds conversions."""
 
     checkpoint: str
-    beam: Beam
+    beam: BeamSearchParams
     max_source_tokens: int
     sample: tuple[str, ...]
     cache: Path
@@ -62,15 +62,15 @@ class Written:
     startup: float
 
 
-def work_of(job: Job, cache: Path) -> Work:
+def work_of(job: LabelJob, cache: Path) -> Work:
     """The job's teacher and decoding as the product resolves them."""
-    found = scan(job.dataset, job.split)
+    found = scan_split(job.dataset, job.split)
     about = describe_job(job, found)
     decoding = dict(about["decoding"])
     max_source_tokens = decoding.pop("max_source_tokens")
     rows = usable_rows(job.dataset, job.split, found)
-    sample = tuple(row.source for row, _ in zip(rows, range(PROOF_ROWS), strict=False))
-    return Work(about["teacher"]["where"], Beam(**decoding), max_source_tokens, sample, cache)
+    sample = tuple(row.source for row, _ in zip(rows, range(NUM_CALIBRATION_ROWS), strict=False))
+    return Work(about["teacher"]["where"], BeamSearchParams(**decoding), max_source_tokens, sample, cache)
 
 
 def write_batches(side: Side, work: Work, batches: list[list[str]]) -> Written:
@@ -129,9 +129,9 @@ def our_engine(side: Side, work: Work) -> Write:
         device=side.device,
         threads=side.threads,
         precision=side.precision,
-        cache=work.cache,
+        cache_dir=work.cache,
         allow_fallback=False,
-        sample=Sample(work.sample, work.beam, work.max_source_tokens),
+        calibration=CalibrationRows(work.sample, work.beam, work.max_source_tokens),
     )
 
     def write(texts: list[str]) -> list[str]:
@@ -139,7 +139,7 @@ def our_engine(side: Side, work: Work) -> Write:
             texts,
             work.beam,
             max_source_tokens=work.max_source_tokens,
-            batch_size=side.rows_at_once or (ROWS_AT_ONCE[side.engine] if side.device == "cpu" else ROWS_AT_ONCE_GPU),
+            batch_size=side.rows_at_once or (CPU_BATCH_SIZES[side.engine] if side.device == "cpu" else GPU_BATCH_SIZE),
         )
         return [hypotheses[0].text.strip() for hypotheses in found]
 
@@ -169,7 +169,7 @@ def _environment(side: Side) -> Iterator[None]:
     """What processes of a side are born with: ours as Ray's workers are, the plain loop as a shell's."""
     before = dict(os.environ)
     quiet = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ |= {"OMP_NUM_THREADS": str(side.threads), **(quiet if side.engine == "generate" else QUIET)}
+    os.environ |= {"OMP_NUM_THREADS": str(side.threads), **(quiet if side.engine == "generate" else ENV_DEFAULTS)}
     try:
         yield
     finally:

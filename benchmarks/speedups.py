@@ -20,11 +20,11 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from benchmarks.common import describe_machine, write_result
 from benchmarks.shapes import large
 from raydistill.config.run import Student
-from raydistill.core.console import home, progress
+from raydistill.core.console import print_progress, raydistill_home
 from raydistill.evaluation import latency
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
-from raydistill.models.shrinking import plan, shrink
+from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.paper.published import TABLES_6_7
 from raydistill.results.tables import markdown_table
 from raydistill.training.run_folder import save_checkpoint
@@ -55,7 +55,7 @@ POSITIONS = {("pegasus", "XSUM"): 512}
 def sizes_of(case: Case) -> list[str]:
     """The sizes of the paper's table, the teacher's own first."""
     listed = [size for teacher, size, data in TABLES_6_7 if (teacher, data) == (case.teacher, case.data)]
-    return sorted(listed, key=lambda size: -TABLES_6_7[case.teacher, size, case.data].ms)
+    return sorted(listed, key=lambda size: -TABLES_6_7[case.teacher, size, case.data].latency_ms)
 
 
 def lengths(case: Case) -> tuple[int, int]:
@@ -68,11 +68,11 @@ def time_size(
     teacher: PreTrainedModel, tokenizer: Any, case: Case, size: str, asked: argparse.Namespace
 ) -> latency.Timing:
     """A size's timing: from the table of measurements, else measured and put there."""
-    layers = plan(families.depths(teacher.config), Student(size=size))
+    layers = plan_layers(families.num_layers(teacher.config), Student(size=size))
     source, output = lengths(case)
-    facts = latency.facts_of(
+    facts = latency.measurement_key(
         latency.hardware(asked.device, asked.threads),
-        latency.shape(families.with_depths(teacher.config, *layers.size)),
+        latency.architecture_key(families.with_num_layers(teacher.config, *layers.size)),
         asked.engine,
         asked.precision,
         beams=case.beams,
@@ -80,7 +80,7 @@ def time_size(
         source_tokens=source,
         output_tokens=output,
     )
-    table = home() / "speedups.json"
+    table = raydistill_home() / "speedups.json"
     if found := latency.lookup(table, facts):
         return found
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def time_size(
             device=asked.device,
             threads=asked.threads,
             precision=asked.precision,
-            cache=place / "engine",
+            cache_dir=place / "engine",
             allow_fallback=False,
         )
         timing = latency.measure(engine, source, output, asked.batch, case.beams, asked.repeats, min_seconds=0.0)
@@ -112,10 +112,10 @@ def rows_of(case: Case, asked: argparse.Namespace) -> list[list[str]]:
         base = base or timing.median_ms
         theirs = TABLES_6_7[case.teacher, size, case.data]
         speedup = base / timing.median_ms
-        progress(f"{case.teacher} {case.data} {size}: {timing.median_ms:.0f} ms, {speedup:.2f}x")
+        print_progress(f"{case.teacher} {case.data} {size}: {timing.median_ms:.0f} ms, {speedup:.2f}x")
         paper = "" if theirs.speedup is None else f"{theirs.speedup:.2f}"
         row = [f"{timing.median_ms:.0f}", f"{timing.low_ms:.0f} to {timing.high_ms:.0f}", f"{speedup:.2f}"]
-        rows.append([case.teacher, case.data, size, *row, str(theirs.ms), paper])
+        rows.append([case.teacher, case.data, size, *row, str(theirs.latency_ms), paper])
     return rows
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from raydistill.config.run import Run
 from raydistill.core.files import read_json, write_atomic, write_json_atomic
-from raydistill.inference.decoding import Beam, Hypothesis
+from raydistill.inference.decoding import BeamSearchParams, Hypothesis
 from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
-from raydistill.training.inputs import Inputs
-from raydistill.training.loop import Report
-from raydistill.training.run_folder import claim, held
+from raydistill.training.inputs import RunInputs
+from raydistill.training.loop import ReportFn
+from raydistill.training.run_folder import check_same_config, run_lock
 from raydistill.training.workers import Worker
 
 WORDS = 25  # of a text that the engine writes
@@ -30,15 +30,17 @@ class TimedEngine:
     precision: str = "none"
     name: str = "sleep"
     tokenizer: Any = field(default=None, repr=False)
-    generation: Any = field(default=None, repr=False)
+    generation_config: Any = field(default=None, repr=False)
 
-    def generate(self, texts: list[str], beam: Beam, *, n_best: int = 1, **_: Any) -> list[list[Hypothesis]]:
+    def generate(
+        self, texts: list[str], beam: BeamSearchParams, *, n_best: int = 1, **_: Any
+    ) -> list[list[Hypothesis]]:
         """As Engine.generate; all candidates of a row are alike."""
         time.sleep(self.seconds_per_char * sum(map(len, texts)))
         written = [" ".join(text.split()[:WORDS]) for text in texts]
         return [[Hypothesis(text, -1.0, WORDS)] * n_best for text in written]
 
-    def timed(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
+    def make_benchmark_call(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
         """As Engine.timed."""
         return lambda: time.sleep(self.seconds_per_char * CHARS_PER_TOKEN * source_tokens * batch)
 
@@ -51,8 +53,8 @@ def timed_engine(checkpoint: str | Path, kind: str, *, seconds_per_char: float, 
 def timed_run(
     run: Run,
     folder: Path,
-    report: Report,
-    inputs: Inputs,
+    report: ReportFn,
+    inputs: RunInputs,
     worker: Worker | None = None,
     *,
     seconds_per_step: float,
@@ -65,8 +67,8 @@ def timed_run(
     folder.mkdir(parents=True, exist_ok=True)
     steps = run.training.max_steps
     assert steps is not None
-    with held(folder):
-        claim(folder, run)
+    with run_lock(folder):
+        check_same_config(folder, run)
         if (folder / "result.json").is_file():
             return read_json(folder / "result.json")
         history: list[dict[str, Any]] = []
@@ -86,7 +88,7 @@ def timed_run(
             "status": "done",
             "method": run.method,
             "size": run.student.size,
-            **inputs.note,
+            **inputs.result_fields,
             "metrics": {**inputs.costs, "score": history[-1]["score"], "gpu_hours": history[-1]["gpu_hours"]},
             "steps": history[-1]["step"],
         }

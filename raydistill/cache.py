@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.core.console import finish, home, make_app, run_app, show, table
+from raydistill.core.console import format_table, make_app, print_json, print_text, raydistill_home, run_app
 from raydistill.core.errors import UserError
 from raydistill.teacher_cache import store
 
 app = make_app()
-Json = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
+JsonOption = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
 DAY_S = 86_400
 
 
@@ -32,63 +32,63 @@ def cache() -> None:
 
 
 @app.command("list")
-def list_(as_json: Json = False) -> None:
+def list_(as_json: JsonOption = False) -> None:
     """The stores, last used last, with their size and what they are of."""
-    found = list(store.kept(home() / "cache"))
+    found = list(store.list_stores(raydistill_home() / "cache"))
     rows = [
         [
             kept.folder.name,
             f"{kept.bytes / 1e9:.3f}",
-            f"{_days(kept):.1f}",
-            str(kept.about.get("teacher")),
-            str(kept.about.get("data")),
-            f"{kept.about['kept']}, {', '.join(kept.arrays) or 'not finished'}",
+            f"{_days_unused(kept):.1f}",
+            str(kept.metadata.get("teacher")),
+            str(kept.metadata.get("data")),
+            f"{kept.metadata['kept']}, {', '.join(kept.arrays) or 'not finished'}",
         ]
         for kept in found
     ]
-    show(table(["store", "GB", "days unused", "teacher", "data", "holds"], rows), as_json)
-    show(f"{sum(kept.bytes for kept in found) / 1e9:.3f} GB under {home() / 'cache'}", as_json)
-    finish({"stores": [_facts(kept) for kept in found]}, as_json)
+    print_text(format_table(["store", "GB", "days unused", "teacher", "data", "holds"], rows), as_json)
+    print_text(f"{sum(kept.bytes for kept in found) / 1e9:.3f} GB under {raydistill_home() / 'cache'}", as_json)
+    print_json({"stores": [_store_record(kept) for kept in found]}, as_json)
 
 
 @app.command()
 def remove(
     names: Annotated[list[str] | None, typer.Argument(help="stores by name, or the names' beginnings")] = None,
     unused_days: Annotated[float | None, typer.Option(min=0, help="all that no run has opened for so long")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Delete stores: those named, or those unused for so many days. Not while a run reads one: it would stop."""
     if not names and unused_days is None:
         raise UserError("say which: names of stores (`raydistill cache list` shows them), or --unused-days")
-    found = list(store.kept(home() / "cache"))
-    chosen = {kept.folder: kept for name in names or [] for kept in _named(name, found)}
+    found = list(store.list_stores(raydistill_home() / "cache"))
+    chosen = {kept.folder: kept for name in names or [] for kept in _match_store(name, found)}
     if unused_days is not None:
-        chosen |= {kept.folder: kept for kept in found if _days(kept) >= unused_days}
+        chosen |= {kept.folder: kept for kept in found if _days_unused(kept) >= unused_days}
     for kept in chosen.values():
         store.remove(kept)
-        show(f"removed {kept.folder.name}: {kept.bytes / 1e9:.3f} GB", as_json)
+        print_text(f"removed {kept.folder.name}: {kept.bytes / 1e9:.3f} GB", as_json)
     if not chosen:
-        show("nothing to remove", as_json)
-    finish({"removed": [_facts(kept) for kept in chosen.values()]}, as_json)
+        print_text("nothing to remove", as_json)
+    print_json({"removed": [_store_record(kept) for kept in chosen.values()]}, as_json)
 
 
-def _named(name: str, found: list[store.Kept]) -> list[store.Kept]:
+def _match_store(name: str, stores: list[store.StoreInfo]) -> list[store.StoreInfo]:
     """The one store of a name or a name's beginning."""
-    matching = [kept for kept in found if kept.folder.name.startswith(name)]
+    matching = [kept for kept in stores if kept.folder.name.startswith(name)]
     if len(matching) != 1:
-        names = ", ".join(kept.folder.name for kept in matching or found) or "none"
+        names = ", ".join(kept.folder.name for kept in matching or stores) or "none"
         wrong = "is the beginning of several" if matching else "no store is named so; there are"
         raise UserError(f"{name}: {wrong}: {names}")
     return matching
 
 
-def _days(kept: store.Kept) -> float:
-    return (time.time() - kept.used) / DAY_S
+def _days_unused(info: store.StoreInfo) -> float:
+    return (time.time() - info.last_used) / DAY_S
 
 
-def _facts(kept: store.Kept) -> dict[str, Any]:
-    facts = {"name": kept.folder.name, "bytes": kept.bytes, "days_unused": _days(kept), "arrays": kept.arrays}
-    return {**facts, **kept.about}
+def _store_record(info: store.StoreInfo) -> dict[str, Any]:
+    facts = {"name": info.folder.name, "bytes": info.bytes, "days_unused": _days_unused(info), "arrays": info.arrays}
+    return {**facts, **info.metadata}
 
 
 def main() -> None:

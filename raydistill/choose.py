@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raydistill.config.space import check_bounds
-from raydistill.core.console import finish, home, make_app, progress, run_app, show
+from raydistill.core.console import make_app, print_json, print_progress, print_text, raydistill_home, run_app
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
     from raydistill.results.pareto import Choice
-    from raydistill.results.selection import Outcome
+    from raydistill.results.selection import Selection
 
 app = make_app()
 
@@ -27,7 +27,7 @@ def choose(
         str | None, typer.Option(help="name of the budget: the alias in MLflow; or which stored one")
     ] = None,
     register: Annotated[bool, typer.Option(help="register the choice in MLflow")] = True,
-    json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
 ) -> None:
     """The best student of a sweep within a budget, and how to load it; registers it in MLflow.
 
@@ -39,15 +39,15 @@ def choose(
     """
     asked = parse_bounds(within or [])
     from raydistill.cluster import sync
-    from raydistill.results.records import open_sweep
-    from raydistill.results.selection import outcome
+    from raydistill.results.records import find_sweep
+    from raydistill.results.selection import load_selection
 
-    sync.fetch(home() / "sweeps" / sweep, names=sync.RECORDS)
-    folder = open_sweep(sweep)
-    found = outcome(folder)
-    budgets = _budgets(found, asked, name)
-    results = [_one(found, budget, bounds, choice, register, json) for budget, bounds, choice in budgets]
-    finish({"sweep": found.name, "metric": found.metric, "choices": results}, json)
+    sync.pull(raydistill_home() / "sweeps" / sweep, patterns=sync.RECORD_PATTERNS)
+    folder = find_sweep(sweep)
+    found = load_selection(folder)
+    budgets = _resolve_choices(found, asked, name)
+    results = [_deliver_choice(found, budget, bounds, choice, register, as_json) for budget, bounds, choice in budgets]
+    print_json({"sweep": found.name, "metric": found.metric, "choices": results}, as_json)
     misses = [f"{budget}: {choice.reason}" for budget, _, choice in budgets if choice.best is None]
     if misses:
         raise UserError("\n".join(misses))
@@ -70,58 +70,64 @@ def parse_bounds(within: list[str]) -> dict[str, float | str]:
     return bounds
 
 
-def _budgets(
-    found: "Outcome", asked: dict[str, float | str], name: str | None
+def _resolve_choices(
+    selection: "Selection", requested: dict[str, float | str], name: str | None
 ) -> "list[tuple[str, dict[str, float], Choice]]":
     from raydistill.results import pareto
-    from raydistill.results.selection import candidates
+    from raydistill.results.selection import make_candidates
 
-    if asked:
-        costs = found.teacher.get("costs") or {}
-        bounds = pareto.absolute_bounds(asked, costs)
+    if requested:
+        costs = selection.teacher.get("costs") or {}
+        bounds = pareto.resolve_bounds(requested, costs)
         label = name or "-".join(
-            f"{key}-{bound:g}" if isinstance(bound, float) else f"{key}-{bound}" for key, bound in asked.items()
+            f"{key}-{bound:g}" if isinstance(bound, float) else f"{key}-{bound}" for key, bound in requested.items()
         ).replace("%", "pct")
-        return [(label, bounds, pareto.choose(candidates(found.students, found.metric), bounds, found.metric))]
-    stored = [(n, found.bounds[n], choice) for n, choice in found.choices.items() if name in (None, n)]
+        return [
+            (
+                label,
+                bounds,
+                pareto.choose(make_candidates(selection.students, selection.metric), bounds, selection.metric),
+            )
+        ]
+    stored = [(n, selection.bounds[n], choice) for n, choice in selection.choices.items() if name in (None, n)]
     if not stored:
-        known = ", ".join(found.choices) or "none"
+        known = ", ".join(selection.choices) or "none"
         wanted = f"budget {name!r}" if name else "a budget"
-        raise UserError(f"{found.name}: {wanted} is not stored (known: {known}); give --within latency_ms=900")
+        raise UserError(f"{selection.name}: {wanted} is not stored (known: {known}); give --within latency_ms=900")
     return stored
 
 
-def _one(
-    found: "Outcome", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, json: bool
+def _deliver_choice(
+    selection: "Selection", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, as_json: bool
 ) -> dict[str, Any]:
     """Show one budget's choice, hand it over, register it, and return it for `--json`."""
-    from raydistill.results.pareto import UNITS, describe_bounds
+    from raydistill.results.pareto import COST_UNITS, describe_bounds
 
     result: dict[str, Any] = {"budget": budget, "bounds": bounds, "reason": choice.reason, "key": None}
     if choice.best is None:
-        show(f"{budget} ({describe_bounds(bounds)}): nothing fits", json)
+        print_text(f"{budget} ({describe_bounds(bounds)}): nothing fits", as_json)
         return result
     best = choice.best
-    trial = found.student(best.key)
+    trial = selection.student(best.key)
     interval = f", 95 % interval [{trial.interval[0]:.2f}, {trial.interval[1]:.2f}]" if trial.interval else ""
     lines = [f"{budget} ({describe_bounds(bounds)}): {best.label}"]
-    lines.append(f"  {found.metric} {best.score:.2f} on validation{interval}")
-    if trial.test and found.metric in trial.test:
+    lines.append(f"  {selection.metric} {best.score:.2f} on validation{interval}")
+    if trial.test and selection.metric in trial.test:
         low_high = trial.test.get("interval")
         on_test = f", 95 % interval [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else ""
-        lines.append(f"  {found.metric} {trial.test[found.metric]:.2f} on test{on_test}")
-    lines += [f"  {key} {value:.4g} ({UNITS[key]})" for key, value in best.costs.items()]
+        lines.append(f"  {selection.metric} {trial.test[selection.metric]:.2f} on test{on_test}")
+    lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]
     if "speedup" in trial.metrics:
         lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
-    if measured := found.measured(trial):
+    if measured := selection.measured_with(trial):
         lines.append(f"  milliseconds with {measured}")
     lines.append(f"  why: {choice.reason}")
     others = [c for c in choice.indistinguishable if c is not best]
     if others:
         lines.append(f"  also not distinguishable: {', '.join(f'{c.label} {c.score:.2f}' for c in others)}")
-    show("\n".join(lines), json)
-    place = _export(found, best.key, budget)
-    show(_how_to_load(place) if place else "  checkpoint: missing: it was deleted", json)
+    print_text("\n".join(lines), as_json)
+    place = _export_student(selection, best.key, budget)
+    print_text(_loading_example(place) if place else "  checkpoint: missing: it was deleted", as_json)
     result |= {
         "key": trial.folder.name,
         "decoding": trial.decoding,
@@ -134,43 +140,45 @@ def _one(
     result |= {"indistinguishable": [c.label for c in choice.indistinguishable]}
     result |= {"checkpoint": str(place) if place else None, "registered": None}
     if register and place:
-        result["registered"] = _register(found, best.key, budget, place, json)
+        result["registered"] = _register_student(selection, best.key, budget, place, as_json)
     return result
 
 
-def _export(found: "Outcome", key: str, budget: str) -> Path | None:
+def _export_student(selection: "Selection", key: str, budget: str) -> Path | None:
     """The folder to hand over, which decodes as was chosen; None where the checkpoint is gone."""
-    from raydistill.tracking.export import export
+    from raydistill.tracking.export import export_student
 
-    return export(found, key, budget) if found.student(key).checkpoint else None
+    return export_student(selection, key, budget) if selection.student(key).checkpoint else None
 
 
-def _how_to_load(place: Path) -> str:
+def _loading_example(folder: Path) -> str:
     return (
-        f"  checkpoint: {place}\n"
+        f"  checkpoint: {folder}\n"
         "  to load it:\n"
         "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n"
-        f'    tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{place}")'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")'
     )
 
 
-def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) -> dict[str, str] | None:
+def _register_student(
+    selection: "Selection", key: str, budget: str, export_folder: Path, as_json: bool
+) -> dict[str, str] | None:
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
     from raydistill.cluster import sync
-    from raydistill.core.errors import PassingError
+    from raydistill.core.errors import TransientError
     from raydistill.tracking.mlflow_registry import register_choice
-    from raydistill.tracking.mlflow_store import TrackingDown, ui_command
+    from raydistill.tracking.mlflow_store import TrackingUnavailable, ui_command
 
     try:
-        registered = register_choice(found.sweep, key, budget, place, bring=sync.fetch)
-    except (TrackingDown, PassingError) as error:
-        progress(f"not registered: {error}. The same command again registers it")
+        registered = register_choice(selection.sweep, key, budget, export_folder, fetch=sync.pull)
+    except (TrackingUnavailable, TransientError) as error:
+        print_progress(f"not registered: {error}. The same command again registers it")
         return None
-    show(f"  registered: {registered.uri} (version {registered.version})", json)
-    show(f"  to see it: {ui_command(found.info.get('tracking_uri'))}\n", json)
+    print_text(f"  registered: {registered.uri} (version {registered.version})", as_json)
+    print_text(f"  to see it: {ui_command(selection.info.get('tracking_uri'))}\n", as_json)
     return asdict(registered)
 
 

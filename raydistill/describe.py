@@ -6,15 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from raydistill.config.run import Columns, Dataset
-from raydistill.core.console import finish, make_app, run_app, show, table
+from raydistill.core.console import format_table, make_app, print_json, print_text, run_app
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import (
     DUPLICATES_REMEDY,
     BadRow,
     Corpus,
+    corpus_statistics,
     inspect_corpus,
     split_names,
-    statistics,
 )
 
 app = make_app()
@@ -49,20 +49,20 @@ def describe(
     reports, faults = {}, []
     for name in [split] if split else exist:
         corpus, duplicates = inspect_corpus(dataset, name, need_targets=target is not None or source is None)
-        reports[name] = _report(corpus, duplicates)
-        show(_text(name, corpus, duplicates), json)
+        reports[name] = _split_record(corpus, duplicates)
+        print_text(_format_split(name, corpus, duplicates), json)
         faults += [] if skip_bad_rows else corpus.skipped
         faults += duplicates
-    show(f"splits: {', '.join(exist)}", json)
+    print_text(f"splits: {', '.join(exist)}", json)
     usable = not faults and all(report["rows"] for report in reports.values())
-    finish({"data": data, "splits": exist, "usable": usable, "described": reports}, json)
+    print_json({"data": data, "splits": exist, "usable": usable, "described": reports}, json)
     if not usable:
-        raise UserError(_verdict(data, reports, skip_bad_rows))
+        raise UserError(_format_problems(data, reports, skip_bad_rows))
 
 
-def _report(corpus: Corpus, duplicates: list[BadRow]) -> dict[str, Any]:
+def _split_record(corpus: Corpus, duplicates: list[BadRow]) -> dict[str, Any]:
     return {
-        **statistics(corpus),
+        **corpus_statistics(corpus),
         "columns": corpus.columns.model_dump(),
         "labelled": corpus.labelled,
         "fingerprint": corpus.fingerprint,
@@ -72,16 +72,16 @@ def _report(corpus: Corpus, duplicates: list[BadRow]) -> dict[str, Any]:
     }
 
 
-def _text(split: str, corpus: Corpus, duplicates: list[BadRow]) -> str:
-    figures = statistics(corpus)
+def _format_split(split: str, corpus: Corpus, duplicates: list[BadRow]) -> str:
+    figures = corpus_statistics(corpus)
     columns = corpus.columns
     lines = [
-        f"{split}: {len(corpus)} rows, {_size(figures['bytes'])}, fingerprint {corpus.fingerprint}",
+        f"{split}: {len(corpus)} rows, {_format_size(figures['bytes'])}, fingerprint {corpus.fingerprint}",
         f"columns: source {columns.source}, target {columns.target or '(none: unlabelled)'}, "
         f"id {columns.id or '(none: rows are numbered)'}",
         f"first ids: {', '.join(corpus.ids[:3]) or '-'}",
         "",
-        table(
+        format_table(
             ("words", "mean", "median", "95 %", "max"),
             [
                 (
@@ -97,11 +97,11 @@ def _text(split: str, corpus: Corpus, duplicates: list[BadRow]) -> str:
     ]
     for title, rows in (("bad rows", corpus.skipped), ("rows that repeat an id", duplicates)):
         if rows:
-            lines += [f"{title}: {len(rows)}", *_by_reason(rows), ""]
+            lines += [f"{title}: {len(rows)}", *_format_by_reason(rows), ""]
     return "\n".join(lines)
 
 
-def _by_reason(rows: list[BadRow], shown: int = 5) -> list[str]:
+def _format_by_reason(rows: list[BadRow], max_shown: int = 5) -> list[str]:
     """Bad rows in groups, the largest first, each with where its first rows are."""
     groups: dict[str, list[BadRow]] = defaultdict(list)
     for row in rows:
@@ -111,12 +111,12 @@ def _by_reason(rows: list[BadRow], shown: int = 5) -> list[str]:
     lines = []
     for reason, group in sorted(groups.items(), key=lambda item: -len(item[1])):
         lines.append(f"  {len(group)} x {reason}")
-        lines += [f"    {row}" for row in group[:shown]]
-        lines += [f"    ... and {len(group) - shown} more"] if len(group) > shown else []
+        lines += [f"    {row}" for row in group[:max_shown]]
+        lines += [f"    ... and {len(group) - max_shown} more"] if len(group) > max_shown else []
     return lines
 
 
-def _verdict(data: str, reports: dict[str, dict[str, Any]], skip_bad_rows: bool) -> str:
+def _format_problems(data: str, reports: dict[str, dict[str, Any]], skip_bad_rows: bool) -> str:
     bad = sum(len(report["bad_rows"]) for report in reports.values())
     repeated = sum(len(report["duplicate_ids"]) for report in reports.values())
     empty = [split for split, report in reports.items() if not report["rows"]]
@@ -133,7 +133,7 @@ def _verdict(data: str, reports: dict[str, dict[str, Any]], skip_bad_rows: bool)
     return f"{data}: " + "; ".join(messages)
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= one:
             return f"{count / one:.1f} {unit}"

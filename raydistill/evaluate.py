@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raydistill.core.console import finish, make_app, progress, run_app, show, table
+from raydistill.core.console import format_table, make_app, print_json, print_progress, print_text, run_app
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,43 +50,45 @@ def evaluate(
 
     for name in (checkpoint, *([against] if against else [])):
         check_teacher(name)
-    about = dataset_of(checkpoint, dataset, metric) | {"languages": languages}
-    corpus = _corpus(about["dataset"], split, rows)
+    about = resolve_dataset(checkpoint, dataset, metric) | {"languages": languages}
+    corpus = _load_corpus(about["dataset"], split, rows)
 
     import torch
 
-    from raydistill.core.machine import own_cores
+    from raydistill.core.machine import available_cores
     from raydistill.evaluation.metrics import paired_bootstrap
 
-    used = threads or len(own_cores())
+    used = threads or len(available_cores())
     names = [checkpoint, *([against] if against else [])]
     place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    found = [_score(name, about, corpus, engine, precision, used, beams, place) for name in names]
+    found = [_evaluate_checkpoint(name, about, corpus, engine, precision, used, beams, place) for name in names]
     header = ["checkpoint", f"{about['metric']} on {split} [95 %]", "ms per row", "engine", "params M"]
-    show(table(header, [_row(*pair, about["metric"]) for pair in zip(names, found, strict=True)]), as_json)
+    print_text(
+        format_table(header, [_table_row(*pair, about["metric"]) for pair in zip(names, found, strict=True)]), as_json
+    )
     for name, value in found[0]["metrics"].items():
-        show(f"  {name} {value:.2f}", as_json)
-    show(f"signature: {found[0]['signature']}", as_json)
+        print_text(f"  {name} {value:.2f}", as_json)
+    print_text(f"signature: {found[0]['signature']}", as_json)
     comparison = None
     if against:
         c = paired_bootstrap(about["metric"], found[0]["rows"], found[1]["rows"])
         comparison = {"difference": c.difference, "low": c.low, "high": c.high, "p": c.p}
         verdict = "not distinguishable" if c.low <= 0 <= c.high else "distinguishable"
-        show(f"difference: {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}], p {c.p:.3f}: {verdict}", as_json)
+        print_text(f"difference: {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}], p {c.p:.3f}: {verdict}", as_json)
     if predictions:
-        _write(predictions, corpus, names, found)
-        show(f"predictions: {predictions}", as_json)
+        _write_predictions(predictions, corpus, names, found)
+        print_text(f"predictions: {predictions}", as_json)
     data = [{k: v for k, v in one.items() if k not in ("rows", "predictions")} for one in found]
-    finish({"split": split, "checkpoints": dict(zip(names, data, strict=True)), "comparison": comparison}, as_json)
+    print_json({"split": split, "checkpoints": dict(zip(names, data, strict=True)), "comparison": comparison}, as_json)
 
 
-def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
+def resolve_dataset(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
     """The data set and the metric: as asked, else as the checkpoint's card tells."""
-    from raydistill.config.presets import default_dataset, metric_for
+    from raydistill.config.presets import default_dataset, resolve_metric
     from raydistill.config.run import Dataset
 
     try:
-        run = run_of(checkpoint)
+        run = load_checkpoint_run(checkpoint)
     except UserError as error:
         if name is None:
             raise UserError(f"{error}; give --dataset") from None
@@ -98,15 +100,15 @@ def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]
     dataset = run.dataset if run is not None and same else Dataset(name=wanted)
     if metric == "auto" and run is not None and same and run.evaluation.metric != "auto":
         metric = run.evaluation.metric
-    return {"dataset": dataset, "metric": metric_for(wanted, metric)}
+    return {"dataset": dataset, "metric": resolve_metric(wanted, metric)}
 
 
-def run_of(checkpoint: str) -> "Run | None":
+def load_checkpoint_run(checkpoint: str) -> "Run | None":
     """The run that made a checkpoint, from its card; None where there is none. A UserError where it is damaged."""
     from raydistill.config.run import Run
-    from raydistill.core.files import CARD, read_json
+    from raydistill.core.files import CHECKPOINT_METADATA, read_json
 
-    path = Path(checkpoint) / CARD
+    path = Path(checkpoint) / CHECKPOINT_METADATA
     try:
         card = read_json(path) if path.is_file() else {}
         return Run.model_validate(card["config"]) if "config" in card else None
@@ -114,18 +116,18 @@ def run_of(checkpoint: str) -> "Run | None":
         raise UserError(f"{path}: damaged, or of another version ({error})") from None
 
 
-def languages_trained_with(checkpoint: str, dataset: "Dataset") -> tuple[str, str] | None:
+def training_languages(checkpoint: str, dataset: "Dataset") -> tuple[str, str] | None:
     """A student's languages are those of the run that made it, whatever it is scored on."""
-    from raydistill.models.loading import languages_of
+    from raydistill.models.loading import resolve_languages
 
     try:
-        run = run_of(checkpoint)
+        run = load_checkpoint_run(checkpoint)
     except UserError:  # `--dataset` was given in its place
         run = None
-    return languages_of(run.teacher, run.dataset) if run else languages_of(checkpoint, dataset)
+    return resolve_languages(run.teacher, run.dataset) if run else resolve_languages(checkpoint, dataset)
 
 
-def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
+def _load_corpus(dataset: Any, split: str, rows: int | None) -> Any:
     from raydistill.data.corpus import check_split, read_corpus
 
     check_split(dataset, split)
@@ -133,11 +135,11 @@ def _corpus(dataset: Any, split: str, rows: int | None) -> Any:
     return corpus.head(rows) if rows else corpus
 
 
-def _score(
+def _evaluate_checkpoint(
     checkpoint: str,
-    about: dict[str, Any],
+    task: dict[str, Any],
     corpus: Any,
-    kind: Any,
+    engine_kind: Any,
     precision: str,
     threads: int,
     beams: int | None,
@@ -147,33 +149,33 @@ def _score(
     from raydistill.config.presets import teacher_preset
     from raydistill.config.run import Decoding
     from raydistill.evaluation.checkpoint import evaluate as score
-    from raydistill.evaluation.latency import parameters
+    from raydistill.evaluation.latency import count_parameters
     from raydistill.evaluation.metrics import signature
     from raydistill.inference.decoding import resolve_decoding
     from raydistill.inference.engines import open_engine
-    from raydistill.models.loading import load_config, load_generation_config, locate, max_tokens
+    from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint, resolve_max_tokens
 
-    preset = teacher_preset(checkpoint, about["dataset"].name)
-    where = locate(checkpoint, about["dataset"].name)
+    preset = teacher_preset(checkpoint, task["dataset"].name)
+    where = locate_checkpoint(checkpoint, task["dataset"].name)
     config = load_config(where)
     beam = resolve_decoding(
         Decoding(beams=beams),
         load_generation_config(where),
         preset.decoding if preset else None,
-        max_tokens("max_target_tokens", about["dataset"], preset, config),
+        resolve_max_tokens("max_target_tokens", task["dataset"], preset, config),
     )
-    progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
+    print_progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
     engine = open_engine(
         where,
-        kind,
+        engine_kind,
         device=device,
         threads=threads,
         precision=precision,
-        languages=about["languages"] or languages_trained_with(checkpoint, about["dataset"]),
-        say=progress,
+        languages=task["languages"] or training_languages(checkpoint, task["dataset"]),
+        log=print_progress,
     )
-    limit = max_tokens("max_source_tokens", about["dataset"], preset, config)
-    found = score(engine, corpus.sources, corpus.targets, about["metric"], beam, max_source_tokens=limit)
+    limit = resolve_max_tokens("max_source_tokens", task["dataset"], preset, config)
+    found = score(engine, corpus.sources, corpus.targets, task["metric"], beam, max_source_tokens=limit)
     return {
         "metrics": found.scored.metrics,
         "interval": list(found.interval),
@@ -182,27 +184,27 @@ def _score(
         "predictions": found.predictions,
         "ms_per_row": 1000 * found.seconds / len(corpus),
         "engine": f"{engine.name} {engine.precision}",
-        "params_m": parameters(config) / 1e6,
+        "params_m": count_parameters(config) / 1e6,
         "beams": beam.beams,
-        "signature": signature(about["metric"]),
+        "signature": signature(task["metric"]),
     }
 
 
-def _row(name: str, one: dict[str, Any], metric: str) -> list[str]:
+def _table_row(name: str, result: dict[str, Any], metric: str) -> list[str]:
     """One checkpoint's line of the table."""
-    low, high = one["interval"]
-    score = f"{one['metrics'][metric]:.2f} [{low:.2f}, {high:.2f}]"
-    return [name, score, f"{one['ms_per_row']:.2f}", one["engine"], f"{one['params_m']:.1f}"]
+    low, high = result["interval"]
+    score = f"{result['metrics'][metric]:.2f} [{low:.2f}, {high:.2f}]"
+    return [name, score, f"{result['ms_per_row']:.2f}", result["engine"], f"{result['params_m']:.1f}"]
 
 
-def _write(path: Path, corpus: Any, names: list[str], found: list[dict[str, Any]]) -> None:
+def _write_predictions(path: Path, corpus: Any, names: list[str], results: list[dict[str, Any]]) -> None:
     import json
 
     from raydistill.core.files import write_atomic
 
     lines = []
     for i, row_id in enumerate(corpus.ids):
-        outputs = {name: one["predictions"][i] for name, one in zip(names, found, strict=True)}
+        outputs = {name: one["predictions"][i] for name, one in zip(names, results, strict=True)}
         lines.append(json.dumps({"id": row_id, "target": corpus.targets[i], **outputs}, ensure_ascii=False))
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 

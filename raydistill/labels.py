@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from raydistill.core.console import finish, home, make_app, run_app, show, table
+from raydistill.core.console import format_table, make_app, print_json, print_text, raydistill_home, run_app
 from raydistill.core.errors import UserError
-from raydistill.pseudolabel import facts_of, rules_of
+from raydistill.pseudolabel import label_set_rows, parse_curation
 
 app = make_app()
-Json = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
-Root = Annotated[Path | None, typer.Option(help="where label sets are; default: outputs/labels")]
-Name = Annotated[str, typer.Argument(help="a label set's folder, or its name or the name's beginning")]
+JsonOption = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
+RootOption = Annotated[Path | None, typer.Option(help="where label sets are; default: outputs/labels")]
+NameArgument = Annotated[str, typer.Argument(help="a label set's folder, or its name or the name's beginning")]
 
 
 @app.callback()
@@ -34,102 +34,104 @@ def labels() -> None:
 
 
 @app.command("list")
-def list_(root: Root = None, as_json: Json = False) -> None:
+def list_(root: RootOption = None, as_json: JsonOption = False) -> None:
     """The finished label sets, one a line, and jobs that were begun and not ended."""
     from raydistill.label_sets.label_set import list_label_sets
 
-    place = root or home() / "labels"
+    place = root or raydistill_home() / "labels"
     found, wrong = list_label_sets(place)
     begun = sorted(path.name[1:].removesuffix(".work") for path in place.glob(".*.work"))
     rows = [
-        [folder.name, str(m["rows"]), m["teacher"]["name"], m["engine"], f"{m['device_hours']:.3f}", _quality(m)]
+        [folder.name, str(m["rows"]), m["teacher"]["name"], m["engine"], f"{m['device_hours']:.3f}", _format_quality(m)]
         for folder, m in found
     ]
-    show(table(["label set", "rows", "teacher", "engine", "device h", "quality"], rows), as_json)
+    print_text(format_table(["label set", "rows", "teacher", "engine", "device h", "quality"], rows), as_json)
     for error in wrong:
-        show(f"skipped: {error}", as_json)
+        print_text(f"skipped: {error}", as_json)
     for name in begun:
-        show(f"not finished: {name} (run its command again to go on)", as_json)
+        print_text(f"not finished: {name} (run its command again to go on)", as_json)
     sets = {folder.name: manifest for folder, manifest in found}
-    finish({"label_sets": sets, "unfinished": begun, "skipped": [str(error) for error in wrong]}, as_json)
+    print_json({"label_sets": sets, "unfinished": begun, "skipped": [str(error) for error in wrong]}, as_json)
 
 
 @app.command()
-def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False) -> None:
+def describe(name: NameArgument, root: RootOption = None, rows: int = 3, as_json: JsonOption = False) -> None:
     """Counts, quality, teacher and decoding of a label set, and its first texts."""
     from itertools import islice
 
-    from raydistill.label_sets.label_set import DESCRIBED, read_candidates, read_manifest
+    from raydistill.label_sets.label_set import PSEUDOLABEL_KEYS, read_candidates, read_manifest
 
-    folder = find(name, root)
-    manifest = read_manifest(folder, DESCRIBED)
+    folder = find_label_set(name, root)
+    manifest = read_manifest(folder, PSEUDOLABEL_KEYS)
     decoding = ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items() if value is not None)
-    show(table(["label set", folder.name], facts_of(manifest)), as_json)
-    show(
+    print_text(format_table(["label set", folder.name], label_set_rows(manifest)), as_json)
+    print_text(
         f"teacher: {manifest['teacher']['name']} ({manifest['teacher']['fingerprint']})\ndecoding: {decoding}", as_json
     )
     if "curation" in manifest:
         rules = ", ".join(f"{rule}={value}" for rule, value in manifest["curation"].items())
-        show(f"curation of {manifest.get('of')}: {rules}", as_json)
+        print_text(f"curation of {manifest.get('of')}: {rules}", as_json)
     first = {row_id: candidates for row_id, candidates in islice(read_candidates(folder), rows)}
     for row_id, candidates in first.items():
         for rank, (text, score) in enumerate(candidates):
-            show(f"  {row_id} [{rank}] {score:.3f} {text}", as_json)
-    finish({**manifest, "folder": str(folder), "first": first}, as_json)
+            print_text(f"  {row_id} [{rank}] {score:.3f} {text}", as_json)
+    print_json({**manifest, "folder": str(folder), "first": first}, as_json)
 
 
 @app.command()
-def compare(first: Name, second: Name, root: Root = None, as_json: Json = False) -> None:
+def compare(first: NameArgument, second: NameArgument, root: RootOption = None, as_json: JsonOption = False) -> None:
     """How far two label sets of the same data agree: equal texts, and the scores of the first against the second."""
-    from raydistill.evaluation.metrics import Tally
-    from raydistill.label_sets.curation import agreement
+    from raydistill.evaluation.metrics import ScoreAccumulator
+    from raydistill.label_sets.curation import compare_label_sets
     from raydistill.label_sets.label_set import read_manifest
 
-    a, b = find(first, root), find(second, root)
-    found = agreement(a, b, Tally(read_manifest(a, ["metric"])["metric"]))
-    show(table([a.name, "against " + b.name], [[name, f"{value:.4g}"] for name, value in found.items()]), as_json)
-    finish({"first": str(a), "second": str(b), **found}, as_json)
+    a, b = find_label_set(first, root), find_label_set(second, root)
+    found = compare_label_sets(a, b, ScoreAccumulator(read_manifest(a, ["metric"])["metric"]))
+    print_text(
+        format_table([a.name, "against " + b.name], [[name, f"{value:.4g}"] for name, value in found.items()]), as_json
+    )
+    print_json({"first": str(a), "second": str(b), **found}, as_json)
 
 
 @app.command()
 def curate(
-    name: Name,
+    name: NameArgument,
     keep: Annotated[
         list[str], typer.Option(metavar="RULE=VALUE", help="as of `raydistill pseudolabel`; may be repeated")
     ],
     dataset: Annotated[
         str | None, typer.Option(help="the data the set was made for; default: as its manifest says")
     ] = None,
-    root: Root = None,
-    as_json: Json = False,
+    root: RootOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a curated label set of a whole one, which stays; nothing is generated again."""
-    from raydistill.config.loader import check
+    from raydistill.config.loader import validate
     from raydistill.config.run import Dataset
-    from raydistill.evaluation.metrics import Tally, rouge2_rows
+    from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
     from raydistill.label_sets.curation import curate as make
-    from raydistill.label_sets.label_set import DESCRIBED, MANIFEST, read_manifest
+    from raydistill.label_sets.label_set import MANIFEST, PSEUDOLABEL_KEYS, read_manifest
 
-    rules = rules_of(keep)
-    folder = find(name, root)
-    whole = read_manifest(folder, [*DESCRIBED, "data.dataset", "data.split"])
+    rules = parse_curation(keep)
+    folder = find_label_set(name, root)
+    whole = read_manifest(folder, [*PSEUDOLABEL_KEYS, "data.dataset", "data.split"])
     about = whole["data"]
-    data = check(Dataset, {**about["dataset"], **({"name": dataset} if dataset else {})}, folder / MANIFEST)
-    made = make(folder, data, about["split"], rules, rouge2_rows, Tally(whole["metric"]))
+    data = validate(Dataset, {**about["dataset"], **({"name": dataset} if dataset else {})}, folder / MANIFEST)
+    made = make(folder, data, about["split"], rules, rouge2_rows, ScoreAccumulator(whole["metric"]))
     manifest = read_manifest(made)
-    show(table(["label set", made.name], facts_of(manifest)), as_json)
-    show(f"label set: {made}", as_json)
-    finish({**manifest, "folder": str(made)}, as_json)
+    print_text(format_table(["label set", made.name], label_set_rows(manifest)), as_json)
+    print_text(f"label set: {made}", as_json)
+    print_json({**manifest, "folder": str(made)}, as_json)
 
 
-def find(name: str, root: Path | None) -> Path:
+def find_label_set(name: str, root: Path | None) -> Path:
     """The folder that a path, a name or a name's beginning means; UserError where it is none or several."""
-    from raydistill.label_sets.label_set import finished_folders, is_finished
+    from raydistill.label_sets.label_set import find_label_set_folders, is_complete
 
-    if is_finished(Path(name)):
+    if is_complete(Path(name)):
         return Path(name)
-    place = root or home() / "labels"
-    there = finished_folders(place)
+    place = root or raydistill_home() / "labels"
+    there = find_label_set_folders(place)
     found = [folder for folder in there if folder.name == name] or [f for f in there if f.name.startswith(name)]
     if len(found) != 1:
         known = ", ".join(folder.name for folder in (found or there)) or "none"
@@ -139,7 +141,7 @@ def find(name: str, root: Path | None) -> Path:
     return found[0]
 
 
-def _quality(manifest: dict) -> str:
+def _format_quality(manifest: dict) -> str:
     quality = manifest["quality"] or {}
     return next((f"{name} {quality[name]:.2f}" for name in ("bleu", "rouge2") if name in quality), "-")
 

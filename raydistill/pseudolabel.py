@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raydistill.core.console import finish, home, make_app, progress, run_app, show, table
+from raydistill.core.console import (
+    format_table,
+    make_app,
+    print_json,
+    print_progress,
+    print_text,
+    raydistill_home,
+    run_app,
+)
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,36 +78,36 @@ def pseudolabel(
         raydistill pseudolabel --teacher demo --beams 4 --n-best 4 --keep choose=rouge2 --keep min_rouge2=20
     """
     from raydistill.config.presets import default_dataset
-    from raydistill.config.run import Dataset, Decoding, Pseudo
+    from raydistill.config.run import Dataset, Decoding, PseudoLabeling
 
     name = dataset or default_dataset(teacher)
     if name is None:
         raise UserError(f"--teacher {teacher}: say what to label with --dataset (a known name, a file or a folder)")
     if n_best > (beams or n_best):
         raise UserError(f"--n-best {n_best} is more than --beams {beams}")
-    pseudo = Pseudo(n_best=n_best, precision=precision, curation=rules_of(keep or []))
+    pseudo = PseudoLabeling(n_best=n_best, precision=precision, curation=parse_curation(keep or []))
     if rows and split not in ("train", "validation", "test"):
         raise UserError(f"--rows goes with the splits train, validation and test, not with {split!r}")
     caps = {f"{split}_rows": rows} if rows else {}
     data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **caps)
     check_inputs(teacher, data, split)
 
-    from raydistill.cluster.start import cluster, device
-    from raydistill.jobs.pseudolabel import Job
+    from raydistill.cluster.start import cluster_device, ray_cluster
+    from raydistill.jobs.pseudolabel import LabelJob
     from raydistill.jobs.pseudolabel import pseudolabel as label
-    from raydistill.label_sets.label_set import DESCRIBED, read_manifest
+    from raydistill.label_sets.label_set import PSEUDOLABEL_KEYS, read_manifest
 
-    job = Job(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
-    with cluster():
-        folder = label(job, output or home() / "labels", device())
-    manifest = read_manifest(folder, DESCRIBED)
-    progress("")
-    show(table(["label set", folder.name], facts_of(manifest)), as_json)
-    show(f"label set: {folder}", as_json)
-    finish({**manifest, "folder": str(folder)}, as_json)
+    job = LabelJob(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
+    with ray_cluster():
+        folder = label(job, output or raydistill_home() / "labels", cluster_device())
+    manifest = read_manifest(folder, PSEUDOLABEL_KEYS)
+    print_progress("")
+    print_text(format_table(["label set", folder.name], label_set_rows(manifest)), as_json)
+    print_text(f"label set: {folder}", as_json)
+    print_json({**manifest, "folder": str(folder)}, as_json)
 
 
-def rules_of(keep: list[str]) -> "Curation":
+def parse_curation(keep: list[str]) -> "Curation":
     """The curation that `--keep RULE=VALUE` options ask for; UserError names what is wrong."""
     from pydantic import ValidationError
 
@@ -117,7 +125,7 @@ def rules_of(keep: list[str]) -> "Curation":
         raise UserError(f"--keep{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def facts_of(manifest: dict[str, Any]) -> list[list[str]]:
+def label_set_rows(manifest: dict[str, Any]) -> list[list[str]]:
     """What a person wants to know of a label set, as rows of a table."""
     rows = [
         ["rows", str(manifest["rows"])],

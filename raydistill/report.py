@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydistill.core.console import finish, home, make_app, run_app, show
+from raydistill.core.console import make_app, print_json, print_text, raydistill_home, run_app
 
 if TYPE_CHECKING:
     from raydistill.paper.tables import Table
@@ -29,25 +29,25 @@ def report(
     Example: `raydistill report mini_table5 mini_table9 mini_table10`
     """
     from raydistill.cluster import sync
-    from raydistill.paper.plots import figure_1, figure_2
-    from raydistill.paper.settings import read_settings
-    from raydistill.paper.tables import heads, tables
-    from raydistill.results.records import open_sweep
+    from raydistill.paper.plots import plot_figure_1, plot_figure_2
+    from raydistill.paper.settings import load_seed_groups
+    from raydistill.paper.tables import describe_sweeps, make_tables
+    from raydistill.results.records import find_sweep
 
-    sync.fetch(*(home() / "sweeps" / name for name in sweeps), names=sync.RECORDS)
-    folders = list(dict.fromkeys(open_sweep(name) for name in sweeps))
-    found, settings = read_settings(folders)
-    made = tables(found, settings)
-    place = output or home() / "reports" / "-".join(folder.name for folder in folders)
-    figure_1(place / "figure1.png", settings)
-    figures = ["figure1.png", *(["figure2.png"] if figure_2(place / "figure2.png", settings) else [])]
-    about = heads(found)
+    sync.pull(*(raydistill_home() / "sweeps" / name for name in sweeps), patterns=sync.RECORD_PATTERNS)
+    folders = list(dict.fromkeys(find_sweep(name) for name in sweeps))
+    found, settings = load_seed_groups(folders)
+    made = make_tables(found, settings)
+    place = output or raydistill_home() / "reports" / "-".join(folder.name for folder in folders)
+    plot_figure_1(place / "figure1.png", settings)
+    figures = ["figure1.png", *(["figure2.png"] if plot_figure_2(place / "figure2.png", settings) else [])]
+    about = describe_sweeps(found)
     write_tables(place, made, figures, about)
-    show("\n".join(about) + "\n", as_json)
+    print_text("\n".join(about) + "\n", as_json)
     for table in made:
-        show(f"{as_markdown(table)}\n", as_json)
-    show(f"report: {place / 'report.md'}, a CSV file for each table, {', '.join(figures)}", as_json)
-    finish(
+        print_text(f"{render_markdown(table)}\n", as_json)
+    print_text(f"report: {place / 'report.md'}, a CSV file for each table, {', '.join(figures)}", as_json)
+    print_json(
         {
             "folder": str(place),
             "figures": figures,
@@ -57,31 +57,32 @@ def report(
     )
 
 
-FIGURES = {
+FIGURE_CAPTIONS = {
     "figure1.png": "Figure 1: the best student of each size, test score against speed-up",
     "figure2.png": "Figure 2: validation loss by what the decoder started from",
 }
 
 
-def write_tables(place: Path, made: "list[Table]", figures: list[str], about: list[str]) -> None:
-    """report.md with what is told `about` the sweeps and all tables and pictures, and a CSV file for each table."""
+def write_tables(folder: Path, tables: "list[Table]", figures: list[str], sweep_lines: list[str]) -> None:
+    """report.md with what is told `sweep_lines` the sweeps and all tables and pictures, and a CSV file for each
+    table."""
     import csv
     import io
 
     from raydistill.core.files import write_atomic
 
     head = "# The tables of Pre-trained Summarization Distillation, from our sweeps\n\n"
-    head += "".join(f"- {line}\n" for line in about)
+    head += "".join(f"- {line}\n" for line in sweep_lines)
     head += "\nColumns marked (paper) are the paper's own figures; an empty cell has none.\n\n"
-    pictures = "".join(f"\n![{FIGURES[name]}]({name})\n" for name in figures)
-    write_atomic(place / "report.md", (head + "\n\n".join(map(as_markdown, made)) + "\n" + pictures).encode())
-    for table in made:
+    pictures = "".join(f"\n![{FIGURE_CAPTIONS[name]}]({name})\n" for name in figures)
+    write_atomic(folder / "report.md", (head + "\n\n".join(map(render_markdown, tables)) + "\n" + pictures).encode())
+    for table in tables:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([table.header, *table.rows])
-        write_atomic(place / f"{table.name}.csv", text.getvalue().encode())
+        write_atomic(folder / f"{table.name}.csv", text.getvalue().encode())
 
 
-def as_markdown(table: "Table") -> str:
+def render_markdown(table: "Table") -> str:
     """A table under its title, with its note."""
     from raydistill.results.tables import markdown_table
 

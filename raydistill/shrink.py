@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from raydistill.config.run import Init
-from raydistill.core.console import finish, make_app, run_app, show
+from raydistill.core.console import make_app, print_json, print_text, run_app
 from raydistill.core.errors import UserError
 
 app = make_app()
@@ -35,32 +35,42 @@ def shrink(
     """
     from pydantic import ValidationError
 
-    from raydistill.config.loader import explain
+    from raydistill.config.loader import format_validation_error
     from raydistill.config.presets import check_teacher, default_dataset
     from raydistill.config.run import LayerChoice, Student
 
     if output.exists():
         raise UserError(f"--output {output}: exists already; give another folder, or delete it")
     try:
-        copied = LayerChoice(encoder=_layers("--copy-encoder", copy_encoder), decoder=_layers("--copy", copy))
+        copied = LayerChoice(
+            encoder=_parse_layers("--copy-encoder", copy_encoder), decoder=_parse_layers("--copy", copy)
+        )
         student = Student(size=size, init=init, copied=copied, copy_from=copy_from)
     except ValidationError as error:
-        raise UserError(explain(error, Student, "shrink", {})) from None
+        raise UserError(format_validation_error(error, Student, "shrink", {})) from None
 
     for name in (teacher, copy_from) if copy_from else (teacher,):
         check_teacher(name)
-    from raydistill.core.files import CARD, write_json_atomic
+    from raydistill.core.files import CHECKPOINT_METADATA, write_json_atomic
     from raydistill.models import families
-    from raydistill.models.loading import load_config, load_model, load_tokenizer, locate, set_languages
-    from raydistill.models.shrinking import plan
+    from raydistill.models.loading import (
+        load_config,
+        load_model,
+        load_tokenizer,
+        locate_checkpoint,
+        set_target_language,
+    )
+    from raydistill.models.shrinking import plan_layers
     from raydistill.models.shrinking import shrink as make
     from raydistill.training.run_folder import save_checkpoint
 
-    where = locate(teacher, dataset or default_dataset(teacher) or "")
-    layers = plan(families.depths(load_config(where)), student)
+    where = locate_checkpoint(teacher, dataset or default_dataset(teacher) or "")
+    layers = plan_layers(families.num_layers(load_config(where)), student)
     model, tokenizer = load_model(where), load_tokenizer(where)
-    set_languages(model, tokenizer)
-    made = make(model, layers, decoder_from=load_model(locate(copy_from, dataset or "")) if copy_from else None)
+    set_target_language(model, tokenizer)
+    made = make(
+        model, layers, decoder_from=load_model(locate_checkpoint(copy_from, dataset or "")) if copy_from else None
+    )
     save_checkpoint(made, tokenizer, output)
     card = {
         "teacher": teacher,
@@ -70,13 +80,15 @@ def shrink(
         "supervised": layers.supervised,
         "trained": False,
     }
-    write_json_atomic(output / CARD, card)
+    write_json_atomic(output / CHECKPOINT_METADATA, card)
     parameters = sum(p.numel() for p in made.parameters())
-    show(f"{output}: {size}, decoder layers {layers.decoder or 'random'}, {parameters / 1e6:.1f} M parameters", as_json)
-    finish({**card, "params_m": parameters / 1e6, "output": str(output)}, as_json)
+    print_text(
+        f"{output}: {size}, decoder layers {layers.decoder or 'random'}, {parameters / 1e6:.1f} M parameters", as_json
+    )
+    print_json({**card, "params_m": parameters / 1e6, "output": str(output)}, as_json)
 
 
-def _layers(option: str, text: str | None) -> list[int] | None:
+def _parse_layers(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     if not re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raydistill.core.console import finish, home, make_app, progress, run_app, show
+from raydistill.core.console import make_app, print_json, print_progress, print_text, raydistill_home, run_app
 
 app = make_app()
 
@@ -29,7 +29,7 @@ def sweep(
     from raydistill.config.space import read_space
 
     checked = read_space(space, settings)
-    folder = home() / "sweeps" / checked.name
+    folder = raydistill_home() / "sweeps" / checked.name
     from raydistill.config.presets import check_teacher
 
     _check_tracking(checked.tracking_uri, folder)
@@ -39,27 +39,27 @@ def sweep(
         from raydistill.search.dry_run import describe_plan
 
         plan = describe_plan(checked, folder)
-        show(plan["text"], as_json)
-        finish({k: v for k, v in plan.items() if k != "text"}, as_json)
+        print_text(plan["text"], as_json)
+        print_json({k: v for k, v in plan.items() if k != "text"}, as_json)
         return
     from raydistill.search.sweep import run_sweep
 
-    result = run_sweep(checked, folder, partial(show, as_json=as_json))
-    finish(result, as_json)
+    result = run_sweep(checked, folder, partial(print_text, as_json=as_json))
+    print_json(result, as_json)
     if not result["whole"]:
         raise typer.Exit(1)
 
 
 def _check_tracking(uri: str | None, folder: Path) -> None:
     """A store that does not answer is refused before a sweep begins; one that has begun goes on without it."""
-    from raydistill.tracking.mlflow_store import TrackingDown, check_tracking
+    from raydistill.tracking.mlflow_store import TrackingUnavailable, check_tracking
 
     try:
         check_tracking(uri)
-    except TrackingDown as error:
+    except TrackingUnavailable as error:
         if not (folder / "space.yaml").is_file():
             raise
-        progress(f"{error} The sweep goes on; what is missing is published later")
+        print_progress(f"{error} The sweep goes on; what is missing is published later")
 
 
 def main() -> None:

@@ -8,11 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from raydistill.cluster import sync
-from raydistill.core.console import finish, home, make_app, progress, run_app, show, table
+from raydistill.core.console import (
+    format_table,
+    make_app,
+    print_json,
+    print_progress,
+    print_text,
+    raydistill_home,
+    run_app,
+)
 from raydistill.core.errors import UserError
 
 app = make_app()
-DEMO = Path(__file__).parent / "data" / "demo_teacher.yaml"
+DEMO_RUN = Path(__file__).parent / "data" / "demo_teacher.yaml"
 
 
 @app.command()
@@ -35,64 +43,64 @@ def train(
         method: kd
         student: {size: 12-3}
     """
-    from raydistill.config.loader import absolute_paths, apply_settings, check, read_yaml
+    from raydistill.config.loader import apply_overrides, make_paths_absolute, read_yaml, validate
     from raydistill.config.presets import check_teacher
     from raydistill.config.run import Run
 
-    path = DEMO if run == "demo" else Path(run)
+    path = DEMO_RUN if run == "demo" else Path(run)
     data, lines = read_yaml(path)
     if "run" in data:
         raise UserError(f"{path}: this is a space (it has `run`); search it with `raydistill sweep {path}`")
-    checked = check(Run, absolute_paths(apply_settings(data, settings or [])), path, lines)
+    checked = validate(Run, make_paths_absolute(apply_overrides(data, settings or [])), path, lines)
     if checked.teacher:
         check_teacher(checked.teacher)
-    folder = home() / "runs" / checked.name
-    result = carry_out(checked, folder)
+    folder = raydistill_home() / "runs" / checked.name
+    result = train_run(checked, folder)
     metrics = {**result["metrics"], **{f"test {k}": v for k, v in (result["test"] or {}).items() if k != "interval"}}
     rows = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
-    show(table(["measure", checked.name], rows), as_json)
+    print_text(format_table(["measure", checked.name], rows), as_json)
     if result["status"] == "failed":
-        show(f"the run failed: {result['reason']}", as_json)
-        finish(result, as_json)
+        print_text(f"the run failed: {result['reason']}", as_json)
+        print_json(result, as_json)
         raise typer.Exit(1)
-    show(f"checkpoint: {folder / 'best'}", as_json)
-    finish({**result, "checkpoint": str(folder / "best")}, as_json)
+    print_text(f"checkpoint: {folder / 'best'}", as_json)
+    print_json({**result, "checkpoint": str(folder / "best")}, as_json)
 
 
-def carry_out(run: Any, folder: Path) -> dict[str, Any]:
+def train_run(run: Any, folder: Path) -> dict[str, Any]:
     """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
-    from raydistill.cluster.start import cluster, device
+    from raydistill.cluster.start import cluster_device, ray_cluster
     from raydistill.core.files import read_json
-    from raydistill.jobs.train import check_room, train_with_ray_train
+    from raydistill.jobs.train import check_capacity, train_with_ray_train
     from raydistill.search.dry_run import check_run
-    from raydistill.search.prepare import inputs_for
-    from raydistill.training.run_folder import ORIGIN, claim, claim_origin
-    from raydistill.training.tokenized_data import origin_of
+    from raydistill.search.prepare import prepare_inputs
+    from raydistill.training.run_folder import FINGERPRINTS_FILE, check_same_config, check_same_inputs
+    from raydistill.training.tokenized_data import input_fingerprints
 
     if (folder / "run.json").is_file():
-        claim(folder, run)
-    if (folder / ORIGIN).is_file():
-        claim_origin(folder, origin_of(run))
+        check_same_config(folder, run)
+    if (folder / FINGERPRINTS_FILE).is_file():
+        check_same_inputs(folder, input_fingerprints(run))
     if (folder / "result.json").is_file():
-        progress(f"{folder}: this run is finished already")
+        print_progress(f"{folder}: this run is finished already")
         return read_json(folder / "result.json")
     check_run(run)
-    with cluster():
-        where = device()
-        check_room(run, where)
-        progress(f"run {run.name}: method {run.method} on {where}, in {folder}")
-        inputs = inputs_for(run, where, folder)
-        with following(folder):
+    with ray_cluster():
+        where = cluster_device()
+        check_capacity(run, where)
+        print_progress(f"run {run.name}: method {run.method} on {where}, in {folder}")
+        inputs = prepare_inputs(run, where, folder)
+        with MetricsFollower(folder):
             return train_with_ray_train(run, folder, inputs, device=where)
 
 
-class following:
+class MetricsFollower:
     """A block during which each new validation of the run in `folder` is told in one line."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
         self.over = threading.Event()
-        self.told = len(self._lines())
+        self.num_reported = len(self._read_lines())
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -102,7 +110,7 @@ class following:
         self.over.set()
         self.thread.join()
 
-    def _lines(self) -> list[str]:
+    def _read_lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
 
     def _follow(self) -> None:
@@ -111,16 +119,16 @@ class following:
         while True:
             last = self.over.wait(1.0)
             with contextlib.suppress(UserError):  # the storage does not answer; it is asked again
-                sync.fetch(self.path)
-            lines = self._lines()
-            for line in lines[self.told :]:
+                sync.pull(self.path)
+            lines = self._read_lines()
+            for line in lines[self.num_reported :]:
                 m = json.loads(line)
                 scores = ", ".join(f"{k} {m[k]:.2f}" for k in ("rouge2", "bleu") if k in m)
-                progress(
+                print_progress(
                     f"  step {m['step']:>6}, epoch {m['epoch']:.2f}, {m['time_s']:.0f} s: "
                     f"loss {m['loss']:.3f}, validation loss {m['val_loss']:.3f}, {scores}"
                 )
-            self.told = len(lines)
+            self.num_reported = len(lines)
             if last:
                 return
 

@@ -4,12 +4,12 @@ import os
 
 import pytest
 
-from raydistill.cluster.start import cluster
+from raydistill.cluster.start import ray_cluster
 
 
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory):
     """A Ray of two CPUs, and a home of its own, for the tests of a file."""
     os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
-    with cluster(cpus=2):
+    with ray_cluster(cpus=2):
         yield

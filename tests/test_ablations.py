@@ -19,7 +19,10 @@ BOTH = Loss(alpha_attention=1.0, alpha_cosine=1.0)
 def sums(supervision, batch=None):
     """Each term's sum over a batch."""
     batch = batch or BATCH
-    return {k: float(v) for k, v in supervision.terms(supervision.read(batch), supervision.weights(batch))[1].items()}
+    return {
+        k: float(v)
+        for k, v in supervision.loss_terms(supervision.read_batch(batch), supervision.term_weights(batch))[1].items()
+    }
 
 
 def test_cosine_is_one_less_the_cosine_summed_over_tokens():
@@ -89,17 +92,17 @@ def test_from_the_cache_both_are_the_same_and_attention_goes_back_to_the_fast_ke
 
 def test_with_an_encoder_that_is_shrunk_the_teacher_attends_to_its_own(tmp_path):
     supervision = tiny("bart", tmp_path, size="1-2", loss=BOTH)
-    batch = supervision.read(BATCH)
+    batch = supervision.read_batch(BATCH)
     with torch.no_grad():
-        own = families.encode(supervision.teacher, batch.ids, batch.mask).last
+        own = families.encode(supervision.teacher, batch.ids, batch.source_mask).last_hidden_state
         wanted = families.decode(
             supervision.teacher,
             families.shift_right(supervision.teacher, batch.labels),
             own,
-            batch.mask,
+            batch.source_mask,
             attentions=True,
         )
-    taken = supervision._teacher_decoder(batch, torch.zeros_like(own), attentions=True)
+    taken = supervision._run_teacher_decoder(batch, torch.zeros_like(own), attentions=True)
     assert torch.equal(wanted.attentions[0][1], taken.attentions[0][1])
 
 
@@ -115,7 +118,7 @@ def test_with_an_encoder_that_is_shrunk_the_teacher_attends_to_its_own(tmp_path)
 def test_a_term_without_weight_is_not_worked_out(loss, terms, tmp_path):
     supervision = tiny("marian", tmp_path, loss=loss)
     found = sums(supervision)
-    assert set(found) == set(supervision.weights(BATCH)) == terms
+    assert set(found) == set(supervision.term_weights(BATCH)) == terms
     assert all(math.isfinite(value) for value in found.values())
 
 
@@ -126,8 +129,8 @@ def test_distilling_nothing_is_refused():
 
 def test_gradients_of_both_reach_the_student_and_not_the_teacher(tmp_path):
     supervision = tiny("bart", tmp_path, loss=Loss(alpha_logits=0, alpha_hidden=0, alpha_attention=1, alpha_cosine=1))
-    scales = {**dict.fromkeys(supervision.weights(BATCH), 1.0), "data": 0.0}
-    supervision.terms(supervision.read(BATCH), scales)[0].backward()
+    scales = {**dict.fromkeys(supervision.term_weights(BATCH), 1.0), "data": 0.0}
+    supervision.loss_terms(supervision.read_batch(BATCH), scales)[0].backward()
     layer = supervision.student.get_decoder().layers[0]
     assert float(layer.self_attn.q_proj.weight.grad.abs().max()) > 0
     assert float(layer.encoder_attn.k_proj.weight.grad.abs().max()) > 0

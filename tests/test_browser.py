@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from raydistill.results.page import write_report
-from raydistill.results.selection import Outcome, outcome
+from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
-from raydistill.tracking.export import export
+from raydistill.tracking.export import export_student
 from tests.test_choose import make_student
 from tests.test_tracking import make_trial, sweep
 
@@ -46,20 +46,20 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.fixture
-def chosen(sweep: Path) -> tuple[Path, Outcome]:
+def chosen(sweep: Path) -> tuple[Path, Selection]:
     """A finished sweep, published and with its choice registered."""
     make_student(sweep, "a", 0, 10.0)
     make_student(sweep, "b", 1, 60.0, "4-4")
     make_trial(sweep, "c", 2, 8.0)
     mlflow_runs.publish(sweep, finished=True)
-    found = outcome(sweep)
+    found = load_selection(sweep)
     key = str(found.chosen["fast"])
-    mlflow_registry.register_choice(sweep, key, "fast", export(found, key))
+    mlflow_registry.register_choice(sweep, key, "fast", export_student(found, key))
     return sweep, found
 
 
 @pytest.fixture
-def ui(chosen: tuple[Path, Outcome]) -> Iterator[str]:
+def ui(chosen: tuple[Path, Selection]) -> Iterator[str]:
     """MLflow's UI on the sweep's store, on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -91,10 +91,10 @@ def shot(driver: Any, name: str) -> None:
 
 
 def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
-    browser: Any, ui: str, chosen: tuple[Path, Outcome]
+    browser: Any, ui: str, chosen: tuple[Path, Selection]
 ) -> None:
     _, found = chosen
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     experiment = client.get_experiment_by_name(found.name).experiment_id
     browser.get(f"{ui}/#/experiments/{experiment}/runs")
     # The experiment has the same name, and links to itself above the table and beside it.
@@ -113,7 +113,7 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
 
 
 def test_the_page_shows_what_a_mark_is_and_asks_for_nothing_from_elsewhere(
-    browser: Any, chosen: tuple[Path, Outcome]
+    browser: Any, chosen: tuple[Path, Selection]
 ) -> None:
     from selenium.webdriver import ActionChains
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.core.errors import UserError
-from raydistill.results.pareto import Candidate, absolute_bounds, choose, feasible, front, on_one_clock
+from raydistill.results.pareto import Candidate, choose, feasible, pareto_front, pool_latency, resolve_bounds
 
 
 def candidate(key: str, score: float, latency: float, rows: np.ndarray | None = None, **costs: float) -> Candidate:
@@ -26,7 +26,7 @@ def test_front_is_what_brute_force_finds(points: list[tuple[int, int]]) -> None:
         for i, (score, cost) in enumerate(points)
         if not any(s >= score and c <= cost and (s, c) != (score, cost) for s, c in points)
     }
-    found = front(candidates, "latency_ms")
+    found = pareto_front(candidates, "latency_ms")
     assert {c.key for c in found} == undominated
     assert [c.costs["latency_ms"] for c in found] == sorted(c.costs["latency_ms"] for c in found)
 
@@ -34,7 +34,7 @@ def test_front_is_what_brute_force_finds(points: list[tuple[int, int]]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 3)), max_size=12))
 def test_on_one_clock_the_front_is_what_brute_force_finds_of_the_medians(points: list[tuple[int, int, int]]) -> None:
     """(score, milliseconds, shape): a shape costs its median; of one shape only the highest score is on the front."""
-    costs = on_one_clock([{"latency_ms": ms} for _, ms, _ in points], [shape for _, _, shape in points])
+    costs = pool_latency([{"latency_ms": ms} for _, ms, _ in points], [shape for _, _, shape in points])
     paid = [median(m for _, m, other in points if other == shape) for _, _, shape in points]
     assert [cost["latency_ms"] for cost in costs] == paid
     candidates = [candidate(str(i), score, costs[i]["latency_ms"]) for i, (score, _, _) in enumerate(points)]
@@ -44,7 +44,7 @@ def test_on_one_clock_the_front_is_what_brute_force_finds_of_the_medians(points:
         for i, mine in enumerate(zip(scores, paid, strict=True))
         if not any(s >= mine[0] and ms <= mine[1] and (s, ms) != mine for s, ms in zip(scores, paid, strict=True))
     }
-    found = front(candidates, "latency_ms")
+    found = pareto_front(candidates, "latency_ms")
     assert {c.key for c in found} == undominated
     for shape in {shape for _, _, shape in points}:
         there = {scores[int(c.key)] for c in found if points[int(c.key)][2] == shape}
@@ -58,24 +58,24 @@ def test_half_a_percent_of_the_same_shape_is_no_saving() -> None:
     timed = [{"latency_ms": 100.0, "params_m": 3.0}, {"latency_ms": 99.5, "params_m": 4.0}]
 
     def both(alike: list[str]) -> list[Candidate]:
-        costs = on_one_clock(timed, alike)
+        costs = pool_latency(timed, alike)
         return [Candidate("better", 20.2, base + 0.2, costs[0]), Candidate("lucky", 20.0, base + noise, costs[1])]
 
     same, other = both(["2-1", "2-1"]), both(["2-1", "2-2"])
     assert [c.costs["latency_ms"] for c in same] == [99.75, 99.75]
     assert [c.costs["params_m"] for c in same] == [3.0, 4.0], "only milliseconds are noisy"
-    assert [c.key for c in front(same, "latency_ms")] == ["better"]
+    assert [c.key for c in pareto_front(same, "latency_ms")] == ["better"]
     choice = choose(same, {"latency_ms": 100.0}, "rouge2")
     assert choice.best is not None
     assert choice.best.key == "better"
-    assert [c.key for c in front(other, "latency_ms")] == ["lucky", "better"]
+    assert [c.key for c in pareto_front(other, "latency_ms")] == ["lucky", "better"]
     assert choose(other, {"latency_ms": 100.0}, "rouge2").best is other[1]
 
 
 def test_the_spread_on_one_clock_is_that_of_all() -> None:
     timed = [{"latency_ms": ms, "latency_ms_low": ms - 5, "latency_ms_high": ms + 5} for ms in (10.0, 14.0, 11.0)]
     wanted = {"latency_ms": 11.0, "latency_ms_low": 5.0, "latency_ms_high": 19.0}
-    assert on_one_clock([*timed, {"gpu_hours": 1.0}], ["a"] * 4) == [wanted] * 3 + [{"gpu_hours": 1.0}]
+    assert pool_latency([*timed, {"gpu_hours": 1.0}], ["a"] * 4) == [wanted] * 3 + [{"gpu_hours": 1.0}]
 
 
 @given(POINTS, st.integers(0, 5))
@@ -87,14 +87,14 @@ def test_the_choice_within_a_bound_has_the_highest_score(points: list[tuple[int,
 
 
 def test_front_leaves_out_what_was_not_measured() -> None:
-    assert front([Candidate("a", 9, None, {}), candidate("b", 1, 1)], "latency_ms")[0].key == "b"
+    assert pareto_front([Candidate("a", 9, None, {}), candidate("b", 1, 1)], "latency_ms")[0].key == "b"
 
 
 def test_percentages_are_of_the_teacher() -> None:
-    bounds = absolute_bounds({"latency_ms": "50%", "params_m": 120}, {"latency_ms": 1900.0})
+    bounds = resolve_bounds({"latency_ms": "50%", "params_m": 120}, {"latency_ms": 1900.0})
     assert bounds == {"latency_ms": 950.0, "params_m": 120.0}
     with pytest.raises(UserError, match="no measured memory_mb"):
-        absolute_bounds({"memory_mb": "50%"}, {"latency_ms": 1})
+        resolve_bounds({"memory_mb": "50%"}, {"latency_ms": 1})
 
 
 def test_a_bound_is_inclusive_and_all_must_hold() -> None:

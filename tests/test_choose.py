@@ -21,12 +21,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.choose import parse_bounds
 from raydistill.core.errors import UserError
-from raydistill.core.files import CARD, read_json, write_json_atomic
+from raydistill.core.files import CHECKPOINT_METADATA, read_json, write_json_atomic
 from raydistill.inference import mlflow_pyfunc
-from raydistill.results.records import decoding_name
-from raydistill.results.selection import outcome
+from raydistill.results.records import decoding_key
+from raydistill.results.selection import load_selection
 from raydistill.tracking import mlflow_store
-from raydistill.tracking.export import export
+from raydistill.tracking.export import export_student
 from tests.test_tracking import make_trial, sweep
 from tests.tiny import save_tiny, sentences
 from tests.world import background, free_port
@@ -90,7 +90,7 @@ def make_student(sweep: Path, key: str, number: int, score: float, size: str = "
         costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
         served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
         served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
-        np.savez(folder / f"rows-validation-{decoding_name(served[-1])}.npz", validation=np.full(20, score))
+        np.savez(folder / f"rows-validation-{decoding_key(served[-1])}.npz", validation=np.full(20, score))
     hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
     about = {"engine": "ctranslate2 int8", "hardware": hardware}
     write_json_atomic(folder / "served.json", {**about, "decodings": served})
@@ -110,7 +110,7 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
     assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
 
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert version.tags["decoding"] == "1 beam"
     folder = Path(version.source.removeprefix("file://"))
@@ -126,8 +126,8 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     sources = sentences(5, seed=3)
     import mlflow
 
-    mlflow.set_tracking_uri(mlflow_store.default_uri())
-    mlflow.set_registry_uri(mlflow_store.default_uri())
+    mlflow.set_tracking_uri(mlflow_store.default_tracking_uri())
+    mlflow.set_registry_uri(mlflow_store.default_tracking_uri())
     written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.num_beams == 1
@@ -150,7 +150,7 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
 def handed_over(sweep: Path) -> Path:
     """A student as `choose` hands it over."""
     make_student(sweep, "a", 0, 10.0)
-    return export(outcome(sweep), "a b1")
+    return export_student(load_selection(sweep), "a b1")
 
 
 def test_mlflow_predicts_and_serves_by_the_cards_own_commands(handed_over: Path, tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_mlflow_serves_with_all_that_the_machine_has_unless_told_otherwise(
 ) -> None:
     import mlflow
 
-    card = read_json(handed_over / CARD)
+    card = read_json(handed_over / CHECKPOINT_METADATA)
     card["config"]["evaluation"] = {"engine": "transformers"}  # with which its finalists were then served
-    write_json_atomic(handed_over / CARD, card)
+    write_json_atomic(handed_over / CHECKPOINT_METADATA, card)
 
     def engine(**settings: Any) -> tuple[str, str, int | None]:
         found = mlflow.pyfunc.load_model(str(handed_over), **settings)._model_impl.engine

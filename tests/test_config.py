@@ -11,19 +11,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raydistill.config.distributions import decode, encode
-from raydistill.config.loader import apply_settings, check, read_yaml
+from raydistill.config.corners import iter_corners, resolve_point
+from raydistill.config.distributions import decode_choice, encode_choice, suggest_params
+from raydistill.config.loader import apply_overrides, read_yaml, validate
 from raydistill.config.run import Loss, Run, Training
 from raydistill.config.schema import json_schema
 from raydistill.config.space import (
     Space,
     check_bounds,
-    corners,
-    point_values,
-    propose,
+    make_run,
     read_space,
-    resolve,
-    sampler_names,
+    sampler_params,
 )
 from raydistill.core.errors import UserError
 
@@ -48,7 +46,7 @@ def refusal(path, *changes):
 
 def test_corners_are_all_combinations_of_choices_and_range_ends():
     run = {**BASE, "method": {"choice": ["sft", "kd"]}, "training": {"learning_rate": {"log_uniform": [1e-4, 1e-3]}}}
-    assert list(corners(run)) == [
+    assert list(iter_corners(run)) == [
         {"method": "sft", "training.learning_rate": 1e-4},
         {"method": "sft", "training.learning_rate": 1e-3},
         {"method": "kd", "training.learning_rate": 1e-4},
@@ -63,7 +61,7 @@ def test_a_distribution_with_when_has_corners_only_where_it_holds():
         "method": {"choice": ["sft", "kd", "pl"]},
         "training": {"epochs": {"int": [2, 2], "when": {"method": ["sft", "pl"]}}},
     }
-    assert sorted(map(str, corners(run))) == sorted(
+    assert sorted(map(str, iter_corners(run))) == sorted(
         map(
             str,
             [
@@ -78,8 +76,8 @@ def test_a_distribution_with_when_has_corners_only_where_it_holds():
 
 def test_when_can_name_a_fixed_value_of_the_run():
     run = {**BASE, "method": "kd", "loss": {"alpha_hidden": {"choice": [1], "when": {"method": "kd"}}}}
-    assert list(corners(run)) == [{"loss.alpha_hidden": 1}]
-    assert list(corners({**run, "method": "sft"})) == [{}]
+    assert list(iter_corners(run)) == [{"loss.alpha_hidden": 1}]
+    assert list(iter_corners({**run, "method": "sft"})) == [{}]
 
 
 CASES = {
@@ -97,13 +95,13 @@ CASES = {
 
 
 def test_cases_give_one_key_a_distribution_of_its_own_per_condition():
-    assert list(corners(CASES)) == [
+    assert list(iter_corners(CASES)) == [
         {"method": "sft", "training.learning_rate": 0.1},
         {"method": "sft", "training.learning_rate": 0.2},
         {"method": "kd", "training.learning_rate": 0.5},
     ]
     # A sampler models the two apart, so they have names of their own.
-    names = sampler_names(CASES, {"method": "kd", "training.learning_rate": 0.5})
+    names = sampler_params(CASES, {"method": "kd", "training.learning_rate": 0.5})
     assert names == {"method": "kd", "training.learning_rate@1": 0.5}
 
 
@@ -121,7 +119,7 @@ def test_when_may_depend_on_what_itself_depends():
         },
         "method": {"choice": ["sft", "kd"]},
     }
-    assert list(corners(run)) == [
+    assert list(iter_corners(run)) == [
         {"method": "sft"},
         {"method": "kd", "loss.alpha_hidden": 1},
         {"method": "kd", "loss.alpha_hidden": 3, "loss.normalize_hidden": True},
@@ -131,15 +129,15 @@ def test_when_may_depend_on_what_itself_depends():
 
 def test_too_many_corners_are_drawn_from_and_every_one_lies_in_the_space():
     run = {**BASE, "training": {f"x{i}": {"int": [0, 1]} for i in range(10)}}
-    found = list(corners(run, limit=50))
+    found = list(iter_corners(run, limit=50))
     assert len(found) == 100
     assert all(set(c.values()) <= {0, 1} and len(c) == 10 for c in found)
-    assert len(list(corners(run, limit=1024))) >= 1024
+    assert len(list(iter_corners(run, limit=1024))) >= 1024
 
 
 def test_a_point_takes_what_it_says_and_the_first_or_lowest_for_the_rest():
-    assert point_values(CASES, {"method": "kd"}) == {"method": "kd", "training.learning_rate": 0.5}
-    assert point_values(CASES, {"training.learning_rate": 0.15}) == {"method": "sft", "training.learning_rate": 0.15}
+    assert resolve_point(CASES, {"method": "kd"}) == {"method": "kd", "training.learning_rate": 0.5}
+    assert resolve_point(CASES, {"training.learning_rate": 0.15}) == {"method": "sft", "training.learning_rate": 0.15}
 
 
 @pytest.mark.parametrize(
@@ -158,10 +156,10 @@ def test_a_point_outside_the_space_is_refused(point, message, tmp_path):
 
 @pytest.mark.parametrize("value", ["", "[odd", "{", '"quoted', "plain", 3, None, True, [1, 2], {"a": [1]}, "[1]"])
 def test_a_choice_survives_the_samplers_scalars(value):
-    assert decode(encode(value)) == value
-    assert isinstance(encode(value), str | int | float | bool | None)
+    assert decode_choice(encode_choice(value)) == value
+    assert isinstance(encode_choice(value), str | int | float | bool | None)
     run = {**BASE, "labels": {"choice": [value]}}
-    assert list(corners(run)) == [{"labels": value}]
+    assert list(iter_corners(run)) == [{"labels": value}]
 
 
 def test_a_trials_run_has_the_chosen_values_and_the_defaults_of_what_does_not_apply():
@@ -171,7 +169,7 @@ def test_a_trials_run_has_the_chosen_values_and_the_defaults_of_what_does_not_ap
         "loss": {"alpha_hidden": {"choice": [7], "when": {"method": "kd"}}},
     }
     space = Space(name="x", run=run)
-    made = [resolve(space, chosen, "trial") for chosen in corners(run)]
+    made = [make_run(space, chosen, "trial") for chosen in iter_corners(run)]
     assert [(r.name, r.method, r.loss.alpha_hidden) for r in made] == [("trial", "sft", 3.0), ("trial", "kd", 7.0)]
 
 
@@ -197,7 +195,7 @@ def test_every_choice_is_asked_for_by_its_name_and_kind():
         "loss": {"temperature": {"uniform": [1, 4]}},
         "training": {"learning_rate": {"log_uniform": [1e-5, 1e-3]}, "epochs": {"int": [1, 9]}},
     }
-    chosen = propose(run, Trial())
+    chosen = suggest_params(run, Trial())
     assert chosen == {"method": "sft", "loss.temperature": 4, "training.learning_rate": 1e-3, "training.epochs": 1}
     assert asked == [
         ("method", ["sft"]),
@@ -322,25 +320,25 @@ def test_set_changes_a_value_as_yaml_and_leaves_the_rest(tmp_path):
     space = read_space(path, ["search.trials=9", "run.training.batch_size=4", "run.method={choice: [sft, kd]}"])
     assert (space.search.trials, space.search.seed) == (9, 1)
     assert space.run["training"] == {"batch_size": 4}
-    assert [c["method"] for c in corners(space.run)] == ["sft", "kd"]
+    assert [c["method"] for c in iter_corners(space.run)] == ["sft", "kd"]
 
 
 def test_set_goes_into_a_data_set_that_was_given_by_name(tmp_path):
-    assert apply_settings({"dataset": "demo"}, ["dataset.train_rows=7"]) == {
+    assert apply_overrides({"dataset": "demo"}, ["dataset.train_rows=7"]) == {
         "dataset": {"name": "demo", "train_rows": 7}
     }
 
 
 def test_set_does_not_change_the_data_it_was_given():
     data = {"a": {"b": 1}}
-    assert apply_settings(data, ["a.b=2", "c=x=y"]) == {"a": {"b": 2}, "c": "x=y"}
+    assert apply_overrides(data, ["a.b=2", "c=x=y"]) == {"a": {"b": 2}, "c": "x=y"}
     assert data == {"a": {"b": 1}}
 
 
 @pytest.mark.parametrize("setting", ["search.trials", "=3", "a..b=3", "a=[1", "a=2020-99-99", ".=1"])
 def test_a_setting_that_cannot_be_read_is_quoted(setting):
     with pytest.raises(UserError) as caught:
-        apply_settings({}, [setting])
+        apply_overrides({}, [setting])
     assert str(caught.value).startswith(f"--set {setting}: ")
 
 
@@ -381,7 +379,7 @@ def test_the_papers_defaults():
     [("sft", "auto", "original"), ("kd", "auto", "original"), ("pl", "auto", "pseudo"), ("kd", "pseudo", "pseudo")],
 )
 def test_labels_follow_the_method(method, labels, source):
-    assert Run(name="x", teacher="t", dataset={"name": "d"}, method=method, labels=labels).label_source == source
+    assert Run(name="x", teacher="t", dataset={"name": "d"}, method=method, labels=labels).resolved_labels == source
 
 
 # The shipped spaces and their schema
@@ -477,11 +475,11 @@ def test_a_run_file_is_checked_the_same_way(tmp_path):
     path = write(tmp_path, "name: x\nteacher: demo\ndataset: demo\ntraining:\n  epoch: 3\n")
     data, lines = read_yaml(path)
     with pytest.raises(UserError, match=r"space\.yaml:5: training\.epoch: unknown key; did you mean 'epochs'\?"):
-        check(Run, data, path, lines)
+        validate(Run, data, path, lines)
 
 
 def test_paths_in_labels_and_choices_are_made_absolute(tmp_path, monkeypatch):
-    from raydistill.config.loader import absolute_paths
+    from raydistill.config.loader import make_paths_absolute
 
     monkeypatch.chdir(tmp_path)
     for name in ("set", "teacher"):
@@ -491,7 +489,7 @@ def test_paths_in_labels_and_choices_are_made_absolute(tmp_path, monkeypatch):
         "labels": {"cases": [{"choice": ["original+set*0.5", "pseudo+pseudo@teacher"], "when": {"method": "sft"}}]},
         "student": {"copy_from": "teacher", "size": "6-3"},
     }
-    found = absolute_paths(run)
+    found = make_paths_absolute(run)
     assert found["teacher"] == {"choice": [f"{tmp_path}/teacher", "bart"]}
     assert found["labels"]["cases"][0]["choice"] == [
         f"original+{tmp_path}/set*0.5",

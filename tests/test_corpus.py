@@ -10,7 +10,7 @@ import pytest
 
 from raydistill.config.run import Columns, Dataset
 from raydistill.core.errors import UserError
-from raydistill.data.corpus import Corpus, inspect_corpus, read_corpus, split_names, statistics
+from raydistill.data.corpus import Corpus, corpus_statistics, inspect_corpus, read_corpus, split_names
 from tests.hub_cache import lay_out_dataset
 
 ROWS = [
@@ -334,7 +334,7 @@ def test_invalid_utf8_in_parquet_is_one_bad_row(tmp_path):
 def test_statistics_by_hand():
     sources = [" ".join(["w"] * n) for n in range(1, 21)]
     corpus = Corpus("x", "train", [str(i) for i in range(20)], sources, ["é"] * 20, Columns(source="s"))
-    assert statistics(corpus) == {
+    assert corpus_statistics(corpus) == {
         "rows": 20,
         "source_words_mean": 10.5,
         "source_words_p50": 10,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.inference.cublas import LIBRARIES, preload
+from raydistill.inference.cublas import CUBLAS_LIBRARIES, preload
 
 ASK = """
 import ctypes
@@ -29,7 +29,7 @@ def test_what_was_preloaded_answers_under_its_bare_name(tmp_path: Path) -> None:
         pytest.skip("no C compiler here")
     folder = tmp_path / "nvidia" / "cublas" / "lib"
     folder.mkdir(parents=True)
-    light, cublas = LIBRARIES
+    light, cublas = CUBLAS_LIBRARIES
     library(folder, light, "int half(void) { return 21; }")
     library(folder, cublas, "int half(void); int answer(void) { return 2 * half(); }", light)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
@@ -49,13 +49,13 @@ def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_the_package_nothing_is_loaded(only_here: Path) -> None:
     assert preload() is None
     only_here.mkdir(parents=True)
-    (only_here / LIBRARIES[1]).touch()  # the one without the other
+    (only_here / CUBLAS_LIBRARIES[1]).touch()  # the one without the other
     assert preload() is None
 
 
 def test_a_broken_library_is_no_silence(only_here: Path) -> None:
     only_here.mkdir(parents=True)
-    for name in LIBRARIES:
+    for name in CUBLAS_LIBRARIES:
         (only_here / name).write_text("no library")
     with pytest.raises(OSError, match=r"invalid ELF|too short"):
         preload()

@@ -6,37 +6,37 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import ValidationError
 
-from raydistill.config.run import Curation, Dataset, LabelPart
+from raydistill.config.run import Curation, Dataset, LabelSource
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
-from raydistill.evaluation.metrics import Tally, rouge2_rows
+from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
 from raydistill.label_sets import curation
 from raydistill.label_sets.curation import (
-    Pair,
-    agreement,
+    CurationRow,
+    apply_rules,
     check_curation,
+    compare_label_sets,
     copy_rate,
     curate,
-    judge,
     length_ratio,
-    repetition,
+    trigram_repetition,
 )
 from raydistill.label_sets.label_set import (
     Candidate,
-    choose_targets,
     read_candidates,
     read_label_set,
     read_manifest,
+    select_targets,
     write_label_set,
 )
-from raydistill.labels import find
-from raydistill.pseudolabel import rules_of
+from raydistill.labels import find_label_set
+from raydistill.pseudolabel import parse_curation
 
 
 def test_measures_by_hand():
-    assert repetition("a b c a b c a b c") == pytest.approx(1 - 3 / 7)  # trigrams abc bca cab abc bca cab abc
-    assert repetition("a b c d e") == 0
-    assert repetition("a b") == 0
+    assert trigram_repetition("a b c a b c a b c") == pytest.approx(1 - 3 / 7)  # trigrams abc bca cab abc bca cab abc
+    assert trigram_repetition("a b c d e") == 0
+    assert trigram_repetition("a b") == 0
     assert copy_rate("the dog runs home", "a dog runs home now") == 0.5  # "the dog runs" is new, "dog runs home" is not
     assert copy_rate("too short", "too short") == 0
     assert length_ratio("a b c", "a b") == 1.5
@@ -47,13 +47,13 @@ ORIGINAL = "old man sees red bicycle"
 
 
 def pair(*texts, original=ORIGINAL, other=""):
-    return Pair(
+    return CurationRow(
         Row(("f", 1), "r", SOURCE, original), [Candidate(text, -float(i)) for i, text in enumerate(texts)], other
     )
 
 
 def judged(rules, *texts, **kw):
-    [(ranked, reason)] = judge([pair(*texts, **kw)], Curation.model_validate(rules), rouge2_rows)
+    [(ranked, reason)] = apply_rules([pair(*texts, **kw)], Curation.model_validate(rules), rouge2_rows)
     return [candidate.target for candidate in ranked], reason
 
 
@@ -105,10 +105,10 @@ def test_rules_that_cannot_be_meant_are_refused(rules):
 
 
 def test_rules_from_the_command_line_name_what_is_wrong():
-    assert rules_of(["min_rouge2=20", "choose=rouge2"]) == Curation(min_rouge2=20, choose="rouge2")
+    assert parse_curation(["min_rouge2=20", "choose=rouge2"]) == Curation(min_rouge2=20, choose="rouge2")
     for option, message in (("nonsense=1", "one of choose"), ("min_rouge2", "RULE=VALUE"), ("max_copy_rate=2", "less")):
         with pytest.raises(UserError, match=message):
-            rules_of([option])
+            parse_curation([option])
 
 
 @pytest.fixture
@@ -131,14 +131,14 @@ def world(tmp_path):
 
 def make(world, **rules):
     data, folder = world
-    return curate(folder, data, "train", Curation.model_validate(rules), rouge2_rows, Tally("rouge2"))
+    return curate(folder, data, "train", Curation.model_validate(rules), rouge2_rows, ScoreAccumulator("rouge2"))
 
 
 def test_a_curated_set_stands_beside_the_whole_one_and_counts_what_it_dropped(world):
     made = make(world, choose="rouge2", min_rouge2=50)
     found = read_label_set(made)
     assert found.targets == {"r0": "old man sees red bicycle 0", "r1": "old man sees red bicycle 1"}
-    assert found.dropped == {"r2", "r3"}
+    assert found.dropped_ids == {"r2", "r3"}
     assert found.manifest["rows"] == 2
     assert found.manifest["dropped"] == {"empty": 1, "min_rouge2": 1}
     assert found.manifest["quality"]["rouge2"] == 100
@@ -148,7 +148,7 @@ def test_a_curated_set_stands_beside_the_whole_one_and_counts_what_it_dropped(wo
         Candidate("nothing alike", -1.0),
     ]
     assert len(read_label_set(world[1]).targets) == 4
-    rows, targets = choose_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, [LabelPart("pseudo")], {"pseudo": found})
+    rows, targets = select_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, [LabelSource("pseudo")], {"pseudo": found})
     assert (rows, targets) == ([0, 1], list(found.targets.values()))
     assert make(world, choose="rouge2", min_rouge2=50) == made  # found, not made again
     assert make(world, min_rouge2=50) != made
@@ -163,10 +163,19 @@ def test_other_data_no_originals_and_nothing_left_are_refused(world, tmp_path):
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({"id": f"r{i}", "source": "s"}) + "\n" for i in range(4)))
     with pytest.raises(UserError, match="has no targets"):
-        curate(folder, Dataset(name=str(bare)), "train", Curation(min_rouge2=1), rouge2_rows, Tally("rouge2"))
+        curate(
+            folder, Dataset(name=str(bare)), "train", Curation(min_rouge2=1), rouge2_rows, ScoreAccumulator("rouge2")
+        )
     bare.write_text(json.dumps({"id": "other", "source": "s"}) + "\n")
     with pytest.raises(UserError, match="expected row 'other' and found 'r0': this label set was made for other data"):
-        curate(folder, Dataset(name=str(bare)), "train", Curation(max_copy_rate=0.5), rouge2_rows, Tally("rouge2"))
+        curate(
+            folder,
+            Dataset(name=str(bare)),
+            "train",
+            Curation(max_copy_rate=0.5),
+            rouge2_rows,
+            ScoreAccumulator("rouge2"),
+        )
 
 
 def test_what_cannot_work_is_known_before_a_teacher_starts(world, tmp_path):
@@ -204,15 +213,15 @@ def test_a_curated_set_is_named_by_what_it_agrees_with_and_by_its_metric(world, 
     assert make(world, agree_with=another(tmp_path / "b", texts, made="again"), min_agreement=50) != first
     data, folder = world
     rules = Curation(agree_with=str(tmp_path / "a"), min_agreement=50)
-    other = curate(folder, data, "train", rules, rouge2_rows, Tally("bleu"))
+    other = curate(folder, data, "train", rules, rouge2_rows, ScoreAccumulator("bleu"))
     assert other != first
     assert (read_manifest(other)["metric"], list(read_manifest(other)["quality"])) == ("bleu", ["bleu"])
 
 
 def test_several_who_curate_at_once_make_the_set_once(world, monkeypatch):
     made = []
-    real = curation._curate_into
-    monkeypatch.setattr(curation, "_curate_into", lambda *args: made.append(args) or real(*args))
+    real = curation._write_curated_set
+    monkeypatch.setattr(curation, "_write_curated_set", lambda *args: made.append(args) or real(*args))
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: make(world, max_copy_rate=0.9), range(4)))
     assert len(set(folders)) == len(made) == 1
@@ -223,17 +232,22 @@ def test_agreement_of_two_sets(world, tmp_path):
     _, folder = world
     other = [(f"r{i}", [Candidate(text, 0.0)]) for i, text in enumerate(["nothing alike", "a b c", "d", "z", "more"])]
     write_label_set(tmp_path / "labels" / "other", other, lambda: {"rows": 5})
-    found = agreement(folder, tmp_path / "labels" / "other", Tally("rouge2"))
+    found = compare_label_sets(folder, tmp_path / "labels" / "other", ScoreAccumulator("rouge2"))
     assert (found["rows"], found["only_first"], found["only_second"], found["equal"]) == (4, 0, 1, 0.5)
     assert found["rouge2"] == 25  # one bigram text equal; one word alone has no bigram
     write_label_set(tmp_path / "labels" / "apart", [("q", [Candidate("a", 0.0)])], lambda: {"rows": 1})
     with pytest.raises(UserError, match="no row id in common"):
-        agreement(folder, tmp_path / "labels" / "apart", Tally("rouge2"))
+        compare_label_sets(folder, tmp_path / "labels" / "apart", ScoreAccumulator("rouge2"))
 
 
 def test_a_set_is_found_by_folder_name_or_beginning(world):
     _, folder = world
     root = folder.parent
-    assert find(str(folder), None) == find("some-train-0123", root) == find("some", root) == folder
+    assert (
+        find_label_set(str(folder), None)
+        == find_label_set("some-train-0123", root)
+        == find_label_set("some", root)
+        == folder
+    )
     with pytest.raises(UserError, match=r"no such label set .*some-train-0123"):
-        find("other", root)
+        find_label_set("other", root)

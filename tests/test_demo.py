@@ -9,14 +9,14 @@ import pytest
 from rouge_score import rouge_scorer
 
 from raydistill.data import demo
-from raydistill.data.demo import SIZES, demo_rows
+from raydistill.data.demo import SPLIT_SIZES, demo_rows
 
 # Changes only when the text of the corpus is changed on purpose; then scores of older runs do not compare.
 PINNED = "040a7dcc3e26f93b44f16fd1cf8a22e830cc666d34ed6f38176703f3c720d65e"
 
 
 def _hash() -> str:
-    return hashlib.sha256(json.dumps([demo_rows(split) for split in SIZES]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([demo_rows(split) for split in SPLIT_SIZES]).encode()).hexdigest()
 
 
 def test_text_is_pinned():
@@ -32,8 +32,8 @@ def test_another_process_with_other_hash_seed_makes_the_same_text():
 
 
 def test_counts_and_ids():
-    assert {split: len(demo_rows(split)) for split in SIZES} == {"train": 6000, "validation": 400, "test": 400}
-    ids = [row["id"] for split in SIZES for row in demo_rows(split)]
+    assert {split: len(demo_rows(split)) for split in SPLIT_SIZES} == {"train": 6000, "validation": 400, "test": 400}
+    ids = [row["id"] for split in SPLIT_SIZES for row in demo_rows(split)]
     assert len(set(ids)) == 6800
     with pytest.raises(KeyError):
         demo_rows("dev")
@@ -41,12 +41,12 @@ def test_counts_and_ids():
 
 @pytest.mark.parametrize("key", ["source", "target"])
 def test_no_text_is_in_two_rows_or_splits(key):
-    texts = [row[key] for split in SIZES for row in demo_rows(split)]
+    texts = [row[key] for split in SPLIT_SIZES for row in demo_rows(split)]
     assert len(set(texts)) == len(texts)
 
 
 def test_lengths_and_no_placeholder_left():
-    for row in (row for split in SIZES for row in demo_rows(split)):
+    for row in (row for split in SPLIT_SIZES for row in demo_rows(split)):
         assert 45 <= len(row["source"].split()) <= 75
         assert 8 <= len(row["target"].split()) <= 15
         for text in (row["source"], row["target"]):
@@ -78,7 +78,7 @@ def test_facts_of_the_summary_follow_from_the_report():
     tens = ["ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
     checked = 0
     for row in demo_rows("test"):
-        event = [s for s in row["source"].split(". ") if not s.startswith(demo.CUES)]
+        event = [s for s in row["source"].split(". ") if not s.startswith(demo.DISTRACTOR_CUES)]
         found = re.search(r"Of every hundred votes (\w+) went to (\w+)", ". ".join(event))
         other = re.search(r"(\w+) could count on (\w+)|, and (\w+) got (\w+)", ". ".join(event))
         if not found or not other:
@@ -91,7 +91,7 @@ def test_facts_of_the_summary_follow_from_the_report():
 
 
 def test_made_in_under_two_seconds():
-    demo._all_rows.cache_clear()
+    demo._generate_splits.cache_clear()
     start = time.process_time()
     demo_rows("train")
     assert time.process_time() - start < 2

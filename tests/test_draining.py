@@ -11,10 +11,10 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.tune import Callback
 
 from benchmarks.nodes import STORE_BYTES, head
-from raydistill.cluster.start import cluster
+from raydistill.cluster.start import ray_cluster
 from raydistill.config.space import Space
-from raydistill.search.prepare import Prepared
-from raydistill.search.tune_search import search
+from raydistill.search.prepare import PreparedSweep
+from raydistill.search.tune_search import run_search
 from tests.tiny import save_tiny
 from tests.world import write_corpus
 
@@ -83,7 +83,7 @@ def test_a_trial_on_a_machine_that_is_drained_is_saved_at_once_and_moves(
     sweep.mkdir(parents=True)
     space = space_of(tmp_path, launcher, workers)
     costs = {"latency_ms": 10.0, "latency_ms_b1": 1.0, "params_m": 1.0}
-    prepared = Prepared({"size": "2-3", "costs": costs}, {"2-1": costs}, {"2-1": costs})
+    prepared = PreparedSweep({"size": "2-3", "costs": costs}, {"2-1": costs}, {"2-1": costs})
     saved: list[int] = []  # the steps at which the state was saved, as far as they were seen
     over = threading.Event()
 
@@ -95,11 +95,11 @@ def test_a_trial_on_a_machine_that_is_drained_is_saved_at_once_and_moves(
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    with head() as started, cluster():
+    with head() as started, ray_cluster():
         first = started.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
         Notice.cluster, Notice.node, Notice.given = started, first.node_id, False
         try:
-            search(space, sweep, prepared, "cpu", [Notice()])
+            run_search(space, sweep, prepared, "cpu", [Notice()])
         finally:
             over.set()
             thread.join()

@@ -16,26 +16,26 @@ from ray.tune import Callback
 
 from benchmarks.nodes import STORE_BYTES, head
 from benchmarks.scaling import endless, made_up
-from raydistill.cluster.actor_pool import Facts, run_batches
-from raydistill.cluster.start import cluster
+from raydistill.cluster.actor_pool import BatchStats, run_batches
+from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Run
 from raydistill.core.files import write_atomic, write_json_atomic
 from raydistill.jobs.train import train_with_ray_train
-from raydistill.search.tune_search import search
-from raydistill.training.inputs import Inputs
-from raydistill.training.loop import Report
+from raydistill.search.tune_search import run_search
+from raydistill.training.inputs import RunInputs
+from raydistill.training.loop import ReportFn
 from raydistill.training.workers import Worker
 
 BATCHES = 60
 
 
-def second_of_work(folder: Path) -> Callable[[int], Facts]:
+def second_of_work(folder: Path) -> Callable[[int], BatchStats]:
     """Batches of a second, each of which leaves a file with the node that did it."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
 
-    def work(number: int) -> Facts:
+    def work(number: int) -> BatchStats:
         time.sleep(1)
         write_atomic(folder / f"{number}.json", json.dumps(node).encode())
         return {"rows": 1.0}
@@ -51,14 +51,14 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_takes_no_batch_with_it(tm
         first = started.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         joined = []
 
-        def on_done(facts: Facts) -> None:
+        def on_done(facts: BatchStats) -> None:
             done.append(int(facts["batch"]))
             if len(done) == 5:
                 joined.append(started.add_node(num_cpus=2, object_store_memory=STORE_BYTES))
             if joined and len(done) == 45:
                 started.remove_node(joined.pop())
 
-        with cluster():
+        with ray_cluster():
             run_batches(range(BATCHES), lambda: second_of_work(tmp_path), device="cpu", on_done=on_done)
     assert sorted(done) == list(range(BATCHES))
     by_node = Counter(json.loads((tmp_path / f"{n}.json").read_text()) for n in range(BATCHES))
@@ -67,7 +67,9 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_takes_no_batch_with_it(tm
     assert min(by_node.values()) >= 10
 
 
-def note_node(seconds: float, run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worker) -> dict[str, Any]:
+def note_node(
+    seconds: float, run: Run, folder: Path, report: ReportFn, inputs: RunInputs, worker: Worker
+) -> dict[str, Any]:
     """Work of some seconds that leaves the node on which each worker did it."""
     import ray
 
@@ -77,7 +79,7 @@ def note_node(seconds: float, run: Run, folder: Path, report: Report, inputs: In
     node = ray.get_runtime_context().get_node_id()
     write_json_atomic(folder / f"worker{worker.rank}.json", {"node": node, "begun": begun, "ended": time.time()})
     metrics = {**inputs.costs, "score": 1.0, "gpu_hours": 0.0}
-    result = {"key": folder.name, "status": "done", "metrics": metrics, "steps": 1, **inputs.note}
+    result = {"key": folder.name, "status": "done", "metrics": metrics, "steps": 1, **inputs.result_fields}
     write_json_atomic(folder / "result.json", result)
     return result
 
@@ -108,8 +110,8 @@ def sweep_while_nodes_come_and_go(sweep: Path) -> None:
     space = endless(10, None, 8.0, "tune")
     with head() as started:
         started.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        with cluster():
-            search(space, sweep, made_up(), "cpu", [Changes(started)], partial(note_node, 8.0))
+        with ray_cluster():
+            run_search(space, sweep, made_up(), "cpu", [Changes(started)], partial(note_node, 8.0))
 
 
 @pytest.mark.slow
@@ -130,13 +132,13 @@ def run_of_two_workers_where_two_machines_are_half_taken(folder: Path) -> None:
     with head() as started:
         for name in ("a", "b"):
             started.add_node(num_cpus=2, resources={name: 1}, object_store_memory=STORE_BYTES)
-        with cluster():
+        with ray_cluster():
             import ray
 
             held: Any = [ray.remote(Held).options(num_cpus=1, resources={name: 1}).remote() for name in ("a", "b")]
             ray.get([one.here.remote() for one in held])
             threading.Timer(8, lambda: ray.kill(held[0])).start()
-            train_with_ray_train(Run.model_validate(settings), folder, Inputs(), work=partial(note_node, 1.0))
+            train_with_ray_train(Run.model_validate(settings), folder, RunInputs(), train_fn=partial(note_node, 1.0))
 
 
 class Held:

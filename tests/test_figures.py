@@ -5,7 +5,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from raydistill.results.records import Trial
-from raydistill.results.tables import front_picture, mark_of, markdown_table, results_table
+from raydistill.results.tables import markdown_table, marker_id, plot_front, trials_table
 
 
 def trial(key: str, number: int, size: str, method: str, score: float, latency: float) -> Trial:
@@ -33,7 +33,7 @@ TRIALS = [
 
 
 def test_rows_go_by_cost_and_failures_last() -> None:
-    header, rows = results_table(TRIALS, ["a", "b"], {"fast": "a", "cheap": "a", "none": None}, "rouge2")
+    header, rows = trials_table(TRIALS, ["a", "b"], {"fast": "a", "cheap": "a", "none": None}, "rouge2")
     assert [row[header.index("trial")] for row in rows] == ["0", "1", "3", "-", "2"]
     assert [row[0] for row in rows] == ["2-1 *", "2-2 *", "2-2", "2-1", "2-1"]
     assert rows[0][header.index("test ROUGE-2")] == "17.50 [16.50, 18.50]"
@@ -46,7 +46,7 @@ def test_rows_go_by_cost_and_failures_last() -> None:
 
 def test_a_shrunk_encoder_has_a_column() -> None:
     shrunk = Trial("e", Path("e"), "done", size="2-2", copied={"encoder": [0, 3], "decoder": [0]})
-    header, rows = results_table([shrunk], [], {}, "rouge2")
+    header, rows = trials_table([shrunk], [], {}, "rouge2")
     assert rows[0][header.index("encoder from")] == "0 3"
 
 
@@ -57,33 +57,33 @@ def test_markdown_escapes_bars() -> None:
 def test_the_front_is_a_picture() -> None:
     teacher = {"metrics": {"rouge2": 21.0}, "costs": {"latency_ms": 1900.0}}
     bounds = {"fast": {"latency_ms": 700.0}}
-    content = front_picture(TRIALS, ["a", "b"], {"fast": "a"}, teacher, "rouge2", bounds=bounds)
+    content = plot_front(TRIALS, ["a", "b"], {"fast": "a"}, teacher, "rouge2", bounds=bounds)
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1200, 750)
-    front_picture([], [], {}, None, "bleu")  # nothing finished yet is no error
+    plot_front([], [], {}, None, "bleu")  # nothing finished yet is no error
 
 
 def test_the_svg_has_a_mark_for_every_scored_trial_and_is_the_same_every_time() -> None:
     made = [
-        front_picture(
+        plot_front(
             TRIALS,
             ["a"],
             {"fast": "a"},
             {"metrics": {"rouge2": 21.0}, "costs": {"latency_ms": 9}},
             "rouge2",
-            form="svg",
+            image_format="svg",
         )
         for _ in range(2)
     ]
     assert made[0] == made[1]
     ids = {g.get("id") for g in ElementTree.fromstring(made[0]).iter("{http://www.w3.org/2000/svg}g")}
-    assert {mark_of(key) for key in "abc"} | {"teacher"} <= ids
-    assert mark_of("x") not in ids
+    assert {marker_id(key) for key in "abc"} | {"teacher"} <= ids
+    assert marker_id("x") not in ids
 
 
 def test_marks_that_are_moved_apart_are_said_to_be() -> None:
     def drawn(trials: list[Trial]) -> str:
-        return front_picture(trials, [], {}, None, "rouge2", form="svg").decode()
+        return plot_front(trials, [], {}, None, "rouge2", image_format="svg").decode()
 
     assert "Latency of a batch of 32 (ms); methods of equal cost side by side<" in drawn(TRIALS)
     assert "Latency of a batch of 32 (ms)<" in drawn(TRIALS[:2])

@@ -13,28 +13,28 @@ from raydistill.config.space import DecodingSearch, Search, Space
 from raydistill.core.files import write_json_atomic
 from raydistill.data.corpus import read_corpus
 from raydistill.evaluation.checkpoint import evaluate
-from raydistill.evaluation.serving import serve
-from raydistill.inference.decoding import Beam
+from raydistill.evaluation.serving import benchmark_serving
+from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
-from raydistill.results.page import facts
-from raydistill.results.records import decoding_name
-from raydistill.results.selection import finalists, outcome
-from raydistill.results.served_students import served_in
-from raydistill.results.tables import mark_of, results_table
-from raydistill.search.finalists import decodings, keep, serve_checkpoint, unserved, untested
-from raydistill.search.study import Ending
-from raydistill.search.sweep import no_more_trials
+from raydistill.results.page import make_tooltips
+from raydistill.results.records import decoding_key
+from raydistill.results.selection import load_selection, select_finalists
+from raydistill.results.served_students import read_served
+from raydistill.results.tables import marker_id, trials_table
+from raydistill.search.finalists import decoding_grid, find_unserved, find_untested, merge_served, serve_checkpoint
+from raydistill.search.study import StopReason
+from raydistill.search.sweep import search_stop_reason
 from tests.test_tracking import make_trial
 from tests.world import make_world
 
-BEAM = Beam(4, 1.0, 0, 12, 0, False, None)
+BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
 
 
 def test_every_decoding_once_the_own_first_and_no_penalty_for_one_beam():
-    found = decodings(BEAM, DecodingSearch(beams=[1, 4], length_penalty=[0.6, 1.0]))
+    found = decoding_grid(BEAM, DecodingSearch(beams=[1, 4], length_penalty=[0.6, 1.0]))
     assert [(beam.beams, beam.length_penalty) for beam in found] == [(4, 1.0), (1, 1.0), (4, 0.6)]
     assert all(beam.max_length == 12 for beam in found)
-    assert decodings(BEAM, DecodingSearch(beams=[], length_penalty=[])) == [BEAM]
+    assert decoding_grid(BEAM, DecodingSearch(beams=[], length_penalty=[])) == [BEAM]
 
 
 def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
@@ -60,7 +60,7 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
         result["metrics"] |= {"latency_ms": latency, "params_m": params, "gpu_hours": hours}
         write_json_atomic(path, result)
         np.savez(path.parent / "rows.npz", validation=np.full(20, score))
-    assert [trial.key for trial in finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
+    assert [trial.key for trial in select_finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
 
 
 def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict]:
@@ -80,32 +80,32 @@ HERE = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
 BY = {"engine": "transformers fp32", "version": version("transformers")}
 
 
-def serve_by_hand(folder: Path, beams: list[Beam], hardware: dict | None = None, **more: object) -> None:
+def serve_by_hand(folder: Path, beams: list[BeamSearchParams], hardware: dict | None = None, **more: object) -> None:
     entries = [
         {"beams": b.beams, "length_penalty": b.length_penalty, "metrics": {"rouge2": 1.0}, "interval": [0, 2]}
         | {"costs": {"latency_ms": 5.0 * b.beams}, **BY, "hardware": hardware or HERE, **more}
         for b in beams
     ]
-    keep(folder, entries)
+    merge_served(folder, entries)
 
 
 def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
     """After the last trial, after a kill in between, and for a decoding that was asked for later."""
     space, teacher = finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
-    assert no_more_trials(space, tmp_path) == Ending()
-    assert [one.folder for one in unserved(space, tmp_path, teacher, HERE)] == [tmp_path, student]
-    beams = decodings(BEAM, space.search.decoding)
+    assert search_stop_reason(space, tmp_path) == StopReason()
+    assert [one.folder for one in find_unserved(space, tmp_path, teacher, HERE)] == [tmp_path, student]
+    beams = decoding_grid(BEAM, space.search.decoding)
     serve_by_hand(tmp_path, beams)
-    assert [one.folder for one in unserved(space, tmp_path, teacher, HERE)] == [student]
+    assert [one.folder for one in find_unserved(space, tmp_path, teacher, HERE)] == [student]
     serve_by_hand(student, beams)
-    assert unserved(space, tmp_path, teacher, HERE) == []
-    assert [one.key for one in untested(tmp_path, teacher)] == ["a b1"]  # equal scores: one beam is the cheapest
-    assert untested(tmp_path, {**teacher, "data": {"validation": "v"}}) == []
+    assert find_unserved(space, tmp_path, teacher, HERE) == []
+    assert [one.key for one in find_untested(tmp_path, teacher)] == ["a b1"]  # equal scores: one beam is the cheapest
+    assert find_untested(tmp_path, {**teacher, "data": {"validation": "v"}}) == []
     more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))})
-    assert unserved(more, tmp_path, teacher, HERE) == []  # without a length penalty there is nothing new
+    assert find_unserved(more, tmp_path, teacher, HERE) == []  # without a length penalty there is nothing new
     more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
-    left = unserved(more, tmp_path, teacher, HERE)
+    left = find_unserved(more, tmp_path, teacher, HERE)
     assert [one.folder for one in left] == [tmp_path, student]
     assert {beam.beams for one in left for beam in one.beams} == {3}
 
@@ -113,35 +113,39 @@ def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
 def test_timings_are_of_one_machine_and_engine_and_those_of_others_are_kept(world, tmp_path):
     space, teacher = finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
-    beams = decodings(BEAM, space.search.decoding)
+    beams = decoding_grid(BEAM, space.search.decoding)
     for folder in (tmp_path, student):
         serve_by_hand(folder, beams)
     there = {**HERE, "name": "b"}
     known = {"kind": "cpu", "name": "a"}  # before Ray is started, less is known
-    assert unserved(space, tmp_path, teacher, {}) == unserved(space, tmp_path, teacher, known) == []
-    assert [one.beams for one in unserved(space, tmp_path, teacher, there)] == [beams, beams]
+    assert find_unserved(space, tmp_path, teacher, {}) == find_unserved(space, tmp_path, teacher, known) == []
+    assert [one.beams for one in find_unserved(space, tmp_path, teacher, there)] == [beams, beams]
     for folder in (tmp_path, student):
         serve_by_hand(folder, beams, there, costs={"latency_ms": 50.0})
     for machine in (HERE, there):
-        assert unserved(space, tmp_path, teacher, machine) == []
-    assert {one.metrics["latency_ms"] for one in outcome(tmp_path).students} == {20.0, 5.0, 10.0}  # still of the first
+        assert find_unserved(space, tmp_path, teacher, machine) == []
+    assert {one.metrics["latency_ms"] for one in load_selection(tmp_path).students} == {
+        20.0,
+        5.0,
+        10.0,
+    }  # still of the first
     served = json.loads((tmp_path / "served.json").read_text())
     write_json_atomic(tmp_path / "served.json", {**served, "hardware": there})
-    assert {one.metrics["latency_ms"] for one in outcome(tmp_path).students} == {50.0}
+    assert {one.metrics["latency_ms"] for one in load_selection(tmp_path).students} == {50.0}
     serve_by_hand(student, beams, version="0.1")
-    assert [one.folder for one in unserved(space, tmp_path, teacher, HERE)] == [student]
-    assert len(served_in(student)) == 2 * len(beams)
+    assert [one.folder for one in find_unserved(space, tmp_path, teacher, HERE)] == [student]
+    assert len(read_served(student)) == 2 * len(beams)
 
 
 def test_a_speed_up_is_over_the_teachers_own_decoding_and_over_the_same(world, tmp_path):
     finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
-    beams = decodings(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
+    beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
     serve_by_hand(tmp_path, beams)  # 20 ms with its own four beams, 5 ms with one
     serve_by_hand(student, beams, costs={"latency_ms": 2.5})
-    found = {one.decoding["beams"]: one.metrics for one in outcome(tmp_path).students}
+    found = {one.decoding["beams"]: one.metrics for one in load_selection(tmp_path).students}
     assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in found.items()} == {4: (8, 8), 1: (8, 2)}
-    header, rows = results_table(outcome(tmp_path).students, [], {}, "rouge2")
+    header, rows = trials_table(load_selection(tmp_path).students, [], {}, "rouge2")
     assert [row[header.index("speed-up (same decoding)")] for row in rows] == ["8.00x (8.00x)", "8.00x (2.00x)"]
 
 
@@ -151,44 +155,44 @@ def test_students_of_one_shape_and_as_many_beams_are_as_fast_as_their_median(wor
     info = {"name": "m", "metric": "rouge2", "teacher": record, "budgets": {"fast": {"latency_ms": "50%"}}}
     write_json_atomic(tmp_path / "sweep.json", info)
     make_trial(tmp_path, "b", 1, 10.1)
-    longer = Beam(4, 0.6, 0, 12, 0, False, None)
+    longer = BeamSearchParams(4, 0.6, 0, 12, 0, False, None)
     served = {
         ("a", BEAM): (20.0, 99.5),
         ("b", BEAM): (20.1, 100.0),
         ("b", longer): (20.3, 107.0),
-        ("b", Beam(1, 1.0, 0, 12, 0, False, None)): (9.0, 40.0),
+        ("b", BeamSearchParams(1, 1.0, 0, 12, 0, False, None)): (9.0, 40.0),
     }
     serve_by_hand(tmp_path, [BEAM, longer], costs={"latency_ms": 300.0})
     for (key, beam), (score, ms) in served.items():
         folder = tmp_path / "trials" / key
         serve_by_hand(folder, [beam], metrics={"rouge2": score}, costs={"latency_ms": ms})
-        np.savez(folder / f"rows-validation-{decoding_name(asdict(beam))}.npz", validation=np.full(20, score))
-    found = outcome(tmp_path)
+        np.savez(folder / f"rows-validation-{decoding_key(asdict(beam))}.npz", validation=np.full(20, score))
+    found = load_selection(tmp_path)
     assert {one.key: one.metrics["latency_ms"] for one in found.students} == {
         **{key: 100.0 for key in ("a b4-p1", "b b4-p1", "b b4-p0.6")},
         "b b1": 40.0,
     }
-    assert found.front == ["b b1", "b b4-p0.6"]
+    assert found.front_keys == ["b b1", "b b4-p0.6"]
     assert found.chosen == {"fast": "b b4-p0.6"}
     assert {one.metrics["speedup"] for one in found.students} == {3.0, 7.5}
     assert found.student("b b4-p0.6").metrics["latency_ms_own"] == 107.0
     assert "latency_ms_own" not in found.student("b b1").metrics
-    told = ", ".join(facts(found)[mark_of("b b4-p0.6")])
+    told = ", ".join(make_tooltips(found)[marker_id("b b4-p0.6")])
     assert "100.0 ms for 32 rows, 107.0 ms when it was timed itself" in told
 
 
 def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
     space, _ = finished_sweep(tmp_path, *world)
     more = space.model_copy(update={"search": Search(trials=9)})
-    assert no_more_trials(more, tmp_path) is None
+    assert search_stop_reason(more, tmp_path) is None
     info = json.loads((tmp_path / "sweep.json").read_text())
     write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "all tried", "exhausted": True}})
-    assert no_more_trials(more, tmp_path) == Ending("all tried", exhausted=True)
-    assert no_more_trials(more.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
+    assert search_stop_reason(more, tmp_path) == StopReason("all tried", exhausted=True)
+    assert search_stop_reason(more.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
     fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
-    assert no_more_trials(more.model_copy(update={"search": fewer}), tmp_path) is None
+    assert search_stop_reason(more.model_copy(update={"search": fewer}), tmp_path) is None
     write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "one hour is used up", "exhausted": False}})
-    assert no_more_trials(more, tmp_path) is None
+    assert search_stop_reason(more, tmp_path) is None
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +213,7 @@ def test_batches_have_32_rows_and_the_texts_are_those_of_an_evaluation(world):
             sizes.append(len(texts))
             return engine.generate(texts, beam, **settings)
 
-    served = serve(Counted(), corpus.sources, corpus.targets, "rouge2", BEAM, 32)
+    served = benchmark_serving(Counted(), corpus.sources, corpus.targets, "rouge2", BEAM, 32)
     assert sizes == [32, 32, 1, *[1] * 8]  # each kind begins with a call that is not timed
     assert served.timings["latency_ms"].repeats == 1
     assert served.timings["latency_ms_b1"].repeats == 8
@@ -222,7 +226,7 @@ def test_a_checkpoint_is_served_with_each_decoding_and_its_rows_are_kept(world, 
     teacher, data = world
     settings = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})
-    beams = decodings(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
+    beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
     found = serve_checkpoint(tmp_path, str(teacher), run, "bleu", beams, "validation", "cpu", 1)
     assert [one["beams"] for one in found] == [4, 1]
     four, one = (decoding["costs"] for decoding in found)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from raydistill.config.run import Training
-from raydistill.inference.decoding import Beam
+from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
-from raydistill.training.loop import make_optimizer, read_step, step
+from raydistill.training.loop import make_optimizer, read_step_inputs, train_step
 from raydistill.training.workers import Worker
 from tests.test_training import EXACT_NUMBERS, texts, tiny, with_stores
 from tests.tiny import FAMILIES
@@ -32,8 +32,8 @@ def made_steps(supervision, device, count=3):
     optimizer = make_optimizer(parameters, SETTINGS)
     found = []
     for _ in range(count):
-        now = read_step(supervision, BATCH, SETTINGS, worker)
-        found.append(step(supervision, now, SETTINGS, worker, None, parameters, optimizer))
+        now = read_step_inputs(supervision, BATCH, SETTINGS, worker)
+        found.append(train_step(supervision, now, SETTINGS, worker, None, parameters, optimizer))
     means = [{name: float(value) for name, value in terms.items()} for terms in found]
     return means, torch.cat([p.detach().flatten().cpu() for p in parameters])
 
@@ -61,10 +61,10 @@ def test_a_step_from_the_cache_never_waits_for_the_gpu(family, tmp_path):
     worker = Worker(device="cuda")
     parameters = [p for p in supervision.student.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, SETTINGS)
-    now = read_step(supervision, BATCH, SETTINGS, worker)
+    now = read_step_inputs(supervision, BATCH, SETTINGS, worker)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(supervision, now, SETTINGS, worker, torch.bfloat16, parameters, optimizer)
+        train_step(supervision, now, SETTINGS, worker, torch.bfloat16, parameters, optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -72,7 +72,7 @@ def test_a_step_from_the_cache_never_waits_for_the_gpu(family, tmp_path):
 @pytest.mark.parametrize("beams", [1, 4])
 def test_the_reference_engine_writes_the_same_on_a_gpu(beams, tmp_path):
     tiny("bart", tmp_path / "t")
-    beam = Beam(beams, 1.0, 3, 16, 0, False, None)
+    beam = BeamSearchParams(beams, 1.0, 3, 16, 0, False, None)
     sources = texts(8)[0]
     written = [
         [

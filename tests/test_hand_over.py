@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from raydistill.core.files import read_json, write_json_atomic
-from raydistill.results.selection import outcome
-from raydistill.search.prepare import Prepared
-from raydistill.search.sweep import hand_over
-from raydistill.tracking.mlflow_store import client_of
+from raydistill.results.selection import load_selection
+from raydistill.search.prepare import PreparedSweep
+from raydistill.search.sweep import export_and_publish
+from raydistill.tracking.mlflow_store import make_client
 from tests.test_choose import make_student
 from tests.test_sweep import KILL_SPACE
 from tests.test_tracking import make_trial, sweep
@@ -29,7 +29,7 @@ TEACHER: dict[str, Any] = {"name": "big", "size": "4-4", "test": None, "baseline
 
 
 @pytest.fixture
-def prepared(sweep: Path) -> Prepared:
+def prepared(sweep: Path) -> PreparedSweep:
     """What the sweep was prepared with; its tracking server is not there."""
     info = read_json(sweep / "sweep.json")
     costs = {**info["teacher"]["costs"], "params_m": 9.0}
@@ -37,13 +37,15 @@ def prepared(sweep: Path) -> Prepared:
     write_json_atomic(
         sweep / "sweep.json", {**info, "teacher": teacher, "tracking_uri": "http://127.0.0.1:9", "ended": {"why": ""}}
     )
-    return Prepared(teacher, {}, {})
+    return PreparedSweep(teacher, {}, {})
 
 
-def test_without_a_server_the_students_are_there_and_the_table_is_told_first(sweep: Path, prepared: Prepared) -> None:
+def test_without_a_server_the_students_are_there_and_the_table_is_told_first(
+    sweep: Path, prepared: PreparedSweep
+) -> None:
     make_student(sweep, "a", 0, 10.0)
     told: list[str] = []
-    result = hand_over(outcome(sweep), prepared, told.append)
+    result = export_and_publish(load_selection(sweep), prepared, told.append)
     assert result["exports"] == {"fast": str(sweep / "exports" / "a-b1")}
     assert (sweep / "exports" / "a-b1" / "model.safetensors").is_file()
     assert "sweep mini: 1 trials: 1 done" in told[0]
@@ -53,36 +55,36 @@ def test_without_a_server_the_students_are_there_and_the_table_is_told_first(swe
 
 
 def test_what_was_under_way_when_its_shape_lost_its_budget_is_left_and_not_waited_for(
-    sweep: Path, prepared: Prepared
+    sweep: Path, prepared: PreparedSweep
 ) -> None:
     """Else the command would ask for ever to be given again, and end with status 1."""
     make_student(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 9.0, status=None)
-    prepared = replace(prepared, shapes_fewest_beams={"4-1": {"params_m": 3.0}})
+    prepared = replace(prepared, shape_costs_fewest_beams={"4-1": {"params_m": 3.0}})
     told: list[str] = []
     for bound, died in ((1.0, []), (9.0, ["b"])):
         info = read_json(sweep / "sweep.json")
         write_json_atomic(sweep / "sweep.json", {**info, "budgets": {"small": {"params_m": bound}}})
-        result = hand_over(outcome(sweep), prepared, told.append)
+        result = export_and_publish(load_selection(sweep), prepared, told.append)
         assert (result["died"], result["whole"]) == (died, not died)
     assert "1 trials are left half-way (b): no budget admits their shape any more" in told[0]
     assert "1 trials died (b): run the same command" in told[2]
 
 
-def test_a_full_disk_and_a_lost_checkpoint_leave_the_table(sweep: Path, prepared: Prepared) -> None:
+def test_a_full_disk_and_a_lost_checkpoint_leave_the_table(sweep: Path, prepared: PreparedSweep) -> None:
     folder = make_student(sweep, "a", 0, 10.0)
     for file in (folder / "best").iterdir():
         file.unlink()
     (folder / "best").rmdir()
     told: list[str] = []
-    result = hand_over(outcome(sweep), prepared, told.append)
+    result = export_and_publish(load_selection(sweep), prepared, told.append)
     assert "fast: a b1 is not exported" in told[0]
     assert "its checkpoint was deleted" in told[0]
     assert (result["exports"], result["whole"]) == ({}, False)
     (sweep / "front.html").unlink()
     (sweep / "front.html").mkdir()  # cannot be written
     with pytest.raises(IsADirectoryError):
-        hand_over(outcome(sweep), prepared, told.append)
+        export_and_publish(load_selection(sweep), prepared, told.append)
     assert "sweep mini: 1 trials: 1 done" in told[2]
 
 
@@ -159,7 +161,7 @@ def test_a_server_that_is_down_in_the_middle_and_on_resume_loses_nothing(tmp_pat
     server = serve(port, tmp_path)
     try:
         found = last_json(command(home, "sweep", path, "--json"))
-        client = client_of(f"http://127.0.0.1:{port}")
+        client = make_client(f"http://127.0.0.1:{port}")
         experiment = client.get_experiment_by_name("killed").experiment_id
         runs = client.search_runs([experiment], "tags.`raydistill.trial` != ''")
         assert sorted(r.data.tags["raydistill.trial"] for r in runs) == sorted(t["key"] for t in found["trials"])

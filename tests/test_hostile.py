@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from raydistill import cache as cache_command
 from raydistill import labels as labels_command
-from raydistill.config.loader import check, read_yaml
+from raydistill.config.loader import read_yaml, validate
 from raydistill.config.run import Dataset, Run
 from raydistill.config.space import Space, read_space
 from raydistill.core.console import run_app
@@ -28,14 +28,14 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
 from raydistill.data import readers
 from raydistill.data.corpus import Row, inspect_corpus, read_corpus
-from raydistill.data.streaming import scan, usable_rows
+from raydistill.data.streaming import scan_split, usable_rows
 from raydistill.label_sets import label_set
 from raydistill.label_sets.batch_plan import make_plan, open_plan
 from raydistill.models import loading
-from raydistill.results.selection import outcome
+from raydistill.results.selection import load_selection
 from raydistill.results.tables import result_tables
 from raydistill.search.study import StudySearch
-from raydistill.search.sweep import claimed
+from raydistill.search.sweep import sweep_lock
 from raydistill.teacher_cache import store
 from tests import world
 from tests.test_labels import ROWS, WHOLE
@@ -158,7 +158,7 @@ def test_settings(holds, tmp_path):
         if kind == "space":
             return read_space(paths[kind])
         data, lines = read_yaml(paths[kind])
-        return check(Run, data, paths[kind], lines)
+        return validate(Run, data, paths[kind], lines)
 
     def says(kind, edits, spots, encoding):
         data = changed(space if kind == "space" else run, spots)
@@ -217,7 +217,7 @@ def data_file(path):
 def read_all(path):
     data = Dataset(name=str(path), skip_bad_rows=True)
     inspect_corpus(data, "train")
-    found = scan(data, "train")
+    found = scan_split(data, "train")
     assert len(list(usable_rows(data, "train", found))) == found.rows
     assert len(read_corpus(data, "train", need_targets=False)) == found.rows
 
@@ -262,8 +262,8 @@ def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
     """40 MB of one letter out of 40 kB: with bounds of 100,000 characters little memory is ever taken."""
     import tracemalloc
 
-    monkeypatch.setattr(readers, "MOST_LINE", 100_000)
-    monkeypatch.setattr(readers, "MOST_ARRAY", 100_000)
+    monkeypatch.setattr(readers, "MAX_LINE_CHARS", 100_000)
+    monkeypatch.setattr(readers, "MAX_ARRAY_CHARS", 100_000)
     starts = {"x.json.gz": b'[{"source": "', "x.csv.gz": b"source,target\n", "x.jsonl.gz": b'{"source": "'}
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
         file.write(starts.get(name, b""))
@@ -279,7 +279,7 @@ def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
 
 
 def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MOST_LINE", 100)
+    monkeypatch.setattr(readers, "MAX_LINE_CHARS", 100)
     lines = [json.dumps({"source": "s", "target": "x" * n}) for n in (5, 500, 6)]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     corpus = read_corpus(Dataset(name=str(tmp_path / "x.jsonl"), skip_bad_rows=True), "train")
@@ -288,11 +288,11 @@ def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
 
 
 def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MOST_GROUP", 1_000_000)
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", 1_000_000)
     texts = ["x" * 1000 + str(i) for i in range(4000)]  # 4 MB, which pack into next to nothing
     pq.write_table(pa.table({"source": texts, "target": texts}), tmp_path / "x.parquet", compression="zstd",
                    use_dictionary=False)  # fmt: skip
-    monkeypatch.setattr(readers, "MOST_TIMES", 10)
+    monkeypatch.setattr(readers, "MAX_COMPRESSION_RATIO", 10)
     with pytest.raises(UserError, match="says that it unpacks to"):
         read_all(tmp_path / "x.parquet")
 
@@ -387,8 +387,10 @@ def test_caches(holds, tmp_path, monkeypatch, capsys):
         (folder / "about.json").write_bytes(about)
         (folder / "states" / "manifest.json").write_bytes(manifest)
         command(monkeypatch, cache_command.app, "list")
-        accepts_or_says(lambda: store.device_seconds(folder / "states"), tmp_path)
-        accepts_or_says(lambda: [store.remove(kept) for kept in store.kept(folder.parent)], tmp_path, reads_only=False)
+        accepts_or_says(lambda: store.read_device_seconds(folder / "states"), tmp_path)
+        accepts_or_says(
+            lambda: [store.remove(kept) for kept in store.list_stores(folder.parent)], tmp_path, reads_only=False
+        )
         assert {path.parent for path in tmp_path.rglob(".*.lock")} <= {folder.parent}
         assert outside.is_dir()
 
@@ -431,7 +433,7 @@ def test_sweeps(holds, tmp_path):
     whole = {path: path.read_bytes() for path in paths}
 
     def load():
-        found = outcome(sweep)
+        found = load_selection(sweep)
         result_tables(found)
         for trial in found.trials:
             assert trial.device_hours >= 0 or trial.metrics
@@ -444,7 +446,7 @@ def test_sweeps(holds, tmp_path):
 
     def goes_on(content):
         (sweep / "space.yaml").write_bytes(content)
-        with contextlib.suppress(UserError), claimed(space, sweep):
+        with contextlib.suppress(UserError), sweep_lock(space, sweep):
             pass
 
     load()
@@ -452,7 +454,7 @@ def test_sweeps(holds, tmp_path):
     begun = yaml.safe_dump(space.model_dump(mode="json")).encode()
     for content in (b"", b"name: mini\n", b"run: {}\n", begun.replace(b"run:", b"ran:"), b"search: [", b"[]"):
         (sweep / "space.yaml").write_bytes(content)
-        with pytest.raises(UserError, match=r"space\.yaml"), claimed(space, sweep):
+        with pytest.raises(UserError, match=r"space\.yaml"), sweep_lock(space, sweep):
             pass
     holds(goes_on, st.builds(partial(damaged, begun), EDITS), few=15)
     (sweep / "space.yaml").write_bytes(whole[sweep / "space.yaml"])

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from raydistill.core.files import read_json
-from raydistill.results.records import decoding_name
-from raydistill.results.selection import finalists
+from raydistill.results.records import decoding_key
+from raydistill.results.selection import select_finalists
 from tests.test_sweep import KILL_SPACE, mlflow_children
 from tests.world import AT_WORK, environment, make_world, processes_of, wait_for_ray_to_end
 
@@ -105,15 +105,15 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, struck: Counter[
 
 def check_finalists(sweep: Path, found: dict) -> None:
     """Every finalist stands once with each decoding: its own of one beam, and 2 and 4 beams with two penalties."""
-    wanted = {(key, name) for key in (t.key for t in finalists(sweep)) for name in DECODINGS}
-    stand = [(t["key"], decoding_name(t["decoding"])) for t in found["finalists"]]
+    wanted = {(key, name) for key in (t.key for t in select_finalists(sweep)) for name in DECODINGS}
+    stand = [(t["key"], decoding_key(t["decoding"])) for t in found["finalists"]]
     assert len(stand) == len(set(stand))
     assert set(stand) == wanted
     assert {key for key, _ in wanted} >= set(found["front"]) != set()
     for key, name in wanted:
         assert (sweep / "trials" / key / f"rows-validation-{name}.npz").is_file()
     # The teacher is timed with each of them too, for the speed-up at the same decoding.
-    assert sorted(map(decoding_name, read_json(sweep / "served.json")["decodings"])) == sorted(DECODINGS)
+    assert sorted(map(decoding_key, read_json(sweep / "served.json")["decodings"])) == sorted(DECODINGS)
     assert found["choices"]["any"] in {key for key, _ in wanted}
     assert (Path(found["exports"]["any"]) / "model.safetensors").is_file()
 

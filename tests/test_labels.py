@@ -7,21 +7,21 @@ from subprocess import PIPE, Popen
 import pyarrow.parquet as pq
 import pytest
 
-from raydistill.config.run import LabelPart, parse_labels
+from raydistill.config.run import LabelSource, parse_labels
 from raydistill.core.errors import UserError
 from raydistill.label_sets import label_set
 from raydistill.label_sets.label_set import (
     Candidate,
     LabelSet,
-    choose_targets,
-    is_finished,
-    label_set_name,
+    is_complete,
+    label_set_key,
     list_label_sets,
     read_candidates,
     read_label_set,
+    select_targets,
     write_label_set,
 )
-from raydistill.labels import app, find
+from raydistill.labels import app, find_label_set
 
 ROWS = [
     ("a", [Candidate("Ein Hund.", -0.5), Candidate("Zwei Hunde.", -0.75)]),
@@ -104,11 +104,11 @@ def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(label_set, "PART_ROWS", 2)
     write(tmp_path / "set", ROWS, MANIFEST)
     assert seen == [[], ["part-00000.parquet"]]
-    assert is_finished(tmp_path / "set")
+    assert is_complete(tmp_path / "set")
 
 
 def test_a_part_is_written_bit_by_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(label_set, "FLUSH_LINES", 2)
+    monkeypatch.setattr(label_set, "WRITE_BUFFER_ROWS", 2)
     monkeypatch.setattr(label_set, "PART_ROWS", 5)
     write(tmp_path / "set", [row for i in range(4) for row in ((f"d{i}", "empty"), (f"{i}", ROWS[0][1]))], {"rows": 4})
     groups = {path.name: pq.ParquetFile(path).metadata for path in (tmp_path / "set").glob("*.parquet")}
@@ -152,7 +152,7 @@ def test_a_killed_writer_leaves_nothing_to_be_taken_for_a_set_and_the_next_one_c
     assert (left / "manifest.json").is_file() == (where == "rename")
     assert list_label_sets(tmp_path) == ([], [])
     with pytest.raises(UserError, match=r"no such label set .*: none"):
-        find("set", tmp_path)
+        find_label_set("set", tmp_path)
     write(tmp_path / "set")
     assert list(tmp_path.iterdir()) == [tmp_path / "set"]
     assert list(read_label_set(tmp_path / "set").targets) == ["a", "b", "c"]
@@ -161,7 +161,7 @@ def test_a_killed_writer_leaves_nothing_to_be_taken_for_a_set_and_the_next_one_c
 def test_a_folder_without_a_manifest_is_unfinished(tmp_path):
     write(tmp_path / "set", ROWS, MANIFEST)
     (tmp_path / "set" / "manifest.json").unlink()
-    assert not is_finished(tmp_path / "set")
+    assert not is_complete(tmp_path / "set")
     with pytest.raises(UserError, match=r"set: no finished label set .*`raydistill pseudolabel`"):
         read_label_set(tmp_path / "set")
 
@@ -190,13 +190,13 @@ def test_a_count_that_does_not_fit_the_manifest_is_refused_with_both_numbers(tmp
 
 def test_another_decoding_teacher_or_text_is_another_set():
     names = {
-        label_set_name("t", "d", {"beams": 4}),
-        label_set_name("u", "d", {"beams": 4}),
-        label_set_name("t", "e", {"beams": 4}),
-        label_set_name("t", "d", {"beams": 5}),
+        label_set_key("t", "d", {"beams": 4}),
+        label_set_key("u", "d", {"beams": 4}),
+        label_set_key("t", "e", {"beams": 4}),
+        label_set_key("t", "d", {"beams": 5}),
     }
     assert len(names) == 4
-    assert label_set_name("t", "d", {"a": 1, "b": 2}) == label_set_name("t", "d", {"b": 2, "a": 1})
+    assert label_set_key("t", "d", {"a": 1, "b": 2}) == label_set_key("t", "d", {"b": 2, "a": 1})
 
 
 IDS, ORIGINALS = ["a", "b", "c"], ["one", "two", "three"]
@@ -207,9 +207,9 @@ def pseudo(tmp_path, **targets):
 
 
 def targets_of(ids, originals, source, found):
-    """`choose_targets` with one label set for every source that needs one."""
+    """`select_targets` with one label set for every source that needs one."""
     parts = parse_labels(source)
-    return choose_targets(ids, originals, parts, {part.source: found for part in parts} if found else {})
+    return select_targets(ids, originals, parts, {part.source: found for part in parts} if found else {})
 
 
 def test_original_labels_are_the_corpus_itself(tmp_path):
@@ -253,12 +253,12 @@ def test_several_teachers_labels_stand_beside_the_original_with_weights(tmp_path
     """The paper's Orig+PL+PL; a weight says how often an epoch reads a source."""
     other = pseudo(tmp_path, a="UNO", b="DOS", c="TRES")
     parts = parse_labels("original*2 + pseudo + sets/other")
-    assert [(p.source, p.labeller) for p in parse_labels("pseudo+pseudo@pegasus")] == [
+    assert [(p.source, p.other_teacher) for p in parse_labels("pseudo+pseudo@pegasus")] == [
         ("pseudo", None),
         ("pseudo@pegasus", "pegasus"),
     ]
-    assert parts == [LabelPart("original", 2.0), LabelPart("pseudo", 1.0), LabelPart("sets/other", 1.0)]
-    rows, targets = choose_targets(IDS, ORIGINALS, parts, {"pseudo": pseudo(tmp_path), "sets/other": other})
+    assert parts == [LabelSource("original", 2.0), LabelSource("pseudo", 1.0), LabelSource("sets/other", 1.0)]
+    rows, targets = select_targets(IDS, ORIGINALS, parts, {"pseudo": pseudo(tmp_path), "sets/other": other})
     assert rows == [0, 0, 1, 1, 2, 2, 0, 1, 2, 0, 1, 2]
     assert targets[:6] == ["one", "one", "two", "two", "three", "three"]
     assert targets[6:] == ["EINS", "ZWEI", "DREI", "UNO", "DOS", "TRES"]
@@ -266,12 +266,12 @@ def test_several_teachers_labels_stand_beside_the_original_with_weights(tmp_path
 
 def test_a_weight_below_one_takes_a_fixed_share_of_the_rows():
     ids = [f"row {i}" for i in range(4000)]
-    rows, _ = choose_targets(ids, ids, parse_labels("original*0.25"), {})
+    rows, _ = select_targets(ids, ids, parse_labels("original*0.25"), {})
     assert len(set(rows)) == len(rows)
     assert len(rows) == pytest.approx(1000, abs=100)  # a binomial's 95 % are within 54
-    again, _ = choose_targets(ids[::-1], ids[::-1], parse_labels("original*0.25"), {})
+    again, _ = select_targets(ids[::-1], ids[::-1], parse_labels("original*0.25"), {})
     assert {ids[i] for i in rows} == {ids[::-1][i] for i in again}
-    more, _ = choose_targets(ids, ids, parse_labels("original*1.25"), {})
+    more, _ = select_targets(ids, ids, parse_labels("original*1.25"), {})
     assert len(more) == 4000 + len(rows)
 
 
@@ -315,7 +315,7 @@ def test_the_manifest_may_count_what_was_written(tmp_path):
 def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
     write(tmp_path / "set", [("b", "min_rouge2"), ROWS[0], ("c", "empty")], {"rows": 1})
     found = read_label_set(tmp_path / "set")
-    assert found.dropped == {"b", "c"}
+    assert found.dropped_ids == {"b", "c"}
     assert label_set.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
     assert targets_of(["b", "a", "c"], ORIGINALS, "pseudo", found) == ([1], ["Ein Hund."])
     with pytest.raises(UserError, match=r"1 of 2 training rows have no pseudo-label \(first: 'd'\)"):

@@ -47,7 +47,7 @@ def test_parameters_are_counted_by_hand_with_the_embedding_once():
     decoder = 2 * (attention + norm) + ffn + norm
     positions = (30 + 2) * 8
     wanted = 100 * 8 + 2 * encoder + decoder + 2 * (positions + norm)
-    assert latency.parameters(bart()) == wanted
+    assert latency.count_parameters(bart()) == wanted
     assert latency.memory_mb(bart()) == pytest.approx(4 * wanted / 1e6)
     assert latency.memory_mb(bart(), "bf16") == pytest.approx(2 * wanted / 1e6)
 
@@ -56,7 +56,7 @@ def test_parameters_are_counted_by_hand_with_the_embedding_once():
 def test_parameters_from_the_config_equal_those_of_the_model(family, tmp_path):
     folder = save_tiny(family, tmp_path)
     model = loading.load_model(folder)
-    assert latency.parameters(loading.load_config(folder)) == sum(p.numel() for p in model.parameters())
+    assert latency.count_parameters(loading.load_config(folder)) == sum(p.numel() for p in model.parameters())
 
 
 def test_time_calls_takes_the_median_and_leaves_the_warm_up_out():
@@ -74,34 +74,34 @@ def test_time_calls_goes_on_for_the_least_time():
 @pytest.mark.parametrize("kind", ["ctranslate2", "transformers"])
 def test_more_output_takes_longer(kind, tmp_path):
     folder = save_tiny("marian", tmp_path / "m")
-    engine = open_engine(folder, kind, cache=tmp_path / "cache", allow_fallback=False)
+    engine = open_engine(folder, kind, cache_dir=tmp_path / "cache", allow_fallback=False)
     short, long = (latency.measure(engine, 10, n, batch=4, beams=2, min_seconds=0) for n in (2, 40))
     assert long.low_ms > 2 * short.low_ms
-    assert long.others is not None
+    assert long.background_cores is not None
 
 
 def test_shape_differs_where_the_cost_does_and_not_where_only_the_rates_do():
-    assert latency.shape(bart()) == latency.shape(bart(dropout=0.3))
+    assert latency.architecture_key(bart()) == latency.architecture_key(bart(dropout=0.3))
     for change in ({"decoder_layers": 2}, {"d_model": 16}, {"decoder_ffn_dim": 64}, {"vocab_size": 99}):
-        assert latency.shape(bart()) != latency.shape(bart(**change))
+        assert latency.architecture_key(bart()) != latency.architecture_key(bart(**change))
 
 
 def facts(shape="bart 2-1 d_model=8", engine="ctranslate2", precision="fp32", threads=1, **how):
     how = {"beams": 4, "batch": 32, "source_tokens": 20, "output_tokens": 10, **how}
-    return latency.facts_of(latency.hardware("cpu", threads), shape, engine, precision, **how)
+    return latency.measurement_key(latency.hardware("cpu", threads), shape, engine, precision, **how)
 
 
 def test_key_depends_on_each_of_its_facts():
     others = [facts(**{name: 1}) for name in ("beams", "batch", "source_tokens", "output_tokens")]
     others += [facts(precision="int8"), facts(engine="transformers"), facts("bart 2-2 d_model=8"), facts(threads=2)]
     others += [{**facts(), "name": "another CPU"}]
-    assert len({latency.key(one) for one in [facts(), *others]}) == 10
-    assert latency.key(dict(reversed(facts().items()))) == latency.key(facts())
-    assert latency.key(facts()).startswith("bart 2-1 ctranslate2 ")
+    assert len({latency.entry_name(one) for one in [facts(), *others]}) == 10
+    assert latency.entry_name(dict(reversed(facts().items()))) == latency.entry_name(facts())
+    assert latency.entry_name(facts()).startswith("bart 2-1 ctranslate2 ")
 
 
 def test_table_returns_what_was_recorded_and_survives_damage(tmp_path):
-    table, one = tmp_path / "deep" / "latency.json", Timing(12.5, 11.0, 14.0, 5, others=0.1)
+    table, one = tmp_path / "deep" / "latency.json", Timing(12.5, 11.0, 14.0, 5, background_cores=0.1)
     assert latency.lookup(table, facts()) is None
     latency.record(table, facts(), one)
     latency.record(table, facts(beams=1), Timing(1, 1, 1, 1))
@@ -109,7 +109,7 @@ def test_table_returns_what_was_recorded_and_survives_damage(tmp_path):
     table.write_bytes(table.read_bytes()[:20])
     assert latency.lookup(table, facts()) is None
     for nonsense in (None, 3, "text", [], {"median_ms": 3.0}):
-        table.write_text(json.dumps({latency.key(facts()): nonsense}))
+        table.write_text(json.dumps({latency.entry_name(facts()): nonsense}))
         assert latency.lookup(table, facts()) is None
     latency.record(table, facts(), one)
     assert latency.lookup(table, facts()) == one
@@ -117,7 +117,7 @@ def test_table_returns_what_was_recorded_and_survives_damage(tmp_path):
 
 def test_a_row_of_the_table_tells_a_person_what_was_timed_where_and_when(tmp_path):
     table = tmp_path / "latency.json"
-    latency.record(table, facts(), Timing(12.5, 11.0, 14.0, 5, others=1.25))
+    latency.record(table, facts(), Timing(12.5, 11.0, 14.0, 5, background_cores=1.25))
     [row] = json.loads(table.read_text()).values()
     assert (row["median_ms"], row["others"], row["host"]) == (12.5, 1.25, platform.node())
     assert row["facts"]["shape"] == "bart 2-1 d_model=8"
@@ -132,10 +132,10 @@ def test_a_row_of_the_table_tells_a_person_what_was_timed_where_and_when(tmp_pat
 def test_a_row_of_before_its_facts_were_kept_is_read_and_knows_of_no_others(tmp_path):
     table = tmp_path / "latency.json"
     old = {"median_ms": 12.5, "low_ms": 11.0, "high_ms": 14.0, "repeats": 5, "peak_mb": 40.0}
-    table.write_text(json.dumps({latency.key(facts()): old}))
+    table.write_text(json.dumps({latency.entry_name(facts()): old}))
     found = latency.lookup(table, facts())
     assert found == Timing(12.5, 11.0, 14.0, 5, 40.0)
-    assert not found.disturbed
+    assert not found.noisy
 
 
 def test_what_others_do_meanwhile_is_seen_and_what_this_process_does_is_not():
@@ -149,9 +149,9 @@ def test_what_others_do_meanwhile_is_seen_and_what_this_process_does_is_not():
             thread.join()
 
     def seen(during):
-        others = latency.Others()
+        others = latency.BackgroundLoad()
         during()
-        return others.cores()
+        return others.mean_cores()
 
     quiet = min(seen(own_work) for _ in range(3))
     worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -167,9 +167,9 @@ def test_what_others_do_meanwhile_is_seen_and_what_this_process_does_is_not():
 
 
 def test_a_timing_beside_much_other_work_is_disturbed():
-    assert not Timing(1, 1, 1, 1).disturbed
-    assert not Timing(1, 1, 1, 1, others=latency.CALM).disturbed
-    assert Timing(1, 1, 1, 1, others=1.0).disturbed
+    assert not Timing(1, 1, 1, 1).noisy
+    assert not Timing(1, 1, 1, 1, background_cores=latency.MAX_BACKGROUND_CORES).noisy
+    assert Timing(1, 1, 1, 1, background_cores=1.0).noisy
 
 
 def test_a_shape_is_timed_once_and_again_only_where_others_disturbed_it(tmp_path, monkeypatch):
@@ -223,14 +223,14 @@ def test_hardware_names_the_machine():
 
 def test_peak_memory_is_what_was_held_at_most_and_given_back():
     """40 MB held for a moment within a call, over what was held before."""
-    before = latency.held_mb("cpu")
+    before = latency.rss_mb("cpu")
     assert before is not None
-    latency.forget_peak()
+    latency.reset_peak_rss()
     block = b"x" * 40_000_000
-    held = latency.held_mb("cpu")
+    held = latency.rss_mb("cpu")
     del block
-    peak = latency.held_mb("cpu", peak=True)
-    after = latency.held_mb("cpu")
+    peak = latency.rss_mb("cpu", peak=True)
+    after = latency.rss_mb("cpu")
     assert held is not None
     assert peak is not None
     assert after is not None
@@ -241,9 +241,9 @@ def test_peak_memory_is_what_was_held_at_most_and_given_back():
 
 def test_an_engine_holds_at_least_its_weights(tmp_path):
     folder = save_tiny("bart", tmp_path / "m", d_model=256, ffn_dim=2048, decoder_layers=6)
-    before = latency.held_mb("cpu")
+    before = latency.rss_mb("cpu")
     engine = open_engine(folder, "transformers")
-    timing = latency.measure(engine, 10, 5, batch=32, beams=2, min_seconds=0, held_before=before)
+    timing = latency.measure(engine, 10, 5, batch=32, beams=2, min_seconds=0, rss_before_mb=before)
     weights = latency.memory_mb(loading.load_config(folder))
     assert weights > 30
     assert timing.peak_mb is not None

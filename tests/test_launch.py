@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from benchmarks.scaling import endless, made_up
-from raydistill.cluster.actor_pool import places
+from raydistill.cluster.actor_pool import slots
 from raydistill.cluster.start import largest_node
 from raydistill.config.run import Run
-from raydistill.core.errors import PassingError, UserError
-from raydistill.jobs.train import check_room, launcher_for, train_with_ray_train
-from raydistill.search.progress import Watch
+from raydistill.core.errors import TransientError, UserError
+from raydistill.jobs.train import check_capacity, resolve_launcher, train_with_ray_train
+from raydistill.search.progress import ProgressCallback
 from raydistill.search.study import StudySearch
-from raydistill.search.tune_search import search
-from raydistill.training.inputs import Inputs
+from raydistill.search.tune_search import run_search
+from raydistill.training.inputs import RunInputs
 from tests.world import make_world
 
 KEPT = ("step", "loss", "val_loss", "score")
@@ -69,7 +69,7 @@ def under_tune(run, folder):
         def report(metrics, where):
             tune.report({"step": metrics["step"], "score": metrics["score"]})
 
-        train(run, folder, report, Inputs())
+        train(run, folder, report, RunInputs())
 
     found = tune.Tuner(trial, run_config=tune.RunConfig(storage_path=str(folder.parent / "tune"), verbose=0)).fit()
     assert not found.errors
@@ -77,7 +77,7 @@ def under_tune(run, folder):
 
 
 def test_one_trial_under_each_launcher_has_the_same_losses(ray_here, world, tmp_path):
-    result = train_with_ray_train(run_of(world, "same"), tmp_path / "train", Inputs())
+    result = train_with_ray_train(run_of(world, "same"), tmp_path / "train", RunInputs())
     reported = under_tune(run_of(world, "same"), tmp_path / "tuned")
     assert result["status"] == "done"
     same(history(tmp_path / "train"), history(tmp_path / "tuned"), 1e-6)
@@ -118,7 +118,7 @@ def look_around(run, folder, report, inputs, worker):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_at_work_listens_on_loopback_and_alone_has_no_process_group(ray_here, world, tmp_path, workers):
     """Torch's own store would listen on every address of the machine, and ask for no token."""
-    train_with_ray_train(run_of(world, "around", workers=workers), tmp_path / "run", Inputs(), work=look_around)
+    train_with_ray_train(run_of(world, "around", workers=workers), tmp_path / "run", RunInputs(), train_fn=look_around)
     seen = [json.loads(path.read_text()) for path in sorted((tmp_path / "run").glob("worker*.json"))]
     assert [grouped for _, grouped in seen] == [workers > 1] * workers
     assert {ip.removeprefix("::ffff:") for listening, _ in seen for ip in listening} == {"127.0.0.1"}
@@ -131,11 +131,11 @@ def failing_work(error, count, run, folder, report, inputs, worker):
     raise error
 
 
-@pytest.mark.parametrize(("error", "tries"), [(UserError("too little memory"), 1), (PassingError("wait"), 2)])
+@pytest.mark.parametrize(("error", "tries"), [(UserError("too little memory"), 1), (TransientError("wait"), 2)])
 def test_what_would_be_wrong_again_is_not_tried_again(ray_here, world, tmp_path, error, tries):
     work = partial(failing_work, error, tmp_path / "count")
     with pytest.raises(type(error), match=str(error)):
-        train_with_ray_train(run_of(world, "wrong"), tmp_path / "run", Inputs(), retries=1, work=work)
+        train_with_ray_train(run_of(world, "wrong"), tmp_path / "run", RunInputs(), retries=1, train_fn=work)
     assert len((tmp_path / "count").read_text().splitlines()) == tries
 
 
@@ -151,9 +151,9 @@ def test_a_trial_is_tried_again_as_often_as_the_space_says(ray_here, tmp_path, c
     """And not as often again by Ray Train; one that failed so is the next command's to try."""
     space = endless(1, 1, 1.0, launcher, retries=1)
     (tmp_path / "sweep.json").write_text("{}")
-    watch = Watch(tmp_path, space.search, "rouge2")
+    watch = ProgressCallback(tmp_path, space.search, "rouge2")
     work = partial(failing_work, error, tmp_path / "count")
-    ending = search(space, tmp_path, made_up(), "cpu", [watch], work)
+    ending = run_search(space, tmp_path, made_up(), "cpu", [watch], work)
     assert len((tmp_path / "count").read_text().splitlines()) == tries
     assert not ending.exhausted
     [died] = [line for line in capsys.readouterr().err.splitlines() if " died: " in line]
@@ -162,15 +162,15 @@ def test_a_trial_is_tried_again_as_often_as_the_space_says(ray_here, tmp_path, c
 
 
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):
-    train_with_ray_train(run_of(world, "one"), tmp_path / "one", Inputs())
-    train_with_ray_train(run_of(world, "two", workers=2), tmp_path / "two", Inputs())
+    train_with_ray_train(run_of(world, "one"), tmp_path / "one", RunInputs())
+    train_with_ray_train(run_of(world, "two", workers=2), tmp_path / "two", RunInputs())
     same(history(tmp_path / "one"), history(tmp_path / "two"), 1e-4)
 
 
 def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoint(ray_here, world, tmp_path):
     """The same losses as the run that nobody killed, and the steps before the checkpoint are not done again."""
     run = run_of(world, "killed", epochs=12)
-    train_with_ray_train(run, tmp_path / "untouched", Inputs())
+    train_with_ray_train(run, tmp_path / "untouched", RunInputs())
     folder = tmp_path / "killed"
     killed = []
 
@@ -185,7 +185,7 @@ def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoin
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    result = train_with_ray_train(run, folder, Inputs())
+    result = train_with_ray_train(run, folder, RunInputs())
     killer.join(10)
     assert killed
     assert killed[0] < 72, "the run was over before it could be killed"
@@ -195,18 +195,18 @@ def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoin
 
 def test_a_run_that_can_never_fit_is_refused_at_once(ray_here, world):
     with pytest.raises(UserError, match="8 workers need 1 CPUs of one machine each, and the cluster has room for 2"):
-        check_room(run_of(world, "big", workers=8), "cpu")
+        check_capacity(run_of(world, "big", workers=8), "cpu")
 
 
 def test_room_is_counted_by_machine_and_not_by_the_clusters_total(monkeypatch, world):
     """Four machines of four CPUs can never hold one worker of eight; with a GPU each they hold one worker of two."""
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}} for _ in range(4)]
     monkeypatch.setattr("ray.nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}])
-    assert [places("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
-    assert [places("cuda", threads) for threads in (2, 8)] == [4, 0]
-    assert [places("cuda", 1, share) for share in (1, 0.6, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 8, 12, 16, 16]
+    assert [slots("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
+    assert [slots("cuda", threads) for threads in (2, 8)] == [4, 0]
+    assert [slots("cuda", 1, share) for share in (1, 0.6, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 8, 12, 16, 16]
     with pytest.raises(UserError, match="1 workers need 8 CPUs of one machine each, and the cluster has room for 0"):
-        check_room(run_of(world, "wide", threads=8), "cpu")
+        check_capacity(run_of(world, "wide", threads=8), "cpu")
 
 
 def test_what_is_timed_goes_to_the_same_one_of_several_machines(monkeypatch):
@@ -221,9 +221,9 @@ def test_what_is_timed_goes_to_the_same_one_of_several_machines(monkeypatch):
 
 
 def test_which_launcher_a_run_gets(world):
-    assert launcher_for(run_of(world, "a"), "cpu") == "tune"
-    assert launcher_for(run_of(world, "a"), "cuda") == "train"
-    assert launcher_for(run_of(world, "a", workers=2), "cpu") == "train"
-    assert launcher_for(run_of(world, "a", launcher="train"), "cpu") == "train"
+    assert resolve_launcher(run_of(world, "a"), "cpu") == "tune"
+    assert resolve_launcher(run_of(world, "a"), "cuda") == "train"
+    assert resolve_launcher(run_of(world, "a", workers=2), "cpu") == "train"
+    assert resolve_launcher(run_of(world, "a", launcher="train"), "cpu") == "train"
     with pytest.raises(UserError, match="one worker"):
-        launcher_for(run_of(world, "a", workers=2, launcher="tune"), "cpu")
+        resolve_launcher(run_of(world, "a", workers=2, launcher="tune"), "cpu")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.training import losses
-from raydistill.training.losses import Targets, hidden_mse, output_loss
+from raydistill.training.losses import OutputTargets, hidden_mse, output_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "kd_loss.json").read_text())
 STUDENT = torch.tensor(GOLDEN["student_logits"], dtype=torch.float64)
@@ -26,7 +26,7 @@ def as_they_are(logits):
 def sums(student, teacher=None, labels=LABELS[REAL], **how):
     """The sums of CE and KL of given logits."""
     weight = 0.0 if teacher is None else 1.0
-    targets = Targets(labels, logits=weight, teacher=teacher, teacher_head=as_they_are, **how)
+    targets = OutputTargets(labels, kl_weight=weight, teacher_hidden=teacher, teacher_lm_head=as_they_are, **how)
     _, entropy, divergence = output_loss(student, as_they_are, targets, student.shape[-1])
     return float(entropy), float(divergence)
 
@@ -59,13 +59,13 @@ def test_hidden_is_summed_over_layers_and_means_over_tokens_and_width():
 def test_the_total_is_the_worked_out_one():
     total = GOLDEN["total_mean"]
     tokens = GOLDEN["tokens"]
-    targets = Targets(
+    targets = OutputTargets(
         LABELS[REAL],
-        data=total["alpha_data"] / tokens,
-        logits=total["alpha_logits"] / tokens,
+        ce_weight=total["alpha_data"] / tokens,
+        kl_weight=total["alpha_logits"] / tokens,
         temperature=total["temperature"],
-        teacher=TEACHER[REAL],
-        teacher_head=as_they_are,
+        teacher_hidden=TEACHER[REAL],
+        teacher_lm_head=as_they_are,
     )
     output, _, _ = output_loss(STUDENT[REAL], as_they_are, targets, STUDENT.shape[-1])
     value = output + total["alpha_hidden"] * hidden_sum() / tokens
@@ -98,7 +98,7 @@ def problem(dtype=torch.float32):
 def test_losses_and_gradients_are_autograds_own_over_whole_logits(smoothing, trained, logits, chunk, monkeypatch):
     """Against torch's cross_entropy and kl_div with its own backward, in chunks of any size, head trained or frozen."""
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(losses, "FLOAT_ELEMENTS", {"cpu": 2 * VOCABULARY})
+    monkeypatch.setattr(losses, "FLOAT32_CHUNK_ELEMENTS", {"cpu": 2 * VOCABULARY})
     ours, theirs, base, teacher, labels = problem()
     ours.requires_grad_(trained)
     parameters = list(ours.parameters()) if trained else []
@@ -116,7 +116,7 @@ def test_losses_and_gradients_are_autograds_own_over_whole_logits(smoothing, tra
     expected = gradients(0.5 * entropy + logits * kl, hidden)
 
     hidden = base.clone().requires_grad_()
-    targets = Targets(labels, 0.5, smoothing, logits, 2.0, teacher, lambda h: theirs(h).detach())
+    targets = OutputTargets(labels, 0.5, smoothing, logits, 2.0, teacher, lambda h: theirs(h).detach())
     loss, found_entropy, found_kl = output_loss(hidden, ours, targets, VOCABULARY, parameters)
     assert float(loss.detach()) == pytest.approx(float((0.5 * entropy + logits * kl).detach()), rel=1e-5)
     assert float(found_entropy) == pytest.approx(float(entropy.detach()), rel=1e-5)
@@ -132,7 +132,7 @@ def test_losses_and_gradients_are_autograds_own_over_whole_logits(smoothing, tra
 def test_a_trained_heads_gradients_under_autocast_are_autograds_own_within_bf16(smoothing, logits, chunk, monkeypatch):
     """Seen: gradients up to 0.0042 of their norm apart, as far as either is from float32's; the sums are the same."""
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(losses, "FLOAT_ELEMENTS", {"cpu": 2 * VOCABULARY})
+    monkeypatch.setattr(losses, "FLOAT32_CHUNK_ELEMENTS", {"cpu": 2 * VOCABULARY})
     ours, theirs, base, teacher, labels = problem()
     parameters = list(ours.parameters())
 
@@ -150,7 +150,7 @@ def test_a_trained_heads_gradients_under_autocast_are_autograds_own_within_bf16(
     expected = gradients(0.5 * entropy + logits * kl, hidden)
 
     hidden = base.clone().requires_grad_()
-    targets = Targets(labels, 0.5, smoothing, logits, 2.0, teacher, lambda h: theirs(h).detach())
+    targets = OutputTargets(labels, 0.5, smoothing, logits, 2.0, teacher, lambda h: theirs(h).detach())
     with torch.autocast("cpu", torch.bfloat16):
         assert ours(hidden).dtype == torch.bfloat16
         loss, found_entropy, found_kl = output_loss(hidden, ours, targets, VOCABULARY, parameters)
@@ -163,7 +163,7 @@ def test_a_trained_heads_gradients_under_autocast_are_autograds_own_within_bf16(
 
 def test_gradients_hold_against_finite_differences():
     ours, theirs, base, teacher, labels = problem(torch.float64)
-    targets = Targets(labels, 0.5, 0.1, 0.8, 2.0, teacher, lambda h: theirs(h).detach())
+    targets = OutputTargets(labels, 0.5, 0.1, 0.8, 2.0, teacher, lambda h: theirs(h).detach())
     hidden = base.clone().requires_grad_()
     output_loss(hidden, ours, targets, VOCABULARY, list(ours.parameters()))[0].backward()
     step = 1e-3  # the sums are float32
@@ -197,7 +197,7 @@ def test_no_float32_logits_of_all_tokens_exist_forwards_or_backwards(trained, mo
     ours, theirs = (torch.nn.Linear(width, vocabulary, bias=False) for _ in range(2))
     ours.requires_grad_(trained)
     hidden = torch.randn(tokens, width, requires_grad=True)
-    targets = Targets(
+    targets = OutputTargets(
         torch.randint(0, vocabulary, (tokens,)),
         1.0,
         0.1,
@@ -217,4 +217,4 @@ def test_no_float32_logits_of_all_tokens_exist_forwards_or_backwards(trained, mo
 
 def test_a_weight_for_logits_without_a_teacher_is_refused():
     with pytest.raises(ValueError, match="hidden states"):
-        output_loss(torch.zeros(1, 2), as_they_are, Targets(torch.zeros(1, dtype=torch.long), logits=1.0), 2)
+        output_loss(torch.zeros(1, 2), as_they_are, OutputTargets(torch.zeros(1, dtype=torch.long), kl_weight=1.0), 2)

@@ -9,11 +9,11 @@ import pytest
 
 from raydistill.core.files import write_json_atomic
 from raydistill.results import records
-from raydistill.results.costs import gain, method_table
-from raydistill.results.page import facts, page, write_report
+from raydistill.results.costs import mean_gain_over_sft, method_table
+from raydistill.results.page import make_tooltips, render_page, write_report
 from raydistill.results.records import Trial
-from raydistill.results.selection import outcome
-from raydistill.results.served_students import timed_alike
+from raydistill.results.selection import load_selection
+from raydistill.results.served_students import impute_served_timing
 from tests.test_tracking import make_trial
 
 
@@ -38,9 +38,9 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_the_front_holds_pairs_of_checkpoint_and_decoding(sweep: Path) -> None:
-    found = outcome(sweep)
-    assert found.front == ["a b1", "a b4-p0.6"]
-    assert [found.trial_of(key) for key in found.front] == ["a", "a"]
+    found = load_selection(sweep)
+    assert found.front_keys == ["a b1", "a b4-p0.6"]
+    assert [found.trial_key(key) for key in found.front_keys] == ["a", "a"]
     fastest = found.student("a b1")
     assert fastest.label == "4-1 kd (trial 0, 1 beam)"
     assert (fastest.metrics["latency_ms"], fastest.metrics["speedup"], fastest.test) == (30.0, 10.0, None)
@@ -48,9 +48,9 @@ def test_the_front_holds_pairs_of_checkpoint_and_decoding(sweep: Path) -> None:
 
 
 def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhere(sweep: Path) -> None:
-    found = outcome(sweep)
-    text = page(found)
-    shown = facts(found)
+    found = load_selection(sweep)
+    text = render_page(found)
+    shown = make_tooltips(found)
     for mark in shown:
         assert f'id="{mark}"' in text
     assert sorted(shown) == ["student-a_b1", "student-a_b4-p0_6", "student-b", "student-c", "teacher"]
@@ -73,18 +73,18 @@ def test_every_mark_of_the_page_has_its_facts_and_nothing_is_loaded_from_elsewhe
 
 
 def test_a_trial_that_was_not_served_is_shown_on_the_clock_of_the_student_of_its_shape(sweep: Path) -> None:
-    found = outcome(sweep)
-    b = next(mark for mark in found.marks if mark.key == "b")
+    found = load_selection(sweep)
+    b = next(mark for mark in found.plotted_trials if mark.key == "b")
     assert b.metrics["latency_ms"] == 90.0  # trial a's with its own decoding, which comes first
     measured = "measured with ctranslate2 fp32, on 4-1 kd (trial 0, 4 beams, length penalty 0.6)"
-    assert facts(found)["student-b"][-1] == measured
+    assert make_tooltips(found)["student-b"][-1] == measured
     assert found.trials[1].metrics.get("latency_ms") != 90.0  # the table of trials tells the search's own
     other = replace(found.trials[1], size="4-3")
-    assert [mark.key for mark in timed_alike([other, found.trials[2]], found.students)] == ["c"]
+    assert [mark.key for mark in impute_served_timing([other, found.trials[2]], found.students)] == ["c"]
 
 
 def test_the_report_is_four_files(sweep: Path) -> None:
-    written = write_report(outcome(sweep))
+    written = write_report(load_selection(sweep))
     assert sorted(path.name for path in written) == ["curves.png", "front.html", "front.png", "table.md"]
     assert all(path.stat().st_size > 0 for path in written)
     assert (sweep / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -110,10 +110,10 @@ def test_a_methods_gain_is_over_the_best_plain_student_of_the_same_size_and_its_
         *(made("sft", "2-2", 10, 1), made("sft", "2-2", 12, 1), made("sft", "2-1", 5, 1)),
         *(made("pl", "2-2", 13, 2), made("pl", "2-1", 8, 1), made("pl", "2-3", 99, 1)),
     ]
-    assert gain(trials, "pl", "rouge2") == 2.0  # (1 + 3) / 2; nothing to compare 2-3 with
-    assert gain(trials, "sft", "rouge2") is None
-    assert gain(trials, "kd", "rouge2") is None
-    found = outcome(sweep)
+    assert mean_gain_over_sft(trials, "pl", "rouge2") == 2.0  # (1 + 3) / 2; nothing to compare 2-3 with
+    assert mean_gain_over_sft(trials, "sft", "rouge2") is None
+    assert mean_gain_over_sft(trials, "kd", "rouge2") is None
+    found = load_selection(sweep)
     mixed = "original+pseudo+/other"
     labels = {"original": {}, "pseudo": {"own": 4.0}, mixed: {"own": 4.0, "others": 2.0}}
     teacher = {**found.teacher, "passes": {"labels": labels, "cache": 9.0}}

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config.corners import point_values
+from raydistill.config.corners import resolve_point
 from raydistill.config.run import parse_size
-from raydistill.config.space import read_space, resolve
+from raydistill.config.space import make_run, read_space
 from raydistill.models.layer_choice import layers_to_copy
 from raydistill.paper import published
-from raydistill.paper.ablations import variation
+from raydistill.paper.ablations import describe_loss
 from raydistill.search.dry_run import describe_plan
-from raydistill.search.prepare import runs_of
+from raydistill.search.prepare import corner_runs
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 TABLES = sorted(SPACES.glob("table*.yaml"))
@@ -75,16 +75,16 @@ def of_table(number):
 @of_table(5)
 def test_the_methods_are_those_of_table_5(path):
     [theirs] = [row for (teacher, _, data), row in published.TABLE_5.items() if (teacher, data) == place_of(path)]
-    runs = runs_of(read_space(path))
+    runs = corner_runs(read_space(path))
     assert sorted(r.method for r in runs) == sorted(m for m in ("sft", "kd", "pl") if getattr(theirs, m))
-    assert {r.label_source for r in runs} == {"pseudo" if r.method == "pl" else "original" for r in runs}
+    assert {r.resolved_labels for r in runs} == {"pseudo" if r.method == "pl" else "original" for r in runs}
 
 
 @of_table("[89]")
 def test_the_initialisations_are_those_of_tables_8_and_9(path):
     depth = {"BART": 12, "Marian": 6}[place_of(path)[0]]
     starts = []
-    for run in runs_of(read_space(path)):
+    for run in corner_runs(read_space(path)):
         if run.student.init == "random":
             starts.append(((), ""))
         else:
@@ -99,16 +99,16 @@ def test_the_labels_are_those_of_table_10(path):
     other = {"BART": "pegasus", "Pegasus": "bart"}.get(place_of(path)[0])
     mixes = ["original", "pseudo", "original+pseudo", f"original+pseudo+pseudo@{other}"]
     wanted = [mix for mix, figure in zip(mixes, theirs[1:], strict=True) if figure is not None]
-    assert sorted(r.labels for r in runs_of(read_space(path))) == sorted(wanted)
+    assert sorted(r.labels for r in corner_runs(read_space(path))) == sorted(wanted)
 
 
 def test_section_6_3_varies_one_thing_at_a_time_and_stops_no_trial():
     space = read_space(SPACES / "section63_xsum_bart.yaml")
     assert space.search.trials == len(space.points)
     assert not space.search.stops_early
-    runs = [resolve(space, point_values(space.run, point), "s") for point in space.points]
+    runs = [make_run(space, resolve_point(space.run, point), "s") for point in space.points]
     assert {run.method for run in runs} == {"kd"}
-    assert [variation(run.loss) for run in runs] == [
+    assert [describe_loss(run.loss) for run in runs] == [
         "plain KD",
         "no hidden loss",
         "attention maps 1",
@@ -121,7 +121,7 @@ def test_section_6_3_varies_one_thing_at_a_time_and_stops_no_trial():
 @pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)
 def test_the_miniatures_run_every_setting_with_three_seeds(path):
     space = read_space(path)
-    runs = runs_of(space)
+    runs = corner_runs(space)
     assert len(runs) == space.search.trials
     settings = {}
     for run in runs:
@@ -142,7 +142,7 @@ def test_the_recipes_are_the_authors(path):
         ("Marian", "EN-RO"): (3e-4, 64, 0.0, 1e-8),
         ("mBART", "EN-RO"): (3e-5, 64, 0.1, 1e-6),
     }
-    for run in runs_of(read_space(path)):
+    for run in corner_runs(read_space(path)):
         how = run.training
         found = (how.learning_rate, how.batch_size, run.loss.label_smoothing, how.adam_eps)
         assert found == pytest.approx(recipes[place_of(path)])

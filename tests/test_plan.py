@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row, read_corpus
-from raydistill.data.streaming import scan, usable_rows
+from raydistill.data.streaming import scan_split, usable_rows
 from raydistill.label_sets.batch_plan import make_plan, open_plan
 
 
@@ -29,18 +29,18 @@ def rows_of(lengths):
 def test_a_scan_knows_a_corpus_as_reading_it_whole_does(tmp_path):
     pairs = [{"id": f"r{i}", "source": f"text {i}", "target": f"title {i}"} for i in range(20)]
     data = write_rows(tmp_path / "train.jsonl", pairs)
-    whole, found = read_corpus(data, "train"), scan(data, "train")
+    whole, found = read_corpus(data, "train"), scan_split(data, "train")
     assert (found.rows, found.fingerprint, found.labelled, found.skipped) == (20, whole.fingerprint, True, 0)
     again = list(usable_rows(data, "train", found))
     assert [(r.id, r.source, r.target) for r in again] == [(p["id"], p["source"], p["target"]) for p in pairs]
     first = data.model_copy(update={"train_rows": 7})
-    assert scan(first, "train").fingerprint == read_corpus(first, "train").fingerprint
-    assert len(list(usable_rows(first, "train", scan(first, "train")))) == 7
+    assert scan_split(first, "train").fingerprint == read_corpus(first, "train").fingerprint
+    assert len(list(usable_rows(first, "train", scan_split(first, "train")))) == 7
 
 
 def test_one_row_without_a_target_makes_the_split_unlabelled(tmp_path):
     data = write_rows(tmp_path / "train.jsonl", [{"source": "a", "target": "b"}, {"source": "c", "target": ""}])
-    found = scan(data, "train")
+    found = scan_split(data, "train")
     assert not found.labelled
     assert found.fingerprint == read_corpus(data, "train", need_targets=False).fingerprint
     assert [row.target for row in usable_rows(data, "train", found)] == ["", ""]
@@ -51,27 +51,27 @@ def test_repeated_ids_are_refused_with_both_rows(tmp_path):
     with pytest.raises(
         UserError, match=r"1 rows whose id is not unique.*\n.*jsonl:3: id 'a' is also that of .*jsonl:1"
     ):
-        scan(write_rows(tmp_path / "train.jsonl", rows), "train")
+        scan_split(write_rows(tmp_path / "train.jsonl", rows), "train")
 
 
 def test_ids_are_unique_over_all_files_of_a_split(tmp_path):
     for n in (1, 2):
         write_rows(tmp_path / f"train-0000{n}.jsonl", [{"id": "same", "source": "x"}])
     with pytest.raises(UserError, match=r"train-00002.jsonl:1: id 'same' is also that of .*train-00001.jsonl:1"):
-        scan(Dataset(name=str(tmp_path)), "train")
+        scan_split(Dataset(name=str(tmp_path)), "train")
 
 
 def test_bad_rows_stop_a_scan_or_are_counted(tmp_path):
     data = write_rows(tmp_path / "train.jsonl", [{"source": "x"}, {"source": 3}, {"source": " "}])
     with pytest.raises(UserError, match=r"2 rows that cannot be used"):
-        scan(data, "train")
+        scan_split(data, "train")
     skipping = data.model_copy(update={"skip_bad_rows": True})
-    assert (scan(skipping, "train").rows, scan(skipping, "train").skipped) == (1, 2)
+    assert (scan_split(skipping, "train").rows, scan_split(skipping, "train").skipped) == (1, 2)
 
 
 def test_data_that_changes_while_it_is_read_is_refused(tmp_path):
     data = write_rows(tmp_path / "train.jsonl", [{"source": "x"}, {"source": "y"}])
-    found = scan(data, "train")
+    found = scan_split(data, "train")
     write_rows(tmp_path / "train.jsonl", [{"source": "x"}, {"source": "Y"}])
     with pytest.raises(UserError, match="changed while it was read"):
         list(usable_rows(data, "train", found))
@@ -111,7 +111,7 @@ def test_neighbours_in_length_go_together_within_a_window(tmp_path):
     lengths = [random.Random(1).randint(1, 100) for _ in range(200)]
     plan = make_plan(iter(rows_of(lengths)), tmp_path, window_rows=100, batch_chars=500, batch_rows=10)
     for window in range(2):
-        sizes = [len(s) for n in plan.batches_of(window) for s in plan.read_batch(n)["sources"]]
+        sizes = [len(s) for n in plan.batches_in_window(window) for s in plan.read_batch(n)["sources"]]
         assert sizes == sorted(lengths[100 * window : 100 * window + 100], reverse=True)
 
 
@@ -125,7 +125,7 @@ def test_a_plan_that_was_not_finished_is_made_anew(tmp_path):
 
 
 def test_what_a_teacher_does_not_read_of_a_long_source_is_not_counted(tmp_path):
-    plan = make_plan(iter(rows_of([1000, 2000, 5, 3000])), tmp_path, batch_chars=60, max_chars=20)
+    plan = make_plan(iter(rows_of([1000, 2000, 5, 3000])), tmp_path, batch_chars=60, max_source_chars=20)
     assert plan.rows == [3, 1]
     assert plan.chars == [60, 5]
     assert [len(source) for source in plan.read_batch(0)["sources"]] == [1000, 2000, 3000]

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.cluster.actor_pool import run_batches
-from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
+from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core.errors import UserError
-from raydistill.data.streaming import scan
+from raydistill.data.streaming import scan_split
 from raydistill.inference.decoding import resolve_decoding
 from raydistill.inference.engines import open_engine
-from raydistill.jobs.label_outputs import is_done
-from raydistill.jobs.pseudolabel import Job, Labeller, _one_engine, _plain, describe_job, pseudolabel
-from raydistill.label_sets.batch_plan import Plan
+from raydistill.jobs.label_outputs import is_batch_complete
+from raydistill.jobs.pseudolabel import LabelJob, Labeller, _check_same_engine, _slug, describe_job, pseudolabel
+from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import read_candidates, read_manifest
 from tests.tiny import save_tiny
 from tests.world import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
@@ -44,16 +44,18 @@ def world(tmp_path_factory):
 
 def job_of(world, **changes):
     root, _ = world
-    return Job(str(root / "teacher"), Dataset(name=str(root / "data")), decoding=DECODING, batch_chars=800, **changes)
+    return LabelJob(
+        str(root / "teacher"), Dataset(name=str(root / "data")), decoding=DECODING, batch_chars=800, **changes
+    )
 
 
 def test_every_row_of_every_shard_has_what_the_engine_writes_for_it(ray_here, world, tmp_path):
     root, rows = world
-    folder = pseudolabel(job_of(world, pseudo=Pseudo(n_best=2)), tmp_path, say=False)
+    folder = pseudolabel(job_of(world, pseudo=PseudoLabeling(n_best=2)), tmp_path, verbose=False)
     found = dict(read_candidates(folder))
     assert list(found) == [row["id"] for row in rows]
-    engine = open_engine(root / "teacher", cache=tmp_path / "c")
-    beam = resolve_decoding(DECODING, engine.generation, None, 64)
+    engine = open_engine(root / "teacher", cache_dir=tmp_path / "c")
+    beam = resolve_decoding(DECODING, engine.generation_config, None, 64)
     wanted = engine.generate([row["source"] for row in rows], beam, max_source_tokens=64, n_best=2)
     for candidates, hypotheses in zip(found.values(), wanted, strict=True):
         assert [c.target for c in candidates] == [h.text.strip() for h in hypotheses]
@@ -67,13 +69,15 @@ def test_every_row_of_every_shard_has_what_the_engine_writes_for_it(ray_here, wo
 
 
 def test_the_same_job_is_found_and_another_decoding_precision_or_rule_is_another_set(ray_here, world, tmp_path):
-    plain = pseudolabel(job_of(world), tmp_path, say=False)
+    plain = pseudolabel(job_of(world), tmp_path, verbose=False)
     before = {p: p.stat().st_mtime_ns for p in plain.iterdir()}
-    assert pseudolabel(job_of(world), tmp_path, say=False) == plain
+    assert pseudolabel(job_of(world), tmp_path, verbose=False) == plain
     assert {p: p.stat().st_mtime_ns for p in plain.iterdir()} == before
-    eight = pseudolabel(job_of(world, pseudo=Pseudo(precision="int8")), tmp_path, say=False)
+    eight = pseudolabel(job_of(world, pseudo=PseudoLabeling(precision="int8")), tmp_path, verbose=False)
     assert read_manifest(eight)["engine"] == "ctranslate2 int8"
-    curated = pseudolabel(job_of(world, pseudo=Pseudo(curation=Curation(max_copy_rate=0.9))), tmp_path, say=False)
+    curated = pseudolabel(
+        job_of(world, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), tmp_path, verbose=False
+    )
     assert len({plain, eight, curated}) == 3
     assert read_manifest(curated)["of"] == plain.name
 
@@ -82,20 +86,20 @@ def test_a_teacher_with_other_settings_makes_another_set_and_none_changes_during
     root, _ = world
     teacher = tmp_path / "teacher"
     shutil.copytree(root / "teacher", teacher)
-    job = Job(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
-    first = pseudolabel(job, tmp_path / "labels", say=False)
-    about = describe_job(job, scan(job.dataset, "train"))
+    job = LabelJob(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
+    first = pseudolabel(job, tmp_path / "labels", verbose=False)
+    about = describe_job(job, scan_split(job.dataset, "train"))
     settings = json.loads((teacher / "generation_config.json").read_text())
     (teacher / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.5}))
-    assert pseudolabel(job, tmp_path / "labels", say=False) != first
+    assert pseudolabel(job, tmp_path / "labels", verbose=False) != first
     with pytest.raises(UserError, match="has changed since the job began"):
-        Labeller(job, about, Plan(tmp_path, [], [], []), tmp_path, "cpu")
+        Labeller(job, about, BatchPlan(tmp_path, [], [], []), tmp_path, "cpu")
 
 
 def test_a_label_set_is_called_as_its_data_are():
     """As the README's `labels describe my-texts-train` finds it."""
     names = {"data/my_texts.jsonl.gz": "my-texts", "x/train.source": "train", "EdinburghNLP/xsum": "xsum", "a.b": "a-b"}
-    assert {name: _plain(name) for name in names} == names
+    assert {name: _slug(name) for name in names} == names
 
 
 def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
@@ -104,15 +108,15 @@ def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
     path.write_bytes(b"PAR1 torn")
     monkeypatch.setattr("pyarrow.parquet.read_metadata", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
     with pytest.raises(OSError, match="I/O error"):
-        is_done(path)
+        is_batch_complete(path)
     assert path.is_file()
     monkeypatch.undo()
-    assert not is_done(path)
+    assert not is_batch_complete(path)
     assert not path.exists()
 
 
 def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world, tmp_path, monkeypatch):
-    whole = pseudolabel(job_of(world), tmp_path / "whole", say=False)
+    whole = pseudolabel(job_of(world), tmp_path / "whole", verbose=False)
     wanted = list(read_candidates(whole))
 
     def killed(*rest):
@@ -121,16 +125,16 @@ def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world,
     with monkeypatch.context() as patch:
         patch.setattr("raydistill.jobs.pseudolabel.compact", killed)
         with pytest.raises(KeyboardInterrupt):
-            pseudolabel(job_of(world), tmp_path / "hurt", say=False)
+            pseudolabel(job_of(world), tmp_path / "hurt", verbose=False)
     outputs = sorted((tmp_path / "hurt").glob(".*.work/out/*.parquet"))
     outputs[1].write_bytes(outputs[1].read_bytes()[:-20])
     outputs[2].write_bytes(b"")
-    assert list(read_candidates(pseudolabel(job_of(world), tmp_path / "hurt", say=False))) == wanted
+    assert list(read_candidates(pseudolabel(job_of(world), tmp_path / "hurt", verbose=False))) == wanted
 
 
 def test_more_threads_than_a_machine_has_are_refused(ray_here, world, tmp_path):
     with pytest.raises(UserError, match="no machine of the cluster has 3 CPUs for a teacher"):
-        pseudolabel(job_of(world, threads=3), tmp_path, say=False)
+        pseudolabel(job_of(world, threads=3), tmp_path, verbose=False)
 
 
 def test_what_else_the_pass_produces_comes_from_the_same_batches(ray_here, world, tmp_path):
@@ -144,7 +148,7 @@ def test_what_else_the_pass_produces_comes_from_the_same_batches(ray_here, world
 
         return write
 
-    folder = pseudolabel(job_of(world), tmp_path / "labels", say=False, also=also)
+    folder = pseudolabel(job_of(world), tmp_path / "labels", verbose=False, make_on_batch=also)
     told = {}
     for path in beside.iterdir():
         for row_id, source, label in zip(*json.loads(path.read_text()), strict=True):
@@ -156,13 +160,13 @@ def test_what_else_the_pass_produces_comes_from_the_same_batches(ray_here, world
 def test_a_model_that_ctranslate2_gets_wrong_is_labelled_by_transformers_or_refused(ray_here, world, tmp_path):
     root, _ = world
     teacher = save_tiny("marian", tmp_path / "marian", marian_padding_row=0.5)
-    job = Job(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
-    manifest = read_manifest(pseudolabel(job, tmp_path / "labels", say=False))
+    job = LabelJob(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
+    manifest = read_manifest(pseudolabel(job, tmp_path / "labels", verbose=False))
     assert manifest["engine"] == "transformers fp32"
     assert "padding row is not zero" in manifest["engine_why"]
-    strict = Job(str(teacher), job.dataset, decoding=Decoding(beams=3, max_length=12), fallback=False)
+    strict = LabelJob(str(teacher), job.dataset, decoding=Decoding(beams=3, max_length=12), allow_fallback=False)
     with pytest.raises(UserError, match="padding row is not zero"):
-        pseudolabel(strict, tmp_path / "labels", say=False)
+        pseudolabel(strict, tmp_path / "labels", verbose=False)
 
 
 def test_a_batch_that_fails_ends_the_job_with_its_error(ray_here):
@@ -201,10 +205,10 @@ def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_her
 
 
 def test_texts_of_two_engines_are_not_mixed(tmp_path):
-    _one_engine(tmp_path, "ctranslate2 fp32", [])
-    _one_engine(tmp_path, "ctranslate2 fp32", [])
+    _check_same_engine(tmp_path, "ctranslate2 fp32", [])
+    _check_same_engine(tmp_path, "ctranslate2 fp32", [])
     with pytest.raises(UserError, match="written by ctranslate2 fp32, and this machine opens transformers fp32"):
-        _one_engine(tmp_path, "transformers fp32", ["no ctranslate2"])
+        _check_same_engine(tmp_path, "transformers fp32", ["no ctranslate2"])
     assert json.loads((tmp_path / "engine.json").read_text())["why"] == ""
 
 

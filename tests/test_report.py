@@ -11,8 +11,8 @@ import pytest
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
 from raydistill.paper import published
-from raydistill.paper.settings import read_settings
-from raydistill.paper.tables import heads, tables
+from raydistill.paper.settings import load_seed_groups
+from raydistill.paper.tables import describe_sweeps, make_tables
 from tests.world import command, last_json
 
 ROWS = 40
@@ -51,7 +51,7 @@ def write_trial(
         "method": run.method,
         "size": run.student.size,
         "copied": {"encoder": list(range(12)), "decoder": None if run.student.init == "random" else layers},
-        "labels": run.label_source,
+        "labels": run.resolved_labels,
         "metrics": {"score": 60 - score, **costs},
         "test": {"rouge2": score, "rougeL": score + 10, "interval": [score - 1, score + 1]},
         "seed": seed,
@@ -123,7 +123,7 @@ def sweep(tmp_path) -> Path:
 
 def table(folders, name: str) -> list[dict[str, str]]:
     """A table's rows by column."""
-    [found] = [t for t in tables(*read_settings(folders)) if t.name == name]
+    [found] = [t for t in make_tables(*load_seed_groups(folders)) if t.name == name]
     return [dict(zip(found.header, row, strict=True)) for row in found.rows]
 
 
@@ -229,7 +229,7 @@ def test_layers_listed_one_by_one_are_the_spaced_ones_where_they_are_the_same(sw
 def test_a_students_end_in_repetition_is_told_and_counts_where_losses_are_compared(sweep):
     found = row([sweep], "table8", **{"layers copied": "-"})
     assert (found["seeds"], found["repetition"]) == ("2", "0.46")
-    assert heads(read_settings([sweep])[0]) == [
+    assert describe_sweeps(load_seed_groups([sweep])[0]) == [
         "one: 9 trials: 8 done, 1 failed (1 collapsed); teacher bart; a full-depth copy of it differs by 2.0e-07 of "
         "the largest logit; engine ctranslate2 fp32; machine EPYC (cpu, 1 threads); hosts here; versions "
         "raydistill 0.1.0, torch 2.13.0; seeds 0, 1; ended 2026-01-01 to 2026-01-02"
@@ -278,9 +278,9 @@ def test_sweeps_of_two_teachers_or_data_sets_of_one_name_are_not_reported_togeth
     info = json.loads((sweep / "sweep.json").read_text())
     info["teacher"]["data"] = {"train": "w", "test": "x"}
     (sweep / "sweep.json").write_text(json.dumps(info))
-    assert tables(*read_settings([sweep, second_sweep(sweep, "two")]))
+    assert make_tables(*load_seed_groups([sweep, second_sweep(sweep, "two")]))
     with pytest.raises(UserError, match=f"the {what} of one is not the other's; report them apart"):
-        tables(*read_settings([sweep, second_sweep(sweep, "three", change)]))
+        make_tables(*load_seed_groups([sweep, second_sweep(sweep, "three", change)]))
 
 
 def test_a_full_depth_student_does_not_take_the_teachers_row(sweep):
@@ -296,12 +296,12 @@ def test_what_nobody_has_is_an_empty_cell(sweep):
 
 
 def test_changing_one_stored_score_changes_its_cell_and_no_other(sweep):
-    before = {t.name: t.rows for t in tables(*read_settings([sweep]))}
+    before = {t.name: t.rows for t in make_tables(*load_seed_groups([sweep]))}
     path = sweep / "trials" / "a" / "result.json"
     result = json.loads(path.read_text())
     result["test"]["rouge2"] = 25.0
     path.write_text(json.dumps(result))
-    after = {t.name: t.rows for t in tables(*read_settings([sweep]))}
+    after = {t.name: t.rows for t in make_tables(*load_seed_groups([sweep]))}
     changed = [
         (name, old, new)
         for name in before
@@ -405,8 +405,8 @@ def test_the_papers_figures_agree_with_each_other():
     for (teacher, size, data), found in published.TABLES_6_7.items():
         depth = {"BART": "12-12", "Pegasus": "16-16"}.get(teacher)
         if depth and size != depth:
-            base = published.TABLES_6_7[teacher, depth, data].ms
-            assert found.speedup == pytest.approx(base / found.ms, abs=0.01), (teacher, size, data)
+            base = published.TABLES_6_7[teacher, depth, data].latency_ms
+            assert found.speedup == pytest.approx(base / found.latency_ms, abs=0.01), (teacher, size, data)
 
 
 def test_the_command_prints_and_writes_everything(sweep, tmp_path):

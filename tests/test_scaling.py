@@ -15,9 +15,9 @@ from benchmarks.scaling import SECONDS_PER_STEP, Slept, _slept, endless, in_slot
 from benchmarks.stamps import End, rate
 from benchmarks.standins import timed_engine, timed_run
 from raydistill.config.run import Run
-from raydistill.inference.decoding import Beam
-from raydistill.search.tune_search import search
-from raydistill.training.inputs import Inputs
+from raydistill.inference.decoding import BeamSearchParams
+from raydistill.search.tune_search import run_search
+from raydistill.training.inputs import RunInputs
 from tests.world import environment
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,11 @@ def test_the_engine_sleeps_in_proportion_to_the_characters() -> None:
     engine = timed_engine("teacher", "auto", seconds_per_char=0.01, device="cuda", threads=1, cache=None)
     began = time.monotonic()
     written = engine.generate(
-        ["a" * 6, "b c d e"], Beam(4, 1.0, 0, 9, 0, False, None), max_source_tokens=9, batch_size=9, n_best=2
+        ["a" * 6, "b c d e"],
+        BeamSearchParams(4, 1.0, 0, 9, 0, False, None),
+        max_source_tokens=9,
+        batch_size=9,
+        n_best=2,
     )
     assert time.monotonic() - began == pytest.approx(0.13, abs=0.05)
     assert [[h.text for h in row] for row in written] == [["aaaaaa"] * 2, ["b c d e"] * 2]
@@ -51,7 +55,7 @@ def test_a_timed_run_leaves_what_a_search_reads_and_is_not_done_twice(tmp_path: 
         {"name": "r", "teacher": "t", "dataset": "d", "student": {"size": "2-1"}, "training": {"max_steps": 10}}
     )
     told = []
-    inputs = Inputs(costs={"latency_ms": 7.0}, note={"number": 3})
+    inputs = RunInputs(costs={"latency_ms": 7.0}, result_fields={"number": 3})
     report = lambda metrics, folder: told.append(metrics["step"])  # noqa: E731
     result = timed_run(run, tmp_path, report, inputs, seconds_per_step=0.01)
     assert told == [2, 4, 6, 8, 10]
@@ -69,7 +73,7 @@ def four_trials(gpus: float, sweep: Path) -> None:
     space.run["training"]["gpus"] = gpus
     work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
     with nodes(1, cpus=8, gpus=1):
-        search(space, sweep, made_up(), "cuda", [], work)
+        run_search(space, sweep, made_up(), "cuda", [], work)
 
 
 @pytest.mark.slow

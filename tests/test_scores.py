@@ -58,7 +58,7 @@ def test_bleu_counts_by_hand() -> None:
     # 5 of 5 words; the cat, cat sat, sat on; the cat sat, cat sat on; the cat sat on
     assert rows.tolist() == [[5, 3, 2, 1, 5, 4, 3, 2, 5, 6], [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]]
     by_hand = 100 * math.exp(1 - 6 / 5) * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert metrics.bleu(rows[:1]) == pytest.approx(by_hand)
+    assert metrics.corpus_bleu(rows[:1]) == pytest.approx(by_hand)
 
 
 def test_sacrebleu_keeps_no_text_when_the_rows_are_counted() -> None:
@@ -73,8 +73,8 @@ def test_bleu_is_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     predictions, references = [list(side) for side in zip(*pairs, strict=True)]
     expected = sacrebleu.corpus_bleu(predictions, [references], smooth_method="exp", tokenize="13a").score
     rows = metrics.bleu_rows(predictions, references)
-    assert metrics.bleu(rows) == expected
-    assert metrics._bleu_of_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
+    assert metrics.corpus_bleu(rows) == expected
+    assert metrics._bleu_from_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
     assert metrics.score("bleu", predictions, references).metrics["bleu"] == expected
 
 
@@ -86,7 +86,7 @@ def test_signatures_name_what_is_needed() -> None:
 
 def test_bootstrap_of_a_mean_has_the_textbook_width() -> None:
     rows = np.random.default_rng(3).normal(20, 10, size=2000)
-    low, high = metrics.bootstrap("rouge2", rows, samples=4000)
+    low, high = metrics.bootstrap_interval("rouge2", rows, n_resamples=4000)
     error = rows.std() / math.sqrt(len(rows))
     assert low == pytest.approx(rows.mean() - 1.96 * error, abs=0.1 * error * 1.96)
     assert high == pytest.approx(rows.mean() + 1.96 * error, abs=0.1 * error * 1.96)
@@ -95,9 +95,9 @@ def test_bootstrap_of_a_mean_has_the_textbook_width() -> None:
 def test_bootstrap_against_all_resamples_of_four_rows() -> None:
     rows = np.array([0.0, 10.0, 30.0, 100.0])
     means = [np.mean(draw) for draw in itertools.product(rows, repeat=4)]
-    low, high = metrics.bootstrap("rouge2", rows, samples=20_000)
+    low, high = metrics.bootstrap_interval("rouge2", rows, n_resamples=20_000)
     assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=2.6)
-    scored = metrics._resampled("rouge2", [rows], 0, 20_000)[0]
+    scored = metrics._bootstrap_scores("rouge2", [rows], 0, 20_000)[0]
     assert np.mean(scored <= 20) == pytest.approx(np.mean(np.array(means) <= 20), abs=0.015)
     assert set(np.round(scored, 6)) <= set(np.round(means, 6))
 
@@ -106,8 +106,8 @@ def test_bleu_bootstrap_against_all_resamples_of_three_rows() -> None:
     rows = metrics.bleu_rows(
         ["the cat sat on the mat", "a dog ran off", "yes"], ["the cat sat on a mat", "a dog ran", "no"]
     )
-    exact = [metrics.bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
-    sampled = metrics._resampled("bleu", [rows], 1, 20_000)[0]
+    exact = [metrics.corpus_bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
+    sampled = metrics._bootstrap_scores("bleu", [rows], 1, 20_000)[0]
     assert sampled.mean() == pytest.approx(np.mean(exact), abs=0.5)
     assert np.unique(np.round(sampled, 6)).tolist() == np.unique(np.round(exact, 6)).tolist()
 
@@ -126,28 +126,28 @@ def test_paired_bootstrap_uses_the_same_resamples() -> None:
 def test_paired_bootstrap_finds_no_difference_in_noise_at_the_promised_rate() -> None:
     rng = np.random.default_rng(1)
     ps = [
-        metrics.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), samples=500).p
+        metrics.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), n_resamples=500).p
         for _ in range(200)
     ]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.10  # 5 %, and 2.2 standard errors of it
 
 
 def test_repetition() -> None:
-    assert metrics.collapsed("so so so so")
-    assert metrics.collapsed("he said that he said that he said that he said that")
-    assert not metrics.collapsed("so so so it goes")
-    assert metrics.collapsed("a b a c a b b a c b c a")  # 3 of 12 distinct
-    assert not metrics.collapsed("the cat sat on the mat near the dog")
+    assert metrics.is_repetitive("so so so so")
+    assert metrics.is_repetitive("he said that he said that he said that he said that")
+    assert not metrics.is_repetitive("so so so it goes")
+    assert metrics.is_repetitive("a b a c a b b a c b c a")  # 3 of 12 distinct
+    assert not metrics.is_repetitive("the cat sat on the mat near the dog")
     assert metrics.repetition_rate(["so so so so", "fine", "", "ok"]) == 0.25
     assert metrics.repetition_rate([]) == 0
 
 
 def test_sentences_and_lead() -> None:
     text = 'It rained. "Why?" he asked! The end'
-    assert metrics.sentences(text) == ["It rained.", '"Why?" he asked!', "The end"]
-    assert metrics.sentences("a. b\n\nc ") == ["a. b", "c"]
-    assert metrics.lead(text, 2) == 'It rained. "Why?" he asked!'
-    assert metrics.lead("", 3) == ""
+    assert metrics.split_sentences(text) == ["It rained.", '"Why?" he asked!', "The end"]
+    assert metrics.split_sentences("a. b\n\nc ") == ["a. b", "c"]
+    assert metrics.lead_baseline(text, 2) == 'It rained. "Why?" he asked!'
+    assert metrics.lead_baseline("", 3) == ""
 
 
 def test_what_cannot_be_scored_is_said() -> None:

@@ -12,15 +12,15 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from raydistill.config.run import Run
-from raydistill.config.space import Search, Space, read_space, resolve
+from raydistill.config.space import Search, Space, make_run, read_space
 from raydistill.models.loading import load_config
-from raydistill.search.dry_run import not_trained, search_plan
-from raydistill.search.prepare import Prepared
-from raydistill.search.progress import Watch
-from raydistill.search.shape_latency import counted
-from raydistill.search.study import Ending, StudySearch, final_report, key_of
-from raydistill.search.trial import reason_to_stop
-from raydistill.search.tune_search import barred_sizes
+from raydistill.search.dry_run import describe_stopping, estimate_infeasible_sizes
+from raydistill.search.prepare import PreparedSweep
+from raydistill.search.progress import ProgressCallback
+from raydistill.search.shape_latency import count_params_m
+from raydistill.search.study import StopReason, StudySearch, final_report, trial_key
+from raydistill.search.trial import early_stop_reason
+from raydistill.search.tune_search import find_infeasible_sizes
 from tests.test_tracking import make_trial
 from tests.tiny import save_tiny
 
@@ -79,7 +79,7 @@ def test_a_sampler_that_is_stuck_goes_on_by_chance_to_the_last_combination(tmp_p
             costs = {"score": score, "latency_ms": float(at["student.size"][-1])}
             searcher.on_trial_complete(str(len(found)), {**DONE, **costs})
             found.append(proposal["key"])
-        assert searcher.ended == Ending("every combination of the space has had its trial", exhausted=True)
+        assert searcher.ended == StopReason("every combination of the space has had its trial", exhausted=True)
         return found
 
     found = proposals(tmp_path / "a")
@@ -88,9 +88,9 @@ def test_a_sampler_that_is_stuck_goes_on_by_chance_to_the_last_combination(tmp_p
 
 
 def test_a_grid_passes_over_any_number_of_barred_combinations(tmp_path, monkeypatch):
-    monkeypatch.setattr("raydistill.search.study.STUCK", 1)
-    monkeypatch.setattr("raydistill.search.study.GIVEN_UP", 1)
-    assert len(everything(StudySearch(space(), tmp_path, barred={"2-3"}))) == 3
+    monkeypatch.setattr("raydistill.search.study.MAX_DUPLICATES", 1)
+    monkeypatch.setattr("raydistill.search.study.MAX_REJECTIONS", 1)
+    assert len(everything(StudySearch(space(), tmp_path, infeasible_sizes={"2-3"}))) == 3
 
 
 def test_the_study_on_disk_is_optunas_own(tmp_path):
@@ -193,7 +193,7 @@ def test_a_shape_that_no_budget_admits_is_never_started(tmp_path, sampler):
     endless = {"training": {"learning_rate": {"log_uniform": [1e-5, 1e-2]}}} if sampler != "grid" else {}
     run = {**RUN, **endless}
     asked = Space.model_validate({"name": "s", "run": run, "search": {"sampler": sampler, "trials": 20}})
-    searcher = StudySearch(asked, tmp_path, barred={"2-3"})
+    searcher = StudySearch(asked, tmp_path, infeasible_sizes={"2-3"})
     found = []
     for n in range(20):
         proposal = searcher.suggest(str(n))
@@ -212,7 +212,7 @@ def test_no_trial_starts_once_the_time_or_the_device_hours_are_used_up(tmp_path)
     sweep.mkdir()
     assert StudySearch(space(max_hours=1e-9), late).suggest("a") == "FINISHED"
     begun = time.monotonic() - 3601  # the command, whose preparation took an hour
-    assert StudySearch(space(max_hours=1), late, begun=begun).suggest("a") == "FINISHED"
+    assert StudySearch(space(max_hours=1), late, start_time=begun).suggest("a") == "FINISHED"
     asked = space(max_device_hours=1.0)
     searcher = StudySearch(asked, sweep)
     (sweep / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 0.25}))
@@ -262,9 +262,9 @@ def test_points_that_a_kill_kept_from_being_enqueued_are_enqueued_by_the_next_co
 
 def test_the_key_is_of_the_settings_and_not_of_the_name():
     chosen = {"method": "sft", "student.size": "2-3"}
-    a, b = resolve(space(), chosen, "one"), resolve(space(), chosen, "two")
-    assert key_of(a) == key_of(b)
-    assert key_of(a) != key_of(resolve(space(), {**chosen, "student.size": "2-1"}, "one"))
+    a, b = make_run(space(), chosen, "one"), make_run(space(), chosen, "two")
+    assert trial_key(a) == trial_key(b)
+    assert trial_key(a) != trial_key(make_run(space(), {**chosen, "student.size": "2-1"}, "one"))
 
 
 def leave_trial(sweep, key, size, status, **metrics):
@@ -277,7 +277,7 @@ def test_the_watch_tells_where_the_search_stands(capsys, tmp_path):
     """One trial was over before, and the teacher's passes took a quarter of an hour."""
     (tmp_path / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 0.25}))
     leave_trial(tmp_path, "before", "2-2", "done", rouge2=15.0, gpu_hours=1.0)
-    watch = Watch(tmp_path, Search(trials=6), "rouge2")
+    watch = ProgressCallback(tmp_path, Search(trials=6), "rouge2")
     watch.begun = time.monotonic() - 240
     for number, (size, score) in enumerate([("2-3", 20.0), ("2-1", 9.0), ("2-3", 18.0)]):
         trial = SimpleNamespace(trial_id=str(number), config={"number": number, "key": f"k{number}", "size": size})
@@ -302,8 +302,8 @@ def test_the_time_left_respects_the_searchs_limits(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"teacher_gpu_hours": 1.0}))
 
     def left(**limits):
-        watch = Watch(tmp_path, Search(trials=20, **limits), "rouge2", prepared_s=300)
-        return watch.minutes_left(3600, over=10, hours=3.0)
+        watch = ProgressCallback(tmp_path, Search(trials=20, **limits), "rouge2", setup_s=300)
+        return watch.estimate_minutes_left(3600, num_finished=10, hours=3.0)
 
     assert left() == 60
     assert left(max_hours=1.5) == 25
@@ -315,10 +315,10 @@ def test_the_time_left_respects_the_searchs_limits(tmp_path):
 def test_a_shape_is_barred_only_if_it_is_over_the_budget_with_the_fewest_beams_too():
     shapes = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
     fewest = {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}}
-    prepared = Prepared({"size": "2-3", "costs": shapes["2-3"]}, shapes, fewest)
+    prepared = PreparedSweep({"size": "2-3", "costs": shapes["2-3"]}, shapes, fewest)
     for bound, barred in ((90, set()), (45, set()), ("50%", set()), (44, {"2-3"}), ("40%", {"2-3"})):
         asked = space().model_copy(update={"budgets": {"fast": {"latency_ms": bound}}})
-        assert barred_sizes(asked, prepared) == barred
+        assert find_infeasible_sizes(asked, prepared) == barred
 
 
 @pytest.mark.parametrize("trials", [1, 4])
@@ -333,23 +333,23 @@ def test_the_study_counts_what_is_over(tmp_path, trials):
 def test_the_plan_says_which_shapes_are_not_trained_and_when_trials_stop(tmp_path):
     teacher = save_tiny("bart", tmp_path / "teacher")
     config = load_config(teacher)
-    between = (counted(config, "2-1") + counted(config, "2-3")) / 2
+    between = (count_params_m(config, "2-1") + count_params_m(config, "2-3")) / 2
     asked = space(sampler="tpe", max_device_hours=3)
     budgets = {"small": {"params_m": between}, "share": {"params_m": "1%"}}
     asked = asked.model_copy(update={"budgets": budgets})
-    barred, remark = not_trained(asked, ["2-1", "2-3", "full"], config, tmp_path)
+    barred, remark = estimate_infeasible_sizes(asked, ["2-1", "2-3", "full"], config, tmp_path)
     assert barred == ["2-3", "full"]  # the teacher has 2-3 layers
     assert "by their parameters" in remark
     shapes = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
     fewest = {"2-1": {"latency_ms": 30.0}, "2-3": {"latency_ms": 55.0}}
     (tmp_path / "sweep.json").write_text(json.dumps({"shapes": shapes, "shapes_fewest_beams": fewest}))
     fast = asked.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
-    assert not_trained(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")  # 60 % of 90 ms is 54 ms
-    assert not_trained(fast, ["2-1"], config, tmp_path) == ([], "")
-    plan = search_plan(asked)
+    assert estimate_infeasible_sizes(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")  # 60 % of 90 ms is 54 ms
+    assert estimate_infeasible_sizes(fast, ["2-1"], config, tmp_path) == ([], "")
+    plan = describe_stopping(asked)
     assert "from 12.5% of its steps on, where it is not in the better 1/3 of its shape" in plan
     assert "no trial starts after 3 device-hours" in plan
-    assert search_plan(space()) == "every trial runs to its end"  # a grid's table is to be whole
+    assert describe_stopping(space()) == "every trial runs to its end"  # a grid's table is to be whole
 
 
 def test_no_trial_is_stopped_for_what_it_scored_in_its_warm_up(tmp_path):
@@ -364,25 +364,25 @@ def test_no_trial_is_stopped_for_what_it_scored_in_its_warm_up(tmp_path):
     for steps in (0, 40, 500):
         run["training"]["warmup_steps"] = steps
         (behind / "run.json").write_text(json.dumps(run))
-        told[steps] = str(reason_to_stop(behind, Search(grace=0.3, reduction=2)))
+        told[steps] = str(early_stop_reason(behind, Search(grace=0.3, reduction=2)))
     assert "after 60% of the steps" in told[0]  # the rungs are 30 % and 60 %
     assert "after 40% of the steps" in told[40]
     assert "after 50% of the steps" in told[500]
     run["training"]["warmup_steps"] = 500
     lines = (behind / "metrics.jsonl").read_text().splitlines(keepends=True)
     (behind / "metrics.jsonl").write_text(lines[0])
-    assert reason_to_stop(behind, Search(grace=0.1)) is None  # a quarter is done, of which all is warm-up
+    assert early_stop_reason(behind, Search(grace=0.1)) is None  # a quarter is done, of which all is warm-up
     run["training"]["warmup_steps"] = 0
     (behind / "run.json").write_text(json.dumps(run))
-    assert reason_to_stop(behind, Search(grace=0.1)) is not None
+    assert early_stop_reason(behind, Search(grace=0.1)) is not None
 
 
 def test_a_setting_at_its_default_makes_no_other_trial():
     """So a setting that a later release adds leaves the keys of a sweep that was begun before as they are."""
     run = {"name": "s", "teacher": "t", "dataset": "d"}
     told = {**run, "evaluation": {"validation_length_penalty": None}, "training": {"epochs": 5}}
-    assert key_of(Run.model_validate(run)) == key_of(Run.model_validate(told))
-    assert key_of(Run.model_validate(run)) != key_of(Run.model_validate({**run, "training": {"epochs": 4}}))
+    assert trial_key(Run.model_validate(run)) == trial_key(Run.model_validate(told))
+    assert trial_key(Run.model_validate(run)) != trial_key(Run.model_validate({**run, "training": {"epochs": 4}}))
 
 
 def test_a_journal_with_a_damaged_end_is_cut_there_and_finished_trials_are_known_by_their_folders(tmp_path):

@@ -23,10 +23,11 @@ from benchmarks.search_efficiency import (
     rows_of,
     seconds_to,
 )
-from raydistill.config.space import Space, corners, read_space, resolve
+from raydistill.config.corners import iter_corners
+from raydistill.config.space import Space, make_run, read_space
 from raydistill.core.files import write_json_atomic
 from raydistill.results.records import read_trials
-from raydistill.search.study import key_of
+from raydistill.search.study import trial_key
 from tests.test_tracking import make_trial
 from tests.world import command, last_json, make_world
 
@@ -125,9 +126,10 @@ def test_start_up_training_validations_and_scoring_are_all_charged(tmp_path: Pat
 
 @pytest.mark.parametrize(("stopping", "seconds"), [("per_shape", {116.0, 148.0, 180.0}), ("off", {180.0})])
 def test_a_replay_tries_all_of_the_grid_once(stopping: str, seconds: set[float]):
-    runs = [resolve(SPACE, chosen, "s") for chosen in corners(SPACE.run)]
+    runs = [make_run(SPACE, chosen, "s") for chosen in iter_corners(SPACE.run)]
     grid = {
-        key_of(run): record(str(run.student.size), 8.0 if run.training.learning_rate == 1e-3 else 4.0) for run in runs
+        trial_key(run): record(str(run.student.size), 8.0 if run.training.learning_rate == 1e-3 else 4.0)
+        for run in runs
     }
     totals = set()
     for seed in range(6):
@@ -140,15 +142,15 @@ def test_a_replay_tries_all_of_the_grid_once(stopping: str, seconds: set[float])
 
 
 def test_a_replay_ends_when_it_has_found_enough():
-    runs = [resolve(SPACE, chosen, "s") for chosen in corners(SPACE.run)]
-    grid = {key_of(run): record(str(run.student.size), 4.0) for run in runs}
+    runs = [make_run(SPACE, chosen, "s") for chosen in iter_corners(SPACE.run)]
+    grid = {trial_key(run): record(str(run.student.size), 4.0) for run in runs}
     assert len(replay(SPACE, grid, lambda points: len(points) == 3)) == 3
 
 
 def test_a_trial_that_fails_costs_its_time_and_finds_nothing():
-    runs = [resolve(SPACE, chosen, "s") for chosen in corners(SPACE.run)]
-    grid = {key_of(run): replace(record(str(run.student.size), 4.0), score=None) for run in runs}
-    alive = key_of(runs[0])
+    runs = [make_run(SPACE, chosen, "s") for chosen in iter_corners(SPACE.run)]
+    grid = {trial_key(run): replace(record(str(run.student.size), 4.0), score=None) for run in runs}
+    alive = trial_key(runs[0])
     grid[alive] = record(str(runs[0].student.size), 2.0)  # behind the others of its shape, which fail
     ends = set()
     for seed in range(12):
@@ -160,7 +162,7 @@ def test_a_trial_that_fails_costs_its_time_and_finds_nothing():
 
 def test_the_demos_grid_has_about_110_trials():
     space = read_space(Path(__file__).parent.parent / "benchmarks/spaces/search_demo.yaml")
-    combinations = len(list(corners(space.run)))
+    combinations = len(list(iter_corners(space.run)))
     assert combinations == space.search.trials
     assert 100 <= combinations <= 120
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.cluster.start import PASSED_ON
+from raydistill.cluster.start import FORWARDED_ENV
 from raydistill.config.space import read_space
 from raydistill.core.errors import UserError
-from raydistill.core.files import check_links, inside, read_json, write_json_atomic
-from raydistill.core.secrets import hidden, hidden_in
+from raydistill.core.files import check_symlinks, read_json, safe_join, write_json_atomic
+from raydistill.core.secrets import redact, redact_nested
 from raydistill.models import loading
 from raydistill.models.hub import weight_files
 from raydistill.results import records
@@ -96,7 +96,7 @@ def test_a_config_larger_than_its_weights_is_refused_before_it_is_built(bart, ch
 
 
 def test_rows_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MOST_ROW_BYTES", 10**6)
+    monkeypatch.setattr(records, "MAX_ROW_BYTES", 10**6)
     np.savez_compressed(tmp_path / "rows.npz", validation=np.zeros(10**6))
     assert (tmp_path / "rows.npz").stat().st_size < 10**4
     with pytest.raises(UserError, match="unpack to more than"):
@@ -112,8 +112,8 @@ def test_what_leads_out_of_a_folder_is_told_from_what_does_not(tmp_path, name):
     (folder / "a").mkdir(parents=True)
     (folder / "link").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="leads out of"):
-        inside(folder, name)
-    assert inside(folder, "a/b") == folder / "a" / "b"
+        safe_join(folder, name)
+    assert safe_join(folder, "a/b") == folder / "a" / "b"
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "model/../model.safetensors", 3])
@@ -167,9 +167,9 @@ def test_links_within_a_folder_are_fine(tmp_path):
     (tmp_path / "a" / "own").write_text("x")
     (tmp_path / "a" / "within").symlink_to("own")
     (tmp_path / "a" / "blob").symlink_to("../blobs/x")
-    check_links(tmp_path / "a", tmp_path / "blobs")
+    check_symlinks(tmp_path / "a", tmp_path / "blobs")
     with pytest.raises(UserError, match="blob: a link that leads out"):
-        check_links(tmp_path / "a")
+        check_symlinks(tmp_path / "a")
 
 
 # No secret is seen
@@ -190,7 +190,7 @@ def test_links_within_a_folder_are_fine(tmp_path):
     ],
 )  # fmt: skip
 def test_credentials_in_addresses_are_masked(text, seen):
-    assert hidden(text) == seen
+    assert redact(text) == seen
 
 
 @pytest.mark.parametrize(
@@ -199,10 +199,13 @@ def test_credentials_in_addresses_are_masked(text, seen):
 def test_the_environments_secrets_are_masked(name, monkeypatch):
     monkeypatch.setenv(name, "tell-nobody")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-as-ever")
-    assert hidden("x tell-nobody, false-as-ever") == "x ***, false-as-ever"
-    assert hidden_in({"a": ["tell-nobody", 3], "b": {"c": "is tell-nobody"}}) == {"a": ["***", 3], "b": {"c": "is ***"}}
+    assert redact("x tell-nobody, false-as-ever") == "x ***, false-as-ever"
+    assert redact_nested({"a": ["tell-nobody", 3], "b": {"c": "is tell-nobody"}}) == {
+        "a": ["***", 3],
+        "b": {"c": "is ***"},
+    }
     monkeypatch.setenv(name, "short")
-    assert hidden("a short word") == "a short word"
+    assert redact("a short word") == "a short word"
 
 
 PASSWORD = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), min_size=1).filter(
@@ -212,14 +215,14 @@ PASSWORD = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), 
 
 @given(PASSWORD)
 def test_no_password_survives_in_an_address(password):
-    assert hidden(f"in http://u:{password}@host/x") == "in http://***@host/x"
+    assert redact(f"in http://u:{password}@host/x") == "in http://***@host/x"
 
 
 def test_what_workers_are_handed_is_no_secret(monkeypatch):
     """Ray's dashboard shows the environment that a command asks for."""
-    for name in PASSED_ON:
+    for name in FORWARDED_ENV:
         monkeypatch.setenv(name, "tell-everybody")
-    assert hidden("tell-everybody") == "tell-everybody"
+    assert redact("tell-everybody") == "tell-everybody"
 
 
 def test_a_password_in_a_space_is_refused_and_not_repeated(tmp_path):
@@ -262,7 +265,7 @@ def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch
     assert run.data.params["teacher"] == "http://***@host/t"
     assert run.data.params["labels"] == '["***"]'
     assert run.data.tags["raydistill.reason"] == "401: ***"
-    with sqlite3.connect(mlflow_store.default_uri().removeprefix("sqlite:///")) as database:
+    with sqlite3.connect(mlflow_store.default_tracking_uri().removeprefix("sqlite:///")) as database:
         dump = "\n".join(database.iterdump())
     assert not re.search("hunter22|tell-nobody", dump)
     (tmp_path / "key").write_text("private")

@@ -9,7 +9,7 @@ from raydistill.core.errors import UserError
 from raydistill.models import families
 from raydistill.models.layer_choice import layers_to_copy, layers_to_supervise
 from raydistill.models.loading import load_model
-from raydistill.models.shrinking import plan, shrink
+from raydistill.models.shrinking import plan_layers, shrink
 from tests.tiny import FAMILIES, save_tiny
 
 # Typed from ../shared/reference/README.md, apart from the code.
@@ -76,8 +76,8 @@ def test_the_papers_other_initialisations():
 
 def test_one_layer_can_be_copied_again_and_again():
     assert layers_to_copy(12, 3, "repeated") == [0, 0, 0]
-    assert plan((12, 12), Student(size="12-3", init="repeated")).decoder == [0, 0, 0]
-    assert plan((12, 12), Student(size="12-3", copied=LayerChoice(decoder=[7, 7, 2]))).decoder == [7, 7, 2]
+    assert plan_layers((12, 12), Student(size="12-3", init="repeated")).decoder == [0, 0, 0]
+    assert plan_layers((12, 12), Student(size="12-3", copied=LayerChoice(decoder=[7, 7, 2]))).decoder == [7, 7, 2]
 
 
 def logits(model):
@@ -91,7 +91,7 @@ def logits(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_student_of_full_depth_equals_its_teacher(family, tmp_path):
     teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
-    student = shrink(teacher, plan((2, 3), Student()), seed=1)
+    student = shrink(teacher, plan_layers((2, 3), Student()), seed=1)
     assert torch.equal(logits(student), logits(teacher))
 
 
@@ -99,8 +99,8 @@ def test_a_student_of_full_depth_equals_its_teacher(family, tmp_path):
 def test_a_student_computes_with_the_copied_layers(family, tmp_path):
     """Zeroing what a left-out layer adds in the teacher gives the student: residual stacks skip it."""
     teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
-    student = shrink(teacher, plan((2, 3), Student(size="1-2", copied=LayerChoice(encoder=[1], decoder=[0, 2]))))
-    assert families.depths(student.config) == (1, 2)
+    student = shrink(teacher, plan_layers((2, 3), Student(size="1-2", copied=LayerChoice(encoder=[1], decoder=[0, 2]))))
+    assert families.num_layers(student.config) == (1, 2)
     name = "block" if family == "t5" else "layers"
     for stack, dropped in ((teacher.get_encoder(), 0), (teacher.get_decoder(), 1)):
         layers = getattr(stack, name)
@@ -116,11 +116,13 @@ def test_a_student_computes_with_the_copied_layers(family, tmp_path):
     with torch.no_grad():
         ids = torch.randint(5, 40, (2, 9))
         mask = torch.ones_like(ids)
-        ours = families.encode(student, ids, mask).last
-        assert torch.allclose(ours, families.encode(teacher, ids, mask).last, atol=1e-6)
+        ours = families.encode(student, ids, mask).last_hidden_state
+        assert torch.allclose(ours, families.encode(teacher, ids, mask).last_hidden_state, atol=1e-6)
         decoder_ids = torch.randint(5, 40, (2, 4))
-        ours_decoded = families.decode(student, decoder_ids, ours, mask).last
-        assert torch.allclose(ours_decoded, families.decode(teacher, decoder_ids, ours, mask).last, atol=1e-6)
+        ours_decoded = families.decode(student, decoder_ids, ours, mask).last_hidden_state
+        assert torch.allclose(
+            ours_decoded, families.decode(teacher, decoder_ids, ours, mask).last_hidden_state, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,17 +136,17 @@ def test_layers_and_head_are_those_of_the_models_own_forward(family, tmp_path):
         out = model(
             input_ids=ids, attention_mask=mask, decoder_input_ids=targets, output_hidden_states=True, use_cache=False
         )
-        states = families.decode(model, targets, families.encode(model, ids, mask).last, mask, layers=True)
+        states = families.decode(model, targets, families.encode(model, ids, mask).last_hidden_state, mask, layers=True)
         assert len(states.layers) == 3
-        assert torch.equal(states.layers[-1], states.last)
+        assert torch.equal(states.layers[-1], states.last_hidden_state)
         for layer in range(3):
             assert torch.allclose(states.layers[layer], out.decoder_hidden_states[layer + 1], atol=1e-6)
-        assert torch.allclose(families.head(model, states.last), out.logits, atol=1e-5)
+        assert torch.allclose(families.lm_head(model, states.last_hidden_state), out.logits, atol=1e-5)
 
 
 def test_a_random_decoder_keeps_everything_else(tmp_path):
     teacher = load_model(str(save_tiny("bart", tmp_path / "t")))
-    layers = plan((2, 3), Student(size="2-2", init="random"))
+    layers = plan_layers((2, 3), Student(size="2-2", init="random"))
     assert layers.decoder is None
     student = shrink(teacher, layers, seed=3)
     theirs, ours = teacher.state_dict(), student.state_dict()
@@ -162,7 +164,7 @@ def test_a_random_decoder_keeps_everything_else(tmp_path):
 def test_decoder_layers_can_come_from_another_checkpoint_and_nothing_else_does(family, tmp_path):
     teacher = load_model(str(save_tiny(family, tmp_path / "t", seed=0)))
     other = load_model(str(save_tiny(family, tmp_path / "o", seed=1)))
-    student = shrink(teacher, plan((2, 3), Student(size="2-2")), decoder_from=other)
+    student = shrink(teacher, plan_layers((2, 3), Student(size="2-2")), decoder_from=other)
     theirs, others = teacher.state_dict(), other.state_dict()
     layers = ("decoder.block.", "decoder.layers.")
     from_other = 0
@@ -178,7 +180,7 @@ def test_another_checkpoint_must_have_the_teachers_shape(tmp_path):
     teacher = load_model(str(save_tiny("bart", tmp_path / "t")))
     other = load_model(str(save_tiny("bart", tmp_path / "o", decoder_layers=4, ffn_dim=64)))
     with pytest.raises(UserError, match="decoder_ffn_dim 64 and not 32, decoder_layers 4 and not 3"):
-        shrink(teacher, plan((2, 3), Student(size="2-2")), decoder_from=other)
+        shrink(teacher, plan_layers((2, 3), Student(size="2-2")), decoder_from=other)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_another_checkpoint_must_have_the_teachers_shape(tmp_path):
 )
 def test_what_does_not_fit_is_said(student, message):
     with pytest.raises(UserError, match=message):
-        plan((2, 3), student)
+        plan_layers((2, 3), student)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +207,8 @@ def test_parameters_of_bart_large_xsum_students_are_the_papers(size, millions):
         decoder_attention_heads=16, encoder_ffn_dim=4096, decoder_ffn_dim=4096, max_position_embeddings=1024,
     )  # fmt: skip
     with torch.device("meta"):
-        layers = plan((12, 12), Student(size=size))
-        model = BartForConditionalGeneration(families.with_depths(config, *layers.size))
+        layers = plan_layers((12, 12), Student(size=size))
+        model = BartForConditionalGeneration(families.with_num_layers(config, *layers.size))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
@@ -231,7 +233,7 @@ def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeyp
     from raydistill.training.tokenized_data import open_teacher
 
     folder = save_tiny("bart", tmp_path / "t")
-    assert 0 <= open_teacher(str(folder), Dataset(name="a")).alignment <= 1e-5
+    assert 0 <= open_teacher(str(folder), Dataset(name="a")).alignment_error <= 1e-5
     monkeypatch.setattr(module, "layers_to_copy", lambda teacher, student, init="spaced": [0, *range(student - 1)])
     with pytest.raises(UserError, match=r"a copy of full depth is off by \d"):
         open_teacher(str(folder), Dataset(name="b"))

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.results.pareto import Candidate, front
-from raydistill.search.early_stopping import best_by, falls_behind, rungs
+from raydistill.results.pareto import Candidate, pareto_front
+from raydistill.search.early_stopping import best_score_at, rungs, should_stop_early
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -22,35 +22,36 @@ def test_rungs_are_powers_of_the_reduction():
 
 
 def test_the_best_so_far_counts_and_only_of_curves_that_got_there():
-    assert best_by(curve(3, 1), 0.5) == 3
-    assert best_by(curve(3), 0.5) is None
-    assert best_by([(0.3, 1.0), (0.6, 2.0)], 0.25) == 1
+    assert best_score_at(curve(3, 1), 0.5) == 3
+    assert best_score_at(curve(3), 0.5) is None
+    assert best_score_at([(0.3, 1.0), (0.6, 2.0)], 0.25) == 1
 
 
 def test_before_the_first_rung_and_alone_nothing_stops():
-    assert falls_behind([(0.1, 0.0)], [curve(9)], 0.25, 2) is None
-    assert falls_behind(curve(0), [], 0.25, 2) is None
+    assert should_stop_early([(0.1, 0.0)], [curve(9)], 0.25, 2) is None
+    assert should_stop_early(curve(0), [], 0.25, 2) is None
 
 
 def test_the_worse_half_stops_and_ties_go_on():
     rivals = [curve(9), curve(8), curve(1)]
-    assert falls_behind(curve(7), rivals, 0.25, 2) is not None  # third of four
-    assert falls_behind(curve(8), rivals, 0.25, 2) is None
-    assert falls_behind(curve(8.5), rivals, 0.25, 2) is None
-    assert falls_behind(curve(7), [curve(9), curve(1)], 0.25, 2) is None  # second of three: two go on
+    assert should_stop_early(curve(7), rivals, 0.25, 2) is not None  # third of four
+    assert should_stop_early(curve(8), rivals, 0.25, 2) is None
+    assert should_stop_early(curve(8.5), rivals, 0.25, 2) is None
+    assert should_stop_early(curve(7), [curve(9), curve(1)], 0.25, 2) is None  # second of three: two go on
 
 
 def test_a_trial_is_measured_again_when_rivals_come_later():
     own = [*curve(5), (0.3, 5.0)]  # beyond the first rung, not yet at the second
-    assert falls_behind(own, [], 0.25, 2) is None
-    assert "1 of 1 others" in str(falls_behind(own, [curve(6)], 0.25, 2))
+    assert should_stop_early(own, [], 0.25, 2) is None
+    assert "1 of 1 others" in str(should_stop_early(own, [curve(6)], 0.25, 2))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(2, 4))
 def test_the_best_of_a_shape_is_never_stopped_and_enough_go_on(scores: list[int], reduction: int):
     curves = [curve(score) for score in scores]
     stopped = [
-        falls_behind(own, curves[:i] + curves[i + 1 :], 0.25, reduction) is not None for i, own in enumerate(curves)
+        should_stop_early(own, curves[:i] + curves[i + 1 :], 0.25, reduction) is not None
+        for i, own in enumerate(curves)
     ]
     assert not stopped[scores.index(max(scores))]
     assert len(scores) - sum(stopped) >= len(scores) / reduction
@@ -67,7 +68,7 @@ def run_out(per_shape: bool) -> list[Candidate]:
         end, latency = SHAPES[size]
         full = curve(*[share * (end + 0.1 * ((quality * 5) % 6)) for share in QUARTERS])
         rivals = [c for other, c in over if other == size or not per_shape]
-        done = next((n for n in range(1, 5) if falls_behind(full[:n], rivals, 0.25, 2)), 4)
+        done = next((n for n in range(1, 5) if should_stop_early(full[:n], rivals, 0.25, 2)), 4)
         over.append((size, full[:done]))
         if done == 4:
             finished.append(Candidate(f"{size} {quality}", full[-1][1], None, {"latency_ms": latency}))
@@ -75,9 +76,9 @@ def run_out(per_shape: bool) -> list[Candidate]:
 
 
 def test_halving_over_all_trials_loses_the_cheap_end_of_the_front_and_per_shape_keeps_it():
-    over_all = front(run_out(per_shape=False), "latency_ms")
+    over_all = pareto_front(run_out(per_shape=False), "latency_ms")
     finished = run_out(per_shape=True)
-    per_shape = front(finished, "latency_ms")
+    per_shape = pareto_front(finished, "latency_ms")
     assert {c.key.split()[0] for c in over_all} == {"12-6"}
     assert [c.key.split()[0] for c in per_shape] == ["12-1", "12-3", "12-6"]
     assert [c.score for c in per_shape] == [8.5, 14.5, 20.5]  # the best of the six of every shape

@@ -28,7 +28,7 @@ SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
 
 def counted(teacher: Path, size: str) -> float:
     """Millions of parameters of a student."""
-    return shape_latency.counted(load_config(teacher), size)
+    return shape_latency.count_params_m(load_config(teacher), size)
 
 
 def mlflow_children(home: Path) -> list[tuple[str, str]]:

@@ -12,10 +12,10 @@ from transformers import BartConfig, T5Config
 from raydistill.config.presets import TEACHERS
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
-from raydistill.core.files import CARD
-from raydistill.evaluate import languages_trained_with
+from raydistill.core.files import CHECKPOINT_METADATA
+from raydistill.evaluate import training_languages
 from raydistill.models import loading
-from raydistill.models.hub import commit, weight_files
+from raydistill.models.hub import hub_commit, weight_files
 from raydistill.training.tokenized_data import open_teacher
 from tests.tiny import FAMILIES, lay_out_model, save_tiny, sentences
 from tests.world import command, corpus_rows, last_json
@@ -44,10 +44,10 @@ def test_every_family_loads_and_a_model_and_its_folder_have_one_fingerprint(tiny
     model = loading.load_model(tiny[family])
     assert not model.training
     assert model.dtype == torch.float32
-    assert loading.fingerprint(model) == loading.fingerprint(tiny[family])
+    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(tiny[family])
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
-    assert loading.fingerprint(model) != loading.fingerprint(tiny[family])
+    assert loading.weights_fingerprint(model) != loading.weights_fingerprint(tiny[family])
 
 
 def test_fingerprint_is_sha256_of_names_types_shapes_and_bytes(tmp_path):
@@ -57,13 +57,13 @@ def test_fingerprint_is_sha256_of_names_types_shapes_and_bytes(tmp_path):
     save_file({"b": b, "a": a}, tmp_path / "model.safetensors")
     by_hand = b"a torch.int64 (1,)\n" + (3).to_bytes(8, "little")
     by_hand += b"b torch.float32 (1, 2)\n" + bytes.fromhex("0000803f00000040")
-    assert loading.fingerprint(tmp_path) == hashlib.sha256(by_hand).hexdigest()[:16]
+    assert loading.weights_fingerprint(tmp_path) == hashlib.sha256(by_hand).hexdigest()[:16]
 
 
 def test_bf16_can_be_loaded_and_fingerprinted(tiny):
     model = loading.load_model(tiny["bart"], torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert loading.fingerprint(model) != loading.fingerprint(tiny["bart"])
+    assert loading.weights_fingerprint(model) != loading.weights_fingerprint(tiny["bart"])
 
 
 def test_a_teachers_key_covers_what_its_forward_pass_hangs_on(tmp_path):
@@ -118,7 +118,7 @@ def test_mbart_languages_mark_source_and_target_and_start_the_decoder(tiny):
     assert loading.tokenize_targets(tokenizer, ["a"], 9)[0][-1] == code("fr_XX")
     assert loading.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")  # and back again
     model = loading.load_model(tiny["mbart"])
-    loading.set_languages(model, tokenizer)
+    loading.set_target_language(model, tokenizer)
     assert model.config.decoder_start_token_id == code("fr_XX")
     assert model.generation_config.decoder_start_token_id == code("fr_XX")
 
@@ -139,7 +139,7 @@ def test_a_truncated_weight_file_is_named(bart):
     with pytest.raises(UserError, match=r"model\.safetensors: damaged or truncated"):
         loading.load_model(bart)
     with pytest.raises(UserError, match="damaged or truncated"):
-        loading.fingerprint(bart)
+        loading.weights_fingerprint(bart)
 
 
 def pickle_instead(folder: Path, state: dict) -> Path:
@@ -155,10 +155,10 @@ def test_pickled_weights_are_converted_once_and_are_the_same_model(family, tiny,
     folder = tmp_path / family
     shutil.copytree(tiny[family], folder)
     pickled = pickle_instead(folder, loading.load_model(tiny[family]).state_dict())
-    assert loading.fingerprint(loading.load_model(folder)) == loading.fingerprint(tiny[family])
+    assert loading.weights_fingerprint(loading.load_model(folder)) == loading.weights_fingerprint(tiny[family])
     [made] = (tmp_path / "home" / "cache" / "safetensors").glob("*/model.safetensors")
     before = made.stat().st_mtime_ns
-    assert loading.fingerprint(folder) == loading.fingerprint(tiny[family])
+    assert loading.weights_fingerprint(folder) == loading.weights_fingerprint(tiny[family])
     assert len(loading.load_tokenizer(folder)) == len(loading.load_tokenizer(tiny[family]))
     assert made.stat().st_mtime_ns == before
     assert sorted(p.name for p in folder.iterdir() if p != pickled) == sorted(
@@ -213,7 +213,7 @@ def test_shards_are_read(tiny, tmp_path):
     model = loading.load_model(tiny["bart"])
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(weight_files(tmp_path)) > 1
-    assert loading.fingerprint(tmp_path) == loading.fingerprint(model)
+    assert loading.weights_fingerprint(tmp_path) == loading.weights_fingerprint(model)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_max_positions():
 def test_locate(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
     pinned = "facebook/bart-large-cnn@37f520fa929c961707657b28798b30c003dd100b"
-    assert loading.locate("bart", "cnn_dailymail") == pinned
-    assert loading.locate("bart", "xsum") == "facebook/bart-large-xsum@main"
-    assert loading.locate("some/where", "xsum") == "some/where"
+    assert loading.locate_checkpoint("bart", "cnn_dailymail") == pinned
+    assert loading.locate_checkpoint("bart", "xsum") == "facebook/bart-large-xsum@main"
+    assert loading.locate_checkpoint("some/where", "xsum") == "some/where"
     with pytest.raises(UserError, match=r"python -m raydistill\.train demo"):
-        loading.locate("demo", "demo")
+        loading.locate_checkpoint("demo", "demo")
     best = tmp_path / "runs" / "demo-teacher" / "best"
     best.mkdir(parents=True)
-    assert loading.locate("demo", "demo") == str(best)
+    assert loading.locate_checkpoint("demo", "demo") == str(best)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "/no/such/folder", "../nowhere"])
@@ -319,22 +319,22 @@ def test_offline_a_model_that_is_not_cached_fails_at_once(offline):
 def test_offline_a_cached_model_loads_by_its_hub_name(offline, tiny):
     lay_out_model(offline, "someone/tiny-bart", tiny["bart"])
     model = loading.load_model("someone/tiny-bart")
-    assert loading.fingerprint(model) == loading.fingerprint(tiny["bart"])
+    assert loading.weights_fingerprint(model) == loading.weights_fingerprint(tiny["bart"])
     assert len(loading.load_tokenizer("someone/tiny-bart")) == model.config.vocab_size
 
 
 def test_offline_a_branch_is_told_by_the_commit_it_stands_for(offline, tiny):
     sha = lay_out_model(offline, "someone/tiny-bart", tiny["bart"])
-    assert commit("someone/tiny-bart@main") == commit("someone/tiny-bart") == sha
-    assert commit(tiny["bart"]) is None
+    assert hub_commit("someone/tiny-bart@main") == hub_commit("someone/tiny-bart") == sha
+    assert hub_commit(tiny["bart"]) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offline_each_named_teacher_loads_from_the_hubs_cache(family, offline, tiny):
     for dataset, preset in TEACHERS[family].items():
         lay_out_model(offline, preset.hub, tiny[family], preset.revision)
-        where = loading.locate(family, dataset)
-        assert loading.fingerprint(loading.load_model(where)) == loading.fingerprint(tiny[family])
+        where = loading.locate_checkpoint(family, dataset)
+        assert loading.weights_fingerprint(loading.load_model(where)) == loading.weights_fingerprint(tiny[family])
         tokenizer = loading.load_tokenizer(where, preset.languages)
         if family == "mbart":
             assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
@@ -391,7 +391,7 @@ def test_t5_reads_its_tasks_prefix_and_hands_it_on(tiny, tmp_path):
     ],
 )
 def test_the_data_sets_languages_go_before_the_presets(teacher, dataset, wanted):
-    assert loading.languages_of(teacher, dataset) == wanted
+    assert loading.resolve_languages(teacher, dataset) == wanted
 
 
 def test_a_teacher_by_path_reads_and_writes_the_data_sets_languages(tiny):
@@ -411,9 +411,9 @@ def test_a_t5_without_a_task_for_the_languages_says_which_it_has(tiny, tmp_path)
 
 def test_a_student_is_scored_with_the_languages_it_was_trained_with(tmp_path):
     run = Run(name="r", teacher="t", dataset={"name": "mine", "languages": ["en", "ro"]}, student={"size": "2-1"})
-    (tmp_path / CARD).write_text(json.dumps({"config": run.model_dump(mode="json")}))
-    assert languages_trained_with(str(tmp_path), Dataset(name="other")) == ("en", "ro")
-    assert languages_trained_with("t5", Dataset(name="wmt16_en_ro")) == ("en", "ro")
+    (tmp_path / CHECKPOINT_METADATA).write_text(json.dumps({"config": run.model_dump(mode="json")}))
+    assert training_languages(str(tmp_path), Dataset(name="other")) == ("en", "ro")
+    assert training_languages("t5", Dataset(name="wmt16_en_ro")) == ("en", "ro")
 
 
 def test_pegasus_is_never_computed_in_fp16(tiny):
@@ -439,5 +439,5 @@ def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(
     assert done["rows"] == 12
     assert done["teacher"]["commit"] == preset.revision
     assert done["teacher"]["where"] == f"{preset.hub}@{preset.revision}"
-    assert done["teacher"]["fingerprint"] == loading.fingerprint(tiny["pegasus"])
+    assert done["teacher"]["fingerprint"] == loading.weights_fingerprint(tiny["pegasus"])
     assert (done["decoding"]["beams"], done["decoding"]["length_penalty"]) == (2, 0.6)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from raydistill.config.space import alias_of
-from raydistill.core.errors import PassingError, UserError
+from raydistill.config.space import mlflow_alias
+from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import write_json_atomic
 from raydistill.results import records
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
@@ -33,15 +33,17 @@ def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
     worker.kill()
     worker.wait()
     assert not file.exists()
-    client = mlflow_store.client_of(f"sqlite:///{file}")
-    assert client.get_experiment(mlflow_store.experiment_of(client, "mine", f"sqlite:///{file}")).name == "mine"
+    client = mlflow_store.make_client(f"sqlite:///{file}")
+    assert (
+        client.get_experiment(mlflow_store.get_or_create_experiment(client, "mine", f"sqlite:///{file}")).name == "mine"
+    )
     assert not list(tmp_path.glob(".*.making*"))
 
 
 def test_a_local_store_that_cannot_be_made_says_so(tmp_path):
     (tmp_path / ".mlflow.db.lock").mkdir()
-    with pytest.raises(mlflow_store.TrackingDown, match="the store cannot be made"):
-        mlflow_store.client_of(f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(mlflow_store.TrackingUnavailable, match="the store cannot be made"):
+        mlflow_store.make_client(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
@@ -102,7 +104,7 @@ def exported(sweep: Path, key: str) -> Path:
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     experiment = client.get_experiment_by_name("mini")
     found = client.search_runs([experiment.experiment_id])
     assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
@@ -118,12 +120,12 @@ def test_a_checkpoint_is_brought_here_before_it_is_published(sweep: Path) -> Non
     (weights.parent / "raydistill.json").write_text("{}")
 
     def refuses(checkpoint: Path) -> None:
-        raise PassingError("the storage does not answer")
+        raise TransientError("the storage does not answer")
 
-    with pytest.raises(PassingError):
-        mlflow_runs.publish(sweep, bring=refuses)
+    with pytest.raises(TransientError):
+        mlflow_runs.publish(sweep, fetch=refuses)
     assert "raydistill.done" not in runs_of(sweep)["a"].data.tags
-    mlflow_runs.publish(sweep, bring=lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b"weights"))
+    mlflow_runs.publish(sweep, fetch=lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b"weights"))
     run = runs_of(sweep)["a"]
     assert run.data.tags["raydistill.done"] == "1"
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
@@ -158,7 +160,7 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
     }
     assert after["c"].data.tags["raydistill.reason"] == "out of memory"
     assert all(after[k].data.tags["mlflow.parentRunId"] == first.parent_run_id for k in "abc")
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     history = client.get_metric_history(after["b"].info.run_id, "val_loss")
     assert [(m.step, m.value) for m in history] == [(10, 2.0), (20, 1.0), (30, 0.5)]
     final = after["b"].data.metrics
@@ -181,7 +183,7 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
     mlflow_runs.publish(sweep)
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     run_id = runs_of(sweep)["a"].info.run_id
     for tag in ("raydistill.done", "raydistill.lines"):  # as if killed after the metrics, before their tags
         client.delete_tag(run_id, tag)
@@ -196,7 +198,7 @@ def test_a_run_that_was_created_twice_stands_once(sweep: Path) -> None:
     """As a server behind a proxy does that gives up after the run was made, so that the request is sent again."""
     make_trial(sweep, "a", 0, 10.0)
     parent = mlflow_runs.publish(sweep).parent_run_id
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     kept = runs_of(sweep)["a"]
     tags = {k: kept.data.tags[k] for k in ("raydistill.sweep", "raydistill.trial", "mlflow.parentRunId")}
     for one in (tags, {"raydistill.sweep": tags["raydistill.sweep"]}):
@@ -223,7 +225,7 @@ def test_what_serving_found_is_logged_after_the_trial_is_done_and_once(sweep: Pa
     assert (found["b4-p1/rouge2"], found["b4-p1/latency_ms"], found["b4-p1/speedup"]) == (10.0, 50.0, 6.0)
     assert (found["b1/rouge2"], found["b1/rouge2_high"], found["b1/test_rouge2_low"]) == (8.0, 11.0, 6.0)
     assert "b1/params_m" not in found
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     assert len(client.get_metric_history(run.info.run_id, "b4-p1/rouge2")) == 1
     assert "served.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
 
@@ -244,7 +246,7 @@ def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> N
     (sweep / "front.png").unlink()
     finish_trial(running, 1, 12.5)
     assert all(drawn()[name] > then for name, then in first.items())
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     parent = runs_of(sweep)[""]
     place = client.download_artifacts(parent.info.run_id, "front.html")
     assert Path(place).read_bytes() == (sweep / "front.html").read_bytes()
@@ -252,14 +254,14 @@ def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> N
 
 def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trial(sweep, "a", 0, 10.0)
-    create = mlflow_runs._create
+    create = mlflow_runs._create_run
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.3)
         return create(*arguments)
 
-    monkeypatch.setattr(mlflow_runs, "_create", slowly)
-    mlflow_store.client_of(mlflow_store.default_uri())  # imports it once, in this thread
+    monkeypatch.setattr(mlflow_runs, "_create_run", slowly)
+    mlflow_store.make_client(mlflow_store.default_tracking_uri())  # imports it once, in this thread
     with ThreadPoolExecutor(2) as pool:
         publishing = pool.submit(mlflow_runs.publish, sweep)
         choosing = pool.submit(mlflow_registry.register_choice, sweep, "a", "fast", exported(sweep, "a"))
@@ -271,10 +273,10 @@ def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: p
 def test_a_publishing_that_hangs_elsewhere_is_not_waited_for_without_end(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_runs, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(mlflow_runs, "LOCK_TIMEOUT_S", 0.1)
     with FileLock(sweep / ".publish.lock"), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(mlflow_runs.publish, sweep)
-        with pytest.raises(mlflow_store.TrackingDown, match="another process has been publishing"):
+        with pytest.raises(mlflow_store.TrackingUnavailable, match="another process has been publishing"):
             waiting.result(timeout=60)
 
 
@@ -291,7 +293,7 @@ def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     assert first == mlflow_registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
     other = mlflow_registry.register_choice(sweep, "b", "fast", exported(sweep, "b"))
     assert other.version != first.version
-    client = mlflow_store.client_of(mlflow_store.default_uri())
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert str(version.version) == other.version
     assert version.tags["size"] == "4-1"
@@ -314,13 +316,13 @@ def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
         start = time.monotonic()
-        with pytest.raises(mlflow_store.TrackingDown, match="does not answer"):
+        with pytest.raises(mlflow_store.TrackingUnavailable, match="does not answer"):
             mlflow_runs.publish(sweep, uri)
         assert time.monotonic() - start < 5  # the figure is drawn first
         assert (sweep / "front.png").exists()
         free.listen()  # accepts and says nothing
         start = time.monotonic()
-        with pytest.raises(mlflow_store.TrackingDown, match="does not answer"):
+        with pytest.raises(mlflow_store.TrackingUnavailable, match="does not answer"):
             mlflow_store.check_tracking(uri)
         assert time.monotonic() - start < 2
 
@@ -332,9 +334,9 @@ def test_file_stores_are_refused() -> None:
 
 
 def test_aliases_are_what_mlflow_takes() -> None:
-    assert alias_of("fast, small") == "fast-small"
-    assert alias_of("v3") == "budget-v3"
-    assert alias_of("latest") == "budget-latest"
+    assert mlflow_alias("fast, small") == "fast-small"
+    assert mlflow_alias("v3") == "budget-v3"
+    assert mlflow_alias("latest") == "budget-latest"
 
 
 def test_records_are_read_back_and_damage_is_named(sweep: Path) -> None:
@@ -369,7 +371,7 @@ def test_writing_is_whole_and_refuses_nan(tmp_path: Path) -> None:
 
 
 def test_open_sweep_names_those_that_exist(sweep: Path) -> None:
-    assert records.open_sweep("mini") == sweep
-    assert records.open_sweep(str(sweep)) == sweep
+    assert records.find_sweep("mini") == sweep
+    assert records.find_sweep(str(sweep)) == sweep
     with pytest.raises(UserError, match=r"minni: no such sweep; sweeps in .*: mini"):
-        records.open_sweep("minni")
+        records.find_sweep("minni")

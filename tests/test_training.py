@@ -23,35 +23,41 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.config.run import Dataset, LayerChoice, Loss, Run, Student, Training
 from raydistill.core.errors import UserError
-from raydistill.data.batching import Examples, buckets, epoch_batches, share, within
+from raydistill.data.batching import Examples, bucket_by_length, epoch_batches, shard_batch, split_by_tokens
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.models import families
-from raydistill.models.freezing import Frozen, freeze, what_is_frozen
+from raydistill.models.freezing import FrozenParts, freeze, resolve_frozen_parts
 from raydistill.models.loading import load_model, load_tokenizer, tokenize_sources, tokenize_targets
-from raydistill.models.shrinking import plan, shrink
+from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.results.records import read_trials
-from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.teacher_cache.builder import (
+    CacheBuilder,
+    CacheDtypes,
+    build_cache,
+    open_decoder_states,
+    open_encoder_states,
+)
 from raydistill.training import loop, run_folder, validation
-from raydistill.training.distillation import Supervision
-from raydistill.training.inputs import Inputs
+from raydistill.training.distillation import DistillationStep
+from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import (
-    Diverged,
+    NonFiniteLoss,
     clip_and_step,
     fit,
     learning_rate_factor,
     make_optimizer,
-    read_step,
-    step,
+    read_step_inputs,
+    train_step,
 )
-from raydistill.training.run import collapse, frozen_table, supervise, train
-from raydistill.training.run_folder import held
+from raydistill.training.run import collapse_reason, frozen_lm_head_weight, make_distillation_step, train
+from raydistill.training.run_folder import run_lock
 from raydistill.training.student import make_student
-from raydistill.training.tokenized_data import open_teacher, origin_of
+from raydistill.training.tokenized_data import input_fingerprints, open_teacher
 from raydistill.training.workers import Worker
 from tests.tiny import save_tiny, sentences
 
 KD = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
-EXACT_NUMBERS = Numbers("fp32", "fp32")
+EXACT_NUMBERS = CacheDtypes("fp32", "fp32")
 EXACT = {"precision": "fp32", "warmup_steps": 2, "learning_rate": 1e-2, "adam_eps": 1e-3}
 
 
@@ -68,15 +74,15 @@ def tiny(family, folder, size="2-2", method="kd", n=6, dropout=0.0, loss=KD, stu
         save_tiny(family, folder, dropout=dropout, logits_bias=family != "t5")
     teacher, tokenizer = load_model(folder), load_tokenizer(folder)
     teacher.requires_grad_(False)
-    layers = plan((2, 3), student or Student(size=size))
+    layers = plan_layers((2, 3), student or Student(size=size))
     model = shrink(teacher, layers, seed)
-    freeze(model, Frozen(layers.encoder_complete, True, layers.encoder_complete))
+    freeze(model, FrozenParts(layers.copies_full_encoder, True, layers.copies_full_encoder))
     sources, targets = texts(n)
     examples = Examples(
         tokenize_sources(tokenizer, sources, 40), tokenize_targets(tokenizer, targets, 20), list(range(n))
     )
-    return Supervision(
-        model, teacher if method == "kd" else None, examples, method, loss, layers, layers.encoder_complete, True
+    return DistillationStep(
+        model, teacher if method == "kd" else None, examples, method, loss, layers, layers.copies_full_encoder, True
     )
 
 
@@ -85,24 +91,24 @@ def pass_of(supervision, folder, numbers, layers=None):
     s = supervision
     decoders = [(s.examples, layers or s.layers_needed)] if s.method == "kd" else []
     width = s.student.config.d_model
-    return Pass(folder, "key", s.examples, width, s.encoder_shared, decoders, numbers)
+    return CacheBuilder(folder, "key", s.examples, width, s.encoder_shared, decoders, numbers)
 
 
 def with_stores(supervision, teacher, folder, numbers=EXACT_NUMBERS):
     """The same supervision from the teacher cache."""
     work = pass_of(supervision, folder, numbers)
-    make_here(work, teacher)
-    encoded = open_encoder(work) if work.encoder else None
-    return replace(supervision, encoded=encoded, decoded=open_decoder(work) if work.decoders else {})
+    build_cache(work, teacher)
+    encoded = open_encoder_states(work) if work.encoder else None
+    return replace(supervision, encoded=encoded, decoded=open_decoder_states(work) if work.label_sets else {})
 
 
 def loss_and_gradient(supervision, batch, autocast=None):
     """Sums by term, and the gradient of the step's loss as one vector."""
     supervision.student.zero_grad()
-    weights, alphas = supervision.weights(batch), supervision.alphas()
+    weights, alphas = supervision.term_weights(batch), supervision.alphas()
     scales = {name: alphas[name] / weight for name, weight in weights.items()}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
-        loss, sums = supervision.terms(supervision.read(batch), scales)
+        loss, sums = supervision.loss_terms(supervision.read_batch(batch), scales)
     loss.backward()
     parts = [p.grad.flatten() for p in supervision.student.parameters() if p.grad is not None]
     return {name: float(value) for name, value in sums.items()}, torch.cat(parts)
@@ -148,7 +154,7 @@ def test_every_term_is_what_transformers_own_forward_gives(family, size, tmp_pat
     ours, labels = reference(supervision.student, supervision, batch)
     theirs, _ = reference(supervision.teacher, supervision, batch)
     real = labels != -100
-    assert supervision.weights(batch)["logits"] == int(real.sum())
+    assert supervision.term_weights(batch)["logits"] == int(real.sum())
     assert sums["data"] == pytest.approx(float(ours.loss) * int(real.sum()), rel=1e-4)
     p = F.log_softmax(theirs.logits[real].double() / 2, -1)
     q = F.log_softmax(ours.logits[real].double() / 2, -1)
@@ -165,7 +171,7 @@ def test_every_term_is_what_transformers_own_forward_gives(family, size, tmp_pat
             tokens[at, : len(supervision.examples.sources[i])] = True
         states = (ours.encoder_hidden_states[1] - theirs.encoder_hidden_states[2])[tokens]
         assert sums["encoder_hidden"] == pytest.approx(float(states.pow(2).mean(-1).sum()), rel=1e-4)
-        assert supervision.weights(batch)["encoder_hidden"] == int(tokens.sum())
+        assert supervision.term_weights(batch)["encoder_hidden"] == int(tokens.sum())
         wrong, _ = reference(supervision.teacher, supervision, batch, ours.encoder_last_hidden_state)
         w = F.log_softmax(wrong.logits[real].double() / 2, -1)
         assert sums["logits"] != pytest.approx(float((w.exp() * (w - q)).sum()) * 4, rel=1e-2)
@@ -179,7 +185,7 @@ def test_cached_and_live_supervision_give_the_same_losses_and_gradients(family, 
     live = tiny(family, tmp_path / "t", size, method)
     cached = with_stores(live, load_model(tmp_path / "t"), tmp_path / "cache")
     assert (cached.encoded is not None) == (size != "1-2")
-    assert bool(cached.decoded) == (method == "kd")
+    assert bool(cached.cached_decoder_states) == (method == "kd")
     batch = [4, 0, 3]
     sums, gradient = loss_and_gradient(live, batch)
     cached_sums, cached_gradient = loss_and_gradient(cached, batch)
@@ -192,8 +198,8 @@ def test_cached_and_live_supervision_give_the_same_losses_and_gradients(family, 
 def test_cached_and_live_supervision_agree_where_training_computes_in_bf16(family, size, tmp_path):
     """Seen: terms up to 2.1e-4 apart, gradients up to 0.012; a final norm's states are rounded when they are kept."""
     live = soft(tiny(family, tmp_path / "t", size))
-    live = replace(live, table=frozen_table(live.student, torch.bfloat16))
-    cached = with_stores(live, live.teacher, tmp_path / "cache", Numbers("bf16", "bf16"))
+    live = replace(live, table=frozen_lm_head_weight(live.student, torch.bfloat16))
+    cached = with_stores(live, live.teacher, tmp_path / "cache", CacheDtypes("bf16", "bf16"))
     batch = [0, 1, 2, 3]
     exact, _ = loss_and_gradient(replace(live, table=None), batch)
     sums, gradient = loss_and_gradient(live, batch, "bf16")
@@ -217,7 +223,7 @@ def soft(supervision):
 def test_a_bf16_cache_costs_little(family, tmp_path):
     """bf16 keeps 8 bits, a relative error of at most 2**-8 per value; sums over many average it out."""
     live = soft(tiny(family, tmp_path / "t"))
-    cached = with_stores(live, live.teacher, tmp_path / "cache", Numbers("bf16", "fp32"))
+    cached = with_stores(live, live.teacher, tmp_path / "cache", CacheDtypes("bf16", "fp32"))
     sums, gradient = loss_and_gradient(live, [0, 1, 2, 3])
     cached_sums, cached_gradient = loss_and_gradient(cached, [0, 1, 2, 3])
     assert cached_sums == pytest.approx(sums, rel=1e-2)
@@ -242,7 +248,7 @@ def test_a_cached_run_asks_neither_encoder_nor_teacher(tmp_path):
 def test_a_student_with_an_encoder_or_embeddings_of_its_own_reads_what_still_holds(family, tmp_path):
     """Trained embeddings: the student's encoder and head move away from the teacher's; the decoder's states stay."""
     live = tiny(family, tmp_path / "t")
-    for parameter in families.embeddings(live.student):
+    for parameter in families.embedding_parameters(live.student):
         parameter.requires_grad_(True)
     live = replace(live, encoder_shared=False, head_shared=False)
     with torch.no_grad():
@@ -250,7 +256,7 @@ def test_a_student_with_an_encoder_or_embeddings_of_its_own_reads_what_still_hol
             parameter.mul_(1.01)
     cached = with_stores(live, live.teacher, tmp_path / "cache")
     assert cached.encoded is None
-    assert sorted(cached.decoded) == live.layers_needed
+    assert sorted(cached.cached_decoder_states) == live.layers_needed
 
     sums, gradient = loss_and_gradient(live, [0, 3])
     cached.teacher.get_encoder().forward = cached.teacher.get_decoder().forward = None  # only its head is used
@@ -284,13 +290,13 @@ def test_a_full_student_of_its_teacher_has_no_distillation_loss(tmp_path):
 @pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian"])
 def test_the_masks_that_a_gpu_is_given_say_what_the_plain_one_says(family, tmp_path):
     supervision = tiny(family, tmp_path / "t")
-    batch, student = supervision.read([0, 1, 2]), supervision.student.eval()
-    assert not batch.mask.all()
+    batch, student = supervision.read_batch([0, 1, 2]), supervision.student.eval()
+    assert not batch.source_mask.all()
     with torch.no_grad():
-        encoded = families.encode(student, batch.ids, batch.mask).last
+        encoded = families.encode(student, batch.ids, batch.source_mask).last_hidden_state
         ids = families.shift_right(student, batch.labels)
-        plain = families.decode(student, ids, encoded, batch.mask).last
-        masks = families.known_masks(student, ids, batch.mask)
+        plain = families.decode(student, ids, encoded, batch.source_mask).last_hidden_state
+        masks = families.sdpa_masks(student, ids, batch.source_mask)
         given = student.get_decoder()(ids, encoder_hidden_states=encoded, use_cache=False, **masks).last_hidden_state
     torch.testing.assert_close(plain, given)
 
@@ -300,8 +306,8 @@ def stepped(supervision, settings, worker=None, batches=((0, 1, 2, 3, 4, 5),)):
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     means = {}
     for batch in batches:
-        now = read_step(supervision, batch, settings, worker or Worker())
-        means = step(supervision, now, settings, worker or Worker(), None, parameters, optimizer)
+        now = read_step_inputs(supervision, batch, settings, worker or Worker())
+        means = train_step(supervision, now, settings, worker or Worker(), None, parameters, optimizer)
     return {name: float(value) for name, value in means.items()}, weights_of(supervision.student)
 
 
@@ -326,12 +332,12 @@ def test_the_plain_attention_kernel_trains_as_the_fused_one(family, tmp_path, mo
     """In bf16 on a CPU, where short micro-batches take it: nearer to each other than either is to float32."""
 
     def gradient(short, precision):
-        monkeypatch.setattr("raydistill.training.loop.SHORT", short)
+        monkeypatch.setattr("raydistill.training.loop.MATH_ATTENTION_MAX_TOKENS", short)
         supervision = tiny(family, tmp_path / "t")
         parameters = [p for p in supervision.student.parameters() if p.requires_grad]
-        now = read_step(supervision, list(range(6)), Training(batch_size=6), Worker())
+        now = read_step_inputs(supervision, list(range(6)), Training(batch_size=6), Worker())
         settings, optimizer = Training(gradient_clip=1e9), torch.optim.SGD(parameters)
-        step(supervision, now, settings, Worker(), precision, parameters, optimizer)
+        train_step(supervision, now, settings, Worker(), precision, parameters, optimizer)
         return torch.cat([p.grad.flatten() for p in parameters])
 
     plain, fused, exact = gradient(128, torch.bfloat16), gradient(0, torch.bfloat16), gradient(0, None)
@@ -511,22 +517,22 @@ def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_
     folder = tmp_path / "run"
     folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        fit(supervision, LOOP, slow, folder, dies, begun=time.monotonic() - 5)
+        fit(supervision, LOOP, slow, folder, dies, started_at=time.monotonic() - 5)
     saved = json.loads((folder / "state.json").read_text())["seconds"]
     assert 5.6 <= saved < 8
-    state = fit(supervision, LOOP, slow, folder, lambda m, f: None, begun=time.monotonic() - 5)
+    state = fit(supervision, LOOP, slow, folder, lambda m, f: None, started_at=time.monotonic() - 5)
     assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
     assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
 
 
 def test_settings_of_memory_may_change_when_a_run_is_taken_up(tmp_path):
     run = Run.model_validate({"name": "r", "teacher": "t", "dataset": "d", "training": {"micro_tokens": 16384}})
-    run_folder.claim(tmp_path, run)
+    run_folder.check_same_config(tmp_path, run)
     other = {"name": "r", "teacher": "t", "dataset": "d", "training": {"gpus": 0.5}}
-    run_folder.claim(tmp_path, Run.model_validate(other))
+    run_folder.check_same_config(tmp_path, Run.model_validate(other))
     other["training"]["batch_size"] = 7
     with pytest.raises(UserError, match="other settings"):
-        run_folder.claim(tmp_path, Run.model_validate(other))
+        run_folder.check_same_config(tmp_path, Run.model_validate(other))
 
 
 def test_a_micro_batch_on_a_gpu_is_bounded_by_its_share_and_by_targets_first():
@@ -535,16 +541,16 @@ def test_a_micro_batch_on_a_gpu_is_bounded_by_its_share_and_by_targets_first():
     def sizes(gpus, shared, targets=25):
         longer = Examples(examples.sources, [[1] * targets] * 64, examples.rows)
         supervision = types.SimpleNamespace(encoder_shared=shared)
-        most = loop.micro_batch(supervision, Training(gpus=gpus), Worker(device="cuda:0"))
-        return [len(part) for part in within(range(64), longer, *most)]
+        most = loop.micro_batch_limits(supervision, Training(gpus=gpus), Worker(device="cuda:0"))
+        return [len(part) for part in split_by_tokens(range(64), longer, *most)]
 
     assert sizes(1, True) == [64]  # 64 * (100 + 25) = 8,000 of 16,384
     assert sizes(0.25, True) == [32, 32]  # 32 * 125 = 4,000 of 4,096
     assert sizes(1, False) == [38, 26]  # 38 * 425 = 16,150
     assert sizes(1, True, targets=512) == [26, 26, 12]  # 26 * 612 = 15,912
-    assert loop.micro_batch(None, Training(gpus=0.25), Worker()) == (16_384, 1.0)
+    assert loop.micro_batch_limits(None, Training(gpus=0.25), Worker()) == (16_384, 1.0)
     told = Training(gpus=0.25, micro_tokens=999)
-    assert loop.micro_batch(None, told, Worker(device="cuda:0")) == (999, 1.0)
+    assert loop.micro_batch_limits(None, told, Worker(device="cuda:0")) == (999, 1.0)
 
 
 def test_a_gpu_without_memory_is_told_with_what_to_do(tmp_path):
@@ -567,8 +573,8 @@ def test_a_gpu_without_memory_is_told_with_what_to_do(tmp_path):
 
 def test_a_run_under_way_is_charged_a_gpu_per_worker_or_the_cores_of_its_threads(tmp_path):
     threads = LOOP.model_copy(update={"threads": 3})
-    assert [Worker(world=2, device=name).devices(threads) for name in ("cpu", "cuda", "cuda:1")] == [6, 2, 2]
-    assert Worker(device="cuda").devices(LOOP.model_copy(update={"gpus": 0.25})) == 0.25
+    assert [Worker(world_size=2, device=name).num_devices(threads) for name in ("cpu", "cuda", "cuda:1")] == [6, 2, 2]
+    assert Worker(device="cuda").num_devices(LOOP.model_copy(update={"gpus": 0.25})) == 0.25
     supervision = tiny("bart", tmp_path / "t")
     folder = tmp_path / "trials" / "run"
     folder.mkdir(parents=True)
@@ -657,13 +663,13 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     supervision = tiny("bart", tmp_path / "t")
     with torch.no_grad():
         supervision.student.get_decoder().layers[0].fc1.weight.fill_(math.nan)
-    with pytest.raises(Diverged, match="the loss is nan at step 1; try a lower learning rate"):
+    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 1; try a lower learning rate"):
         recorded(supervision, LOOP, tmp_path / "run")
 
 
 def test_a_metric_that_is_no_number_ends_the_run_too(tmp_path):
     supervision = tiny("bart", tmp_path / "t")
-    with pytest.raises(Diverged, match="val_loss is nan"):
+    with pytest.raises(NonFiniteLoss, match="val_loss is nan"):
         recorded(supervision, LOOP, tmp_path / "run", validate=lambda f: {"score": 0.0, "val_loss": math.nan})
 
 
@@ -691,25 +697,25 @@ def test_training_leaves_encoder_embeddings_and_teacher_bitwise_alone(family, tm
 def test_dropout_does_not_act_on_a_frozen_encoder(family, embeddings, tmp_path):
     supervision = tiny(family, tmp_path / "t", dropout=0.5)
     if not embeddings:
-        for parameter in families.embeddings(supervision.student):
+        for parameter in families.embedding_parameters(supervision.student):
             parameter.requires_grad_(True)
-        supervision = Supervision(
+        supervision = DistillationStep(
             supervision.student, None, supervision.examples, "sft", Loss(), supervision.plan, encoder_shared=False
         )
-    loop._train_mode(supervision)
+    loop._set_train_mode(supervision)
     ids = torch.tensor([supervision.examples.sources[0]])
     mask = torch.ones_like(ids)
-    one, two = (families.encode(supervision.student, ids, mask).last for _ in range(2))
+    one, two = (families.encode(supervision.student, ids, mask).last_hidden_state for _ in range(2))
     assert torch.equal(one, two)
-    read = [families.decode(supervision.student, ids, one, mask).last for _ in range(2)]
+    read = [families.decode(supervision.student, ids, one, mask).last_hidden_state for _ in range(2)]
     assert not torch.equal(*read)
 
 
 def test_a_trained_encoder_has_dropout(tmp_path):
     supervision = tiny("bart", tmp_path / "t", size="1-2", dropout=0.5)
-    loop._train_mode(supervision)
+    loop._set_train_mode(supervision)
     ids = torch.tensor([supervision.examples.sources[0]])
-    one, two = (families.encode(supervision.student, ids, torch.ones_like(ids)).last for _ in range(2))
+    one, two = (families.encode(supervision.student, ids, torch.ones_like(ids)).last_hidden_state for _ in range(2))
     assert not torch.equal(one, two)
 
 
@@ -718,7 +724,7 @@ def test_everything_frozen_is_refused(tmp_path):
     for parameter in student.get_decoder().parameters():
         parameter.requires_grad_(False)
     with pytest.raises(UserError, match="nothing is left to train"):
-        freeze(student, Frozen(True, True, True))
+        freeze(student, FrozenParts(True, True, True))
 
 
 # Batches
@@ -747,7 +753,7 @@ def test_other_seeds_and_epochs_have_other_orders_and_batches_hold_neighbours_in
 
 @given(st.lists(st.integers(), unique=True, max_size=60), st.integers(1, 5), st.integers(1, 5))
 def test_shares_partition_a_batch_over_workers_and_micro_batches(batch, world, accumulation):
-    shares = [share(batch, rank, world, accumulation) for rank in range(world)]
+    shares = [shard_batch(batch, rank, world, accumulation) for rank in range(world)]
     assert sorted(i for mine in shares for micro in mine for i in micro) == sorted(batch)
     assert all(len(mine) <= accumulation and all(mine) for mine in shares)
     sizes = [sum(map(len, mine)) for mine in shares]
@@ -756,7 +762,7 @@ def test_shares_partition_a_batch_over_workers_and_micro_batches(batch, world, a
 
 @given(st.lists(st.integers(1, 50), max_size=100), st.integers(1, 200))
 def test_buckets_hold_each_row_once_within_their_padded_tokens(lengths, tokens):
-    found = list(buckets(lengths, tokens))
+    found = list(bucket_by_length(lengths, tokens))
     assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens for b in found)
 
@@ -803,8 +809,11 @@ def read(path):
 @pytest.mark.parametrize("method", ["sft", "kd", "pl"])
 def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_path):
     reports = []
-    inputs = Inputs(
-        labels={"pseudo": place / "labels"}, cache=tmp_path / "cache", costs={"latency_ms": 5.0}, note={"trial": 3}
+    inputs = RunInputs(
+        label_folders={"pseudo": place / "labels"},
+        cache_root=tmp_path / "cache",
+        costs={"latency_ms": 5.0},
+        result_fields={"trial": 3},
     )
     folder = tmp_path / "run"
     result = train(make_run(place, method), folder, lambda m, f: reports.append(m), inputs)
@@ -920,7 +929,7 @@ def test_a_folder_that_holds_another_config_is_refused(place, finished, tmp_path
 
 def test_a_run_that_diverges_has_a_failed_result_with_its_reason(place, tmp_path):
     run = make_run(place, training={"learning_rate": 1e30, "warmup_steps": 0, "epochs": 4, "schedule": "constant"})
-    result = train(run, tmp_path / "run", lambda m, f: None, Inputs(note={"trial": 1}))
+    result = train(run, tmp_path / "run", lambda m, f: None, RunInputs(result_fields={"trial": 1}))
     assert (result["status"], result["trial"], result["size"]) == ("failed", 1, "2-1")
     assert list(result["metrics"]) == ["gpu_hours"]  # it is charged what it took
     assert result["metrics"]["gpu_hours"] > 0
@@ -949,7 +958,7 @@ def test_a_dropout_asked_for_is_set_and_the_teachers_stays(place, tmp_path):
 
 
 def test_a_cache_filled_before_is_what_the_run_opens(place, tmp_path):
-    run, inputs = make_run(place, "kd"), Inputs(cache=tmp_path / "cache")
+    run, inputs = make_run(place, "kd"), RunInputs(cache_root=tmp_path / "cache")
     train(run, tmp_path / "first", lambda m, f: None, inputs)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
     assert sorted(p.parent.name for p in files) == ["layer-02", "states"]
@@ -979,14 +988,16 @@ def test_which_stores_a_run_uses_and_whether_a_teacher_runs(
     theirs = open_teacher(str(place / "teacher"), Dataset(name=str(place)))
     student, layers = make_student(run, theirs)
     examples = Examples([[5, 6, 2]], [[7, 2]], [0])
-    frozen = what_is_frozen(run, layers)
-    made = supervise(run, student, layers, theirs, examples, frozen, Inputs(cache=tmp_path, keep=keep), Worker())
-    assert (made.encoded is not None, bool(made.decoded)) == stores
+    frozen = resolve_frozen_parts(run, layers)
+    made = make_distillation_step(
+        run, student, layers, theirs, examples, frozen, RunInputs(cache_root=tmp_path, cache_mode=keep), Worker()
+    )
+    assert (made.cached_encoder_states is not None, bool(made.cached_decoder_states)) == stores
     assert (made.teacher is not None) == teacher
 
 
 def test_without_the_scoring_library_checkpoints_are_compared_by_validation_loss(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(validation, "SCORERS", {"rouge2": "no_such_library"})
+    monkeypatch.setattr(validation, "METRIC_LIBRARIES", {"rouge2": "no_such_library"})
     result = train(make_run(place), tmp_path / "run", lambda m, f: None)
     metrics = result["metrics"]
     assert metrics["score"] == -metrics["val_loss"] == max(m["score"] for m in read_metrics(tmp_path / "run"))
@@ -1042,7 +1053,7 @@ def test_a_layer_choice_decides_copies_and_supervision(tmp_path):
 def test_a_run_that_is_told_to_stop_keeps_its_best_checkpoint_scored(place, tmp_path):
     run = make_run(place, training={"epochs": 4})
     reasons = iter([None, "others are better"])
-    result = train(run, tmp_path / "s", lambda metrics, where: next(reasons), Inputs())
+    result = train(run, tmp_path / "s", lambda metrics, where: next(reasons), RunInputs())
     assert (result["status"], result["reason"]) == ("stopped", "others are better")
     lines = [json.loads(line) for line in (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
@@ -1050,7 +1061,7 @@ def test_a_run_that_is_told_to_stop_keeps_its_best_checkpoint_scored(place, tmp_
     assert 0 < lines[0]["progress"] < lines[1]["progress"] < 1
     assert result["interval"][0] <= result["metrics"]["score"] <= result["interval"][1]
     assert (tmp_path / "s" / "best" / "model.safetensors").is_file()
-    assert train(run, tmp_path / "s", lambda metrics, where: None, Inputs()) == result
+    assert train(run, tmp_path / "s", lambda metrics, where: None, RunInputs()) == result
 
 
 def test_what_an_older_release_began_goes_on_though_it_lacks_a_setting(place, tmp_path):
@@ -1076,7 +1087,7 @@ def test_a_run_is_not_taken_up_with_another_teacher_or_other_data(place, tmp_pat
         train(run, tmp_path / "run", dies)
     path = tmp_path / "run" / "origin.json"
     begun = read(path)
-    assert begun == origin_of(run)
+    assert begun == input_fingerprints(run)
     path.write_text(json.dumps(begun | ({"teacher": "other"} if part == "teacher" else {"data": {"train": "other"}})))
     with pytest.raises(UserError, match=f"the {part}.* changed since this run was begun"):
         train(run, tmp_path / "run", never_called)
@@ -1094,8 +1105,8 @@ def test_a_run_whose_machine_goes_is_saved_at_that_step_and_goes_on_the_same_els
         asked.append(True)
         return len(asked) == 4
 
-    with pytest.raises(loop.Leaving, match="saved at step 5"):  # at step 3 there was a validation
-        train(run, tmp_path / "run", lambda metrics, where: None, Inputs(), Worker(leaving=leaving))
+    with pytest.raises(loop.Preempted, match="saved at step 5"):  # at step 3 there was a validation
+        train(run, tmp_path / "run", lambda metrics, where: None, RunInputs(), Worker(is_draining=leaving))
     assert read(tmp_path / "run" / "state.json")["step"] == 5
     steps = []
     train(run, tmp_path / "run", lambda metrics, where: steps.append(metrics["step"]))
@@ -1129,7 +1140,7 @@ def test_checks_during_training_have_a_decoding_of_their_own_and_the_end_has_the
 
 def test_a_stopped_run_that_dies_while_it_is_scored_is_stopped_still(place, tmp_path, monkeypatch):
     run = make_run(place, training={"epochs": 4})
-    whole = train(run, tmp_path / "whole", stopped_at_the_second(), Inputs())
+    whole = train(run, tmp_path / "whole", stopped_at_the_second(), RunInputs())
     score = validation.Validator.score
 
     def dies(self, checkpoint, splits, beam):
@@ -1139,9 +1150,9 @@ def test_a_stopped_run_that_dies_while_it_is_scored_is_stopped_still(place, tmp_
 
     monkeypatch.setattr(validation.Validator, "score", dies)
     with pytest.raises(KeyboardInterrupt):
-        train(run, tmp_path / "run", stopped_at_the_second(), Inputs())
+        train(run, tmp_path / "run", stopped_at_the_second(), RunInputs())
     monkeypatch.setattr(validation.Validator, "score", score)
-    again = train(run, tmp_path / "run", never_called, Inputs())
+    again = train(run, tmp_path / "run", never_called, RunInputs())
     for name in ("status", "reason", "steps", "best_step", "interval", "test"):
         assert again[name] == whole[name], name
     assert torch.equal(*(weights_of(load_model(tmp_path / name / "best")) for name in ("whole", "run")))
@@ -1149,10 +1160,10 @@ def test_a_stopped_run_that_dies_while_it_is_scored_is_stopped_still(place, tmp_
 
 def test_the_best_checkpoint_takes_the_place_of_an_older_one(place, tmp_path):
     run = make_run(place)
-    whole = train(run, tmp_path / "whole", lambda m, f: None, Inputs())
+    whole = train(run, tmp_path / "whole", lambda m, f: None, RunInputs())
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "stale").touch()
-    assert train(run, tmp_path / "run", lambda m, f: None, Inputs())["best_step"] == whole["best_step"]
+    assert train(run, tmp_path / "run", lambda m, f: None, RunInputs())["best_step"] == whole["best_step"]
     assert not (tmp_path / "run" / "best" / "stale").exists()
 
 
@@ -1164,9 +1175,9 @@ def test_a_steps_time_is_until_its_numbers_are_there():
             time.sleep(0.1)
             return torch.tensor(3.0) / steps
 
-    losses = loop._Running()
+    losses = loop._RunningMeans()
     losses.add({"loss": Late()}, time.monotonic() - 1.0, 0.25)
-    found = losses.take(Worker())
+    found = losses.pop(Worker())
     assert found["loss"] == 3.0
     assert found["step_ms"] >= 1100
     assert found["data_wait"] == pytest.approx(250 / found["step_ms"])
@@ -1179,11 +1190,11 @@ def stopped_at_the_second():
 
 def test_a_run_is_trained_by_one_process_at_a_time(place, tmp_path, monkeypatch):
     """A worker that outlived its driver still holds the folder: it is waited for, and not written beside."""
-    monkeypatch.setattr(run_folder, "HELD_WAIT_S", 0.2)
-    with held(tmp_path), pytest.raises(UserError, match="another process trains this run"):
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 0.2)
+    with run_lock(tmp_path), pytest.raises(UserError, match="another process trains this run"):
         train(make_run(place), tmp_path, never_called)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
-    monkeypatch.setattr(run_folder, "HELD_WAIT_S", 30)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 30)
     hold = (
         "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(60)"
     )
@@ -1196,7 +1207,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(place, tmp_path, monkeypatch)
 
 def test_a_collapsed_run_keeps_its_reason_and_hours_and_no_checkpoint(place, tmp_path):
     folder = tmp_path / "trials" / "run"
-    result = train(make_run(place), folder, lambda m, f: None, Inputs(repetition=-1.0))
+    result = train(make_run(place), folder, lambda m, f: None, RunInputs(teacher_repetition=-1.0))
     assert (result["status"], list(result["metrics"])) == ("failed", ["repetition", "gpu_hours"])
     assert "collapsed" in result["reason"]
     assert not (folder / "best").exists()
@@ -1206,6 +1217,6 @@ def test_a_collapsed_run_keeps_its_reason_and_hours_and_no_checkpoint(place, tmp
 
 
 def test_a_student_that_collapsed_where_its_teacher_did_not_has_failed():
-    assert collapse(0.9, None) is None
-    assert collapse(0.9, 0.6) is None
-    assert "90% of its outputs" in str(collapse(0.9, 0.1))
+    assert collapse_reason(0.9, None) is None
+    assert collapse_reason(0.9, 0.6) is None
+    assert "90% of its outputs" in str(collapse_reason(0.9, 0.1))

@@ -11,38 +11,39 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.core.console import explained
+from raydistill.core.console import describe_os_error
 from raydistill.core.errors import UserError
 
-Facts = dict[str, float]
-Work = Callable[[int], Facts]
+BatchStats = dict[str, float]
+BatchFunction = Callable[[int], BatchStats]
 
 # A batch whose actor died so often is not the victim of chance: it kills its actor (too little memory, most often).
-RETRIES = 5
+MAX_TASK_RETRIES = 5
 
 
 def run_batches(
-    numbers: Sequence[int],
-    make: Callable[[], Work],
+    batch_numbers: Sequence[int],
+    make_function: Callable[[], BatchFunction],
     *,
     device: str,
-    on_done: Callable[[Facts], None],
+    on_done: Callable[[BatchStats], None],
     threads: int = 1,
 ) -> None:
-    """Do the planned batches `numbers` in a pool of Ray actors that grows with the cluster; returns when all are done.
+    """Do the planned batches `batch_numbers` in a pool of Ray actors that grows with the cluster; returns when all
+    are done.
 
     `make()` is called once in each actor, and again where one is started anew, and returns the function that does
     batch n, writes its output whole, and tells a few numbers of it (always the same names). `on_done(facts)` is
     called here as batches finish, in any order, with "batch" among the facts. An actor holds a GPU, or `threads`
     CPUs. There are as many as the cluster has room for, and more as nodes join while it runs: Ray Data asks the
     cluster for them too. What a batch raises ends the job (a UserError arrives as one); an actor that dies, or whose
-    node leaves, is replaced where there is room and its batch done again, at most `RETRIES` times; then, and where the
-    machine of this process leaves the cluster, it is a ConnectionError.
+    node leaves, is replaced where there is room and its batch done again, at most `MAX_TASK_RETRIES` times; then,
+    and where the machine of this process leaves the cluster, it is a ConnectionError.
     """
     import ray.data
     from ray.exceptions import RayError, RayTaskError
 
-    if not numbers:
+    if not batch_numbers:
         return
 
     # Importing it has set the level anew. Its account of an actor's death is a page long; ours is below.
@@ -52,13 +53,15 @@ def run_batches(
     context.verbose_stats_logs = False
     # Its 30 minutes are too few for a large teacher's batch on a CPU.
     context.execution_no_progress_timeout_s = -1
-    size = min(room_for_actors(device, threads), len(numbers))
-    done = ray.data.from_items([{"batch": n} for n in numbers], override_num_blocks=len(numbers)).map_batches(
-        _actor(make),
+    size = min(max_actors(device, threads), len(batch_numbers))
+    done = ray.data.from_items(
+        [{"batch": n} for n in batch_numbers], override_num_blocks=len(batch_numbers)
+    ).map_batches(
+        _make_actor_class(make_function),
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=size, max_size=len(numbers)),
-        max_task_retries=RETRIES,
+        compute=ray.data.ActorPoolStrategy(min_size=size, max_size=len(batch_numbers)),
+        max_task_retries=MAX_TASK_RETRIES,
         num_cpus=threads,
         num_gpus=1 if device == "cuda" else None,
     )
@@ -76,7 +79,7 @@ def run_batches(
         ) from None
 
 
-def _actor(make: Callable[[], Work]) -> type:
+def _make_actor_class(make_function: Callable[[], BatchFunction]) -> type:
     """The class of an actor that does what `make()` returns."""
 
     # Bound here rather than passed as an argument: arguments would go through the object store, from which an actor
@@ -87,11 +90,11 @@ def _actor(make: Callable[[], Work]) -> type:
             self.wrong = ""
             self.error: Exception | None = None
             try:
-                self.work = make()
+                self.work = make_function()
             except UserError as error:
                 self.wrong = str(error)
             except OSError as error:
-                self.wrong = explained(error)
+                self.wrong = describe_os_error(error)
             except Exception as error:
                 self.error = error
 
@@ -100,31 +103,31 @@ def _actor(make: Callable[[], Work]) -> type:
             [number] = rows["batch"]
             if self.error is not None:
                 raise self.error
-            facts: Facts = {}
+            facts: BatchStats = {}
             if not self.wrong:
                 try:
                     facts = self.work(int(number))
                 except UserError as error:
                     self.wrong = str(error)
                 except OSError as error:
-                    self.wrong = explained(error)
+                    self.wrong = describe_os_error(error)
             told = {"batch": number, "wrong": self.wrong, **facts}
             return {name: np.array([value]) for name, value in told.items()}
 
     return Actor
 
 
-def resources(device: str, threads: int, gpus: float = 1) -> dict[str, float]:
+def worker_resources(device: str, threads: int, gpus: float = 1) -> dict[str, float]:
     """What a process holds of Ray's resources."""
     return {"CPU": threads} | ({"GPU": gpus} if device == "cuda" else {})
 
 
-def places(device: str, threads: int, gpus: float = 1) -> int:
+def slots(device: str, threads: int, gpus: float = 1) -> int:
     """How many processes of `threads` CPUs, and of `gpus` of a GPU where `device` is cuda, the cluster can hold."""
-    return sum(places_by_node(device, threads, gpus))
+    return sum(slots_per_node(device, threads, gpus))
 
 
-def places_by_node(device: str, threads: int, gpus: float = 1) -> list[int]:
+def slots_per_node(device: str, threads: int, gpus: float = 1) -> list[int]:
     """The same for each of its living nodes."""
     import ray
 
@@ -135,14 +138,14 @@ def places_by_node(device: str, threads: int, gpus: float = 1) -> list[int]:
     return [min(pair) for pair in zip(by_cpus, by_gpus, strict=True)]
 
 
-def room_for_actors(device: str, threads: int) -> int:
+def max_actors(device: str, threads: int) -> int:
     """Actors that the cluster can hold at once: one per GPU, or per `threads` CPUs of a node.
 
     UserError where no node can hold one: Ray would wait for ever without a word.
     """
     import ray
 
-    room = places(device, threads)
+    room = slots(device, threads)
     if not room:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = max((int(node.get("CPU", 0)) for node in nodes), default=0)

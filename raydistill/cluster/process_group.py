@@ -17,22 +17,22 @@ import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-TIMEOUT = timedelta(minutes=30)  # what Ray's own has, too: a validation holds up all workers but the first
+GROUP_TIMEOUT = timedelta(minutes=30)  # what Ray's own has, too: a validation holds up all workers but the first
 
 
-class _NoGroup(Backend):
+class _NoOpBackend(Backend):
     """Workers see each other's GPUs, as ray.train.torch.get_device expects; the group is `process_group`'s."""
 
     share_cuda_visible_devices = True
 
 
-class OwnGroup(TorchConfig):
+class ManualGroupConfig(TorchConfig):
     """Of a trainer whose workers make their group themselves."""
 
     @property
     def backend_cls(self) -> type[Backend]:
         """What Ray does before the workers begin: nothing."""
-        return _NoGroup
+        return _NoOpBackend
 
 
 @contextmanager
@@ -50,23 +50,23 @@ def process_group(device: str) -> Iterator[None]:
         yield
         return
     here = ray.util.get_node_ip_address()
-    interface = interface_of(here)
+    interface = network_interface(here)
     for backend in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
     listener = socket.create_server((here, 0)) if rank == 0 else None
     host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
     store = dist.TCPStore(
-        host, port, world, rank == 0, TIMEOUT, master_listen_fd=listener.detach() if listener else None
+        host, port, world, rank == 0, GROUP_TIMEOUT, master_listen_fd=listener.detach() if listener else None
     )
     backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def nodes_of_all(device: str) -> list[str]:
+def gather_node_ids(device: str) -> list[str]:
     """The ids of the nodes that this Ray Train run's workers are on, in the workers' order; all are to ask together."""
     import ray.train
 
@@ -80,7 +80,7 @@ def nodes_of_all(device: str) -> list[str]:
     return [bytes(each.tolist()).hex() for each in ids]
 
 
-def interface_of(address: str) -> str:
+def network_interface(address: str) -> str:
     """The name of the network interface that has `address`."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address == address for one in addresses):

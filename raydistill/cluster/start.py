@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.cluster import sync
-from raydistill.core.console import home, progress
+from raydistill.core.console import print_progress, raydistill_home
 from raydistill.core.errors import UserError
 
-QUIET = {
+ENV_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -37,15 +37,15 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PYTHONWARNINGS": "ignore",
 }
-PASSED_ON = (
-    *("RAYDISTILL_HOME", sync.STORAGE, "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"),
-    *("HF_ENDPOINT", *QUIET),
+FORWARDED_ENV = (
+    *("RAYDISTILL_HOME", sync.STORAGE_ENV, "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"),
+    *("HF_ENDPOINT", *ENV_DEFAULTS),
 )
 OBJECT_STORE_BYTES = 500_000_000
 
 
 @contextmanager
-def cluster(cpus: int | None = None) -> Iterator[None]:
+def ray_cluster(cpus: int | None = None) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names ("auto": the one on this machine), else start one for this block.
 
     Another command's cluster on the same machine is never joined unasked: its CPUs may be taken for hours.
@@ -54,11 +54,11 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     ~/.ray/auth_token), and ends with the block. The dashboard stays on: without it a trial that a
     scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
     """
-    sync.opened()  # an address that will not do is told before anything starts
-    for name, value in QUIET.items():
+    sync.open_storage()  # an address that will not do is told before anything starts
+    for name, value in ENV_DEFAULTS.items():
         os.environ.setdefault(name, value)
     # Ray's workers run in folders of their own, where the default of ./outputs would be another place.
-    os.environ["RAYDISTILL_HOME"] = str(home())
+    os.environ["RAYDISTILL_HOME"] = str(raydistill_home())
     import ray
 
     warnings.filterwarnings("ignore", module="ray")
@@ -82,7 +82,7 @@ def _join_or_start(cpus: int | None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # A cluster that runs already has its own environment: what this command reads must reach its workers too.
-        mine = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        mine = {name: os.environ[name] for name in FORWARDED_ENV if name in os.environ}
         try:
             ray.init(address=address, runtime_env={"env_vars": mine}, **quiet)
         except ConnectionError as error:
@@ -91,7 +91,7 @@ def _join_or_start(cpus: int | None) -> None:
                 f"or unset RAY_ADDRESS to work on this machine alone"
             ) from None
         return
-    with _silent_stderr(), _on_loopback():
+    with _silent_stderr(), _bind_to_loopback():
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -103,7 +103,7 @@ def _join_or_start(cpus: int | None) -> None:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
+def _bind_to_loopback() -> Iterator[None]:
     """A block in which a Ray that starts takes 127.0.0.1 for its node's address, as it does on macOS and Windows.
 
     So all its ports listen there only; `ray.init(_node_ip_address="127.0.0.1")` would be turned into the machine's
@@ -138,19 +138,21 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def device() -> str:
+def cluster_device() -> str:
     """What trials run on: "cuda" where the cluster has a GPU, else "cpu"."""
     import ray
 
     if ray.cluster_resources().get("GPU", 0) >= 1:
         return "cuda"
     if os.environ.get("RAY_ADDRESS"):
-        progress("no GPU is in the cluster now: this job runs on CPUs. If GPUs are to come, end it and begin it then")
+        print_progress(
+            "no GPU is in the cluster now: this job runs on CPUs. If GPUs are to come, end it and begin it then"
+        )
     return "cpu"
 
 
 def largest_node(device: str) -> dict[str, Any]:
-    """The living node with a GPU, where `device` is cuda, and most CPUs; of equal ones always the same."""
+    """The living node with a GPU, where `cluster_device` is cuda, and most CPUs; of equal ones always the same."""
     import ray
 
     def size(node: dict[str, Any]) -> tuple[bool, float, str]:

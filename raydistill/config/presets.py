@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raydistill.config.run import Columns, Decoding
-from raydistill.core.console import home
+from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
 
 
@@ -72,23 +72,23 @@ DATASETS: dict[str, DatasetPreset] = {
 
 # Revisions are commits where one could be looked up in public code that names it (none was fetched: there is no hub
 # on the machine that this was written on). "main" is not pinned: its commit could not be looked up.
-BART_CNN = "37f520fa929c961707657b28798b30c003dd100b"
-PEGASUS_XSUM = "8d8ffc158a3bee9fbb03afacdfc347c823c5ec8b"
-MBART_EN_RO = "2534e987b9ed03c416bbbaefa1a39e3441439bdd"
-T5_BASE = "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"
-NOT_PINNED = "main"
+BART_CNN_REVISION = "37f520fa929c961707657b28798b30c003dd100b"
+PEGASUS_XSUM_REVISION = "8d8ffc158a3bee9fbb03afacdfc347c823c5ec8b"
+MBART_EN_RO_REVISION = "2534e987b9ed03c416bbbaefa1a39e3441439bdd"
+T5_BASE_REVISION = "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"
+UNPINNED_REVISION = "main"
 
 TEACHERS: dict[str, dict[str, TeacherPreset]] = {
     "bart": {
         "xsum": TeacherPreset(
             "facebook/bart-large-xsum",
-            NOT_PINNED,
+            UNPINNED_REVISION,
             Decoding(beams=6, length_penalty=1.0, min_length=11, max_length=62),
             max_target_tokens=60,
         ),
         "cnn_dailymail": TeacherPreset(
             "facebook/bart-large-cnn",
-            BART_CNN,
+            BART_CNN_REVISION,
             Decoding(beams=4, length_penalty=2.0, min_length=56, max_length=142, no_repeat_ngram=3),
             max_target_tokens=142,
         ),
@@ -96,19 +96,19 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
     "pegasus": {
         "xsum": TeacherPreset(
             "google/pegasus-xsum",
-            PEGASUS_XSUM,
+            PEGASUS_XSUM_REVISION,
             Decoding(beams=8, length_penalty=0.6, max_length=64),
             max_source_tokens=512,
             max_target_tokens=64,
         ),
         "cnn_dailymail": TeacherPreset(
-            "google/pegasus-cnn_dailymail", NOT_PINNED, Decoding(beams=8, length_penalty=0.8, max_length=128)
+            "google/pegasus-cnn_dailymail", UNPINNED_REVISION, Decoding(beams=8, length_penalty=0.8, max_length=128)
         ),
     },
     "mbart": {
         "wmt16_en_ro": TeacherPreset(
             "facebook/mbart-large-en-ro",
-            MBART_EN_RO,
+            MBART_EN_RO_REVISION,
             Decoding(beams=5, length_penalty=1.0, max_length=128),
             max_source_tokens=128,
             languages=("en_XX", "ro_RO"),
@@ -117,7 +117,7 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
     "marian": {
         "wmt16_en_ro": TeacherPreset(
             "Helsinki-NLP/opus-mt-en-ro",
-            NOT_PINNED,
+            UNPINNED_REVISION,
             Decoding(beams=4, length_penalty=1.0, max_length=128),
             max_source_tokens=128,
         ),
@@ -127,14 +127,14 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
     "t5": {
         "cnn_dailymail": TeacherPreset(
             "google-t5/t5-base",
-            T5_BASE,
+            T5_BASE_REVISION,
             Decoding(beams=4, length_penalty=2.0, min_length=30, max_length=200, no_repeat_ngram=3),
             max_source_tokens=512,
             max_target_tokens=142,
         ),
         "wmt16_en_ro": TeacherPreset(
             "google-t5/t5-base",
-            T5_BASE,
+            T5_BASE_REVISION,
             Decoding(beams=4, max_length=300),
             max_source_tokens=128,
             languages=("en", "ro"),
@@ -169,10 +169,10 @@ def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
     return presets.get(dataset) or next(iter(presets.values()))
 
 
-def metric_for(dataset: str, asked: str = "auto") -> str:
+def resolve_metric(dataset: str, requested: str = "auto") -> str:
     """The score of a data set's task: as asked, else the preset's, else rouge2."""
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     return DATASETS[dataset].metric if dataset in DATASETS else "rouge2"
 
 
@@ -182,7 +182,7 @@ def check_teacher(name: str) -> None:
     A known name, a folder, or a name of the hub's form (owner/name).
     """
     if name == "demo":
-        if not (home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():
+        if not (raydistill_home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():
             raise UserError("the demo's teacher is not trained yet: run `raydistill train demo` first")
     elif name not in TEACHERS and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         known = ", ".join([*TEACHERS, "demo"])

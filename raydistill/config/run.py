@@ -8,19 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Method = Literal["sft", "kd", "pl"]
 # Tables 8 and 9: SFT, lo, mid, hi, 000 and rand.
 Init = Literal["spaced", "first", "middle", "last", "repeated", "random"]
-Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+LayerIndices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-MOST_WEIGHT = 100  # of a label source: its rows are listed so often
+MAX_SOURCE_WEIGHT = 100  # of a label source: its rows are listed so often
 
 
-class Model(BaseModel):
+class StrictModel(BaseModel):
     """Frozen; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Columns(Model):
+class Columns(StrictModel):
     """Column names, where they are not found by themselves."""
 
     source: str
@@ -28,7 +28,7 @@ class Columns(Model):
     id: str | None = None
 
 
-class Dataset(Model):
+class Dataset(StrictModel):
     """A data set: a known name, a hub name, a file, or a folder of train/validation/test files."""
 
     name: str
@@ -45,7 +45,7 @@ class Dataset(Model):
     )
 
 
-class Start(Model):
+class NewModel(StrictModel):
     """A random start: the shape of a new model whose tokenizer is built from the training split."""
 
     form: Literal["bart", "marian"]
@@ -58,20 +58,20 @@ class Start(Model):
     max_positions: int = Field(512, ge=16)
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> "Start":
+    def _check_head_width(self) -> "NewModel":
         if self.d_model % self.heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
         return self
 
 
-class LayerChoice(Model):
+class LayerChoice(StrictModel):
     """Teacher layers per side, counted from 0; absent means the default for the student's depth."""
 
-    encoder: Layers | None = None
-    decoder: Layers | None = None
+    encoder: LayerIndices | None = None
+    decoder: LayerIndices | None = None
 
 
-class Student(Model):
+class Student(StrictModel):
     """The student's shape and where its layers come from."""
 
     size: str | None = Field(None, description='"12-3": encoder and decoder layers; absent: the full teacher')
@@ -84,19 +84,19 @@ class Student(Model):
 
     @field_validator("size", mode="after")
     @classmethod
-    def _size_form(cls, value: str | None) -> str | None:
+    def _check_size(cls, value: str | None) -> str | None:
         if value is not None:
             parse_size(value)
         return value
 
     @model_validator(mode="after")
-    def _something_is_copied(self) -> "Student":
+    def _check_copy_from(self) -> "Student":
         if self.copy_from is not None and self.init == "random" and self.copied.decoder is None:
             raise ValueError("init random copies no decoder layer; leave out copy_from, or give another init")
         return self
 
     @model_validator(mode="after")
-    def _lists_fit_size(self) -> "Student":
+    def _check_layer_counts(self) -> "Student":
         if self.size is None:
             return self
         depths = dict(zip(("encoder", "decoder"), parse_size(self.size), strict=True))
@@ -110,7 +110,7 @@ class Student(Model):
         return self
 
 
-class Loss(Model):
+class Loss(StrictModel):
     """alpha_data * CE + alpha_logits * KL + alpha_hidden * MSE; only `kd` uses more than the first.
 
     `alpha_attention` and `alpha_cosine` add what the paper tried in section 6.3 and did not find to help.
@@ -129,10 +129,10 @@ class Loss(Model):
 
 
 # Settings that change how a run is carried out and not what comes of it: it may be taken up with others.
-HOW = {"training": {"micro_tokens", "gpus"}}
+RUNTIME_ONLY_FIELDS = {"training": {"micro_tokens", "gpus"}}
 
 
-class Training(Model):
+class Training(StrictModel):
     """Optimisation, validation and where it runs."""
 
     learning_rate: float = Field(3e-4, gt=0)
@@ -184,7 +184,7 @@ class Training(Model):
     cache_precision: Literal["bf16", "fp32"] = "bf16"
 
     @model_validator(mode="after")
-    def _batch_splits(self) -> "Training":
+    def _check_batch_split(self) -> "Training":
         if self.batch_size < self.workers * self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split over {self.workers} workers "
@@ -194,12 +194,13 @@ class Training(Model):
             raise ValueError(f"gpus {self.gpus:g} is for runs of one worker; {self.workers} workers need a GPU each")
         return self
 
-    def warm_up(self, total: int) -> int:
-        """Steps of a run of `total` in which the learning rate rises: `warmup_steps`, but half the run at most."""
-        return min(self.warmup_steps, max(1, total // 2))
+    def get_warmup_steps(self, total_steps: int) -> int:
+        """Steps of a run of `total_steps` in which the learning rate rises: `warmup_steps`, but half the run at
+        most."""
+        return min(self.warmup_steps, max(1, total_steps // 2))
 
 
-class Decoding(Model):
+class Decoding(StrictModel):
     """Beam search. An absent value is the checkpoint's own, else the preset's, else the library's default."""
 
     beams: int | None = Field(None, ge=1)
@@ -209,7 +210,7 @@ class Decoding(Model):
     no_repeat_ngram: int | None = Field(None, ge=0)
 
 
-class Curation(Model):
+class Curation(StrictModel):
     """Which of a teacher's texts become labels. Words are split at white space; an empty text is never kept."""
 
     choose: Literal["score", "rouge2"] = Field(
@@ -224,7 +225,7 @@ class Curation(Model):
     min_agreement: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the label in `agree_with`")
 
     @model_validator(mode="after")
-    def _hangs_together(self) -> "Curation":
+    def _check_consistency(self) -> "Curation":
         if (self.agree_with is None) != (self.min_agreement is None):
             raise ValueError("agree_with and min_agreement go together")
         low, high = self.min_length_ratio, self.max_length_ratio
@@ -233,13 +234,13 @@ class Curation(Model):
         return self
 
     @property
-    def needs_originals(self) -> bool:
+    def needs_original_targets(self) -> bool:
         """Whether any rule compares with the corpus's own targets."""
         ratios = (self.min_rouge2, self.min_length_ratio, self.max_length_ratio)
         return self.choose == "rouge2" or any(rule is not None for rule in ratios)
 
 
-class Pseudo(Model):
+class PseudoLabeling(StrictModel):
     """How pseudo-labels are made where a run wants some."""
 
     n_best: int = Field(1, ge=1, description="candidates kept per row; at most as many as beams")
@@ -249,7 +250,7 @@ class Pseudo(Model):
     curation: Curation = Curation()
 
 
-class Evaluation(Model):
+class Evaluation(StrictModel):
     """How scores are made."""
 
     metric: Literal["auto", "rouge2", "bleu"] = Field("auto", description="auto: bleu where the preset translates")
@@ -261,15 +262,15 @@ class Evaluation(Model):
     )
 
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a folder is called so
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a folder is called so
 
 
-class Run(Model):
+class Run(StrictModel):
     """One run. `teacher` or `start` says what is trained: a (shrunk) teacher, or a new model."""
 
-    name: str = Field(pattern=NAME, max_length=100)
+    name: str = Field(pattern=NAME_PATTERN, max_length=100)
     teacher: str | None = None
-    start: Start | None = None
+    start: NewModel | None = None
     dataset: Dataset
     method: Method = "sft"
     labels: str = Field(
@@ -282,23 +283,23 @@ class Run(Model):
     loss: Loss = Loss()
     training: Training = Training()
     decoding: Decoding = Decoding()
-    pseudo: Pseudo = Pseudo()
+    pseudo: PseudoLabeling = PseudoLabeling()
     evaluation: Evaluation = Evaluation()
 
     @field_validator("dataset", mode="before")
     @classmethod
-    def _dataset_by_name(cls, value: Any) -> Any:
+    def _expand_dataset_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
     @field_validator("labels", mode="after")
     @classmethod
-    def _labels_form(cls, value: str) -> str:
+    def _check_labels(cls, value: str) -> str:
         if value != "auto":
             parse_labels(value)
         return value
 
     @model_validator(mode="after")
-    def _hangs_together(self) -> "Run":
+    def _check_consistency(self) -> "Run":
         if (self.teacher is None) == (self.start is None):
             raise ValueError("give either `teacher` (a student of it is trained) or `start` (a new model)")
         if self.start is not None and self.method != "sft":
@@ -312,14 +313,14 @@ class Run(Model):
             (loss.alpha_logits, loss.alpha_hidden, loss.alpha_attention, loss.alpha_cosine)
         ):
             raise ValueError("method kd with alpha_logits 0 and alpha_hidden 0 is method sft")
-        if self.start is not None and self.wants_pseudo:
+        if self.start is not None and self.uses_pseudo_labels:
             raise ValueError("labels: pseudo are a `teacher`'s; a random `start` can be given a label set's folder")
         if self.method != "kd" and self.loss.alpha_data == 0:
             raise ValueError(f"method {self.method} has only the data loss; alpha_data must be above 0")
         return self
 
     @property
-    def label_source(self) -> str:
+    def resolved_labels(self) -> str:
         """`labels` with `auto` resolved."""
         if self.labels != "auto":
             return self.labels
@@ -329,15 +330,15 @@ class Run(Model):
     def label_key(self) -> str:
         """What tells the label sets of a space's runs apart: the source, and how pseudo-labels are made."""
         made = self.pseudo.model_dump_json(exclude_defaults=True)
-        return self.label_source if not self.wants_pseudo or made == "{}" else f"{self.label_source} {made}"
+        return self.resolved_labels if not self.uses_pseudo_labels or made == "{}" else f"{self.resolved_labels} {made}"
 
     @property
-    def wants_pseudo(self) -> bool:
+    def uses_pseudo_labels(self) -> bool:
         """Whether pseudo-labels are among the labels that a teacher has to write."""
-        return any(part.is_pseudo for part in parse_labels(self.label_source))
+        return any(part.is_pseudo for part in parse_labels(self.resolved_labels))
 
 
-class LabelPart(NamedTuple):
+class LabelSource(NamedTuple):
     """One source of labels, and how often an epoch reads its rows.
 
     original; pseudo, which the run's teacher writes; pseudo@TEACHER, which another teacher does; a label set's folder.
@@ -352,7 +353,7 @@ class LabelPart(NamedTuple):
         return self.source == "pseudo" or self.source.startswith("pseudo@")
 
     @property
-    def labeller(self) -> str | None:
+    def other_teacher(self) -> str | None:
         """The other teacher of pseudo@TEACHER."""
         return self.source.partition("@")[2] or None if self.is_pseudo else None
 
@@ -362,19 +363,20 @@ class LabelPart(NamedTuple):
         return None if self.source == "original" or self.is_pseudo else self.source
 
 
-def parse_labels(labels: str) -> list[LabelPart]:
+def parse_labels(labels: str) -> list[LabelSource]:
     """The sources of labels such as "original+pseudo*0.5+outputs/labels/SET"; ValueError where it is none."""
     parts = []
     for text in labels.split("+"):
         source, star, weight = text.strip().partition("*")
         try:
-            part = LabelPart(source.strip(), float(weight) if star else 1.0)
+            part = LabelSource(source.strip(), float(weight) if star else 1.0)
         except ValueError:
-            part = LabelPart("")
-        if part.source in ("", "pseudo@") or not 0 < part.weight <= MOST_WEIGHT:
+            part = LabelSource("")
+        if part.source in ("", "pseudo@") or not 0 < part.weight <= MAX_SOURCE_WEIGHT:
             raise ValueError(
                 f"labels {labels!r}: {text!r} is no source; expected original, pseudo, pseudo@TEACHER or a label set's "
-                f"folder, with a weight above 0 and up to {MOST_WEIGHT} where wanted, such as original+pseudo*0.5 "
+                f"folder, with a weight above 0 and up to {MAX_SOURCE_WEIGHT} where wanted, such as "
+                f"original+pseudo*0.5 "
                 f"(no + and no * in a path)"
             )
         parts.append(part)

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from raydistill.config.distributions import Distribution
-from raydistill.config.run import HOW, Run
-from raydistill.config.space import COMMON, Space
+from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
+from raydistill.config.space import SHARED_FIELDS, Space
 
 
 def json_schema() -> dict[str, Any]:
@@ -28,9 +28,11 @@ def json_schema() -> dict[str, Any]:
     for name in ("Student", "LayerChoice", "Loss"):
         _allow_distributions(definitions[name])
     training = definitions["Training"]
-    _allow_distributions(training, [key for key in training["properties"] if key not in HOW["training"]])
-    del run["properties"]["start"], definitions["Start"]  # a sweep is of a teacher's students
-    _allow_distributions(run, [key for key in run["properties"] if key not in COMMON])
+    _allow_distributions(
+        training, [key for key in training["properties"] if key not in RUNTIME_ONLY_FIELDS["training"]]
+    )
+    del run["properties"]["start"], definitions["NewModel"]  # a sweep is of a teacher's students
+    _allow_distributions(run, [key for key in run["properties"] if key not in SHARED_FIELDS])
     run["required"] = [key for key in run.get("required", []) if key != "name"]
     dataset = run["properties"]["dataset"]
     run["properties"]["dataset"] = {"anyOf": [{"type": "string"}, dataset]}

@@ -8,41 +8,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from raydistill.config.corners import corners, point_values
-from raydistill.config.distributions import encode, fill, propose, split
-from raydistill.config.loader import Path_, absolute_paths, apply_settings, check, explain, read_yaml
-from raydistill.config.run import HOW, NAME, Model, Run
+from raydistill.config.corners import iter_corners, resolve_point
+from raydistill.config.distributions import encode_choice, fill_run, split_parameters
+from raydistill.config.loader import (
+    KeyPath,
+    apply_overrides,
+    format_validation_error,
+    make_paths_absolute,
+    read_yaml,
+    validate,
+)
+from raydistill.config.run import NAME_PATTERN, RUNTIME_ONLY_FIELDS, Run, StrictModel
 from raydistill.core.errors import UserError
 
-# With what a sweep needs of the two files below this one.
-__all__ = [
-    "BOUNDED",
-    "COMMON",
-    "NAME",
-    "Search",
-    "Space",
-    "alias_of",
-    "check_bounds",
-    "check_run_space",
-    "corners",
-    "point_values",
-    "propose",
-    "read_space",
-    "resolve",
-    "sampler_names",
-    "split",
-]
-BOUNDED = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "peak_mb", "gpu_hours")
+COST_METRICS = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "peak_mb", "gpu_hours")
 
 
-class DecodingSearch(Model):
+class DecodingSearch(StrictModel):
     """Ways of decoding that finalists are served with after the search, beside their own."""
 
     beams: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4])
     length_penalty: list[float] = Field([0.6, 1.0], description="for two beams and more")
 
 
-class Search(Model):
+class Search(StrictModel):
     """How trials are proposed and how many run at a time."""
 
     trials: int = Field(16, ge=1)
@@ -77,10 +66,10 @@ class Search(Model):
         return self.stopping == "per_shape" or (self.stopping == "auto" and self.sampler != "grid")
 
 
-class Space(Model):
+class Space(StrictModel):
     """A sweep: the run with distributions, how to search it, and the budgets to choose for."""
 
-    name: str = Field(pattern=NAME, max_length=100)
+    name: str = Field(pattern=NAME_PATTERN, max_length=100)
     description: str = ""
     run: dict[str, Any]
     search: Search = Search()
@@ -91,16 +80,18 @@ class Space(Model):
     tracking_uri: str | None = Field(None, description="MLflow; default: SQLite beside the sweep")
 
     @model_validator(mode="after")
-    def _budgets_known(self) -> "Space":
+    def _check_budgets(self) -> "Space":
         aliases: dict[str, str] = {}
         for name, bounds in self.budgets.items():
             check_bounds(name, bounds)
-            if (other := aliases.setdefault(alias_of(name), name)) != name:
-                raise ValueError(f"budgets {other} and {name} are one alias in MLflow, {alias_of(name)}; rename one")
+            if (other := aliases.setdefault(mlflow_alias(name), name)) != name:
+                raise ValueError(
+                    f"budgets {other} and {name} are one alias in MLflow, {mlflow_alias(name)}; rename one"
+                )
         return self
 
 
-def alias_of(budget_name: str) -> str:
+def mlflow_alias(budget_name: str) -> str:
     """A budget's name as an alias: letters, digits, - and _; "v3" and "latest" are MLflow's own."""
     alias = re.sub(r"[^A-Za-z0-9_-]+", "-", budget_name).strip("-") or "chosen"
     return f"budget-{alias}" if re.fullmatch(r"[vV]\d+|latest|\d+", alias) else alias
@@ -109,8 +100,8 @@ def alias_of(budget_name: str) -> str:
 def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
     """ValueError where a budget bounds something unknown or by something that is no finite positive number."""
     for key, bound in bounds.items():
-        if key not in BOUNDED:
-            raise ValueError(f"budget {name}: cannot bound {key!r}; known: {', '.join(BOUNDED)}")
+        if key not in COST_METRICS:
+            raise ValueError(f"budget {name}: cannot bound {key!r}; known: {', '.join(COST_METRICS)}")
         number = bound.removesuffix("%") if isinstance(bound, str) else bound
         try:
             value = math.nan if isinstance(number, bool) else float(number)
@@ -122,29 +113,29 @@ def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
             raise ValueError(f"budget {name}: {key} is {bound!r}; expected a number above 0 or a share such as 50%")
 
 
-def read_space(path: Path, settings: list[str] | None = None) -> Space:
+def read_space(path: Path, overrides: list[str] | None = None) -> Space:
     """Read and check a space and every corner of it; a UserError names file, line and key."""
     data, lines = read_yaml(path)
     if "dataset" in data and "run" not in data:
         raise UserError(
             f"{path}: this is a run, not a space (there is no `run`); train it with `raydistill train {path}`"
         )
-    data = apply_settings(data, settings or [])
+    data = apply_overrides(data, overrides or [])
     if isinstance(data.get("run"), dict):
-        data["run"] = absolute_paths(data["run"])
-    space = check(Space, data, path, lines)
+        data["run"] = make_paths_absolute(data["run"])
+    space = validate(Space, data, path, lines)
     check_run_space(space, path, lines)
     return space
 
 
-def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> None:
+def check_run_space(space: Space, path: Path | str, lines: dict[KeyPath, int]) -> None:
     """Check every corner of the run, every first point, and that a grid is made of choices."""
     try:
-        _, cases = split(space.run)
-        _check_common(space.run, [case.key for case in cases])
+        _, cases = split_parameters(space.run)
+        _check_shared_fields(space.run, [case.key for case in cases])
         if space.search.sampler == "grid" and any(c.distribution.choice is None for c in cases):
             raise ValueError("search.sampler: grid needs choices only; a range has no end of values")
-        candidates = list(itertools.chain(corners(space.run), (point_values(space.run, p) for p in space.points)))
+        candidates = list(itertools.chain(iter_corners(space.run), (resolve_point(space.run, p) for p in space.points)))
     except ValueError as error:
         key = tuple(str(error).partition(":")[0].split("."))
         line = lines.get(("run", *key)) or lines.get(key) or lines.get(key[:1])
@@ -152,38 +143,38 @@ def check_run_space(space: Space, path: Path | str, lines: dict[Path_, int]) -> 
     in_run = {at[1:]: line for at, line in lines.items() if at[:1] == ("run",)}
     for chosen in candidates:
         try:
-            Run.model_validate(fill(space.run, chosen, space.name))
+            Run.model_validate(fill_run(space.run, chosen, space.name))
         except ValidationError as error:
             at = f" (for {', '.join(f'{k}={v}' for k, v in chosen.items())})" if chosen else ""
-            raise UserError(explain(error, Run, path, in_run) + at) from None
+            raise UserError(format_validation_error(error, Run, path, in_run) + at) from None
 
 
 # One teacher is scored and timed for all trials of a sweep, and they are compared on the same rows by the same measure.
-COMMON = ("teacher", "dataset", "evaluation", "decoding")
+SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
 
-def _check_common(run: dict[str, Any], varied: list[str]) -> None:
+def _check_shared_fields(run: dict[str, Any], varied_keys: list[str]) -> None:
     """ValueError where trials would differ in what a sweep has once, or have no teacher to be students of."""
-    if run.get("start") is not None or any(key.split(".")[0] == "start" for key in varied):
+    if run.get("start") is not None or any(key.split(".")[0] == "start" for key in varied_keys):
         raise ValueError("start: a sweep is of a teacher's students; make a teacher first, with `raydistill train`")
-    for key in varied:
+    for key in varied_keys:
         group, _, name = key.partition(".")
-        if name in HOW.get(group, ()):
+        if name in RUNTIME_ONLY_FIELDS.get(group, ()):
             raise ValueError(f"{key}: changes how a trial is carried out and not what comes of it; give it one value")
-        if group in COMMON:
+        if group in SHARED_FIELDS:
             raise ValueError(
                 f"{key}: is one for all trials of a sweep, which are compared by the same teacher, rows and decoding; "
                 f"make a space for each value (search.decoding tries beams and length penalties on finished students)"
             )
 
 
-def sampler_names(run: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+def sampler_params(run: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """Chosen values under the sampler's own names, as `study.enqueue_trial` wants them."""
-    fixed, cases = split(run)
-    values = {**fixed, **chosen}
-    return {c.name: encode(chosen[c.key]) for c in cases if c.key in chosen and c.applies(values)}
+    fixed, cases = split_parameters(run)
+    values = {**fixed, **params}
+    return {c.name: encode_choice(params[c.key]) for c in cases if c.key in params and c.is_active(values)}
 
 
-def resolve(space: Space, chosen: dict[str, Any], name: str) -> Run:
+def make_run(space: Space, params: dict[str, Any], name: str) -> Run:
     """The run of one trial."""
-    return Run.model_validate(fill(space.run, chosen, name))
+    return Run.model_validate(fill_run(space.run, params, name))

@@ -5,5 +5,5 @@ class UserError(Exception):
     """Bad input. The message says what was wrong, where, and what to do; commands exit with status 2."""
 
 
-class PassingError(UserError):
+class TransientError(UserError):
     """One that may be gone when the same is tried again; trials are."""

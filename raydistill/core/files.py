@@ -12,21 +12,21 @@ from typing import Any
 from raydistill.core.errors import UserError
 
 # What taking apart a file raises that is not as it was written.
-UNFIT = (
+PARSE_ERRORS = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, MemoryError, OSError),
 )
-CARD = "raydistill.json"  # beside a checkpoint's weights: where it comes from
+CHECKPOINT_METADATA = "raydistill.json"  # beside a checkpoint's weights: where it comes from
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, synced and then renamed into place."""
-    with appearing(path) as place:
+    with atomic_path(path) as place:
         place.write_bytes(content)
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which is synced and takes `path`'s place at the end of the block.
 
     Nothing is left of it when the block fails.
@@ -36,13 +36,13 @@ def appearing(path: Path) -> Iterator[Path]:
     making = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
     try:
         yield making
-        sync(making)
+        fsync(making)
         os.replace(making, path)
     finally:
         making.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """To the disk: what a synced record names must not be less sure than the record."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -50,10 +50,10 @@ def sync(path: Path) -> None:
 
 def write_json_atomic(path: Path, data: Any) -> None:
     """`write_atomic` of indented JSON; ValueError for NaN and infinity, which JSON does not have."""
-    write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False, default=_plain).encode())
+    write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False, default=_json_default).encode())
 
 
-def _plain(value: Any) -> Any:
+def _json_default(value: Any) -> Any:
     """numpy's numbers and arrays, and paths, as JSON knows them."""
     if hasattr(value, "tolist"):
         return value.tolist()
@@ -67,9 +67,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
     NaN, infinity and lone surrogates are refused: `write_json_atomic` writes none, and they would fail later.
     """
-    with damage_told(path):
+    with corrupt_file_error(path):
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        data = json.loads(text, parse_constant=_parse_finite, parse_float=_parse_finite)
         if not isinstance(data, dict):
             raise ValueError(f"a mapping was expected, found {type(data).__name__}")
         if "\\u" in text:
@@ -78,19 +78,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def damage_told(path: Path, remedy: str | None = None) -> Iterator[None]:
+def corrupt_file_error(path: Path, remedy: str | None = None) -> Iterator[None]:
     """A block that takes apart what a file of ours holds: whatever is not as it was written becomes a UserError."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except UNFIT as error:
+    except PARSE_ERRORS as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
         remedy = remedy or f"Delete {path.parent} to have it made again"
         raise UserError(f"{path}: damaged: {reason[:300]}. {remedy}") from None
 
 
-def inside(folder: Path, name: str) -> Path:
+def safe_join(folder: Path, name: str) -> Path:
     """`folder / name`; ValueError where that leads out of the folder, by `..`, as an absolute path or by a link."""
     path = folder / name
     if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
@@ -98,18 +98,18 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def check_links(folder: Path, beside: Path | None = None) -> None:
+def check_symlinks(folder: Path, also_allowed: Path | None = None) -> None:
     """UserError where a link in a folder leads out of it: what is handed on from there must be its own.
 
-    `beside`: another folder that links may lead to.
+    `also_allowed`: another folder that links may lead to.
     """
-    allowed = [place.resolve() for place in (folder, beside) if place]
+    allowed = [place.resolve() for place in (folder, also_allowed) if place]
     for path in folder.rglob("*"):
         if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
             raise UserError(f"{path}: a link that leads out of {folder}; put the file itself there")
 
 
-def is_there(path: Path) -> bool:
+def path_exists(path: Path) -> bool:
     """Whether something is at a path; no for a name that no file can have, such as one of a thousand letters."""
     try:
         return path.exists()
@@ -117,7 +117,7 @@ def is_there(path: Path) -> bool:
         return False
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no finite number")

@@ -34,11 +34,11 @@ class Examples:
         """The same of the targets, and of which source each belongs to."""
         return f"{tokens_key(self.targets)}{tokens_key([self.rows])}"
 
-    def target_tokens(self, batch: Sequence[int]) -> int:
+    def count_target_tokens(self, batch: Sequence[int]) -> int:
         """Real target tokens of a batch of examples: the weight of the token-level losses."""
         return sum(len(self.targets[i]) for i in batch)
 
-    def source_tokens(self, batch: Sequence[int]) -> int:
+    def count_source_tokens(self, batch: Sequence[int]) -> int:
         """Real source tokens of a batch of examples: the weight of the encoder's hidden loss."""
         return sum(len(self.sources[self.rows[i]]) for i in batch)
 
@@ -60,20 +60,22 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
     return batches
 
 
-def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> list[list[int]]:
+def shard_batch(batch: Sequence[int], rank: int, world_size: int, accumulation_steps: int) -> list[list[int]]:
     """A worker's micro-batches of a global batch; over all ranks each example appears once.
 
     Rows are dealt out in turn, so that every worker gets short and long ones alike.
     """
-    mine = list(batch[rank::world])
-    size = max(1, -(-len(mine) // accumulation))
+    mine = list(batch[rank::world_size])
+    size = max(1, -(-len(mine) // accumulation_steps))
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
-def within(batch: Sequence[int], examples: Examples, tokens: int, per_source: float = 1) -> list[list[int]]:
-    """A batch in micro-batches of at most `tokens` padded source and target tokens (at least one row each).
+def split_by_tokens(
+    batch: Sequence[int], examples: Examples, max_tokens: int, source_weight: float = 1
+) -> list[list[int]]:
+    """A batch in micro-batches of at most `resolve_max_tokens` padded source and target tokens (at least one row each).
 
-    A source token counts as `per_source` of one.
+    A source token counts as `source_weight` of one.
 
     Rows keep their order: those of a batch are neighbours in length already.
     """
@@ -81,7 +83,7 @@ def within(batch: Sequence[int], examples: Examples, tokens: int, per_source: fl
     source = target = 0
     for i in batch:
         longest = max(source, len(examples.sources[examples.rows[i]])), max(target, len(examples.targets[i]))
-        if not parts or (len(parts[-1]) + 1) * (per_source * longest[0] + longest[1]) > tokens:
+        if not parts or (len(parts[-1]) + 1) * (source_weight * longest[0] + longest[1]) > max_tokens:
             parts.append([])
             longest = len(examples.sources[examples.rows[i]]), len(examples.targets[i])
         source, target = longest
@@ -95,11 +97,11 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> list[list[int]]:
     return [[*row, *[value] * (longest - len(row))] for row in rows]
 
 
-def buckets(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Rows longest first in batches of at most `tokens` padded tokens (at least one row each)."""
+def bucket_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Rows longest first in batches of at most `resolve_max_tokens` padded tokens (at least one row each)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
             yield batch
             batch = []
         batch.append(i)

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Columns, Dataset
 from raydistill.core.errors import UserError
-from raydistill.data.columns import check_record, find_columns
-from raydistill.data.readers import EXTENSIONS, Record, read_rows, splits_of
+from raydistill.data.columns import parse_record, resolve_columns
+from raydistill.data.readers import EXTENSIONS, RecordOrError, find_split_files, read_records
 
 _LOOK_AHEAD = 100  # objects that are looked at to find the columns
 
-Place = tuple[str, int]  # file (or hub name) and row from 1
+RowLocation = tuple[str, int]  # file (or hub name) and row from 1
 
 
 class Row(NamedTuple):
     """A usable row and where it stands; `target` is "" where it is missing and not needed."""
 
-    place: Place
+    location: RowLocation
     id: str
     source: str
     target: str
@@ -105,22 +105,22 @@ def read_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -> C
 def check_rows(
     dataset: Dataset,
     split: str,
-    usable: int,
+    num_usable: int,
     skipped: Sequence[BadRow],
     duplicates: Sequence[BadRow],
-    counts: tuple[int, int] | None = None,
+    total_counts: tuple[int, int] | None = None,
 ) -> None:
     """UserError where a split has bad rows that are not to be skipped, repeated ids, or no usable row.
 
-    `counts`: how many bad and repeated rows there are where only the first of them were kept.
+    `total_counts`: how many bad and repeated rows there are where only the first of them were kept.
     """
-    bad, repeats = counts or (len(skipped), len(duplicates))
+    bad, repeats = total_counts or (len(skipped), len(duplicates))
     if skipped and not dataset.skip_bad_rows:
         remedy = "correct them, or skip them with --skip-bad-rows (in YAML dataset: {skip_bad_rows: true})"
-        raise UserError(_listed("rows that cannot be used", skipped, bad, remedy))
+        raise UserError(_format_bad_rows("rows that cannot be used", skipped, bad, remedy))
     if duplicates:
-        raise UserError(_listed("rows whose id is not unique", duplicates, repeats, DUPLICATES_REMEDY))
-    if not usable:
+        raise UserError(_format_bad_rows("rows whose id is not unique", duplicates, repeats, DUPLICATES_REMEDY))
+    if not num_usable:
         raise UserError(f"{dataset.name}: no usable row in the {split} split")
 
 
@@ -135,7 +135,7 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
     For reports: only what makes reading itself impossible is a UserError.
     """
     columns, rows = open_rows(dataset, split, need_targets=need_targets)
-    ids: dict[str, Place] = {}
+    ids: dict[str, RowLocation] = {}
     sources: list[str] = []
     targets: list[str] = []
     skipped: list[BadRow] = []
@@ -147,9 +147,9 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
         if isinstance(row, BadRow):
             skipped.append(row)
         elif row.id in ids:
-            duplicates.append(repeated(row, ids[row.id]))
+            duplicates.append(duplicate_row(row, ids[row.id]))
         else:
-            ids[row.id] = row.place
+            ids[row.id] = row.location
             sources.append(row.source)
             targets.append(row.target)
             labelled = labelled and bool(row.target)
@@ -161,16 +161,16 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
 
 def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tuple[Columns, Iterator[Row | BadRow]]:
     """The columns that are read, and the rows of a split one by one, good and bad, in the file's order."""
-    rows = _rows(dataset, split)
+    rows = _read_split_records(dataset, split)
     ahead = _look_ahead(rows)
     objects = [record for _, record in ahead if isinstance(record, dict)]
     if not objects:
-        raise UserError(_nothing_readable(dataset, split, ahead))
-    columns = find_columns(_wanted(dataset), objects, dataset.name, need_targets)
+        raise UserError(_unreadable_split_message(dataset, split, ahead))
+    columns = resolve_columns(_requested_columns(dataset), objects, dataset.name, need_targets)
 
     def checked() -> Iterator[Row | BadRow]:
         for index, (place, record) in enumerate(chain(ahead, rows)):
-            row = check_record(record, columns, index, need_targets)
+            row = parse_record(record, columns, index, need_targets)
             yield BadRow(*place, row) if isinstance(row, str) else Row(place, *row)
 
     return columns, checked()
@@ -181,21 +181,21 @@ def row_limit(dataset: Dataset, split: str) -> float:
     return getattr(dataset, f"{split}_rows", None) or math.inf
 
 
-def repeated(row: Row, first: Place) -> BadRow:
-    """A row whose id stood at `first` already."""
-    return BadRow(*row.place, f"id {row.id!r} is also that of {':'.join(map(str, first))}")
+def duplicate_row(row: Row, first_location: RowLocation) -> BadRow:
+    """A row whose id stood at `first_location` already."""
+    return BadRow(*row.location, f"id {row.id!r} is also that of {':'.join(map(str, first_location))}")
 
 
 def split_names(dataset: Dataset) -> list[str]:
     """Which of train, validation and test exist. A file alone has one: what its name says, else train."""
-    place = _where(dataset)
+    place = _resolve_dataset(dataset)
     if place == "demo":
         return ["train", "validation", "test"]
     if isinstance(place, Path):
-        return list(splits_of(str(place)))
+        return list(find_split_files(str(place)))
     from raydistill.data.hub import hub_splits
 
-    there = hub_splits(*_hub(dataset))
+    there = hub_splits(*_hub_arguments(dataset))
     return [split for split in ("train", "validation", "test") if split in there]
 
 
@@ -206,7 +206,7 @@ def check_split(dataset: Dataset, split: str) -> None:
         raise UserError(f"{dataset.name}: there is no split {split!r}; it has {', '.join(names)}")
 
 
-def statistics(corpus: Corpus) -> dict[str, Any]:
+def corpus_statistics(corpus: Corpus) -> dict[str, Any]:
     """Rows, words (split at white space) of sources and targets, and the text's size in bytes of UTF-8.
 
     A percentile is the smallest count that so many per cent of the rows do not exceed.
@@ -225,7 +225,7 @@ def statistics(corpus: Corpus) -> dict[str, Any]:
     return result | {"bytes": size}
 
 
-def _look_ahead(rows: Iterator[tuple[Place, Record]]) -> list[tuple[Place, Record]]:
+def _look_ahead(rows: Iterator[tuple[RowLocation, RecordOrError]]) -> list[tuple[RowLocation, RecordOrError]]:
     """The first rows, as many as it takes for some objects: one that cannot be read tells nothing of the columns."""
     ahead = []
     objects = 0
@@ -237,7 +237,7 @@ def _look_ahead(rows: Iterator[tuple[Place, Record]]) -> list[tuple[Place, Recor
     return ahead
 
 
-def _nothing_readable(dataset: Dataset, split: str, rows: list[tuple[Place, Record]]) -> str:
+def _unreadable_split_message(dataset: Dataset, split: str, rows: list[tuple[RowLocation, RecordOrError]]) -> str:
     """What to say of a split without a single object; skipping its bad rows would leave nothing."""
     if not rows:
         return f"{dataset.name}: the {split} split is empty"
@@ -245,10 +245,10 @@ def _nothing_readable(dataset: Dataset, split: str, rows: list[tuple[Place, Reco
     remedy = "correct them; the split has no other rows"
     if any("JSON" in row.reason for row in bad):
         remedy += " (expected one JSON object per line, or one array of objects)"
-    return _listed("rows that cannot be used", bad, len(bad), remedy)
+    return _format_bad_rows("rows that cannot be used", bad, len(bad), remedy)
 
 
-def _where(dataset: Dataset) -> Path | str:
+def _resolve_dataset(dataset: Dataset) -> Path | str:
     """`demo`, a path, or a hub name; UserError for a name that is none of these."""
     name = dataset.name
     if name in DATASETS:
@@ -269,37 +269,37 @@ def _where(dataset: Dataset) -> Path | str:
     raise UserError(f"data set {name!r}: no such name, file or folder, and no hub name (owner/name); {hint}")
 
 
-def _hub(dataset: Dataset) -> tuple[str, str | None, str | None]:
+def _hub_arguments(dataset: Dataset) -> tuple[str, str | None, str | None]:
     preset = DATASETS.get(dataset.name)
     if preset is None:
         return dataset.name, dataset.config, None
     return preset.hub, dataset.config or preset.config, preset.revision
 
 
-def _wanted(dataset: Dataset) -> Columns | None:
+def _requested_columns(dataset: Dataset) -> Columns | None:
     if dataset.columns or dataset.name not in DATASETS:
         return dataset.columns
     return DATASETS[dataset.name].columns
 
 
-def _rows(dataset: Dataset, split: str) -> Iterator[tuple[Place, Record]]:
-    place = _where(dataset)
+def _read_split_records(dataset: Dataset, split: str) -> Iterator[tuple[RowLocation, RecordOrError]]:
+    place = _resolve_dataset(dataset)
     if place == "demo":
-        from raydistill.data.demo import SIZES, demo_rows
+        from raydistill.data.demo import SPLIT_SIZES, demo_rows
 
-        if split not in SIZES:
-            raise UserError(f"demo: no split {split!r}; it has {', '.join(SIZES)}")
+        if split not in SPLIT_SIZES:
+            raise UserError(f"demo: no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
         yield from ((("demo", i), dict(row)) for i, row in enumerate(demo_rows(split), 1))
     elif isinstance(place, Path):
-        found = splits_of(str(place))
+        found = find_split_files(str(place))
         if split not in found and place.is_dir():
             raise UserError(f"{place}: there is no {split} split; it has {', '.join(found)}")
         for path in found.get(split) or next(iter(found.values())):
-            yield from (((str(path), number), record) for number, record in read_rows(path))
+            yield from (((str(path), number), record) for number, record in read_records(path))
     else:
         from raydistill.data.hub import hub_rows
 
-        hub, config, revision = _hub(dataset)
+        hub, config, revision = _hub_arguments(dataset)
         yield from (((hub, number), record) for number, record in hub_rows(hub, config, split, revision))
 
 
@@ -307,8 +307,8 @@ def _percentile(ordered: list[int], percent: int) -> int:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] if ordered else 0
 
 
-def _listed(what: str, rows: Sequence[BadRow], count: int, remedy: str, shown: int = 5) -> str:
-    lines = [str(row) for row in rows[:shown]]
-    if count > shown:
-        lines.append(f"... and {count - shown} more")
-    return f"{count} {what}; {remedy}\n  " + "\n  ".join(lines)
+def _format_bad_rows(problem: str, rows: Sequence[BadRow], total: int, remedy: str, max_shown: int = 5) -> str:
+    lines = [str(row) for row in rows[:max_shown]]
+    if total > max_shown:
+        lines.append(f"... and {total - max_shown} more")
+    return f"{total} {problem}; {remedy}\n  " + "\n  ".join(lines)

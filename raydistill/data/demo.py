@@ -10,8 +10,8 @@ import functools
 from dataclasses import dataclass
 from random import Random
 
-SIZES = {"train": 6000, "validation": 400, "test": 400}
-WORDS = (45, 75)
+SPLIT_SIZES = {"train": 6000, "validation": 400, "test": 400}
+SOURCE_WORDS_RANGE = (45, 75)
 _SEED = "raydistill demo 1"
 
 
@@ -35,9 +35,9 @@ REGIONS = {
 }
 REGION_OF = {town: region for region, towns in REGIONS.items() for town in towns}
 
-TENS = ("ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+TENS_WORDS = ("ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
-WHEN = {
+PERIODS = {
     "on Monday": "this week",
     "on Tuesday": "this week",
     "on Thursday": "this week",
@@ -111,20 +111,20 @@ WORKS = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class EventTemplate:
     """One kind of event: wordings of its three sentences, its summary, and look-alikes that do not count.
 
     The summary's wording goes with the first sentence's, so that a report has one right summary.
     """
 
-    places: tuple[str, ...]
+    subjects: tuple[str, ...]
     sentences: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     summaries: tuple[str, ...]
-    lookalikes: tuple[str, ...]
+    distractors: tuple[str, ...]
 
 
-KINDS = (
-    Kind(  # a new head
+EVENT_TEMPLATES = (
+    EventTemplate(  # a new head
         ("hospital", "library", "school", "museum"),
         (
             (
@@ -146,7 +146,7 @@ KINDS = (
         ),
         ("{Q} took over at the top of the {place} in {U}", "the board in {U} gave its highest post to {Q}"),
     ),
-    Kind(  # a closure
+    EventTemplate(  # a closure
         ("brewery", "factory", "bakery", "mill", "hotel"),
         (
             (
@@ -165,7 +165,7 @@ KINDS = (
         ),
         ("the {place} in {U} gave work to {m} people", "{Q} locked the gates of the {place} in {U}"),
     ),
-    Kind(  # visitors
+    EventTemplate(  # visitors
         ("museum", "zoo", "castle", "garden"),
         (
             (
@@ -184,7 +184,7 @@ KINDS = (
         ),
         ("the {place} in {U} sold {k} tickets an hour", "{Q} was put in charge of the {place} in {U}"),
     ),
-    Kind(  # an election: the one with more votes wins
+    EventTemplate(  # an election: the one with more votes wins
         ("mayor", "judge", "sheriff"),
         (
             ("Of every hundred votes {n} went to {P}.", "{P} was the choice of {n} in a hundred voters."),
@@ -200,7 +200,7 @@ KINDS = (
         ),
         ("{Q} was the choice of {k} in a hundred voters", "the people of {U} needed a new {place}"),
     ),
-    Kind(  # a rescue
+    EventTemplate(  # a rescue
         ("children", "walkers", "riders", "students"),
         (
             (
@@ -219,7 +219,7 @@ KINDS = (
         ),
         ("{Q} brought {m} {place} down to {U}", "a crew from {U} looked for {m} {place}"),
     ),
-    Kind(  # a match: the side with more points wins
+    EventTemplate(  # a match: the side with more points wins
         ("football", "rugby", "hockey", "basketball"),
         (
             (
@@ -235,7 +235,7 @@ KINDS = (
         ),
         ("the side from {U} reached {k} points", "the crowd in {U} sang the name of {Q}"),
     ),
-    Kind(  # a sentence in court
+    EventTemplate(  # a sentence in court
         ("prison", "jail"),
         (
             (
@@ -254,7 +254,7 @@ KINDS = (
         ),
         ("{Q} spent {m} months in a cell in {U}", "a judge in {U} let {Q} go home"),
     ),
-    Kind(  # a reopening
+    EventTemplate(  # a reopening
         ("bridge", "theatre", "station", "church"),
         (
             (
@@ -273,7 +273,7 @@ KINDS = (
         ),
         ("{Q} kept {m} builders in {U} busy", "the fence around the {place} in {U} came down"),
     ),
-    Kind(  # a strike
+    EventTemplate(  # a strike
         ("nurses", "drivers", "teachers", "miners", "cleaners"),
         (
             ("The {place} of {T} will stay at home {day}.", "No {place} will come to work in {T} {day}."),
@@ -289,7 +289,7 @@ KINDS = (
         ),
         ("the {place} of {U} were paid {k} coins an hour", "{Q} spoke for the {place} in {U}"),
     ),
-    Kind(  # a prize
+    EventTemplate(  # a prize
         ("medal", "award", "cup"),
         (
             ("Nobody stood higher on the stage than {P}.", "All the judges put {P} first."),
@@ -305,7 +305,7 @@ KINDS = (
         ),
         ("the {place} was given out in {U}", "all the judges put {Q} first"),
     ),
-    Kind(  # a weather warning
+    EventTemplate(  # a weather warning
         ("families", "farmers", "tourists", "shopkeepers"),
         (
             ("{weather_said} {day}.", "{weather_said}, most likely {day}."),
@@ -324,7 +324,7 @@ KINDS = (
         ),
         ("{m} streets in {U} were closed", "{Q} asked {place} in {U} not to leave the house"),
     ),
-    Kind(  # waiting times
+    EventTemplate(  # waiting times
         ("clinic", "surgery", "hospital"),
         (
             (
@@ -345,7 +345,7 @@ KINDS = (
     ),
 )
 
-CUES = (
+DISTRACTOR_CUES = (
     "Last year",
     "A decade ago",
     "In an unrelated case",
@@ -370,19 +370,23 @@ CLOSINGS = (
 
 
 @functools.cache
-def _all_rows() -> dict[str, tuple[tuple[str, str, str], ...]]:
+def _generate_splits() -> dict[str, tuple[tuple[str, str, str], ...]]:
     """Every split from one stream; a source or target seen before is dropped, so that splits share none."""
     rng = Random(_SEED)
     seen: set[str] = set()
     rows: list[tuple[str, str]] = []
-    while len(rows) < sum(SIZES.values()):
-        source, target = _report(rng)
-        if source in seen or target in seen or not WORDS[0] <= len(source.split()) <= WORDS[1]:
+    while len(rows) < sum(SPLIT_SIZES.values()):
+        source, target = _generate_report(rng)
+        if (
+            source in seen
+            or target in seen
+            or not SOURCE_WORDS_RANGE[0] <= len(source.split()) <= SOURCE_WORDS_RANGE[1]
+        ):
             continue
         seen |= {source, target}
         rows.append((source, target))
     splits, at = {}, 0
-    for split, size in SIZES.items():
+    for split, size in SPLIT_SIZES.items():
         splits[split] = tuple((f"{split}-{i}", *row) for i, row in enumerate(rows[at : at + size]))
         at += size
     return splits
@@ -394,7 +398,7 @@ def demo_rows(split: str) -> list[dict[str, str]]:
     KeyError for another split. The same in every process and Python version; no source and no target is
     in two splits.
     """
-    return [{"id": i, "source": source, "target": target} for i, source, target in _all_rows()[split]]
+    return [{"id": i, "source": source, "target": target} for i, source, target in _generate_splits()[split]]
 
 
 def _pick(rng: Random, items: tuple[str, ...] | list[str]) -> str:
@@ -402,18 +406,18 @@ def _pick(rng: Random, items: tuple[str, ...] | list[str]) -> str:
     return items[int(rng.random() * len(items))]
 
 
-def _distinct(rng: Random, items: tuple[str, ...] | list[str], count: int) -> list[str]:
+def _sample(rng: Random, items: tuple[str, ...] | list[str], count: int) -> list[str]:
     left = list(items)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
 
 
-def _facts(rng: Random, places: tuple[str, ...]) -> dict[str, str]:
+def _event_facts(rng: Random, subjects: tuple[str, ...]) -> dict[str, str]:
     """One event's facts, as the report says them and as the summary does."""
-    facts = dict(zip("PR", _distinct(rng, SURNAMES, 2), strict=True))
-    regions = _distinct(rng, list(REGIONS), 2)
+    facts = dict(zip("PR", _sample(rng, SURNAMES, 2), strict=True))
+    regions = _sample(rng, list(REGIONS), 2)
     facts["T"], facts["V"] = (_pick(rng, REGIONS[region]) for region in regions)
-    facts["n"], facts["m"] = _distinct(rng, TENS, 2)
-    facts["place"] = _pick(rng, places)
+    facts["n"], facts["m"] = _sample(rng, TENS_WORDS, 2)
+    facts["place"] = _pick(rng, subjects)
     tables = {
         "role": ROLES,
         "cause": CAUSES,
@@ -425,14 +429,14 @@ def _facts(rng: Random, places: tuple[str, ...]) -> dict[str, str]:
     for name, table in tables.items():
         said = _pick(rng, list(table))
         facts |= {f"{name}_said": said, name: table[said]}
-    day = _pick(rng, list(WHEN))
-    facts |= {"day": day, "day_first": day[0].upper() + day[1:], "when": WHEN[day]}
-    return facts | _worked_out(facts)
+    day = _pick(rng, list(PERIODS))
+    facts |= {"day": day, "day_first": day[0].upper() + day[1:], "when": PERIODS[day]}
+    return facts | _derived_facts(facts)
 
 
-def _worked_out(facts: dict[str, str]) -> dict[str, str]:
+def _derived_facts(facts: dict[str, str]) -> dict[str, str]:
     """What follows from the facts: regions, the trend from m to n, and who has more."""
-    now, before = (TENS.index(facts[key]) + 1 for key in "nm")
+    now, before = (TENS_WORDS.index(facts[key]) + 1 for key in "nm")
     more, less = ("P", "R") if now > before else ("R", "P")
     home, away = ("T", "V") if now > before else ("V", "T")
     rising = "more than double" if now > 2 * before else "grow"
@@ -445,17 +449,17 @@ def _worked_out(facts: dict[str, str]) -> dict[str, str]:
         "loser": facts[less],
         "margin": "narrowly" if abs(now - before) == 1 else "easily",
         "trend": rising if now > before else falling,
-        "low": TENS[min(now, before) - 1],
-        "high": TENS[max(now, before) - 1],
+        "low": TENS_WORDS[min(now, before) - 1],
+        "high": TENS_WORDS[max(now, before) - 1],
         "demand": "for double pay" if max(now, before) >= 2 * min(now, before) else "for higher pay",
         "roles": facts["role"] + "s",
     }
 
 
-def _others(rng: Random, facts: dict[str, str]) -> dict[str, str]:
+def _distractor_facts(rng: Random, facts: dict[str, str]) -> dict[str, str]:
     """People, towns and figures that are not the event's."""
     taken = set(facts.values())
-    k, m = _distinct(rng, [n for n in TENS if n not in taken], 2)
+    k, m = _sample(rng, [n for n in TENS_WORDS if n not in taken], 2)
     return {
         "Q": _pick(rng, [name for name in SURNAMES if name not in taken]),
         "U": _pick(rng, [town for town in REGION_OF if town not in taken]),
@@ -464,25 +468,25 @@ def _others(rng: Random, facts: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _capital(text: str) -> str:
+def _capitalize_first(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _report(rng: Random) -> tuple[str, str]:
+def _generate_report(rng: Random) -> tuple[str, str]:
     """One report and its summary."""
-    kind = KINDS[int(rng.random() * len(KINDS))]
-    facts = _facts(rng, kind.places)
+    kind = EVENT_TEMPLATES[int(rng.random() * len(EVENT_TEMPLATES))]
+    facts = _event_facts(rng, kind.subjects)
     wording = int(rng.random() * len(kind.summaries))
     told = [kind.sentences[0][wording], *(_pick(rng, wordings) for wordings in kind.sentences[1:])]
-    told = [_capital(sentence.format(**facts)) for sentence in told]
+    told = [_capitalize_first(sentence.format(**facts)) for sentence in told]
     # One look-alike is of the event's own kind: its verbs are the event's, only the cue tells them apart.
-    other_kinds = [kind, KINDS[int(rng.random() * len(KINDS))]]
-    for cue, other in zip(_distinct(rng, CUES, 2), other_kinds, strict=True):
-        fill = _others(rng, facts) | {"place": _pick(rng, other.places)}
-        sentence = f"{cue} {_pick(rng, other.lookalikes).format(**fill)}."
+    other_kinds = [kind, EVENT_TEMPLATES[int(rng.random() * len(EVENT_TEMPLATES))]]
+    for cue, other in zip(_sample(rng, DISTRACTOR_CUES, 2), other_kinds, strict=True):
+        fill = _distractor_facts(rng, facts) | {"place": _pick(rng, other.subjects)}
+        sentence = f"{cue} {_pick(rng, other.distractors).format(**fill)}."
         told.insert(int(rng.random() * (len(told) + 1)), sentence)
-    told.insert(0, _pick(rng, OPENINGS).format(**_others(rng, facts)))
+    told.insert(0, _pick(rng, OPENINGS).format(**_distractor_facts(rng, facts)))
     if rng.random() < 0.5:
-        told.append(_pick(rng, CLOSINGS).format(**_others(rng, facts)))
-    summary = _capital(kind.summaries[wording].format(**facts)) + "."
+        told.append(_pick(rng, CLOSINGS).format(**_distractor_facts(rng, facts)))
+    summary = _capitalize_first(kind.summaries[wording].format(**facts)) + "."
     return " ".join(told), summary

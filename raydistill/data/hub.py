@@ -7,43 +7,46 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from raydistill.core.console import progress
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 
 
-def hub_rows(hub: str, config: str | None, split: str, revision: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def hub_rows(
+    repo_id: str, config: str | None, split: str, revision: str | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """`(row, record)` of one split, counted from 1; UserError if it is not there or the hub out of reach."""
-    with _plain_errors(hub, config), _offline_when_unreachable():
+    with _as_user_errors(repo_id, config), _offline_when_unreachable():
         from datasets import load_dataset
 
-        rows = load_dataset(hub, config, split=split, revision=revision)
+        rows = load_dataset(repo_id, config, split=split, revision=revision)
     yield from enumerate(rows, 1)
 
 
-def hub_splits(hub: str, config: str | None, revision: str | None) -> list[str]:
+def hub_splits(repo_id: str, config: str | None, revision: str | None) -> list[str]:
     """Names of the splits, in the hub's order; UserError as in `hub_rows`."""
-    with _plain_errors(hub, config), _offline_when_unreachable():
+    with _as_user_errors(repo_id, config), _offline_when_unreachable():
         from datasets import load_dataset_builder
 
-        splits = load_dataset_builder(hub, config, revision=revision).info.splits
+        splits = load_dataset_builder(repo_id, config, revision=revision).info.splits
     # The card of a data set need not list its splits; then these are tried.
     return list(splits) if splits else ["train", "validation", "test"]
 
 
 @contextlib.contextmanager
-def _plain_errors(hub: str, config: str | None) -> Iterator[None]:
+def _as_user_errors(repo_id: str, config: str | None) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f"{hub}: reading from the hub needs `datasets` ({error}): pip install datasets") from None
+        raise UserError(f"{repo_id}: reading from the hub needs `datasets` ({error}): pip install datasets") from None
     except ConnectionError:
         raise UserError(
-            f"{hub}: the Hugging Face hub cannot be reached and the data set is not in the cache "
-            f"({_cache()}). Check the name and the network (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}), "
+            f"{repo_id}: the Hugging Face hub cannot be reached and the data set is not in the cache "
+            f"({_cache_dir()}). Check the name and the network "
+            f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}), "
             "copy a filled cache there, or give a file or folder as the data set"
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
-        named = f"{hub} ({config})" if config else hub
+        named = f"{repo_id} ({config})" if config else repo_id
         raise UserError(
             f"{named}: cannot be loaded from the Hugging Face hub: {error}. Check the name, `dataset.config` and "
             "the split; for a private or gated data set set HF_TOKEN"
@@ -57,8 +60,8 @@ def _offline_when_unreachable() -> Iterator[None]:
     from datasets.utils import logging
 
     before, verbosity = config.HF_HUB_OFFLINE, logging.get_verbosity()
-    if not before and not _reachable(config.HF_ENDPOINT):
-        progress(f"{config.HF_ENDPOINT} cannot be reached: looking in the cache only")
+    if not before and not _is_reachable(config.HF_ENDPOINT):
+        print_progress(f"{config.HF_ENDPOINT} cannot be reached: looking in the cache only")
         config.HF_HUB_OFFLINE = True
     logging.set_verbosity_error()  # offline, every call would warn twice that it reads the cache
     try:
@@ -68,7 +71,7 @@ def _offline_when_unreachable() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _reachable(endpoint: str) -> bool:
+def _is_reachable(endpoint: str) -> bool:
     proxies = ("https_proxy", "http_proxy", "all_proxy")
     if any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
         return True  # only the proxy knows
@@ -81,7 +84,7 @@ def _reachable(endpoint: str) -> bool:
     return True
 
 
-def _cache() -> str:
+def _cache_dir() -> str:
     from datasets import config
 
     return str(config.HF_DATASETS_CACHE)

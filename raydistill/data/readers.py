@@ -16,67 +16,69 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raydistill.core.errors import UserError
-from raydistill.core.files import UNFIT, is_there
+from raydistill.core.files import PARSE_ERRORS, path_exists
 
-Record = dict[str, Any] | str
-Rows = Iterator[tuple[int, Record]]
+RecordOrError = dict[str, Any] | str
+NumberedRecords = Iterator[tuple[int, RecordOrError]]
 
-PLAIN = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".source", ".target")
-EXTENSIONS = (*PLAIN, *(f"{e}.gz" for e in PLAIN if e != ".parquet"))
-SPLIT_NAMES = {
+UNCOMPRESSED_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".source", ".target")
+EXTENSIONS = (*UNCOMPRESSED_EXTENSIONS, *(f"{e}.gz" for e in UNCOMPRESSED_EXTENSIONS if e != ".parquet"))
+SPLIT_ALIASES = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-BAD_UTF8 = "invalid UTF-8"
+INVALID_UTF8 = "invalid UTF-8"
 # Bounds on what is held at once, so that a damaged or malicious file cannot take the memory: characters of a line or a
 # CSV field, of an array of JSON objects, and bytes of a Parquet row group that unpacks to so many times its size.
-MOST_LINE, MOST_ARRAY = 2**26, 2**30
-MOST_GROUP, MOST_TIMES = 2**32, 200
+MAX_LINE_CHARS, MAX_ARRAY_CHARS = 2**26, 2**30
+MAX_ROW_GROUP_BYTES, MAX_COMPRESSION_RATIO = 2**32, 200
 TOO_LONG = "longer than {:,} characters"
 
 
-def extension(path: Path) -> str | None:
+def known_extension(path: Path) -> str | None:
     """The known extension that a file name ends in (".jsonl.gz"), or None."""
     return next((e for e in sorted(EXTENSIONS, key=len, reverse=True) if path.name.endswith(e)), None)
 
 
-def splits_of(name: str) -> dict[str, list[Path]]:
+def find_split_files(name: str) -> dict[str, list[Path]]:
     """The files of each split of a file or folder; UserError where there are none or two sorts of one split.
 
     A file alone is one split: the one that its name says (`test.jsonl`), else train.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _splits_of_folder(path)
-    if not is_there(path):
-        raise UserError(f"{path}: no such file or folder{_near(path)}")
+        return _find_split_files_in_folder(path)
+    if not path_exists(path):
+        raise UserError(f"{path}: no such file or folder{_similar_name_hint(path)}")
     if not path.is_file():
         raise UserError(f"{path}: neither a file nor a folder; write the rows into a file first")
-    if extension(path) is None:
-        raise UserError(f"{path}: unknown kind of file; known are {', '.join(PLAIN)}, all but Parquet also .gz")
-    return {_split_in_name(path) or "train": [path]}
+    if known_extension(path) is None:
+        raise UserError(
+            f"{path}: unknown kind of file; known are {', '.join(UNCOMPRESSED_EXTENSIONS)}, all but Parquet also .gz"
+        )
+    return {_split_from_name(path) or "train": [path]}
 
 
-def read_rows(path: Path) -> Rows:
+def read_records(path: Path) -> NumberedRecords:
     """The rows of one file. UserError if it is missing, empty of text, cut short or not what its name says."""
-    kind = (extension(path) or "").removesuffix(".gz")
+    kind = (known_extension(path) or "").removesuffix(".gz")
     try:
         if kind == ".parquet":
-            yield from _parquet(path)
+            yield from _read_parquet(path)
         elif kind in (".csv", ".tsv"):
-            yield from _csv(path, "," if kind == ".csv" else "\t")
+            yield from _read_csv(path, "," if kind == ".csv" else "\t")
         elif kind in (".source", ".target"):
-            yield from _line_pairs(path)
+            yield from _read_line_pairs(path)
         else:
-            yield from _json(path)
+            yield from _read_json(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file") from None
 
 
-def _open(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIO:
     # Wrong bytes become lone surrogates, so that one bad row does not hide the others; see `_is_utf8`.
     # Only "\n" ends a line: other line breaks of Unicode may stand inside a text.
     if path.name.endswith(".gz"):
@@ -84,12 +86,12 @@ def _open(path: Path) -> TextIO:
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
-def _lines(file: TextIO) -> Iterator[str]:
+def _read_lines(file: TextIO) -> Iterator[str]:
     """The lines of a file; of one that is too long only the beginning, and more of it than is allowed."""
-    while line := file.readline(MOST_LINE + 1):
+    while line := file.readline(MAX_LINE_CHARS + 1):
         yield line
-        while len(line) > MOST_LINE and not line.endswith("\n"):
-            line = file.readline(MOST_LINE + 1)
+        while len(line) > MAX_LINE_CHARS and not line.endswith("\n"):
+            line = file.readline(MAX_LINE_CHARS + 1)
             if not line:
                 return
 
@@ -102,22 +104,22 @@ def _is_utf8(line: str) -> bool:
     return True
 
 
-def _json(path: Path) -> Rows:
-    with _open(path) as file:
-        lines = _lines(file)
+def _read_json(path: Path) -> NumberedRecords:
+    with _open_text(path) as file:
+        lines = _read_lines(file)
         first = next((line for line in lines if line.strip()), "")
         more = any(line.strip() for line in lines)
     # A line that is a whole array, with other lines after it, is a bad row of a file of lines.
-    if first.lstrip().startswith("[") and not (more and _is_json(first)):
-        yield from _json_array(path)
+    if first.lstrip().startswith("[") and not (more and _is_valid_json(first)):
+        yield from _read_json_array(path)
         return
-    with _open(path) as file:
-        for number, line in enumerate(_lines(file), 1):
+    with _open_text(path) as file:
+        for number, line in enumerate(_read_lines(file), 1):
             if line.strip():
-                yield number, _json_line(line)
+                yield number, _parse_json_line(line)
 
 
-def _is_json(text: str) -> bool:
+def _is_valid_json(text: str) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -125,11 +127,11 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _json_line(line: str) -> Record:
-    if len(line) > MOST_LINE:
-        return TOO_LONG.format(MOST_LINE)
+def _parse_json_line(line: str) -> RecordOrError:
+    if len(line) > MAX_LINE_CHARS:
+        return TOO_LONG.format(MAX_LINE_CHARS)
     if not _is_utf8(line):
-        return BAD_UTF8
+        return INVALID_UTF8
     try:
         # with its line end, an error at the end of the line would be placed at the start of the next
         record = json.loads(line.rstrip("\r\n"))
@@ -137,16 +139,16 @@ def _json_line(line: str) -> Record:
         return f"invalid JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"invalid JSON: {error}"
-    return record if isinstance(record, dict) else f"not a JSON object but {kind_of(record)}"
+    return record if isinstance(record, dict) else f"not a JSON object but {describe_type(record)}"
 
 
-def _json_array(path: Path) -> Rows:
-    with _open(path) as file:
-        text = file.read(MOST_ARRAY + 1)
-    if len(text) > MOST_ARRAY:
-        raise UserError(f"{path}: an array {TOO_LONG.format(MOST_ARRAY)}; write one object per line")
+def _read_json_array(path: Path) -> NumberedRecords:
+    with _open_text(path) as file:
+        text = file.read(MAX_ARRAY_CHARS + 1)
+    if len(text) > MAX_ARRAY_CHARS:
+        raise UserError(f"{path}: an array {TOO_LONG.format(MAX_ARRAY_CHARS)}; write one object per line")
     if not _is_utf8(text):
-        raise UserError(f"{path}: {BAD_UTF8}; save the file as UTF-8")
+        raise UserError(f"{path}: {INVALID_UTF8}; save the file as UTF-8")
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -156,13 +158,13 @@ def _json_array(path: Path) -> Rows:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON: {error}") from None
     for number, record in enumerate(records, 1):
-        yield number, record if isinstance(record, dict) else f"not a JSON object but {kind_of(record)}"
+        yield number, record if isinstance(record, dict) else f"not a JSON object but {describe_type(record)}"
 
 
-def _csv(path: Path, delimiter: str) -> Rows:
-    csv.field_size_limit(MOST_LINE)  # the default refuses documents over 128 KiB
-    with _open(path) as file:
-        reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+def _read_csv(path: Path, delimiter: str) -> NumberedRecords:
+    csv.field_size_limit(MAX_LINE_CHARS)  # the default refuses documents over 128 KiB
+    with _open_text(path) as file:
+        reader = csv.reader(_read_lines(file), delimiter=delimiter, strict=True)
         at = 1
         try:
             header = next(reader, [])
@@ -172,40 +174,40 @@ def _csv(path: Path, delimiter: str) -> Rows:
             at = reader.line_num + 1
             for fields in reader:
                 if fields:
-                    yield at, _csv_record(header, fields)
+                    yield at, _parse_csv_fields(header, fields)
                 at = reader.line_num + 1
         except csv.Error as error:
             hint = 'a quote within a quoted field is written twice ("")'
             raise UserError(f"{path}:{at}: not valid CSV: {error}; {hint}") from None
 
 
-def _csv_record(header: list[str], fields: list[str]) -> Record:
+def _parse_csv_fields(header: list[str], fields: list[str]) -> RecordOrError:
     if not all(map(_is_utf8, fields)):
-        return BAD_UTF8
+        return INVALID_UTF8
     if len(fields) != len(header):
         return f"{len(fields)} fields where the header has {len(header)}"
     return dict(zip(header, fields, strict=True))
 
 
-def _line_pairs(path: Path) -> Rows:
-    kind = extension(path) or ""
+def _read_line_pairs(path: Path) -> NumberedRecords:
+    kind = known_extension(path) or ""
     stem = path.name.removesuffix(kind)
     source, target = path.with_name(stem + ".source"), path.with_name(stem + ".target")
     source, target = (
         p if p.exists() or not (gz := p.with_name(p.name + ".gz")).exists() else gz for p in (source, target)
     )
     if not target.exists():
-        yield from _lines_alone(source)
+        yield from _read_source_lines(source)
         return
     counts = [0, 0]
-    with _open(source) as sources, _open(target) as targets:
-        for number, pair in enumerate(zip_longest(_lines(sources), _lines(targets)), 1):
+    with _open_text(source) as sources, _open_text(target) as targets:
+        for number, pair in enumerate(zip_longest(_read_lines(sources), _read_lines(targets)), 1):
             for side in (0, 1):
                 counts[side] += pair[side] is not None
             if None in pair:
                 continue
             texts = [text.rstrip("\r\n") for text in pair]
-            yield number, _fault_of(*texts) or dict(zip(("source", "target"), texts, strict=True))
+            yield number, _line_error(*texts) or dict(zip(("source", "target"), texts, strict=True))
     if counts[0] != counts[1]:
         raise UserError(
             f"{source} has {counts[0]} lines and {target} has {counts[1]}; line n of one belongs to line n of "
@@ -213,19 +215,19 @@ def _line_pairs(path: Path) -> Rows:
         )
 
 
-def _lines_alone(source: Path) -> Rows:
-    with _open(source) as file:
-        for number, line in enumerate(_lines(file), 1):
-            yield number, _fault_of(line) or {"source": line.rstrip("\r\n")}
+def _read_source_lines(source: Path) -> NumberedRecords:
+    with _open_text(source) as file:
+        for number, line in enumerate(_read_lines(file), 1):
+            yield number, _line_error(line) or {"source": line.rstrip("\r\n")}
 
 
-def _fault_of(*lines: str) -> str | None:
+def _line_error(*lines: str) -> str | None:
     if not all(map(_is_utf8, lines)):
-        return BAD_UTF8
-    return TOO_LONG.format(MOST_LINE) if max(map(len, lines)) > MOST_LINE else None
+        return INVALID_UTF8
+    return TOO_LONG.format(MAX_LINE_CHARS) if max(map(len, lines)) > MAX_LINE_CHARS else None
 
 
-def _parquet(path: Path) -> Rows:
+def _read_parquet(path: Path) -> NumberedRecords:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -234,43 +236,43 @@ def _parquet(path: Path) -> Rows:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            _check_groups(path, file.metadata)
+            _check_row_group_sizes(path, file.metadata)
             for batch in file.iter_batches(batch_size=1000):
-                for record in _batch_rows(batch):
+                for record in _batch_records(batch):
                     number += 1
                     yield number, record
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowException, *UNFIT) as error:
+    except (pa.ArrowException, *PARSE_ERRORS) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a whole Parquet file ({reason}); copy or download it again") from None
 
 
-def _check_groups(path: Path, about: Any) -> None:
+def _check_row_group_sizes(path: Path, metadata: Any) -> None:
     """UserError where a row group says that it unpacks to far more than text ever does."""
-    for group in map(about.row_group, range(about.num_row_groups)):
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
         packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-        if group.total_byte_size > max(MOST_GROUP, MOST_TIMES * packed):
+        if group.total_byte_size > max(MAX_ROW_GROUP_BYTES, MAX_COMPRESSION_RATIO * packed):
             raise UserError(
                 f"{path}: a row group of {packed:,} bytes says that it unpacks to {group.total_byte_size:,}; if that "
                 f"is right, write the file with smaller row groups"
             )
 
 
-def _batch_rows(batch: Any) -> Iterator[Record]:
+def _batch_records(batch: Any) -> Iterator[RecordOrError]:
     try:
         yield from batch.to_pylist()
-    except UNFIT:
+    except PARSE_ERRORS:
         for i in range(batch.num_rows):
             try:
                 yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError:
-                yield BAD_UTF8
-            except UNFIT as error:  # such as a date in the year 300,000
+                yield INVALID_UTF8
+            except PARSE_ERRORS as error:  # such as a date in the year 300,000
                 yield f"a value that cannot be read ({error})"
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value is, in words for a user."""
     if value is None:
         return "null"
@@ -278,27 +280,27 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a text" if isinstance(value, str) else type(value).__name__)
 
 
-def _split_in_name(path: Path) -> str | None:
-    stem = path.name.removesuffix(extension(path) or "")
+def _split_from_name(path: Path) -> str | None:
+    stem = path.name.removesuffix(known_extension(path) or "")
     word = re.split(r"[.\-_]", stem)[0]
-    return next((split for split, names in SPLIT_NAMES.items() if word in names), None)
+    return next((split for split, names in SPLIT_ALIASES.items() if word in names), None)
 
 
-_SHARD = re.compile(r"^(?P<word>[a-z]+)(?:[.\-_](?P<number>\d+)(?:-of-(?P<count>\d+))?)?$")
+_SHARD_PATTERN = re.compile(r"^(?P<word>[a-z]+)(?:[.\-_](?P<number>\d+)(?:-of-(?P<count>\d+))?)?$")
 
 
-def _splits_of_folder(folder: Path) -> dict[str, list[Path]]:
+def _find_split_files_in_folder(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, dict[tuple[str, str], list[tuple[int, Path]]]] = {}
     for path in sorted(folder.iterdir()):
-        kind = extension(path)
-        match = _SHARD.match(path.name.removesuffix(kind or ""))
-        split = next((s for s, names in SPLIT_NAMES.items() if match and match["word"] in names), None)
+        kind = known_extension(path)
+        match = _SHARD_PATTERN.match(path.name.removesuffix(kind or ""))
+        split = next((s for s, names in SPLIT_ALIASES.items() if match and match["word"] in names), None)
         if kind is None or match is None or split is None or kind.startswith(".target"):
             continue
         # Whole files and shards of one name and kind belong together; two such groups are ambiguous.
         shards = found.setdefault(split, {}).setdefault((match["word"] + bool(match["number"]) * "-*", kind), [])
         shards.append((int(match["number"] or 0), path))
-        _check_shard_count(path, match["count"])
+        _check_all_shards_exist(path, match["count"])
     if not found:
         names = ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")[:8]) or "nothing"
         raise UserError(
@@ -311,12 +313,12 @@ def _splits_of_folder(folder: Path) -> dict[str, list[Path]]:
             raise UserError(f"{folder}: {files} both look like the {split} split; leave only one here")
     return {
         split: [path for _, path in sorted(next(iter(found[split].values())))]
-        for split in SPLIT_NAMES
+        for split in SPLIT_ALIASES
         if split in found
     }
 
 
-def _check_shard_count(path: Path, count: str | None) -> None:
+def _check_all_shards_exist(path: Path, count: str | None) -> None:
     if count is None:
         return
     width = len(count)
@@ -326,7 +328,7 @@ def _check_shard_count(path: Path, count: str | None) -> None:
             raise UserError(f"{path.parent}: {other} is missing (of {int(count)} parts)")
 
 
-def _near(path: Path) -> str:
+def _similar_name_hint(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)

@@ -4,15 +4,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raydistill.evaluation.metrics import Scored, bootstrap, repetition_rate, score
-from raydistill.inference.decoding import Beam, Engine
+from raydistill.evaluation.metrics import Scores, bootstrap_interval, repetition_rate, score
+from raydistill.inference.decoding import BeamSearchParams, Engine
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """Scores with their 95 % interval, the per-row statistics behind them, the texts, and how long writing took."""
 
-    scored: Scored
+    scored: Scores
     interval: tuple[float, float]
     predictions: list[str]
     repetition: float
@@ -28,15 +28,17 @@ def evaluate(
     sources: Sequence[str],
     references: Sequence[str],
     metric: str,
-    beam: Beam,
+    beam: BeamSearchParams,
     *,
     max_source_tokens: int,
     batch_size: int = 32,
-) -> Evaluation:
+) -> EvaluationResult:
     """Generate for every source and score against its reference; `metric` is rouge2 or bleu."""
     started = time.monotonic()
     found = engine.generate(list(sources), beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
     seconds = time.monotonic() - started
     predictions = [hypotheses[0].text.strip() for hypotheses in found]
     scored = score(metric, predictions, list(references))
-    return Evaluation(scored, bootstrap(metric, scored.rows), predictions, repetition_rate(predictions), seconds)
+    return EvaluationResult(
+        scored, bootstrap_interval(metric, scored.rows), predictions, repetition_rate(predictions), seconds
+    )

@@ -19,13 +19,13 @@ import psutil
 from transformers import PretrainedConfig
 
 from raydistill.core.files import write_json_atomic
-from raydistill.core.machine import own_cores
+from raydistill.core.machine import available_cores
 from raydistill.inference.decoding import Engine
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 MAX_REPEATS = 1000
 # Cores that others may keep busy while something is timed: what runs on a machine anyway takes less, a training more.
-CALM = 0.5
+MAX_BACKGROUND_CORES = 0.5
 
 Hardware = dict[str, str | int]
 
@@ -43,12 +43,12 @@ class Timing:
     high_ms: float
     repeats: int
     peak_mb: float | None = None
-    others: float | None = None
+    background_cores: float | None = None
 
     @property
-    def disturbed(self) -> bool:
+    def noisy(self) -> bool:
         """Whether others kept the machine so busy that it says too much."""
-        return self.others is not None and self.others > CALM
+        return self.background_cores is not None and self.background_cores > MAX_BACKGROUND_CORES
 
 
 def measure(
@@ -60,25 +60,25 @@ def measure(
     repeats: int = 5,
     warmup: int = 1,
     min_seconds: float = 0.5,
-    held_before: float | None = None,
+    rss_before_mb: float | None = None,
 ) -> Timing:
     """Time an engine on rows of one fixed length: `source_tokens` read and `output_tokens` written, each exactly.
 
     At least `repeats` calls and `min_seconds` of them, so that a small model is not timed on noise. The device should
-    do nothing else meanwhile; what others did on the machine's cores is measured too. With `held_before`, what
-    `held_mb` said before the engine was opened, so is peak memory.
+    do nothing else meanwhile; what others did on the machine's cores is measured too. With `rss_before_mb`, what
+    `rss_mb` said before the engine was opened, so is peak memory.
     """
-    if held_before is not None:
-        forget_peak()
-    call = engine.timed(source_tokens, output_tokens, batch, beams)
-    others = Others()
-    timing = replace(time_calls(call, repeats, warmup, min_seconds), others=others.cores())
-    peak = held_mb(engine.device, peak=True) if held_before is not None else None
-    return replace(timing, peak_mb=peak - held_before) if peak is not None and held_before is not None else timing
+    if rss_before_mb is not None:
+        reset_peak_rss()
+    call = engine.make_benchmark_call(source_tokens, output_tokens, batch, beams)
+    others = BackgroundLoad()
+    timing = replace(time_calls(call, repeats, warmup, min_seconds), background_cores=others.mean_cores())
+    peak = rss_mb(engine.device, peak=True) if rss_before_mb is not None else None
+    return replace(timing, peak_mb=peak - rss_before_mb) if peak is not None and rss_before_mb is not None else timing
 
 
-def held_mb(device: str, peak: bool = False) -> float | None:
-    """Megabytes (10^6 bytes) held now, or at most since `forget_peak`; None where the system does not tell.
+def rss_mb(device: str, peak: bool = False) -> float | None:
+    """Megabytes (10^6 bytes) held now, or at most since `reset_peak_rss`; None where the system does not tell.
 
     On a CPU, what of this process is resident, after freed memory was given back (so that it does not hide what comes
     next). On a GPU, what is in use of the device, by whomever: engines keep what they took, so that now is the peak.
@@ -89,7 +89,7 @@ def held_mb(device: str, peak: bool = False) -> float | None:
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e6
     if not peak:
-        give_back_freed()
+        malloc_trim()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         name = "VmHWM:" if peak else "VmRSS:"
@@ -97,16 +97,16 @@ def held_mb(device: str, peak: bool = False) -> float | None:
     return None
 
 
-def give_back_freed() -> None:
+def malloc_trim() -> None:
     """Give memory that was freed back to the system, where its C library can."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def forget_peak() -> None:
+def reset_peak_rss() -> None:
     """Count the peak of resident memory from now on; where Linux refuses, it counts from the process's start."""
-    held_mb("cpu")  # the peak starts from what is resident, which should not be garbage
+    rss_mb("cpu")  # the peak starts from what is resident, which should not be garbage
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -120,36 +120,36 @@ def time_calls(call: Callable[[], None], repeats: int, warmup: int, min_seconds:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return timing_of(times)
+    return summarize_times(times)
 
 
-def timing_of(seconds: Sequence[float]) -> Timing:
+def summarize_times(seconds: Sequence[float]) -> Timing:
     """The calls' times put together."""
     return Timing(1000 * statistics.median(seconds), 1000 * min(seconds), 1000 * max(seconds), len(seconds))
 
 
-class Others:
+class BackgroundLoad:
     """How busy other processes keep the cores that this process may use, from now on."""
 
     def __init__(self) -> None:
-        self.busy, self.begun = _busy_elsewhere(), time.perf_counter()
+        self._start_cpu_seconds, self.begun = _background_cpu_seconds(), time.perf_counter()
 
-    def cores(self) -> float:
+    def mean_cores(self) -> float:
         """How many they kept busy until now, on average."""
-        return max(0.0, (_busy_elsewhere() - self.busy) / (time.perf_counter() - self.begun))
+        return max(0.0, (_background_cpu_seconds() - self._start_cpu_seconds) / (time.perf_counter() - self.begun))
 
 
-def _busy_elsewhere() -> float:
+def _background_cpu_seconds() -> float:
     """Seconds of other processes on these cores; only differences count."""
     mine = time.process_time()  # of all threads
-    own = own_cores()
+    own = available_cores()
     cores = [t for core, t in enumerate(psutil.cpu_times(percpu=True)) if core in own]
     return sum(t.user + t.nice + t.system + getattr(t, "steal", 0.0) for t in cores) - mine
 
 
 def hardware(device: str = "cpu", threads: int = 1) -> Hardware:
     """What was measured on: `kind` (cpu, cuda), `name`, `cores` that this process may use, `threads` used."""
-    cores = len(own_cores())
+    cores = len(available_cores())
     if device.startswith("cuda"):
         import torch
 
@@ -157,7 +157,7 @@ def hardware(device: str = "cpu", threads: int = 1) -> Hardware:
     return {"kind": "cpu", "name": _cpu_name(), "cores": cores, "threads": threads}
 
 
-def parameters(config: PretrainedConfig) -> int:
+def count_parameters(config: PretrainedConfig) -> int:
     """How many parameters a model of this configuration has, tied weights once; nothing is allocated."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
@@ -173,10 +173,10 @@ def memory_mb(config: PretrainedConfig, precision: str = "fp32") -> float:
     The weights alone, which is what a student saves; activations and caches depend on the batch and come
     on top. With int8 the few norms and biases that stay fp32 are counted as int8.
     """
-    return parameters(config) * BYTES[precision] / 1e6
+    return count_parameters(config) * BYTES_PER_PARAMETER[precision] / 1e6
 
 
-def shape(config: PretrainedConfig) -> str:
+def architecture_key(config: PretrainedConfig) -> str:
     """All of a configuration that decides its speed, such as "marian 6-6 ...": equal for equal shapes."""
     decoder = config.num_decoder_layers if config.model_type == "t5" else config.decoder_layers
     encoder = config.num_layers if config.model_type == "t5" else config.encoder_layers
@@ -191,9 +191,9 @@ def shape(config: PretrainedConfig) -> str:
     return " ".join([config.model_type, f"{encoder}-{decoder}", *[f"{k}={getattr(config, k)}" for k in keys]])
 
 
-def facts_of(
+def measurement_key(
     machine: Hardware,
-    of_shape: str,
+    architecture: str,
     engine: str,
     precision: str,
     *,
@@ -205,8 +205,8 @@ def facts_of(
     """All that a measurement depends on, the engine's version too."""
     return {
         **machine,
-        "shape": of_shape,
-        "engine": f"{engine} {version_of(engine)}",
+        "shape": architecture,
+        "engine": f"{engine} {engine_version(engine)}",
         "precision": precision,
         "beams": beams,
         "batch": batch,
@@ -215,13 +215,13 @@ def facts_of(
     }
 
 
-def key(facts: dict[str, Any]) -> str:
+def entry_name(measurement: dict[str, Any]) -> str:
     """The name of a measurement in the table: short, and another one for other facts."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return f"{facts['shape'].split(' d_model')[0]} {facts['engine'].split()[0]} {digest[:12]}"
+    digest = hashlib.sha256(json.dumps(measurement, sort_keys=True).encode()).hexdigest()
+    return f"{measurement['shape'].split(' d_model')[0]} {measurement['engine'].split()[0]} {digest[:12]}"
 
 
-def version_of(engine: str) -> str:
+def engine_version(engine: str) -> str:
     """The version of the library that an engine is."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -231,19 +231,19 @@ def version_of(engine: str) -> str:
         return "unknown"
 
 
-def lookup(table: Path, facts: dict[str, Any]) -> Timing | None:
+def lookup(table: Path, measurement: dict[str, Any]) -> Timing | None:
     """The timing with these facts in a table's file; None where there is none, or the file is no table.
 
     What the file says beside it is for people; entries of before that was kept are read as well.
     """
-    found = _read(table).get(key(facts))
+    found = _read_table(table).get(entry_name(measurement))
     try:
         return Timing(**{f.name: found[f.name] for f in fields(Timing) if f.name in found}) if found else None
     except TypeError:
         return None
 
 
-def record(table: Path, facts: dict[str, Any], timing: Timing) -> None:
+def record(table: Path, measurement: dict[str, Any], timing: Timing) -> None:
     """Add a timing to a table's file, with its facts, the machine's name and when it was made (UTC).
 
     Processes may record at the same time; the file is whole throughout.
@@ -252,10 +252,12 @@ def record(table: Path, facts: dict[str, Any], timing: Timing) -> None:
     table.parent.mkdir(parents=True, exist_ok=True)
     with table.with_name(f".{table.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write_json_atomic(table, {**_read(table), key(facts): {**asdict(timing), **made, "facts": facts}})
+        write_json_atomic(
+            table, {**_read_table(table), entry_name(measurement): {**asdict(timing), **made, "facts": measurement}}
+        )
 
 
-def _read(table: Path) -> dict[str, Any]:
+def _read_table(table: Path) -> dict[str, Any]:
     try:
         data = json.loads(table.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -15,13 +15,13 @@ import numpy as np
 
 from raydistill.core.errors import UserError
 
-ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _LOG_OF_ZERO = -9999999999.0  # sacrebleu's stand-in for log 0
 
 
 @dataclass(frozen=True)
-class Scored:
+class Scores:
     """Scores of one list of outputs.
 
     `metrics` are corpus scores by name; `rows` are the per-row statistics of `metric`: [rows] for ROUGE,
@@ -43,7 +43,7 @@ class Comparison:
     p: float
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """The sentences of a text: its lines where it has several, else split after . ! ? followed by a space.
 
     It needs no download, and it splits abbreviations ("Mr. Smith"), alike on both sides of a comparison.
@@ -53,28 +53,28 @@ def sentences(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def lead(source: str, n: int = 1) -> str:
+def lead_baseline(source: str, n: int = 1) -> str:
     """The first `n` sentences: the baseline that any summariser must beat."""
-    return " ".join(sentences(source)[:n])
+    return " ".join(split_sentences(source)[:n])
 
 
 def rouge_rows(predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
     """F1 x 100 per row of rouge1, rouge2, rougeL and rougeLsum, each [rows]; the mean is the corpus score.
 
     Google's rouge-score with Porter stemming. Its tokens are ASCII letters and digits only, so ROUGE says
-    nothing about text in other scripts. rougeLsum is over `sentences`.
+    nothing about text in other scripts. rougeLsum is over `split_sentences`.
     """
-    _same_length(predictions, references)
+    _check_same_length(predictions, references)
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_rouge_tokenizer())
     summary = RougeScorer(["rougeLsum"], tokenizer=_rouge_tokenizer())
-    rows = np.zeros((len(predictions), len(ROUGE)))
+    rows = np.zeros((len(predictions), len(ROUGE_METRICS)))
     for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         scores = scorer.score(reference, prediction)
-        scores |= summary.score("\n".join(sentences(reference)), "\n".join(sentences(prediction)))
-        rows[i] = [100 * scores[name].fmeasure for name in ROUGE]
-    return {name: rows[:, i] for i, name in enumerate(ROUGE)}
+        scores |= summary.score("\n".join(split_sentences(reference)), "\n".join(split_sentences(prediction)))
+        rows[i] = [100 * scores[name].fmeasure for name in ROUGE_METRICS]
+    return {name: rows[:, i] for i, name in enumerate(ROUGE_METRICS)}
 
 
 def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
@@ -82,7 +82,7 @@ def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
 
     Columns: matching n-grams for n = 1 to 4, n-grams for n = 1 to 4, output and reference length (13a).
     """
-    _same_length(predictions, references)
+    _check_same_length(predictions, references)
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
@@ -98,7 +98,7 @@ def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
     return rows
 
 
-def bleu(rows: np.ndarray) -> float:
+def corpus_bleu(rows: np.ndarray) -> float:
     """Corpus BLEU of `bleu_rows` (13a, exp smoothing): exactly what `sacrebleu.corpus_bleu` gives."""
     from sacrebleu.metrics.bleu import BLEU
 
@@ -118,20 +118,20 @@ def signature(metric: str) -> str:
     return f"{metric}|nrefs:1|{stem_and_split}|version:rouge-score-{version('rouge-score')}"
 
 
-def score(metric: str, predictions: list[str], references: list[str]) -> Scored:
+def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
     """Score outputs with "rouge2" (all four ROUGEs are computed) or "bleu". UserError: there are none."""
     if not predictions:
         raise UserError("there are no rows to score; check the split and dataset.validation_rows")
     if metric == "bleu":
         rows = bleu_rows(predictions, references)
-        return Scored({"bleu": bleu(rows)}, rows, metric)
-    if metric not in ROUGE:
-        raise UserError(f"unknown metric {metric!r}; known: {', '.join(ROUGE)}, bleu")
+        return Scores({"bleu": corpus_bleu(rows)}, rows, metric)
+    if metric not in ROUGE_METRICS:
+        raise UserError(f"unknown metric {metric!r}; known: {', '.join(ROUGE_METRICS)}, bleu")
     by_name = rouge_rows(predictions, references)
-    return Scored({name: float(rows.mean()) for name, rows in by_name.items()}, by_name[metric], metric)
+    return Scores({name: float(rows.mean()) for name, rows in by_name.items()}, by_name[metric], metric)
 
 
-class Tally:
+class ScoreAccumulator:
     """Corpus scores of rows that come in chunks: `score`'s metrics without holding the rows."""
 
     def __init__(self, metric: str) -> None:
@@ -152,13 +152,13 @@ class Tally:
     def metrics(self) -> dict[str, float]:
         """The scores of all rows so far; empty where there was none."""
         if self.metric == "bleu":
-            return {name: bleu(total[None]) for name, total in self.sums.items()}
+            return {name: corpus_bleu(total[None]) for name, total in self.sums.items()}
         return {name: float(total) / self.count for name, total in self.sums.items()}
 
 
 def rouge2_rows(predictions: list[str], references: list[str]) -> np.ndarray:
     """ROUGE-2 alone, F1 x 100 per row, [rows]: a fraction of the time of `rouge_rows`."""
-    _same_length(predictions, references)
+    _check_same_length(predictions, references)
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge2"], tokenizer=_rouge_tokenizer())
@@ -168,47 +168,47 @@ def rouge2_rows(predictions: list[str], references: list[str]) -> np.ndarray:
 
 def corpus_score(metric: str, rows: np.ndarray) -> float:
     """The corpus score of per-row statistics: the mean, or corpus BLEU."""
-    return bleu(rows) if metric == "bleu" else float(np.mean(rows))
+    return corpus_bleu(rows) if metric == "bleu" else float(np.mean(rows))
 
 
-def bootstrap(metric: str, rows: np.ndarray, seed: int = 0, samples: int = 1000) -> tuple[float, float]:
+def bootstrap_interval(metric: str, rows: np.ndarray, seed: int = 0, n_resamples: int = 1000) -> tuple[float, float]:
     """95 % percentile interval of the corpus score over resampled rows (Efron 1979; for BLEU: Koehn 2004)."""
-    scores = _resampled(metric, [rows], seed, samples)[0]
+    scores = _bootstrap_scores(metric, [rows], seed, n_resamples)[0]
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
 
 
 def paired_bootstrap(
-    metric: str, a_rows: np.ndarray, b_rows: np.ndarray, seed: int = 0, samples: int = 1000
+    metric: str, a_rows: np.ndarray, b_rows: np.ndarray, seed: int = 0, n_resamples: int = 1000
 ) -> Comparison:
     """Compare two systems on the same rows: both are scored on each resample (Koehn 2004).
 
     p is twice the smaller share of resamples on either side of 0, each count plus one: never exactly 0.
     ValueError where the two were not scored on the same number of rows.
     """
-    return paired_bootstrap_of_means(metric, [a_rows], [b_rows], seed, samples)
+    return paired_bootstrap_over_seeds(metric, [a_rows], [b_rows], seed, n_resamples)
 
 
-def paired_bootstrap_of_means(
-    metric: str, a: Sequence[np.ndarray], b: Sequence[np.ndarray], seed: int = 0, samples: int = 1000
+def paired_bootstrap_over_seeds(
+    metric: str, a_runs: Sequence[np.ndarray], b_runs: Sequence[np.ndarray], seed: int = 0, n_resamples: int = 1000
 ) -> Comparison:
     """`paired_bootstrap` where a side is several trainings of one system, and its score the mean of theirs.
 
     Each of a side is [rows] or [rows, 10]; at least one each. All are scored on each resample of the rows.
     """
-    lengths = sorted({len(rows) for rows in (*a, *b)})
+    lengths = sorted({len(rows) for rows in (*a_runs, *b_runs)})
     if len(lengths) > 1:
         raise ValueError(f"a paired comparison needs the same rows; got {' and '.join(map(str, lengths))}")
-    found = _resampled(metric, [*a, *b], seed, samples)
-    differences = np.mean(found[: len(a)], axis=0) - np.mean(found[len(a) :], axis=0)
+    found = _bootstrap_scores(metric, [*a_runs, *b_runs], seed, n_resamples)
+    differences = np.mean(found[: len(a_runs)], axis=0) - np.mean(found[len(a_runs) :], axis=0)
     low, high = np.percentile(differences, [2.5, 97.5])
     smaller = min(np.sum(differences <= 0), np.sum(differences >= 0))
-    p = min(1.0, 2 * (int(smaller) + 1) / (samples + 1))
-    ours, theirs = (float(np.mean([corpus_score(metric, rows) for rows in side])) for side in (a, b))
+    p = min(1.0, 2 * (int(smaller) + 1) / (n_resamples + 1))
+    ours, theirs = (float(np.mean([corpus_score(metric, rows) for rows in side])) for side in (a_runs, b_runs))
     return Comparison(ours - theirs, float(low), float(high), p)
 
 
-def collapsed(text: str) -> bool:
+def is_repetitive(text: str) -> bool:
     """Whether an output has collapsed into repetition.
 
     Some 1- to 4-gram of words stands 4 or more times in a row, or under 30 % of 8 or more words are distinct.
@@ -226,11 +226,11 @@ def collapsed(text: str) -> bool:
 
 
 def repetition_rate(predictions: list[str]) -> float:
-    """Share of outputs, 0 to 1, that have `collapsed` into repetition."""
-    return sum(map(collapsed, predictions)) / len(predictions) if predictions else 0.0
+    """Share of outputs, 0 to 1, that have `is_repetitive` into repetition."""
+    return sum(map(is_repetitive, predictions)) / len(predictions) if predictions else 0.0
 
 
-def _same_length(predictions: list[str], references: list[str]) -> None:
+def _check_same_length(predictions: list[str], references: list[str]) -> None:
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
 
@@ -245,7 +245,7 @@ def _rouge_tokenizer() -> SimpleNamespace:
     return SimpleNamespace(tokenize=lru_cache(20_000)(lambda text: tokenize.tokenize(text, stemmer)))
 
 
-def _resampled(metric: str, systems: list[np.ndarray], seed: int, samples: int) -> list[np.ndarray]:
+def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resamples: int) -> list[np.ndarray]:
     """Each system's corpus scores, [samples], over the same resampled rows.
 
     A resample is a vector of how often each row was drawn; times the rows' statistics it gives their sums.
@@ -256,18 +256,18 @@ def _resampled(metric: str, systems: list[np.ndarray], seed: int, samples: int) 
     columns = [rows.reshape(n, -1).astype(np.float64) for rows in systems]
     stacked = np.concatenate(columns, axis=1)
     rng = np.random.default_rng(seed)
-    sums = np.empty((samples, stacked.shape[1]))
+    sums = np.empty((n_resamples, stacked.shape[1]))
     chunk = max(1, 2_000_000 // n)  # bounds memory to some 50 MB
-    for start in range(0, samples, chunk):
-        count = min(chunk, samples - start)
+    for start in range(0, n_resamples, chunk):
+        count = min(chunk, n_resamples - start)
         drawn = rng.integers(0, n, size=(count, n)) + np.arange(count)[:, None] * n
         weights = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
         sums[start : start + count] = weights.astype(np.float64) @ stacked
     parts = np.split(sums, len(systems), axis=1)
-    return [_bleu_of_sums(part) if metric == "bleu" else part[:, 0] / n for part in parts]
+    return [_bleu_from_sums(part) if metric == "bleu" else part[:, 0] / n for part in parts]
 
 
-def _bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+def _bleu_from_sums(sums: np.ndarray) -> np.ndarray:
     """Corpus BLEU, [samples], of sums [samples, 10]; the formula of sacrebleu's `compute_bleu`."""
     correct, total, length, reference = sums[:, :4], sums[:, 4:8], sums[:, 8], sums[:, 9]
     with np.errstate(divide="ignore", invalid="ignore"):

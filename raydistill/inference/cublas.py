@@ -7,7 +7,7 @@ import ctypes
 import importlib.util
 from pathlib import Path
 
-LIBRARIES = ("libcublasLt.so.12", "libcublas.so.12")  # the second needs the first
+CUBLAS_LIBRARIES = ("libcublasLt.so.12", "libcublas.so.12")  # the second needs the first
 
 
 def preload() -> Path | None:
@@ -19,8 +19,8 @@ def preload() -> Path | None:
     nvidia = importlib.util.find_spec("nvidia")  # a namespace that many packages share, each with its own place
     for place in nvidia.submodule_search_locations or [] if nvidia else []:
         folder = Path(place) / "cublas" / "lib"
-        if all((folder / name).is_file() for name in LIBRARIES):
-            for name in LIBRARIES:
+        if all((folder / name).is_file() for name in CUBLAS_LIBRARIES):
+            for name in CUBLAS_LIBRARIES:
                 ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
             return folder
     return None

@@ -6,56 +6,58 @@ from typing import Literal
 import torch
 
 from raydistill.core.errors import UserError
-from raydistill.inference.ctranslate2_conversion import RefusedError
-from raydistill.inference.ctranslate2_engine import CT2_TYPES, Say, open_ctranslate2
-from raydistill.inference.decoding import Engine, Sample
-from raydistill.inference.transformers_engine import TORCH_TYPES, TransformersEngine
+from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable
+from raydistill.inference.ctranslate2_engine import COMPUTE_TYPES, LogFunction, open_ctranslate2_engine
+from raydistill.inference.decoding import CalibrationRows, Engine
+from raydistill.inference.transformers_engine import TORCH_DTYPES, TransformersEngine
 from raydistill.models import loading
 
-Kind = Literal["auto", "ctranslate2", "transformers"]
+EngineName = Literal["auto", "ctranslate2", "transformers"]
 
 
 def open_engine(
     checkpoint: str | Path,
-    kind: Kind = "auto",
+    engine: EngineName = "auto",
     *,
     device: str = "cpu",
     threads: int = 1,
     precision: str = "auto",
     languages: loading.Languages | None = None,
-    cache: Path | None = None,
+    cache_dir: Path | None = None,
     allow_fallback: bool = True,
-    say: Say | None = None,
-    sample: Sample | None = None,
+    log: LogFunction | None = None,
+    calibration: CalibrationRows | None = None,
 ) -> Engine:
     """An engine for a checkpoint; `auto` is CTranslate2 where it can and `transformers` where it cannot.
 
-    `precision` auto is fp32 on the CPU and bf16 on a GPU. `cache` holds conversions (default: under
-    `home()/cache`). What CTranslate2 cannot do falls back with a line to `say`, or is a UserError where
-    `allow_fallback` is False. With a `sample` of the rows to come CTranslate2 is taken only where it thinks of what
-    it writes for them as `transformers` does.
+    `precision` auto is fp32 on the CPU and bf16 on a GPU. `cache_dir` holds conversions (default: under
+    `home()/cache`). What CTranslate2 cannot do falls back with a line to `log`, or is a UserError where
+    `allow_fallback` is False. With a `calibration` of the rows to come CTranslate2 is taken only where it thinks of
+    what it writes for them as `transformers` does.
     """
     if precision == "auto":
         precision = "fp32" if device == "cpu" else "bf16"
-    if precision not in CT2_TYPES:
-        raise UserError(f"precision {precision!r} is none of auto, {', '.join(CT2_TYPES)}")
+    if precision not in COMPUTE_TYPES:
+        raise UserError(f"precision {precision!r} is none of auto, {', '.join(COMPUTE_TYPES)}")
     if precision == "fp16" and loading.load_config(checkpoint).model_type == "pegasus":
         raise UserError(f"{checkpoint}: Pegasus overflows in fp16; use bf16 or fp32")
-    if kind != "transformers":
+    if engine != "transformers":
         try:
-            return open_ctranslate2(checkpoint, device, threads, precision, languages, cache, say, sample)
-        except RefusedError as refused:
+            return open_ctranslate2_engine(
+                checkpoint, device, threads, precision, languages, cache_dir, log, calibration
+            )
+        except CTranslate2Unavailable as refused:
             if not allow_fallback:
                 raise UserError(
                     f"{checkpoint}: CTranslate2 cannot be used: {refused}; use engine transformers"
                 ) from None
-            if say is not None:
-                say(f"{checkpoint}: using transformers, since {refused}")
+            if log is not None:
+                log(f"{checkpoint}: using transformers, since {refused}")
             precision = "fp32" if precision == "int8" else precision
-    if precision not in TORCH_TYPES:
-        raise UserError(f"engine transformers has no {precision}; use {', '.join(TORCH_TYPES)}")
+    if precision not in TORCH_DTYPES:
+        raise UserError(f"engine transformers has no {precision}; use {', '.join(TORCH_DTYPES)}")
     tokenizer = loading.load_tokenizer(checkpoint, languages)
-    model = loading.load_model(checkpoint, TORCH_TYPES[precision])
-    loading.set_languages(model, tokenizer)
+    model = loading.load_model(checkpoint, TORCH_DTYPES[precision])
+    loading.set_target_language(model, tokenizer)
     torch.nn.Module.to(model, device)
     return TransformersEngine(model, tokenizer, threads=threads)

@@ -7,50 +7,50 @@ from typing import Any
 import torch
 
 from raydistill.config.run import Decoding
-from raydistill.core.files import CARD
-from raydistill.core.machine import own_cores
+from raydistill.core.files import CHECKPOINT_METADATA
+from raydistill.core.machine import available_cores
 from raydistill.inference.decoding import Engine, resolve_decoding
 from raydistill.inference.engines import open_engine
 
 
-class Student:
+class PyfuncStudent:
     """Writes a text for each source, with the engine that serves best here and the decoding that was chosen."""
 
     def __init__(self, engine: Engine, max_source_tokens: int) -> None:
         self.engine = engine
         self.max_source_tokens = max_source_tokens
-        self.beam = resolve_decoding(Decoding(), engine.generation, None, 128)
+        self.beam = resolve_decoding(Decoding(), engine.generation_config, None, 128)
 
     def predict(self, sources: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Sources as a list of texts, or a table whose first column holds them; returns a text each."""
-        texts = sources.iloc[:, 0].tolist() if hasattr(sources, "iloc") else _listed(sources)
+        texts = sources.iloc[:, 0].tolist() if hasattr(sources, "iloc") else _as_list(sources)
         found = self.engine.generate(texts, self.beam, max_source_tokens=self.max_source_tokens)
         return [hypotheses[0].text.strip() for hypotheses in found]
 
 
-def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> Student:
+def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStudent:
     """What MLflow calls with the folder that holds the checkpoint, and `registry.SETTINGS` as a person changed them.
 
     By default the engine, the device and the threads are those with which a sweep times its finalists: the run's
     engine, a GPU where there is one, else all cores.
     """
     folder = Path(path)
-    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    card = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))
     languages = tuple(card["languages"]) if card.get("languages") else None
     kind = (card["config"].get("evaluation") or {}).get("engine", "auto")
-    device, threads = _place(**(settings or {}))
+    device, threads = _resolve_device_and_threads(**(settings or {}))
     engine = open_engine(folder, kind, device=device, threads=threads, languages=languages)
-    return Student(engine, card["max_source_tokens"])
+    return PyfuncStudent(engine, card["max_source_tokens"])
 
 
-def _place(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:
+def _resolve_device_and_threads(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:
     """The device to serve on and its CPU threads; a ValueError where `threads` is no number."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads == "all":
-        threads = len(own_cores())
+        threads = len(available_cores())
     return device, int(threads)
 
 
-def _listed(sources: Any) -> list[str]:
+def _as_list(sources: Any) -> list[str]:
     return [sources] if isinstance(sources, str) else [str(source) for source in sources]

@@ -21,28 +21,28 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from raydistill.inference.ctranslate2_conversion import sources_of, torch_threads
+from raydistill.inference.ctranslate2_conversion import tokenize_and_clamp, torch_threads
 from raydistill.inference.decoding import (
-    Beam,
+    BeamSearchParams,
     Hypothesis,
-    Progress,
-    checked,
-    fixed_length,
-    made_up,
-    text_of,
-    write_longest_first,
+    RowProgress,
+    clamp_to_positions,
+    decode_text,
+    fixed_length_params,
+    generate_longest_first,
+    random_inputs,
 )
 
-TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # generate() tells a hypothesis's score only where it keeps the fp32 log-probabilities of the whole vocabulary at every
 # step: 39 GB for mBART (250,000 words), 128 rows of 5 beams and 61 tokens. What one call may keep, where it runs:
-KEPT_BYTES = {"cpu": 2**30, "cuda": 2**34}
+MAX_SCORE_BYTES = {"cpu": 2**30, "cuda": 2**34}
 
 
-SHARED_SOURCE = "raydistill_shared_source"
+SHARED_SOURCE_ATTENTION = "raydistill_shared_source"
 
 
-class _SourceCache(transformers.DynamicCache):
+class _CrossAttentionCache(transformers.DynamicCache):
     """Keys and values of the source, [rows, heads, tokens, head size]: of a row's beams, which are alike, the first."""
 
     def __init__(self, beams: int) -> None:
@@ -77,17 +77,17 @@ def _shared_source_attention(
     return out.reshape(-1, queries, heads, size), None
 
 
-AttentionInterface.register(SHARED_SOURCE, _shared_source_attention)
-AttentionMaskInterface.register(SHARED_SOURCE, sdpa_mask)
+AttentionInterface.register(SHARED_SOURCE_ATTENTION, _shared_source_attention)
+AttentionMaskInterface.register(SHARED_SOURCE_ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def _writing(model: PreTrainedModel) -> Iterator[None]:
+def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
     """The model without dropout and, where it uses torch's attention, with a shared source; afterwards as it was."""
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     if attention == "sdpa":
-        model.set_attn_implementation(SHARED_SOURCE)
+        model.set_attn_implementation(SHARED_SOURCE_ATTENTION)
     try:
         yield
     finally:
@@ -104,43 +104,45 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.threads = threads
-        self.generation = model.generation_config
+        self.generation_config = model.generation_config
         self.device = str(model.device)
-        self.precision = next(name for name, dtype in TORCH_TYPES.items() if dtype == model.dtype)
+        self.precision = next(name for name, dtype in TORCH_DTYPES.items() if dtype == model.dtype)
 
     def generate(
         self,
         texts: list[str],
-        beam: Beam,
+        beam: BeamSearchParams,
         *,
         max_source_tokens: int,
         batch_size: int = 32,
         n_best: int = 1,
-        on_progress: Progress | None = None,
+        on_progress: RowProgress | None = None,
     ) -> list[list[Hypothesis]]:
-        beam = checked(beam, n_best, self.model.config)
-        rows = sources_of(self.tokenizer, texts, max_source_tokens, self.model.config)
-        settings = self._settings(beam)
+        beam = clamp_to_positions(beam, n_best, self.model.config)
+        rows = tokenize_and_clamp(self.tokenizer, texts, max_source_tokens, self.model.config)
+        settings = self._generation_config(beam)
         settings.num_return_sequences = n_best
-        size = min(batch_size, _rows_within(KEPT_BYTES[self.model.device.type], beam, self.model.config.vocab_size))
-        return write_longest_first(
-            texts, rows, size, lambda batch: self._batch(batch, settings, beam.length_penalty), on_progress
+        size = min(
+            batch_size, _max_batch_rows(MAX_SCORE_BYTES[self.model.device.type], beam, self.model.config.vocab_size)
+        )
+        return generate_longest_first(
+            texts, rows, size, lambda batch: self._generate_batch(batch, settings, beam.length_penalty), on_progress
         )
 
-    def timed(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
-        rows = made_up(self.tokenizer, self.model.config, source_tokens, batch)
-        settings = self._settings(fixed_length(output_tokens, beams))
+    def make_benchmark_call(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
+        rows = random_inputs(self.tokenizer, self.model.config, source_tokens, batch)
+        settings = self._generation_config(fixed_length_params(output_tokens, beams))
 
         def call() -> None:
-            self._run(rows, settings)
+            self._call_generate(rows, settings)
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
 
         return call
 
-    def _settings(self, beam: Beam) -> GenerationConfig:
+    def _generation_config(self, beam: BeamSearchParams) -> GenerationConfig:
         """The model's own generation config with the beam's values; nothing is sampled."""
-        settings = copy.deepcopy(self.generation)
+        settings = copy.deepcopy(self.generation_config)
         searching = beam.beams > 1
         settings.update(
             do_sample=False,
@@ -163,12 +165,12 @@ class TransformersEngine:
         return settings
 
     @torch.inference_mode()
-    def _run(self, rows: list[list[int]], settings: GenerationConfig) -> Any:
+    def _call_generate(self, rows: list[list[int]], settings: GenerationConfig) -> Any:
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
-        with torch_threads(self.threads if self.model.device.type == "cpu" else None), _writing(self.model):
-            shared = self.model.config._attn_implementation == SHARED_SOURCE
+        with torch_threads(self.threads if self.model.device.type == "cpu" else None), _generation_mode(self.model):
+            shared = self.model.config._attn_implementation == SHARED_SOURCE_ATTENTION
             # Both grow with the decoder's depth; transformers 5.23 would make T5's as deep as its encoder.
-            source = _SourceCache(settings.num_beams if shared else 1)
+            source = _CrossAttentionCache(settings.num_beams if shared else 1)
             return self.model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -176,35 +178,37 @@ class TransformersEngine:
                 past_key_values=transformers.EncoderDecoderCache(transformers.DynamicCache(), source),
             )
 
-    def _batch(self, rows: list[list[int]], settings: GenerationConfig, penalty: float) -> list[list[Hypothesis]]:
-        out = self._run(rows, settings)
+    def _generate_batch(
+        self, rows: list[list[int]], settings: GenerationConfig, length_penalty: float
+    ) -> list[list[Hypothesis]]:
+        out = self._call_generate(rows, settings)
         sequences = out.sequences.tolist()
         if settings.num_beams == 1:
-            scores = _greedy_scores(out, self.model.config.eos_token_id, penalty)
+            scores = _greedy_scores(out, self.model.config.eos_token_id, length_penalty)
         else:
             scores = out.sequences_scores.tolist()
         n = settings.num_return_sequences or 1
         padding = self.model.config.pad_token_id
         made = [
-            Hypothesis(text_of(self.tokenizer, s), float(x), sum(token != padding for token in s[1:]))
+            Hypothesis(decode_text(self.tokenizer, s), float(x), sum(token != padding for token in s[1:]))
             for s, x in zip(sequences, scores, strict=True)
         ]
         return [made[i : i + n] for i in range(0, len(made), n)]
 
 
-def _rows_within(kept_bytes: int, beam: Beam, vocabulary: int) -> int:
+def _max_batch_rows(max_bytes: int, beam: BeamSearchParams, vocab_size: int) -> int:
     """How many rows generate() may take at once, at least 1; beam search keeps scores, greedy search logits too."""
     kept = beam.beams if beam.beams > 1 else 2
-    return max(1, kept_bytes // (4 * kept * beam.max_length * vocabulary))
+    return max(1, max_bytes // (4 * kept * beam.max_length * vocab_size))
 
 
-def _greedy_scores(out: Any, end: int, penalty: float) -> list[float]:
+def _greedy_scores(out: Any, eos_token_id: int, length_penalty: float) -> list[float]:
     """Each row's scores as beam search counts them: a forced token adds to the length and not to the sum."""
     written = out.sequences[:, -len(out.logits) :]
     steps = zip(out.logits, written.T, strict=True)  # one by one: together they would take their memory again
     chosen = torch.stack([kept.float().log_softmax(-1).gather(-1, w[:, None])[:, 0] for kept, w in steps], dim=1)
     allowed = torch.stack([kept.isfinite().sum(-1) for kept in out.scores], dim=1)
     chosen = chosen.masked_fill(allowed == 1, 0.0)
-    ended_before = ((written == end).cumsum(1) - (written == end).long()) > 0
+    ended_before = ((written == eos_token_id).cumsum(1) - (written == eos_token_id).long()) > 0
     lengths = (~ended_before).sum(1)
-    return (chosen.masked_fill(ended_before, 0.0).sum(1) / lengths**penalty).tolist()
+    return (chosen.masked_fill(ended_before, 0.0).sum(1) / lengths**length_penalty).tolist()

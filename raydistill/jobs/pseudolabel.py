@@ -18,41 +18,41 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from raydistill.cluster import sync
-from raydistill.cluster.actor_pool import Facts, room_for_actors, run_batches
-from raydistill.config.presets import metric_for, teacher_preset
-from raydistill.config.run import Dataset, Decoding, Pseudo
-from raydistill.core.console import Bar, progress
+from raydistill.cluster.actor_pool import BatchStats, max_actors, run_batches
+from raydistill.config.presets import resolve_metric, teacher_preset
+from raydistill.config.run import Dataset, Decoding, PseudoLabeling
+from raydistill.core.console import ProgressBar, print_progress
 from raydistill.core.errors import UserError
-from raydistill.core.files import damage_told, read_json, write_atomic
-from raydistill.data.readers import extension
-from raydistill.data.streaming import Scan, scan, usable_rows
-from raydistill.evaluation.metrics import Tally, rouge2_rows
-from raydistill.jobs.label_outputs import compact, is_done, output_of, write_output
-from raydistill.label_sets.batch_plan import BATCH_CHARS, Plan, make_plan, open_plan
+from raydistill.core.files import corrupt_file_error, read_json, write_atomic
+from raydistill.data.readers import known_extension
+from raydistill.data.streaming import SplitScan, scan_split, usable_rows
+from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
+from raydistill.jobs.label_outputs import batch_output_path, is_batch_complete, merge_outputs, write_batch_output
+from raydistill.label_sets.batch_plan import BATCH_CHARS, BatchPlan, make_plan, open_plan
 from raydistill.label_sets.curation import check_curation, curate
-from raydistill.label_sets.label_set import is_finished, label_set_name, read_manifest
+from raydistill.label_sets.label_set import is_complete, label_set_key, read_manifest
 
 if TYPE_CHECKING:  # it loads torch
     from raydistill.inference.decoding import Engine
 
-PROOF_ROWS = 4
+NUM_CALIBRATION_ROWS = 4
 # A GPU takes as many rows at once as fill it; a CPU core is fastest with few.
-GPU_CHARS = 4 * BATCH_CHARS
+GPU_BATCH_CHARS = 4 * BATCH_CHARS
 CHARS_PER_TOKEN = 5  # roughly, to know how much of a long source the teacher reads
-ROWS_AT_ONCE = {"ctranslate2": 32, "transformers": 16}
-ROWS_AT_ONCE_GPU = 128
+CPU_BATCH_SIZES = {"ctranslate2": 32, "transformers": 16}
+GPU_BATCH_SIZE = 128
 # Part of a label set's key. One more whenever an engine, with the same settings, comes to write other texts.
-SEARCH_VERSION = 2
+DECODING_VERSION = 2
 
 # Called in the actor with (batch number, ids, sources, the labels), when a batch is labelled and before its file is
 # written: what else a pass over the data has to produce. It must leave its output whole, as the batch's own file is.
-Also = Callable[[int, list[str], list[str], list[str]], None]
+BatchCallback = Callable[[int, list[str], list[str], list[str]], None]
 # What opens the teacher in an actor; called as model.generate.open_engine is.
-Opener = Callable[..., "Engine"]
+EngineFactory = Callable[..., "Engine"]
 
 
 @dataclass(frozen=True)
-class Job:
+class LabelJob:
     """What to label, by whom, how."""
 
     teacher: str
@@ -60,68 +60,75 @@ class Job:
     split: str = "train"
     decoding: Decoding = field(default_factory=Decoding)
     engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
-    pseudo: Pseudo = field(default_factory=Pseudo)
+    pseudo: PseudoLabeling = field(default_factory=PseudoLabeling)
     metric: Literal["auto", "rouge2", "bleu"] = "auto"
     threads: int = 1
     batch_chars: int | None = None
-    fallback: bool = True
+    allow_fallback: bool = True
 
 
 def pseudolabel(
-    job: Job,
+    job: LabelJob,
     root: Path,
     device: str = "cpu",
-    say: bool = True,
-    also: Callable[[], Also] | None = None,
-    opener: Opener | None = None,
+    verbose: bool = True,
+    make_on_batch: Callable[[], BatchCallback] | None = None,
+    engine_factory: EngineFactory | None = None,
 ) -> Path:
     """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again.
 
     Where `job.pseudo.curation` has rules, the folder is that of the curated set, and the whole one stands beside it.
-    `opener` is there for measuring the job itself (benchmarks/scaling.py); the default is `open_engine`.
+    `engine_factory` is there for measuring the job itself (benchmarks/scaling.py); the default is `open_engine`.
     """
-    found = scan(job.dataset, job.split)
+    found = scan_split(job.dataset, job.split)
     about = describe_job(job, found)
     rules = job.pseudo.curation
     check_curation(rules, found.labelled)
     root = root.absolute()  # Ray's workers have working folders of their own
-    folder = root / f"{_plain(job.dataset.name)}-{_plain(job.split)}-{_key(job, about, found, device)}"
+    folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{_label_set_key(job, about, found, device)}"
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root / f".{folder.name}.lock", folder):
-        _make(job, about, found, folder, device, say, also, opener)
+    with _label_set_lock(root / f".{folder.name}.lock", folder):
+        _build_label_set(job, about, found, folder, device, verbose, make_on_batch, engine_factory)
     if rules == type(rules)():
         return folder
-    made = curate(folder, job.dataset, job.split, rules, rouge2_rows, Tally(metric_for(job.dataset.name, job.metric)))
-    sync.keep(made)
+    made = curate(
+        folder,
+        job.dataset,
+        job.split,
+        rules,
+        rouge2_rows,
+        ScoreAccumulator(resolve_metric(job.dataset.name, job.metric)),
+    )
+    sync.push(made)
     return made
 
 
-def _key(job: Job, about: dict[str, Any], found: Scan, device: str) -> str:
+def _label_set_key(job: LabelJob, description: dict[str, Any], scan_result: SplitScan, device: str) -> str:
     """What decides about the texts: the teacher's weights and settings, the data, and how it is decoded.
 
     Two engines, or one with another precision, do not always write the same text.
     """
     how = {
-        **about["decoding"],
+        **description["decoding"],
         "n_best": job.pseudo.n_best,
         "engine": job.engine,
         "device": device,
         "precision": job.pseudo.precision,
-        "settings": about["teacher"]["settings"],
-        "languages": about["languages"],
-        "search": SEARCH_VERSION,
+        "settings": description["teacher"]["settings"],
+        "languages": description["languages"],
+        "search": DECODING_VERSION,
     }
-    return label_set_name(about["teacher"]["fingerprint"], found.fingerprint, how)
+    return label_set_key(description["teacher"]["fingerprint"], scan_result.fingerprint, how)
 
 
 @contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
+def _label_set_lock(path: Path, folder: Path) -> Iterator[None]:
     """Hold a label set's lock; says so where another command has it, and waits."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress(f"pseudo-labels: another command is making {folder.name}; waiting for it")
+        print_progress(f"pseudo-labels: another command is making {folder.name}; waiting for it")
         lock.acquire()
     try:
         yield
@@ -129,16 +136,22 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def describe_job(job: Job, found: Scan) -> dict[str, Any]:
+def describe_job(job: LabelJob, scan_result: SplitScan) -> dict[str, Any]:
     """Teacher, data and decoding as the manifest holds them, without loading the model."""
     from raydistill.inference.decoding import resolve_decoding
-    from raydistill.models.loading import languages_of, load_config, load_generation_config, locate, max_tokens
+    from raydistill.models.loading import (
+        load_config,
+        load_generation_config,
+        locate_checkpoint,
+        resolve_languages,
+        resolve_max_tokens,
+    )
 
     preset = teacher_preset(job.teacher, job.dataset.name)
-    where = locate(job.teacher, job.dataset.name)
+    where = locate_checkpoint(job.teacher, job.dataset.name)
     where = str(Path(where).absolute()) if Path(where).is_dir() else where
     config = load_config(where)
-    target = max_tokens("max_target_tokens", job.dataset, preset, config)
+    target = resolve_max_tokens("max_target_tokens", job.dataset, preset, config)
     beam = resolve_decoding(job.decoding, load_generation_config(where), preset.decoding if preset else None, target)
     if job.pseudo.n_best > beam.beams:
         raise UserError(
@@ -146,95 +159,97 @@ def describe_job(job: Job, found: Scan) -> dict[str, Any]:
             f"give --beams"
         )
     return {
-        "teacher": {"name": job.teacher, "where": where, **_identity(where)},
+        "teacher": {"name": job.teacher, "where": where, **_teacher_fingerprints(where)},
         "data": {
             "name": job.dataset.name,
             "split": job.split,
-            "fingerprint": found.fingerprint,
-            "skipped": found.skipped,
+            "fingerprint": scan_result.fingerprint,
+            "skipped": scan_result.skipped,
             "dataset": job.dataset.model_dump(mode="json", exclude_defaults=True),
         },
         "decoding": {
             **asdict(beam),
-            "max_source_tokens": max_tokens("max_source_tokens", job.dataset, preset, config),
+            "max_source_tokens": resolve_max_tokens("max_source_tokens", job.dataset, preset, config),
         },
         "n_best": job.pseudo.n_best,
-        "languages": languages_of(job.teacher, job.dataset),
+        "languages": resolve_languages(job.teacher, job.dataset),
     }
 
 
-def _identity(where: str) -> dict[str, str]:
+def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
     """Fingerprints of the weights and of configuration and tokenizer; the commit, of a teacher from the hub."""
-    from raydistill.models.hub import commit
-    from raydistill.models.loading import fingerprint, settings_fingerprint
+    from raydistill.models.hub import hub_commit
+    from raydistill.models.loading import settings_fingerprint, weights_fingerprint
 
-    known = commit(where)
-    found = {"fingerprint": fingerprint(where), "settings": settings_fingerprint(where)}
+    known = hub_commit(checkpoint)
+    found = {"fingerprint": weights_fingerprint(checkpoint), "settings": settings_fingerprint(checkpoint)}
     return {**found, "commit": known} if known else found
 
 
-def _make(
-    job: Job,
-    about: dict[str, Any],
-    found: Scan,
+def _build_label_set(
+    job: LabelJob,
+    description: dict[str, Any],
+    scan_result: SplitScan,
     folder: Path,
     device: str,
-    say: bool,
-    also: Callable[[], Also] | None,
-    opener: Opener | None,
+    verbose: bool,
+    make_on_batch: Callable[[], BatchCallback] | None,
+    engine_factory: EngineFactory | None,
 ) -> None:
     """Go on with the label set in `folder`; the caller holds its lock."""
     work = folder.with_name(f".{folder.name}.work")
-    sync.fetch(folder, work)
-    if is_finished(folder):
-        if not job.fallback and (why := read_manifest(folder).get("engine_why")):
+    sync.pull(folder, work)
+    if is_complete(folder):
+        if not job.allow_fallback and (why := read_manifest(folder).get("engine_why")):
             raise UserError(f"{folder}: is finished, but not by CTranslate2: {why}")
         shutil.rmtree(work, ignore_errors=True)  # of a job that was killed after its last step but one
-        if say:
-            progress(f"pseudo-labels: {found.rows} rows are there already: {folder}")
+        if verbose:
+            print_progress(f"pseudo-labels: {scan_result.rows} rows are there already: {folder}")
         return
     plan = open_plan(work / "plan")
     if plan is None:
-        chars = job.batch_chars or (GPU_CHARS if device == "cuda" else BATCH_CHARS)
-        read = CHARS_PER_TOKEN * about["decoding"]["max_source_tokens"]
-        rows = usable_rows(job.dataset, job.split, found)
-        plan = make_plan(rows, work / "plan", batch_chars=chars, max_chars=read)
-        sync.keep(work / "plan")
+        chars = job.batch_chars or (GPU_BATCH_CHARS if device == "cuda" else BATCH_CHARS)
+        read = CHARS_PER_TOKEN * description["decoding"]["max_source_tokens"]
+        rows = usable_rows(job.dataset, job.split, scan_result)
+        plan = make_plan(rows, work / "plan", batch_chars=chars, max_source_chars=read)
+        sync.push(work / "plan")
     (work / "out").mkdir(exist_ok=True)
-    missing = [n for n in range(len(plan)) if not is_done(output_of(work, n))]
-    if say and len(missing) < len(plan):
-        progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
+    missing = [n for n in range(len(plan)) if not is_batch_complete(batch_output_path(work, n))]
+    if verbose and len(missing) < len(plan):
+        print_progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
     if missing:
-        _label(job, about, plan, work, missing, device, say, also, opener)
-        sync.fetch(work)
-    compact(plan, work, folder, about, found, metric_for(job.dataset.name, job.metric))
-    sync.keep(folder)
-    sync.drop(work)
+        _label_batches(job, description, plan, work, missing, device, verbose, make_on_batch, engine_factory)
+        sync.pull(work)
+    merge_outputs(plan, work, folder, description, scan_result, resolve_metric(job.dataset.name, job.metric))
+    sync.push(folder)
+    sync.delete(work)
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _label(
-    job: Job,
-    about: dict[str, Any],
-    plan: Plan,
-    work: Path,
-    missing: list[int],
+def _label_batches(
+    job: LabelJob,
+    description: dict[str, Any],
+    plan: BatchPlan,
+    work_dir: Path,
+    batch_numbers: list[int],
     device: str,
-    say: bool,
-    also: Callable[[], Also] | None,
-    opener: Opener | None,
+    verbose: bool,
+    make_on_batch: Callable[[], BatchCallback] | None,
+    engine_factory: EngineFactory | None,
 ) -> None:
     """Run the missing batches through one actor per GPU, or per `job.threads` CPUs, and tell how far it is."""
-    total, todo = sum(plan.rows), sum(plan.rows[n] for n in missing)
-    chars = sum(plan.chars[n] for n in missing)
+    total, todo = sum(plan.rows), sum(plan.rows[n] for n in batch_numbers)
+    chars = sum(plan.chars[n] for n in batch_numbers)
     done = {"rows": total - todo, "tokens": 0}
     started = time.monotonic()
-    if say:
-        actors = min(room_for_actors(device, job.threads), len(missing))
-        progress(f"pseudo-labels: {todo} rows to label in {len(missing)} batches, {actors} teachers at work")
-    bar = Bar("pseudo-labels", sum(plan.chars), sum(plan.chars) - chars) if say else None
+    if verbose:
+        actors = min(max_actors(device, job.threads), len(batch_numbers))
+        print_progress(
+            f"pseudo-labels: {todo} rows to label in {len(batch_numbers)} batches, {actors} teachers at work"
+        )
+    bar = ProgressBar("pseudo-labels", sum(plan.chars), sum(plan.chars) - chars) if verbose else None
 
-    def on_done(facts: Facts) -> None:
+    def on_done(facts: BatchStats) -> None:
         done["rows"] += int(facts["rows"])
         done["tokens"] += int(facts["tokens"])
         if bar is not None:
@@ -242,15 +257,17 @@ def _label(
             rates = f"{(done['rows'] - total + todo) / seconds:.1f} rows/s, {done['tokens'] / seconds:.0f} tokens/s"
             bar.advance(plan.chars[int(facts["batch"])], f"{done['rows']}/{total} rows, {rates}")
 
-    where = Path(about["teacher"]["where"])
-    sync.keep(where)
+    where = Path(description["teacher"]["where"])
+    sync.push(where)
 
-    def labeller() -> Callable[[int], Facts]:
-        sync.fetch(where, work / "plan", work / "engine.json")
-        return Labeller(job, about, plan, work, device, also() if also else None, opener)
+    def labeller() -> Callable[[int], BatchStats]:
+        sync.pull(where, work_dir / "plan", work_dir / "engine.json")
+        return Labeller(
+            job, description, plan, work_dir, device, make_on_batch() if make_on_batch else None, engine_factory
+        )
 
     try:
-        run_batches(missing, labeller, device=device, threads=job.threads, on_done=on_done)
+        run_batches(batch_numbers, labeller, device=device, threads=job.threads, on_done=on_done)
     finally:
         if bar is not None:
             bar.close()
@@ -261,91 +278,94 @@ class Labeller:
 
     def __init__(
         self,
-        job: Job,
-        about: dict[str, Any],
-        plan: Plan,
-        work: Path,
+        job: LabelJob,
+        description: dict[str, Any],
+        plan: BatchPlan,
+        work_dir: Path,
         device: str,
-        also: Also | None = None,
-        opener: Opener | None = None,
+        on_batch: BatchCallback | None = None,
+        engine_factory: EngineFactory | None = None,
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        from raydistill.inference.decoding import Beam, Sample
+        from raydistill.inference.decoding import BeamSearchParams, CalibrationRows
         from raydistill.inference.engines import open_engine
 
-        decoding = dict(about["decoding"])
-        if _identity(about["teacher"]["where"]).items() - about["teacher"].items():
-            raise UserError(f"{about['teacher']['where']}: the teacher has changed since the job began; run it again")
+        decoding = dict(description["decoding"])
+        if _teacher_fingerprints(description["teacher"]["where"]).items() - description["teacher"].items():
+            raise UserError(
+                f"{description['teacher']['where']}: the teacher has changed since the job began; run it again"
+            )
         self.max_source_tokens = decoding.pop("max_source_tokens")
-        self.beam = Beam(**decoding)
-        self.plan, self.work, self.n_best, self.also = plan, work, job.pseudo.n_best, also
+        self.beam = BeamSearchParams(**decoding)
+        self.plan, self.work_dir, self.n_best, self.on_batch = plan, work_dir, job.pseudo.n_best, on_batch
         self.threads = job.threads
         middle = plan.read_batch(len(plan) // 2)["sources"]
         said: list[str] = []
-        self.engine = (opener or open_engine)(
-            about["teacher"]["where"],
+        self.engine = (engine_factory or open_engine)(
+            description["teacher"]["where"],
             job.engine,
             device=device,
             threads=job.threads,
             precision=job.pseudo.precision,
-            languages=about["languages"],
-            cache=work.parent / ".engines",
-            allow_fallback=job.fallback,
-            say=said.append,
-            sample=Sample(tuple(middle[:PROOF_ROWS]), self.beam, self.max_source_tokens),
+            languages=description["languages"],
+            cache_dir=work_dir.parent / ".engines",
+            allow_fallback=job.allow_fallback,
+            log=said.append,
+            calibration=CalibrationRows(tuple(middle[:NUM_CALIBRATION_ROWS]), self.beam, self.max_source_tokens),
         )
-        self.name = f"{self.engine.name} {self.engine.precision}"
-        self.rows_at_once = ROWS_AT_ONCE_GPU if device == "cuda" else ROWS_AT_ONCE[self.engine.name]
-        _one_engine(work, self.name, [line for line in said if "using transformers" in line])
+        self.engine_name = f"{self.engine.name} {self.engine.precision}"
+        self.batch_size = GPU_BATCH_SIZE if device == "cuda" else CPU_BATCH_SIZES[self.engine.name]
+        _check_same_engine(work_dir, self.engine_name, [line for line in said if "using transformers" in line])
 
-    def __call__(self, number: int) -> Facts:
+    def __call__(self, batch_number: int) -> BatchStats:
         """Label one planned batch and write its file."""
-        batch = self.plan.read_batch(number)
+        batch = self.plan.read_batch(batch_number)
         started = time.monotonic()
         found = self.engine.generate(
             batch["sources"],
             self.beam,
             max_source_tokens=self.max_source_tokens,
-            batch_size=self.rows_at_once,
+            batch_size=self.batch_size,
             n_best=self.n_best,
         )
         seconds = time.monotonic() - started
         targets = [[h.text.strip() for h in hypotheses] for hypotheses in found]
-        if self.also is not None:
-            self.also(number, batch["ids"], batch["sources"], [texts[0] for texts in targets])
+        if self.on_batch is not None:
+            self.on_batch(batch_number, batch["ids"], batch["sources"], [texts[0] for texts in targets])
         scores = [[float(h.score) for h in hypotheses] for hypotheses in found]
         columns = {"id": batch["ids"], "targets": targets, "scores": scores}
-        write_output(self.work, number, columns, self.name, seconds * self._devices)
+        write_batch_output(self.work_dir, batch_number, columns, self.engine_name, seconds * self._num_devices)
         tokens = sum(hypotheses[0].tokens for hypotheses in found)
         return {"rows": len(found), "tokens": tokens, "seconds": seconds}
 
     @property
-    def _devices(self) -> int:
+    def _num_devices(self) -> int:
         """What it holds: a GPU, or CPU cores."""
         return self.threads if self.engine.device == "cpu" else 1
 
 
-def _one_engine(work: Path, name: str, why: list[str]) -> None:
+def _check_same_engine(work_dir: Path, engine: str, fallback_messages: list[str]) -> None:
     """All batches of a set are written by one engine: the first actor says which, and the others agree.
 
     UserError where a job is taken up on a machine that opens another one.
     """
-    place = work / "engine.json"
-    with FileLock(work / ".engine.lock"):
-        sync.fetch(place)
+    place = work_dir / "engine.json"
+    with FileLock(work_dir / ".engine.lock"):
+        sync.pull(place)
         if not place.is_file():
-            write_atomic(place, json.dumps({"engine": name, "why": " ".join(why)}).encode())
-            sync.keep(place)
-        with damage_told(place):
+            write_atomic(place, json.dumps({"engine": engine, "why": " ".join(fallback_messages)}).encode())
+            sync.push(place)
+        with corrupt_file_error(place):
             begun = read_json(place)["engine"]
-    if begun != name:
+    if begun != engine:
         raise UserError(
-            f"{work}: the batches so far were written by {begun}, and this machine opens {name}: texts of two engines "
+            f"{work_dir}: the batches so far were written by {begun}, and this machine opens {engine}: texts of two "
+            f"engines "
             f"are not mixed. Go on where {begun} can be opened, or delete the folder to begin anew"
         )
 
 
-def _plain(name: str) -> str:
+def _slug(name: str) -> str:
     """A data set's name as a folder's: "my_texts.jsonl.gz" is my-texts."""
-    stem = Path(name).name.removesuffix(extension(Path(name)) or "")
+    stem = Path(name).name.removesuffix(known_extension(Path(name)) or "")
     return "".join(c if c.isalnum() else "-" for c in stem)

@@ -13,113 +13,115 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import sync
-from raydistill.cluster.actor_pool import Facts, run_batches
-from raydistill.cluster.exclusive import alone
+from raydistill.cluster.actor_pool import BatchStats, run_batches
+from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.run import Run
-from raydistill.core.console import progress
+from raydistill.core.console import print_progress
 from raydistill.data.batching import Examples
-from raydistill.jobs.pseudolabel import Also
+from raydistill.jobs.pseudolabel import BatchCallback
 from raydistill.teacher_cache import store
-from raydistill.teacher_cache.builder import Pass
-from raydistill.teacher_cache.policy import Costs, Keep, choose, measure, pass_for
-from raydistill.training.inputs import MadeLabels, folders_of, read_by
+from raydistill.teacher_cache.builder import CacheBuilder
+from raydistill.teacher_cache.policy import CacheMode, EpochTimes, choose_mode, make_cache_builder, measure_epoch_times
+from raydistill.training.inputs import LabelFolders, input_paths, run_label_folders
 
-FREE_SHARE = 0.9
+MAX_DISK_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
-class Cached:
+class CacheStats:
     """What a pass came to: the bytes kept, and by array of a store the device-seconds that it once took."""
 
     bytes: int
-    seconds: dict[str, float]
+    device_seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Want:
+class CacheRequest:
     """Runs on one training split that may read the teacher's states, and the label sets that they train on.
 
     `computed` is what `precision: auto` came to on the workers; this process may have no such device.
     """
 
     runs: list[Run]
-    labels: MadeLabels
+    labels: LabelFolders
     root: Path
     device: str
-    computed: str | None = None
+    compute_dtype: str | None = None
 
-    def work(self, keep: Keep) -> Pass:
-        """What these runs read, where runs of `auto` keep `keep`."""
+    def make_builder(self, mode: CacheMode) -> CacheBuilder:
+        """What these runs read, where runs of `auto` keep `mode`."""
         modes = [
-            (run, keep if run.training.teacher_cache == "auto" else run.training.teacher_cache) for run in self.runs
+            (run, mode if run.training.teacher_cache == "auto" else run.training.teacher_cache) for run in self.runs
         ]
-        examples, key, config, computed = _read(self)
-        return pass_for(modes, examples, key, config, self.root, computed)
+        examples, key, config, computed = _load_inputs(self)
+        return make_cache_builder(modes, examples, key, config, self.root, computed)
 
-    def reads(self) -> list[Path]:
+    def input_paths(self) -> list[Path]:
         """What is read of the home: the teacher and the label sets, as far as they lie there."""
         labels = [Path(folder) for made in self.labels.values() for folder in made.values()]
-        return [*labels, *{place for run in self.runs for place in read_by(run)}]
+        return [*labels, *{place for run in self.runs for place in input_paths(run)}]
 
     def __hash__(self) -> int:
-        return hash((str(self.runs), str(self.labels), self.root, self.device, self.computed))
+        return hash((str(self.runs), str(self.labels), self.root, self.device, self.compute_dtype))
 
 
-def group_of(run: Run) -> str:
+def cache_group_key(run: Run) -> str:
     """Runs of one group may read one pass: the same teacher, pairs and numbers."""
     about = (run.teacher, run.dataset.model_dump(mode="json"), run.training.precision, run.training.cache_precision)
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
 
 
-def teacher_pass(want: Want, keep: Keep) -> Cached:
-    """Make what the runs read of the teacher, unless it is there; `keep` is what `decide` came to."""
-    work = want.work(keep)
+def build_teacher_cache(request: CacheRequest, mode: CacheMode) -> CacheStats:
+    """Make what the runs read of the teacher, unless it is there; `mode` is what `resolve_cache_mode` came to."""
+    work = request.make_builder(mode)
     with work.lock():
-        known(work)
-        if work.unfinished():
-            sync.fetch(*work.arrays)  # the parts that an earlier pass made, wherever
-            work.begin()
-            sync.keep(*stores_of(work))
-            _make(want, keep, work)
-            finish(work)
-    return Cached(sum(work.arrays.values()), work.device_seconds)
+        pull_manifests(work)
+        if work.is_incomplete():
+            sync.pull(*work.array_sizes)  # the parts that an earlier pass made, wherever
+            work.prepare()
+            sync.push(*store_folders(work))
+            _build_missing_parts(request, mode, work)
+            finish_and_push(work)
+    return CacheStats(sum(work.array_sizes.values()), work.device_seconds)
 
 
-def decide(want: Want, epochs: float) -> tuple[Keep, str]:
-    """What `auto` keeps for these runs, and why; `epochs`: over all trials."""
-    if all(run.training.teacher_cache != "auto" for run in want.runs):
+def resolve_cache_mode(request: CacheRequest, total_epochs: float) -> tuple[CacheMode, str]:
+    """What `auto` keeps for these runs, and why; `total_epochs`: over all trials."""
+    if all(run.training.teacher_cache != "auto" for run in request.runs):
         return "full", "as the runs ask"
-    whole = want.work("full")
-    known(whole)
-    if not whole.unfinished():
+    whole = request.make_builder("full")
+    pull_manifests(whole)
+    if not whole.is_incomplete():
         return "full", "it is there already"
-    costs = alone(measured, want, device=want.device, reads=want.reads())
-    keep, why = choose(whole, costs, room(whole), epochs)
-    progress(f"teacher cache: {keep}: {why}")
+    costs = run_exclusive(load_and_measure, request, device=request.device, input_paths=request.input_paths())
+    keep, why = choose_mode(whole, costs, available_bytes(whole), total_epochs)
+    print_progress(f"teacher cache: {keep}: {why}")
     return keep, why
 
 
 @contextmanager
-def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | None]:
+def encoder_states_callback(request: CacheRequest, total_epochs: float) -> Iterator[Callable[[], BatchCallback] | None]:
     """A block in which the pass that labels a split also makes the encoder states that the runs will read.
 
     Gives `also` for the label job: the actor that has labelled batch n makes part n of the encoder's store. What is
-    left over (labels that were there already, more parts than batches) `teacher_pass` makes later.
+    left over (labels that were there already, more parts than batches) `build_teacher_cache` makes later.
     """
-    bare = Want([sources_only(run) for run in want.runs], {}, want.root, want.device, want.computed)
-    work = bare.work("encoder")
-    known(work)
-    if not work.unfinished() or decide(bare, epochs)[0] == "off":
+    bare = CacheRequest(
+        [encoder_only_run(run) for run in request.runs], {}, request.root, request.device, request.compute_dtype
+    )
+    work = bare.make_builder("encoder")
+    pull_manifests(work)
+    if not work.is_incomplete() or resolve_cache_mode(bare, total_epochs)[0] == "off":
         yield None
         return
     with work.lock():
-        sync.fetch(*work.arrays)
-        work.begin()
-        sync.keep(*stores_of(work))
+        sync.pull(*work.array_sizes)
+        work.prepare()
+        sync.push(*store_folders(work))
 
-        def also() -> Also:
-            part = maker(bare, "encoder")()
-            count = len(bare.work("encoder").parts)
+        def also() -> BatchCallback:
+            part = part_function_factory(bare, "encoder")()
+            count = len(bare.make_builder("encoder").parts)
 
             def make(number: int, ids: list[str], sources: list[str], labels: list[str]) -> None:
                 if number < count:
@@ -128,91 +130,93 @@ def encoder_beside(want: Want, epochs: float) -> Iterator[Callable[[], Also] | N
             return make
 
         yield also
-        sync.fetch(*work.arrays)
-        if not work.missing():
-            finish(work)
+        sync.pull(*work.array_sizes)
+        if not work.missing_parts():
+            finish_and_push(work)
 
 
-def sources_only(run: Run) -> Run:
+def encoder_only_run(run: Run) -> Run:
     """The run as one that reads nothing but encoder states: what can be known of it before there are labels."""
     return run.model_copy(update={"method": "sft", "labels": "original"})
 
 
-def room(work: Pass) -> float:
+def available_bytes(builder: CacheBuilder) -> float:
     """Bytes that the stores may take: the runs' own bound, and what is free and used by them already."""
-    work.root.mkdir(parents=True, exist_ok=True)
-    there = sum(work.arrays.values()) - work.missing_bytes()
-    free = FREE_SHARE * shutil.disk_usage(work.root).free + there
-    return free if work.most is None else min(free, work.most)
+    builder.root.mkdir(parents=True, exist_ok=True)
+    there = sum(builder.array_sizes.values()) - builder.missing_bytes()
+    free = MAX_DISK_FRACTION * shutil.disk_usage(builder.root).free + there
+    return free if builder.max_bytes is None else min(free, builder.max_bytes)
 
 
-def auto_precision(device: str, threads: int) -> str:
+def resolve_auto_precision(device: str, threads: int) -> str:
     """What `precision: auto` comes to on the hardware that this runs on; to be called `alone`."""
     from raydistill.config.run import Training
-    from raydistill.training.loop import precision
+    from raydistill.training.loop import autocast_dtype
     from raydistill.training.workers import Worker
 
-    return "fp32" if precision(Training(precision="auto"), Worker(device=device)) is None else "bf16"
+    return "fp32" if autocast_dtype(Training(precision="auto"), Worker(device=device)) is None else "bf16"
 
 
-def measured(want: Want, device: str, threads: int) -> Costs:
+def load_and_measure(request: CacheRequest, device: str, threads: int) -> EpochTimes:
     """`measure` with the teacher loaded; to be called `alone`."""
-    return measure(want.work("full"), _teacher(want, device))
+    return measure_epoch_times(request.make_builder("full"), _load_teacher(request, device))
 
 
-def _make(want: Want, keep: Keep, work: Pass) -> None:
+def _build_missing_parts(request: CacheRequest, mode: CacheMode, builder: CacheBuilder) -> None:
     """Make the missing parts in actors that hold the teacher."""
-    missing = work.missing()
+    missing = builder.missing_parts()
     total, done, last = len(missing), 0, time.monotonic()
-    progress(f"teacher cache: {total} parts to make, {work.missing_bytes() / 1e6:.0f} MB, under {want.root}")
+    print_progress(
+        f"teacher cache: {total} parts to make, {builder.missing_bytes() / 1e6:.0f} MB, under {request.root}"
+    )
 
-    def on_done(facts: Facts) -> None:
+    def on_done(facts: BatchStats) -> None:
         nonlocal done, last
         done += 1
         if time.monotonic() - last > 5:
-            progress(f"  {done}/{total} parts")
+            print_progress(f"  {done}/{total} parts")
             last = time.monotonic()
 
-    sync.keep(*want.reads())
-    run_batches(missing, maker(want, keep), device=want.device, on_done=on_done)
-    sync.fetch(*work.arrays)
+    sync.push(*request.input_paths())
+    run_batches(missing, part_function_factory(request, mode), device=request.device, on_done=on_done)
+    sync.pull(*builder.array_sizes)
 
 
-def stores_of(work: Pass) -> list[Path]:
+def store_folders(builder: CacheBuilder) -> list[Path]:
     """The folders of the stores that a pass has to leave."""
-    return sorted({array.parent for array in work.arrays})
+    return sorted({array.parent for array in builder.array_sizes})
 
 
-def known(work: Pass) -> None:
+def pull_manifests(builder: CacheBuilder) -> None:
     """Learn from the storage which of a pass's arrays are whole: not their parts, which may be many gigabytes."""
-    sync.fetch(*stores_of(work), names=["about.json", "manifest.json"])
+    sync.pull(*store_folders(builder), patterns=["about.json", "manifest.json"])
 
 
-def finish(work: Pass) -> None:
+def finish_and_push(builder: CacheBuilder) -> None:
     """`Pass.finish`, kept in the storage too; the parts are here."""
-    work.finish()
-    sync.keep(*work.arrays)
+    builder.finish()
+    sync.push(*builder.array_sizes)
 
 
-def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
+def part_function_factory(request: CacheRequest, mode: CacheMode) -> Callable[[], Callable[[int], BatchStats]]:
     """What an actor needs to make parts: called there, it loads the teacher and reads the texts."""
 
-    def make() -> Callable[[int], Facts]:
+    def make() -> Callable[[int], BatchStats]:
         os.environ["OMP_NUM_THREADS"] = "1"
         import torch
 
         torch.set_num_threads(1)
-        sync.fetch(*want.reads())
-        teacher, work = _teacher(want, want.device), want.work(keep)
-        known(work)
+        sync.pull(*request.input_paths())
+        teacher, work = _load_teacher(request, request.device), request.make_builder(mode)
+        pull_manifests(work)
 
-        def part(number: int) -> Facts:
-            files = [store.part_path(array, number) for array in work.arrays]
+        def part(number: int) -> BatchStats:
+            files = [store.part_path(array, number) for array in work.array_sizes]
             files += [path.with_suffix(".json") for path in files]
-            sync.fetch(*files)
+            sync.pull(*files)
             with torch.inference_mode():
-                facts = work.make(teacher, number)
-            sync.keep(*files)
+                facts = work.build_part(teacher, number)
+            sync.push(*files)
             return facts
 
         return part
@@ -220,35 +224,35 @@ def maker(want: Want, keep: Keep) -> Callable[[], Callable[[int], Facts]]:
     return make
 
 
-def _teacher(want: Want, device: str) -> Any:
+def _load_teacher(request: CacheRequest, device: str) -> Any:
     import torch
 
     from raydistill.training.tokenized_data import open_teacher
 
-    run = want.runs[0]
+    run = request.runs[0]
     assert run.teacher is not None
     return torch.nn.Module.to(open_teacher(run.teacher, run.dataset).model, device)
 
 
 @lru_cache(maxsize=2)
-def _read(want: Want) -> tuple[dict[str, Examples], str, Any, str]:
+def _load_inputs(request: CacheRequest) -> tuple[dict[str, Examples], str, Any, str]:
     """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
     from raydistill.config.presets import teacher_preset
-    from raydistill.models.loading import languages_of, load_config, load_tokenizer, locate, teacher_key
-    from raydistill.training.loop import precision
-    from raydistill.training.tokenized_data import load_material, make_examples
+    from raydistill.models.loading import load_config, load_tokenizer, locate_checkpoint, resolve_languages, teacher_key
+    from raydistill.training.loop import autocast_dtype
+    from raydistill.training.tokenized_data import load_tokenized_data, make_examples
     from raydistill.training.workers import Worker
 
-    run = want.runs[0]
+    run = request.runs[0]
     assert run.teacher is not None
-    where = locate(run.teacher, run.dataset.name)
+    where = locate_checkpoint(run.teacher, run.dataset.name)
     preset = teacher_preset(run.teacher, run.dataset.name)
-    config, tokenizer = load_config(where), load_tokenizer(where, languages_of(run.teacher, run.dataset))
-    material = load_material(run, preset, tokenizer, config)
+    config, tokenizer = load_config(where), load_tokenizer(where, resolve_languages(run.teacher, run.dataset))
+    material = load_tokenized_data(run, preset, tokenizer, config)
     examples: dict[str, Examples] = {}
-    for each in want.runs:
+    for each in request.runs:
         if each.label_key not in examples:
-            examples[each.label_key] = make_examples(each, material, tokenizer, folders_of(want.labels, each))
-    worker = Worker(device=want.device, computed=want.computed)
-    computed = "fp32" if precision(run.training, worker) is None else "bf16"
+            examples[each.label_key] = make_examples(each, material, tokenizer, run_label_folders(request.labels, each))
+    worker = Worker(device=request.device, compute_dtype=request.compute_dtype)
+    computed = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
     return examples, teacher_key(where), config, computed

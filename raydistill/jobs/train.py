@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import sync
-from raydistill.cluster.actor_pool import places, places_by_node, resources
-from raydistill.cluster.drain import Departures
+from raydistill.cluster.actor_pool import slots, slots_per_node, worker_resources
+from raydistill.cluster.drain import DrainMonitor
 from raydistill.config.run import Run
-from raydistill.core.errors import PassingError, UserError
+from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import read_json
-from raydistill.training.inputs import Inputs, read_by
-from raydistill.training.loop import Leaving, Report
+from raydistill.training.inputs import RunInputs, input_paths
+from raydistill.training.loop import Preempted, ReportFn
 from raydistill.training.run import train
 from raydistill.training.workers import Worker
 
 Metrics = dict[str, Any]
-Stop = Callable[[], str | None]
+StopCheck = Callable[[], str | None]
 # What a launcher carries out, in a worker: training.run.train, or what is called and leaves its folder as that does.
-Work = Callable[..., Metrics]
+TrainFn = Callable[..., Metrics]
 
 
-def launcher_for(run: Run, device: str) -> str:
+def resolve_launcher(run: Run, device: str) -> str:
     """ "tune" for a CPU trial of one worker, else "train", unless the run says which."""
     if run.training.launcher != "auto":
         if run.training.launcher == "tune" and run.training.workers > 1:
@@ -34,10 +34,10 @@ def launcher_for(run: Run, device: str) -> str:
     return "tune" if device == "cpu" and run.training.workers == 1 else "train"
 
 
-def check_room(run: Run, device: str) -> None:
+def check_capacity(run: Run, device: str) -> None:
     """UserError where the cluster can never hold the run: Ray would wait for ever without a word."""
     training = run.training
-    room = places(device, training.threads, training.gpus)
+    room = slots(device, training.threads, training.gpus)
     if room < training.workers:
         gpu = "a GPU" if training.gpus == 1 else f"{training.gpus:g} of a GPU"
         each = f"{training.threads} CPUs of one machine{f' and {gpu}' if device == 'cuda' else ''}"
@@ -50,13 +50,13 @@ def check_room(run: Run, device: str) -> None:
 def train_with_ray_train(
     run: Run,
     folder: Path,
-    inputs: Inputs,
+    inputs: RunInputs,
     *,
     device: str = "cpu",
     retries: int = 2,
-    stop: Stop | None = None,
+    check_stop: StopCheck | None = None,
     callbacks: list[Any] | None = None,
-    work: Work = train,
+    train_fn: TrainFn = train,
 ) -> Metrics:
     """One run as a Ray Train job; a worker that dies is started again and goes on from the run's folder.
 
@@ -67,54 +67,54 @@ def train_with_ray_train(
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from raydistill.cluster.process_group import OwnGroup
+    from raydistill.cluster.process_group import ManualGroupConfig
 
     training = run.training
     trainer = TorchTrainer(
         _train_worker,  # type: ignore[arg-type]  # what it returns comes back in the result
-        torch_config=OwnGroup(),
+        torch_config=ManualGroupConfig(),
         train_loop_config={
             "run": run.model_dump(mode="json"),
             "folder": str(folder),
             "inputs": inputs,
-            "stop": stop,
-            "work": work,
+            "stop": check_stop,
+            "work": train_fn,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",
-            resources_per_worker=resources(device, training.threads, training.gpus),
-            placement_strategy=placement(run, device),
+            resources_per_worker=worker_resources(device, training.threads, training.gpus),
+            placement_strategy=placement_strategy(run, device),
         ),
         run_config=ray.train.RunConfig(
             name=f"train-{folder.name}",
             callbacks=callbacks or [],
             failure_config=ray.train.FailureConfig(max_failures=retries),
-            **sync.for_ray(folder.parent / ".ray"),
+            **sync.ray_storage_options(folder.parent / ".ray"),
         ),
     )
-    sync.keep(folder, *reads(run, inputs))
+    sync.push(folder, *run_input_paths(run, inputs))
     try:
         ended: Any = trainer.fit()
     except TrainingFailedError as error:
-        raise _of_worker(error) from None
+        raise _worker_error(error) from None
     if ended.return_value:
         raise UserError(ended.return_value)
-    sync.fetch(folder)
+    sync.pull(folder)
     return read_json(folder / "result.json")
 
 
-def placement(run: Run, device: str) -> str:
+def placement_strategy(run: Run, device: str) -> str:
     """Ray's strategy for a run's workers: all on one machine where one can hold them, else on as few as may be.
 
     Its own default would spread them wherever a machine is partly taken, and every step would cross the network.
     """
     training = run.training
-    most = max(places_by_node(device, training.threads, training.gpus), default=0)
+    most = max(slots_per_node(device, training.threads, training.gpus), default=0)
     return "STRICT_PACK" if most >= training.workers else "PACK"
 
 
-def _of_worker(error: Exception) -> Exception:
+def _worker_error(error: Exception) -> Exception:
     """The error of the worker that failed first, rather than Ray's account of it."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
@@ -123,9 +123,9 @@ def _of_worker(error: Exception) -> Exception:
     return error
 
 
-def reads(run: Run, inputs: Inputs) -> list[Path]:
+def run_input_paths(run: Run, inputs: RunInputs) -> list[Path]:
     """The folders that a run reads, as far as they are not each machine's own: teacher, label sets, teacher cache."""
-    return [*read_by(run), *inputs.labels.values(), *inputs.stores]
+    return [*input_paths(run), *inputs.label_folders.values(), *inputs.store_folders]
 
 
 def _train_worker(config: dict[str, Any]) -> str | None:
@@ -136,13 +136,13 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     import ray.train
     from ray.train.torch import get_device
 
-    from raydistill.cluster.process_group import nodes_of_all, process_group
+    from raydistill.cluster.process_group import gather_node_ids, process_group
 
     run = Run.model_validate(config["run"])
     context = ray.train.get_context()
-    _use_threads(run.training.threads)
+    set_torch_threads(run.training.threads)
     rank, world, device = context.get_world_rank(), context.get_world_size(), str(get_device())
-    stop: Stop | None = config["stop"]
+    stop: StopCheck | None = config["stop"]
 
     def report(metrics: Metrics, where: Path | None) -> str | None:
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
@@ -150,40 +150,43 @@ def _train_worker(config: dict[str, Any]) -> str | None:
 
     try:
         with process_group(device):
-            worker = Worker(rank, world, device, leaving=Departures(nodes_of_all(device)))
-            _carry_out(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
+            worker = Worker(rank, world, device, is_draining=DrainMonitor(gather_node_ids(device)))
+            train_and_sync(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
     except UserError as error:
-        if world > 1 or isinstance(error, PassingError):
+        if world > 1 or isinstance(error, TransientError):
             raise
         return str(error)
     return None
 
 
-def _carry_out(work: Work, run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worker) -> Metrics:
-    """`work` in a worker, on machines that may share no folder: what it reads is fetched, and what it leaves is kept.
+def train_and_sync(
+    train_fn: TrainFn, run: Run, folder: Path, report: ReportFn, inputs: RunInputs, worker: Worker
+) -> Metrics:
+    """`train_fn` in a worker, on machines that may share no folder: what it reads is fetched, and what it leaves is
+    kept.
 
     At every validation, at the end, and when it was saved because the machine goes.
     """
 
     def keep() -> None:
-        if worker.leads:
-            sync.keep(folder, mirror=True)
+        if worker.is_main_process:
+            sync.push(folder, mirror=True)
 
     def kept(metrics: Metrics, where: Path | None) -> str | None:
         keep()
         return report(metrics, where)
 
-    sync.fetch(folder, *reads(run, inputs))
+    sync.pull(folder, *run_input_paths(run, inputs))
     try:
-        result = work(run, folder, kept, inputs, worker)
-    except Leaving:
+        result = train_fn(run, folder, kept, inputs, worker)
+    except Preempted:
         keep()
         raise
     keep()
     return result
 
 
-def _use_threads(threads: int) -> None:
+def set_torch_threads(threads: int) -> None:
     """As many CPU threads as the trial was given: Ray counts them but does not hold a process to them."""
     import torch
 

@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from raydistill.core.files import damage_told, read_json, write_json_atomic
+from raydistill.core.files import corrupt_file_error, read_json, write_json_atomic
 from raydistill.data.corpus import Row
 
 # Rows in memory at once; twice as many bring no shorter batches worth having.
@@ -25,7 +25,7 @@ BATCH_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """A finished plan: rows and source characters of every batch, and how many batches each window has."""
 
     folder: Path
@@ -37,22 +37,22 @@ class Plan:
         return len(self.rows)
 
     @cached_property
-    def _firsts(self) -> list[int]:
+    def _window_offsets(self) -> list[int]:
         """The number of each window's first batch, and behind them the number of batches."""
         return [0, *accumulate(self.windows)]
 
-    def batches_of(self, window: int) -> range:
+    def batches_in_window(self, window: int) -> range:
         """The numbers of a window's batches."""
-        return range(self._firsts[window], self._firsts[window + 1])
+        return range(self._window_offsets[window], self._window_offsets[window + 1])
 
     def read_batch(self, number: int) -> dict[str, list[Any]]:
         """A batch's `ids`, `sources`, `targets` ("" where unlabelled) and `places` (each row's within its window)."""
         import pyarrow.parquet as pq
 
-        window = bisect_right(self._firsts, number) - 1
-        path = _window(self.folder, window)
-        with damage_told(path), pq.ParquetFile(path) as file:
-            [row] = file.read_row_group(number - self._firsts[window]).to_pylist()
+        window = bisect_right(self._window_offsets, number) - 1
+        path = _window_path(self.folder, window)
+        with corrupt_file_error(path), pq.ParquetFile(path) as file:
+            [row] = file.read_row_group(number - self._window_offsets[window]).to_pylist()
             if [len(row[name]) for name in ("places", "ids", "sources", "targets")] != [self.rows[number]] * 4:
                 raise ValueError(f"batch {number} does not hold {self.rows[number]} rows")
             return row
@@ -62,8 +62,8 @@ class Plan:
         import pyarrow.parquet as pq
 
         found: list[tuple[int, tuple[str, str]]] = []
-        path = _window(self.folder, window)
-        with damage_told(path), pq.ParquetFile(path) as file:
+        path = _window_path(self.folder, window)
+        with corrupt_file_error(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 [batch] = file.read_row_group(group, columns=["places", "ids", "targets"]).to_pylist()
                 found += zip(batch["places"], zip(batch["ids"], batch["targets"], strict=True), strict=True)
@@ -77,21 +77,22 @@ def make_plan(
     window_rows: int = WINDOW_ROWS,
     batch_chars: int = BATCH_CHARS,
     batch_rows: int = BATCH_ROWS,
-    max_chars: int | None = None,
-) -> Plan:
+    max_source_chars: int | None = None,
+) -> BatchPlan:
     """Plan all rows into `folder`; what an earlier attempt left there unfinished is removed.
 
-    `max_chars`: about as much of a source as the teacher reads; what is beyond it costs nothing and is not counted.
+    `max_source_chars`: about as much of a source as the teacher reads; what is beyond it costs nothing and is not
+    counted.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    plan = Plan(folder, [], [], [])
+    plan = BatchPlan(folder, [], [], [])
     while window := list(islice(rows, window_rows)):
-        sizes = [min(len(row.source), max_chars or len(row.source)) for row in window]
-        batches = list(_batches(sizes, batch_chars, batch_rows))
+        sizes = [min(len(row.source), max_source_chars or len(row.source)) for row in window]
+        batches = list(_split_by_chars(sizes, batch_chars, batch_rows))
         listed = [
             {
                 "places": places,
@@ -102,7 +103,7 @@ def make_plan(
             for places in batches
         ]
         # A row group per batch, so that an actor reads its batch and no more.
-        pq.write_table(pa.Table.from_pylist(listed), _window(folder, len(plan.windows)), row_group_size=1)
+        pq.write_table(pa.Table.from_pylist(listed), _window_path(folder, len(plan.windows)), row_group_size=1)
         plan.windows.append(len(batches))
         plan.rows.extend(map(len, batches))
         plan.chars.extend(sum(sizes[i] for i in places) for places in batches)
@@ -111,14 +112,14 @@ def make_plan(
     return plan
 
 
-def open_plan(folder: Path) -> Plan | None:
+def open_plan(folder: Path) -> BatchPlan | None:
     """A finished plan, or None where there is none; UserError where it is damaged."""
     path = folder / "plan.json"
     if not path.is_file():
         return None
     found = read_json(path)
-    with damage_told(path):
-        plan = Plan(folder, **found)
+    with corrupt_file_error(path):
+        plan = BatchPlan(folder, **found)
         numbers = [*plan.rows, *plan.chars, *plan.windows]
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise TypeError("rows, chars and windows must be counts")
@@ -127,12 +128,13 @@ def open_plan(folder: Path) -> Plan | None:
     return plan
 
 
-def _batches(sizes: list[int], chars: int, rows: int) -> Iterator[list[int]]:
-    """Neighbours in length, the longest first, at most `chars` characters and `rows` rows each (at least one row)."""
+def _split_by_chars(sizes: list[int], max_chars: int, max_rows: int) -> Iterator[list[int]]:
+    """Neighbours in length, the longest first, at most `max_chars` characters and `max_rows` rows each (at least one
+    row)."""
     batch: list[int] = []
     total = 0
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if batch and (total + sizes[i] > chars or len(batch) == rows):
+        if batch and (total + sizes[i] > max_chars or len(batch) == max_rows):
             yield batch
             batch, total = [], 0
         batch.append(i)
@@ -141,5 +143,5 @@ def _batches(sizes: list[int], chars: int, rows: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _window(folder: Path, number: int) -> Path:
+def _window_path(folder: Path, number: int) -> Path:
     return folder / f"window-{number:05d}.parquet"

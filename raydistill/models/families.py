@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
-class States:
+class StackOutputs:
     """A stack's outputs: `last` [batch, tokens, width]; `layers`, one such per layer, empty unless asked for.
 
     `layers[l]` is the output of layer l (counted from 0); the last entry follows the final norm where the
@@ -21,12 +21,12 @@ class States:
     [batch, heads, tokens, source tokens].
     """
 
-    last: Tensor
+    last_hidden_state: Tensor
     layers: tuple[Tensor, ...] = ()
     attentions: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
-def depths(config: PretrainedConfig) -> tuple[int, int]:
+def num_layers(config: PretrainedConfig) -> tuple[int, int]:
     """Encoder and decoder layers."""
     if config.model_type == "t5":
         return config.num_layers, config.num_decoder_layers
@@ -35,10 +35,10 @@ def depths(config: PretrainedConfig) -> tuple[int, int]:
 
 def size_name(config: PretrainedConfig) -> str:
     """ "12-3": encoder and decoder layers."""
-    return "-".join(map(str, depths(config)))
+    return "-".join(map(str, num_layers(config)))
 
 
-def with_depths(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
+def with_num_layers(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
     """A copy of the config with other depths."""
     config = copy.deepcopy(config)
     if config.model_type == "t5":
@@ -49,7 +49,7 @@ def with_depths(config: PretrainedConfig, encoder: int, decoder: int) -> Pretrai
     return config
 
 
-def decoder_shape(config: PretrainedConfig) -> dict[str, Any]:
+def decoder_architecture(config: PretrainedConfig) -> dict[str, Any]:
     """What two models must have in common for one's decoder layers to fit into the other's decoder."""
     t5 = ("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "num_decoder_layers")
     others = ("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function", "decoder_layers")
@@ -57,26 +57,26 @@ def decoder_shape(config: PretrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **{key: getattr(config, key) for key in keys}}
 
 
-def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = False) -> States:
+def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = False) -> StackOutputs:
     """Encoder outputs for ids and mask [batch, tokens]."""
     out = model.get_encoder()(input_ids=ids, attention_mask=mask, output_hidden_states=layers)
-    return _states(out)
+    return _to_stack_outputs(out)
 
 
 def decode(
     model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False, attentions: bool = False
-) -> States:
+) -> StackOutputs:
     """Decoder outputs for decoder input ids [batch, target tokens], reading `encoded` [batch, tokens, width]."""
-    with _weights_returned(model) if attentions else contextlib.nullcontext():
+    with _eager_attention(model) if attentions else contextlib.nullcontext():
         out = model.get_decoder()(
             input_ids=ids,
             encoder_hidden_states=encoded,
-            **(known_masks(model, ids, mask) if ids.is_cuda else {"encoder_attention_mask": mask}),
+            **(sdpa_masks(model, ids, mask) if ids.is_cuda else {"encoder_attention_mask": mask}),
             output_hidden_states=layers,
             output_attentions=attentions,
             use_cache=False,
         )
-    found = _states(out)
+    found = _to_stack_outputs(out)
     return (
         replace(found, attentions=tuple(zip(out.attentions, out.cross_attentions, strict=True)))
         if attentions
@@ -84,7 +84,7 @@ def decode(
     )
 
 
-def known_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """The decoder's masks as torch's attention reads them, [1, 1, targets, targets] and, `mask`, [batch, 1, 1, tokens].
 
     Of plain ones transformers asks in every pass whether they are all ones, and a GPU's answer comes only when all that
@@ -97,7 +97,7 @@ def known_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """A block in which attention is computed so that its weights can be returned: fused kernels never have them."""
     fast = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -107,23 +107,25 @@ def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(fast)
 
 
-def head(model: PreTrainedModel, hidden: Tensor, table: Tensor | None = None) -> Tensor:
+def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | None = None) -> Tensor:
     """Logits [..., vocabulary] of the decoder's last output [..., width], as the model's own forward makes them.
 
-    BART and its kin add `final_logits_bias`; T5 with tied embeddings scales by width ** -0.5 first. `table`
+    BART and its kin add `final_logits_bias`; T5 with tied embeddings scales by width ** -0.5 first. `lm_head_weight`
     [vocabulary, width] stands in for the output embedding: a copy of it in another precision.
     """
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
     project: Any = model.lm_head
     bias: Any = getattr(model, "final_logits_bias", None)
-    if table is None:
+    if lm_head_weight is None:
         logits = project(hidden)
         return logits if bias is None else logits + bias.to(logits.dtype)
-    return torch.nn.functional.linear(hidden.to(table.dtype), table, None if bias is None else bias[0].to(table.dtype))
+    return torch.nn.functional.linear(
+        hidden.to(lm_head_weight.dtype), lm_head_weight, None if bias is None else bias[0].to(lm_head_weight.dtype)
+    )
 
 
-def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def trainable_lm_head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """The output head's parameters that are trained."""
     project: Any = model.lm_head
     return [p for p in project.parameters() if p.requires_grad]
@@ -135,7 +137,7 @@ def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
     return shift(labels)
 
 
-def embeddings(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def embedding_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """Token and position embeddings (and with them the tied output head), each once."""
     found: dict[int, torch.nn.Parameter] = {}
     for name, parameter in model.named_parameters():
@@ -144,12 +146,12 @@ def embeddings(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return list(found.values())
 
 
-def encoder_layers(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def encoder_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """The encoder's parameters without its embeddings."""
-    shared = {id(p) for p in embeddings(model)}
+    shared = {id(p) for p in embedding_parameters(model)}
     return [p for p in model.get_encoder().parameters() if id(p) not in shared]
 
 
-def _states(out: object) -> States:
+def _to_stack_outputs(out: object) -> StackOutputs:
     hidden = getattr(out, "hidden_states", None)
-    return States(out.last_hidden_state, tuple(hidden[1:]) if hidden else ())  # type: ignore[attr-defined]
+    return StackOutputs(out.last_hidden_state, tuple(hidden[1:]) if hidden else ())  # type: ignore[attr-defined]

@@ -15,36 +15,36 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Multiply-adds below which calling oneDNN costs more than it saves.
-SMALLEST = 2**21
+MIN_MULTIPLY_ADDS = 2**21
 # The smallest weight. A kernel is made for every shape, which takes as long as a product of a small weight: in training
 # nearly every step has new shapes, while decoding meets the same ones at every token.
-SMALLEST_WEIGHT = {"training": 2**18, "inference": 2**16}
-ALLOWED = True  # False leaves torch's own layers, as the benchmarks' baselines want them
+MIN_WEIGHT_NUMEL = {"training": 2**18, "inference": 2**16}
+ENABLED = True  # False leaves torch's own layers, as the benchmarks' baselines want them
 
 
-class Linear(nn.Linear):
+class OneDNNLinear(nn.Linear):
     """`torch.nn.Linear` with products by oneDNN; autocast, other types and other devices go torch's way."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         size = self.weight.numel()
-        smallest = SMALLEST_WEIGHT["training" if torch.is_grad_enabled() else "inference"]
+        smallest = MIN_WEIGHT_NUMEL["training" if torch.is_grad_enabled() else "inference"]
         fits = inputs.dtype == self.weight.dtype == torch.float32 and inputs.device.type == "cpu"
-        worth = size >= smallest and inputs.numel() // self.in_features * size >= SMALLEST
+        worth = size >= smallest and inputs.numel() // self.in_features * size >= MIN_MULTIPLY_ADDS
         if fits and worth and not torch.is_autocast_enabled("cpu"):
-            return _Product.apply(inputs, self.weight, self.bias)
+            return _LinearFunction.apply(inputs, self.weight, self.bias)
         return F.linear(inputs, self.weight, self.bias)
 
 
-def quicken(model: nn.Module) -> None:
-    """Let a model's linear layers compute by `Linear`, where that helps; weights, names and results stay."""
-    if ALLOWED and helps():
+def patch_linear_layers(model: nn.Module) -> None:
+    """Let a model's linear layers compute by `OneDNNLinear`, where that helps; weights, names and results stay."""
+    if ENABLED and is_beneficial():
         for module in model.modules():
             if type(module) is nn.Linear:
-                module.__class__ = Linear
+                module.__class__ = OneDNNLinear
 
 
 @functools.cache
-def helps() -> bool:
+def is_beneficial() -> bool:
     """Whether this CPU is one that MKL holds back on: it has AVX512 and Intel did not make it."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -56,36 +56,36 @@ def helps() -> bool:
         return False
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows @ weight.T + bias` for [n, in] and [out, in], either of them also as a transposed view."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
-class _Product(torch.autograd.Function):
+class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         count = inputs.numel() // inputs.shape[-1]
-        rows = _filled(inputs.reshape(count, -1))
+        rows = _pad_rows(inputs.reshape(count, -1))
         ctx.save_for_backward(rows, weight)
-        return product(rows, weight, bias)[:count].reshape(*inputs.shape[:-1], -1)
+        return linear(rows, weight, bias)[:count].reshape(*inputs.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         need_inputs, need_weight, need_bias = ctx.needs_input_grad
-        shape = slope.shape[:-1]
-        flat = slope.reshape(shape.numel(), -1)
-        filled = _filled(flat)
+        shape = grad_output.shape[:-1]
+        flat = grad_output.reshape(shape.numel(), -1)
+        filled = _pad_rows(flat)
         to_inputs = to_weight = None
         if need_inputs:
-            to_inputs = product(filled, weight.t())[: len(flat)].reshape(*shape, -1)
+            to_inputs = linear(filled, weight.t())[: len(flat)].reshape(*shape, -1)
         if need_weight:
-            to_weight = product(filled.t(), rows.t())
+            to_weight = linear(filled.t(), rows.t())
         return to_inputs, to_weight, flat.sum(0) if need_bias else None
 
 
-def _filled(rows: Tensor) -> Tensor:
+def _pad_rows(rows: Tensor) -> Tensor:
     """The rows, and zeros up to one of eight numbers per power of two: else nearly every batch wants kernels anew."""
     step = max(1, 2 ** (len(rows).bit_length() - 4))
     more = -len(rows) % step

@@ -19,30 +19,34 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from raydistill.config.run import Start
+from raydistill.config.run import NewModel
 from raydistill.core.errors import UserError
 
 
-def build_tokenizer(start: Start, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
+def build_tokenizer(start: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer of at most `start.vocab_size` tokens, saved into `folder` and loaded from there.
 
     SentencePiece (unigram, one vocabulary for both sides) for the Marian form, byte-level BPE for BART's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if start.form == "marian":
-        return _sentencepiece(start, texts, folder)
-    return _byte_level_bpe(start, texts, folder)
+        return _train_sentencepiece(start, texts, folder)
+    return _train_byte_level_bpe(start, texts, folder)
 
 
-def new_model(start: Start, tokenizer: PreTrainedTokenizerBase, dropout: float, seed: int) -> PreTrainedModel:
+def make_random_model(
+    start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float, seed: int
+) -> PreTrainedModel:
     """A model with random weights, in eval mode, for a tokenizer made by `build_tokenizer`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _marian(start, tokenizer, dropout) if start.form == "marian" else _bart(start, tokenizer, dropout)
+        model = (
+            _make_marian(start, tokenizer, dropout) if start.form == "marian" else _make_bart(start, tokenizer, dropout)
+        )
     return model.eval()
 
 
-def _bart(start: Start, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
+def _make_bart(start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
     config = BartConfig(
         vocab_size=len(tokenizer),
         init_std=start.d_model**-0.5 / 2,
@@ -52,14 +56,14 @@ def _bart(start: Start, tokenizer: PreTrainedTokenizerBase, dropout: float) -> P
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.eos_token_id,
         forced_eos_token_id=tokenizer.eos_token_id,
-        **_shape(start, dropout),
+        **_architecture_kwargs(start, dropout),
     )
     model = BartForConditionalGeneration(config)
     model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 
-def _marian(start: Start, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
+def _make_marian(start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
     config = MarianConfig(
         vocab_size=len(tokenizer),
         decoder_vocab_size=len(tokenizer),
@@ -72,14 +76,14 @@ def _marian(start: Start, tokenizer: PreTrainedTokenizerBase, dropout: float) ->
         forced_eos_token_id=tokenizer.eos_token_id,
         activation_function="gelu",
         share_encoder_decoder_embeddings=True,
-        **_shape(start, dropout),
+        **_architecture_kwargs(start, dropout),
     )
     model = MarianMTModel(config)
     model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 
-def _shape(start: Start, dropout: float) -> dict[str, Any]:
+def _architecture_kwargs(start: NewModel, dropout: float) -> dict[str, Any]:
     return {
         "d_model": start.d_model,
         "encoder_layers": start.encoder_layers,
@@ -95,7 +99,7 @@ def _shape(start: Start, dropout: float) -> dict[str, Any]:
     }
 
 
-def _byte_level_bpe(start: Start, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
+def _train_byte_level_bpe(start: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -126,7 +130,7 @@ def _byte_level_bpe(start: Start, texts: Iterable[str], folder: Path) -> PreTrai
     return fast
 
 
-def _sentencepiece(start: Start, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
+def _train_sentencepiece(start: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
     import sentencepiece
 
     written = io.BytesIO()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from raydistill.evaluation.metrics import Comparison
 
-SWEEP = "sweep"
+SWEEP_COLUMN = "sweep"
 
 
 @dataclass(frozen=True)
@@ -19,28 +19,28 @@ class Table:
     note: str = ""
 
 
-def without_sweep(table: Table) -> Table:
+def drop_sweep_column(table: Table) -> Table:
     """The table less its column of sweeps: where there is only one, it says nothing."""
-    if SWEEP not in table.header:
+    if SWEEP_COLUMN not in table.header:
         return table
-    i = table.header.index(SWEEP)
-    return replace(table, header=_less(table.header, i), rows=[_less(row, i) for row in table.rows])
+    i = table.header.index(SWEEP_COLUMN)
+    return replace(table, header=_drop_cell(table.header, i), rows=[_drop_cell(row, i) for row in table.rows])
 
 
-def number(value: float | None, digits: int, sign: bool = False) -> str:
+def format_number(value: float | None, digits: int, sign: bool = False) -> str:
     """A cell: the figure, or nothing."""
     return "" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def interval(found: Comparison, seeds: int) -> str:
+def format_difference(comparison: Comparison, seeds: int) -> str:
     """A difference with its interval and the number of seeds behind it."""
-    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}], n = {seeds}"
+    return f"{comparison.difference:+.2f} [{comparison.low:+.2f}, {comparison.high:+.2f}], n = {seeds}"
 
 
-def beside(*names: str) -> list[str]:
+def paired_headers(*names: str) -> list[str]:
     """Our column and the paper's for each name."""
     return [header for name in names for header in (name, f"{name} (paper)")]
 
 
-def _less(cells: Sequence[str], i: int) -> list[str]:
+def _drop_cell(cells: Sequence[str], i: int) -> list[str]:
     return [*cells[:i], *cells[i + 1 :]]

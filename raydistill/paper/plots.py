@@ -7,59 +7,59 @@ from typing import Any
 
 from raydistill.core.files import write_atomic
 from raydistill.paper import published
-from raydistill.paper.initialisations import compared, name_of
-from raydistill.paper.settings import Setting, best, by_sweep
+from raydistill.paper.initialisations import init_name, select_init_comparisons
+from raydistill.paper.settings import SeedGroup, best_group, group_by_sweep
 
 
-def figure_1(path: Path, settings: Sequence[Setting]) -> None:
+def plot_figure_1(path: Path, seed_groups: Sequence[SeedGroup]) -> None:
     """The best student of each size: test score against speed-up, a panel per data set; the paper's points hollow."""
-    data = list(dict.fromkeys([*(key[2] for key in published.TABLES_6_7), *(s.place[2] for s in settings)]))
-    figure, panels = _panels(len(data))
+    data = list(dict.fromkeys([*(key[2] for key in published.TABLES_6_7), *(s.paper_key[2] for s in seed_groups)]))
+    figure, panels = _make_panels(len(data))
     for axes, name in zip(panels, data, strict=True):
-        for teacher, points in _published(name).items():
-            _line(axes, f"{teacher} (paper)", points, hollow=True)
-        for teacher, points in _ours(settings, name).items():
-            _line(axes, teacher, points, hollow=False)
-        metric = next((s.sweep.metric for s in settings if s.place[2] == name), "rouge2")
+        for teacher, points in _paper_points(name).items():
+            _draw_line(axes, f"{teacher} (paper)", points, hollow=True)
+        for teacher, points in _sweep_points(seed_groups, name).items():
+            _draw_line(axes, teacher, points, hollow=False)
+        metric = next((s.sweep.metric for s in seed_groups if s.paper_key[2] == name), "rouge2")
         axes.set(title=name, xlabel="speed-up over the teacher", ylabel="BLEU" if metric == "bleu" else "ROUGE-2")
         axes.legend(fontsize=8, frameon=False)
-    _save(figure, path)
+    _save_png(figure, path)
 
 
-def figure_2(path: Path, settings: Sequence[Setting]) -> bool:
+def plot_figure_2(path: Path, seed_groups: Sequence[SeedGroup]) -> bool:
     """Validation loss against epochs by what the decoder started from, a panel per sweep, teacher, size and data.
 
     A line is a run. Returns whether there was anything to draw: the paper gives no numbers for its own figure.
     """
-    wanted = compared(settings)
+    wanted = select_init_comparisons(seed_groups)
     groups = [
         (place, sweep.name, mine)
-        for place in dict.fromkeys(s.place for s in wanted)
-        for sweep, mine in by_sweep(s for s in wanted if s.place == place)
+        for place in dict.fromkeys(s.paper_key for s in wanted)
+        for sweep, mine in group_by_sweep(s for s in wanted if s.paper_key == place)
     ]
     if not groups:
         return False
-    figure, panels = _panels(len(groups))
+    figure, panels = _make_panels(len(groups))
     for axes, (place, name, mine) in zip(panels, groups, strict=True):
         for i, setting in enumerate(mine):
-            _curves(axes, setting, f"C{i % 10}")
+            _draw_curves(axes, setting, f"C{i % 10}")
         axes.set(title=f"{' '.join(place)}\n({name})", xlabel="epoch", ylabel="validation cross-entropy")
         axes.legend(fontsize=8, frameon=False)
-    _save(figure, path)
+    _save_png(figure, path)
     return True
 
 
-def _curves(axes: Any, setting: Setting, colour: str) -> None:
+def _draw_curves(axes: Any, group: SeedGroup, colour: str) -> None:
     """A line for each run of a setting, named once."""
-    layers = ",".join(map(str, setting.layers)) or "random"
-    other = "" if setting.source in ("", "teacher") else f" from {Path(setting.source).name}"
-    for i, trial in enumerate(setting.ended):
+    layers = ",".join(map(str, group.layers)) or "random"
+    other = "" if group.source in ("", "teacher") else f" from {Path(group.source).name}"
+    for i, trial in enumerate(group.ended):
         checks = [c for c in trial.history() if "val_loss" in c]
-        label = f"{name_of(setting)} ({layers}){other}" if i == 0 else None
+        label = f"{init_name(group)} ({layers}){other}" if i == 0 else None
         axes.plot([c["epoch"] for c in checks], [c["val_loss"] for c in checks], color=colour, label=label)
 
 
-def _published(data: str) -> dict[str, list[tuple[float, float]]]:
+def _paper_points(data: str) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for (teacher, _, name), row in published.TABLES_6_7.items():
         if name == data and row.speedup is not None:
@@ -67,12 +67,12 @@ def _published(data: str) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def _ours(settings: Sequence[Setting], data: str) -> dict[str, list[tuple[float, float]]]:
+def _sweep_points(seed_groups: Sequence[SeedGroup], data: str) -> dict[str, list[tuple[float, float]]]:
     """A line's points by teacher and sweep: a line is of one recipe."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for place in dict.fromkeys(s.place for s in settings if s.place[2] == data):
-        for sweep, mine in by_sweep(s for s in settings if s.place == place):
-            chosen = best(mine)
+    for place in dict.fromkeys(s.paper_key for s in seed_groups if s.paper_key[2] == data):
+        for sweep, mine in group_by_sweep(s for s in seed_groups if s.paper_key == place):
+            chosen = best_group(mine)
             speedup = chosen.measure("speedup") if chosen else None
             score = chosen.test(sweep.metric) if chosen else None
             if speedup is not None and score is not None:
@@ -80,13 +80,13 @@ def _ours(settings: Sequence[Setting], data: str) -> dict[str, list[tuple[float,
     return found
 
 
-def _line(axes: Any, label: str, points: list[tuple[float, float]], hollow: bool) -> None:
+def _draw_line(axes: Any, label: str, points: list[tuple[float, float]], hollow: bool) -> None:
     x, y = zip(*sorted(points), strict=True)
     style = {"linestyle": ":", "markerfacecolor": "white"} if hollow else {"linestyle": "-"}
     axes.plot(x, y, marker="o", label=label, **style)
 
 
-def _panels(count: int) -> tuple[Any, Any]:
+def _make_panels(count: int) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +99,7 @@ def _panels(count: int) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save_png(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()

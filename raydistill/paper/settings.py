@@ -11,10 +11,10 @@ import numpy as np
 
 from raydistill.config.run import Run, parse_labels, parse_size
 from raydistill.core.errors import UserError
-from raydistill.evaluation.metrics import Comparison, paired_bootstrap_of_means
+from raydistill.evaluation.metrics import Comparison, paired_bootstrap_over_seeds
 from raydistill.models.layer_choice import layers_to_copy
 from raydistill.paper.published import data_name, teacher_name
-from raydistill.results.costs import end_to_end, products
+from raydistill.results.costs import end_to_end_hours, hours_by_artifact
 from raydistill.results.records import Trial, read_rows, read_sweep, read_trials
 
 
@@ -54,10 +54,10 @@ class Sweep:
         return next((data_name(str(name)) for name in names if name), None)
 
     @property
-    def passes(self) -> dict[str, float]:
+    def hours_by_artifact(self) -> dict[str, float]:
         """Device-hours of the teacher's passes, by the name of what each made."""
         if passes := self.teacher.get("passes"):
-            return products(passes, f"cache of {self.folder}")
+            return hours_by_artifact(passes, f"cache of {self.folder}")
         return {f"passes of {self.folder}": float(self.info.get("teacher_gpu_hours") or 0.0)}
 
     @property
@@ -71,7 +71,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SeedGroup:
     """The trials that differ in nothing but their seed: those that are done, and those that came to an end collapsed.
 
     There is at least one of either. Whoever collapsed has no scores, but all its validation losses.
@@ -83,12 +83,12 @@ class Setting:
     collapsed: list[Trial] = field(default_factory=list)
 
     @property
-    def place(self) -> tuple[str, str, str]:
+    def paper_key(self) -> tuple[str, str, str]:
         """(teacher, size, data), by the paper's names where it has them."""
         return (teacher_name(str(self.run.teacher)), self.ended[0].size, data_name(self.run.dataset.name))
 
     @property
-    def seeds(self) -> int:
+    def num_seeds(self) -> int:
         """How many scored trials there are."""
         return len(self.trials)
 
@@ -110,7 +110,7 @@ class Setting:
         return self.run.student.copy_from or "teacher"
 
     @cached_property
-    def spaced(self) -> bool:
+    def is_spaced(self) -> bool:
         """Whether the student starts as the paper's do, also where its layers are listed one by one.
 
         False of a teacher whose size is not known.
@@ -125,29 +125,29 @@ class Setting:
     def label_kinds(self) -> tuple[str, ...]:
         """Each source of labels as original, pseudo (the teacher's own) or other."""
         known = ("original", "pseudo")
-        return tuple(p.source if p.source in known else "other" for p in parse_labels(self.run.label_source))
+        return tuple(p.source if p.source in known else "other" for p in parse_labels(self.run.resolved_labels))
 
     @property
     def labels(self) -> str:
         """What it was trained to write, a folder by its last part: "original+pseudo*0.5+SET"."""
-        parts = parse_labels(self.run.label_source)
+        parts = parse_labels(self.run.resolved_labels)
         return "+".join(f"{data_name(p.source)}{'' if p.weight == 1 else f'*{p.weight:g}'}" for p in parts)
 
     def test(self, metric: str) -> float | None:
         """The mean test score over the seeds."""
-        return _mean((t.test or {}).get(metric) for t in self.trials)
+        return _mean_or_none((t.test or {}).get(metric) for t in self.trials)
 
     def measure(self, name: str) -> float | None:
         """The mean of a validation score or a cost over the seeds."""
-        return _mean(t.metrics.get(name) for t in self.trials)
+        return _mean_or_none(t.metrics.get(name) for t in self.trials)
 
     @cached_property
-    def least_loss(self) -> float | None:
+    def min_val_loss(self) -> float | None:
         """The mean of `least_losses`."""
-        return _mean(self.least_losses.values())
+        return _mean_or_none(self.min_val_losses.values())
 
     @cached_property
-    def least_losses(self) -> dict[int, float | None]:
+    def min_val_losses(self) -> dict[int, float | None]:
         """By seed the least validation cross-entropy of all checks, of all that were trained to their end."""
         checks = {t.seed: [c["val_loss"] for c in t.history() if "val_loss" in c] for t in self.ended}
         return {seed: min(losses, default=None) for seed, losses in checks.items()}
@@ -155,13 +155,13 @@ class Setting:
     @property
     def repetition(self) -> float | None:
         """The mean share of outputs that repeat themselves, of all that were trained to their end."""
-        return _mean(t.metrics.get("repetition") for t in self.ended)
+        return _mean_or_none(t.metrics.get("repetition") for t in self.ended)
 
     @property
     def cost(self) -> float | None:
         """Mean device-hours end to end."""
         passes = self.sweep.teacher.get("passes")
-        return _mean(end_to_end(t, passes) for t in self.trials)
+        return _mean_or_none(end_to_end_hours(t, passes) for t in self.trials)
 
     @cached_property
     def rows(self) -> dict[int, np.ndarray]:
@@ -169,10 +169,10 @@ class Setting:
         return {t.seed: rows for t in self.trials if (rows := t.rows("test")) is not None}
 
 
-def read_settings(folders: Iterable[Path]) -> tuple[list[Sweep], list[Setting]]:
+def load_seed_groups(folders: Iterable[Path]) -> tuple[list[Sweep], list[SeedGroup]]:
     """The sweeps and the settings of their trials that came to their end, in the order of the trials."""
     sweeps = [Sweep(folder, read_sweep(folder), read_trials(folder)) for folder in folders]
-    grouped: dict[tuple[Path, str], Setting] = {}
+    grouped: dict[tuple[Path, str], SeedGroup] = {}
     for sweep in sweeps:
         for trial in sweep.trials:
             collapsed = trial.status == "failed" and "repetition" in trial.metrics
@@ -182,20 +182,20 @@ def read_settings(folders: Iterable[Path]) -> tuple[list[Sweep], list[Setting]]:
             plain = run.model_dump(mode="json", exclude={"name": True, "training": {"seed"}})
             # Not over sweeps: a teacher of the same name may be another, and passes cost each sweep its own.
             key = (sweep.folder, json.dumps(plain, sort_keys=True))
-            setting = grouped.setdefault(key, Setting(sweep, run, []))
+            setting = grouped.setdefault(key, SeedGroup(sweep, run, []))
             (setting.collapsed if collapsed else setting.trials).append(trial)
     return sweeps, list(grouped.values())
 
 
-def by_sweep(settings: Iterable[Setting]) -> list[tuple[Sweep, list[Setting]]]:
+def group_by_sweep(seed_groups: Iterable[SeedGroup]) -> list[tuple[Sweep, list[SeedGroup]]]:
     """The settings of each sweep, for a row of each: two sweeps may have trained by two recipes."""
-    found: dict[Path, list[Setting]] = {}
-    for s in settings:
+    found: dict[Path, list[SeedGroup]] = {}
+    for s in seed_groups:
         found.setdefault(s.sweep.folder, []).append(s)
     return [(mine[0].sweep, mine) for mine in found.values()]
 
 
-def check_together(sweeps: Sequence[Sweep]) -> None:
+def check_comparable(sweeps: Sequence[Sweep]) -> None:
     """UserError where sweeps of one teacher and data set by name are of two teachers, or of two data sets."""
     first: dict[tuple[str, str], Sweep] = {}
     for sweep in sweeps:
@@ -217,34 +217,36 @@ def _differ(a: str | None, b: str | None) -> bool:
     return a is not None and b is not None and a != b
 
 
-def best(settings: Iterable[Setting]) -> Setting | None:
+def best_group(seed_groups: Iterable[SeedGroup]) -> SeedGroup | None:
     """The one with the highest mean validation score: validation decides, test reports."""
-    scored = [(score, i, s) for i, s in enumerate(settings) if (score := s.measure("score")) is not None]
+    scored = [(score, i, s) for i, s in enumerate(seed_groups) if (score := s.measure("score")) is not None]
     return max(scored, key=lambda entry: (entry[0], -entry[1]))[2] if scored else None
 
 
-def difference(a: Setting, b: Setting) -> tuple[Comparison, int] | None:
+def compare_groups(a: SeedGroup, b: SeedGroup) -> tuple[Comparison, int] | None:
     """`a` less `b` on test, on the seeds that both have, and how many these are; None where there are none."""
     seeds = sorted(a.rows.keys() & b.rows.keys())
     ours, theirs = [a.rows[seed] for seed in seeds], [b.rows[seed] for seed in seeds]
     return (
-        (paired_bootstrap_of_means(a.sweep.metric, ours, theirs), len(seeds)) if _comparable([*ours, *theirs]) else None
+        (paired_bootstrap_over_seeds(a.sweep.metric, ours, theirs), len(seeds))
+        if _same_row_count([*ours, *theirs])
+        else None
     )
 
 
-def less_teacher(student: Setting) -> tuple[Comparison, int] | None:
+def compare_to_teacher(group: SeedGroup) -> tuple[Comparison, int] | None:
     """A student, all its seeds, less its teacher on test; None where rows of either are missing."""
-    rows, theirs = list(student.rows.values()), student.sweep.teacher_rows()
-    if theirs is None or len(rows) < student.seeds or not _comparable([*rows, theirs]):
+    rows, theirs = list(group.rows.values()), group.sweep.teacher_rows()
+    if theirs is None or len(rows) < group.num_seeds or not _same_row_count([*rows, theirs]):
         return None
-    return paired_bootstrap_of_means(student.sweep.metric, rows, [theirs]), student.seeds
+    return paired_bootstrap_over_seeds(group.sweep.metric, rows, [theirs]), group.num_seeds
 
 
-def _comparable(rows: Sequence[np.ndarray]) -> bool:
+def _same_row_count(rows: Sequence[np.ndarray]) -> bool:
     return len({len(one) for one in rows}) == 1
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean_or_none(values: Iterable[float | None]) -> float | None:
     """The mean; None where any value is missing: a mean over the rest would be another figure."""
     found: Sequence[float | None] = list(values)
     known = [float(v) for v in found if v is not None]

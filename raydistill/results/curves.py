@@ -4,18 +4,18 @@ import math
 from typing import Any, Literal
 
 from raydistill.results.records import Trial
-from raydistill.results.selection import Outcome
-from raydistill.results.tables import COLOURS, NAMES, depths, picture, pyplot
+from raydistill.results.selection import Selection
+from raydistill.results.tables import METHOD_COLOURS, METRIC_NAMES, load_pyplot, render_figure, size_sort_key
 
-COLUMNS = 3
+PANEL_COLUMNS = 3
 
 
-def curves_of(found: Outcome, form: Literal["png", "svg"] = "png") -> bytes:
+def plot_learning_curves(selection: Selection, image_format: Literal["png", "svg"] = "png") -> bytes:
     """Score by epoch: colour is the method; a cross is where a trial was stopped early; the chosen are thick."""
-    plt = pyplot()
-    sizes = sorted({trial.size for trial in found.trials if trial.history()}, key=depths, reverse=True)
-    rows = max(1, math.ceil(len(sizes) / COLUMNS))
-    columns = max(1, min(len(sizes), COLUMNS))
+    plt = load_pyplot()
+    sizes = sorted({trial.size for trial in selection.trials if trial.history()}, key=size_sort_key, reverse=True)
+    rows = max(1, math.ceil(len(sizes) / PANEL_COLUMNS))
+    columns = max(1, min(len(sizes), PANEL_COLUMNS))
     figure, grid = plt.subplots(
         rows,
         columns,
@@ -26,36 +26,42 @@ def curves_of(found: Outcome, form: Literal["png", "svg"] = "png") -> bytes:
         sharey=True,
     )
     try:
-        chosen = {found.trial_of(key) for key in found.chosen.values() if key}
+        chosen = {selection.trial_key(key) for key in selection.chosen.values() if key}
         for axes, size in zip(grid.flat, sizes, strict=False):
-            for trial in found.trials:
+            for trial in selection.trials:
                 if trial.size == size:
-                    _draw(axes, trial, found.metric, trial.key in chosen)
+                    _draw_learning_curve(axes, trial, selection.metric, trial.key in chosen)
             axes.set_title(size or "full", loc="left", fontsize=10)
             axes.grid(alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         for axes in list(grid.flat)[len(sizes) :]:
             axes.set_axis_off()
         figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel(f"{NAMES.get(found.metric, found.metric)} on validation", fontsize=9)
-        methods = [method for method in COLOURS if any(trial.method == method for trial in found.trials)]
+        figure.supylabel(f"{METRIC_NAMES.get(selection.metric, selection.metric)} on validation", fontsize=9)
+        methods = [method for method in METHOD_COLOURS if any(trial.method == method for trial in selection.trials)]
         if methods:
-            handles = [plt.Line2D([], [], color=COLOURS[method], label=method) for method in methods]
+            handles = [plt.Line2D([], [], color=METHOD_COLOURS[method], label=method) for method in methods]
             figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-        return picture(figure, form)
+        return render_figure(figure, image_format)
     finally:
         plt.close(figure)
 
 
-def _draw(axes: Any, trial: Trial, metric: str, chosen: bool) -> None:
+def _draw_learning_curve(axes: Any, trial: Trial, metric: str, is_chosen: bool) -> None:
     points = [(line.get("epoch", 0.0), line.get(metric, line.get("score"))) for line in trial.history()]
     points = [(x, y) for x, y in points if y is not None]
     if not points:
         return
     x, y = zip(*points, strict=True)
-    colour = COLOURS.get(trial.method, "0.4")
+    colour = METHOD_COLOURS.get(trial.method, "0.4")
     axes.plot(
-        x, y, color=colour, linewidth=2.2 if chosen else 1.0, alpha=1.0 if chosen else 0.6, marker=".", markersize=3
+        x,
+        y,
+        color=colour,
+        linewidth=2.2 if is_chosen else 1.0,
+        alpha=1.0 if is_chosen else 0.6,
+        marker=".",
+        markersize=3,
     )
     if trial.status == "stopped":
         axes.plot(x[-1], y[-1], color=colour, marker="x", markersize=6)

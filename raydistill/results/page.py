@@ -11,22 +11,22 @@ from pathlib import Path
 
 from raydistill.core.files import write_atomic
 from raydistill.results.costs import method_table
-from raydistill.results.curves import curves_of
+from raydistill.results.curves import plot_learning_curves
 from raydistill.results.records import Trial, decoding_label
-from raydistill.results.selection import Outcome
-from raydistill.results.served_students import SERVED
+from raydistill.results.selection import Selection
+from raydistill.results.served_students import SERVED_FILE
 from raydistill.results.tables import (
-    NAMES,
+    METRIC_NAMES,
     choices_table,
-    count_trials,
-    front_of,
-    mark_of,
+    format_trial_counts,
     markdown_table,
+    marker_id,
+    plot_selection_front,
     result_tables,
 )
 
-STAMP = "table.md"  # written last: the pictures are no older than it
-REPORT = ("front.png", "curves.png", "front.html", STAMP)
+LAST_WRITTEN = "table.md"  # written last: the pictures are no older than it
+REPORT_FILES = ("front.png", "curves.png", "front.html", LAST_WRITTEN)
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
 svg { max-width: 100%; height: auto }
@@ -59,89 +59,90 @@ for (const [id, lines] of Object.entries(facts)) {
 """
 
 
-def write_report(found: Outcome) -> list[Path]:
+def write_report(selection: Selection) -> list[Path]:
     """Write SWEEP/table.md and, once a trial is scored, front.png, curves.png and front.html; returns the paths."""
-    text = "\n\n".join(markdown_table(*part) for part in result_tables(found))
+    text = "\n\n".join(markdown_table(*part) for part in result_tables(selection))
     files: dict[str, bytes] = {}
-    if any(trial.scored for trial in found.trials):
+    if any(trial.scored for trial in selection.trials):
         files |= {
-            "front.png": front_of(found, "png"),
-            "curves.png": curves_of(found),
-            "front.html": page(found).encode(),
+            "front.png": plot_selection_front(selection, "png"),
+            "curves.png": plot_learning_curves(selection),
+            "front.html": render_page(selection).encode(),
         }
-    files[STAMP] = (text + "\n").encode()
+    files[LAST_WRITTEN] = (text + "\n").encode()
     for name, content in files.items():
-        write_atomic(found.sweep / name, content)
-    return [found.sweep / name for name in files]
+        write_atomic(selection.sweep / name, content)
+    return [selection.sweep / name for name in files]
 
 
-def refreshed(found: Outcome) -> list[Path]:
+def refresh_report(selection: Selection) -> list[Path]:
     """The report's files, written anew only where a trial has ended, or a student was served or chosen, since."""
-    stamp = found.sweep / STAMP
-    told = [found.sweep / "sweep.json", found.sweep / SERVED]
-    told += [trial.folder / name for trial in found.trials for name in ("result.json", SERVED)]
+    stamp = selection.sweep / LAST_WRITTEN
+    told = [selection.sweep / "sweep.json", selection.sweep / SERVED_FILE]
+    told += [trial.folder / name for trial in selection.trials for name in ("result.json", SERVED_FILE)]
     latest = max(path.stat().st_mtime_ns for path in told if path.is_file())
     if stamp.is_file() and stamp.stat().st_mtime_ns > latest:
-        return [path for name in REPORT if (path := found.sweep / name).is_file()]
-    return write_report(found)
+        return [path for name in REPORT_FILES if (path := selection.sweep / name).is_file()]
+    return write_report(selection)
 
 
-def page(found: Outcome) -> str:
+def render_page(selection: Selection) -> str:
     """The page's text."""
     tables = [
-        ("Choices", choices_table(found)),
-        ("What each method cost", method_table(found)),
-        *zip(("Trials", "Finalists as they serve, on real rows"), result_tables(found), strict=False),
+        ("Choices", choices_table(selection)),
+        ("What each method cost", method_table(selection)),
+        *zip(("Trials", "Finalists as they serve, on real rows"), result_tables(selection), strict=False),
     ]
-    measured = sorted(set(map(found.measured, found.students)))
+    measured = sorted(set(map(selection.measured_with, selection.students)))
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(found.name)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(found.name)}</h1><p>{html.escape(count_trials(found.trials))}. Point at a mark, or move to ",
+        f"<title>{html.escape(selection.name)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{html.escape(selection.name)}</h1><p>{html.escape(format_trial_counts(selection.trials))}. Point at a "
+        f"mark, or move to ",
         "it with the tab key, to see what it is.</p>",
-        _svg(front_of(found, "svg")),
-        *[f"<h2>{title}</h2>{_table(*table)}" for title, table in tables[:2]],
+        _inline_svg(plot_selection_front(selection, "svg")),
+        *[f"<h2>{title}</h2>{_html_table(*table)}" for title, table in tables[:2]],
         "<h2>Learning curves</h2>",
-        _svg(curves_of(found, "svg")),
-        *[f"<h2>{title}</h2>{_table(*table)}" for title, table in tables[2:]],
+        _inline_svg(plot_learning_curves(selection, "svg")),
+        *[f"<h2>{title}</h2>{_html_table(*table)}" for title, table in tables[2:]],
         *[f"<p>Milliseconds with {html.escape(how)}.</p>" for how in measured if how],
         '<div id="facts" role="status"></div>',
-        f'<script type="application/json" id="data">{_json(facts(found))}</script>',
+        f'<script type="application/json" id="data">{_script_json(make_tooltips(selection))}</script>',
         f"<script>{SCRIPT}</script></body></html>",
     ]
     return "\n".join(parts)
 
 
-def facts(found: Outcome) -> dict[str, list[str]]:
+def make_tooltips(selection: Selection) -> dict[str, list[str]]:
     """What is shown of every mark, line by line, by the mark's id."""
-    shown = {mark_of(student.key): _of_student(found, student) for student in found.marks}
-    teacher = found.teacher
-    score = (teacher.get("metrics") or {}).get(found.metric)
+    shown = {marker_id(student.key): _student_tooltip(selection, student) for student in selection.plotted_trials}
+    teacher = selection.teacher
+    score = (teacher.get("metrics") or {}).get(selection.metric)
     if score is not None:
-        lines = [f"teacher {teacher.get('name', '')} ({teacher.get('size', '')})", f"{found.metric} {score:.2f}"]
-        shown["teacher"] = lines + _costs(teacher.get("costs") or {})
+        lines = [f"teacher {teacher.get('name', '')} ({teacher.get('size', '')})", f"{selection.metric} {score:.2f}"]
+        shown["teacher"] = lines + _cost_lines(teacher.get("costs") or {})
     return shown
 
 
-def _of_student(found: Outcome, student: Trial) -> list[str]:
+def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     lines = [student.label, f"method {student.method}, labels {student.labels or 'original'}"]
     lines += [f"{side} layers copied: {' '.join(map(str, layers))}" for side, layers in student.copied.items()]
     if student.decoding:
         lines.append(decoding_label(student.decoding))
-    score, name = student.score(found.metric), NAMES.get(found.metric, found.metric)
+    score, name = student.score(selection.metric), METRIC_NAMES.get(selection.metric, selection.metric)
     if score is not None:
         interval = f" [{student.interval[0]:.2f}, {student.interval[1]:.2f}]" if student.interval else ""
         lines.append(f"{name} {score:.2f}{interval} on validation")
-    budgets = [budget for budget, key in found.chosen.items() if key == student.key]
+    budgets = [budget for budget, key in selection.chosen.items() if key == student.key]
     lines += [f"chosen for {', '.join(budgets)}"] if budgets else []
     lines += ["stopped early"] if student.status == "stopped" else []
-    measured = found.measured(student)
-    return [*lines, *_costs(student.metrics), *([f"measured with {measured}"] if measured else [])]
+    measured = selection.measured_with(student)
+    return [*lines, *_cost_lines(student.metrics), *([f"measured with {measured}"] if measured else [])]
 
 
-def _costs(costs: dict[str, float]) -> list[str]:
+def _cost_lines(costs: dict[str, float]) -> list[str]:
     words = {
         "latency_ms": "{:.1f} ms for 32 rows",
         "latency_ms_own": "{:.1f} ms when it was timed itself",
@@ -153,18 +154,18 @@ def _costs(costs: dict[str, float]) -> list[str]:
     return [text.format(costs[key]) for key, text in words.items() if key in costs]
 
 
-def _svg(content: bytes) -> str:
+def _inline_svg(content: bytes) -> str:
     """The picture without its XML prologue, which has no place in a page."""
     text = content.decode()
     return text[text.index("<svg") :]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _json(data: dict[str, list[str]]) -> str:
+def _script_json(data: dict[str, list[str]]) -> str:
     """JSON that cannot end the script element that it stands in."""
     return json.dumps(data).replace("<", "\\u003c")

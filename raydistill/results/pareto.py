@@ -11,7 +11,7 @@ import numpy as np
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metrics import Comparison, paired_bootstrap
 
-UNITS = {
+COST_UNITS = {
     "latency_ms": "ms for a batch of 32",
     "latency_ms_b1": "ms for one row",
     "params_m": "million parameters",
@@ -20,7 +20,7 @@ UNITS = {
     "gpu_hours": "device-hours",
 }
 # Measured with a clock, and so never twice the same; with how several measurements of one thing become one.
-TIMED: dict[str, Callable[[list[float]], float]] = {
+TIMING_REDUCERS: dict[str, Callable[[list[float]], float]] = {
     f"{name}{end}": combined
     for name in ("latency_ms", "latency_ms_b1")
     for end, combined in (("", statistics.median), ("_low", min), ("_high", max))
@@ -53,7 +53,7 @@ class Choice:
     reason: str
 
 
-def absolute_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> dict[str, float]:
+def resolve_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> dict[str, float]:
     """Bounds as numbers; "50%" is half of what the teacher costs. A UserError where that was not measured."""
     numbers = {}
     for key, bound in bounds.items():
@@ -67,12 +67,12 @@ def absolute_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> 
     return numbers
 
 
-def known_bounds(budgets: dict[str, dict[str, Any]], teacher_costs: dict[str, float]) -> list[dict[str, float]]:
+def resolve_budgets(budgets: dict[str, dict[str, Any]], teacher_costs: dict[str, float]) -> list[dict[str, float]]:
     """Every budget's bounds as numbers; one with a share of what was not measured on the teacher bounds nothing."""
     found = []
     for bounds in budgets.values():
         try:
-            found.append(absolute_bounds(bounds, teacher_costs))
+            found.append(resolve_bounds(bounds, teacher_costs))
         except UserError:  # `outcome` tells of it
             found.append({})
     return found
@@ -80,10 +80,10 @@ def known_bounds(budgets: dict[str, dict[str, Any]], teacher_costs: dict[str, fl
 
 def feasible(candidates: Sequence[Candidate], bounds: dict[str, float]) -> list[Candidate]:
     """Those within every bound (a bound is inclusive); a cost that was not measured fits no bound on it."""
-    return [c for c in candidates if all(_share(c, key, bound) <= 1 for key, bound in bounds.items())]
+    return [c for c in candidates if all(_share_of_bound(c, key, bound) <= 1 for key, bound in bounds.items())]
 
 
-def admitted(costs: dict[str, float], budgets: Sequence[dict[str, float]]) -> bool:
+def fits_any_budget(costs: dict[str, float], budgets: Sequence[dict[str, float]]) -> bool:
     """Whether some budget could admit a student of these costs; what is not known of it (yet) is no obstacle.
 
     Without budgets everything is admitted.
@@ -93,24 +93,27 @@ def admitted(costs: dict[str, float], budgets: Sequence[dict[str, float]]) -> bo
     )
 
 
-def on_one_clock(costs: Sequence[dict[str, float]], alike: Sequence[Hashable]) -> list[dict[str, float]]:
-    """The costs, with the median over all that are `alike` in the place of each one's own milliseconds.
+def pool_latency(costs: Sequence[dict[str, float]], groups: Sequence[Hashable]) -> list[dict[str, float]]:
+    """The costs, with the median over all that are `groups` in the place of each one's own milliseconds.
 
-    `alike` names for each what decides its speed (shape, beams, engine). Of two that are alike one is the faster by
+    `groups` names for each what decides its speed (shape, beams, engine). Of two that are alike one is the faster by
     noise, or by the length of what it wrote; so neither is cheaper, and the higher score wins. Lowest and highest
     become those of all.
     """
     pooled: dict[tuple[Hashable, str], list[float]] = {}
-    for one, group in zip(costs, alike, strict=True):
-        for name in one.keys() & TIMED.keys():
+    for one, group in zip(costs, groups, strict=True):
+        for name in one.keys() & TIMING_REDUCERS.keys():
             pooled.setdefault((group, name), []).append(one[name])
     return [
-        {name: TIMED[name](pooled[group, name]) if name in TIMED else value for name, value in one.items()}
-        for one, group in zip(costs, alike, strict=True)
+        {
+            name: TIMING_REDUCERS[name](pooled[group, name]) if name in TIMING_REDUCERS else value
+            for name, value in one.items()
+        }
+        for one, group in zip(costs, groups, strict=True)
     ]
 
 
-def front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:
+def pareto_front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:
     """The Pareto front, cheapest first: those that no other beats in score or cost without losing in the other.
 
     Candidates that tie in both are all kept; one without this cost is left out.
@@ -133,14 +136,14 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
     cost = next(iter(bounds), "latency_ms")
     within = feasible(candidates, bounds)
     if not within:
-        return Choice(None, None, [], {}, _nearest_miss(candidates, bounds))
+        return Choice(None, None, [], {}, _explain_nearest_miss(candidates, bounds))
     highest = min(within, key=lambda c: (-c.score, c.costs.get(cost, math.inf), c.key))
     cheaper = [c for c in within if c.costs.get(cost, math.inf) < highest.costs.get(cost, math.inf)]
     compared = {c.key: found for c in cheaper if (found := _compare(metric, highest, c)) is not None}
     same = [c for c in cheaper if c.key in compared and compared[c.key].low <= 0 <= compared[c.key].high]
     same.sort(key=lambda c: (c.costs[cost], -c.score, c.key))
     best = same[0] if same else highest
-    return Choice(best, highest, same, compared, _reason(best, highest, same, compared, bounds, metric, cost))
+    return Choice(best, highest, same, compared, _explain_choice(best, highest, same, compared, bounds, metric, cost))
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
@@ -148,9 +151,9 @@ def describe_bounds(bounds: dict[str, float]) -> str:
     return ", ".join(f"{key} <= {bound:.4g}" for key, bound in bounds.items()) or "no bound"
 
 
-def _share(c: Candidate, key: str, bound: float) -> float:
+def _share_of_bound(candidate: Candidate, key: str, bound: float) -> float:
     """The cost as a share of its bound."""
-    return c.costs[key] / bound if key in c.costs else math.inf
+    return candidate.costs[key] / bound if key in candidate.costs else math.inf
 
 
 def _compare(metric: str, a: Candidate, b: Candidate) -> Comparison | None:
@@ -159,11 +162,11 @@ def _compare(metric: str, a: Candidate, b: Candidate) -> Comparison | None:
     return paired_bootstrap(metric, a.rows, b.rows)
 
 
-def _reason(
+def _explain_choice(
     best: Candidate,
     highest: Candidate,
-    same: list[Candidate],
-    compared: dict[str, Comparison],
+    indistinguishable: list[Candidate],
+    comparisons: dict[str, Comparison],
     bounds: dict[str, float],
     metric: str,
     cost: str,
@@ -172,30 +175,32 @@ def _reason(
     top = f"{highest.label or highest.key} has the highest {metric}, {highest.score:.2f}, {where}"
     if best is highest:
         return f"{top}; no cheaper student equals it."
-    found = compared[best.key]
+    found = comparisons[best.key]
     saved = 1 - best.costs[cost] / highest.costs[cost]
-    others = f" (the cheapest of {len(same)} such)" if len(same) > 1 else ""
+    others = f" (the cheapest of {len(indistinguishable)} such)" if len(indistinguishable) > 1 else ""
     return (
         f"{top}, but {best.label or best.key} cannot be told from it: {found.difference:.2f} less, 95 % interval "
         f"[{-found.high:+.2f}, {-found.low:+.2f}] on the same rows. It has {saved:.0%} less {cost}{others}."
     )
 
 
-def _nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, float]) -> str:
+def _explain_nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, float]) -> str:
     if not candidates:
         return "no student has finished yet"
-    worst = [(max(((_share(c, k, b), k) for k, b in bounds.items()), default=(0.0, "")), c) for c in candidates]
+    worst = [
+        (max(((_share_of_bound(c, k, b), k) for k, b in bounds.items()), default=(0.0, "")), c) for c in candidates
+    ]
     (share, key), nearest = min(worst, key=lambda item: (item[0][0], -item[1].score))
     text = f"no student fits {describe_bounds(bounds)}"
     if math.isinf(share):
         return f"{text}; {key} was not measured"
     return (
         f"{text}; the nearest is {nearest.label or nearest.key} with {key} {nearest.costs[key]:.4g} "
-        f"({_excess(share)}), {nearest.score:.2f} points"
+        f"({_format_excess(share)}), {nearest.score:.2f} points"
     )
 
 
-def _excess(share: float) -> str:
+def _format_excess(share: float) -> str:
     """By how much a cost is over its bound; beyond 200 % a factor reads better."""
     if share <= 3:
         return f"{share - 1:.1%} over"

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydistill.config.space import BOUNDED, NAME, check_bounds
-from raydistill.core.console import home
+from raydistill.config.run import NAME_PATTERN
+from raydistill.config.space import COST_METRICS, check_bounds
+from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
-from raydistill.core.files import UNFIT, damage_told, inside, read_json
+from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
 
-MOST_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
+MAX_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Trial:
         """What the trial has taken; of one under way, up to its last validation."""
         if self.status != "running":
             return self.metrics.get("gpu_hours", 0.0)
-        with damage_told(self.folder / "metrics.jsonl"):
+        with corrupt_file_error(self.folder / "metrics.jsonl"):
             return max((float(line.get("gpu_hours", 0.0)) for line in self.history()), default=0.0)
 
     def score(self, metric: str) -> float | None:
@@ -80,7 +81,7 @@ class Trial:
 
     def rows(self, split: str = "validation") -> np.ndarray | None:
         """Per-row statistics of the main metric, [rows] or [rows, 10]; None where they were not kept."""
-        return read_rows(self.folder / rows_name(split, self.decoding), split)
+        return read_rows(self.folder / rows_filename(split, self.decoding), split)
 
     def history(self) -> list[dict[str, Any]]:
         """One mapping per validation, in order. A torn last line, as a kill leaves it, is passed over."""
@@ -97,7 +98,7 @@ class Trial:
             except (ValueError, AttributeError, RecursionError) as error:
                 if i == len(lines) - 1:
                     break
-                raise _damaged(path, f"line {i + 1}: {error}") from None
+                raise _corrupt_trial_error(path, f"line {i + 1}: {error}") from None
         return found
 
     def run_config(self) -> dict[str, Any]:
@@ -112,14 +113,14 @@ def read_rows(path: Path, split: str) -> np.ndarray | None:
         return None
     try:
         with zipfile.ZipFile(path) as packed:
-            if sum(entry.file_size for entry in packed.infolist()) > MOST_ROW_BYTES:
+            if sum(entry.file_size for entry in packed.infolist()) > MAX_ROW_BYTES:
                 raise ValueError("it would unpack to more than any sweep has rows for")
         with np.load(path, allow_pickle=False) as arrays:
             rows = np.asarray(arrays[split]) if split in arrays else None
-    except (*UNFIT, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _damaged(path, str(error)) from None
+    except (*PARSE_ERRORS, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _corrupt_trial_error(path, str(error)) from None
     if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
-        raise _damaged(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
+        raise _corrupt_trial_error(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
     return rows
 
 
@@ -129,15 +130,15 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{sweep}: no sweep.json; the sweep was not started or stopped before its first trial")
     info = read_json(path)
-    with damage_told(path):
-        if not re.fullmatch(NAME, str(info.get("name", "unnamed"))):  # a folder of artifacts is called so
+    with corrupt_file_error(path):
+        if not re.fullmatch(NAME_PATTERN, str(info.get("name", "unnamed"))):  # a folder of artifacts is called so
             raise ValueError(f"name is {info['name']!r}")
         if info.get("tracking_uri") is not None and not isinstance(info["tracking_uri"], str):
             raise TypeError("tracking_uri is no text")
         float(info.get("teacher_gpu_hours") or 0)
         teacher = dict(info.get("teacher") or {})
-        numbers_of(teacher.get("metrics") or {})
-        numbers_of({name: value for name, value in (teacher.get("costs") or {}).items() if name in BOUNDED})
+        to_floats(teacher.get("metrics") or {})
+        to_floats({name: value for name, value in (teacher.get("costs") or {}).items() if name in COST_METRICS})
         for name, bounds in (info.get("budgets") or {}).items():
             check_bounds(name, bounds)
     return info
@@ -148,15 +149,15 @@ def read_trials(sweep: Path) -> list[Trial]:
     found = []
     for folder in sorted((sweep / "trials").glob("*/")):
         if (folder / "result.json").exists():
-            found.append(_finished(folder))
+            found.append(_read_finished(folder))
         elif (folder / "run.json").exists():
-            found.append(_running(folder))
+            found.append(_read_running(folder))
     return sorted(found, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
 
 
-def open_sweep(name_or_path: str) -> Path:
+def find_sweep(name_or_path: str) -> Path:
     """A sweep's folder by path, or by name under `home()/sweeps`; a UserError names those that exist."""
-    sweeps = home() / "sweeps"
+    sweeps = raydistill_home() / "sweeps"
     for folder in (Path(name_or_path), sweeps / name_or_path):
         if (folder / "sweep.json").exists() or (folder / "space.yaml").exists():
             return folder.absolute()
@@ -171,31 +172,31 @@ def device_hours(sweep: Path) -> float:
     return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
 
 
-def numbers_of(metrics: dict[str, Any]) -> dict[str, float]:
+def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def tested(test: dict[str, Any] | None) -> dict[str, Any] | None:
+def parse_test_scores(test: dict[str, Any] | None) -> dict[str, Any] | None:
     """Scores on the test split and their "interval"; None where there are none."""
     if not test:
         return None
-    scores = numbers_of({name: value for name, value in test.items() if name != "interval"})
-    return scores | ({"interval": list(ends_of(test["interval"]))} if test.get("interval") else {})
+    scores = to_floats({name: value for name, value in test.items() if name != "interval"})
+    return scores | ({"interval": list(parse_interval(test["interval"]))} if test.get("interval") else {})
 
 
-def ends_of(ends: Any) -> tuple[float, float]:
-    low, high = ends
+def parse_interval(interval: Any) -> tuple[float, float]:
+    low, high = interval
     return float(low), float(high)
 
 
-def _finished(folder: Path) -> Trial:
+def _read_finished(folder: Path) -> Trial:
     path = folder / "result.json"
     data = read_json(path)
     if data.get("status") not in ("done", "stopped", "failed"):
-        raise _damaged(path, f"status is {data.get('status')!r}, not done, stopped or failed")
+        raise _corrupt_trial_error(path, f"status is {data.get('status')!r}, not done, stopped or failed")
     interval = data.get("interval")
-    with damage_told(path):
-        checkpoint = inside(folder, str(data.get("checkpoint") or "best"))
+    with corrupt_file_error(path):
+        checkpoint = safe_join(folder, str(data.get("checkpoint") or "best"))
         return Trial(
             key=folder.name,
             folder=folder,
@@ -207,9 +208,9 @@ def _finished(folder: Path) -> Trial:
             copied={side: [int(n) for n in ns] for side, ns in (data.get("copied") or {}).items() if ns is not None},
             labels=str(data.get("labels") or ""),
             chosen=dict(data.get("chosen") or {}),
-            metrics=numbers_of(data.get("metrics") or {}),
-            interval=ends_of(interval) if interval else None,
-            test=tested(data.get("test")),
+            metrics=to_floats(data.get("metrics") or {}),
+            interval=parse_interval(interval) if interval else None,
+            test=parse_test_scores(data.get("test")),
             steps=int(data.get("steps") or 0),
             signature=str(data.get("signature") or ""),
             # A kill may have come before a failed run's checkpoint was deleted
@@ -218,9 +219,9 @@ def _finished(folder: Path) -> Trial:
         )
 
 
-def _running(folder: Path) -> Trial:
+def _read_running(folder: Path) -> Trial:
     run = read_json(folder / "run.json")
-    with damage_told(folder / "run.json"):
+    with corrupt_file_error(folder / "run.json"):
         return Trial(
             key=folder.name,
             folder=folder,
@@ -232,19 +233,19 @@ def _running(folder: Path) -> Trial:
         )
 
 
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: damaged: {what}. Delete {path.parent} to have it made again")
+def _corrupt_trial_error(path: Path, detail: str) -> UserError:
+    return UserError(f"{path}: damaged: {detail}. Delete {path.parent} to have it made again")
 
 
-def decoding_name(decoding: dict[str, Any]) -> str:
+def decoding_key(decoding: dict[str, Any]) -> str:
     """A way of decoding in a file's name: "b4-p0.6"; one beam has no length penalty."""
     penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
     return f"b{decoding['beams']}{penalty}"
 
 
-def rows_name(split: str, decoding: dict[str, Any] | None) -> str:
+def rows_filename(split: str, decoding: dict[str, Any] | None) -> str:
     """The file of the per-row statistics: of a run's own scores, or of a split as it was served with a decoding."""
-    return f"rows-{split}-{decoding_name(decoding)}.npz" if decoding else "rows.npz"
+    return f"rows-{split}-{decoding_key(decoding)}.npz" if decoding else "rows.npz"
 
 
 def decoding_label(decoding: dict[str, Any]) -> str:

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.loader import read_yaml
-from raydistill.config.space import BOUNDED
+from raydistill.config.space import COST_METRICS
 from raydistill.core.errors import UserError
-from raydistill.core.files import damage_told
-from raydistill.results.pareto import Candidate, Choice, absolute_bounds, choose, front, known_bounds
+from raydistill.core.files import corrupt_file_error
+from raydistill.results.pareto import Candidate, Choice, choose, pareto_front, resolve_bounds, resolve_budgets
 from raydistill.results.records import Trial, read_sweep, read_trials
-from raydistill.results.served_students import as_served, served_teacher, timed_alike
+from raydistill.results.served_students import expand_by_serving, impute_served_timing, load_served_teacher
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Selection:
     """A sweep read as a whole: its trials, the front, and the choice for each budget.
 
     `students` are what front and choices are made of: the finalists as served, or, before they are, every trial with a
@@ -29,7 +29,7 @@ class Outcome:
     teacher: dict[str, Any]
     trials: list[Trial]
     students: list[Trial]
-    front: list[str]
+    front_keys: list[str]
     bounds: dict[str, dict[str, float]]
     choices: dict[str, Choice]
 
@@ -39,55 +39,55 @@ class Outcome:
         return {name: choice.best.key if choice.best else None for name, choice in self.choices.items()}
 
     @property
-    def served(self) -> bool:
+    def has_served_students(self) -> bool:
         """Whether the students are finalists as served."""
         return any(student.decoding for student in self.students)
 
     @property
-    def marks(self) -> list[Trial]:
+    def plotted_trials(self) -> list[Trial]:
         """What a picture shows: the students and, on the same clock, the trials that are none of them."""
-        return [*self.students, *(timed_alike(self.trials, self.students) if self.served else [])]
+        return [*self.students, *(impute_served_timing(self.trials, self.students) if self.has_served_students else [])]
 
     def student(self, key: str) -> Trial:
         """The student of that key."""
         return next(student for student in self.students if student.key == key)
 
-    def measured(self, student: Trial) -> str:
+    def measured_with(self, student: Trial) -> str:
         """With what a student's milliseconds were measured; before it is served, that is its shape at fixed lengths."""
         engine = self.teacher.get("engine")
         return student.measured or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
 
-    def trial_of(self, key: str) -> str:
+    def trial_key(self, key: str) -> str:
         """The key of the trial whose checkpoint a student is."""
         return self.student(key).folder.name
 
 
-def outcome(sweep: Path) -> Outcome:
+def load_selection(sweep: Path) -> Selection:
     """Read a sweep and judge it: the front by the space's cost, a choice per stored budget."""
     info = read_sweep(sweep)
     trials = read_trials(sweep)
     space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
-    with damage_told(sweep / "space.yaml"):
+    with corrupt_file_error(sweep / "space.yaml"):
         cost = (space.get("search") or {}).get("cost", "latency_ms")
-        if cost not in BOUNDED:
+        if cost not in COST_METRICS:
             raise ValueError(f"search.cost is {cost!r}")
     metric = str(info.get("metric", "rouge2"))
-    teacher = served_teacher(sweep, info)
+    teacher = load_served_teacher(sweep, info)
     teacher_costs = teacher.get("costs") or {}
     budgets = info.get("budgets") or space.get("budgets") or {}
-    served = as_served(trials, teacher)
+    served = expand_by_serving(trials, teacher)
     students = served or [trial for trial in trials if trial.scored]
-    able = candidates(students, metric)
+    able = make_candidates(students, metric)
     bounds: dict[str, dict[str, float]] = {}
     choices: dict[str, Choice] = {}
     for name, budget in budgets.items():
         try:
-            bounds[name] = absolute_bounds(budget, teacher_costs)
+            bounds[name] = resolve_bounds(budget, teacher_costs)
             choices[name] = choose(able, bounds[name], metric)
         except UserError as error:  # a share of what was not measured on the teacher (yet)
             bounds[name] = {}
             choices[name] = Choice(None, None, [], {}, str(error))
-    return Outcome(
+    return Selection(
         sweep=sweep,
         name=str(info.get("name", sweep.name)),
         metric=metric,
@@ -96,32 +96,32 @@ def outcome(sweep: Path) -> Outcome:
         teacher=teacher,
         trials=trials,
         students=students,
-        front=[c.key for c in front(able, cost)],
+        front_keys=[c.key for c in pareto_front(able, cost)],
         bounds=bounds,
         choices=choices,
     )
 
 
-def finalists(sweep: Path) -> list[Trial]:
+def select_finalists(sweep: Path) -> list[Trial]:
     """The trials worth serving, by what the search measured: on the front of a cost, or chosen.
 
     Of every cost that can be bounded, not only of those that the space's budgets bound: `choose` asks for others later.
     """
     info, trials = read_sweep(sweep), read_trials(sweep)
-    students = candidates(trials, info["metric"])
-    keys = {candidate.key for cost in BOUNDED for candidate in front(students, cost)}
-    for bounds in known_bounds(info["budgets"], info["teacher"]["costs"]):
+    students = make_candidates(trials, info["metric"])
+    keys = {candidate.key for cost in COST_METRICS for candidate in pareto_front(students, cost)}
+    for bounds in resolve_budgets(info["budgets"], info["teacher"]["costs"]):
         best = choose(students, bounds, info["metric"]).best
         keys |= {best.key} if best else set()
     return [trial for trial in trials if trial.key in keys]
 
 
-def candidates(trials: list[Trial], metric: str) -> list[Candidate]:
+def make_candidates(trials: list[Trial], metric: str) -> list[Candidate]:
     """Scored trials, or students as served, as candidates of a budget."""
     found = []
     for trial in trials:
         score = trial.score(metric)
         if trial.scored and score is not None:
-            costs = {k: float(trial.metrics[k]) for k in BOUNDED if trial.metrics.get(k) is not None}
+            costs = {k: float(trial.metrics[k]) for k in COST_METRICS if trial.metrics.get(k) is not None}
             found.append(Candidate(trial.key, float(score), trial.rows(), costs, trial.label))
     return found

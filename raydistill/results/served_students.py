@@ -4,27 +4,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raydistill.core.files import damage_told, read_json
-from raydistill.results.pareto import on_one_clock
-from raydistill.results.records import Trial, decoding_name, ends_of, numbers_of, tested
+from raydistill.core.files import corrupt_file_error, read_json
+from raydistill.results.pareto import pool_latency
+from raydistill.results.records import Trial, decoding_key, parse_interval, parse_test_scores, to_floats
 
-SERVED = "served.json"
+SERVED_FILE = "served.json"
 # What a shape and its decoding decide, whatever the weights.
-OF_THE_SHAPE = ("latency_ms", "latency_ms_b1", "peak_mb", "speedup")
+SHAPE_METRICS = ("latency_ms", "latency_ms_b1", "peak_mb", "speedup")
 
 
-def served_in(folder: Path) -> list[dict[str, Any]]:
+def read_served(folder: Path) -> list[dict[str, Any]]:
     """What a folder's served.json tells: an entry per machine and way of decoding, the checkpoint's own first."""
-    if not (folder / SERVED).is_file():
+    if not (folder / SERVED_FILE).is_file():
         return []
-    served = read_json(folder / SERVED)
-    with damage_told(folder / SERVED, "Delete this file to have it made again"):
+    served = read_json(folder / SERVED_FILE)
+    with corrupt_file_error(folder / SERVED_FILE, "Delete this file to have it made again"):
         of_all: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
         return [{**of_all, **one} for one in served["decodings"]]
 
 
-def as_served(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
-    """A student for every trial and way of decoding that was served where the teacher was, as `served_teacher` tells.
+def expand_by_serving(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
+    """A student for every trial and way of decoding that was served where the teacher was, as `load_served_teacher`
+    tells.
 
     Milliseconds are the median over the students of the same shape, beams and engine; where that is not a student's
     own, `latency_ms_own` is. `speedup` is over the teacher with its own decoding, `speedup_same_decoding` over the
@@ -33,15 +34,15 @@ def as_served(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
     students, alike = [], []
     for trial in trials:
         if trial.scored:
-            with damage_told(trial.folder / SERVED):
-                entries = [one for one in served_in(trial.folder) if _served_at(one, teacher.get("hardware"))]
-                students += [_as_served(trial, one, i == 0) for i, one in enumerate(entries)]
-                alike += [_clock(trial.size, one) for one in entries]
-    costs = on_one_clock([student.metrics for student in students], alike)
-    return [_on_its_clock(student, shared, teacher) for student, shared in zip(students, costs, strict=True)]
+            with corrupt_file_error(trial.folder / SERVED_FILE):
+                entries = [one for one in read_served(trial.folder) if _served_on(one, teacher.get("hardware"))]
+                students += [_with_serving(trial, one, i == 0) for i, one in enumerate(entries)]
+                alike += [_latency_group(trial.size, one) for one in entries]
+    costs = pool_latency([student.metrics for student in students], alike)
+    return [_with_pooled_latency(student, shared, teacher) for student, shared in zip(students, costs, strict=True)]
 
 
-def timed_alike(trials: list[Trial], students: list[Trial]) -> list[Trial]:
+def impute_served_timing(trials: list[Trial], students: list[Trial]) -> list[Trial]:
     """The scored trials that are none of the served `students`, each with the times of the student of its size.
 
     Of the first one's own decoding. Their own times are of fixed lengths, which beside times on real rows would make
@@ -52,7 +53,7 @@ def timed_alike(trials: list[Trial], students: list[Trial]) -> list[Trial]:
     return [
         replace(
             trial,
-            metrics={**trial.metrics, **{k: v for k, v in clocks[trial.size].metrics.items() if k in OF_THE_SHAPE}},
+            metrics={**trial.metrics, **{k: v for k, v in clocks[trial.size].metrics.items() if k in SHAPE_METRICS}},
             measured=f"{clocks[trial.size].measured}, on {clocks[trial.size].label}",
         )
         for trial in trials
@@ -60,59 +61,61 @@ def timed_alike(trials: list[Trial], students: list[Trial]) -> list[Trial]:
     ]
 
 
-def served_teacher(sweep: Path, info: dict[str, Any]) -> dict[str, Any]:
+def load_served_teacher(sweep: Path, sweep_record: dict[str, Any]) -> dict[str, Any]:
     """The teacher's record; with its costs on real rows where they were measured, of its own decoding.
 
     Its milliseconds, too, are the median over its decodings with the same beams.
     Then also the `hardware` that the sweep is judged by, and by way of decoding the costs (`served`).
     """
-    teacher = dict(info.get("teacher") or {})
-    if (sweep / SERVED).is_file():
-        with damage_told(sweep / SERVED):
-            hardware = read_json(sweep / SERVED).get("hardware")
-            entries = [one for one in served_in(sweep) if _served_at(one, hardware)]
-            costs = on_one_clock([numbers_of(e["costs"]) for e in entries], [_clock("teacher", e) for e in entries])
-            here = dict(zip(map(decoding_name, entries), costs, strict=True))
+    teacher = dict(sweep_record.get("teacher") or {})
+    if (sweep / SERVED_FILE).is_file():
+        with corrupt_file_error(sweep / SERVED_FILE):
+            hardware = read_json(sweep / SERVED_FILE).get("hardware")
+            entries = [one for one in read_served(sweep) if _served_on(one, hardware)]
+            costs = pool_latency(
+                [to_floats(e["costs"]) for e in entries], [_latency_group("teacher", e) for e in entries]
+            )
+            here = dict(zip(map(decoding_key, entries), costs, strict=True))
         teacher["costs"] = {**(teacher.get("costs") or {}), **next(iter(here.values()), {})}
         teacher |= {"hardware": hardware, "served": here}
     return teacher
 
 
-def _served_at(entry: dict[str, Any], hardware: dict[str, Any] | None) -> bool:
+def _served_on(entry: dict[str, Any], hardware: dict[str, Any] | None) -> bool:
     return hardware is None or entry.get("hardware", hardware) == hardware
 
 
-def _measured(entry: dict[str, Any]) -> str:
+def _describe_setup(entry: dict[str, Any]) -> str:
     """Such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
     hardware = entry.get("hardware") or {}
     threads = f"{hardware['threads']} threads" if hardware.get("kind") == "cpu" else None
     return ", ".join(str(part) for part in (entry.get("engine"), hardware.get("name"), threads) if part)
 
 
-def _clock(size: str, entry: dict[str, Any]) -> tuple[str, int, str, str]:
+def _latency_group(size: str, entry: dict[str, Any]) -> tuple[str, int, str, str]:
     """What decides how fast a student is served; the length penalty only says how long its texts become."""
     return size, int(entry["beams"]), str(entry.get("engine")), str(entry.get("version"))
 
 
-def _as_served(trial: Trial, one: dict[str, Any], own: bool) -> Trial:
-    """A trial with one of its decodings, timed by itself; its `own` comes first."""
-    decoding = {"beams": int(one["beams"]), "length_penalty": float(one["length_penalty"])}
+def _with_serving(trial: Trial, entry: dict[str, Any], is_default: bool) -> Trial:
+    """A trial with one of its decodings, timed by itself; its `is_default` comes first."""
+    decoding = {"beams": int(entry["beams"]), "length_penalty": float(entry["length_penalty"])}
     return replace(
         trial,
-        key=f"{trial.key} {decoding_name(decoding)}",
-        metrics={**trial.metrics, **numbers_of(one["metrics"]), **numbers_of(one["costs"])},
-        interval=ends_of(one["interval"]),
-        test=tested(one.get("test")) or (trial.test if own else None),
+        key=f"{trial.key} {decoding_key(decoding)}",
+        metrics={**trial.metrics, **to_floats(entry["metrics"]), **to_floats(entry["costs"])},
+        interval=parse_interval(entry["interval"]),
+        test=parse_test_scores(entry.get("test")) or (trial.test if is_default else None),
         decoding=decoding,
-        measured=_measured(one),
+        measured=_describe_setup(entry),
     )
 
 
-def _on_its_clock(student: Trial, metrics: dict[str, float], teacher: dict[str, Any]) -> Trial:
+def _with_pooled_latency(student: Trial, metrics: dict[str, float], teacher: dict[str, Any]) -> Trial:
     """A student with the costs of its clock, and the speed-ups that follow from them."""
-    same = (teacher.get("served") or {}).get(decoding_name(student.decoding or {}), {})
+    same = (teacher.get("served") or {}).get(decoding_key(student.decoding or {}), {})
     over = {"speedup": teacher.get("costs") or {}, "speedup_same_decoding": same}
-    with damage_told(student.folder / SERVED):
+    with corrupt_file_error(student.folder / SERVED_FILE):
         speedups = {k: v["latency_ms"] / metrics["latency_ms"] for k, v in over.items() if v.get("latency_ms")}
     own = student.metrics.get("latency_ms")
     apart = {"latency_ms_own": own} if own is not None and own != metrics["latency_ms"] else {}

@@ -4,17 +4,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.distributions import split_parameters
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run, parse_labels
-from raydistill.config.space import Space, split
-from raydistill.core.console import home, table
+from raydistill.config.space import Space
+from raydistill.core.console import format_table, raydistill_home
 from raydistill.core.errors import UserError
-from raydistill.data.corpus import read_corpus, split_names, statistics
-from raydistill.models.shrinking import check_same_shape, plan
+from raydistill.data.corpus import corpus_statistics, read_corpus, split_names
+from raydistill.models.shrinking import check_same_decoder, plan_layers
 from raydistill.paper.published import TABLE_4, TABLE_5, data_name, teacher_name
-from raydistill.results.pareto import admitted, known_bounds
+from raydistill.results.pareto import fits_any_budget, resolve_budgets
 from raydistill.results.records import read_sweep
-from raydistill.search.prepare import runs_of
+from raydistill.search.prepare import corner_runs
 
 # Of running English text in BART's vocabulary; other languages and smaller vocabularies take more.
 TOKENS_PER_WORD = 1.15
@@ -22,32 +23,32 @@ TOKENS_PER_WORD = 1.15
 
 def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     """Trials, shapes, data, disk, what is there already; `text` is for people. Downloads and starts nothing."""
-    runs = runs_of(space)
+    runs = corner_runs(space)
     first = runs[0]
-    config, why = teacher_config(first)
-    data = data_size(first)
+    config, why = load_teacher_config(first)
+    data = dataset_size(first)
     sizes = sorted({run.student.size or "full" for run in runs})
-    done = trials_over(folder)
+    done = count_finished_trials(folder)
     lines = [
         f"sweep {space.name}: {space.search.trials} trials ({done} finished already), sampler {space.search.sampler}, "
         f"seed {space.search.seed}, in {folder}",
         f"teacher: {first.teacher}" + (f" ({why})" if why else ""),
         f"data: {first.dataset.name}: {data['text']}",
         "",
-        table(["shape", "decoder layers copied", "M parameters"], [shape_row(s, runs, config) for s in sizes]),
+        format_table(["shape", "decoder layers copied", "M parameters"], [shape_row(s, runs, config) for s in sizes]),
         "",
-        table(["value", "distribution"], distribution_rows(space)),
+        format_table(["value", "distribution"], distribution_rows(space)),
         "",
     ]
-    disk = disk_plan(runs, config, data)
+    disk = estimate_disk(runs, config, data)
     lines += disk.pop("lines")
-    hours, why_hours = expected_hours(runs, space.search.trials)
+    hours, why_hours = estimate_device_hours(runs, space.search.trials)
     lines.append(f"expected device-hours: {f'about {hours:.0f}' if hours else 'not known'} ({why_hours})")
     for name, bounds in space.budgets.items():
         lines.append(f"budget {name}: {', '.join(f'{k} <= {v}' for k, v in bounds.items())}")
-    barred, unknown = not_trained(space, sizes, config, folder)
+    barred, unknown = estimate_infeasible_sizes(space, sizes, config, folder)
     lines.append(f"shapes that no budget admits, and that are not trained: {', '.join(barred) or 'none'}{unknown}")
-    lines.append(search_plan(space))
+    lines.append(describe_stopping(space))
     return {
         "text": "\n".join(lines),
         "name": space.name,
@@ -64,7 +65,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     }
 
 
-def expected_hours(runs: list[Run], trials: int) -> tuple[float | None, str]:
+def estimate_device_hours(runs: list[Run], trials: int) -> tuple[float | None, str]:
     """What a search would take on the paper's GPU by the paper's costs, and by which; None where it has none.
 
     By Table 5 where it has the teacher, size and data of every run: a run's own cost each, and what pseudo-labels add
@@ -76,7 +77,7 @@ def expected_hours(runs: list[Run], trials: int) -> tuple[float | None, str]:
     costs = [row and (row.kd if run.method == "kd" else row.sft) for run, row in zip(runs, rows, strict=True)]
     known = [cost[1] for cost in costs if cost]
     if len(known) == len(runs):
-        labels = sum(label_hours(teacher, data) for teacher, data in labellers(runs))
+        labels = sum(published_label_hours(teacher, data) for teacher, data in labellers(runs))
         return trials * sum(known) / len(known) + labels, "the paper's Table 5, hours on an Nvidia RTX 2080"
     pairs = {(teacher, data) for teacher, _, data in place.values()}
     if pairs <= set(TABLE_4):
@@ -88,19 +89,19 @@ def expected_hours(runs: list[Run], trials: int) -> tuple[float | None, str]:
 def labellers(runs: list[Run]) -> set[tuple[str, str]]:
     """Who has to write pseudo-labels for which data, by the paper's names."""
     return {
-        (teacher_name(part.labeller or str(run.teacher)), data_name(run.dataset.name))
+        (teacher_name(part.other_teacher or str(run.teacher)), data_name(run.dataset.name))
         for run in runs
-        for part in parse_labels(run.label_source)
+        for part in parse_labels(run.resolved_labels)
         if part.is_pseudo
     }
 
 
-def label_hours(teacher: str, data: str) -> float:
+def published_label_hours(teacher: str, data: str) -> float:
     """What a teacher's pass over the training split cost in Table 5: pseudo-labels less fine-tuning."""
     return max((r.pl[1] - r.sft[1] for (t, _, d), r in TABLE_5.items() if (t, d) == (teacher, data)), default=0.0)
 
 
-def trials_over(folder: Path) -> int:
+def count_finished_trials(folder: Path) -> int:
     """Trials of a sweep that have left their result."""
     return len(list((folder / "trials").glob("*/result.json")))
 
@@ -111,55 +112,55 @@ def check_space(space: Space) -> None:
     Reads the teacher's configuration and the names of the data's splits only.
     """
     seen: dict[str, Any] = {}
-    for run in runs_of(space):
+    for run in corner_runs(space):
         check_run(run, seen)
 
 
-def check_run(run: Run, seen: dict[str, Any] | None = None) -> None:
-    """The same for one run; `seen` keeps what was read already."""
+def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
+    """The same for one run; `cache` keeps what was read already."""
     from raydistill.config.presets import check_teacher, teacher_preset
     from raydistill.models import families
-    from raydistill.models.loading import load_config, locate, max_tokens
+    from raydistill.models.loading import load_config, locate_checkpoint, resolve_max_tokens
 
-    seen = {} if seen is None else seen
+    cache = {} if cache is None else cache
     data = str(run.dataset)
-    if data not in seen:
-        seen[data] = split_names(run.dataset)
-        missing = [split for split in ("train", "validation") if split not in seen[data]]
+    if data not in cache:
+        cache[data] = split_names(run.dataset)
+        missing = [split for split in ("train", "validation") if split not in cache[data]]
         if missing:
             raise UserError(
                 f"{run.dataset.name}: training needs a train and a validation split; "
                 f"there is no {' and no '.join(missing)}"
             )
-    for part in parse_labels(run.label_source):
-        if part.labeller:
-            check_teacher(part.labeller)
+    for part in parse_labels(run.resolved_labels):
+        if part.other_teacher:
+            check_teacher(part.other_teacher)
     if run.teacher is None:
         return
     name = f"{run.teacher} {run.dataset.name}"
-    if name not in seen:
-        seen[name] = load_config(locate(run.teacher, run.dataset.name))
-    plan(families.depths(seen[name]), run.student)
+    if name not in cache:
+        cache[name] = load_config(locate_checkpoint(run.teacher, run.dataset.name))
+    plan_layers(families.num_layers(cache[name]), run.student)
     if other := run.student.copy_from:
-        if other not in seen:
-            seen[other] = load_config(locate(other, run.dataset.name))
-        check_same_shape(seen[name], seen[other], other)
+        if other not in cache:
+            cache[other] = load_config(locate_checkpoint(other, run.dataset.name))
+        check_same_decoder(cache[name], cache[other], other)
     preset = teacher_preset(run.teacher, run.dataset.name)
-    max_tokens("max_source_tokens", run.dataset, preset, seen[name])
-    max_tokens("max_target_tokens", run.dataset, preset, seen[name])
+    resolve_max_tokens("max_source_tokens", run.dataset, preset, cache[name])
+    resolve_max_tokens("max_target_tokens", run.dataset, preset, cache[name])
 
 
-def teacher_config(run: Run) -> tuple[Any, str]:
+def load_teacher_config(run: Run) -> tuple[Any, str]:
     """The teacher's configuration and "", or None and why it cannot be read now."""
-    from raydistill.models.loading import load_config, locate
+    from raydistill.models.loading import load_config, locate_checkpoint
 
     try:
-        return load_config(locate(str(run.teacher), run.dataset.name)), ""
+        return load_config(locate_checkpoint(str(run.teacher), run.dataset.name)), ""
     except UserError as error:
         return None, f"not here: {error}"
 
 
-def data_size(run: Run) -> dict[str, Any]:
+def dataset_size(run: Run) -> dict[str, Any]:
     """Training rows and words: counted where the data are local, the paper's where they are the hub's."""
     known = DATASETS.get(run.dataset.name)
     if known is not None and known.paper is not None:
@@ -171,7 +172,7 @@ def data_size(run: Run) -> dict[str, Any]:
         corpus = read_corpus(run.dataset, "train")
     except UserError as error:
         return {"rows": None, "source": 0, "target": 0, "text": f"not here: {error}"}
-    found = statistics(corpus)
+    found = corpus_statistics(corpus)
     text = (
         f"{len(corpus)} training rows, {found['source_words_mean']:.0f} words to {found['target_words_mean']:.0f}; "
         f"splits {', '.join(names)}"
@@ -189,35 +190,35 @@ def shape_row(size: str, runs: list[Run], config: Any) -> list[str]:
     if config is None:
         return [size, "?", "?"]
     from raydistill.models import families
-    from raydistill.search.shape_latency import counted
+    from raydistill.search.shape_latency import count_params_m
 
     mine = [run for run in runs if (run.student.size or "full") == size]
-    layers = {str(plan(families.depths(config), run.student).decoder or "random") for run in mine}
+    layers = {str(plan_layers(families.num_layers(config), run.student).decoder or "random") for run in mine}
     shown = "; ".join(sorted(layers))
-    return [size, shown, f"{counted(config, size if size != 'full' else families.size_name(config)):.1f}"]
+    return [size, shown, f"{count_params_m(config, size if size != 'full' else families.size_name(config)):.1f}"]
 
 
-def not_trained(space: Space, sizes: list[str], config: Any, folder: Path) -> tuple[list[str], str]:
+def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folder: Path) -> tuple[list[str], str]:
     """Sizes that no budget admits by what is known before the sweep, and a remark on what is not known yet.
 
     Parameters are known; latency and memory too once a sweep of this name has timed its shapes.
     """
     from raydistill.models import families
-    from raydistill.search.shape_latency import counted
+    from raydistill.search.shape_latency import count_params_m
 
     if config is None or not space.budgets:
         return [], ""
     info = read_sweep(folder) if (folder / "sweep.json").is_file() else {}
     timed = info.get("shapes_fewest_beams") or {}
     whole = families.size_name(config)
-    costs = {s: {"params_m": counted(config, s), **timed.get(s, {})} for s in {whole, *sizes} - {"full"}}
+    costs = {s: {"params_m": count_params_m(config, s), **timed.get(s, {})} for s in {whole, *sizes} - {"full"}}
     costs["full"] = costs[whole]
-    budgets = known_bounds(space.budgets, {**costs[whole], **(info.get("shapes") or {}).get(whole, {})})
+    budgets = resolve_budgets(space.budgets, {**costs[whole], **(info.get("shapes") or {}).get(whole, {})})
     remark = "" if timed else " (by their parameters; latency and memory are known once they are timed)"
-    return [size for size in sizes if not admitted(costs[size], budgets)], remark
+    return [size for size in sizes if not fits_any_budget(costs[size], budgets)], remark
 
 
-def search_plan(space: Space) -> str:
+def describe_stopping(space: Space) -> str:
     """What ends a trial and the search before all trials are done, in a line."""
     search = space.search
     parts = ["every trial runs to its end"]
@@ -236,7 +237,7 @@ def search_plan(space: Space) -> str:
 def distribution_rows(space: Space) -> list[list[str]]:
     """Each distribution of the space and when it holds."""
     rows = []
-    for case in split(space.run)[1]:
+    for case in split_parameters(space.run)[1]:
         kinds = case.distribution.model_dump(exclude_none=True)
         when = kinds.pop("when", None)
         text = ", ".join(f"{kind} {value}" for kind, value in kinds.items())
@@ -244,9 +245,9 @@ def distribution_rows(space: Space) -> list[list[str]]:
     return rows
 
 
-def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, Any]:
+def estimate_disk(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, Any]:
     """Bytes of the teacher cache where all of it is kept, from the corpus's words; and which label sets are wanted."""
-    root = home()
+    root = raydistill_home()
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     passes = sorted(teacher for teacher, _ in labellers(runs))
@@ -255,7 +256,7 @@ def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, A
     lines = [f"pseudo-labels: {who if pseudo else 'none needed'}"]
     encoder = decoder = None
     if config is not None and data["rows"]:
-        encoder, decoder = cache_bytes(runs, config, data)
+        encoder, decoder = estimate_cache_bytes(runs, config, data)
         asked = sorted({run.training.teacher_cache for run in runs})
         lines.append(
             f"teacher cache ({', '.join(asked)}): encoder states about {encoder / 1e9:.1f} GB, decoder states about "
@@ -274,10 +275,10 @@ def disk_plan(runs: list[Run], config: Any, data: dict[str, Any]) -> dict[str, A
     }
 
 
-def cache_bytes(runs: list[Run], config: Any, data: dict[str, Any]) -> tuple[int, int]:
+def estimate_cache_bytes(runs: list[Run], config: Any, data: dict[str, Any]) -> tuple[int, int]:
     """Bytes of the encoder states, and of the decoder states of all label sets, that the runs would read."""
     from raydistill.models import families
-    from raydistill.teacher_cache.policy import wanted
+    from raydistill.teacher_cache.policy import resolve_read_set
 
     reading = [run for run in runs if run.training.teacher_cache != "off"]
     each = config.d_model * (4 if any(run.training.cache_precision == "fp32" for run in reading) else 2)
@@ -285,7 +286,7 @@ def cache_bytes(runs: list[Run], config: Any, data: dict[str, Any]) -> tuple[int
     layers: dict[str, set[int]] = {}
     encoder = False
     for run in reading:
-        reads = wanted(run, families.depths(config))
+        reads = resolve_read_set(run, families.num_layers(config))
         encoder |= reads.encoder
         if run.training.teacher_cache != "encoder":
             layers.setdefault(run.label_key, set()).update(reads.layers)

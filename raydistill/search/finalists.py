@@ -13,39 +13,41 @@ from typing import Any
 
 import torch
 
-from raydistill.cluster.exclusive import alone, tell_of_others
+from raydistill.cluster.exclusive import run_exclusive, warn_background_load
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
-from raydistill.config.space import DecodingSearch, Space, resolve
-from raydistill.core.console import progress
-from raydistill.core.files import CARD, damage_told, read_json, write_json_atomic
-from raydistill.evaluation.latency import Hardware, Others, hardware, version_of
-from raydistill.evaluation.serving import serve
-from raydistill.inference.decoding import Beam, Engine
+from raydistill.config.space import DecodingSearch, Space, make_run
+from raydistill.core.console import print_progress
+from raydistill.core.files import CHECKPOINT_METADATA, corrupt_file_error, read_json, write_json_atomic
+from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware
+from raydistill.evaluation.serving import benchmark_serving
+from raydistill.inference.decoding import BeamSearchParams, Engine
 from raydistill.inference.engines import open_engine
-from raydistill.models.loading import languages_of, load_config, locate, max_tokens
-from raydistill.results.records import Trial, decoding_name, read_trials, rows_name
-from raydistill.results.selection import finalists, outcome
-from raydistill.results.served_students import SERVED, served_in
+from raydistill.models.loading import load_config, locate_checkpoint, resolve_languages, resolve_max_tokens
+from raydistill.results.records import Trial, decoding_key, read_trials, rows_filename
+from raydistill.results.selection import load_selection, select_finalists
+from raydistill.results.served_students import SERVED_FILE, read_served
 from raydistill.search.prepare import check_unchanged
-from raydistill.training.run_folder import write_rows
+from raydistill.training.run_folder import write_row_statistics
 
-AGAIN = "then delete the served.json files in the sweep's folder, and give the same command"
+REMEASURE_REMEDY = "then delete the served.json files in the sweep's folder, and give the same command"
 
 
 @dataclass(frozen=True)
-class Unserved:
+class PendingServing:
     """A checkpoint, the decodings that it was not served with yet, and the folder whose served.json lacks them."""
 
     folder: Path
     checkpoint: str
-    beams: list[Beam]
+    beams: list[BeamSearchParams]
 
 
-def is_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
+def all_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
     """Whether nothing is left for `serve_finalists` on this machine; looks at files only."""
-    here = machine_here()
-    return not (unserved(space, sweep, teacher, here) or untested(sweep, teacher)) and _served_last(sweep, here)
+    here = local_hardware()
+    return not (find_unserved(space, sweep, teacher, here) or find_untested(sweep, teacher)) and _is_reference_hardware(
+        sweep, here
+    )
 
 
 def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
@@ -54,25 +56,27 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
     `teacher` is the record of it in sweep.json. A sweep is judged by what one machine served: by this one's, once all
     is there. UserError where teacher or data are not those of the sweep any more.
     """
-    machine = alone(hardware, device=device)
-    missing = unserved(space, sweep, teacher, machine)
+    machine = run_exclusive(hardware, device=device)
+    missing = find_unserved(space, sweep, teacher, machine)
     if missing:
-        run = _any_run(space, sweep)
+        run = _representative_run(space, sweep)
         check_unchanged(run, teacher, sweep)
-        progress(f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine")
+        print_progress(
+            f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine"
+        )
         others = []
         for one in missing:
             what = (one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation")
-            served = alone(serve_checkpoint, *what, device=device, **_moves(*what))
-            keep(one.folder, served)
+            served = run_exclusive(serve_checkpoint, *what, device=device, **_sync_paths(*what))
+            merge_served(one.folder, served)
             others += [entry["others"] for entry in served]
-        tell_of_others(max(others), AGAIN)
-    if (sweep / SERVED).is_file() and not _served_last(sweep, machine):
-        write_json_atomic(sweep / SERVED, {**read_json(sweep / SERVED), "hardware": machine})
+        warn_background_load(max(others), REMEASURE_REMEDY)
+    if (sweep / SERVED_FILE).is_file() and not _is_reference_hardware(sweep, machine):
+        write_json_atomic(sweep / SERVED_FILE, {**read_json(sweep / SERVED_FILE), "hardware": machine})
     score_on_test(space, sweep, teacher, device)
 
 
-def machine_here() -> Hardware:
+def local_hardware() -> Hardware:
     """What is known, before Ray is started, of where it would serve; nothing where RAY_ADDRESS names a cluster."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
@@ -80,96 +84,105 @@ def machine_here() -> Hardware:
     return {name: value for name, value in found.items() if name != "threads"}
 
 
-def unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: Hardware) -> list[Unserved]:
+def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: Hardware) -> list[PendingServing]:
     """The teacher and the finalists, as far as a decoding of theirs was not yet served on `machine` by this engine.
 
     `machine`: hardware as it is known; what it does not say is not compared.
     """
-    chosen = [trial for trial in finalists(sweep) if trial.checkpoint]
+    chosen = [trial for trial in select_finalists(sweep) if trial.checkpoint]
     if not chosen:
         return []
-    run, search = _any_run(space, sweep), space.search.decoding
-    where = locate(str(run.teacher), run.dataset.name)
-    wanted = [Unserved(sweep, where, decodings(Beam(**teacher["decoding"]), search))]
+    run, search = _representative_run(space, sweep), space.search.decoding
+    where = locate_checkpoint(str(run.teacher), run.dataset.name)
+    wanted = [PendingServing(sweep, where, decoding_grid(BeamSearchParams(**teacher["decoding"]), search))]
     for trial in chosen:
-        own = Beam(**read_json(trial.folder / "best" / CARD)["decoding"])
-        wanted.append(Unserved(trial.folder, str(trial.folder / "best"), decodings(own, search)))
+        own = BeamSearchParams(**read_json(trial.folder / "best" / CHECKPOINT_METADATA)["decoding"])
+        wanted.append(PendingServing(trial.folder, str(trial.folder / "best"), decoding_grid(own, search)))
     missing = []
     for one in wanted:
-        known = {decoding_name(entry) for entry in served_in(one.folder) if _is_of(one.folder, entry, machine)}
-        missing.append(replace(one, beams=[beam for beam in one.beams if decoding_name(asdict(beam)) not in known]))
+        known = {decoding_key(entry) for entry in read_served(one.folder) if _is_current(one.folder, entry, machine)}
+        missing.append(replace(one, beams=[beam for beam in one.beams if decoding_key(asdict(beam)) not in known]))
     return [one for one in missing if one.beams]
 
 
-def _is_of(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
+def _is_current(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
     """Whether what was served is of this machine, and of its engine as it is installed now."""
-    with damage_told(folder / SERVED, "Delete this file to have it made again"):
-        same = entry.get("version") == version_of(entry.get("engine", "none").split()[0])
+    with corrupt_file_error(folder / SERVED_FILE, "Delete this file to have it made again"):
+        same = entry.get("version") == engine_version(entry.get("engine", "none").split()[0])
         return same and machine.items() <= entry["hardware"].items()
 
 
-def _served_last(sweep: Path, machine: Hardware) -> bool:
+def _is_reference_hardware(sweep: Path, machine: Hardware) -> bool:
     """Whether the sweep is judged by what this machine served, if any did."""
-    there = read_json(sweep / SERVED).get("hardware") or {} if (sweep / SERVED).is_file() else machine
+    there = read_json(sweep / SERVED_FILE).get("hardware") or {} if (sweep / SERVED_FILE).is_file() else machine
     return machine.items() <= there.items()
 
 
-def keep(folder: Path, added: list[dict[str, Any]]) -> None:
+def merge_served(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Add to what a folder's served.json tells, in the place of the same decodings on the same machine."""
-    before = read_json(folder / SERVED) if (folder / SERVED).is_file() else {"hardware": added[0]["hardware"]}
-    replaced = {(decoding_name(one), str(one["hardware"])) for one in added}
+    before = (
+        read_json(folder / SERVED_FILE) if (folder / SERVED_FILE).is_file() else {"hardware": entries[0]["hardware"]}
+    )
+    replaced = {(decoding_key(one), str(one["hardware"])) for one in entries}
     kept = [
         one
         for one in before.get("decodings", [])
-        if "hardware" in one and (decoding_name(one), str(one["hardware"])) not in replaced
+        if "hardware" in one and (decoding_key(one), str(one["hardware"])) not in replaced
     ]
-    write_json_atomic(folder / SERVED, {**before, "decodings": [*kept, *added]})
+    write_json_atomic(folder / SERVED_FILE, {**before, "decodings": [*kept, *entries]})
 
 
-def untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
+def find_untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
     """The students as served that are on the front or chosen, and have no score on the test split, if there is one."""
     if "test" not in teacher["data"]:
         return []
-    found = outcome(sweep)
-    wanted = {*found.front, *(key for key in found.chosen.values() if key)}
+    found = load_selection(sweep)
+    wanted = {*found.front_keys, *(key for key in found.chosen.values() if key)}
     return [s for s in found.students if s.key in wanted and s.test is None and s.decoding and s.checkpoint]
 
 
-def _any_run(space: Space, sweep: Path) -> Run:
+def _representative_run(space: Space, sweep: Path) -> Run:
     """A run of the sweep: teacher, data and evaluation are the same in all."""
-    return next(resolve(space, trial.chosen, space.name) for trial in read_trials(sweep) if trial.scored)
+    return next(make_run(space, trial.chosen, space.name) for trial in read_trials(sweep) if trial.scored)
 
 
-def decodings(own: Beam, search: DecodingSearch) -> list[Beam]:
+def decoding_grid(default: BeamSearchParams, search: DecodingSearch) -> list[BeamSearchParams]:
     """The checkpoint's own decoding, then every other of the search, once each; one beam has no length penalty."""
-    found = [own]
+    found = [default]
     for beams in search.beams:
-        for penalty in search.length_penalty if beams > 1 else [own.length_penalty]:
-            beam = replace(own, beams=beams, length_penalty=penalty)
-            if decoding_name(asdict(beam)) not in {decoding_name(asdict(one)) for one in found}:
+        for penalty in search.length_penalty if beams > 1 else [default.length_penalty]:
+            beam = replace(default, beams=beams, length_penalty=penalty)
+            if decoding_key(asdict(beam)) not in {decoding_key(asdict(one)) for one in found}:
                 found.append(beam)
     return found
 
 
 def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
     """Score on the test split what is on the final front or chosen and was not yet: for reporting, not for choosing."""
-    for student in untested(sweep, teacher):
-        beam = Beam(**read_json(student.folder / "best" / CARD)["decoding"])
+    for student in find_untested(sweep, teacher):
+        beam = BeamSearchParams(**read_json(student.folder / "best" / CHECKPOINT_METADATA)["decoding"])
         beam = replace(beam, **(student.decoding or {}))
-        what = (student.folder, str(student.folder / "best"), _any_run(space, sweep), teacher["metric"], [beam], "test")
-        [tested] = alone(serve_checkpoint, *what, device=device, **_moves(*what))
-        served = read_json(student.folder / SERVED)
+        what = (
+            student.folder,
+            str(student.folder / "best"),
+            _representative_run(space, sweep),
+            teacher["metric"],
+            [beam],
+            "test",
+        )
+        [tested] = run_exclusive(serve_checkpoint, *what, device=device, **_sync_paths(*what))
+        served = read_json(student.folder / SERVED_FILE)
         for one in served["decodings"]:  # also those of other machines: scores are no timings
-            if decoding_name(one) == decoding_name(asdict(beam)):
+            if decoding_key(one) == decoding_key(asdict(beam)):
                 one["test"] = {**tested["metrics"], "interval": tested["interval"]}
-        write_json_atomic(student.folder / SERVED, served)
+        write_json_atomic(student.folder / SERVED_FILE, served)
 
 
-def _moves(
-    folder: Path, checkpoint: str, run: Run, metric: str, beams: Sequence[Beam], split: str
+def _sync_paths(
+    folder: Path, checkpoint: str, run: Run, metric: str, beams: Sequence[BeamSearchParams], split: str
 ) -> dict[str, list[Path]]:
     """What `serve_checkpoint` reads and writes, for machines that share no folder."""
-    return {"reads": [Path(checkpoint)], "writes": [folder / rows_name(split, asdict(beam)) for beam in beams]}
+    return {"reads": [Path(checkpoint)], "writes": [folder / rows_filename(split, asdict(beam)) for beam in beams]}
 
 
 def serve_checkpoint(
@@ -177,7 +190,7 @@ def serve_checkpoint(
     checkpoint: str,
     run: Run,
     metric: str,
-    beams: Sequence[Beam],
+    beams: Sequence[BeamSearchParams],
     split: str,
     device: str,
     threads: int,
@@ -191,20 +204,20 @@ def serve_checkpoint(
     corpus = read_split(run.dataset, split)
     assert corpus is not None, split
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:
-        engine, limit = _open(checkpoint, run, device, threads, Path(scratch))
-        by: dict[str, Any] = {"engine": f"{engine.name} {engine.precision}", "version": version_of(engine.name)}
+        engine, limit = _open_serving_engine(checkpoint, run, device, threads, Path(scratch))
+        by: dict[str, Any] = {"engine": f"{engine.name} {engine.precision}", "version": engine_version(engine.name)}
         by["hardware"] = hardware(device, threads)
         found = []
         for beam in beams:
-            others = Others()
-            served = serve(engine, corpus.sources, corpus.targets, metric, beam, limit)
+            others = BackgroundLoad()
+            served = benchmark_serving(engine, corpus.sources, corpus.targets, metric, beam, limit)
             decoding = {"beams": beam.beams, "length_penalty": beam.length_penalty}
-            write_rows(folder / rows_name(split, decoding), {split: served.scored.rows})
-            found.append({**decoding, **by, "rows": len(corpus), "others": others.cores(), **served.summary()})
+            write_row_statistics(folder / rows_filename(split, decoding), {split: served.scored.rows})
+            found.append({**decoding, **by, "rows": len(corpus), "others": others.mean_cores(), **served.summary()})
     return found
 
 
-def _open(checkpoint: str, run: Run, device: str, threads: int, scratch: Path) -> tuple[Engine, int]:
+def _open_serving_engine(checkpoint: str, run: Run, device: str, threads: int, scratch: Path) -> tuple[Engine, int]:
     """The engine that would serve a checkpoint, and how many source tokens it reads."""
     preset = teacher_preset(str(run.teacher), run.dataset.name)
     engine = open_engine(
@@ -212,7 +225,7 @@ def _open(checkpoint: str, run: Run, device: str, threads: int, scratch: Path) -
         run.evaluation.engine,
         device=device,
         threads=threads,
-        languages=languages_of(run.teacher, run.dataset),
-        cache=scratch / "engine",
+        languages=resolve_languages(run.teacher, run.dataset),
+        cache_dir=scratch / "engine",
     )
-    return engine, max_tokens("max_source_tokens", run.dataset, preset, load_config(checkpoint))
+    return engine, resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(checkpoint))

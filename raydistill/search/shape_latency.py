@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydistill.config.run import Student
-from raydistill.core.console import home
+from raydistill.core.console import raydistill_home
 from raydistill.evaluation import latency
-from raydistill.evaluation.serving import BATCHES
+from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import Engine
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
-from raydistill.models.shrinking import Plan, plan, shrink
+from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
 from raydistill.training.run_folder import save_checkpoint
 from raydistill.training.tokenized_data import Teacher
 
@@ -21,25 +21,26 @@ from raydistill.training.tokenized_data import Teacher
 def time_shape(
     teacher: Teacher,
     size: str,
-    about: dict[str, Any],
+    teacher_record: dict[str, Any],
     beams: Sequence[int],
     engine: Literal["auto", "ctranslate2", "transformers"],
     device: str,
     threads: int,
-    anew: bool = True,
+    remeasure_noisy: bool = True,
 ) -> list[dict[str, float]]:
     """Milliseconds (batch of 32 and of 1: median, lowest, highest), parameters, weights and peak memory of one shape.
 
-    One mapping for each number of beams, which also tells how many cores `others` kept busy at most. `about` holds the
+    One mapping for each number of beams, which also tells how many cores `others` kept busy at most.
+    `teacher_record` holds the
     lengths in tokens to time with. The engine is the one that serves on this machine; what the table knows already is
-    not timed again, unless others disturbed it and it is to be timed `anew`.
+    not timed again, unless others disturbed it and it is to be timed `remeasure_noisy`.
     """
-    layers = plan(families.depths(teacher.model.config), Student(size=size))
-    config = families.with_depths(teacher.model.config, *layers.size)
-    parameters = latency.parameters(config)
-    table = home() / "latency.json"
-    lengths = {"source_tokens": about["tokens"]["source"], "output_tokens": about["tokens"]["output"]}
-    name, precision = about["engine"].split()
+    layers = plan_layers(families.num_layers(teacher.model.config), Student(size=size))
+    config = families.with_num_layers(teacher.model.config, *layers.size)
+    parameters = latency.count_parameters(config)
+    table = raydistill_home() / "latency.json"
+    lengths = {"source_tokens": teacher_record["tokens"]["source"], "output_tokens": teacher_record["tokens"]["output"]}
+    name, precision = teacher_record["engine"].split()
     machine = latency.hardware(device, threads)
     weights = {"params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}
     rows: list[dict[str, float]] = []
@@ -49,19 +50,19 @@ def time_shape(
     try:
         for many in beams:
             found: dict[str, float] = {"others": 0.0}
-            for cost, batch in BATCHES.items():
+            for cost, batch in LATENCY_BATCH_SIZES.items():
                 how = {"beams": many, "batch": batch, **lengths}
-                facts = latency.facts_of(machine, latency.shape(config), name, precision, **how)
+                facts = latency.measurement_key(machine, latency.architecture_key(config), name, precision, **how)
                 timing = latency.lookup(table, facts)
-                if timing is None or (timing.disturbed and anew):
+                if timing is None or (timing.noisy and remeasure_noisy):
                     if opened is None:
-                        before = latency.held_mb(device)
-                        opened = _open(teacher, layers, engine, device, threads, scratch)
-                    timing = latency.measure(opened, repeats=7, min_seconds=1.0, held_before=before, **how)
+                        before = latency.rss_mb(device)
+                        opened = _open_untrained_student(teacher, layers, engine, device, threads, scratch)
+                    timing = latency.measure(opened, repeats=7, min_seconds=1.0, rss_before_mb=before, **how)
                     if (opened.name, opened.precision) == (name, precision):  # else CTranslate2 could not be used
                         latency.record(table, facts, timing)
                 found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
-                found["others"] = max(found["others"], timing.others or 0.0)
+                found["others"] = max(found["others"], timing.background_cores or 0.0)
                 if cost == "latency_ms" and timing.peak_mb is not None:
                     found["peak_mb"] = timing.peak_mb
             rows.append({**found, **weights})
@@ -70,7 +71,9 @@ def time_shape(
     return rows
 
 
-def _open(teacher: Teacher, layers: Plan, engine: Any, device: str, threads: int, scratch: Path) -> Engine:
+def _open_untrained_student(
+    teacher: Teacher, layers: LayerPlan, engine: Any, device: str, threads: int, scratch: Path
+) -> Engine:
     """An engine on an untrained student of the shape: its weights' values do not change its speed."""
     save_checkpoint(shrink(teacher.model, layers), teacher.tokenizer, scratch / "model")
     return open_engine(
@@ -79,11 +82,11 @@ def _open(teacher: Teacher, layers: Plan, engine: Any, device: str, threads: int
         device=device,
         threads=threads,
         languages=teacher.languages,
-        cache=scratch / "engine",
+        cache_dir=scratch / "engine",
     )
 
 
-def counted(config: Any, size: str) -> float:
+def count_params_m(config: Any, size: str) -> float:
     """Millions of parameters of a shape of a teacher's configuration; nothing is allocated."""
-    encoder, decoder = plan(families.depths(config), Student(size=size)).size
-    return latency.parameters(families.with_depths(config, encoder, decoder)) / 1e6
+    encoder, decoder = plan_layers(families.num_layers(config), Student(size=size)).size
+    return latency.count_parameters(families.with_num_layers(config, encoder, decoder)) / 1e6

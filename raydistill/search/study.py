@@ -18,37 +18,38 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raydistill.cluster import sync
-from raydistill.config.corners import MAX_CORNERS
-from raydistill.config.run import HOW, Run
-from raydistill.config.space import Space, corners, point_values, propose, resolve, sampler_names, split
-from raydistill.core.console import progress
-from raydistill.core.files import damage_told, inside, read_json, write_atomic
+from raydistill.config.corners import MAX_CORNERS, iter_corners, resolve_point
+from raydistill.config.distributions import split_parameters, suggest_params
+from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
+from raydistill.config.space import Space, make_run, sampler_params
+from raydistill.core.console import print_progress
+from raydistill.core.files import corrupt_file_error, read_json, safe_join, write_atomic
 from raydistill.jobs.train import Metrics
 from raydistill.results.records import device_hours
 
 # Of proposals that were tried before, or are barred: after so many the sampler is stuck, and chance takes its place;
 # after so many more there is nothing new to be found by chance either.
-STUCK, GIVEN_UP = 10, 200
-STUDY_LOST = "Delete this file to go on with a new study: finished trials are known again by their folders"
+MAX_DUPLICATES, MAX_REJECTIONS = 10, 200
+CORRUPT_STUDY_REMEDY = "Delete this file to go on with a new study: finished trials are known again by their folders"
 
 
-def key_of(run: Run) -> str:
+def trial_key(run: Run) -> str:
     """A trial's key, and its folder's name: the same settings are the same trial, whatever it is called."""
     # Without defaults, so that a setting that a later release adds does not make another trial of it.
-    settings = run.model_dump(mode="json", exclude={"name": True, **HOW}, exclude_defaults=True)
+    settings = run.model_dump(mode="json", exclude={"name": True, **RUNTIME_ONLY_FIELDS}, exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{run.method}-{run.student.size or 'full'}-{digest}"
 
 
 @dataclass(frozen=True)
-class Ending:
+class StopReason:
     """Why a search proposes nothing more ("" while it does), and whether it would not either when asked again."""
 
     why: str = ""
     exhausted: bool = False
 
 
-def mend(journal: Path) -> None:
+def truncate_corrupt_tail(journal: Path) -> None:
     """Cut a study's journal at its first damaged line, such as a full disk leaves; a copy of it stays beside.
 
     What is left is the study as it was then, and trials that are missing in it are known again by their folders.
@@ -58,27 +59,29 @@ def mend(journal: Path) -> None:
     content = journal.read_bytes()
     whole = 0
     for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n") or not _is_record(line):
+        if not line.endswith(b"\n") or not _is_json_object(line):
             break
         whole += len(line)
     if whole < len(content):
         kept = journal.with_suffix(".damaged")
         write_atomic(kept, content)
         write_atomic(journal, content[:whole])
-        progress(f"{journal}: its end was damaged and is left out; finished trials are known by their folders ({kept})")
+        print_progress(
+            f"{journal}: its end was damaged and is left out; finished trials are known by their folders ({kept})"
+        )
 
 
-def _is_record(line: bytes) -> bool:
+def _is_json_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _number(result: Path) -> int:
+def _read_trial_number(result_path: Path) -> int:
     """The number that a finished trial had."""
-    found = read_json(result)
-    with damage_told(result):
+    found = read_json(result_path)
+    with corrupt_file_error(result_path):
         return int(found.get("number", -1))
 
 
@@ -102,25 +105,25 @@ class StudySearch(OptunaSearch):
         self,
         space: Space,
         sweep: Path,
-        barred: Collection[str | None] = (),
+        infeasible_sizes: Collection[str | None] = (),
         storage: BaseStorage | None = None,
-        room: Callable[[], int] | None = None,
-        begun: float | None = None,
+        max_concurrent: Callable[[], int] | None = None,
+        start_time: float | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.search_space = space
-        self.barred = barred
-        begun = time.monotonic() if begun is None else begun
-        self.ends = begun + 3600 * space.search.max_hours if space.search.max_hours else None
+        self.space = space
+        self.infeasible_sizes = infeasible_sizes
+        start_time = time.monotonic() if start_time is None else start_time
+        self.ends = start_time + 3600 * space.search.max_hours if space.search.max_hours else None
         self.sweep = sweep
         self.trials_folder = sweep / "trials"
         self.cost = space.search.cost
         self.numbers: dict[str, int] = {}
         self.given: set[str] = set()
-        self.room = room
-        self.under_way: set[str] = set()
-        self.died: set[str] = set()
-        self.ended = Ending()
+        self.max_concurrent = max_concurrent
+        self.running_ids: set[str] = set()
+        self.failed_keys: set[str] = set()
+        self.ended = StopReason()
         sampler = (
             optuna.samplers.RandomSampler(seed=space.search.seed)
             if space.search.sampler == "random"
@@ -128,147 +131,153 @@ class StudySearch(OptunaSearch):
         )
         journal = sweep / "study.log"
         if storage is None:
-            mend(journal)
-        with damage_told(journal, STUDY_LOST):
+            truncate_corrupt_tail(journal)
+        with corrupt_file_error(journal, CORRUPT_STUDY_REMEDY):
             super().__init__(
-                partial(_define, run=space.run),
+                partial(_define_search_space, run=space.run),
                 metric=["score", self.cost],
                 mode=["max", "min"],
                 sampler=sampler,
                 study_name=space.name,
                 storage=storage or JournalStorage(JournalFileBackend(str(journal))),
             )
-            self.take_up()
+            self.reconcile()
 
     @property
     def finished(self) -> int:
         """Trials of the study that are over."""
-        return sum(_is_over(trial) for trial in self._ot_study.get_trials(deepcopy=False))
+        return sum(_is_finished(trial) for trial in self._ot_study.get_trials(deepcopy=False))
 
     @property
     def missing(self) -> int:
         """Trials that are still to be run."""
-        return max(0, self.search_space.search.trials - self.finished)
+        return max(0, self.space.search.trials - self.finished)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         """The next proposal whose settings no trial has had, or that a killed trial had; None while there is no room.
 
         Tune asks again then. Its own limit would be what the cluster can hold when the search starts.
         """
-        if self.room and len(self.under_way) >= self.room():
+        if self.max_concurrent and len(self.running_ids) >= self.max_concurrent():
             return None
         rejected = 0
-        while not (ended := self._ending(rejected)).why:
-            if rejected >= STUCK and self.search_space.search.sampler != "grid":
-                self._draw()
+        while not (ended := self._find_stop_reason(rejected)).why:
+            if rejected >= MAX_DUPLICATES and self.space.search.sampler != "grid":
+                self._enqueue_random()
             trial = self._ot_study.ask()
-            chosen = propose(self.search_space.run, trial)
-            run = resolve(self.search_space, chosen, self.search_space.name)
-            key = key_of(run)
-            if run.student.size in self.barred:
+            chosen = suggest_params(self.space.run, trial)
+            run = make_run(self.space, chosen, self.space.name)
+            key = trial_key(run)
+            if run.student.size in self.infeasible_sizes:
                 trial.set_user_attr("barred", f"no budget admits {run.student.size or 'the full size'}")
                 self._ot_study.tell(trial, state=TrialState.PRUNED)
             elif key in self.given:
                 self._ot_study.tell(trial, state=TrialState.FAIL)
             else:
                 self._ot_trials[trial_id] = trial
-                self.under_way.add(trial_id)
+                self.running_ids.add(trial_id)
                 self.given.add(key)
                 number = self.numbers.setdefault(key, 1 + max(self.numbers.values(), default=-1))
                 trial.set_user_attr("key", key)
                 trial.set_user_attr("number", number)
-                sync.keep(self.sweep / "study.log")
+                sync.push(self.sweep / "study.log")
                 return {"chosen": chosen, "key": key, "number": number, "size": run.student.size or "full"}
             rejected += 1
         self.ended = ended
         return Searcher.FINISHED
 
-    def _draw(self) -> None:
+    def _enqueue_random(self) -> None:
         """Have the study propose by chance what a sampler that is stuck does not; the same again for the same study.
 
         TPE takes no notice of a proposal that was tried before, and with a few choices would make it for ever.
         """
-        run = self.search_space.run
-        rng = random.Random(f"{self.search_space.search.seed}:{len(self._ot_study.get_trials(deepcopy=False))}")
-        if self._corners is None:
+        run = self.space.run
+        rng = random.Random(f"{self.space.search.seed}:{len(self._ot_study.get_trials(deepcopy=False))}")
+        if self._combinations_by_key is None:
             sampler = optuna.samplers.RandomSampler(seed=rng.getrandbits(32))
-            chosen = propose(run, optuna.create_study(sampler=sampler).ask())
+            chosen = suggest_params(run, optuna.create_study(sampler=sampler).ask())
         else:
-            chosen = rng.choice(self._untried())
-        self._ot_study.enqueue_trial(sampler_names(run, chosen))
+            chosen = rng.choice(self._untried_combinations())
+        self._ot_study.enqueue_trial(sampler_params(run, chosen))
 
     @cached_property
-    def _corners(self) -> dict[str, dict[str, Any]] | None:
+    def _combinations_by_key(self) -> dict[str, dict[str, Any]] | None:
         """By key, every combination that may be trained, of a space made of choices; None where there is no end."""
-        space = self.search_space
-        if any(case.distribution.choice is None for case in split(space.run)[1]):
+        space = self.space
+        if any(case.distribution.choice is None for case in split_parameters(space.run)[1]):
             return None
-        found = list(corners(space.run))
+        found = list(iter_corners(space.run))
         if len(found) >= MAX_CORNERS:  # drawn at random, and not all
             return None
-        runs = [(resolve(space, chosen, space.name), chosen) for chosen in found]
-        return {key_of(run): chosen for run, chosen in runs if run.student.size not in self.barred}
+        runs = [(make_run(space, chosen, space.name), chosen) for chosen in found]
+        return {trial_key(run): chosen for run, chosen in runs if run.student.size not in self.infeasible_sizes}
 
-    def _untried(self) -> list[dict[str, Any]]:
-        return [chosen for key, chosen in (self._corners or {}).items() if key not in self.given]
+    def _untried_combinations(self) -> list[dict[str, Any]]:
+        return [chosen for key, chosen in (self._combinations_by_key or {}).items() if key not in self.given]
 
-    def _ending(self, rejected: int) -> Ending:
-        """Why nothing more starts, if so: what is under way ends all the same. `rejected`: proposals in a row."""
-        search = self.search_space.search
+    def _find_stop_reason(self, num_rejected: int) -> StopReason:
+        """Why nothing more starts, if so: what is under way ends all the same. `num_rejected`: proposals in a row."""
+        search = self.space.search
         if self.ends is not None and time.monotonic() >= self.ends:
-            return Ending(f"the {search.max_hours:g} hours of this run of the command are used up")
+            return StopReason(f"the {search.max_hours:g} hours of this run of the command are used up")
         if search.max_device_hours is not None and device_hours(self.sweep) >= search.max_device_hours:
-            return Ending(f"its {search.max_device_hours:g} device-hours are used up")
+            return StopReason(f"its {search.max_device_hours:g} device-hours are used up")
         if search.sampler == "grid":
             exhausted = not self._ot_study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         else:  # looked at late, since a large space takes seconds to walk
-            exhausted = rejected >= STUCK and self._corners is not None and not self._untried()
-            if rejected >= GIVEN_UP and not exhausted:
-                return Ending(f"{rejected} proposals in a row had been tried before, or are of shapes too dear", True)
-        return Ending("every combination of the space has had its trial", True) if exhausted else Ending()
+            exhausted = (
+                num_rejected >= MAX_DUPLICATES
+                and self._combinations_by_key is not None
+                and not self._untried_combinations()
+            )
+            if num_rejected >= MAX_REJECTIONS and not exhausted:
+                return StopReason(
+                    f"{num_rejected} proposals in a row had been tried before, or are of shapes too dear", True
+                )
+        return StopReason("every combination of the space has had its trial", True) if exhausted else StopReason()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. A run that failed is over; a trial whose process died is proposed again next time.
 
         Neither has values: a made-up score and cost could stand on the study's front.
         """
-        self.under_way.discard(trial_id)
+        self.running_ids.discard(trial_id)
         if error:
-            self.died.add(self._ot_trials[trial_id].user_attrs["key"])
+            self.failed_keys.add(self._ot_trials[trial_id].user_attrs["key"])
         finished = result is not None and bool(result.get("finished"))
         scored = finished and result is not None and "score" in result
         if finished and not scored:
             self._ot_trials[trial_id].set_user_attr("over", True)
         # Without values and without an error the parent tells "pruned"
         super().on_trial_complete(trial_id, result if scored else None, error=not finished)
-        sync.keep(self.sweep / "study.log")
+        sync.push(self.sweep / "study.log")
 
-    def take_up(self) -> None:
+    def reconcile(self) -> None:
         """Put a study that was killed in order: each trial over, waiting, or waiting again.
 
         First points are looked for by their values, since a kill may come while they are being enqueued, or after one
         was taken and before it got its key.
         """
-        self.died = set()
+        self.failed_keys = set()
         for trial in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
-            self._settle(trial)
+            self.close_running(trial)
         trials = self._ot_study.get_trials()
         # Of folders too: the end of a journal may have been lost.
-        self.numbers = {path.parent.name: _number(path) for path in self.trials_folder.glob("*/result.json")}
+        self.numbers = {path.parent.name: _read_trial_number(path) for path in self.trials_folder.glob("*/result.json")}
         self.numbers |= {t.user_attrs["key"]: t.user_attrs["number"] for t in trials if "number" in t.user_attrs}
-        self.given = {t.user_attrs["key"] for t in trials if _is_over(t) and "key" in t.user_attrs}
-        seen = [t.params for t in trials if _is_over(t)]
+        self.given = {t.user_attrs["key"] for t in trials if _is_finished(t) and "key" in t.user_attrs}
+        seen = [t.params for t in trials if _is_finished(t)]
         seen += [t.system_attrs.get("fixed_params") for t in trials if t.state == TrialState.WAITING]
         died = [t.params for t in trials if "key" in t.user_attrs and t.user_attrs["key"] not in self.given]
-        points = [sampler_names(self.search_space.run, chosen) for chosen in self._first_points()]
+        points = [sampler_params(self.space.run, chosen) for chosen in self._initial_points()]
         for values in [*died, *points]:
             if values not in seen:
                 self._ot_study.enqueue_trial(values)
                 seen.append(values)
 
-    def _settle(self, trial: optuna.trial.FrozenTrial) -> None:
+    def close_running(self, trial: optuna.trial.FrozenTrial) -> None:
         """A trial that was under way when the sweep died: over if its result is there, else failed for now."""
-        path = inside(self.trials_folder, trial.user_attrs.get("key", "-")) / "result.json"
+        path = safe_join(self.trials_folder, trial.user_attrs.get("key", "-")) / "result.json"
         values = final_report(read_json(path), self.cost) if path.is_file() else {}
         if "score" in values:
             self._ot_study.tell(trial.number, [values["score"], values[self.cost]])
@@ -277,20 +286,20 @@ class StudySearch(OptunaSearch):
             self._ot_study._storage.set_trial_user_attr(trial._trial_id, "over", True)
         self._ot_study.tell(trial.number, state=TrialState.PRUNED if values else TrialState.FAIL)
 
-    def _first_points(self) -> list[dict[str, Any]]:
-        space = self.search_space
-        points = [point_values(space.run, point) for point in space.points]
+    def _initial_points(self) -> list[dict[str, Any]]:
+        space = self.space
+        points = [resolve_point(space.run, point) for point in space.points]
         if space.search.sampler == "grid":
-            points += [chosen for chosen in corners(space.run) if chosen not in points]
+            points += [chosen for chosen in iter_corners(space.run) if chosen not in points]
         return points
 
 
-def _is_over(trial: optuna.trial.FrozenTrial) -> bool:
+def _is_finished(trial: optuna.trial.FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE or bool(trial.user_attrs.get("over"))
 
 
-def _define(trial: Any, run: dict[str, Any]) -> None:
-    propose(run, trial)
+def _define_search_space(trial: Any, run: dict[str, Any]) -> None:
+    suggest_params(run, trial)
 
 
 def final_report(result: Metrics, cost: str) -> Metrics:

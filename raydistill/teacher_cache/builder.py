@@ -21,82 +21,82 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistill.core.errors import PassingError, UserError
+from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import write_json_atomic
-from raydistill.data.batching import Examples, buckets, pad
+from raydistill.data.batching import Examples, bucket_by_length, pad
 from raydistill.models import families
 from raydistill.teacher_cache import store
 
-TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BATCH_TOKENS = 8192
-STATES = "states"
+ENCODER_ARRAY = "states"
 # Parts mapped at once, of the 65,530 mappings that Linux lets a process have: a large corpus has thousands of parts for
 # the encoder and for every layer.
-MAPPED = 32_768
+MAX_MAPPED_PARTS = 32_768
 
 
 @dataclass(frozen=True)
-class Part:
+class PartFile:
     """A part on disk: `vectors` of `width` numbers of `kind`. `made`: when, since a store may be deleted and remade."""
 
     path: Path
-    vectors: int
+    num_vectors: int
     width: int
-    kind: str
-    made: int
+    dtype: str
+    mtime_ns: int
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self.vectors * self.width * np.dtype(store.KINDS[self.kind]).itemsize
+        return self.num_vectors * self.width * np.dtype(store.STORAGE_DTYPES[self.dtype]).itemsize
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedArray:
     """Memory-mapped rows of vectors: row i is `lengths[i]` vectors of part `part[i]`, from `start[i]` on."""
 
-    parts: list[Part]
-    part: np.ndarray
-    start: np.ndarray
+    parts: list[PartFile]
+    part_numbers: np.ndarray
+    offsets: np.ndarray
     lengths: np.ndarray
     dtype: torch.dtype
 
-    def flat(self, rows: Sequence[int]) -> Tensor:
+    def read_flat(self, rows: Sequence[int]) -> Tensor:
         """The rows' vectors one after another, [their tokens, width]."""
-        return self._tensor(np.concatenate([self._row(i) for i in rows]))
+        return self._to_tensor(np.concatenate([self._read_row(i) for i in rows]))
 
-    def padded(self, rows: Sequence[int]) -> Tensor:
+    def read_padded(self, rows: Sequence[int]) -> Tensor:
         """The rows filled up with zeros, [rows, longest, width]."""
         first = self.parts[0]
         shape = (len(rows), int(self.lengths[list(rows)].max()), first.width)
-        out = np.zeros(shape, store.KINDS[first.kind])
+        out = np.zeros(shape, store.STORAGE_DTYPES[first.dtype])
         for place, i in enumerate(rows):
-            out[place, : self.lengths[i]] = self._row(i)
-        return self._tensor(out)
+            out[place, : self.lengths[i]] = self._read_row(i)
+        return self._to_tensor(out)
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return sum(part.nbytes for part in self.parts)
 
-    def _row(self, i: int) -> np.ndarray:
-        return mapped(self.parts[self.part[i]])[self.start[i] : self.start[i] + self.lengths[i]]
+    def _read_row(self, i: int) -> np.ndarray:
+        return map_part(self.parts[self.part_numbers[i]])[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
+    def _to_tensor(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
 
 
 @dataclass(frozen=True)
-class Numbers:
+class CacheDtypes:
     """In which numbers states are worked out and kept: "bf16" or "fp32" each. Part of a store's key."""
 
-    kept: str = "bf16"
-    computed: str = "fp32"
+    storage: str = "bf16"
+    compute: str = "fp32"
 
 
 @dataclass(frozen=True)
-class Pass:
+class CacheBuilder:
     """What a pass of a teacher over one set of sources has to leave under `root`.
 
     `base`: examples that hold the sources. `decoders`: per label set its examples and the decoder layers wanted.
@@ -105,18 +105,18 @@ class Pass:
 
     root: Path
     teacher_key: str
-    base: Examples
+    source_examples: Examples
     width: int
     encoder: bool = True
-    decoders: list[tuple[Examples, list[int]]] = field(default_factory=list)
-    numbers: Numbers = Numbers()
-    about: dict[str, Any] = field(default_factory=dict)
-    most: float | None = None
+    label_sets: list[tuple[Examples, list[int]]] = field(default_factory=list)
+    dtypes: CacheDtypes = CacheDtypes()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    max_bytes: float | None = None
 
     @property
     def sources(self) -> list[list[int]]:
         """Token ids of each source."""
-        return self.base.sources
+        return self.source_examples.sources
 
     @cached_property
     def parts(self) -> list[list[int]]:
@@ -126,21 +126,21 @@ class Pass:
     @cached_property
     def encoder_store(self) -> Path:
         """The folder of the encoder states."""
-        layout = (store.FORMAT, store.PART_TOKENS, store.WINDOW_ROWS)
-        key = _key(layout, self.teacher_key, self.base.sources_key, vars(self.numbers))
+        layout = (store.FORMAT_VERSION, store.PART_TOKENS, store.WINDOW_ROWS)
+        key = _content_key(layout, self.teacher_key, self.source_examples.sources_key, vars(self.dtypes))
         return self.root / f"encoder-{key}"
 
     @cached_property
     def decoder_stores(self) -> list[Path]:
         """The folders of the decoder states, one per label set."""
-        keys = [_key(self.encoder_store.name, e.targets_key) for e, _ in self.decoders]
+        keys = [_content_key(self.encoder_store.name, e.targets_key) for e, _ in self.label_sets]
         return [self.root / f"decoder-{key}" for key in keys]
 
     @cached_property
-    def examples_of(self) -> list[list[list[int]]]:
+    def examples_by_source(self) -> list[list[list[int]]]:
         """By label set and source row: the examples of that source."""
         found: list[list[list[int]]] = []
-        for examples, _ in self.decoders:
+        for examples, _ in self.label_sets:
             by_row: list[list[int]] = [[] for _ in self.sources]
             for i, row in enumerate(examples.rows):
                 by_row[row].append(i)
@@ -148,105 +148,107 @@ class Pass:
         return found
 
     @cached_property
-    def arrays(self) -> dict[Path, int]:
+    def array_sizes(self) -> dict[Path, int]:
         """Every array wanted, and its bytes."""
-        each = self.width * np.dtype(store.KINDS[self.numbers.kept]).itemsize
-        found = {self.encoder_store / STATES: each * sum(map(len, self.sources))} if self.encoder else {}
-        for folder, (examples, layers) in zip(self.decoder_stores, self.decoders, strict=True):
-            found |= {folder / layer_name(n): each * sum(map(len, examples.targets)) for n in layers}
+        each = self.width * np.dtype(store.STORAGE_DTYPES[self.dtypes.storage]).itemsize
+        found = {self.encoder_store / ENCODER_ARRAY: each * sum(map(len, self.sources))} if self.encoder else {}
+        for folder, (examples, layers) in zip(self.decoder_stores, self.label_sets, strict=True):
+            found |= {folder / layer_array_name(n): each * sum(map(len, examples.targets)) for n in layers}
         return found
 
-    def missing(self) -> list[int]:
+    def missing_parts(self) -> list[int]:
         """The parts that lack something."""
-        found = {n for array in self.arrays for n in store.missing_parts(array, len(self.parts))}
+        found = {n for array in self.array_sizes for n in store.missing_parts(array, len(self.parts))}
         return sorted(found)
 
     def missing_bytes(self) -> int:
         """Bytes that are still to be written: the arrays that are not whole yet, less their finished parts."""
         return sum(
-            size - store.bytes_of_parts(array) for array, size in self.arrays.items() if not store.is_whole(array)
+            size - store.parts_size_bytes(array)
+            for array, size in self.array_sizes.items()
+            if not store.is_complete(array)
         )
 
-    def unfinished(self) -> bool:
+    def is_incomplete(self) -> bool:
         """Whether an array is not whole yet."""
-        return any(not store.is_whole(array) for array in self.arrays)
+        return any(not store.is_complete(array) for array in self.array_sizes)
 
     def lock(self) -> FileLock:
         """Held by the one process that leads the making of these stores."""
-        return store.lock(self.root, self.encoder_store.name)
+        return store.group_lock(self.root, self.encoder_store.name)
 
-    def begin(self) -> None:
+    def prepare(self) -> None:
         """Make the folders and say what they are for; UserError where the stores are larger than bound or disk."""
-        need = sum(self.arrays.values())
-        if self.most is not None and need > self.most:
+        need = sum(self.array_sizes.values())
+        if self.max_bytes is not None and need > self.max_bytes:
             raise UserError(
                 f"{self.root}: the teacher cache takes {need / 1e9:.3g} GB, more than training.cache_gb allows "
-                f"({self.most / 1e9:.3g}); raise it, or set training.teacher_cache to auto or off"
+                f"({self.max_bytes / 1e9:.3g}); raise it, or set training.teacher_cache to auto or off"
             )
-        check_disk(self.root, self.missing_bytes())
-        for folder in {array.parent for array in self.arrays}:
+        check_disk_space(self.root, self.missing_bytes())
+        for folder in {array.parent for array in self.array_sizes}:
             facts = {"width": self.width, "group": self.encoder_store.name}
-            write_json_atomic(folder / "about.json", {**self.about, **vars(self.numbers), **facts})
-            store.sweep_orphans(folder)
+            write_json_atomic(folder / "about.json", {**self.metadata, **vars(self.dtypes), **facts})
+            store.remove_partial_files(folder)
 
     def finish(self) -> None:
         """Write the manifests: all parts are there. UserError where some were taken away meanwhile."""
-        for array, size in self.arrays.items():
-            if not store.is_whole(array):
+        for array, size in self.array_sizes.items():
+            if not store.is_complete(array):
                 if store.missing_parts(array, len(self.parts)):
-                    raise PassingError(f"{array.parent}: was removed while it was made; run again")
+                    raise TransientError(f"{array.parent}: was removed while it was made; run again")
                 store.finish_array(array, {"parts": len(self.parts), "bytes": size})
 
     @property
     def device_seconds(self) -> dict[str, float]:
         """What making each finished array took, whoever made it, by store and array: "encoder-KEY/states"."""
-        whole = (array for array in self.arrays if store.is_whole(array))
-        return {f"{array.parent.name}/{array.name}": store.device_seconds(array) for array in whole}
+        whole = (array for array in self.array_sizes if store.is_complete(array))
+        return {f"{array.parent.name}/{array.name}": store.read_device_seconds(array) for array in whole}
 
-    def make(self, teacher: PreTrainedModel, number: int) -> dict[str, float]:
+    def build_part(self, teacher: PreTrainedModel, number: int) -> dict[str, float]:
         """Make part `number` of every array that lacks it; returns how many rows and source tokens it had."""
-        unfinished = [array for array in self.arrays if not store.is_whole(array)]
+        unfinished = [array for array in self.array_sizes if not store.is_complete(array)]
         lacking = [array for array in unfinished if not store.part_path(array, number).is_file()]
         started = time.monotonic()
         rows = self.parts[number]
         found: dict[Path, dict[int, np.ndarray]] = {array: {} for array in lacking}
-        stored = self.encoder and self.encoder_store / STATES not in lacking
-        states_of = _open_part(self.encoder_store / STATES, self, number) if stored else None
-        for places in buckets([len(self.sources[row]) for row in rows], BATCH_TOKENS):
+        stored = self.encoder and self.encoder_store / ENCODER_ARRAY not in lacking
+        states_of = _read_part(self.encoder_store / ENCODER_ARRAY, self, number) if stored else None
+        for places in bucket_by_length([len(self.sources[row]) for row in rows], BATCH_TOKENS):
             micro = [rows[place] for place in places]
             states, mask = self._encode(teacher, micro, states_of)
-            if self.encoder_store / STATES in lacking:
+            if self.encoder_store / ENCODER_ARRAY in lacking:
                 for row, values in zip(micro, states, strict=True):
-                    found[self.encoder_store / STATES][row] = self._bits(values[: len(self.sources[row])])
+                    found[self.encoder_store / ENCODER_ARRAY][row] = self._to_numpy(values[: len(self.sources[row])])
             self._decode(teacher, micro, states, mask, found)
         for array, by_index in found.items():
-            order = rows if array.parent == self.encoder_store else self.examples_in(number, array.parent)
-            kind = store.KINDS[self.numbers.kept]
+            order = rows if array.parent == self.encoder_store else self.examples_in_part(number, array.parent)
+            kind = store.STORAGE_DTYPES[self.dtypes.storage]
             vectors = [by_index[i] for i in order] or [np.empty((0, self.width), kind)]
             if array == next(iter(found)):  # the time of them all, told once
-                store.write_time(array, number, _device_seconds(started, teacher))
+                store.write_part_time(array, number, _device_seconds(started, teacher))
             store.write_part(array, number, np.concatenate(vectors))
         return {"rows": len(rows), "tokens": sum(len(self.sources[row]) for row in rows)}
 
-    def examples_in(self, number: int, folder: Path) -> list[int]:
+    def examples_in_part(self, number: int, folder: Path) -> list[int]:
         """The examples of a part of a decoder store, in the order in which it holds them."""
-        by_row = self.examples_of[self.decoder_stores.index(folder)]
+        by_row = self.examples_by_source[self.decoder_stores.index(folder)]
         return [i for row in self.parts[number] for i in by_row[row]]
 
     def _encode(
-        self, teacher: PreTrainedModel, rows: list[int], stored: dict[int, Tensor] | None
+        self, teacher: PreTrainedModel, rows: list[int], cached_states: dict[int, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """The encoder's states for a few sources, padded, and their mask."""
         sources = [self.sources[row] for row in rows]
-        mask = mask_of(sources).to(teacher.device)
-        if stored is not None:
-            states = torch.nn.utils.rnn.pad_sequence([stored[row] for row in rows], batch_first=True)
+        mask = make_attention_mask(sources).to(teacher.device)
+        if cached_states is not None:
+            states = torch.nn.utils.rnn.pad_sequence([cached_states[row] for row in rows], batch_first=True)
             return states.to(teacher.device, teacher.dtype), mask
-        ids = padded(sources, teacher.config.pad_token_id).to(teacher.device)
-        with self.precision(teacher):
-            states = families.encode(teacher, ids, mask).last
+        ids = pad_to_tensor(sources, teacher.config.pad_token_id).to(teacher.device)
+        with self.autocast(teacher):
+            states = families.encode(teacher, ids, mask).last_hidden_state
         # As kept, also where the decoder goes on from here: what it gives must not hang on what was there before.
-        return states.to(TORCH[self.numbers.kept]).to(teacher.dtype), mask
+        return states.to(TORCH_DTYPES[self.dtypes.storage]).to(teacher.dtype), mask
 
     def _decode(
         self,
@@ -254,136 +256,140 @@ class Pass:
         rows: list[int],
         states: Tensor,
         mask: Tensor,
-        found: dict[Path, dict[int, np.ndarray]],
+        vectors_by_array: dict[Path, dict[int, np.ndarray]],
     ) -> None:
         """The decoder's outputs for the examples of a few sources, into the arrays that lack them."""
         for folder, by_row, (examples, layers) in zip(
-            self.decoder_stores, self.examples_of, self.decoders, strict=True
+            self.decoder_stores, self.examples_by_source, self.label_sets, strict=True
         ):
-            wanted = [layer for layer in layers if folder / layer_name(layer) in found]
+            wanted = [layer for layer in layers if folder / layer_array_name(layer) in vectors_by_array]
             pairs = [(place, i) for place, row in enumerate(rows) for i in by_row[row]]
             if not wanted or not pairs:
                 continue
             places = torch.tensor([place for place, _ in pairs], device=states.device)
-            labels = padded([examples.targets[i] for _, i in pairs], -100).to(states.device)
-            with self.precision(teacher):
+            labels = pad_to_tensor([examples.targets[i] for _, i in pairs], -100).to(states.device)
+            with self.autocast(teacher):
                 ids = families.shift_right(teacher, labels)
                 outputs = families.decode(teacher, ids, states[places], mask[places], layers=True).layers
             for layer in wanted:
                 for (_, i), values in zip(pairs, outputs[layer], strict=True):
-                    found[folder / layer_name(layer)][i] = self._bits(values[: len(examples.targets[i])])
+                    vectors_by_array[folder / layer_array_name(layer)][i] = self._to_numpy(
+                        values[: len(examples.targets[i])]
+                    )
 
-    def precision(self, teacher: PreTrainedModel) -> Any:
+    def autocast(self, teacher: PreTrainedModel) -> Any:
         """A block in which the teacher runs in the pass's numbers."""
-        return torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.numbers.computed == "bf16")
+        return torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.dtypes.compute == "bf16")
 
-    def _bits(self, values: Tensor) -> np.ndarray:
-        kept = values.to("cpu", TORCH[self.numbers.kept])
-        return (kept.view(torch.int16) if self.numbers.kept == "bf16" else kept).numpy()
+    def _to_numpy(self, values: Tensor) -> np.ndarray:
+        kept = values.to("cpu", TORCH_DTYPES[self.dtypes.storage])
+        return (kept.view(torch.int16) if self.dtypes.storage == "bf16" else kept).numpy()
 
 
-def make_here(work: Pass, teacher: PreTrainedModel, progress: Callable[[int, int], None] | None = None) -> None:
+def build_cache(
+    builder: CacheBuilder, teacher: PreTrainedModel, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Carry out a pass in this process."""
-    with work.lock():
-        if not work.unfinished():
+    with builder.lock():
+        if not builder.is_incomplete():
             return
-        missing = work.missing()
-        work.begin()
+        missing = builder.missing_parts()
+        builder.prepare()
         with torch.inference_mode():
             for done, number in enumerate(missing):
-                work.make(teacher, number)
+                builder.build_part(teacher, number)
                 if progress:
                     progress(done + 1, len(missing))
-        work.finish()
+        builder.finish()
 
 
-def open_encoder(work: Pass) -> Ragged:
+def open_encoder_states(builder: CacheBuilder) -> RaggedArray:
     """The encoder states of a finished pass, by source row."""
-    return _open(work.encoder_store / STATES, work.parts, [len(s) for s in work.sources], work)
+    return _open_array(builder.encoder_store / ENCODER_ARRAY, builder.parts, [len(s) for s in builder.sources], builder)
 
 
-def open_decoder(work: Pass, which: int = 0) -> dict[int, Ragged]:
+def open_decoder_states(builder: CacheBuilder, index: int = 0) -> dict[int, RaggedArray]:
     """The decoder states of a finished pass's label set, by layer and example."""
-    folder, (examples, layers) = work.decoder_stores[which], work.decoders[which]
-    parts = [work.examples_in(n, folder) for n in range(len(work.parts))]
+    folder, (examples, layers) = builder.decoder_stores[index], builder.label_sets[index]
+    parts = [builder.examples_in_part(n, folder) for n in range(len(builder.parts))]
     lengths = [len(target) for target in examples.targets]
-    return {layer: _open(folder / layer_name(layer), parts, lengths, work) for layer in layers}
+    return {layer: _open_array(folder / layer_array_name(layer), parts, lengths, builder) for layer in layers}
 
 
-def layer_name(layer: int) -> str:
+def layer_array_name(layer: int) -> str:
     """The array of a decoder layer's outputs."""
     return f"layer-{layer:02d}"
 
 
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def pad_to_tensor(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of numbers as one tensor [rows, longest], filled up at the end with `value`."""
     return torch.tensor(pad(rows, value))
 
 
-def mask_of(rows: Sequence[Sequence[int]]) -> Tensor:
+def make_attention_mask(rows: Sequence[Sequence[int]]) -> Tensor:
     """1 where the padded rows have a token, else 0: [rows, longest]."""
     lengths = torch.tensor([len(row) for row in rows])
     return (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).long()
 
 
-def check_disk(root: Path, need: int) -> None:
+def check_disk_space(root: Path, needed_bytes: int) -> None:
     """UserError where the disk has not so many bytes to spare."""
     free = shutil.disk_usage(root).free
-    if need > free * 0.9:
+    if needed_bytes > free * 0.9:
         raise UserError(
-            f"{root}: the teacher cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some "
+            f"{root}: the teacher cache needs {needed_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some "
             f"(`raydistill cache` lists old stores), set RAYDISTILL_HOME to a larger disk, or set "
             f"training.teacher_cache to auto or off"
         )
 
 
-def _open(array: Path, parts: list[list[int]], lengths: list[int], work: Pass) -> Ragged:
+def _open_array(array: Path, rows_by_part: list[list[int]], lengths: list[int], builder: CacheBuilder) -> RaggedArray:
     """An array's rows, mapped as they are read; UserError where a part does not have its size."""
     store.mark_used(array.parent)
     part, start = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     found = []
-    for number, rows in enumerate(parts):
+    for number, rows in enumerate(rows_by_part):
         at = 0
         for row in rows:
             part[row], start[row] = number, at
             at += lengths[row]
-        found.append(_part(store.part_path(array, number), at, work))
-    return Ragged(found, part, start, np.asarray(lengths), TORCH[work.numbers.kept])
+        found.append(_check_part(store.part_path(array, number), at, builder))
+    return RaggedArray(found, part, start, np.asarray(lengths), TORCH_DTYPES[builder.dtypes.storage])
 
 
-def _part(path: Path, vectors: int, work: Pass) -> Part:
+def _check_part(path: Path, num_vectors: int, builder: CacheBuilder) -> PartFile:
     """A part that is there; UserError where it does not have its size."""
     about = path.stat() if path.is_file() else None
-    part = Part(path, vectors, work.width, work.numbers.kept, about.st_mtime_ns if about else 0)
+    part = PartFile(path, num_vectors, builder.width, builder.dtypes.storage, about.st_mtime_ns if about else 0)
     if about is None or about.st_size != part.nbytes:
-        raise _damaged(path)
+        raise _corrupt_part_error(path)
     return part
 
 
-@lru_cache(maxsize=MAPPED)
-def mapped(part: Part) -> np.ndarray:
+@lru_cache(maxsize=MAX_MAPPED_PARTS)
+def map_part(part: PartFile) -> np.ndarray:
     """A part as an array [vectors, width] over the file's pages; numpy's own memmap would keep a file open for each."""
-    kind = np.dtype(store.KINDS[part.kind])
+    kind = np.dtype(store.STORAGE_DTYPES[part.dtype])
     if not part.nbytes:
         return np.empty((0, part.width), kind)
     torch_kind = torch.from_numpy(np.empty(0, kind)).dtype
     try:
-        numbers = torch.from_file(str(part.path), shared=False, size=part.vectors * part.width, dtype=torch_kind)
+        numbers = torch.from_file(str(part.path), shared=False, size=part.num_vectors * part.width, dtype=torch_kind)
     except RuntimeError:
-        raise _damaged(part.path) from None
-    return numbers.numpy().reshape(part.vectors, part.width)
+        raise _corrupt_part_error(part.path) from None
+    return numbers.numpy().reshape(part.num_vectors, part.width)
 
 
-def _damaged(path: Path) -> UserError:
+def _corrupt_part_error(path: Path) -> UserError:
     return UserError(f"{path}: is damaged or missing; delete {path.parents[1]} and run again")
 
 
-def _open_part(array: Path, work: Pass, number: int) -> dict[int, Tensor]:
+def _read_part(array: Path, builder: CacheBuilder, number: int) -> dict[int, Tensor]:
     """The states of one part's rows."""
-    rows = work.parts[number]
-    lengths = [len(work.sources[row]) for row in rows]
-    vectors = torch.from_numpy(mapped(_part(store.part_path(array, number), sum(lengths), work)))
-    vectors = vectors.view(torch.bfloat16) if work.numbers.kept == "bf16" else vectors
+    rows = builder.parts[number]
+    lengths = [len(builder.sources[row]) for row in rows]
+    vectors = torch.from_numpy(map_part(_check_part(store.part_path(array, number), sum(lengths), builder)))
+    vectors = vectors.view(torch.bfloat16) if builder.dtypes.storage == "bf16" else vectors
     return dict(zip(rows, vectors.split(lengths), strict=True))
 
 
@@ -392,6 +398,6 @@ def _device_seconds(started: float, teacher: PreTrainedModel) -> float:
     return (time.monotonic() - started) * (torch.get_num_threads() if teacher.device.type == "cpu" else 1)
 
 
-def _key(*parts: object) -> str:
+def _content_key(*parts: object) -> str:
     """A short content key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -16,25 +16,25 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from raydistill.core.errors import UserError
-from raydistill.core.files import damage_told, read_json, write_atomic, write_json_atomic
+from raydistill.core.files import corrupt_file_error, read_json, write_atomic, write_json_atomic
 
 # Part of every key: a store of another layout is another store.
-FORMAT = 2
+FORMAT_VERSION = 2
 PART_TOKENS = 2**15
 WINDOW_ROWS = 20_000
 # numpy has no bfloat16: its bits are kept as int16.
-KINDS: dict[str, type[np.generic]] = {"bf16": np.int16, "fp32": np.float32}
+STORAGE_DTYPES: dict[str, type[np.generic]] = {"bf16": np.int16, "fp32": np.float32}
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoreInfo:
     """A store on disk: its folder, what it says of itself, the arrays that are whole, its bytes and its last use."""
 
     folder: Path
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     arrays: list[str]
     bytes: int
-    used: float
+    last_used: float
 
 
 def plan_parts(lengths: Sequence[int]) -> list[list[int]]:
@@ -55,59 +55,59 @@ def plan_parts(lengths: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def part_path(array: Path, number: int) -> Path:
+def part_path(array_dir: Path, number: int) -> Path:
     """The file of a part."""
-    return array / f"part-{number:06d}.bin"
+    return array_dir / f"part-{number:06d}.bin"
 
 
-def write_part(array: Path, number: int, vectors: np.ndarray) -> None:
+def write_part(array_dir: Path, number: int, vectors: np.ndarray) -> None:
     """Write a part [vectors, width], whole or not at all."""
-    write_atomic(part_path(array, number), vectors.tobytes())
+    write_atomic(part_path(array_dir, number), vectors.tobytes())
 
 
-def missing_parts(array: Path, count: int) -> list[int]:
+def missing_parts(array_dir: Path, num_parts: int) -> list[int]:
     """The parts of an array that are still to be made; none once its manifest is there."""
-    if is_whole(array):
+    if is_complete(array_dir):
         return []
-    return [n for n in range(count) if not part_path(array, n).is_file()]
+    return [n for n in range(num_parts) if not part_path(array_dir, n).is_file()]
 
 
-def bytes_of_parts(array: Path) -> int:
+def parts_size_bytes(array_dir: Path) -> int:
     """Bytes of the parts that are there."""
-    return sum(path.stat().st_size for path in array.glob("part-*.bin"))
+    return sum(path.stat().st_size for path in array_dir.glob("part-*.bin"))
 
 
-def write_time(array: Path, number: int, device_seconds: float) -> None:
+def write_part_time(array_dir: Path, number: int, device_seconds: float) -> None:
     """Remember what a part took, so that a pass that was killed and taken up again tells the whole of it."""
-    write_json_atomic(part_path(array, number).with_suffix(".json"), {"device_seconds": device_seconds})
+    write_json_atomic(part_path(array_dir, number).with_suffix(".json"), {"device_seconds": device_seconds})
 
 
-def finish_array(array: Path, facts: dict[str, Any]) -> None:
+def finish_array(array_dir: Path, metadata: dict[str, Any]) -> None:
     """Say that all parts are there, and what they took together."""
-    times = list(array.glob("part-*.json"))
-    seconds = sum(_device_seconds(path) for path in times)
-    write_json_atomic(array / "manifest.json", {**facts, "device_seconds": seconds})
+    times = list(array_dir.glob("part-*.json"))
+    seconds = sum(_read_device_seconds(path) for path in times)
+    write_json_atomic(array_dir / "manifest.json", {**metadata, "device_seconds": seconds})
     for path in times:
         path.unlink()
 
 
-def device_seconds(array: Path) -> float:
+def read_device_seconds(array_dir: Path) -> float:
     """What making a finished array took, as `finish_array` said."""
-    return _device_seconds(array / "manifest.json")
+    return _read_device_seconds(array_dir / "manifest.json")
 
 
-def _device_seconds(path: Path) -> float:
+def _read_device_seconds(path: Path) -> float:
     found = read_json(path)
-    with damage_told(path):
+    with corrupt_file_error(path):
         return float(found["device_seconds"])
 
 
-def is_whole(array: Path) -> bool:
+def is_complete(array_dir: Path) -> bool:
     """Whether an array is finished."""
-    return (array / "manifest.json").is_file()
+    return (array_dir / "manifest.json").is_file()
 
 
-def sweep_orphans(store: Path) -> None:
+def remove_partial_files(store: Path) -> None:
     """Delete what killed writers left; to be called by the only process that is at work on the store."""
     for orphan in store.rglob(".*.making"):
         orphan.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def mark_used(store: Path) -> None:
         return
 
 
-def kept(root: Path) -> Iterator[Kept]:
+def list_stores(root: Path) -> Iterator[StoreInfo]:
     """The stores under `root`, last used last; a link that leads elsewhere is none. UserError for a damaged one."""
     found = []
     for path in root.glob("*/about.json"):
@@ -131,14 +131,14 @@ def kept(root: Path) -> Iterator[Kept]:
         size = sum(p.stat().st_size for p in folder.rglob("*.bin"))
         arrays = sorted(p.parent.name for p in folder.glob("*/manifest.json"))
         about = read_json(path)
-        with damage_told(path):
-            if about["kept"] not in KINDS:
+        with corrupt_file_error(path):
+            if about["kept"] not in STORAGE_DTYPES:
                 raise ValueError(f"kept is {about['kept']!r}")
-        found.append(Kept(folder, about, arrays, size, path.stat().st_mtime))
-    yield from sorted(found, key=lambda store: store.used)
+        found.append(StoreInfo(folder, about, arrays, size, path.stat().st_mtime))
+    yield from sorted(found, key=lambda store: store.last_used)
 
 
-def lock(root: Path, group: str) -> FileLock:
+def group_lock(root: Path, group: str) -> FileLock:
     """Held by the one process that makes the stores under `root` whose about.json names `group`."""
     if Path(group).name != group:
         raise ValueError(f"group {group!r} is no name of a store")
@@ -146,14 +146,14 @@ def lock(root: Path, group: str) -> FileLock:
     return FileLock(root / f".{group}.lock")
 
 
-def remove(store: Kept) -> None:
+def remove(info: StoreInfo) -> None:
     """Delete a store: what says that it is whole first. UserError where it is being made."""
-    with damage_told(store.folder / "about.json"):
-        held = lock(store.folder.parent, store.about.get("group", store.folder.name))
+    with corrupt_file_error(info.folder / "about.json"):
+        held = group_lock(info.folder.parent, info.metadata.get("group", info.folder.name))
     try:
         with held.acquire(timeout=0):
-            for manifest in store.folder.glob("*/manifest.json"):
+            for manifest in info.folder.glob("*/manifest.json"):
                 manifest.unlink()
-            shutil.rmtree(store.folder)
+            shutil.rmtree(info.folder)
     except Timeout:
-        raise UserError(f"{store.folder}: is being made; wait for the run that makes it, or end that run") from None
+        raise UserError(f"{info.folder}: is being made; wait for the run that makes it, or end that run") from None

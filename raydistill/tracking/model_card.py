@@ -2,42 +2,49 @@
 
 from typing import Any
 
-from raydistill.core.files import CARD, read_json
-from raydistill.results.pareto import UNITS
+from raydistill.core.files import CHECKPOINT_METADATA, read_json
+from raydistill.results.pareto import COST_UNITS
 from raydistill.results.records import Trial, decoding_label
-from raydistill.results.selection import Outcome
-from raydistill.results.tables import NAMES, markdown_table
+from raydistill.results.selection import Selection
+from raydistill.results.tables import METRIC_NAMES, markdown_table
 
 
-def model_card(found: Outcome, student: Trial, budgets: list[str]) -> str:
+def render_model_card(selection: Selection, student: Trial, budgets: list[str]) -> str:
     """README.md of a checkpoint, with the header that the Hugging Face hub reads."""
     assert student.checkpoint is not None
-    card = read_json(student.checkpoint / CARD)
-    teacher, data = found.teacher, card["config"]["dataset"]["name"]
+    card = read_json(student.checkpoint / CHECKPOINT_METADATA)
+    teacher, data = selection.teacher, card["config"]["dataset"]["name"]
     lines = [
         "---",
         "library_name: transformers",
-        f"tags: [raydistill, {'translation' if found.metric == 'bleu' else 'summarization'}]",
+        f"tags: [raydistill, {'translation' if selection.metric == 'bleu' else 'summarization'}]",
         "---",
-        f"# {found.name}: {student.size} student by {student.method}",
+        f"# {selection.name}: {student.size} student by {student.method}",
         "",
         f"A student of `{card['teacher']}` ({teacher.get('size', 'size unknown')}), distilled by raydistill"
         + (f"; chosen for: {', '.join(budgets)}." if budgets else "."),
         "",
-        markdown_table(["", ""], [*_origin(student, card, data), *_decoding(student, card)]),
+        markdown_table(["", ""], [*_origin_rows(student, card, data), *_decoding_rows(student, card)]),
         "",
         "## Scores",
         "",
-        markdown_table(["split", NAMES.get(found.metric, found.metric), "95 % interval"], _scores(found, student)),
+        markdown_table(
+            ["split", METRIC_NAMES.get(selection.metric, selection.metric), "95 % interval"],
+            _score_rows(selection, student),
+        ),
         "",
         f"Validation decided; test is for reporting. Scorer: `{student.signature}`."
-        + (f" The teacher has {teacher['metrics'][found.metric]:.2f} on validation." if teacher.get("metrics") else ""),
+        + (
+            f" The teacher has {teacher['metrics'][selection.metric]:.2f} on validation."
+            if teacher.get("metrics")
+            else ""
+        ),
         "",
         "## Cost",
         "",
-        markdown_table(["cost", "student", "teacher"], _costs(found, student)),
+        markdown_table(["cost", "student", "teacher"], _cost_rows(selection, student)),
         "",
-        *([f"Milliseconds with {measured}.", ""] if (measured := found.measured(student)) else []),
+        *([f"Milliseconds with {measured}.", ""] if (measured := selection.measured_with(student)) else []),
         "## How to load it",
         "",
         "```python",
@@ -66,7 +73,7 @@ def model_card(found: Outcome, student: Trial, budgets: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _origin(student: Trial, card: dict[str, Any], data: str) -> list[list[str]]:
+def _origin_rows(student: Trial, card: dict[str, Any], data: str) -> list[list[str]]:
     rows = [["data", f"{data}, labels: {student.labels}"]]
     rows += [[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied.items()]
     rows += [[f"{side} layers supervised", " ".join(map(str, v))] for side, v in (card.get("supervised") or {}).items()]
@@ -77,7 +84,7 @@ def _origin(student: Trial, card: dict[str, Any], data: str) -> list[list[str]]:
     return [*rows, ["made with", ", ".join(f"{name} {version}" for name, version in versions.items())]]
 
 
-def _decoding(student: Trial, card: dict[str, Any]) -> list[list[str]]:
+def _decoding_rows(student: Trial, card: dict[str, Any]) -> list[list[str]]:
     beam = {**(card.get("decoding") or {}), **(student.decoding or {})}
     if not beam:
         return []
@@ -85,21 +92,21 @@ def _decoding(student: Trial, card: dict[str, Any]) -> list[list[str]]:
     return [["decoding", decoding_label(beam) + lengths]]
 
 
-def _scores(found: Outcome, student: Trial) -> list[list[str]]:
+def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
     rows = []
     for split, value, interval in (
-        ("validation", student.score(found.metric), student.interval),
-        ("test", (student.test or {}).get(found.metric), (student.test or {}).get("interval")),
+        ("validation", student.score(selection.metric), student.interval),
+        ("test", (student.test or {}).get(selection.metric), (student.test or {}).get("interval")),
     ):
         if value is not None:
             rows.append([split, f"{value:.2f}", f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "-"])
     return rows
 
 
-def _costs(found: Outcome, student: Trial) -> list[list[str]]:
-    teacher = found.teacher.get("costs") or {}
+def _cost_rows(selection: Selection, student: Trial) -> list[list[str]]:
+    teacher = selection.teacher.get("costs") or {}
     rows = []
-    for key, unit in UNITS.items():
+    for key, unit in COST_UNITS.items():
         if key in student.metrics:
             theirs = f"{teacher[key]:.4g}" if key in teacher else "-"
             rows.append([f"{key} ({unit})", f"{student.metrics[key]:.4g}", theirs])

@@ -5,25 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.run import Run, parse_labels
-from raydistill.teacher_cache.policy import Keep
+from raydistill.teacher_cache.policy import CacheMode
 
 # The folders of the label sets that teachers wrote: by a run's `label_key`, then by source (pseudo, pseudo@TEACHER).
-MadeLabels = dict[str, dict[str, str]]
+LabelFolders = dict[str, dict[str, str]]
 
 
-def read_by(run: Run) -> list[Path]:
+def input_paths(run: Run) -> list[Path]:
     """The folders that a run names: its teacher, a checkpoint to copy from, label sets."""
-    named = [run.teacher, run.student.copy_from, *(part.folder for part in parse_labels(run.label_source))]
+    named = [run.teacher, run.student.copy_from, *(part.folder for part in parse_labels(run.resolved_labels))]
     return [Path(name) for name in named if name]
 
 
-def folders_of(labels: MadeLabels, run: Run) -> dict[str, Path]:
+def run_label_folders(labels: LabelFolders, run: Run) -> dict[str, Path]:
     """Those of a run, by source."""
     return {source: Path(folder) for source, folder in labels.get(run.label_key, {}).items()}
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What was made before the run: label sets' folders by source, the teacher cache's root, and the shape's costs.
 
     `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
@@ -32,11 +32,11 @@ class Inputs:
     `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
     """
 
-    labels: dict[str, Path] = field(default_factory=dict)
-    cache: Path | None = None
-    keep: Keep = "full"
-    computed: str | None = None
+    label_folders: dict[str, Path] = field(default_factory=dict)
+    cache_root: Path | None = None
+    cache_mode: CacheMode = "full"
+    compute_dtype: str | None = None
     costs: dict[str, float] = field(default_factory=dict)
-    note: dict[str, Any] = field(default_factory=dict)
-    repetition: float | None = None
-    stores: tuple[Path, ...] = ()
+    result_fields: dict[str, Any] = field(default_factory=dict)
+    teacher_repetition: float | None = None
+    store_folders: tuple[Path, ...] = ()

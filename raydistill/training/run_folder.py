@@ -13,65 +13,65 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raydistill.config.run import HOW, Run
-from raydistill.core.errors import PassingError, UserError
-from raydistill.core.files import CARD, damage_told, read_json, sync, write_json_atomic
-from raydistill.models.shrinking import Plan
+from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
+from raydistill.core.errors import TransientError, UserError
+from raydistill.core.files import CHECKPOINT_METADATA, corrupt_file_error, fsync, read_json, write_json_atomic
+from raydistill.models.shrinking import LayerPlan
 
-HELD_WAIT_S = 60.0
-ORIGIN = "origin.json"  # which teacher and which data a run was begun with
+LOCK_TIMEOUT_S = 60.0
+FINGERPRINTS_FILE = "origin.json"  # which teacher and which data a run was begun with
 
 
-def claim(folder: Path, run: Run) -> None:
+def check_same_config(folder: Path, run: Run) -> None:
     """The folder belongs to this config: another config's work is neither gone on with nor taken for this one's.
 
     What an older release wrote lacks settings that it did not know; they had the values that are the defaults now.
-    Settings of memory (`HOW`) may change.
+    Settings of memory (`RUNTIME_ONLY_FIELDS`) may change.
     """
     path = folder / "run.json"
     if not path.is_file():
         write_json_atomic(path, run.model_dump(mode="json"))
         return
-    with damage_told(path):
+    with corrupt_file_error(path):
         begun = Run.model_validate(read_json(path))
-    if begun.model_dump(exclude=HOW) != run.model_dump(exclude=HOW):
+    if begun.model_dump(exclude=RUNTIME_ONLY_FIELDS) != run.model_dump(exclude=RUNTIME_ONLY_FIELDS):
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
 
 
-def claim_origin(folder: Path, now: dict[str, Any]) -> None:
+def check_same_inputs(folder: Path, current: dict[str, Any]) -> None:
     """Teacher and data (as `material.origin_of` tells) that the run was begun with stay the same to its end.
 
     UserError where a run is taken up after the teacher behind its path, or a data file, became another one.
     """
-    path = folder / ORIGIN
+    path = folder / FINGERPRINTS_FILE
     if not path.is_file():
-        write_json_atomic(path, now)
-    elif changed := changes(read_json(path), now):
+        write_json_atomic(path, current)
+    elif changed := changed_inputs(read_json(path), current):
         raise UserError(
             f"{folder}: the {' and the '.join(changed)} changed since this run was begun; results of both are not "
             f"mixed: give the run another name, or delete the folder"
         )
 
 
-def changes(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_inputs(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """What is another than it was: "teacher", "train split" and so on."""
-    found = ["teacher"] if begun.get("teacher") != now["teacher"] else []
-    marks = begun.get("data") or {}
-    return found + [f"{split} split" for split, mark in marks.items() if now["data"].get(split) != mark]
+    found = ["teacher"] if recorded.get("teacher") != current["teacher"] else []
+    marks = recorded.get("data") or {}
+    return found + [f"{split} split" for split, mark in marks.items() if current["data"].get(split) != mark]
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """The run's folder, for one process at a time.
 
     A worker may outlive its driver for some seconds, until Ray ends it; the one that takes its run up waits for that.
-    PassingError where the folder is not free after `HELD_WAIT_S`.
+    PassingError where the folder is not free after `LOCK_TIMEOUT_S`.
     """
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=HELD_WAIT_S)
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
     except Timeout:
-        raise PassingError(f"{folder}: another process trains this run; wait for it, or end it first") from None
+        raise TransientError(f"{folder}: another process trains this run; wait for it, or end it first") from None
     try:
         yield
     finally:
@@ -79,18 +79,18 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def making(target: Path) -> Iterator[Path]:
+def atomic_dir(target: Path) -> Iterator[Path]:
     """A name to write a file or folder under, which takes `target`'s place at the end of the block.
 
     Nothing is left of it when the block fails. OSError where the disk is full, safetensors' own error included.
     """
     place = target.with_name(f".{target.name}.making")
-    _remove(place)
+    _remove_path(place)
     try:
         yield place
         for path in [place, *place.rglob("*")]:
             if path.is_file():
-                sync(path)
+                fsync(path)
         if target.is_dir():
             shutil.rmtree(target)
         place.replace(target)
@@ -99,47 +99,52 @@ def making(target: Path) -> Iterator[Path]:
             f"{target}: could not be written ({error}); nothing is lost: free some disk and run again"
         ) from None
     finally:
-        _remove(place)
+        _remove_path(place)
 
 
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place)
+def _remove_path(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
-        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A folder that `from_pretrained` reads (safetensors); whole or not at all."""
-    with making(folder) as place:
+    with atomic_dir(folder) as place:
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
 
 
-def identity(run: Run, layers: Plan | None, size: str | None) -> dict[str, Any]:
+def run_identity(run: Run, layer_plan: LayerPlan | None, size: str | None) -> dict[str, Any]:
     """What was trained, as results and cards name it; `size` is that of a model without a plan."""
     return {
         "method": run.method,
-        "size": size if layers is None else "-".join(map(str, layers.size)),
-        "copied": layers.copied if layers else None,
-        "labels": run.label_source,
+        "size": size if layer_plan is None else "-".join(map(str, layer_plan.size)),
+        "copied": layer_plan.copied if layer_plan else None,
+        "labels": run.resolved_labels,
     }
 
 
-def write_card(best: Path, run: Run, layers: Plan | None, facts: dict[str, Any]) -> None:
+def write_checkpoint_metadata(checkpoint: Path, run: Run, layer_plan: LayerPlan | None, facts: dict[str, Any]) -> None:
     """`raydistill.json` beside the weights: where this checkpoint comes from."""
     card = {
         "teacher": run.teacher,
-        "supervised": layers.supervised if layers else None,
+        "supervised": layer_plan.supervised if layer_plan else None,
         "config": run.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("raydistill", "torch", "transformers")},
         **facts,
     }
-    write_json_atomic(best / CARD, card)
+    write_json_atomic(checkpoint / CHECKPOINT_METADATA, card)
 
 
-def write_failure(
-    folder: Path, run: Run, facts: dict[str, Any], reason: str, hours: float, metrics: dict[str, float] | None = None
+def write_failed_result(
+    folder: Path,
+    run: Run,
+    facts: dict[str, Any],
+    reason: str,
+    device_hours: float,
+    metrics: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """The result of a run that cannot go on, and the device-hours that it took all the same. No checkpoint is kept.
 
@@ -150,7 +155,7 @@ def write_failure(
         "status": "failed",
         "reason": reason,
         **facts,
-        "metrics": {**(metrics or {}), "gpu_hours": hours},
+        "metrics": {**(metrics or {}), "gpu_hours": device_hours},
         "interval": None,
         "test": None,
         "seed": run.training.seed,
@@ -158,11 +163,11 @@ def write_failure(
     }
     write_json_atomic(folder / "result.json", result)
     for left in [*folder.glob("state*"), *folder.glob("checkpoint-*"), folder / "best"]:
-        _remove(left)
+        _remove_path(left)
     return result
 
 
-def write_rows(path: Path, rows: dict[str, np.ndarray]) -> None:
+def write_row_statistics(path: Path, rows: dict[str, np.ndarray]) -> None:
     """Per-row statistics by split; whole or not at all."""
-    with making(path) as place, place.open("wb") as file:
+    with atomic_dir(path) as place, place.open("wb") as file:
         np.savez_compressed(file, **rows)  # type: ignore[arg-type]

@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raydistill.core.files import damage_told, inside, write_atomic
-from raydistill.training.distillation import Supervision
-from raydistill.training.run_folder import making
+from raydistill.core.files import corrupt_file_error, safe_join, write_atomic
+from raydistill.training.distillation import DistillationStep
+from raydistill.training.run_folder import atomic_dir
 
 
 @dataclass
-class State:
+class TrainingState:
     """How far a run is; everything but the tensors."""
 
     step: int = 0
@@ -35,46 +35,48 @@ def has_state(folder: Path) -> bool:
     return (folder / "state.json").is_file()
 
 
-def save_state(folder: Path, state: State, supervision: Supervision, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    folder: Path, state: TrainingState, distillation: DistillationStep, optimizer: torch.optim.Optimizer
+) -> None:
     """Tensors into a file named after the step, then the small file that points to it: always one whole state."""
-    trainable = {n: p.detach().contiguous() for n, p in supervision.student.named_parameters() if p.requires_grad}
+    trainable = {n: p.detach().contiguous() for n, p in distillation.student.named_parameters() if p.requires_grad}
     tensors: dict[str, Tensor] = {f"model/{name}": value for name, value in trainable.items()}
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    with making(folder / _tensors_name(state)) as place:
+    with atomic_dir(folder / _tensors_file_name(state)) as place:
         save_file(tensors, place)
-    write_state(folder, state)
+    write_state_file(folder, state)
     for stale in folder.glob("state-*.safetensors"):
-        if stale.name != _tensors_name(state):
+        if stale.name != _tensors_file_name(state):
             stale.unlink()
 
 
-def _tensors_name(state: State) -> str:
+def _tensors_file_name(state: TrainingState) -> str:
     return f"state-{state.step}.safetensors"
 
 
-def write_state(folder: Path, state: State) -> None:
+def write_state_file(folder: Path, state: TrainingState) -> None:
     """The small file; the tensors that it points to are there."""
-    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": _tensors_name(state)}).encode())
+    write_atomic(folder / "state.json", json.dumps({**asdict(state), "tensors": _tensors_file_name(state)}).encode())
 
 
 def load_state(
     folder: Path,
-    supervision: Supervision,
+    distillation: DistillationStep,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> State:
+) -> TrainingState:
     """The saved state, with weights, optimiser and schedule put back where they were."""
     path = folder / "state.json"
-    with damage_told(path, f"Delete {path} to begin the run anew"):
+    with corrupt_file_error(path, f"Delete {path} to begin the run anew"):
         saved = json.loads(path.read_text(encoding="utf-8"))
         try:
-            tensors = load_file(inside(folder, saved.pop("tensors")))
+            tensors = load_file(safe_join(folder, saved.pop("tensors")))
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        state = State(**saved)
-    own = dict(supervision.student.named_parameters())
+        state = TrainingState(**saved)
+    own = dict(distillation.student.named_parameters())
     slots: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
         for key, value in tensors.items():

@@ -20,22 +20,22 @@ class Worker:
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     device: str = "cpu"
-    computed: str | None = None
-    leaving: Callable[[], bool] | None = None
+    compute_dtype: str | None = None
+    is_draining: Callable[[], bool] | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the worker that validates, writes and reports."""
         return self.rank == 0
 
-    def devices(self, settings: Training) -> float:
+    def num_devices(self, settings: Training) -> float:
         """How many devices the run holds: of GPUs a worker's share, of CPU cores as many as it has threads."""
-        return self.world * (settings.threads if self.device == "cpu" else settings.gpus)
+        return self.world_size * (settings.threads if self.device == "cpu" else settings.gpus)
 
 
-def sum_gradients(parameters: list[Parameter]) -> None:
+def all_reduce_gradients(parameters: list[Parameter]) -> None:
     """Add up the gradients of all workers in one flat buffer; a parameter without a gradient counts as zero."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
     torch.distributed.all_reduce(flat)
@@ -45,14 +45,14 @@ def sum_gradients(parameters: list[Parameter]) -> None:
         at += p.numel()
 
 
-def from_leader(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
+def broadcast_metrics(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """The first worker's metrics, for all of them."""
-    if worker.world == 1:
+    if worker.world_size == 1:
         return metrics
     # As text: torch's own way of sending objects would unpickle what comes from the network.
     text = torch.frombuffer(bytearray(json.dumps(metrics).encode()), dtype=torch.uint8).to(worker.device)
     size = torch.tensor([len(text)], device=worker.device)
     torch.distributed.broadcast(size, src=0)
-    text = text if worker.leads else text.new_empty(int(size))
+    text = text if worker.is_main_process else text.new_empty(int(size))
     torch.distributed.broadcast(text, src=0)
     return json.loads(bytes(text.tolist()))
