@@ -44,7 +44,7 @@ steps() {
 }
 
 tests() {
-    part tests 90 "$PY" -m pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py
+    part tests 90 "$PY" -m pytest -m gpu -q -p no:cacheprovider tests/training/test_gpu.py
 }
 
 engines() {

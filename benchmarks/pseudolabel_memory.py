@@ -51,7 +51,7 @@ def main() -> None:
 
 def memory(rows: int, place: Path) -> dict[str, Any]:
     """Label `rows` rows with a tiny teacher; peaks of resident memory in MB and their growth with the rows."""
-    from tests.tiny import save_tiny, sentences
+    from tests.factories.models import save_tiny, sentences
 
     teacher = save_tiny("marian", place / "tiny")
     file = place / f"tiny-{rows}.jsonl"

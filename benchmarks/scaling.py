@@ -89,7 +89,7 @@ def run_part(part: str, place: Path, asked: argparse.Namespace) -> Any:
 
 def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> dict[str, Any]:
     """The whole job on `count` nodes of a GPU each; a full batch takes a teacher `batch_seconds`."""
-    from tests.tiny import save_tiny  # the job wants a teacher's folder; this one is never loaded
+    from tests.factories.models import save_tiny  # the job wants a teacher's folder; this one is never loaded
 
     teacher, data, stamps = place / "teacher", place / f"rows-{count}.jsonl", place / f"stamps-{count}"
     if not teacher.is_dir():

@@ -148,9 +148,9 @@ def _evaluate_checkpoint(
     """Everything about one checkpoint on the corpus."""
     from raydistill.config.presets import teacher_preset
     from raydistill.config.run import Decoding
-    from raydistill.evaluation.checkpoint import evaluate as score
     from raydistill.evaluation.latency import count_parameters
     from raydistill.evaluation.metrics import signature
+    from raydistill.evaluation.scoring import evaluate as score
     from raydistill.inference.decoding import resolve_decoding
     from raydistill.inference.engines import open_engine
     from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint, resolve_max_tokens

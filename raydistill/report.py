@@ -30,7 +30,7 @@ def report(
     """
     from raydistill.cluster import sync
     from raydistill.paper.plots import plot_figure_1, plot_figure_2
-    from raydistill.paper.settings import load_seed_groups
+    from raydistill.paper.seed_groups import load_seed_groups
     from raydistill.paper.tables import describe_sweeps, make_tables
     from raydistill.results.records import find_sweep
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import raydistill
-from tests.tiny import save_tiny, sentences
+from tests.factories.models import save_tiny, sentences
 
 PACKAGE = Path(raydistill.__file__).parent
 COMMANDS = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))

@@ -19,10 +19,10 @@ from raydistill.models import loading
 from raydistill.models.hub import weight_files
 from raydistill.results import records
 from raydistill.tracking import mlflow_runs, mlflow_store
-from tests.test_teachers import Malicious, pickle_instead
-from tests.test_tracking import make_trial, runs_of, sweep  # noqa: F401 (a fixture)
-from tests.tiny import save_tiny
-from tests.world import command
+from tests.factories.models import save_tiny
+from tests.factories.workspace import command
+from tests.models.test_loading import Malicious, pickle_instead
+from tests.tracking.test_mlflow_runs import make_trial, runs_of, sweep  # noqa: F401 (a fixture)
 
 
 @pytest.fixture

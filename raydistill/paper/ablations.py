@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from raydistill.config.run import Loss
 from raydistill.paper.cells import SWEEP_COLUMN, Table, format_difference, format_number
-from raydistill.paper.settings import SeedGroup, compare_groups, group_by_sweep
+from raydistill.paper.seed_groups import SeedGroup, compare_groups, group_by_sweep
 
 LOSS_NAMES = {
     "alpha_hidden": "hidden",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from raydistill.models.layer_choice import layers_to_copy
 from raydistill.paper import published
 from raydistill.paper.cells import SWEEP_COLUMN, Table, format_number, paired_headers
-from raydistill.paper.settings import SeedGroup, group_by_sweep
+from raydistill.paper.seed_groups import SeedGroup, group_by_sweep
 
 INIT_NAMES = {"spaced": "SFT", "first": "SFT lo", "middle": "SFT mid", "last": "SFT hi", "repeated": "SFT 000"}
 NOTE = (

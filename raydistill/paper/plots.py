@@ -8,7 +8,7 @@ from typing import Any
 from raydistill.core.files import write_atomic
 from raydistill.paper import published
 from raydistill.paper.initialisations import init_name, select_init_comparisons
-from raydistill.paper.settings import SeedGroup, best_group, group_by_sweep
+from raydistill.paper.seed_groups import SeedGroup, best_group, group_by_sweep
 
 
 def plot_figure_1(path: Path, seed_groups: Sequence[SeedGroup]) -> None:

@@ -19,7 +19,7 @@ from raydistill.paper.cells import (
     paired_headers,
 )
 from raydistill.paper.initialisations import initialisation_tables
-from raydistill.paper.settings import (
+from raydistill.paper.seed_groups import (
     SeedGroup,
     Sweep,
     best_group,

@@ -25,9 +25,9 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
 from raydistill.data.batching import Examples
 from raydistill.data.corpus import corpus_statistics
-from raydistill.evaluation.checkpoint import EvaluationResult, evaluate
 from raydistill.evaluation.latency import hardware
 from raydistill.evaluation.metrics import lead_baseline, score, signature
+from raydistill.evaluation.scoring import EvaluationResult, evaluate
 from raydistill.inference.decoding import resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.models import families

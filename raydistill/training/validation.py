@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import Run
 from raydistill.data.batching import bucket_by_length
-from raydistill.evaluation.checkpoint import EvaluationResult, evaluate
+from raydistill.evaluation.scoring import EvaluationResult, evaluate
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
 from raydistill.models import families

@@ -1,0 +1,250 @@
+"""The command as a person runs it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from raydistill.choose import parse_bounds
+from raydistill.core.errors import UserError
+from raydistill.core.files import CHECKPOINT_METADATA, read_json, write_json_atomic
+from raydistill.inference import mlflow_pyfunc
+from raydistill.results.records import decoding_key
+from raydistill.results.selection import load_selection
+from raydistill.tracking import mlflow_store
+from raydistill.tracking.export import export_student
+from tests.factories.models import save_tiny, sentences
+from tests.factories.workspace import background, free_port
+from tests.tracking.test_mlflow_runs import make_trial, sweep
+
+__all__ = ["sweep"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "raydistill.choose", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_bounds_are_parsed_and_refused() -> None:
+    assert parse_bounds(["latency_ms=900", "params_m=50%"]) == {"latency_ms": 900.0, "params_m": "50%"}
+    for bad in ("latency_ms", "=3", "latency_ms=", "latency=3", "latency_ms=fast", "latency_ms=-1"):
+        with pytest.raises(UserError, match="--within"):
+            parse_bounds([bad])
+    for endless in ("latency_ms=inf", "latency_ms=1e999", "params_m=inf%"):
+        with pytest.raises(UserError, match=r"which bounds nothing; leave .* out instead"):
+            parse_bounds([endless])
+    for bad in ("latency_ms=nan", "latency_ms=-inf", "latency_ms=nan%"):
+        with pytest.raises(UserError, match="expected a number above 0"):
+            parse_bounds([bad])
+    with pytest.raises(UserError, match="twice"):
+        parse_bounds(["params_m=1", "params_m=2"])
+
+
+def test_input_is_checked_before_anything_heavy(sweep: Path) -> None:
+    start = time.monotonic()
+    bad_bound = run("mini", "--within", "latency=900")
+    assert time.monotonic() - start < 4  # under one second alone; test machines are busy
+    assert bad_bound.returncode == 2
+    assert "cannot bound 'latency'" in bad_bound.stderr
+    endless = run("mini", "--within", "latency_ms=inf")
+    assert endless.returncode == 2
+    assert "--within latency_ms=inf: latency_ms is 'inf', which bounds nothing" in endless.stderr
+    unknown = run("minni", "--within", "latency_ms=900")
+    assert unknown.returncode == 2
+    assert "no such sweep; sweeps in" in unknown.stderr
+
+
+def make_student(sweep: Path, key: str, number: int, score: float, size: str = "4-1") -> Path:
+    """A finished trial with a checkpoint that loads, served with its own four beams and with one."""
+    folder = make_trial(sweep, key, number, score)
+    result = json.loads((folder / "result.json").read_text())
+    write_json_atomic(folder / "result.json", {**result, "size": size})  # of one size all are as fast as their median
+    save_tiny("bart", folder / "best")
+    path = folder / "best" / "generation_config.json"  # as training leaves it: with the lengths it was scored with
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 20}))
+    beam = {"beams": 4, "length_penalty": 1.0, "min_length": 0, "max_length": 12}
+    card = {
+        "teacher": "big",
+        "config": {"name": "x", "teacher": "big", "dataset": {"name": "d", "max_source_tokens": 32}},
+        "decoding": beam,
+        "supervised": {"decoder": [2]},
+        "data": {"train": "f00d"},
+    }
+    write_json_atomic(folder / "best" / "raydistill.json", card)
+    served = []
+    for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
+        costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
+        served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
+        served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
+        np.savez(folder / f"rows-validation-{decoding_key(served[-1])}.npz", validation=np.full(20, score))
+    hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
+    about = {"engine": "ctranslate2 int8", "hardware": hardware}
+    write_json_atomic(folder / "served.json", {**about, "decodings": served})
+    return folder
+
+
+def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_load_it(sweep: Path) -> None:
+    """Of two ways of decoding that score the same the cheaper is taken, and every reader of the folder decodes so."""
+    make_student(sweep, "a", 0, 10.0)  # 100 ms with 4 beams, 40 with one
+    make_student(sweep, "b", 1, 60.0, "4-4")  # beyond half of the teacher's 300 however it decodes
+    result = run("mini", "--json")
+    assert result.returncode == 0, result.stderr
+    (choice,) = json.loads(result.stdout)["choices"]
+    assert (choice["budget"], choice["key"], choice["score"]) == ("fast", "a", 10.0)
+    assert choice["decoding"] == {"beams": 1, "length_penalty": 1.0}
+    assert choice["registered"]["uri"] == "models:/mini@fast"
+    assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
+    assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
+
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
+    version = client.get_model_version_by_alias("mini", "fast")
+    assert version.tags["decoding"] == "1 beam"
+    folder = Path(version.source.removeprefix("file://"))
+    card = (folder / "README.md").read_text()
+    for text in ("chosen for: fast", "9.00 to 11.00", "| latency_ms (ms for a batch of 32) | 40 | 300 |", "1 beam"):
+        assert text in card
+    measured = "ctranslate2 int8, some CPU, 2 threads"
+    assert "| speed-up, for a batch of 32 | 7.50x | 1.00x |" in card
+    assert f"Milliseconds with {measured}." in card
+    assert f"milliseconds with {measured}" in result.stderr
+    assert "7.50 times the teacher's speed" in result.stderr
+    assert version.tags["measured_with"] == measured
+    sources = sentences(5, seed=3)
+    import mlflow
+
+    mlflow.set_tracking_uri(mlflow_store.default_tracking_uri())
+    mlflow.set_registry_uri(mlflow_store.default_tracking_uri())
+    written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.num_beams == 1
+    out = model.generate(**tokenizer(sources, return_tensors="pt", padding=True, truncation=True, max_length=32))
+    texts = [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+    assert written == texts
+    translator: Any = ctranslate2.Translator(str(folder / "ctranslate2"))
+    tokens = [
+        tokenizer.convert_ids_to_tokens(tokenizer(source, truncation=True, max_length=32)["input_ids"])
+        for source in sources
+    ]
+    # generate() forces the first and the last token, and counts the start; CTranslate2 is told of the first.
+    first, most = [[tokenizer.bos_token]] * len(tokens), model.generation_config.max_length - 2
+    found = translator.translate_batch(tokens, target_prefix=first, beam_size=1, max_decoding_length=most)
+    ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
+    assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
+
+
+@pytest.fixture
+def handed_over(sweep: Path) -> Path:
+    """A student as `choose` hands it over."""
+    make_student(sweep, "a", 0, 10.0)
+    return export_student(load_selection(sweep), "a b1")
+
+
+def test_mlflow_predicts_and_serves_by_the_cards_own_commands(handed_over: Path, tmp_path: Path) -> None:
+    [shown] = re.findall(r"```sh\n(.*?)```", (handed_over / "README.md").read_text(), re.DOTALL)
+    port = free_port()
+    lines = shown.replace("FOLDER", shlex.quote(str(handed_over))).replace("5001", str(port)).splitlines()
+    make_texts, predict, serve, ask = lines
+    there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    there |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(
+        f"{make_texts} && {predict}",
+        shell=True,
+        cwd=tmp_path,
+        env={**os.environ, **there},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = {"predictions": mlflow_pyfunc._load_pyfunc(str(handed_over)).predict(["a text", "another text"])}
+    assert json.loads(done.stdout) == wanted
+    _, url, _, header, _, data = shlex.split(ask)
+    asked = urllib.request.Request(url, (tmp_path / data.removeprefix("@")).read_bytes(), dict([header.split(": ")]))
+    ping = url.replace("invocations", "ping")
+    with background(shlex.split(serve), tmp_path / "log", lambda: urllib.request.urlopen(ping).close(), **there):
+        assert json.loads(urllib.request.urlopen(asked, timeout=60).read()) == wanted
+
+
+def test_mlflow_serves_with_all_that_the_machine_has_unless_told_otherwise(
+    handed_over: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    card = read_json(handed_over / CHECKPOINT_METADATA)
+    card["config"]["evaluation"] = {"engine": "transformers"}  # with which its finalists were then served
+    write_json_atomic(handed_over / CHECKPOINT_METADATA, card)
+
+    def engine(**settings: Any) -> tuple[str, str, int | None]:
+        found = mlflow.pyfunc.load_model(str(handed_over), **settings)._model_impl.engine
+        return found.name, found.device, found.threads
+
+    here = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert engine() == ("transformers", here, len(os.sched_getaffinity(0)))
+    assert engine(model_config={"device": "cpu", "threads": 1}) == ("transformers", "cpu", 1)
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"device": "cpu", "threads": 3}')
+    assert engine() == ("transformers", "cpu", 3)
+
+
+def test_requirements_pin_what_serving_imports(handed_over: Path) -> None:
+    program = """
+import json, sys
+from importlib.metadata import packages_distributions, version
+from raydistill.inference.mlflow_pyfunc import _load_pyfunc
+_load_pyfunc(sys.argv[1]).predict(["a text"])
+of = packages_distributions()
+roots = {module.split(".")[0] for module in sys.modules}
+print(json.dumps({found.lower(): version(found) for root in roots for found in of.get(root, [])}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(handed_over)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    imported = json.loads(done.stdout)
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    ours = {re.split(r"[\[><=]", line)[0].lower() for line in project["dependencies"]}
+    pinned = dict(line.split("==") for line in (handed_over / "requirements.txt").read_text().split())
+    assert pinned.pop("mlflow") == version("mlflow")
+    assert pinned == {name: imported[name].partition("+")[0] for name in pinned}
+    assert ours & set(imported) - set(pinned) <= {"psutil"}  # which transformers takes where it is
+
+
+def test_without_registering_the_folder_to_load_decodes_as_was_chosen_and_says_for_what(sweep: Path) -> None:
+    make_student(sweep, "a", 0, 10.0)
+    result = run("mini", "--within", "latency_ms=45", "--name", "cheap", "--no-register", "--json")
+    assert result.returncode == 0, result.stderr
+    (choice,) = json.loads(result.stdout)["choices"]
+    assert choice["decoding"]["beams"] == 1
+    assert choice["registered"] is None
+    folder = Path(choice["checkpoint"])
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    assert model.generation_config.num_beams == 1  # the trial's own are 4
+    assert "chosen for: fast, cheap." in (folder / "README.md").read_text()
+    assert not (sweep.parent.parent / "mlflow.db").exists()
+    for file in (sweep / "trials" / "a" / "best").iterdir():
+        file.unlink()
+    (sweep / "trials" / "a" / "best").rmdir()
+    gone = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
+    assert gone.returncode == 0, gone.stderr
+    assert json.loads(gone.stdout)["choices"][0]["checkpoint"] is None
+    assert "missing: it was deleted" in gone.stderr
+
+
+def test_nothing_fits_ends_with_2_and_the_nearest_miss(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    result = run("mini", "--within", "latency_ms=50", "--no-register")
+    assert result.returncode == 2
+    assert "the nearest is 4-1 kd (trial 0) with latency_ms 100 (100.0% over)" in result.stderr

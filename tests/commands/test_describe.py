@@ -1,0 +1,91 @@
+import json
+import subprocess
+import sys
+import time
+
+from tests.data.test_corpus import GOOD, ROWS, jsonl
+
+
+def run(*arguments: str, module: str = "raydistill.describe") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_help_is_quick_and_has_an_example():
+    start = time.monotonic()
+    done = run("--help")
+    assert time.monotonic() - start < 3  # about half a second on an idle machine
+    assert done.returncode == 0
+    assert "python -m raydistill.describe demo" in done.stdout
+
+
+def test_neither_torch_nor_ray_is_imported(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", ROWS)
+    code = (
+        "import sys\nfrom raydistill.describe import main\n"
+        f"sys.argv = ['describe', {str(path)!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'ray', 'torch', 'transformers', 'datasets', 'pyarrow', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_json_holds_the_figures(tmp_path):
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    jsonl(tmp_path / "test.jsonl", ROWS[:1])
+    done = run(str(tmp_path), "--json")
+    assert done.returncode == 0
+    result = json.loads(done.stdout)
+    assert result["splits"] == ["train", "test"]
+    train = result["described"]["train"]
+    # 5, 7 and 4 words: U+2028 is white space too.
+    assert (train["rows"], train["source_words_max"], train["source_words_p50"]) == (3, 7, 5)
+    assert train["columns"] == {"source": "document", "target": "summary", "id": "id"}
+    assert "train: 3 rows" in done.stderr
+
+
+def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
+    rows = [GOOD, {"id": "x", "source": "", "target": "t"}, "{", {"id": "y", "source": 1, "target": "t"}, GOOD]
+    jsonl(tmp_path / "train.jsonl", rows)
+    jsonl(tmp_path / "val.jsonl", [{**GOOD, "target": None}])
+    done = run(str(tmp_path))
+    assert done.returncode == 2
+    for text in ("train.jsonl:2: source: empty", "train.jsonl:3: invalid JSON", "train.jsonl:4: source: expected"):
+        assert text in done.stdout
+    assert "train.jsonl:5: id 'g' is also that of" in done.stdout
+    assert "val.jsonl:1: target: expected a text, found null" in done.stdout
+    assert "4 rows cannot be used" in done.stderr
+    assert "1 rows repeat an id" in done.stderr
+    assert "no usable row in validation" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_repeated_ids_alone_are_a_fault(tmp_path):
+    done = run(str(jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "source": "other"}])), "--skip-bad-rows", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["usable"] is False
+
+
+def test_skipped_rows_are_no_fault(tmp_path):
+    path = jsonl(tmp_path / "x.jsonl", [GOOD, "{"])
+    assert run(str(path)).returncode == 2
+    done = run(str(path), "--skip-bad-rows")
+    assert done.returncode == 0
+    assert "bad rows: 1" in done.stdout
+
+
+def test_named_columns_and_a_single_split(tmp_path):
+    jsonl(tmp_path / "dev.jsonl", [{"body": "a b", "head": {"line": "c"}, "key": "k"}])
+    done = run(str(tmp_path), "--split", "validation")
+    assert done.returncode == 2
+    assert "body, head.line, key" in done.stderr
+    done = run(str(tmp_path), "--split", "validation", "--source", "body", "--target", "head.line", "--id", "key")
+    assert done.returncode == 0
+    assert "first ids: k" in done.stdout
+
+
+def test_through_the_console_script_and_with_a_misspelt_name():
+    done = run("describe", "dmo", module="raydistill")
+    assert done.returncode == 2
+    assert "did you mean 'demo'?" in done.stderr

@@ -1,0 +1,492 @@
+"""Hostile input: whatever stands in a file, a loader takes it or says what is wrong, where, and writes nothing.
+
+Each property runs with a few examples in the quick suite and with many under `make slow`.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import shutil
+import time
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from raydistill import cache as cache_command
+from raydistill import labels as labels_command
+from raydistill.config.loader import read_yaml, validate
+from raydistill.config.run import Dataset, Run
+from raydistill.config.space import Space, read_space
+from raydistill.core.console import run_app
+from raydistill.core.errors import UserError
+from raydistill.core.files import read_json, write_json_atomic
+from raydistill.data import readers
+from raydistill.data.corpus import Row, inspect_corpus, read_corpus
+from raydistill.data.streaming import scan_split, usable_rows
+from raydistill.label_sets import label_set
+from raydistill.label_sets.batch_plan import make_plan, open_plan
+from raydistill.models import loading
+from raydistill.results.selection import load_selection
+from raydistill.results.tables import result_tables
+from raydistill.search.study import StudySearch
+from raydistill.search.sweep import sweep_lock
+from raydistill.teacher_cache import store
+from tests.factories import workspace as world
+from tests.factories.models import save_tiny
+from tests.label_sets.test_label_set import ROWS, WHOLE
+from tests.search.test_study import RUN
+from tests.tracking.test_mlflow_runs import make_trial
+
+MOST_SECONDS = 20.0  # of one file; a hang takes for ever
+
+
+@pytest.fixture(params=["few", pytest.param("many", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def holds(request):
+    """Runs a property on values of its strategies."""
+
+    def run(check, *strategies, few=20, many=1500):
+        examples = few if request.param == "few" else many
+        health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+        settings(max_examples=examples, deadline=None, suppress_health_check=health)(given(*strategies)(check))()
+
+    return run
+
+
+def accepts_or_says(load, folder, *, reads_only=True):
+    """Either `load()` returns, or a UserError names something in `folder`; nothing is left half written."""
+    before, started = tree(folder), time.monotonic()
+    try:
+        load()
+    except UserError as error:
+        if str(folder) not in str(error):
+            raise AssertionError("the file is not named") from error
+    assert time.monotonic() - started < MOST_SECONDS
+    if reads_only:
+        assert tree(folder) == before
+
+
+def tree(folder):
+    return {path for path in folder.rglob("*") if not path.name.endswith(".lock")}
+
+
+# What is made of a file
+
+EDITS = st.lists(
+    st.tuples(st.sampled_from(["cut", "put", "zero", "repeat"]), st.floats(0, 1), st.binary(min_size=1, max_size=9)),
+    min_size=1,
+    max_size=4,
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["../..", "/etc/passwd", "\ud800", "\0", 10**400, -1, 1e308, "nan", "x" * 300])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+SPOTS = st.lists(st.tuples(st.integers(0, 10**6), VALUES | st.just("DELETE")), min_size=1, max_size=3)
+TEXTS = st.sampled_from(['{"a": 1e999}', "[" * 100_000, '{"rows": "\\ud800"}', "", "\0" * 99, "[]", "nul", "\ufeff{}"])
+
+
+def damaged(content, edits):
+    """Bytes cut off, overwritten, set to 0 or doubled at some places, each given as a share of the length."""
+    for kind, place, new in edits:
+        at = int(place * len(content))
+        if kind == "cut":
+            content = content[:at]
+        elif kind == "put":
+            content = content[:at] + new + content[at + len(new) :]
+        elif kind == "zero":
+            content = content[:at] + bytes(len(new)) + content[at:]
+        else:
+            content = content[:at] + content[at // 2 :]
+    return content
+
+
+def changed(data, spots):
+    """Nested data in which some values are others, or gone."""
+    data = json.loads(json.dumps(data))
+    for number, value in spots:
+        places = list(_places(data))
+        if not places:
+            break
+        at, key = places[number % len(places)]
+        if value == "DELETE":
+            del at[key]
+        else:
+            at[key] = value
+    return data
+
+
+def _places(data):
+    pairs = list(data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ())
+    for key, value in pairs:
+        yield data, key
+        yield from _places(value)
+
+
+def records(data):
+    """A JSON file as it might be: values changed, bytes damaged, or something else altogether."""
+    content = json.dumps(data).encode()
+    return (
+        st.builds(lambda spots: json.dumps(changed(data, spots)).encode(), SPOTS)
+        | st.builds(partial(damaged, content), EDITS)
+        | TEXTS.map(str.encode)
+    )
+
+
+# Settings
+
+
+def test_settings(holds, tmp_path):
+    paths = {"space": tmp_path / "space.yaml", "run": tmp_path / "run.yaml"}
+    run = {"name": "r", "teacher": "demo", "dataset": {"name": "demo"}, "training": {"epochs": 1}}
+    space = {"name": "s", "run": {**run, "method": {"choice": ["sft", "kd"]}}, "budgets": {"a": {"latency_ms": "50%"}}}
+
+    def load(kind):
+        if kind == "space":
+            return read_space(paths[kind])
+        data, lines = read_yaml(paths[kind])
+        return validate(Run, data, paths[kind], lines)
+
+    def says(kind, edits, spots, encoding):
+        data = changed(space if kind == "space" else run, spots)
+        for content in (damaged(yaml.safe_dump(data).encode(encoding, "replace"), edits), json.dumps(data).encode()):
+            paths[kind].write_bytes(content)
+            accepts_or_says(lambda: load(kind), tmp_path)
+
+    encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+    holds(says, st.sampled_from(["space", "run"]), EDITS, SPOTS, encodings, few=60)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 25)),
+        "run: " + "{a: " * 2000 + "1" + "}" * 2000,
+        "a: " + "[" * 50_000,
+        "a: &a [*a]",
+        "x" * 2_000_000,
+        "name: !!python/object/apply:os.system ['touch was_run']",
+        "name: !!python/object/new:subprocess.Popen [['touch', 'was_run']]",
+    ],
+    ids=["aliases of aliases", "deep", "deeper", "circle", "long", "apply", "new"],
+)  # fmt: skip
+def test_a_yaml_bomb_or_a_tag_that_calls_is_refused_at_once(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"space\.yaml"):
+        read_space(path)
+    assert time.monotonic() - started < 10
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# Data
+
+PAIRS = [{"id": str(i), "source": f'ein Hund é {i}, "so"', "target": f"a dog {i}"} for i in range(5)]
+
+
+def data_file(path):
+    """A good file of the kind that its name says."""
+    lines = [json.dumps(row) for row in PAIRS]
+    kind = path.name.split(".")[1]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(PAIRS), path)
+        return path.read_bytes()
+    if kind in ("csv", "tsv"):
+        sign = "," if kind == "csv" else "\t"
+        fields = [[row[k].replace('"', '""') for k in row] for row in PAIRS]
+        lines = [sign.join(PAIRS[0]), *[sign.join(f'"{f}"' for f in row) for row in fields]]
+    text = json.dumps(PAIRS, indent=1) if kind == "json" else "\n".join(lines)
+    return gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode()
+
+
+def read_all(path):
+    data = Dataset(name=str(path), skip_bad_rows=True)
+    inspect_corpus(data, "train")
+    found = scan_split(data, "train")
+    assert len(list(usable_rows(data, "train", found))) == found.rows
+    assert len(read_corpus(data, "train", need_targets=False)) == found.rows
+
+
+def test_data_files(holds, tmp_path):
+    names = ["x.jsonl", "x.json", "x.csv", "x.tsv", "x.parquet", "x.source", "x.jsonl.gz", "x.csv.gz"]
+    whole = {name: data_file(tmp_path / name) for name in names}
+    (tmp_path / "x.target").write_text("a\nb\nc\nd\ne\n")
+
+    def says(name, edits):
+        (tmp_path / name).write_bytes(damaged(whole[name], edits))
+        accepts_or_says(lambda: read_all(tmp_path / name), tmp_path)
+
+    holds(says, st.sampled_from(names), EDITS, few=120, many=8000)
+
+
+def test_data_of_any_shape(holds, tmp_path):
+    path, table = tmp_path / "x.jsonl", tmp_path / "x.parquet"
+    rows = st.lists(st.dictionaries(st.sampled_from(["source", "target", "id", "translation", "a.b"]), VALUES))
+
+    def says(rows, as_list):
+        path.write_text(json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows)))
+        accepts_or_says(lambda: read_all(path), tmp_path)
+
+    holds(says, rows, st.booleans(), few=40)
+    kinds = [pa.int8(), pa.float16(), pa.binary(), pa.timestamp("s"), pa.date64(), pa.null(), pa.list_(pa.string())]
+    kinds += [pa.dictionary(pa.int8(), pa.string()), pa.struct([("en", pa.string())]), pa.large_string(), pa.string()]
+
+    def says_columns(kinds, number):
+        arrays = [pa.array([None, None], pa.int64()).cast(pa.timestamp("s")).cast(kind, safe=False)
+                  if pa.types.is_timestamp(kind) else pa.nulls(2, kind) for kind in kinds]  # fmt: skip
+        if pa.types.is_timestamp(kinds[0]):
+            arrays[0] = pa.array([number, 1], pa.int64()).cast(kinds[0])
+        pq.write_table(pa.table(dict(zip(("source", "target", "id"), arrays, strict=True))), table)
+        accepts_or_says(lambda: read_all(table), tmp_path)
+
+    holds(says_columns, st.lists(st.sampled_from(kinds), min_size=3, max_size=3), st.integers(-(2**50), 2**50), few=30)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz", "x.csv.gz", "x.source.gz"])
+def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
+    """40 MB of one letter out of 40 kB: with bounds of 100,000 characters little memory is ever taken."""
+    import tracemalloc
+
+    monkeypatch.setattr(readers, "MAX_LINE_CHARS", 100_000)
+    monkeypatch.setattr(readers, "MAX_ARRAY_CHARS", 100_000)
+    starts = {"x.json.gz": b'[{"source": "', "x.csv.gz": b"source,target\n", "x.jsonl.gz": b'{"source": "'}
+    with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
+        file.write(starts.get(name, b""))
+        for _ in range(40):
+            file.write(b"x" * 1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"longer than 100,000|field larger than field limit"):
+            read_corpus(Dataset(name=str(tmp_path / name)), "train", need_targets=False)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LINE_CHARS", 100)
+    lines = [json.dumps({"source": "s", "target": "x" * n}) for n in (5, 500, 6)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    corpus = read_corpus(Dataset(name=str(tmp_path / "x.jsonl"), skip_bad_rows=True), "train")
+    assert corpus.targets == ["x" * 5, "x" * 6]
+    assert [(row.row, row.reason) for row in corpus.skipped] == [(2, "longer than 100 characters")]
+
+
+def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", 1_000_000)
+    texts = ["x" * 1000 + str(i) for i in range(4000)]  # 4 MB, which pack into next to nothing
+    pq.write_table(pa.table({"source": texts, "target": texts}), tmp_path / "x.parquet", compression="zstd",
+                   use_dictionary=False)  # fmt: skip
+    monkeypatch.setattr(readers, "MAX_COMPRESSION_RATIO", 10)
+    with pytest.raises(UserError, match="says that it unpacks to"):
+        read_all(tmp_path / "x.parquet")
+
+
+def test_a_pipe_is_no_data_set(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match=r"x\.jsonl: neither a file nor a folder"):
+        read_all(tmp_path / "x.jsonl")
+
+
+# What the product wrote itself
+
+
+def test_label_sets(holds, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "set"
+    manifest = {**WHOLE, "rows": 3, "curation": {"min_rouge2": 3}, "dropped": {"empty": 1}}
+    label_set.write_label_set(folder, [*ROWS, ("gone", "empty")], lambda: manifest)
+    whole = {name: (folder / name).read_bytes() for name in ("manifest.json", "part-00000.parquet", "dropped.parquet")}
+
+    def load():
+        label_set.list_label_sets(tmp_path)
+        for words in ("list", f"describe {folder} --json"):
+            command(monkeypatch, labels_command.app, f"{words} --root {tmp_path}")
+        label_set.read_label_set(folder)
+
+    def says(name, content):
+        for other, kept in whole.items():
+            (folder / other).write_bytes(content if other == name else kept)
+        accepts_or_says(load, tmp_path)
+
+    holds(says, st.just("manifest.json"), records(manifest), few=60)
+    for name in ("part-00000.parquet", "dropped.parquet"):
+        holds(says, st.just(name), st.builds(partial(damaged, whole[name]), EDITS), few=25)
+    tables = [{"id": [1], "target": ["x"], "rank": [0], "score": [0.0]}, {"id": ["a"], "target": [b"\xff"]}]
+    tables += [{"id": ["a"], "target": [None], "rank": [0], "score": [0.0]}, {"id": ["a"], "reason": [["x"]]}]
+    for table in tables:
+        for name in ("part-00000.parquet", "dropped.parquet"):
+            pq.write_table(pa.table(table), tmp_path / "other.parquet")
+            says(name, (tmp_path / "other.parquet").read_bytes())
+
+
+def command(monkeypatch, app, words):
+    """A command as a user runs it: what it says instead of doing is an exit status of 2."""
+    monkeypatch.setattr("sys.argv", ["raydistill", *words.split()])
+    with pytest.raises(SystemExit) as left:
+        run_app(app)
+    assert left.value.code in (0, 2)
+
+
+def test_a_name_that_is_no_utf8_is_shown_all_the_same(tmp_path):
+    home = tmp_path / "outputs"
+    label_set.write_label_set(home / "labels" / "set", ROWS, lambda: {**WHOLE, "rows": 3})
+    (home / "labels" / "set").rename(home / "labels" / os.fsdecode(b"set-\xff"))
+    done = world.command(home, "labels", "list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "set-\\udcff" in done.stdout
+
+
+def test_plans(holds, tmp_path):
+    folder = tmp_path / "plan"
+    rows = [Row(("x", i), str(i), "ein Hund " * (i + 1), "a dog") for i in range(7)]
+    make_plan(iter(rows), folder, window_rows=4, batch_rows=2)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def load():
+        plan = open_plan(folder)
+        if plan is not None:
+            for number in range(len(plan)):
+                plan.read_batch(number)
+            for window in range(len(plan.windows)):
+                plan.read_targets(window)
+
+    def says(name, content):
+        for other, kept in whole.items():
+            (folder / other).write_bytes(content if other == name else kept)
+        accepts_or_says(load, tmp_path)
+
+    holds(says, st.just("plan.json"), records(json.loads(whole["plan.json"])), few=60)
+    holds(says, st.just("window-00000.parquet"), st.builds(partial(damaged, whole["window-00000.parquet"]), EDITS))
+
+
+def test_caches(holds, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
+    about = {"width": 8, "group": "encoder-a", "kept": "bf16", "computed": "fp32", "teacher": "t", "data": "d"}
+    folder = tmp_path / "cache" / "encoder-a"
+    outside = tmp_path / "precious"
+    outside.mkdir()
+
+    def says(about, manifest):
+        (folder / "states").mkdir(parents=True, exist_ok=True)
+        (folder / "states" / "part-000000.bin").write_bytes(b"12")
+        (folder / "about.json").write_bytes(about)
+        (folder / "states" / "manifest.json").write_bytes(manifest)
+        command(monkeypatch, cache_command.app, "list")
+        accepts_or_says(lambda: store.read_device_seconds(folder / "states"), tmp_path)
+        accepts_or_says(
+            lambda: [store.remove(kept) for kept in store.list_stores(folder.parent)], tmp_path, reads_only=False
+        )
+        assert {path.parent for path in tmp_path.rglob(".*.lock")} <= {folder.parent}
+        assert outside.is_dir()
+
+    holds(says, records(about), records({"parts": 1, "device_seconds": 1.5}), few=60)
+
+
+def test_studies(holds, tmp_path):
+    space = Space.model_validate({"name": "s", "run": RUN, "search": {"sampler": "grid"}})
+    first = StudySearch(space, tmp_path)
+    for n in range(3):
+        first.suggest(f"t{n}")
+    whole = (tmp_path / "study.log").read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+
+    def says(content):
+        (tmp_path / "study.log").write_bytes(content)
+        accepts_or_says(lambda: StudySearch(space, tmp_path), tmp_path, reads_only=False)
+
+    holds(says, st.builds(partial(damaged, whole), EDITS), few=15, many=300)
+    written = SPOTS.map(lambda spots: "".join(json.dumps(line) + "\n" for line in changed(lines, spots)).encode())
+    holds(says, written, few=15, many=300)
+
+
+def test_sweeps(holds, tmp_path):
+    sweep = tmp_path / "sweep"
+    good = {
+        "name": "mini",
+        "metric": "rouge2",
+        "budgets": {"fast": {"latency_ms": "50%"}},
+        "teacher": {"metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}},
+        "teacher_gpu_hours": 0.5,
+    }
+    write_json_atomic(sweep / "sweep.json", good)
+    (sweep / "space.yaml").write_text("name: mini\nrun: {}\nsearch: {cost: latency_ms}\n")
+    done, running = make_trial(sweep, "a", 0, 10.0), make_trial(sweep, "b", 1, 9.0, status=None)
+    served = {"beams": 2, "length_penalty": 0.6, "metrics": {"rouge2": 9.5}, "costs": {"latency_ms": 80.0}}
+    write_json_atomic(done / "served.json", {"decodings": [{**served, "interval": [9, 10], "test": None}]})
+    paths = [done / name for name in ("result.json", "served.json", "run.json", "rows.npz")]
+    paths += [running / "run.json", running / "metrics.jsonl", sweep / "sweep.json", sweep / "space.yaml"]
+    whole = {path: path.read_bytes() for path in paths}
+
+    def load():
+        found = load_selection(sweep)
+        result_tables(found)
+        for trial in found.trials:
+            assert trial.device_hours >= 0 or trial.metrics
+            trial.history()
+
+    def says(path, content):
+        for other, kept in whole.items():
+            other.write_bytes(content if other == path else kept)
+        accepts_or_says(load, tmp_path)
+
+    def goes_on(content):
+        (sweep / "space.yaml").write_bytes(content)
+        with contextlib.suppress(UserError), sweep_lock(space, sweep):
+            pass
+
+    load()
+    space = Space.model_validate({"name": "mini", "run": {"teacher": "bart", "dataset": "demo"}})
+    begun = yaml.safe_dump(space.model_dump(mode="json")).encode()
+    for content in (b"", b"name: mini\n", b"run: {}\n", begun.replace(b"run:", b"ran:"), b"search: [", b"[]"):
+        (sweep / "space.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=r"space\.yaml"), sweep_lock(space, sweep):
+            pass
+    holds(goes_on, st.builds(partial(damaged, begun), EDITS), few=15)
+    (sweep / "space.yaml").write_bytes(whole[sweep / "space.yaml"])
+    for path in paths:
+        if path.suffix == ".json":
+            holds(says, st.just(path), records(read_json(path)), few=30)
+        else:
+            holds(says, st.just(path), st.builds(partial(damaged, whole[path]), EDITS), few=15)
+        path.write_bytes(whole[path])
+
+
+def test_checkpoints(holds, tmp_path):
+    folder = tmp_path / "bart"
+    save_tiny("bart", folder)
+    names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    whole = {name: (folder / name).read_bytes() for name in names}
+
+    def load():
+        loading.load_generation_config(folder)
+        loading.load_tokenizer(folder)
+        loading.load_model(folder)
+
+    def says(name, content):
+        for other, kept in whole.items():
+            (folder / other).write_bytes(content if other == name else kept)
+        accepts_or_says(load, tmp_path)
+
+    for name in names[:4]:
+        holds(says, st.just(name), records(json.loads(whole[name])), few=12, many=200)
+    holds(says, st.just(names[4]), st.builds(partial(damaged, whole[names[4]]), EDITS), few=12, many=200)
+    (folder / "model.safetensors").unlink()
+    del whole["model.safetensors"]
+    index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+    holds(says, st.just("model.safetensors.index.json"), records(index), few=12, many=200)
+    shutil.rmtree(folder)

@@ -1,0 +1,128 @@
+"""deploy/: its server on a real PostgreSQL and moto's S3, a sweep published to it, and a database that goes away."""
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+
+import psutil
+import pytest
+import yaml
+
+from tests.factories.mlflow_server import DEPLOY, MODULES, USER, ask, mlflow_server, what_is_missing
+from tests.factories.workspace import SECRETS, command, last_json, make_world
+from tests.search.test_sweep import KILL_SPACE
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    for name in MODULES:
+        pytest.importorskip(name)
+    if why := what_is_missing():
+        pytest.skip(why)
+    with mlflow_server(tmp_path_factory.mktemp("server")) as found:
+        yield found
+
+
+@pytest.mark.cluster
+def test_nobody_comes_in_without_a_password_and_only_loopback_is_listened_on(server):
+    search = "/api/2.0/mlflow/experiments/search?max_results=1"
+    for user in (None, (USER, "wrong-password"), ("nobody", server.hidden["user"])):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(server.url, search, user)
+    assert b"experiments" in ask(server.url, search, (USER, server.hidden["user"]))
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    listening = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+    arguments = " ".join(word for p in family for word in p.cmdline())
+    assert not [name for name, value in server.hidden.items() if value in arguments]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_sweep_is_published_and_a_database_that_goes_away_loses_nothing(server, tmp_path):
+    teacher, data = make_world(tmp_path)
+    run = {**KILL_SPACE["run"], "teacher": str(teacher), "student": {"size": {"choice": ["2-2", "2-1"]}}}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["training"] = {**run["training"], "epochs": 2}
+    path = tmp_path / "deployed.yaml"
+    path.write_text(yaml.safe_dump({**KILL_SPACE, "name": "deployed", "run": run}))
+    home = tmp_path / "outputs"
+    asked = ("sweep", path, "--set", f"tracking_uri={server.url}")
+    one = command(home, *asked, "--set", "search.trials=1", "--json", **server.login)
+    assert [(t["key"], "FINISHED") for t in last_json(one)["trials"]] == server.trials("deployed")
+
+    server.database.stop()
+    away = command(home, *asked, "--set", "search.trials=4", "--json", **server.login)
+    assert len(last_json(away)["trials"]) == 4
+    assert "run the same command again to publish" in away.stderr
+    server.database.start()
+
+    again = command(home, *asked, "--set", "search.trials=4", "--json", **server.login)
+    found = last_json(again)
+    assert sorted((t["key"], "FINISHED") for t in found["trials"]) == server.trials("deployed")
+    read_back(server, home / "sweeps" / "deployed", found)
+    said = one.stdout + one.stderr + away.stdout + away.stderr + again.stdout + again.stderr
+    nothing_secret_is_left(server, home, said)
+
+
+def read_back(server, sweep, found):
+    """Every validation of every trial stands in PostgreSQL once, and every checkpoint in the bucket."""
+    objects = {item.key: item.size for item in server.bucket.objects.all()}
+    for trial in found["trials"]:
+        query = (
+            "select m.step, m.value from metrics m join tags t using (run_uuid) where t.key = 'raydistill.trial' "
+            f"and t.value = '{trial['key']}' and m.key = 'val_loss' order by m.step, m.timestamp"
+        )
+        logged = [(int(step), pytest.approx(float(value))) for step, value in server.database.rows(query)]
+        lines = (sweep / "trials" / trial["key"] / "metrics.jsonl").read_text().splitlines()
+        history = [(line["step"], line["val_loss"]) for line in map(json.loads, lines)]
+        assert history == logged[: len(history)]
+        assert len(logged) == len(history) + 1  # and the best checkpoint's at the end
+        query = (
+            "select r.artifact_uri from runs r join tags t using (run_uuid) "
+            f"where t.key = 'raydistill.trial' and t.value = '{trial['key']}'"
+        )
+        [[uri]] = server.database.rows(query)
+        place = "mlflow/" + uri.removeprefix("mlflow-artifacts:/")
+        weights = sweep / "trials" / trial["key"] / "best" / "model.safetensors"
+        assert objects[f"{place}/checkpoint/model.safetensors"] == weights.stat().st_size
+    aliases = server.database.rows("select alias from registered_model_aliases where name = 'deployed'")
+    assert aliases == [["any"]]
+
+
+def nothing_secret_is_left(server, home, said):
+    """No password in what was said, logged, dumped from the database or written: neither here nor in the bucket."""
+    hidden = [*server.hidden.values(), *SECRETS.values()]
+    texts = {"output": said.encode(), "dump": server.database.run("pg_dump").encode()}
+    texts |= {str(p): p.read_bytes() for folder in (home, server.logs) for p in folder.rglob("*") if p.is_file()}
+    texts |= {item.key: item.get()["Body"].read() for item in server.bucket.objects.all()}
+    for where, content in texts.items():
+        assert not [value for value in hidden if value.encode() in content], where
+
+
+def test_serve_says_which_secret_is_missing(tmp_path):
+    env = {"PATH": os.environ["PATH"], "ARTIFACTS": "s3://b/m", "PGHOST": "h", "PGDATABASE": "d", "PGUSER": "u"}
+    done = subprocess.run([DEPLOY / "serve.sh"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: PGPASSWORD is not set")
+
+
+def test_the_files_open_loopback_only_and_hold_no_secret():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    published = {name: service.get("ports", []) for name, service in compose["services"].items()}
+    assert published == {"database": [], "mlflow": ["127.0.0.1:5000:5000"]}
+    example = dict(
+        line.split("=", 1) for line in (DEPLOY / "mlflow.env.example").read_text().splitlines() if line[:1].isalpha()
+    )
+    assert {name for name, value in example.items() if not value} >= {
+        *("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
+    }
+    asked = (DEPLOY / "serve.sh").read_text().split("for name in ")[1].split(";")[0].split()
+    assert set(asked) <= set(example)
+    pins = dict(line.split("==") for line in (DEPLOY / "requirements.txt").read_text().splitlines() if "==" in line)
+    pinned = (DEPLOY.parent / "constraints.txt").read_text().splitlines()
+    assert f"mlflow=={pins['mlflow[auth]']}" in pinned
+    assert shutil.which("bash")
