@@ -16,6 +16,8 @@ PARSE_ERRORS = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, MemoryError, OSError),
 )
+# Version of the records in sweeps, runs, label sets and caches. Version 1 was written by raydistill 0.1 previews.
+SCHEMA_VERSION = 2
 CHECKPOINT_METADATA = "raydistill.json"  # beside a checkpoint's weights: where it comes from
 
 
@@ -88,6 +90,15 @@ def corrupt_file_error(path: Path, remedy: str | None = None) -> Iterator[None]:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
         remedy = remedy or f"Delete {path.parent} to have it made again"
         raise UserError(f"{path}: damaged: {reason[:300]}. {remedy}") from None
+
+
+def check_schema(path: Path, record: dict[str, Any]) -> None:
+    """UserError where a record was written by another version of raydistill; `path` names the file in the message."""
+    if record.get("schema") != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {record.get('schema', 1)}, but this version of raydistill reads {SCHEMA_VERSION}. "
+            f"Move {path.parent} away or delete it, and run the command again to create it"
+        )
 
 
 def safe_join(folder: Path, name: str) -> Path:

@@ -1,7 +1,8 @@
 """`cluster/local.yaml` as it is meant to be used: `ray up` on three hosts, work that spreads over them, `ray down`.
 
-The hosts are made on this machine (tests/factories/hosts.py). The file is taken as it is but for addresses, key, shared
-folder, the CPUs that a host says it has, and the installation: the hosts use this Python's, with the code that `ray up` copied.
+The hosts are network namespaces of this machine (tests/factories/hosts.py). The file is used unchanged except for
+addresses, key, shared folder, the number of CPUs that a host reports, and the installation: the hosts use this Python
+with the code that `ray up` copied.
 """
 
 import json
