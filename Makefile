@@ -70,5 +70,5 @@ schema: $(STAMP) ## write search_spaces/schema.json, which editors check space f
 	@echo "search_spaces/schema.json"
 
 clean: ## delete .venv, builds and caches; outputs/ stays
-	rm -rf $(VENV) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) build dist .cache docs/reference/*.md docs/reference/*.svg *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find raydistill tests -name __pycache__ -type d -prune -exec rm -rf {} +

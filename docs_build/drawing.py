@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from docs_build.modules import COMMANDS, Module, cycle_edges, levels, package_graph, reduced
 
@@ -74,9 +75,9 @@ def _arranged(level: dict[str, int], edges: list[tuple[str, str]]) -> list[list[
     return rows
 
 
-def _sort(row: list[Slot], beside: list[Slot], edges: list[tuple[str, str]], upwards: bool) -> None:
+def _sort(row: list[Slot], neighbours: list[Slot], edges: list[tuple[str, str]], upwards: bool) -> None:
     """Order a level by the mean position of its neighbours in the level above or below."""
-    position = {id(slot): i / max(1, len(beside) - 1) for i, slot in enumerate(beside)}
+    position = {id(slot): i / max(1, len(neighbours) - 1) for i, slot in enumerate(neighbours)}
 
     def mean(slot: Slot, i: int) -> float:
         mine = [e for e in edges if e == slot.edge or slot.package in (e[0], e[1])] if slot.package else [slot.edge]
@@ -86,7 +87,7 @@ def _sort(row: list[Slot], beside: list[Slot], edges: list[tuple[str, str]], upw
             end = edge[0] if upwards else edge[1]
             if slot.package == end:
                 continue
-            found += [position[id(s)] for s in beside if s.edge == edge or s.package == end]
+            found += [position[id(s)] for s in neighbours if s.edge == edge or s.package == end]
         return sum(found) / len(found) if found else i / max(1, len(row) - 1)
 
     keys = {id(slot): mean(slot, i) for i, slot in enumerate(row)}
@@ -128,7 +129,7 @@ def _routes(
 def _path(points: list[tuple[float, float]], kind: str) -> str:
     """Smooth from point to point: vertical at each end of a segment."""
     text = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         middle = (y0 + y1) / 2
         text += f" C{x0:.1f} {middle:.1f} {x1:.1f} {middle:.1f} {x1:.1f} {y1:.1f}"
     return f'<path class="{kind}" d="{text}" marker-end="url(#arrow)"/>'

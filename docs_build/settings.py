@@ -115,7 +115,7 @@ def type_name(value: Schema, definitions: Schema) -> str:
         return " or ".join(dict.fromkeys(names))
     if "enum" in value:
         return ", ".join(code(str(item)) for item in value["enum"])
-    kind = value.get("type", "any value")
+    kind = str(value.get("type", "any value"))
     if kind == "array":
         return _array(value, definitions)
     if kind == "object":
