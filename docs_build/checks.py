@@ -1,4 +1,4 @@
-"""Checks of the Markdown documents that the site builder does not make: line lengths, images, pages in no menu."""
+"""Checks of the Markdown documents that the site builder does not make: line lengths, images, menu, named modules."""
 
 import re
 import tomllib
@@ -7,6 +7,7 @@ from pathlib import Path
 
 MAX_LINE = 120
 MAX_README_LINES = 180
+MODULE = re.compile(r"`(?:raydistill/)?((\w+)/[\w/]+\.py)`")
 LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -24,7 +25,7 @@ def problems(root: Path) -> list[str]:
     lines = (root / "README.md").read_text(encoding="utf-8").count("\n")
     if lines > MAX_README_LINES:
         found.append(f"README.md: {lines} lines, {MAX_README_LINES} at most")
-    return found + list(_menu(root))
+    return found + list(_menu(root)) + list(_packages(root))
 
 
 def _document(path: Path, root: Path) -> Iterator[str]:
@@ -37,7 +38,8 @@ def _document(path: Path, root: Path) -> Iterator[str]:
         if not fenced and len(line) > MAX_LINE and not line.startswith("|"):
             yield f"{name}:{number}: {len(line)} characters, {MAX_LINE} at most"
         if not fenced:
-            yield from (f"{name}:{number}: {reason}" for reason in _links(line, path, root))
+            reasons = [*_links(line, path, root), *_modules(line, root)]
+            yield from (f"{name}:{number}: {reason}" for reason in reasons)
 
 
 def _links(line: str, path: Path, root: Path) -> Iterator[str]:
@@ -49,6 +51,20 @@ def _links(line: str, path: Path, root: Path) -> Iterator[str]:
             yield f"no such {'image' if image else 'file'}: {target}"
         elif root / "docs" in path.parents and root / "docs" not in (path.parent / target).resolve().parents:
             yield f"{target} is outside docs/ and so not on the site; name the path as code"
+
+
+def _modules(line: str, root: Path) -> Iterator[str]:
+    """Modules such as `training/loop.py` that a line names and the package does not have."""
+    for path, package in MODULE.findall(line):
+        if (root / "raydistill" / package).is_dir() and not (root / "raydistill" / path).is_file():
+            yield f"no such module: raydistill/{path}"
+
+
+def _packages(root: Path) -> Iterator[str]:
+    text = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for init in sorted((root / "raydistill").glob("*/__init__.py")):
+        if f"`{init.parent.name}/`" not in text:
+            yield f"docs/architecture.md: does not describe the package {init.parent.name}/"
 
 
 def _menu(root: Path) -> Iterator[str]:
