@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.common import describe_machine, write_result
 from raydistill.config.run import Run
-from raydistill.training.run import Inputs, train
+from raydistill.training.inputs import Inputs
+from raydistill.training.run import train
 
 
 def run_of(options: argparse.Namespace, seed: int, cache: str) -> Run:

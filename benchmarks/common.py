@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.files import write_atomic, write_json_atomic
+from raydistill.core.files import write_atomic, write_json_atomic
 from raydistill.evaluation.latency import hardware
 
 ROOT = Path(__file__).parents[1]

@@ -11,12 +11,12 @@ from typing import Any
 
 from benchmarks.common import describe_machine, write_result
 from benchmarks.sides import Side, Work, work_of, write_batches
-from raydistill.cluster.pseudolabel import Job
-from raydistill.config.console import progress
 from raydistill.config.run import Dataset, Decoding
+from raydistill.core.console import progress
 from raydistill.data.corpus import Corpus, read_corpus
-from raydistill.evaluation.scores import paired_bootstrap, score
-from raydistill.results.figures import markdown_table
+from raydistill.evaluation.metrics import paired_bootstrap, score
+from raydistill.jobs.pseudolabel import Job
+from raydistill.results.tables import markdown_table
 
 BATCH = 32
 ENGINES = (
@@ -95,12 +95,12 @@ def text_scores(work: Work, sources: list[str], targets: list[str]) -> list[floa
     """What `transformers` thinks of given texts: log-probability by (tokens, the end included) ** length penalty."""
     import torch
 
-    from raydistill.model import teachers
+    from raydistill.models import loading
 
-    model = teachers.load_model(work.checkpoint)
-    tokenizer = teachers.load_tokenizer(work.checkpoint)
-    labels = teachers.tokenize_targets(tokenizer, targets, work.beam.max_length)
-    inputs = teachers.tokenize_sources(tokenizer, sources, work.max_source_tokens)
+    model = loading.load_model(work.checkpoint)
+    tokenizer = loading.load_tokenizer(work.checkpoint)
+    labels = loading.tokenize_targets(tokenizer, targets, work.beam.max_length)
+    inputs = loading.tokenize_sources(tokenizer, sources, work.max_source_tokens)
     scores = []
     for source, label in zip(inputs, labels, strict=True):
         wanted = torch.tensor([label])

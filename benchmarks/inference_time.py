@@ -25,10 +25,10 @@ from scipy import stats
 from transformers import BartConfig, BartForConditionalGeneration
 
 from benchmarks.common import describe_machine, write_result
-from raydistill.config.console import Bar, home
+from raydistill.core.console import Bar, home
 from raydistill.evaluation.latency import time_calls
-from raydistill.results.figures import markdown_table
-from raydistill.results.paper import LAYER_COST
+from raydistill.paper.published import LAYER_COST
+from raydistill.results.tables import markdown_table
 
 LAYERS = range(1, 13)
 WIDTHS = (256, 512, 768, 1024)

@@ -29,15 +29,15 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTr
 
 from benchmarks.common import describe_machine, write_result
 from raydistill.config.run import Loss, Student, Training
-from raydistill.data.batches import Examples
+from raydistill.data.batching import Examples
 from raydistill.evaluation.latency import give_back_freed
-from raydistill.model import forms, onednn
-from raydistill.model.shrink import plan, shrink
+from raydistill.models import families, onednn_linear
+from raydistill.models.freezing import Frozen, freeze
+from raydistill.models.shrinking import plan, shrink
+from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.training.distillation import Supervision
 from raydistill.training.loop import make_optimizer, step, steps
 from raydistill.training.prefetch import ahead
-from raydistill.training.student import Frozen, freeze
-from raydistill.training.supervision import Supervision
-from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
 from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
@@ -57,7 +57,7 @@ def models(form: str, layers: int, size: str, device: str) -> tuple[PreTrainedMo
     torch.manual_seed(0)
     with torch.device(device):  # random weights of this size take a CPU many seconds
         teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
-    layout = plan(forms.depths(config), Student(size=size))
+    layout = plan(families.depths(config), Student(size=size))
     assert layout.encoder_complete, f"{size}: a student whose encoder is not the teacher's reads no encoder states"
     student = shrink(teacher, layout)
     freeze(student, Frozen(True, True, True))
@@ -132,7 +132,7 @@ def synchronize(device: str) -> None:
 
 def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
-    onednn.ALLOWED = False  # torch's own layers
+    onednn_linear.ALLOWED = False  # torch's own layers
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     student.to(options.device).train()
     student.get_encoder().eval()
@@ -144,7 +144,7 @@ def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable
     def call() -> Tensor:
         batch = next(batches)
         labels = batch.pop("labels")  # given them, transformers would work out a cross-entropy that nobody uses
-        batch["decoder_input_ids"] = forms.shift_right(student, labels)
+        batch["decoder_input_ids"] = families.shift_right(student, labels)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(options.device, torch.bfloat16, enabled=precision == "bf16"):
             more: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
@@ -167,7 +167,7 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
     """Seconds, as of `time_steps`, of a step of Hugging Face's Seq2SeqTrainer; encoder and embeddings are frozen."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    onednn.ALLOWED = False  # torch's own layers
+    onednn_linear.ALLOWED = False  # torch's own layers
     _, student, _ = models(options.form, options.layers, options.size, options.device)
     gc.collect()
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -212,13 +212,13 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
 def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[list[float], dict[str, Any]]:
     """Seconds, as of `time_steps`, of a step of the product's own loop from `make_cache`'s stores; and what it says."""
     if side == "ours-mkl":
-        onednn.ALLOWED = False  # torch's own layers: what the rest brings
+        onednn_linear.ALLOWED = False  # torch's own layers: what the rest brings
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     key, width = "random", student.config.d_model
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     method: Any = "sft" if side == "ours-sft" else "kd"
     autocast = torch.bfloat16 if precision == "bf16" else None
-    layers = sorted({*layout.supervised_decoder, forms.depths(teacher.config)[1] - 1})
+    layers = sorted({*layout.supervised_decoder, families.depths(teacher.config)[1] - 1})
     wanted = [(examples, layers)] if method == "kd" else []
     work = Pass(Path(options.cache), key, examples, width, True, wanted, Numbers(precision, precision))
     del teacher  # as `train` releases it: all that a step reads of it is in the stores
@@ -262,9 +262,9 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
 def make_cache(options: argparse.Namespace, precision: str) -> None:
     """The stores that `from_cache` reads."""
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    onednn.quicken(teacher)
+    onednn_linear.quicken(teacher)
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
-    layers = sorted({*layout.supervised_decoder, forms.depths(teacher.config)[1] - 1})
+    layers = sorted({*layout.supervised_decoder, families.depths(teacher.config)[1] - 1})
     numbers = Numbers(precision, precision)
     make_here(
         Pass(Path(options.cache), "random", examples, student.config.d_model, True, [(examples, layers)], numbers),

@@ -27,19 +27,21 @@ import yaml
 
 from benchmarks.common import RESULTS, describe_machine, write_result
 from benchmarks.kd_step import kd_loss
-from raydistill.cluster.prepare import runs_of
-from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run
 from raydistill.config.space import Space
-from raydistill.evaluation.scores import score
-from raydistill.model import forms, onednn
-from raydistill.model.decoding import Beam, resolve_decoding
-from raydistill.model.transformers_engine import TransformersEngine
+from raydistill.core.files import write_json_atomic
+from raydistill.evaluation.metrics import score
+from raydistill.inference.decoding import Beam, resolve_decoding
+from raydistill.inference.transformers_engine import TransformersEngine
+from raydistill.models import families, onednn_linear
+from raydistill.models.freezing import freeze, what_is_frozen
+from raydistill.search.prepare import runs_of
+from raydistill.teacher_cache.builder import mask_of, padded
 from raydistill.training import loop
-from raydistill.training.material import load_material, make_examples, open_teacher
-from raydistill.training.run import Inputs, train
-from raydistill.training.student import freeze, make_student, what_is_frozen
-from raydistill.training.teacher_cache import mask_of, padded
+from raydistill.training.inputs import Inputs
+from raydistill.training.run import train
+from raydistill.training.student import make_student
+from raydistill.training.tokenized_data import load_material, make_examples, open_teacher
 
 THREADS = os.cpu_count() or 1
 PARTIAL = RESULTS / "kd_sweep.partial.json"
@@ -141,7 +143,7 @@ def released(run: Run, inputs: Inputs) -> dict[str, float]:
     """One run: seconds and the test score of the checkpoint with the best validation."""
     torch.manual_seed(run.training.seed)
     torch.set_num_threads(THREADS)
-    onednn.ALLOWED = False  # plain torch layers: what loads and shrinks here is ours
+    onednn_linear.ALLOWED = False  # plain torch layers: what loads and shrinks here is ours
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
     started = time.monotonic()
@@ -172,7 +174,10 @@ def released(run: Run, inputs: Inputs) -> dict[str, float]:
             with torch.no_grad():
                 encoded = student.get_encoder()(ids, mask)
                 # Labels would make transformers work out a cross-entropy that nobody uses.
-                more: dict[str, Any] = {"decoder_input_ids": forms.shift_right(student, labels), "attention_mask": mask}
+                more: dict[str, Any] = {
+                    "decoder_input_ids": families.shift_right(student, labels),
+                    "attention_mask": mask,
+                }
                 more |= {"encoder_outputs": encoded, "output_hidden_states": True, "use_cache": False}
                 theirs = teacher.model(**more)
             ours = student(**more)

@@ -26,7 +26,7 @@ part() { # NAME SECONDS COMMAND...
 # name: it has all the functions that CTranslate2 calls, and every conversion proves itself before it is used.
 cublas() {
     ldconfig -p | grep -q libcublas.so.12 && return
-    "$PY" -c 'from raydistill.model.cublas import preload; raise SystemExit(preload() is None)' && return
+    "$PY" -c 'from raydistill.inference.cublas import preload; raise SystemExit(preload() is None)' && return
     local found
     found=$(find / -name 'libcublas.so.13' -not -path '/proc/*' 2>/dev/null | head -1)
     [ -n "$found" ] || return

@@ -17,12 +17,12 @@ from typing import Any
 from benchmarks.common import describe_machine, write_result
 from benchmarks.shapes import save_bart, save_rows
 from benchmarks.sides import Side, Work, Written, work_of, write_batches
-from raydistill.cluster.pseudolabel import CHARS_PER_TOKEN, GPU_CHARS, Job
-from raydistill.config.console import progress
 from raydistill.config.run import Dataset, Decoding
-from raydistill.data.plan import BATCH_CHARS, make_plan
-from raydistill.data.stream import scan, usable_rows
-from raydistill.results.figures import markdown_table
+from raydistill.core.console import progress
+from raydistill.data.streaming import scan, usable_rows
+from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN, GPU_CHARS, Job
+from raydistill.label_sets.batch_plan import BATCH_CHARS, make_plan
+from raydistill.results.tables import markdown_table
 
 PLAIN_BATCH = 32
 PLAIN = (

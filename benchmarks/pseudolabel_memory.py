@@ -23,12 +23,12 @@ import psutil
 
 from benchmarks.common import describe_machine, write_result
 from benchmarks.stamps import Stamps, read_stamps, write_jsonl
-from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
-from raydistill.config.console import progress
 from raydistill.config.run import Dataset, Decoding
-from raydistill.data.labels import read_manifest
-from raydistill.results.figures import markdown_table
+from raydistill.core.console import progress
+from raydistill.jobs.pseudolabel import Job, pseudolabel
+from raydistill.label_sets.label_set import read_manifest
+from raydistill.results.tables import markdown_table
 
 ROWS = (10_000, 20_000, 300_000)
 SAMPLE_SECONDS = 0.5

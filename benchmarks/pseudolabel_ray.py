@@ -21,15 +21,15 @@ from typing import Any
 from benchmarks.common import describe_machine, write_result
 from benchmarks.sides import Side, Work, work_of, write_batches
 from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
-from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
-from raydistill.config.console import progress
 from raydistill.config.run import Dataset, Decoding
+from raydistill.core.console import progress
 from raydistill.data.corpus import read_corpus
-from raydistill.data.labels import read_manifest
-from raydistill.data.plan import Plan, make_plan
-from raydistill.data.stream import scan, usable_rows
-from raydistill.results.figures import markdown_table
+from raydistill.data.streaming import scan, usable_rows
+from raydistill.jobs.pseudolabel import Job, pseudolabel
+from raydistill.label_sets.batch_plan import Plan, make_plan
+from raydistill.label_sets.label_set import read_manifest
+from raydistill.results.tables import markdown_table
 
 PARTS = ("overhead", "scaling")
 

@@ -29,19 +29,19 @@ from benchmarks.common import RESULTS, describe_machine, write_result
 from benchmarks.nodes import Meter, nodes
 from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
 from benchmarks.standins import timed_engine, timed_run
-from raydistill.cluster.planned import Facts, Work, run_batches
-from raydistill.cluster.prepare import Prepared
-from raydistill.cluster.pseudolabel import GPU_CHARS, Job, pseudolabel
-from raydistill.cluster.search import search
-from raydistill.cluster.watch import Watch
-from raydistill.config.console import progress
-from raydistill.config.files import write_json_atomic
+from raydistill.cluster.actor_pool import Facts, Work, run_batches
 from raydistill.config.run import Dataset, Decoding
 from raydistill.config.space import Space
+from raydistill.core.console import progress
+from raydistill.core.files import write_json_atomic
 from raydistill.data.demo import demo_rows
-from raydistill.data.labels import read_manifest
-from raydistill.results.figures import markdown_table
-from raydistill.results.records import rivals
+from raydistill.jobs.pseudolabel import GPU_CHARS, Job, pseudolabel
+from raydistill.label_sets.label_set import read_manifest
+from raydistill.results.tables import markdown_table
+from raydistill.search.early_stopping import rivals
+from raydistill.search.prepare import Prepared
+from raydistill.search.progress import Watch
+from raydistill.search.tune_search import search
 
 PARTS = ("labels", "batches", "trials", "train", "many")
 COUNTS = (1, 2, 4, 8)

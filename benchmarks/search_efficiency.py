@@ -26,13 +26,13 @@ import numpy as np
 from optuna.storages import InMemoryStorage
 
 from benchmarks.common import describe_machine, write_result
-from raydistill.cluster.search import StudySearch
-from raydistill.config.console import progress
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
-from raydistill.results.figures import markdown_table
-from raydistill.results.records import Trial, curve, read_sweep, read_trials, warm_up
-from raydistill.results.stopping import Curve, falls_behind
+from raydistill.core.console import progress
+from raydistill.results.records import Trial, read_sweep, read_trials
+from raydistill.results.tables import markdown_table
+from raydistill.search.early_stopping import Curve, curve, falls_behind, warm_up
+from raydistill.search.study import StudySearch
 from raydistill.training.run import collapse
 
 SHARES = (0.9, 0.95, 0.99)  # of the whole grid's hypervolume; fixed before the first replay

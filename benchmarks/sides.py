@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from raydistill.cluster.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, ROWS_AT_ONCE_GPU, Job, describe_job
 from raydistill.cluster.start import QUIET
-from raydistill.data.stream import scan, usable_rows
-from raydistill.model.decoding import Beam, Sample
-from raydistill.model.generate import open_engine
+from raydistill.data.streaming import scan, usable_rows
+from raydistill.inference.decoding import Beam, Sample
+from raydistill.inference.engines import open_engine
+from raydistill.jobs.pseudolabel import PROOF_ROWS, ROWS_AT_ONCE, ROWS_AT_ONCE_GPU, Job, describe_job
 
 START_SECONDS = 1800  # a process that has not opened its model by then never will
 WARM_ROWS = 2

@@ -19,15 +19,15 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from benchmarks.common import describe_machine, write_result
 from benchmarks.shapes import large
-from raydistill.config.console import home, progress
 from raydistill.config.run import Student
+from raydistill.core.console import home, progress
 from raydistill.evaluation import latency
-from raydistill.model import forms
-from raydistill.model.generate import open_engine
-from raydistill.model.shrink import plan, shrink
-from raydistill.results.figures import markdown_table
-from raydistill.results.paper import TABLES_6_7
-from raydistill.training.record import save_checkpoint
+from raydistill.inference.engines import open_engine
+from raydistill.models import families
+from raydistill.models.shrinking import plan, shrink
+from raydistill.paper.published import TABLES_6_7
+from raydistill.results.tables import markdown_table
+from raydistill.training.run_folder import save_checkpoint
 
 TOKENS_PER_WORD = 1.15  # of English in BART's vocabulary
 
@@ -68,11 +68,11 @@ def time_size(
     teacher: PreTrainedModel, tokenizer: Any, case: Case, size: str, asked: argparse.Namespace
 ) -> latency.Timing:
     """A size's timing: from the table of measurements, else measured and put there."""
-    layers = plan(forms.depths(teacher.config), Student(size=size))
+    layers = plan(families.depths(teacher.config), Student(size=size))
     source, output = lengths(case)
     facts = latency.facts_of(
         latency.hardware(asked.device, asked.threads),
-        latency.shape(forms.with_depths(teacher.config, *layers.size)),
+        latency.shape(families.with_depths(teacher.config, *layers.size)),
         asked.engine,
         asked.precision,
         beams=case.beams,

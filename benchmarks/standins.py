@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster.pseudolabel import CHARS_PER_TOKEN
-from raydistill.config.files import read_json, write_atomic, write_json_atomic
 from raydistill.config.run import Run
-from raydistill.model.decoding import Beam, Hypothesis
+from raydistill.core.files import read_json, write_atomic, write_json_atomic
+from raydistill.inference.decoding import Beam, Hypothesis
+from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import Report
-from raydistill.training.record import claim, held
-from raydistill.training.run import Inputs
+from raydistill.training.run_folder import claim, held
 from raydistill.training.workers import Worker
 
 WORDS = 25  # of a text that the engine writes

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, run_app, show, table
-from raydistill.config.errors import UserError
-from raydistill.data import store
+from raydistill.core.console import finish, home, make_app, run_app, show, table
+from raydistill.core.errors import UserError
+from raydistill.teacher_cache import store
 
 app = make_app()
 Json = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, progress, run_app, show
-from raydistill.config.errors import UserError
 from raydistill.config.space import check_bounds
+from raydistill.core.console import finish, home, make_app, progress, run_app, show
+from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
-    from raydistill.results.budget import Choice
-    from raydistill.results.outcome import Outcome
+    from raydistill.results.pareto import Choice
+    from raydistill.results.selection import Outcome
 
 app = make_app()
 
@@ -38,11 +38,11 @@ def choose(
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
     asked = parse_bounds(within or [])
-    from raydistill.cluster import storage
-    from raydistill.results.outcome import outcome
+    from raydistill.cluster import sync
     from raydistill.results.records import open_sweep
+    from raydistill.results.selection import outcome
 
-    storage.fetch(home() / "sweeps" / sweep, names=storage.RECORDS)
+    sync.fetch(home() / "sweeps" / sweep, names=sync.RECORDS)
     folder = open_sweep(sweep)
     found = outcome(folder)
     budgets = _budgets(found, asked, name)
@@ -73,16 +73,16 @@ def parse_bounds(within: list[str]) -> dict[str, float | str]:
 def _budgets(
     found: "Outcome", asked: dict[str, float | str], name: str | None
 ) -> "list[tuple[str, dict[str, float], Choice]]":
-    from raydistill.results import budget
-    from raydistill.results.outcome import candidates
+    from raydistill.results import pareto
+    from raydistill.results.selection import candidates
 
     if asked:
         costs = found.teacher.get("costs") or {}
-        bounds = budget.absolute_bounds(asked, costs)
+        bounds = pareto.absolute_bounds(asked, costs)
         label = name or "-".join(
             f"{key}-{bound:g}" if isinstance(bound, float) else f"{key}-{bound}" for key, bound in asked.items()
         ).replace("%", "pct")
-        return [(label, bounds, budget.choose(candidates(found.students, found.metric), bounds, found.metric))]
+        return [(label, bounds, pareto.choose(candidates(found.students, found.metric), bounds, found.metric))]
     stored = [(n, found.bounds[n], choice) for n, choice in found.choices.items() if name in (None, n)]
     if not stored:
         known = ", ".join(found.choices) or "none"
@@ -95,7 +95,7 @@ def _one(
     found: "Outcome", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, json: bool
 ) -> dict[str, Any]:
     """Show one budget's choice, hand it over, register it, and return it for `--json`."""
-    from raydistill.results.budget import UNITS, describe_bounds
+    from raydistill.results.pareto import UNITS, describe_bounds
 
     result: dict[str, Any] = {"budget": budget, "bounds": bounds, "reason": choice.reason, "key": None}
     if choice.best is None:
@@ -140,7 +140,7 @@ def _one(
 
 def _export(found: "Outcome", key: str, budget: str) -> Path | None:
     """The folder to hand over, which decodes as was chosen; None where the checkpoint is gone."""
-    from raydistill.cluster.export import export
+    from raydistill.tracking.export import export
 
     return export(found, key, budget) if found.student(key).checkpoint else None
 
@@ -159,13 +159,13 @@ def _register(found: "Outcome", key: str, budget: str, place: Path, json: bool) 
     """Register in MLflow; a store that is down is said and does not spoil the choice."""
     from dataclasses import asdict
 
-    from raydistill.cluster import storage
-    from raydistill.config.errors import PassingError
-    from raydistill.results.registry import register_choice
-    from raydistill.results.store import TrackingDown, ui_command
+    from raydistill.cluster import sync
+    from raydistill.core.errors import PassingError
+    from raydistill.tracking.mlflow_registry import register_choice
+    from raydistill.tracking.mlflow_store import TrackingDown, ui_command
 
     try:
-        registered = register_choice(found.sweep, key, budget, place, bring=storage.fetch)
+        registered = register_choice(found.sweep, key, budget, place, bring=sync.fetch)
     except (TrackingDown, PassingError) as error:
         progress(f"not registered: {error}. The same command again registers it")
         return None

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.config.console import finish, make_app, run_app, show, table
-from raydistill.config.errors import UserError
 from raydistill.config.run import Columns, Dataset
+from raydistill.core.console import finish, make_app, run_app, show, table
+from raydistill.core.errors import UserError
 from raydistill.data.corpus import (
     DUPLICATES_REMEDY,
     BadRow,

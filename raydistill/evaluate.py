@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raydistill.config.console import finish, make_app, progress, run_app, show, table
-from raydistill.config.errors import UserError
+from raydistill.core.console import finish, make_app, progress, run_app, show, table
+from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
     from raydistill.config.run import Dataset, Run
@@ -55,8 +55,8 @@ def evaluate(
 
     import torch
 
-    from raydistill.config.machine import own_cores
-    from raydistill.evaluation.scores import paired_bootstrap
+    from raydistill.core.machine import own_cores
+    from raydistill.evaluation.metrics import paired_bootstrap
 
     used = threads or len(own_cores())
     names = [checkpoint, *([against] if against else [])]
@@ -103,8 +103,8 @@ def dataset_of(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]
 
 def run_of(checkpoint: str) -> "Run | None":
     """The run that made a checkpoint, from its card; None where there is none. A UserError where it is damaged."""
-    from raydistill.config.files import CARD, read_json
     from raydistill.config.run import Run
+    from raydistill.core.files import CARD, read_json
 
     path = Path(checkpoint) / CARD
     try:
@@ -116,7 +116,7 @@ def run_of(checkpoint: str) -> "Run | None":
 
 def languages_trained_with(checkpoint: str, dataset: "Dataset") -> tuple[str, str] | None:
     """A student's languages are those of the run that made it, whatever it is scored on."""
-    from raydistill.model.teachers import languages_of
+    from raydistill.models.loading import languages_of
 
     try:
         run = run_of(checkpoint)
@@ -148,10 +148,10 @@ def _score(
     from raydistill.config.run import Decoding
     from raydistill.evaluation.checkpoint import evaluate as score
     from raydistill.evaluation.latency import parameters
-    from raydistill.evaluation.scores import signature
-    from raydistill.model.decoding import resolve_decoding
-    from raydistill.model.generate import open_engine
-    from raydistill.model.teachers import load_config, load_generation_config, locate, max_tokens
+    from raydistill.evaluation.metrics import signature
+    from raydistill.inference.decoding import resolve_decoding
+    from raydistill.inference.engines import open_engine
+    from raydistill.models.loading import load_config, load_generation_config, locate, max_tokens
 
     preset = teacher_preset(checkpoint, about["dataset"].name)
     where = locate(checkpoint, about["dataset"].name)
@@ -198,7 +198,7 @@ def _row(name: str, one: dict[str, Any], metric: str) -> list[str]:
 def _write(path: Path, corpus: Any, names: list[str], found: list[dict[str, Any]]) -> None:
     import json
 
-    from raydistill.config.files import write_atomic
+    from raydistill.core.files import write_atomic
 
     lines = []
     for i, row_id in enumerate(corpus.ids):

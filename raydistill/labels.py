@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, run_app, show, table
-from raydistill.config.errors import UserError
+from raydistill.core.console import finish, home, make_app, run_app, show, table
+from raydistill.core.errors import UserError
 from raydistill.pseudolabel import facts_of, rules_of
 
 app = make_app()
@@ -36,7 +36,7 @@ def labels() -> None:
 @app.command("list")
 def list_(root: Root = None, as_json: Json = False) -> None:
     """The finished label sets, one a line, and jobs that were begun and not ended."""
-    from raydistill.data.labels import list_label_sets
+    from raydistill.label_sets.label_set import list_label_sets
 
     place = root or home() / "labels"
     found, wrong = list_label_sets(place)
@@ -59,7 +59,7 @@ def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False
     """Counts, quality, teacher and decoding of a label set, and its first texts."""
     from itertools import islice
 
-    from raydistill.data.labels import DESCRIBED, read_candidates, read_manifest
+    from raydistill.label_sets.label_set import DESCRIBED, read_candidates, read_manifest
 
     folder = find(name, root)
     manifest = read_manifest(folder, DESCRIBED)
@@ -81,9 +81,9 @@ def describe(name: Name, root: Root = None, rows: int = 3, as_json: Json = False
 @app.command()
 def compare(first: Name, second: Name, root: Root = None, as_json: Json = False) -> None:
     """How far two label sets of the same data agree: equal texts, and the scores of the first against the second."""
-    from raydistill.data.curation import agreement
-    from raydistill.data.labels import read_manifest
-    from raydistill.evaluation.scores import Tally
+    from raydistill.evaluation.metrics import Tally
+    from raydistill.label_sets.curation import agreement
+    from raydistill.label_sets.label_set import read_manifest
 
     a, b = find(first, root), find(second, root)
     found = agreement(a, b, Tally(read_manifest(a, ["metric"])["metric"]))
@@ -104,11 +104,11 @@ def curate(
     as_json: Json = False,
 ) -> None:
     """Make a curated label set of a whole one, which stays; nothing is generated again."""
-    from raydistill.config.load import check
+    from raydistill.config.loader import check
     from raydistill.config.run import Dataset
-    from raydistill.data.curation import curate as make
-    from raydistill.data.labels import DESCRIBED, MANIFEST, read_manifest
-    from raydistill.evaluation.scores import Tally, rouge2_rows
+    from raydistill.evaluation.metrics import Tally, rouge2_rows
+    from raydistill.label_sets.curation import curate as make
+    from raydistill.label_sets.label_set import DESCRIBED, MANIFEST, read_manifest
 
     rules = rules_of(keep)
     folder = find(name, root)
@@ -124,7 +124,7 @@ def curate(
 
 def find(name: str, root: Path | None) -> Path:
     """The folder that a path, a name or a name's beginning means; UserError where it is none or several."""
-    from raydistill.data.labels import finished_folders, is_finished
+    from raydistill.label_sets.label_set import finished_folders, is_finished
 
     if is_finished(Path(name)):
         return Path(name)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, progress, run_app, show, table
-from raydistill.config.errors import UserError
+from raydistill.core.console import finish, home, make_app, progress, run_app, show, table
+from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
     from raydistill.config.run import Curation, Dataset
@@ -84,10 +84,10 @@ def pseudolabel(
     data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **caps)
     check_inputs(teacher, data, split)
 
-    from raydistill.cluster.pseudolabel import Job
-    from raydistill.cluster.pseudolabel import pseudolabel as label
     from raydistill.cluster.start import cluster, device
-    from raydistill.data.labels import DESCRIBED, read_manifest
+    from raydistill.jobs.pseudolabel import Job
+    from raydistill.jobs.pseudolabel import pseudolabel as label
+    from raydistill.label_sets.label_set import DESCRIBED, read_manifest
 
     job = Job(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
     with cluster():

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, run_app, show
+from raydistill.core.console import finish, home, make_app, run_app, show
 
 if TYPE_CHECKING:
-    from raydistill.results.report import Table
+    from raydistill.paper.tables import Table
 
 app = make_app()
 
@@ -28,13 +28,13 @@ def report(
 
     Example: `raydistill report mini_table5 mini_table9 mini_table10`
     """
-    from raydistill.cluster import storage
-    from raydistill.results.paper_figures import figure_1, figure_2
+    from raydistill.cluster import sync
+    from raydistill.paper.plots import figure_1, figure_2
+    from raydistill.paper.settings import read_settings
+    from raydistill.paper.tables import heads, tables
     from raydistill.results.records import open_sweep
-    from raydistill.results.report import heads, tables
-    from raydistill.results.settings import read_settings
 
-    storage.fetch(*(home() / "sweeps" / name for name in sweeps), names=storage.RECORDS)
+    sync.fetch(*(home() / "sweeps" / name for name in sweeps), names=sync.RECORDS)
     folders = list(dict.fromkeys(open_sweep(name) for name in sweeps))
     found, settings = read_settings(folders)
     made = tables(found, settings)
@@ -68,7 +68,7 @@ def write_tables(place: Path, made: "list[Table]", figures: list[str], about: li
     import csv
     import io
 
-    from raydistill.config.files import write_atomic
+    from raydistill.core.files import write_atomic
 
     head = "# The tables of Pre-trained Summarization Distillation, from our sweeps\n\n"
     head += "".join(f"- {line}\n" for line in about)
@@ -83,7 +83,7 @@ def write_tables(place: Path, made: "list[Table]", figures: list[str], about: li
 
 def as_markdown(table: "Table") -> str:
     """A table under its title, with its note."""
-    from raydistill.results.figures import markdown_table
+    from raydistill.results.tables import markdown_table
 
     note = f"\n\n{table.note}" if table.note else ""
     return f"## {table.title}\n\n{markdown_table(table.header, table.rows)}{note}"

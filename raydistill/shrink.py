@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from raydistill.config.console import finish, make_app, run_app, show
-from raydistill.config.errors import UserError
 from raydistill.config.run import Init
+from raydistill.core.console import finish, make_app, run_app, show
+from raydistill.core.errors import UserError
 
 app = make_app()
 
@@ -35,7 +35,7 @@ def shrink(
     """
     from pydantic import ValidationError
 
-    from raydistill.config.load import explain
+    from raydistill.config.loader import explain
     from raydistill.config.presets import check_teacher, default_dataset
     from raydistill.config.run import LayerChoice, Student
 
@@ -49,15 +49,15 @@ def shrink(
 
     for name in (teacher, copy_from) if copy_from else (teacher,):
         check_teacher(name)
-    from raydistill.config.files import CARD, write_json_atomic
-    from raydistill.model import forms
-    from raydistill.model.shrink import plan
-    from raydistill.model.shrink import shrink as make
-    from raydistill.model.teachers import load_config, load_model, load_tokenizer, locate, set_languages
-    from raydistill.training.record import save_checkpoint
+    from raydistill.core.files import CARD, write_json_atomic
+    from raydistill.models import families
+    from raydistill.models.loading import load_config, load_model, load_tokenizer, locate, set_languages
+    from raydistill.models.shrinking import plan
+    from raydistill.models.shrinking import shrink as make
+    from raydistill.training.run_folder import save_checkpoint
 
     where = locate(teacher, dataset or default_dataset(teacher) or "")
-    layers = plan(forms.depths(load_config(where)), student)
+    layers = plan(families.depths(load_config(where)), student)
     model, tokenizer = load_model(where), load_tokenizer(where)
     set_languages(model, tokenizer)
     made = make(model, layers, decoder_from=load_model(locate(copy_from, dataset or "")) if copy_from else None)

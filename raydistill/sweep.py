@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from raydistill.config.console import finish, home, make_app, progress, run_app, show
+from raydistill.core.console import finish, home, make_app, progress, run_app, show
 
 app = make_app()
 
@@ -36,13 +36,13 @@ def sweep(
     if isinstance(checked.run.get("teacher"), str) and not dry_run:
         check_teacher(checked.run["teacher"])
     if dry_run:
-        from raydistill.cluster.plan import describe_plan
+        from raydistill.search.dry_run import describe_plan
 
         plan = describe_plan(checked, folder)
         show(plan["text"], as_json)
         finish({k: v for k, v in plan.items() if k != "text"}, as_json)
         return
-    from raydistill.cluster.sweep import run_sweep
+    from raydistill.search.sweep import run_sweep
 
     result = run_sweep(checked, folder, partial(show, as_json=as_json))
     finish(result, as_json)
@@ -52,7 +52,7 @@ def sweep(
 
 def _check_tracking(uri: str | None, folder: Path) -> None:
     """A store that does not answer is refused before a sweep begins; one that has begun goes on without it."""
-    from raydistill.results.store import TrackingDown, check_tracking
+    from raydistill.tracking.mlflow_store import TrackingDown, check_tracking
 
     try:
         check_tracking(uri)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.cluster import storage
-from raydistill.config.console import finish, home, make_app, progress, run_app, show, table
-from raydistill.config.errors import UserError
+from raydistill.cluster import sync
+from raydistill.core.console import finish, home, make_app, progress, run_app, show, table
+from raydistill.core.errors import UserError
 
 app = make_app()
 DEMO = Path(__file__).parent / "data" / "demo_teacher.yaml"
@@ -35,7 +35,7 @@ def train(
         method: kd
         student: {size: 12-3}
     """
-    from raydistill.config.load import absolute_paths, apply_settings, check, read_yaml
+    from raydistill.config.loader import absolute_paths, apply_settings, check, read_yaml
     from raydistill.config.presets import check_teacher
     from raydistill.config.run import Run
 
@@ -61,13 +61,13 @@ def train(
 
 def carry_out(run: Any, folder: Path) -> dict[str, Any]:
     """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
-    from raydistill.cluster.launch import check_room, train_with_ray_train
-    from raydistill.cluster.plan import check_run
-    from raydistill.cluster.prepare import inputs_for
     from raydistill.cluster.start import cluster, device
-    from raydistill.config.files import read_json
-    from raydistill.training.material import origin_of
-    from raydistill.training.record import ORIGIN, claim, claim_origin
+    from raydistill.core.files import read_json
+    from raydistill.jobs.train import check_room, train_with_ray_train
+    from raydistill.search.dry_run import check_run
+    from raydistill.search.prepare import inputs_for
+    from raydistill.training.run_folder import ORIGIN, claim, claim_origin
+    from raydistill.training.tokenized_data import origin_of
 
     if (folder / "run.json").is_file():
         claim(folder, run)
@@ -111,7 +111,7 @@ class following:
         while True:
             last = self.over.wait(1.0)
             with contextlib.suppress(UserError):  # the storage does not answer; it is asked again
-                storage.fetch(self.path)
+                sync.fetch(self.path)
             lines = self._lines()
             for line in lines[self.told :]:
                 m = json.loads(line)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydistill.config.run import Loss, Run
-from raydistill.model import forms
+from raydistill.models import families
 from raydistill.training.losses import attention_mse, cosine_distance
 from tests.test_training import tiny, with_stores
 from tests.tiny import FAMILIES
@@ -91,9 +91,13 @@ def test_with_an_encoder_that_is_shrunk_the_teacher_attends_to_its_own(tmp_path)
     supervision = tiny("bart", tmp_path, size="1-2", loss=BOTH)
     batch = supervision.read(BATCH)
     with torch.no_grad():
-        own = forms.encode(supervision.teacher, batch.ids, batch.mask).last
-        wanted = forms.decode(
-            supervision.teacher, forms.shift_right(supervision.teacher, batch.labels), own, batch.mask, attentions=True
+        own = families.encode(supervision.teacher, batch.ids, batch.mask).last
+        wanted = families.decode(
+            supervision.teacher,
+            families.shift_right(supervision.teacher, batch.labels),
+            own,
+            batch.mask,
+            attentions=True,
         )
     taken = supervision._teacher_decoder(batch, torch.zeros_like(own), attentions=True)
     assert torch.equal(wanted.attentions[0][1], taken.attentions[0][1])

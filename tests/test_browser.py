@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from raydistill.cluster.export import export
-from raydistill.results import registry, store, tracking
-from raydistill.results.outcome import Outcome, outcome
 from raydistill.results.page import write_report
+from raydistill.results.selection import Outcome, outcome
+from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
+from raydistill.tracking.export import export
 from tests.test_choose import make_student
 from tests.test_tracking import make_trial, sweep
 
@@ -51,10 +51,10 @@ def chosen(sweep: Path) -> tuple[Path, Outcome]:
     make_student(sweep, "a", 0, 10.0)
     make_student(sweep, "b", 1, 60.0, "4-4")
     make_trial(sweep, "c", 2, 8.0)
-    tracking.publish(sweep, finished=True)
+    mlflow_runs.publish(sweep, finished=True)
     found = outcome(sweep)
     key = str(found.chosen["fast"])
-    registry.register_choice(sweep, key, "fast", export(found, key))
+    mlflow_registry.register_choice(sweep, key, "fast", export(found, key))
     return sweep, found
 
 
@@ -64,7 +64,7 @@ def ui(chosen: tuple[Path, Outcome]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = store.ui_command().replace("5000", str(port)).split()
+    command = mlflow_store.ui_command().replace("5000", str(port)).split()
     server = subprocess.Popen(
         [sys.executable, "-m", *command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -94,7 +94,7 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     browser: Any, ui: str, chosen: tuple[Path, Outcome]
 ) -> None:
     _, found = chosen
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     experiment = client.get_experiment_by_name(found.name).experiment_id
     browser.get(f"{ui}/#/experiments/{experiment}/runs")
     # The experiment has the same name, and links to itself above the table and beside it.

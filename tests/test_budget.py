@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.config.errors import UserError
-from raydistill.results.budget import Candidate, absolute_bounds, choose, feasible, front, on_one_clock
+from raydistill.core.errors import UserError
+from raydistill.results.pareto import Candidate, absolute_bounds, choose, feasible, front, on_one_clock
 
 
 def candidate(key: str, score: float, latency: float, rows: np.ndarray | None = None, **costs: float) -> Candidate:

@@ -20,13 +20,13 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.choose import parse_bounds
-from raydistill.cluster.export import export
-from raydistill.config.errors import UserError
-from raydistill.config.files import CARD, read_json, write_json_atomic
-from raydistill.model import served
-from raydistill.results import store
-from raydistill.results.outcome import outcome
+from raydistill.core.errors import UserError
+from raydistill.core.files import CARD, read_json, write_json_atomic
+from raydistill.inference import mlflow_pyfunc
 from raydistill.results.records import decoding_name
+from raydistill.results.selection import outcome
+from raydistill.tracking import mlflow_store
+from raydistill.tracking.export import export
 from tests.test_tracking import make_trial, sweep
 from tests.tiny import save_tiny, sentences
 from tests.world import background, free_port
@@ -110,7 +110,7 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
     assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
 
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert version.tags["decoding"] == "1 beam"
     folder = Path(version.source.removeprefix("file://"))
@@ -126,8 +126,8 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
     sources = sentences(5, seed=3)
     import mlflow
 
-    mlflow.set_tracking_uri(store.default_uri())
-    mlflow.set_registry_uri(store.default_uri())
+    mlflow.set_tracking_uri(mlflow_store.default_uri())
+    mlflow.set_registry_uri(mlflow_store.default_uri())
     written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.num_beams == 1
@@ -170,7 +170,7 @@ def test_mlflow_predicts_and_serves_by_the_cards_own_commands(handed_over: Path,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    wanted = {"predictions": served._load_pyfunc(str(handed_over)).predict(["a text", "another text"])}
+    wanted = {"predictions": mlflow_pyfunc._load_pyfunc(str(handed_over)).predict(["a text", "another text"])}
     assert json.loads(done.stdout) == wanted
     _, url, _, header, _, data = shlex.split(ask)
     asked = urllib.request.Request(url, (tmp_path / data.removeprefix("@")).read_bytes(), dict([header.split(": ")]))
@@ -203,7 +203,7 @@ def test_requirements_pin_what_serving_imports(handed_over: Path) -> None:
     program = """
 import json, sys
 from importlib.metadata import packages_distributions, version
-from raydistill.model.served import _load_pyfunc
+from raydistill.inference.mlflow_pyfunc import _load_pyfunc
 _load_pyfunc(sys.argv[1]).predict(["a text"])
 of = packages_distributions()
 roots = {module.split(".")[0] for module in sys.modules}

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from raydistill.data.labels import LabelSet, read_label_set
+from raydistill.label_sets.label_set import LabelSet, read_label_set
 from tests.hosts import NETWORK, Host, running_hosts, what_is_missing
 from tests.world import background, corpus_rows, environment, free_port, make_world
 

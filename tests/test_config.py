@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raydistill.config.distributions import decode, encode
-from raydistill.config.errors import UserError
-from raydistill.config.load import apply_settings, check, read_yaml
+from raydistill.config.loader import apply_settings, check, read_yaml
 from raydistill.config.run import Loss, Run, Training
 from raydistill.config.schema import json_schema
 from raydistill.config.space import (
@@ -26,6 +25,7 @@ from raydistill.config.space import (
     resolve,
     sampler_names,
 )
+from raydistill.core.errors import UserError
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 BASE = {"teacher": "demo", "dataset": "demo"}
@@ -481,7 +481,7 @@ def test_a_run_file_is_checked_the_same_way(tmp_path):
 
 
 def test_paths_in_labels_and_choices_are_made_absolute(tmp_path, monkeypatch):
-    from raydistill.config.load import absolute_paths
+    from raydistill.config.loader import absolute_paths
 
     monkeypatch.chdir(tmp_path)
     for name in ("set", "teacher"):

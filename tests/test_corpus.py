@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Columns, Dataset
+from raydistill.core.errors import UserError
 from raydistill.data.corpus import Corpus, inspect_corpus, read_corpus, split_names, statistics
 from tests.hub_cache import lay_out_dataset
 
@@ -358,7 +358,7 @@ def test_demo_by_name():
 HUB_CODE = """
 import json, sys
 from raydistill.config.run import Dataset
-from raydistill.config.errors import UserError
+from raydistill.core.errors import UserError
 from raydistill.data.corpus import read_corpus, split_names
 for name, config, split in json.loads(sys.argv[1]):
     dataset = Dataset(name=name, config=config)

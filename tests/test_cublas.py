@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.model.cublas import LIBRARIES, preload
+from raydistill.inference.cublas import LIBRARIES, preload
 
 ASK = """
 import ctypes
-from raydistill.model.cublas import preload
+from raydistill.inference.cublas import preload
 
 print(preload())
 print(ctypes.CDLL("libcublas.so.12").answer())

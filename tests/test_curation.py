@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import ValidationError
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Curation, Dataset, LabelPart
-from raydistill.data import curation
+from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
-from raydistill.data.curation import (
+from raydistill.evaluation.metrics import Tally, rouge2_rows
+from raydistill.label_sets import curation
+from raydistill.label_sets.curation import (
     Pair,
     agreement,
     check_curation,
@@ -20,7 +21,7 @@ from raydistill.data.curation import (
     length_ratio,
     repetition,
 )
-from raydistill.data.labels import (
+from raydistill.label_sets.label_set import (
     Candidate,
     choose_targets,
     read_candidates,
@@ -28,7 +29,6 @@ from raydistill.data.labels import (
     read_manifest,
     write_label_set,
 )
-from raydistill.evaluation.scores import Tally, rouge2_rows
 from raydistill.labels import find
 from raydistill.pseudolabel import rules_of
 

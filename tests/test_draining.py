@@ -11,10 +11,10 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.tune import Callback
 
 from benchmarks.nodes import STORE_BYTES, head
-from raydistill.cluster.prepare import Prepared
-from raydistill.cluster.search import search
 from raydistill.cluster.start import cluster
 from raydistill.config.space import Space
+from raydistill.search.prepare import Prepared
+from raydistill.search.tune_search import search
 from tests.tiny import save_tiny
 from tests.world import write_corpus
 

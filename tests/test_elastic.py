@@ -16,14 +16,14 @@ from ray.tune import Callback
 
 from benchmarks.nodes import STORE_BYTES, head
 from benchmarks.scaling import endless, made_up
-from raydistill.cluster.launch import train_with_ray_train
-from raydistill.cluster.planned import Facts, run_batches
-from raydistill.cluster.search import search
+from raydistill.cluster.actor_pool import Facts, run_batches
 from raydistill.cluster.start import cluster
-from raydistill.config.files import write_atomic, write_json_atomic
 from raydistill.config.run import Run
+from raydistill.core.files import write_atomic, write_json_atomic
+from raydistill.jobs.train import train_with_ray_train
+from raydistill.search.tune_search import search
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import Report
-from raydistill.training.run import Inputs
 from raydistill.training.workers import Worker
 
 BATCHES = 60

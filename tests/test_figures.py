@@ -4,8 +4,8 @@ import struct
 from pathlib import Path
 from xml.etree import ElementTree
 
-from raydistill.results.figures import front_picture, mark_of, markdown_table, results_table
 from raydistill.results.records import Trial
+from raydistill.results.tables import front_picture, mark_of, markdown_table, results_table
 
 
 def trial(key: str, number: int, size: str, method: str, score: float, latency: float) -> Trial:

@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raydistill.cluster.finalists import decodings, keep, serve_checkpoint, unserved, untested
-from raydistill.cluster.search import Ending
-from raydistill.cluster.sweep import no_more_trials
-from raydistill.config.files import write_json_atomic
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Search, Space
+from raydistill.core.files import write_json_atomic
 from raydistill.data.corpus import read_corpus
 from raydistill.evaluation.checkpoint import evaluate
 from raydistill.evaluation.serving import serve
-from raydistill.model.decoding import Beam
-from raydistill.model.generate import open_engine
-from raydistill.results.figures import mark_of, results_table
-from raydistill.results.outcome import finalists, outcome
+from raydistill.inference.decoding import Beam
+from raydistill.inference.engines import open_engine
 from raydistill.results.page import facts
 from raydistill.results.records import decoding_name
-from raydistill.results.served import served_in
+from raydistill.results.selection import finalists, outcome
+from raydistill.results.served_students import served_in
+from raydistill.results.tables import mark_of, results_table
+from raydistill.search.finalists import decodings, keep, serve_checkpoint, unserved, untested
+from raydistill.search.study import Ending
+from raydistill.search.sweep import no_more_trials
 from tests.test_tracking import make_trial
 from tests.world import make_world
 

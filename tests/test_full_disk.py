@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raydistill.data.labels import read_label_set
+from raydistill.label_sets.label_set import read_label_set
 from tests.world import command, corpus_rows, environment, make_world
 
 pytestmark = [

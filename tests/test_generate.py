@@ -11,14 +11,15 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding
-from raydistill.evaluation.scores import bleu, bleu_rows
-from raydistill.model import convert, ctranslate2_engine, teachers, transformers_engine
-from raydistill.model.ctranslate2_engine import CTranslate2Engine
-from raydistill.model.decoding import Beam, Sample, resolve_decoding
-from raydistill.model.generate import open_engine
-from raydistill.model.transformers_engine import TransformersEngine
+from raydistill.core.errors import UserError
+from raydistill.evaluation.metrics import bleu, bleu_rows
+from raydistill.inference import ctranslate2_conversion, ctranslate2_engine, transformers_engine
+from raydistill.inference.ctranslate2_engine import CTranslate2Engine
+from raydistill.inference.decoding import Beam, Sample, resolve_decoding
+from raydistill.inference.engines import open_engine
+from raydistill.inference.transformers_engine import TransformersEngine
+from raydistill.models import loading
 from tests.tiny import FAMILIES, save_tiny, sentences
 
 SHARED = Path(os.environ.get("RAYDISTILL_SHARED", Path(__file__).parents[2] / "shared"))
@@ -39,7 +40,7 @@ def ctranslate2(tiny, family, **kw):
 
 
 def disagreement(folder, model, tokenizer) -> float:
-    return convert._of_random_targets(folder, model, tokenizer, 1)
+    return ctranslate2_conversion._of_random_targets(folder, model, tokenizer, 1)
 
 
 def texts_of(found) -> list[str]:
@@ -94,7 +95,7 @@ def test_the_reference_engine_is_plain_generate(tiny, family):
     found = engine.generate(TEXTS, beam, max_source_tokens=50, n_best=3)
     settings = engine._settings(beam)
     settings.num_return_sequences = 3
-    rows = teachers.tokenize_sources(engine.tokenizer, TEXTS, 50)
+    rows = loading.tokenize_sources(engine.tokenizer, TEXTS, 50)
     batch = engine.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own is too short for this t5
     plain = engine.model.generate(**batch, generation_config=settings, past_key_values=cache)
@@ -106,11 +107,11 @@ def test_the_reference_engine_is_plain_generate(tiny, family):
 
 @pytest.mark.parametrize(("attention", "held"), [("sdpa", 2), ("eager", 8)])
 def test_the_source_is_held_once_per_row_where_torch_attends(tiny, attention, held):
-    model = teachers.load_model(tiny["bart"])
+    model = loading.load_model(tiny["bart"])
     model.set_attn_implementation(attention)
-    engine = TransformersEngine(model, teachers.load_tokenizer(tiny["bart"]))
+    engine = TransformersEngine(model, loading.load_tokenizer(tiny["bart"]))
     beam = replace(GREEDY, beams=4, max_length=12)
-    out = engine._run(teachers.tokenize_sources(engine.tokenizer, TEXTS[:2], 50), engine._settings(beam))
+    out = engine._run(loading.tokenize_sources(engine.tokenizer, TEXTS[:2], 50), engine._settings(beam))
     source = out.past_key_values.cross_attention_cache.layers[0].keys
     assert len(source) == held
     assert model.config._attn_implementation == attention
@@ -125,9 +126,9 @@ def test_score_is_the_log_probability_over_length_to_the_penalty(tiny, beams, pe
     engine = open_engine(tiny["t5"], "transformers")
     assert isinstance(engine, TransformersEngine)
     beam = replace(GREEDY, beams=beams, length_penalty=penalty, max_length=8)
-    out = engine._run(teachers.tokenize_sources(engine.tokenizer, TEXTS[:1], 50), engine._settings(beam))
+    out = engine._run(loading.tokenize_sources(engine.tokenizer, TEXTS[:1], 50), engine._settings(beam))
     sequence = out.sequences
-    sources = torch.tensor(teachers.tokenize_sources(engine.tokenizer, TEXTS[:1], 50))
+    sources = torch.tensor(loading.tokenize_sources(engine.tokenizer, TEXTS[:1], 50))
     with torch.no_grad():
         logits = engine.model(input_ids=sources, decoder_input_ids=sequence[:, :-1]).logits
     chosen = logits.log_softmax(-1).gather(-1, sequence[:, 1:, None]).sum().item()
@@ -156,8 +157,8 @@ def test_few_rows_at_once_where_scores_would_fill_the_memory_change_nothing(tiny
 
 
 def test_a_model_in_training_is_left_in_training_and_generates_without_dropout(tiny):
-    model = teachers.load_model(tiny["bart"])
-    engine = TransformersEngine(model, teachers.load_tokenizer(tiny["bart"]))
+    model = loading.load_model(tiny["bart"])
+    engine = TransformersEngine(model, loading.load_tokenizer(tiny["bart"]))
     wanted = engine.generate(TEXTS, GREEDY, max_source_tokens=50)
     model.train()
     assert engine.generate(TEXTS, GREEDY, max_source_tokens=50) == wanted
@@ -208,7 +209,7 @@ def test_texts_and_outputs_beyond_the_positions_are_cut(tmp_path, kind):
 def test_lengths_are_counted_with_start_and_end(tmp_path, kind, beams):
     """A BART that ends as soon as it may: </s> and the forced <s> come first, so 4 of 6 are left over."""
     folder = save_tiny("bart", tmp_path / "m", logits_bias=True)
-    model = teachers.load_model(folder)
+    model = loading.load_model(folder)
     bias = model.final_logits_bias
     assert isinstance(bias, torch.Tensor)
     bias[0, model.config.eos_token_id] = 50
@@ -237,9 +238,9 @@ def test_a_decoder_deeper_than_the_encoder(tmp_path, kind):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "t5 1.1"])
 def test_a_conversion_has_the_log_probabilities_of_transformers(tiny, family):
-    model, tokenizer = teachers.load_model(tiny[family]), teachers.load_tokenizer(tiny[family])
+    model, tokenizer = loading.load_model(tiny[family]), loading.load_tokenizer(tiny[family])
     engine = ctranslate2(tiny, family)
-    folder = convert.converted(tiny[family], tokenizer, tiny["cache"], 1, None)
+    folder = ctranslate2_conversion.converted(tiny[family], tokenizer, tiny["cache"], 1, None)
     assert disagreement(folder, model, tokenizer) < 0.005
     greedy = replace(GREEDY, forced_first=engine.generation.forced_bos_token_id)
     wanted = open_engine(tiny[family], "transformers").generate(TEXTS, greedy, max_source_tokens=50)
@@ -247,15 +248,15 @@ def test_a_conversion_has_the_log_probabilities_of_transformers(tiny, family):
 
 
 def test_disagreement_sees_another_model(tiny, tmp_path):
-    other = teachers.load_model(save_tiny("bart", tmp_path, seed=1))
-    tokenizer = teachers.load_tokenizer(tiny["bart"])
-    folder = convert.converted(tiny["bart"], tokenizer, tiny["cache"], 1, None)
+    other = loading.load_model(save_tiny("bart", tmp_path, seed=1))
+    tokenizer = loading.load_tokenizer(tiny["bart"])
+    folder = ctranslate2_conversion.converted(tiny["bart"], tokenizer, tiny["cache"], 1, None)
     assert disagreement(folder, other, tokenizer) > 1
-    own = teachers.load_model(tiny["bart"])
+    own = loading.load_model(tiny["bart"])
     bias = own.final_logits_bias
     assert isinstance(bias, torch.Tensor)
     bias.zero_()
-    assert disagreement(folder, own, tokenizer) > convert.TOLERANCE
+    assert disagreement(folder, own, tokenizer) > ctranslate2_conversion.TOLERANCE
 
 
 def test_another_mbart_language_needs_no_conversion_of_its_own(tiny):
@@ -281,12 +282,12 @@ def test_a_checkpoint_is_not_touched_and_is_converted_once(tmp_path):
 
 def test_several_at_once_convert_once(tmp_path, monkeypatch):
     folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
-    tokenizer = teachers.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     made = []
-    real = convert._convert_into
-    monkeypatch.setattr(convert, "_convert_into", lambda *args: made.append(args) or real(*args))
+    real = ctranslate2_conversion._convert_into
+    monkeypatch.setattr(ctranslate2_conversion, "_convert_into", lambda *args: made.append(args) or real(*args))
     with ThreadPoolExecutor(4) as pool:
-        places = list(pool.map(lambda _: convert.converted(folder, tokenizer, cache, 1, None), range(4)))
+        places = list(pool.map(lambda _: ctranslate2_conversion.converted(folder, tokenizer, cache, 1, None), range(4)))
     assert len(set(places)) == len(made) == 1
     assert [path.name for path in cache.glob("[!.]*")] == [places[0].name]
     assert not list(cache.glob(".making-*"))
@@ -295,7 +296,7 @@ def test_several_at_once_convert_once(tmp_path, monkeypatch):
 def test_a_failure_that_may_pass_is_not_remembered(tmp_path, monkeypatch):
     """Faults at the converter's boundary: too little memory, a full disk."""
     folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
-    tokenizer = teachers.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
 
     def failing(error):
         def convert(*args):
@@ -304,24 +305,24 @@ def test_a_failure_that_may_pass_is_not_remembered(tmp_path, monkeypatch):
         return convert
 
     passing = (
-        (RuntimeError("out of memory"), convert.RefusedError, "failed this time: out of memory"),
+        (RuntimeError("out of memory"), ctranslate2_conversion.RefusedError, "failed this time: out of memory"),
         (OSError(28, "No space left on device"), UserError, "No space left on device.*free some disk"),
     )
     for error, raised, words in passing:
-        monkeypatch.setattr(convert, "convert", failing(error))
+        monkeypatch.setattr(ctranslate2_conversion, "convert", failing(error))
         with pytest.raises(raised, match=words):
-            convert.converted(folder, tokenizer, cache, 1, None)
+            ctranslate2_conversion.converted(folder, tokenizer, cache, 1, None)
         assert not list(cache.glob("[!.]*"))
         assert not list(cache.glob(".making-*"))
     monkeypatch.undo()
-    assert convert.converted(folder, tokenizer, cache, 1, None).is_dir()
+    assert ctranslate2_conversion.converted(folder, tokenizer, cache, 1, None).is_dir()
 
 
 def test_a_truncated_conversion_is_made_again(tmp_path):
     folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
     engine = open_engine(folder, cache=cache, allow_fallback=False)
     wanted = engine.generate(TEXTS, GREEDY, max_source_tokens=50)
-    for damage in ("model.bin", convert.PROOF):
+    for damage in ("model.bin", ctranslate2_conversion.PROOF):
         [path] = cache.glob(f"*/{damage}")
         path.write_bytes(path.read_bytes()[:50])
         engine = open_engine(folder, cache=cache, allow_fallback=False)
@@ -356,7 +357,7 @@ def test_what_ctranslate2_would_get_wrong_is_refused_and_falls_back_aloud(tmp_pa
 @pytest.mark.parametrize("fails", ["opening", "first call"])
 def test_a_ctranslate2_that_fails_when_it_is_opened_or_called_is_refused_with_its_words(tiny, monkeypatch, fails):
     """As without libcublas, or on a full GPU: a fault at the library's boundary, which no CPU can bring about."""
-    convert.converted(tiny["bart"], teachers.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None)
+    ctranslate2_conversion.converted(tiny["bart"], loading.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None)
     words = "Library libcublas.so.12 is not found or cannot be loaded"
     told = f"it failed on cpu: {words}; `pip install nvidia-cublas-cu12` brings it"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raydistill.config.run import Training
-from raydistill.model.decoding import Beam
-from raydistill.model.generate import open_engine
+from raydistill.inference.decoding import Beam
+from raydistill.inference.engines import open_engine
 from raydistill.training.loop import make_optimizer, read_step, step
 from raydistill.training.workers import Worker
 from tests.test_training import EXACT_NUMBERS, texts, tiny, with_stores

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from raydistill.cluster.prepare import Prepared
-from raydistill.cluster.sweep import hand_over
-from raydistill.config.files import read_json, write_json_atomic
-from raydistill.results.outcome import outcome
-from raydistill.results.store import client_of
+from raydistill.core.files import read_json, write_json_atomic
+from raydistill.results.selection import outcome
+from raydistill.search.prepare import Prepared
+from raydistill.search.sweep import hand_over
+from raydistill.tracking.mlflow_store import client_of
 from tests.test_choose import make_student
 from tests.test_sweep import KILL_SPACE
 from tests.test_tracking import make_trial, sweep

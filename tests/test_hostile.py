@@ -20,21 +20,23 @@ from hypothesis import strategies as st
 
 from raydistill import cache as cache_command
 from raydistill import labels as labels_command
-from raydistill.cluster.search import StudySearch
-from raydistill.cluster.sweep import claimed
-from raydistill.config.console import run_app
-from raydistill.config.errors import UserError
-from raydistill.config.files import read_json, write_json_atomic
-from raydistill.config.load import check, read_yaml
+from raydistill.config.loader import check, read_yaml
 from raydistill.config.run import Dataset, Run
 from raydistill.config.space import Space, read_space
-from raydistill.data import files, labels, store
+from raydistill.core.console import run_app
+from raydistill.core.errors import UserError
+from raydistill.core.files import read_json, write_json_atomic
+from raydistill.data import readers
 from raydistill.data.corpus import Row, inspect_corpus, read_corpus
-from raydistill.data.plan import make_plan, open_plan
-from raydistill.data.stream import scan, usable_rows
-from raydistill.model import teachers
-from raydistill.results.figures import result_tables
-from raydistill.results.outcome import outcome
+from raydistill.data.streaming import scan, usable_rows
+from raydistill.label_sets import label_set
+from raydistill.label_sets.batch_plan import make_plan, open_plan
+from raydistill.models import loading
+from raydistill.results.selection import outcome
+from raydistill.results.tables import result_tables
+from raydistill.search.study import StudySearch
+from raydistill.search.sweep import claimed
+from raydistill.teacher_cache import store
 from tests import world
 from tests.test_labels import ROWS, WHOLE
 from tests.test_search import RUN
@@ -260,8 +262,8 @@ def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
     """40 MB of one letter out of 40 kB: with bounds of 100,000 characters little memory is ever taken."""
     import tracemalloc
 
-    monkeypatch.setattr(files, "MOST_LINE", 100_000)
-    monkeypatch.setattr(files, "MOST_ARRAY", 100_000)
+    monkeypatch.setattr(readers, "MOST_LINE", 100_000)
+    monkeypatch.setattr(readers, "MOST_ARRAY", 100_000)
     starts = {"x.json.gz": b'[{"source": "', "x.csv.gz": b"source,target\n", "x.jsonl.gz": b'{"source": "'}
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
         file.write(starts.get(name, b""))
@@ -277,7 +279,7 @@ def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
 
 
 def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_LINE", 100)
+    monkeypatch.setattr(readers, "MOST_LINE", 100)
     lines = [json.dumps({"source": "s", "target": "x" * n}) for n in (5, 500, 6)]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     corpus = read_corpus(Dataset(name=str(tmp_path / "x.jsonl"), skip_bad_rows=True), "train")
@@ -286,11 +288,11 @@ def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
 
 
 def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_GROUP", 1_000_000)
+    monkeypatch.setattr(readers, "MOST_GROUP", 1_000_000)
     texts = ["x" * 1000 + str(i) for i in range(4000)]  # 4 MB, which pack into next to nothing
     pq.write_table(pa.table({"source": texts, "target": texts}), tmp_path / "x.parquet", compression="zstd",
                    use_dictionary=False)  # fmt: skip
-    monkeypatch.setattr(files, "MOST_TIMES", 10)
+    monkeypatch.setattr(readers, "MOST_TIMES", 10)
     with pytest.raises(UserError, match="says that it unpacks to"):
         read_all(tmp_path / "x.parquet")
 
@@ -307,14 +309,14 @@ def test_a_pipe_is_no_data_set(tmp_path):
 def test_label_sets(holds, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "set"
     manifest = {**WHOLE, "rows": 3, "curation": {"min_rouge2": 3}, "dropped": {"empty": 1}}
-    labels.write_label_set(folder, [*ROWS, ("gone", "empty")], lambda: manifest)
+    label_set.write_label_set(folder, [*ROWS, ("gone", "empty")], lambda: manifest)
     whole = {name: (folder / name).read_bytes() for name in ("manifest.json", "part-00000.parquet", "dropped.parquet")}
 
     def load():
-        labels.list_label_sets(tmp_path)
+        label_set.list_label_sets(tmp_path)
         for words in ("list", f"describe {folder} --json"):
             command(monkeypatch, labels_command.app, f"{words} --root {tmp_path}")
-        labels.read_label_set(folder)
+        label_set.read_label_set(folder)
 
     def says(name, content):
         for other, kept in whole.items():
@@ -342,7 +344,7 @@ def command(monkeypatch, app, words):
 
 def test_a_name_that_is_no_utf8_is_shown_all_the_same(tmp_path):
     home = tmp_path / "outputs"
-    labels.write_label_set(home / "labels" / "set", ROWS, lambda: {**WHOLE, "rows": 3})
+    label_set.write_label_set(home / "labels" / "set", ROWS, lambda: {**WHOLE, "rows": 3})
     (home / "labels" / "set").rename(home / "labels" / os.fsdecode(b"set-\xff"))
     done = world.command(home, "labels", "list")
     assert (done.returncode, done.stderr) == (0, "")
@@ -469,9 +471,9 @@ def test_checkpoints(holds, tmp_path):
     whole = {name: (folder / name).read_bytes() for name in names}
 
     def load():
-        teachers.load_generation_config(folder)
-        teachers.load_tokenizer(folder)
-        teachers.load_model(folder)
+        loading.load_generation_config(folder)
+        loading.load_tokenizer(folder)
+        loading.load_model(folder)
 
     def says(name, content):
         for other, kept in whole.items():

@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from raydistill.config.files import read_json
-from raydistill.results.outcome import finalists
+from raydistill.core.files import read_json
 from raydistill.results.records import decoding_name
+from raydistill.results.selection import finalists
 from tests.test_sweep import KILL_SPACE, mlflow_children
 from tests.world import AT_WORK, environment, make_world, processes_of, wait_for_ray_to_end
 

@@ -7,10 +7,10 @@ from subprocess import PIPE, Popen
 import pyarrow.parquet as pq
 import pytest
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import LabelPart, parse_labels
-from raydistill.data import labels
-from raydistill.data.labels import (
+from raydistill.core.errors import UserError
+from raydistill.label_sets import label_set
+from raydistill.label_sets.label_set import (
     Candidate,
     LabelSet,
     choose_targets,
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_back_and_only_the_best_candidate_is_a_target(tm
 
 
 def test_many_rows_go_into_parts_and_none_is_lost_between_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "PART_ROWS", 3)
+    monkeypatch.setattr(label_set, "PART_ROWS", 3)
     rows = [(str(i), [Candidate(f"text {i}", 0.0)]) for i in range(7)]
     write(tmp_path / "set", iter(rows), {"rows": 7})
     assert len(list((tmp_path / "set").glob("part-*.parquet"))) == 3
@@ -101,15 +101,15 @@ def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
         return real(path, schema)
 
     monkeypatch.setattr(pq, "ParquetWriter", watched)
-    monkeypatch.setattr(labels, "PART_ROWS", 2)
+    monkeypatch.setattr(label_set, "PART_ROWS", 2)
     write(tmp_path / "set", ROWS, MANIFEST)
     assert seen == [[], ["part-00000.parquet"]]
     assert is_finished(tmp_path / "set")
 
 
 def test_a_part_is_written_bit_by_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "FLUSH_LINES", 2)
-    monkeypatch.setattr(labels, "PART_ROWS", 5)
+    monkeypatch.setattr(label_set, "FLUSH_LINES", 2)
+    monkeypatch.setattr(label_set, "PART_ROWS", 5)
     write(tmp_path / "set", [row for i in range(4) for row in ((f"d{i}", "empty"), (f"{i}", ROWS[0][1]))], {"rows": 4})
     groups = {path.name: pq.ParquetFile(path).metadata for path in (tmp_path / "set").glob("*.parquet")}
     assert {name: [m.row_group(i).num_rows for i in range(m.num_row_groups)] for name, m in groups.items()} == {
@@ -316,7 +316,7 @@ def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
     write(tmp_path / "set", [("b", "min_rouge2"), ROWS[0], ("c", "empty")], {"rows": 1})
     found = read_label_set(tmp_path / "set")
     assert found.dropped == {"b", "c"}
-    assert labels.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
+    assert label_set.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
     assert targets_of(["b", "a", "c"], ORIGINALS, "pseudo", found) == ([1], ["Ein Hund."])
     with pytest.raises(UserError, match=r"1 of 2 training rows have no pseudo-label \(first: 'd'\)"):
         targets_of(["a", "d"], ["x", "y"], "pseudo", found)

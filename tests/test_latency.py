@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import transformers
 
-from raydistill.cluster.shapes import time_shape
 from raydistill.config.run import Dataset
 from raydistill.evaluation import latency
 from raydistill.evaluation.latency import Timing
-from raydistill.model import teachers
-from raydistill.model.generate import open_engine
-from raydistill.training.material import open_teacher
+from raydistill.inference.engines import open_engine
+from raydistill.models import loading
+from raydistill.search.shape_latency import time_shape
+from raydistill.training.tokenized_data import open_teacher
 from tests.tiny import save_tiny
 
 
@@ -55,8 +55,8 @@ def test_parameters_are_counted_by_hand_with_the_embedding_once():
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_parameters_from_the_config_equal_those_of_the_model(family, tmp_path):
     folder = save_tiny(family, tmp_path)
-    model = teachers.load_model(folder)
-    assert latency.parameters(teachers.load_config(folder)) == sum(p.numel() for p in model.parameters())
+    model = loading.load_model(folder)
+    assert latency.parameters(loading.load_config(folder)) == sum(p.numel() for p in model.parameters())
 
 
 def test_time_calls_takes_the_median_and_leaves_the_warm_up_out():
@@ -244,7 +244,7 @@ def test_an_engine_holds_at_least_its_weights(tmp_path):
     before = latency.held_mb("cpu")
     engine = open_engine(folder, "transformers")
     timing = latency.measure(engine, 10, 5, batch=32, beams=2, min_seconds=0, held_before=before)
-    weights = latency.memory_mb(teachers.load_config(folder))
+    weights = latency.memory_mb(loading.load_config(folder))
     assert weights > 30
     assert timing.peak_mb is not None
     assert weights < timing.peak_mb < 10 * weights

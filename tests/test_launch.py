@@ -12,14 +12,15 @@ import psutil
 import pytest
 
 from benchmarks.scaling import endless, made_up
-from raydistill.cluster.launch import check_room, launcher_for, train_with_ray_train
-from raydistill.cluster.planned import places
-from raydistill.cluster.search import StudySearch, search
+from raydistill.cluster.actor_pool import places
 from raydistill.cluster.start import largest_node
-from raydistill.cluster.watch import Watch
-from raydistill.config.errors import PassingError, UserError
 from raydistill.config.run import Run
-from raydistill.training.run import Inputs
+from raydistill.core.errors import PassingError, UserError
+from raydistill.jobs.train import check_room, launcher_for, train_with_ray_train
+from raydistill.search.progress import Watch
+from raydistill.search.study import StudySearch
+from raydistill.search.tune_search import search
+from raydistill.training.inputs import Inputs
 from tests.world import make_world
 
 KEPT = ("step", "loss", "val_loss", "score")

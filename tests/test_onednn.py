@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from raydistill.model import onednn
+from raydistill.models import onednn_linear
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN product"
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The products are right on every CPU that torch has oneDNN for; only their speed is not."""
-    monkeypatch.setattr(onednn, "helps", lambda: True)
-    monkeypatch.setattr(onednn, "SMALLEST", 0)
-    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", {"training": 0, "inference": 0})
+    monkeypatch.setattr(onednn_linear, "helps", lambda: True)
+    monkeypatch.setattr(onednn_linear, "SMALLEST", 0)
+    monkeypatch.setattr(onednn_linear, "SMALLEST_WEIGHT", {"training": 0, "inference": 0})
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 100])
@@ -27,8 +27,8 @@ def test_results_and_gradients_are_those_of_float64(rows: int, bias: bool) -> No
     torch.manual_seed(0)
     layer = nn.Linear(48, 72, bias=bias)
     exact = copy.deepcopy(layer).double()
-    onednn.quicken(layer)
-    assert type(layer) is onednn.Linear
+    onednn_linear.quicken(layer)
+    assert type(layer) is onednn_linear.Linear
     inputs, slope = torch.randn(2, rows, 48), torch.randn(2, rows, 72)
     ours, theirs = inputs.clone().requires_grad_(), inputs.double().requires_grad_()
     found, wanted = layer(ours), exact(theirs)
@@ -42,7 +42,7 @@ def test_results_and_gradients_are_those_of_float64(rows: int, bias: bool) -> No
 
 def test_only_what_is_trained_gets_a_gradient() -> None:
     layer = nn.Linear(8, 8)
-    onednn.quicken(layer)
+    onednn_linear.quicken(layer)
     layer.weight.requires_grad_(False)
     layer(torch.randn(4, 8)).sum().backward()
     assert layer.weight.grad is None
@@ -52,10 +52,10 @@ def test_only_what_is_trained_gets_a_gradient() -> None:
 def test_names_weights_and_subclasses_stay() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    onednn.quicken(model)
+    onednn_linear.quicken(model)
     assert type(model[1]) is nn.modules.linear.NonDynamicallyQuantizableLinear
     copied = copy.deepcopy(model)
-    assert type(copied[0]) is onednn.Linear
+    assert type(copied[0]) is onednn_linear.Linear
     assert copied[0].weight is not model[0].weight
     assert {name: weight.tolist() for name, weight in copied.state_dict().items()} == {
         name: weight.tolist() for name, weight in before.items()
@@ -65,7 +65,7 @@ def test_names_weights_and_subclasses_stay() -> None:
 def test_bf16_autocast_goes_the_usual_way() -> None:
     layer = nn.Linear(16, 16)
     plain = copy.deepcopy(layer)
-    onednn.quicken(layer)
+    onednn_linear.quicken(layer)
     inputs = torch.randn(3, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(inputs), plain(inputs))
@@ -73,13 +73,13 @@ def test_bf16_autocast_goes_the_usual_way() -> None:
 
 
 def test_nothing_is_changed_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "helps", lambda: False)
+    monkeypatch.setattr(onednn_linear, "helps", lambda: False)
     layer = nn.Linear(4, 4)
-    onednn.quicken(layer)
+    onednn_linear.quicken(layer)
     assert type(layer) is nn.Linear
 
 
 def test_numbers_of_rows_are_few() -> None:
-    sizes = {len(onednn._filled(torch.zeros(n, 1))) for n in range(1, 1025)}
+    sizes = {len(onednn_linear._filled(torch.zeros(n, 1))) for n in range(1, 1025)}
     assert len(sizes) <= 8 * 8
-    assert all(len(onednn._filled(torch.zeros(n, 1))) <= n * 9 / 8 + 1 for n in range(1, 1025))
+    assert all(len(onednn_linear._filled(torch.zeros(n, 1))) <= n * 9 / 8 + 1 for n in range(1, 1025))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config.files import write_json_atomic
+from raydistill.core.files import write_json_atomic
 from raydistill.results import records
 from raydistill.results.costs import gain, method_table
-from raydistill.results.outcome import outcome
 from raydistill.results.page import facts, page, write_report
 from raydistill.results.records import Trial
-from raydistill.results.served import timed_alike
+from raydistill.results.selection import outcome
+from raydistill.results.served_students import timed_alike
 from tests.test_tracking import make_trial
 
 

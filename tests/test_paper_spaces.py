@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.cluster.plan import describe_plan
-from raydistill.cluster.prepare import runs_of
 from raydistill.config.corners import point_values
-from raydistill.config.layers import layers_to_copy
 from raydistill.config.run import parse_size
 from raydistill.config.space import read_space, resolve
-from raydistill.results import paper
-from raydistill.results.ablations import variation
+from raydistill.models.layer_choice import layers_to_copy
+from raydistill.paper import published
+from raydistill.paper.ablations import variation
+from raydistill.search.dry_run import describe_plan
+from raydistill.search.prepare import runs_of
 
 SPACES = Path(__file__).parents[1] / "search_spaces"
 TABLES = sorted(SPACES.glob("table*.yaml"))
@@ -74,7 +74,7 @@ def of_table(number):
 
 @of_table(5)
 def test_the_methods_are_those_of_table_5(path):
-    [theirs] = [row for (teacher, _, data), row in paper.TABLE_5.items() if (teacher, data) == place_of(path)]
+    [theirs] = [row for (teacher, _, data), row in published.TABLE_5.items() if (teacher, data) == place_of(path)]
     runs = runs_of(read_space(path))
     assert sorted(r.method for r in runs) == sorted(m for m in ("sft", "kd", "pl") if getattr(theirs, m))
     assert {r.label_source for r in runs} == {"pseudo" if r.method == "pl" else "original" for r in runs}
@@ -90,12 +90,12 @@ def test_the_initialisations_are_those_of_tables_8_and_9(path):
         else:
             layers = tuple(layers_to_copy(depth, parse_size(run.student.size)[1], run.student.init))
             starts.append((layers, run.student.copy_from or "teacher"))
-    assert sorted(starts) == sorted(paper.INITIALISATIONS[place_of(path)])
+    assert sorted(starts) == sorted(published.INITIALISATIONS[place_of(path)])
 
 
 @of_table(10)
 def test_the_labels_are_those_of_table_10(path):
-    [theirs] = [row for (teacher, _, data), row in paper.TABLE_10.items() if (teacher, data) == place_of(path)]
+    [theirs] = [row for (teacher, _, data), row in published.TABLE_10.items() if (teacher, data) == place_of(path)]
     other = {"BART": "pegasus", "Pegasus": "bart"}.get(place_of(path)[0])
     mixes = ["original", "pseudo", "original+pseudo", f"original+pseudo+pseudo@{other}"]
     wanted = [mix for mix, figure in zip(mixes, theirs[1:], strict=True) if figure is not None]

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Dataset
+from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row, read_corpus
-from raydistill.data.plan import make_plan, open_plan
-from raydistill.data.stream import scan, usable_rows
+from raydistill.data.streaming import scan, usable_rows
+from raydistill.label_sets.batch_plan import make_plan, open_plan
 
 
 def write_rows(path, rows):

@@ -13,16 +13,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from raydistill.cluster.outputs import is_done
-from raydistill.cluster.planned import run_batches
-from raydistill.cluster.pseudolabel import Job, Labeller, _one_engine, _plain, describe_job, pseudolabel
-from raydistill.config.errors import UserError
+from raydistill.cluster.actor_pool import run_batches
 from raydistill.config.run import Curation, Dataset, Decoding, Pseudo
-from raydistill.data.labels import read_candidates, read_manifest
-from raydistill.data.plan import Plan
-from raydistill.data.stream import scan
-from raydistill.model.decoding import resolve_decoding
-from raydistill.model.generate import open_engine
+from raydistill.core.errors import UserError
+from raydistill.data.streaming import scan
+from raydistill.inference.decoding import resolve_decoding
+from raydistill.inference.engines import open_engine
+from raydistill.jobs.label_outputs import is_done
+from raydistill.jobs.pseudolabel import Job, Labeller, _one_engine, _plain, describe_job, pseudolabel
+from raydistill.label_sets.batch_plan import Plan
+from raydistill.label_sets.label_set import read_candidates, read_manifest
 from tests.tiny import save_tiny
 from tests.world import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
 
@@ -119,7 +119,7 @@ def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("raydistill.cluster.pseudolabel.compact", killed)
+        patch.setattr("raydistill.jobs.pseudolabel.compact", killed)
         with pytest.raises(KeyboardInterrupt):
             pseudolabel(job_of(world), tmp_path / "hurt", say=False)
     outputs = sorted((tmp_path / "hurt").glob(".*.work/out/*.parquet"))

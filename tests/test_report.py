@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Run
-from raydistill.results import paper
-from raydistill.results.report import heads, tables
-from raydistill.results.settings import read_settings
+from raydistill.core.errors import UserError
+from raydistill.paper import published
+from raydistill.paper.settings import read_settings
+from raydistill.paper.tables import heads, tables
 from tests.world import command, last_json
 
 ROWS = 40
@@ -352,7 +352,7 @@ def test_the_quality_of_pseudo_labels_stands_under_table_10(sweep):
     ],
 )
 def test_a_teacher_in_a_folder_is_called_by_its_last_part(teacher, name):
-    assert paper.teacher_name(teacher) == name
+    assert published.teacher_name(teacher) == name
 
 
 def test_table_3_describes_the_corpus(sweep):
@@ -400,12 +400,12 @@ def test_table_10_is_less_the_teacher(sweep):
 
 def test_the_papers_figures_agree_with_each_other():
     """Slips of copying show where the paper's own numbers can be worked out from each other."""
-    assert sum(hours for hours, _ in paper.TABLE_4.values()) == 2631
-    assert sum(runs for _, runs in paper.TABLE_4.values()) == 287
-    for (teacher, size, data), found in paper.TABLES_6_7.items():
+    assert sum(hours for hours, _ in published.TABLE_4.values()) == 2631
+    assert sum(runs for _, runs in published.TABLE_4.values()) == 287
+    for (teacher, size, data), found in published.TABLES_6_7.items():
         depth = {"BART": "12-12", "Pegasus": "16-16"}.get(teacher)
         if depth and size != depth:
-            base = paper.TABLES_6_7[teacher, depth, data].ms
+            base = published.TABLES_6_7[teacher, depth, data].ms
             assert found.speedup == pytest.approx(base / found.ms, abs=0.01), (teacher, size, data)
 
 

@@ -14,10 +14,10 @@ from benchmarks.nodes import Meter, nodes
 from benchmarks.scaling import SECONDS_PER_STEP, Slept, _slept, endless, in_slots, made_up
 from benchmarks.stamps import End, rate
 from benchmarks.standins import timed_engine, timed_run
-from raydistill.cluster.search import search
 from raydistill.config.run import Run
-from raydistill.model.decoding import Beam
-from raydistill.training.run import Inputs
+from raydistill.inference.decoding import Beam
+from raydistill.search.tune_search import search
+from raydistill.training.inputs import Inputs
 from tests.world import environment
 
 ROOT = Path(__file__).parents[1]

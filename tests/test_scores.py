@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
-from raydistill.config.errors import UserError
-from raydistill.evaluation import scores
+from raydistill.core.errors import UserError
+from raydistill.evaluation import metrics
 
 VOCABULARY = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ",", ".", "!"]
 WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
@@ -20,49 +20,49 @@ WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
 
 def test_rouge_by_hand() -> None:
     # "the cat sat" / "the cat ran home": 2 of 3 and 2 of 4 words; 1 of 2 and 1 of 3 bigrams.
-    rows = scores.rouge_rows(["the cat sat"], ["the cat ran home"])
+    rows = metrics.rouge_rows(["the cat sat"], ["the cat ran home"])
     assert rows["rouge1"] == pytest.approx([100 * 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)])
     assert rows["rouge2"] == pytest.approx([100 * 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)])
     assert rows["rougeL"] == pytest.approx(rows["rouge1"])
 
 
 def test_rouge_stems_and_ignores_case_and_punctuation() -> None:
-    assert scores.rouge_rows(["Running dogs!"], ["run DOG"])["rouge2"] == pytest.approx([100.0])
+    assert metrics.rouge_rows(["Running dogs!"], ["run DOG"])["rouge2"] == pytest.approx([100.0])
     # words of three letters or fewer are not stemmed: "ids" is not "id"
-    assert scores.rouge_rows(["his ids"], ["his id"])["rouge1"] == pytest.approx([50.0])
-    assert scores.rouge_rows(["Jumped quickly"], ["jumping, QUICKLY."])["rouge2"] == pytest.approx([100.0])
+    assert metrics.rouge_rows(["his ids"], ["his id"])["rouge1"] == pytest.approx([50.0])
+    assert metrics.rouge_rows(["Jumped quickly"], ["jumping, QUICKLY."])["rouge2"] == pytest.approx([100.0])
 
 
 def test_rouge_lsum_takes_the_union_over_sentences_in_any_order() -> None:
     # Same two sentences, swapped: the longest common subsequence has 3 of 6 words, the summary level all 6.
-    rows = scores.rouge_rows(["one two three. four five six."], ["four five six. one two three."])
+    rows = metrics.rouge_rows(["one two three. four five six."], ["four five six. one two three."])
     assert rows["rougeL"] == pytest.approx([50.0])
     assert rows["rougeLsum"] == pytest.approx([100.0])
-    newlines = scores.rouge_rows(["one two three\nfour five six"], ["four five six\none two three"])
+    newlines = metrics.rouge_rows(["one two three\nfour five six"], ["four five six\none two three"])
     assert newlines["rougeLsum"] == pytest.approx([100.0])
 
 
 def test_rouge_of_empty_output_is_zero() -> None:
-    rows = scores.rouge_rows(["", "."], ["a cat", "a cat"])
+    rows = metrics.rouge_rows(["", "."], ["a cat", "a cat"])
     assert all(np.array_equal(values, [0, 0]) for values in rows.values())
 
 
 def test_rouge_corpus_score_is_the_mean_over_rows() -> None:
-    scored = scores.score("rouge2", ["a b c", "x y z"], ["a b c", "a b c"])
+    scored = metrics.score("rouge2", ["a b c", "x y z"], ["a b c", "a b c"])
     assert scored.metrics == pytest.approx({"rouge1": 50, "rouge2": 50, "rougeL": 50, "rougeLsum": 50})
     assert scored.rows.tolist() == [100, 0]
 
 
 def test_bleu_counts_by_hand() -> None:
-    rows = scores.bleu_rows(["the cat sat on mat", ""], ["the cat sat on the mat", "a cat"])
+    rows = metrics.bleu_rows(["the cat sat on mat", ""], ["the cat sat on the mat", "a cat"])
     # 5 of 5 words; the cat, cat sat, sat on; the cat sat, cat sat on; the cat sat on
     assert rows.tolist() == [[5, 3, 2, 1, 5, 4, 3, 2, 5, 6], [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]]
     by_hand = 100 * math.exp(1 - 6 / 5) * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert scores.bleu(rows[:1]) == pytest.approx(by_hand)
+    assert metrics.bleu(rows[:1]) == pytest.approx(by_hand)
 
 
 def test_sacrebleu_keeps_no_text_when_the_rows_are_counted() -> None:
-    scores.bleu_rows(["the cat sat on mat"], ["the cat sat on the mat"])
+    metrics.bleu_rows(["the cat sat on mat"], ["the cat sat on the mat"])
     for tokenizer in (Tokenizer13a, TokenizerRegexp):
         assert tokenizer.__call__.cache_info().currsize == 0
 
@@ -72,21 +72,21 @@ def test_sacrebleu_keeps_no_text_when_the_rows_are_counted() -> None:
 def test_bleu_is_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     predictions, references = [list(side) for side in zip(*pairs, strict=True)]
     expected = sacrebleu.corpus_bleu(predictions, [references], smooth_method="exp", tokenize="13a").score
-    rows = scores.bleu_rows(predictions, references)
-    assert scores.bleu(rows) == expected
-    assert scores._bleu_of_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
-    assert scores.score("bleu", predictions, references).metrics["bleu"] == expected
+    rows = metrics.bleu_rows(predictions, references)
+    assert metrics.bleu(rows) == expected
+    assert metrics._bleu_of_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
+    assert metrics.score("bleu", predictions, references).metrics["bleu"] == expected
 
 
 def test_signatures_name_what_is_needed() -> None:
-    assert scores.signature("bleu").startswith("bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
-    assert "stemmer:porter" in scores.signature("rouge2")
-    assert scores.signature("rouge2").endswith("rouge-score-0.1.2")
+    assert metrics.signature("bleu").startswith("bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert "stemmer:porter" in metrics.signature("rouge2")
+    assert metrics.signature("rouge2").endswith("rouge-score-0.1.2")
 
 
 def test_bootstrap_of_a_mean_has_the_textbook_width() -> None:
     rows = np.random.default_rng(3).normal(20, 10, size=2000)
-    low, high = scores.bootstrap("rouge2", rows, samples=4000)
+    low, high = metrics.bootstrap("rouge2", rows, samples=4000)
     error = rows.std() / math.sqrt(len(rows))
     assert low == pytest.approx(rows.mean() - 1.96 * error, abs=0.1 * error * 1.96)
     assert high == pytest.approx(rows.mean() + 1.96 * error, abs=0.1 * error * 1.96)
@@ -95,64 +95,65 @@ def test_bootstrap_of_a_mean_has_the_textbook_width() -> None:
 def test_bootstrap_against_all_resamples_of_four_rows() -> None:
     rows = np.array([0.0, 10.0, 30.0, 100.0])
     means = [np.mean(draw) for draw in itertools.product(rows, repeat=4)]
-    low, high = scores.bootstrap("rouge2", rows, samples=20_000)
+    low, high = metrics.bootstrap("rouge2", rows, samples=20_000)
     assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=2.6)
-    scored = scores._resampled("rouge2", [rows], 0, 20_000)[0]
+    scored = metrics._resampled("rouge2", [rows], 0, 20_000)[0]
     assert np.mean(scored <= 20) == pytest.approx(np.mean(np.array(means) <= 20), abs=0.015)
     assert set(np.round(scored, 6)) <= set(np.round(means, 6))
 
 
 def test_bleu_bootstrap_against_all_resamples_of_three_rows() -> None:
-    rows = scores.bleu_rows(
+    rows = metrics.bleu_rows(
         ["the cat sat on the mat", "a dog ran off", "yes"], ["the cat sat on a mat", "a dog ran", "no"]
     )
-    exact = [scores.bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
-    sampled = scores._resampled("bleu", [rows], 1, 20_000)[0]
+    exact = [metrics.bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
+    sampled = metrics._resampled("bleu", [rows], 1, 20_000)[0]
     assert sampled.mean() == pytest.approx(np.mean(exact), abs=0.5)
     assert np.unique(np.round(sampled, 6)).tolist() == np.unique(np.round(exact, 6)).tolist()
 
 
 def test_paired_bootstrap_uses_the_same_resamples() -> None:
     rows = np.random.default_rng(0).normal(20, 10, size=300)
-    shifted = scores.paired_bootstrap("rouge2", rows + 0.5, rows)  # far below either's own interval of +-1.1
+    shifted = metrics.paired_bootstrap("rouge2", rows + 0.5, rows)  # far below either's own interval of +-1.1
     assert (shifted.difference, shifted.low, shifted.high) == pytest.approx((0.5, 0.5, 0.5))
     assert shifted.p == pytest.approx(2 / 1001)
-    same = scores.paired_bootstrap("rouge2", rows, rows)
+    same = metrics.paired_bootstrap("rouge2", rows, rows)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="same rows"):
-        scores.paired_bootstrap("rouge2", rows, rows[1:])
+        metrics.paired_bootstrap("rouge2", rows, rows[1:])
 
 
 def test_paired_bootstrap_finds_no_difference_in_noise_at_the_promised_rate() -> None:
     rng = np.random.default_rng(1)
     ps = [
-        scores.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), samples=500).p for _ in range(200)
+        metrics.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), samples=500).p
+        for _ in range(200)
     ]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.10  # 5 %, and 2.2 standard errors of it
 
 
 def test_repetition() -> None:
-    assert scores.collapsed("so so so so")
-    assert scores.collapsed("he said that he said that he said that he said that")
-    assert not scores.collapsed("so so so it goes")
-    assert scores.collapsed("a b a c a b b a c b c a")  # 3 of 12 distinct
-    assert not scores.collapsed("the cat sat on the mat near the dog")
-    assert scores.repetition_rate(["so so so so", "fine", "", "ok"]) == 0.25
-    assert scores.repetition_rate([]) == 0
+    assert metrics.collapsed("so so so so")
+    assert metrics.collapsed("he said that he said that he said that he said that")
+    assert not metrics.collapsed("so so so it goes")
+    assert metrics.collapsed("a b a c a b b a c b c a")  # 3 of 12 distinct
+    assert not metrics.collapsed("the cat sat on the mat near the dog")
+    assert metrics.repetition_rate(["so so so so", "fine", "", "ok"]) == 0.25
+    assert metrics.repetition_rate([]) == 0
 
 
 def test_sentences_and_lead() -> None:
     text = 'It rained. "Why?" he asked! The end'
-    assert scores.sentences(text) == ["It rained.", '"Why?" he asked!', "The end"]
-    assert scores.sentences("a. b\n\nc ") == ["a. b", "c"]
-    assert scores.lead(text, 2) == 'It rained. "Why?" he asked!'
-    assert scores.lead("", 3) == ""
+    assert metrics.sentences(text) == ["It rained.", '"Why?" he asked!', "The end"]
+    assert metrics.sentences("a. b\n\nc ") == ["a. b", "c"]
+    assert metrics.lead(text, 2) == 'It rained. "Why?" he asked!'
+    assert metrics.lead("", 3) == ""
 
 
 def test_what_cannot_be_scored_is_said() -> None:
     with pytest.raises(UserError, match="no rows"):
-        scores.score("rouge2", [], [])
+        metrics.score("rouge2", [], [])
     with pytest.raises(UserError, match="unknown metric"):
-        scores.score("meteor", ["a"], ["a"])
+        metrics.score("meteor", ["a"], ["a"])
     with pytest.raises(ValueError, match="1 predictions for 2"):
-        scores.score("bleu", ["a"], ["a", "b"])
+        metrics.score("bleu", ["a"], ["a", "b"])

@@ -11,15 +11,16 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from raydistill.cluster.launch import final_report, reason_to_stop
-from raydistill.cluster.plan import not_trained, search_plan
-from raydistill.cluster.prepare import Prepared
-from raydistill.cluster.search import Ending, StudySearch, barred_sizes, key_of
-from raydistill.cluster.shapes import counted
-from raydistill.cluster.watch import Watch
 from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, read_space, resolve
-from raydistill.model.teachers import load_config
+from raydistill.models.loading import load_config
+from raydistill.search.dry_run import not_trained, search_plan
+from raydistill.search.prepare import Prepared
+from raydistill.search.progress import Watch
+from raydistill.search.shape_latency import counted
+from raydistill.search.study import Ending, StudySearch, final_report, key_of
+from raydistill.search.trial import reason_to_stop
+from raydistill.search.tune_search import barred_sizes
 from tests.test_tracking import make_trial
 from tests.tiny import save_tiny
 
@@ -87,8 +88,8 @@ def test_a_sampler_that_is_stuck_goes_on_by_chance_to_the_last_combination(tmp_p
 
 
 def test_a_grid_passes_over_any_number_of_barred_combinations(tmp_path, monkeypatch):
-    monkeypatch.setattr("raydistill.cluster.search.STUCK", 1)
-    monkeypatch.setattr("raydistill.cluster.search.GIVEN_UP", 1)
+    monkeypatch.setattr("raydistill.search.study.STUCK", 1)
+    monkeypatch.setattr("raydistill.search.study.GIVEN_UP", 1)
     assert len(everything(StudySearch(space(), tmp_path, barred={"2-3"}))) == 3
 
 

@@ -23,10 +23,10 @@ from benchmarks.search_efficiency import (
     rows_of,
     seconds_to,
 )
-from raydistill.cluster.search import key_of
-from raydistill.config.files import write_json_atomic
 from raydistill.config.space import Space, corners, read_space, resolve
+from raydistill.core.files import write_json_atomic
 from raydistill.results.records import read_trials
+from raydistill.search.study import key_of
 from tests.test_tracking import make_trial
 from tests.world import command, last_json, make_world
 

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.cluster.start import PASSED_ON
-from raydistill.config.errors import UserError
-from raydistill.config.files import check_links, inside, read_json, write_json_atomic
-from raydistill.config.secrets import hidden, hidden_in
 from raydistill.config.space import read_space
-from raydistill.model import teachers
-from raydistill.model.checkpoints import weight_files
-from raydistill.results import records, store, tracking
+from raydistill.core.errors import UserError
+from raydistill.core.files import check_links, inside, read_json, write_json_atomic
+from raydistill.core.secrets import hidden, hidden_in
+from raydistill.models import loading
+from raydistill.models.hub import weight_files
+from raydistill.results import records
+from raydistill.tracking import mlflow_runs, mlflow_store
 from tests.test_teachers import Malicious, pickle_instead
 from tests.test_tracking import make_trial, runs_of, sweep  # noqa: F401 (a fixture)
 from tests.tiny import save_tiny
@@ -36,7 +37,7 @@ def bart(tmp_path):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt"])
 def test_a_pickle_beside_the_weights_is_never_opened(name, bart, tmp_path):
     torch.save({"x": Malicious(tmp_path / "was_run")}, bart / name)
-    assert teachers.load_model(bart).training is False
+    assert loading.load_model(bart).training is False
     assert not (tmp_path / "was_run").exists()
 
 
@@ -50,11 +51,11 @@ def test_code_of_a_checkpoint_is_never_run(bart, tmp_path):
         data["auto_map"]["AutoTokenizer"] = ["theirs.Theirs", "theirs.Theirs"]
         data["custom_generate"] = "theirs.Theirs"
         (bart / file).write_text(json.dumps(data))
-    config = teachers.load_config(bart)
+    config = loading.load_config(bart)
     assert config.model_type == "bart"
-    assert type(teachers.load_model(bart)).__module__.startswith("transformers.models.bart")
-    assert type(teachers.load_tokenizer(bart)).__module__.startswith("transformers.")
-    teachers.load_generation_config(bart)
+    assert type(loading.load_model(bart)).__module__.startswith("transformers.models.bart")
+    assert type(loading.load_tokenizer(bart)).__module__.startswith("transformers.")
+    loading.load_generation_config(bart)
     assert not marker.exists()
 
 
@@ -62,7 +63,7 @@ def test_a_model_type_of_its_own_is_refused(bart):
     config = json.loads((bart / "config.json").read_text())
     (bart / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": {}}))
     with pytest.raises(UserError, match="model_type is 'theirs'"):
-        teachers.load_model(bart)
+        loading.load_model(bart)
 
 
 def test_rows_that_are_a_pickle_are_refused_unread(tmp_path):
@@ -91,7 +92,7 @@ def test_a_config_larger_than_its_weights_is_refused_before_it_is_built(bart, ch
     config = json.loads((bart / "config.json").read_text())
     (bart / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UserError, match=r"no model of these families|asks for more than"):
-        teachers.load_model(bart)
+        loading.load_model(bart)
 
 
 def test_rows_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
@@ -126,10 +127,10 @@ def test_a_weight_index_names_shards_of_its_folder_only(bart, name):
 def test_a_pickled_checkpoint_with_a_link_to_elsewhere_is_not_copied(bart, tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
     (tmp_path / "private.txt").write_text("private")
-    pickle_instead(bart, teachers.load_model(bart).state_dict())
+    pickle_instead(bart, loading.load_model(bart).state_dict())
     (bart / "notes.txt").symlink_to(tmp_path / "private.txt")
     with pytest.raises(UserError, match=r"notes\.txt: a link that leads out"):
-        teachers.load_model(bart)
+        loading.load_model(bart)
     assert "private" not in "".join(p.read_text() for p in (tmp_path / "home").rglob("*.txt"))
 
 
@@ -141,13 +142,13 @@ def test_a_result_cannot_have_another_folder_published(sweep, checkpoint, tmp_pa
     asked = checkpoint.replace("PRIVATE", str(tmp_path / "private"))
     write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "checkpoint": asked})
     with pytest.raises(UserError, match="leads out of"):
-        tracking.publish(sweep)
+        mlflow_runs.publish(sweep)
 
 
 def test_a_record_cannot_name_a_folder_of_artifacts_elsewhere(sweep):  # noqa: F811
     write_json_atomic(sweep / "sweep.json", {**read_json(sweep / "sweep.json"), "name": "../../elsewhere"})
     with pytest.raises(UserError, match=r"sweep\.json: damaged: name is"):
-        tracking.publish(sweep)
+        mlflow_runs.publish(sweep)
 
 
 def test_a_saved_state_names_a_file_of_its_folder(tmp_path):
@@ -247,7 +248,7 @@ def test_a_password_anywhere_in_a_space_is_found(tmp_path):
 def test_an_address_with_a_password_is_never_published_to(sweep):  # noqa: F811
     for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
         with pytest.raises(UserError, match="holds a password or token") as refused:
-            tracking.publish(sweep, uri)
+            mlflow_runs.publish(sweep, uri)
         assert "hunter22" not in str(refused.value)
 
 
@@ -256,16 +257,16 @@ def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch
     folder = make_trial(sweep, "a", 0, 10.0)
     write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", "labels": ["tell-nobody"]})
     write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "reason": "401: tell-nobody"})
-    tracking.publish(sweep)
+    mlflow_runs.publish(sweep)
     run = runs_of(sweep)["a"]
     assert run.data.params["teacher"] == "http://***@host/t"
     assert run.data.params["labels"] == '["***"]'
     assert run.data.tags["raydistill.reason"] == "401: ***"
-    with sqlite3.connect(store.default_uri().removeprefix("sqlite:///")) as database:
+    with sqlite3.connect(mlflow_store.default_uri().removeprefix("sqlite:///")) as database:
         dump = "\n".join(database.iterdump())
     assert not re.search("hunter22|tell-nobody", dump)
     (tmp_path / "key").write_text("private")
     (make_trial(sweep, "b", 1, 9.0) / "best" / "key").symlink_to(tmp_path / "key")
     with pytest.raises(UserError, match=r"best/key: a link that leads out"):
-        tracking.publish(sweep)
+        mlflow_runs.publish(sweep)
     assert not list((tmp_path / "home").rglob("mlartifacts/**/key"))

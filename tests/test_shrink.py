@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from raydistill.config.errors import UserError
-from raydistill.config.layers import layers_to_copy, layers_to_supervise
 from raydistill.config.run import Dataset, LayerChoice, Student
-from raydistill.model import forms
-from raydistill.model.shrink import plan, shrink
-from raydistill.model.teachers import load_model
+from raydistill.core.errors import UserError
+from raydistill.models import families
+from raydistill.models.layer_choice import layers_to_copy, layers_to_supervise
+from raydistill.models.loading import load_model
+from raydistill.models.shrinking import plan, shrink
 from tests.tiny import FAMILIES, save_tiny
 
 # Typed from ../shared/reference/README.md, apart from the code.
@@ -100,7 +100,7 @@ def test_a_student_computes_with_the_copied_layers(family, tmp_path):
     """Zeroing what a left-out layer adds in the teacher gives the student: residual stacks skip it."""
     teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
     student = shrink(teacher, plan((2, 3), Student(size="1-2", copied=LayerChoice(encoder=[1], decoder=[0, 2]))))
-    assert forms.depths(student.config) == (1, 2)
+    assert families.depths(student.config) == (1, 2)
     name = "block" if family == "t5" else "layers"
     for stack, dropped in ((teacher.get_encoder(), 0), (teacher.get_decoder(), 1)):
         layers = getattr(stack, name)
@@ -116,11 +116,11 @@ def test_a_student_computes_with_the_copied_layers(family, tmp_path):
     with torch.no_grad():
         ids = torch.randint(5, 40, (2, 9))
         mask = torch.ones_like(ids)
-        ours = forms.encode(student, ids, mask).last
-        assert torch.allclose(ours, forms.encode(teacher, ids, mask).last, atol=1e-6)
+        ours = families.encode(student, ids, mask).last
+        assert torch.allclose(ours, families.encode(teacher, ids, mask).last, atol=1e-6)
         decoder_ids = torch.randint(5, 40, (2, 4))
-        ours_decoded = forms.decode(student, decoder_ids, ours, mask).last
-        assert torch.allclose(ours_decoded, forms.decode(teacher, decoder_ids, ours, mask).last, atol=1e-6)
+        ours_decoded = families.decode(student, decoder_ids, ours, mask).last
+        assert torch.allclose(ours_decoded, families.decode(teacher, decoder_ids, ours, mask).last, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,12 +134,12 @@ def test_layers_and_head_are_those_of_the_models_own_forward(family, tmp_path):
         out = model(
             input_ids=ids, attention_mask=mask, decoder_input_ids=targets, output_hidden_states=True, use_cache=False
         )
-        states = forms.decode(model, targets, forms.encode(model, ids, mask).last, mask, layers=True)
+        states = families.decode(model, targets, families.encode(model, ids, mask).last, mask, layers=True)
         assert len(states.layers) == 3
         assert torch.equal(states.layers[-1], states.last)
         for layer in range(3):
             assert torch.allclose(states.layers[layer], out.decoder_hidden_states[layer + 1], atol=1e-6)
-        assert torch.allclose(forms.head(model, states.last), out.logits, atol=1e-5)
+        assert torch.allclose(families.head(model, states.last), out.logits, atol=1e-5)
 
 
 def test_a_random_decoder_keeps_everything_else(tmp_path):
@@ -206,14 +206,14 @@ def test_parameters_of_bart_large_xsum_students_are_the_papers(size, millions):
     )  # fmt: skip
     with torch.device("meta"):
         layers = plan((12, 12), Student(size=size))
-        model = BartForConditionalGeneration(forms.with_depths(config, *layers.size))
+        model = BartForConditionalGeneration(families.with_depths(config, *layers.size))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
 def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
     from raydistill.config.run import Run
-    from raydistill.training.material import open_teacher
     from raydistill.training.student import make_student
+    from raydistill.training.tokenized_data import open_teacher
 
     teacher, other = save_tiny("bart", tmp_path / "t", seed=0), save_tiny("bart", tmp_path / "o", seed=1)
     settings = {"name": "r", "teacher": str(teacher), "dataset": str(tmp_path)}
@@ -227,8 +227,8 @@ def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
 
 def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeypatch):
     """Every run asks this of its teacher; here the table of layers is wrong on purpose."""
-    from raydistill.model import shrink as module
-    from raydistill.training.material import open_teacher
+    from raydistill.models import shrinking as module
+    from raydistill.training.tokenized_data import open_teacher
 
     folder = save_tiny("bart", tmp_path / "t")
     assert 0 <= open_teacher(str(folder), Dataset(name="a")).alignment <= 1e-5
@@ -238,7 +238,7 @@ def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeyp
 
 
 def test_runs_on_other_numbers_of_rows_share_a_teacher(tmp_path):
-    from raydistill.training.material import open_teacher
+    from raydistill.training.tokenized_data import open_teacher
 
     folder = str(save_tiny("bart", tmp_path / "t"))
     few, many = Dataset(name="a", train_rows=10), Dataset(name="a", train_rows=20)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.results.budget import Candidate, front
-from raydistill.results.stopping import best_by, falls_behind, rungs
+from raydistill.results.pareto import Candidate, front
+from raydistill.search.early_stopping import best_by, falls_behind, rungs
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from transformers import GenerationConfig
 
-from raydistill.cluster import shapes
-from raydistill.model.teachers import load_config
+from raydistill.models.loading import load_config
+from raydistill.search import shape_latency
 from tests.hub_cache import lay_out_dataset
 from tests.tiny import lay_out_model, save_tiny
 from tests.world import SECRETS, command, corpus_rows, environment, last_json, make_world, wait_for_ray_to_end
@@ -28,7 +28,7 @@ SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
 
 def counted(teacher: Path, size: str) -> float:
     """Millions of parameters of a student."""
-    return shapes.counted(load_config(teacher), size)
+    return shape_latency.counted(load_config(teacher), size)
 
 
 def mlflow_children(home: Path) -> list[tuple[str, str]]:

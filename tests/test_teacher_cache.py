@@ -14,18 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.cluster.plan import cache_bytes
-from raydistill.config.errors import UserError
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
-from raydistill.data import store
-from raydistill.data.batches import Examples, within
-from raydistill.model.convert import torch_threads
-from raydistill.model.teachers import load_model
-from raydistill.training import teacher_cache
-from raydistill.training.caching import Costs, choose, measure, pass_for, reading_rate
+from raydistill.core.errors import UserError
+from raydistill.data.batching import Examples, within
+from raydistill.inference.ctranslate2_conversion import torch_threads
+from raydistill.models.loading import load_model
+from raydistill.search.dry_run import cache_bytes
+from raydistill.teacher_cache import builder, store
+from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.teacher_cache.policy import Costs, choose, measure, pass_for, reading_rate
 from raydistill.training.prefetch import ahead
-from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
 from tests.tiny import save_tiny
 from tests.world import command, last_json
 
@@ -125,8 +124,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from raydistill.data import store
-from raydistill.training.teacher_cache import make_here
-from raydistill.model.teachers import load_model
+from raydistill.teacher_cache.builder import make_here
+from raydistill.models.loading import load_model
 from tests.test_teacher_cache import pairs, pass_of
 import torch
 torch.set_num_threads(1)
@@ -185,8 +184,8 @@ def test_no_more_parts_are_mapped_at_once_than_the_bound(teacher, tmp_path, monk
 
     expected = encoded.padded(rows)
     assert maps() == len({int(encoded.part[row]) for row in rows}) > 2
-    teacher_cache.mapped.cache_clear()
-    monkeypatch.setattr(teacher_cache, "mapped", lru_cache(2)(teacher_cache.mapped.__wrapped__))
+    builder.mapped.cache_clear()
+    monkeypatch.setattr(builder, "mapped", lru_cache(2)(builder.mapped.__wrapped__))
     for _ in range(2):
         assert torch.equal(encoded.padded(rows), expected)
         assert maps() == 2

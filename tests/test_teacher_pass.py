@@ -7,19 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raydistill.cluster import prepare
-from raydistill.cluster import teacher_pass as module
-from raydistill.cluster.pseudolabel import Job, pseudolabel
 from raydistill.cluster.start import cluster
-from raydistill.cluster.teacher_pass import Cached, Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
-from raydistill.config.files import read_json
 from raydistill.config.run import Run
-from raydistill.data import store
-from raydistill.model.teachers import load_model
-from raydistill.training.caching import Costs
-from raydistill.training.material import open_teacher
-from raydistill.training.run import Inputs, train
-from raydistill.training.teacher_cache import make_here
+from raydistill.core.files import read_json
+from raydistill.jobs import teacher_cache as module
+from raydistill.jobs.pseudolabel import Job, pseudolabel
+from raydistill.jobs.teacher_cache import Cached, Want, auto_precision, decide, encoder_beside, group_of, teacher_pass
+from raydistill.models.loading import load_model
+from raydistill.search import prepare
+from raydistill.teacher_cache import store
+from raydistill.teacher_cache.builder import make_here
+from raydistill.teacher_cache.policy import Costs
+from raydistill.training.inputs import Inputs
+from raydistill.training.run import train
+from raydistill.training.tokenized_data import open_teacher
 from tests.world import make_world
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import BartConfig, T5Config
 
-from raydistill.config.errors import UserError
-from raydistill.config.files import CARD
 from raydistill.config.presets import TEACHERS
 from raydistill.config.run import Dataset, Run
+from raydistill.core.errors import UserError
+from raydistill.core.files import CARD
 from raydistill.evaluate import languages_trained_with
-from raydistill.model import teachers
-from raydistill.model.checkpoints import commit, weight_files
-from raydistill.training.material import open_teacher
+from raydistill.models import loading
+from raydistill.models.hub import commit, weight_files
+from raydistill.training.tokenized_data import open_teacher
 from tests.tiny import FAMILIES, lay_out_model, save_tiny, sentences
 from tests.world import command, corpus_rows, last_json
 
@@ -41,13 +41,13 @@ def edit_config(folder: Path, **changes) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_and_a_model_and_its_folder_have_one_fingerprint(tiny, family):
-    model = teachers.load_model(tiny[family])
+    model = loading.load_model(tiny[family])
     assert not model.training
     assert model.dtype == torch.float32
-    assert teachers.fingerprint(model) == teachers.fingerprint(tiny[family])
+    assert loading.fingerprint(model) == loading.fingerprint(tiny[family])
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1
-    assert teachers.fingerprint(model) != teachers.fingerprint(tiny[family])
+    assert loading.fingerprint(model) != loading.fingerprint(tiny[family])
 
 
 def test_fingerprint_is_sha256_of_names_types_shapes_and_bytes(tmp_path):
@@ -57,41 +57,41 @@ def test_fingerprint_is_sha256_of_names_types_shapes_and_bytes(tmp_path):
     save_file({"b": b, "a": a}, tmp_path / "model.safetensors")
     by_hand = b"a torch.int64 (1,)\n" + (3).to_bytes(8, "little")
     by_hand += b"b torch.float32 (1, 2)\n" + bytes.fromhex("0000803f00000040")
-    assert teachers.fingerprint(tmp_path) == hashlib.sha256(by_hand).hexdigest()[:16]
+    assert loading.fingerprint(tmp_path) == hashlib.sha256(by_hand).hexdigest()[:16]
 
 
 def test_bf16_can_be_loaded_and_fingerprinted(tiny):
-    model = teachers.load_model(tiny["bart"], torch.bfloat16)
+    model = loading.load_model(tiny["bart"], torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert teachers.fingerprint(model) != teachers.fingerprint(tiny["bart"])
+    assert loading.fingerprint(model) != loading.fingerprint(tiny["bart"])
 
 
 def test_a_teachers_key_covers_what_its_forward_pass_hangs_on(tmp_path):
     place = save_tiny("bart", tmp_path / "t")
-    key = teachers.teacher_key(place)
+    key = loading.teacher_key(place)
     beside = {"transformers_version": "4.1", "num_beams": 7, "max_length": 9, "dtype": "bfloat16", "use_cache": False}
     edit_config(place, **beside)
-    assert teachers.teacher_key(place) == key
+    assert loading.teacher_key(place) == key
     changes: dict[str, Any] = {"scale_embedding": True, "activation_function": "relu", "decoder_start_token_id": 0}
     keys = {key}
     for name, value in changes.items():
         edit_config(place, **{name: value})
-        keys.add(teachers.teacher_key(place))
+        keys.add(loading.teacher_key(place))
     assert len(keys) == 4
     t5 = save_tiny("t5", tmp_path / "t5")
-    before = teachers.teacher_key(t5)
+    before = loading.teacher_key(t5)
     edit_config(t5, layer_norm_epsilon=1e-3)
-    assert teachers.teacher_key(t5) != before
+    assert loading.teacher_key(t5) != before
     other = save_tiny("bart", tmp_path / "o", seed=1)
-    assert teachers.teacher_key(other) != key
+    assert loading.teacher_key(other) != key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_truncated_targets_keep_their_end(tiny, family):
-    tokenizer = teachers.load_tokenizer(tiny[family])
+    tokenizer = loading.load_tokenizer(tiny[family])
     texts = sentences(4, seed=1)
-    whole = teachers.tokenize_targets(tokenizer, texts, 100)
-    cut = teachers.tokenize_targets(tokenizer, texts, 6)
+    whole = loading.tokenize_targets(tokenizer, texts, 100)
+    cut = loading.tokenize_targets(tokenizer, texts, 6)
     tail = 2 if family == "mbart" else 1  # mBART's targets end with </s> and the language
     for long, short in zip(whole, cut, strict=True):
         assert len(short) == 6 < len(long)
@@ -103,8 +103,8 @@ def test_truncated_targets_keep_their_end(tiny, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_texts_and_an_empty_text_are_fine(tiny, family):
-    tokenizer = teachers.load_tokenizer(tiny[family])
-    for tokenize in (teachers.tokenize_sources, teachers.tokenize_targets):
+    tokenizer = loading.load_tokenizer(tiny[family])
+    for tokenize in (loading.tokenize_sources, loading.tokenize_targets):
         assert tokenize(tokenizer, [], 9) == []
         [ids] = tokenize(tokenizer, [""], 9)
         assert tokenizer.eos_token_id in ids
@@ -112,34 +112,34 @@ def test_no_texts_and_an_empty_text_are_fine(tiny, family):
 
 
 def test_mbart_languages_mark_source_and_target_and_start_the_decoder(tiny):
-    tokenizer = teachers.load_tokenizer(tiny["mbart"], ("de_DE", "fr_XX"))
+    tokenizer = loading.load_tokenizer(tiny["mbart"], ("de_DE", "fr_XX"))
     code = tokenizer.convert_tokens_to_ids
-    assert teachers.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")
-    assert teachers.tokenize_targets(tokenizer, ["a"], 9)[0][-1] == code("fr_XX")
-    assert teachers.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")  # and back again
-    model = teachers.load_model(tiny["mbart"])
-    teachers.set_languages(model, tokenizer)
+    assert loading.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")
+    assert loading.tokenize_targets(tokenizer, ["a"], 9)[0][-1] == code("fr_XX")
+    assert loading.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")  # and back again
+    model = loading.load_model(tiny["mbart"])
+    loading.set_languages(model, tokenizer)
     assert model.config.decoder_start_token_id == code("fr_XX")
     assert model.generation_config.decoder_start_token_id == code("fr_XX")
 
 
 def test_mbart_without_languages_takes_the_target_that_the_checkpoint_starts_with(tiny):
-    tokenizer = teachers.load_tokenizer(tiny["mbart"])
+    tokenizer = loading.load_tokenizer(tiny["mbart"])
     assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
 
 
 def test_an_unknown_language_is_named(tiny):
     with pytest.raises(UserError, match=r"unknown language 'xx_YY'; it knows .*ro_RO"):
-        teachers.load_tokenizer(tiny["mbart"], ("en_XX", "xx_YY"))
+        loading.load_tokenizer(tiny["mbart"], ("en_XX", "xx_YY"))
 
 
 def test_a_truncated_weight_file_is_named(bart):
     weights = bart / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: damaged or truncated"):
-        teachers.load_model(bart)
+        loading.load_model(bart)
     with pytest.raises(UserError, match="damaged or truncated"):
-        teachers.fingerprint(bart)
+        loading.fingerprint(bart)
 
 
 def pickle_instead(folder: Path, state: dict) -> Path:
@@ -154,12 +154,12 @@ def test_pickled_weights_are_converted_once_and_are_the_same_model(family, tiny,
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
     folder = tmp_path / family
     shutil.copytree(tiny[family], folder)
-    pickled = pickle_instead(folder, teachers.load_model(tiny[family]).state_dict())
-    assert teachers.fingerprint(teachers.load_model(folder)) == teachers.fingerprint(tiny[family])
+    pickled = pickle_instead(folder, loading.load_model(tiny[family]).state_dict())
+    assert loading.fingerprint(loading.load_model(folder)) == loading.fingerprint(tiny[family])
     [made] = (tmp_path / "home" / "cache" / "safetensors").glob("*/model.safetensors")
     before = made.stat().st_mtime_ns
-    assert teachers.fingerprint(folder) == teachers.fingerprint(tiny[family])
-    assert len(teachers.load_tokenizer(folder)) == len(teachers.load_tokenizer(tiny[family]))
+    assert loading.fingerprint(folder) == loading.fingerprint(tiny[family])
+    assert len(loading.load_tokenizer(folder)) == len(loading.load_tokenizer(tiny[family]))
     assert made.stat().st_mtime_ns == before
     assert sorted(p.name for p in folder.iterdir() if p != pickled) == sorted(
         p.name for p in tiny[family].iterdir() if p.name != "model.safetensors"
@@ -179,7 +179,7 @@ class Malicious:
 @pytest.mark.parametrize("kind", ["code", "object", "truncated", "incomplete"])
 def test_any_other_pickle_is_refused_and_none_of_it_is_run(kind, bart, tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
-    state = dict(teachers.load_model(bart).state_dict())
+    state = dict(loading.load_model(bart).state_dict())
     marker = tmp_path / "was_run"
     if kind == "code":
         pickle_instead(bart, {**state, "lm_head.bias": Malicious(marker)})
@@ -196,7 +196,7 @@ def test_any_other_pickle_is_refused_and_none_of_it_is_run(kind, bart, tmp_path,
         pickle_instead(bart, state)
     message = r"1 are missing, such as .*fc1" if kind == "incomplete" else r"pytorch_model\.bin: refused"
     with pytest.raises(UserError, match=message):
-        teachers.load_model(bart)
+        loading.load_model(bart)
     assert not marker.exists()
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
@@ -206,14 +206,14 @@ def test_a_missing_shard_is_named(bart):
     index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
     (bart / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is missing"):
-        teachers.load_model(bart)
+        loading.load_model(bart)
 
 
 def test_shards_are_read(tiny, tmp_path):
-    model = teachers.load_model(tiny["bart"])
+    model = loading.load_model(tiny["bart"])
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(weight_files(tmp_path)) > 1
-    assert teachers.fingerprint(tmp_path) == teachers.fingerprint(model)
+    assert loading.fingerprint(tmp_path) == loading.fingerprint(model)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +227,16 @@ def test_shards_are_read(tiny, tmp_path):
 def test_weights_that_do_not_fit_are_never_made_up(bart, changes, message):
     edit_config(bart, **changes)
     with pytest.raises(UserError, match=message):
-        teachers.load_model(bart)
+        loading.load_model(bart)
 
 
 def test_a_config_that_is_no_json_is_named(bart):
     (bart / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
-        teachers.load_config(bart)
+        loading.load_config(bart)
     (bart / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no config\.json"):
-        teachers.load_config(bart)
+        loading.load_config(bart)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,56 +246,56 @@ def test_a_missing_tokenizer_is_not_replaced_by_an_empty_one(tiny, family, tmp_p
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(tiny[family] / name, folder)
     with pytest.raises(UserError, match="tokenizer"):
-        teachers.load_tokenizer(folder)
+        loading.load_tokenizer(folder)
 
 
 def test_a_tokenizer_larger_than_the_table_is_refused(bart):
     edit_config(bart, vocab_size=320)
     with pytest.raises(UserError, match="knows 11 tokens beyond the embedding's 320 rows"):
-        teachers.load_tokenizer(bart)
+        loading.load_tokenizer(bart)
 
 
 def test_a_table_padded_beyond_the_tokenizer_is_fine(tmp_path):
     folder = save_tiny("t5", tmp_path, padded_rows=7)
-    rows = teachers.load_model(folder).config.vocab_size
-    assert rows == len(teachers.load_tokenizer(folder)) + 7
+    rows = loading.load_model(folder).config.vocab_size
+    assert rows == len(loading.load_tokenizer(folder)) + 7
 
 
 def test_barts_mask_beyond_the_table_is_read_as_characters(bart):
     """facebook/bart-large-xsum and -cnn: 50264 rows, and <mask> is token 50264."""
-    rows = teachers.load_config(bart).vocab_size - 1
+    rows = loading.load_config(bart).vocab_size - 1
     edit_config(bart, vocab_size=rows)
-    [ids] = teachers.tokenize_sources(teachers.load_tokenizer(bart), ["a <mask> b"], 50)
+    [ids] = loading.tokenize_sources(loading.load_tokenizer(bart), ["a <mask> b"], 50)
     assert max(ids) < rows
 
 
 def test_max_positions():
-    assert teachers.max_positions(BartConfig(max_position_embeddings=77)) == 77
-    assert teachers.max_positions(T5Config()) is None
+    assert loading.max_positions(BartConfig(max_position_embeddings=77)) == 77
+    assert loading.max_positions(T5Config()) is None
 
 
 def test_locate(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
     pinned = "facebook/bart-large-cnn@37f520fa929c961707657b28798b30c003dd100b"
-    assert teachers.locate("bart", "cnn_dailymail") == pinned
-    assert teachers.locate("bart", "xsum") == "facebook/bart-large-xsum@main"
-    assert teachers.locate("some/where", "xsum") == "some/where"
+    assert loading.locate("bart", "cnn_dailymail") == pinned
+    assert loading.locate("bart", "xsum") == "facebook/bart-large-xsum@main"
+    assert loading.locate("some/where", "xsum") == "some/where"
     with pytest.raises(UserError, match=r"python -m raydistill\.train demo"):
-        teachers.locate("demo", "demo")
+        loading.locate("demo", "demo")
     best = tmp_path / "runs" / "demo-teacher" / "best"
     best.mkdir(parents=True)
-    assert teachers.locate("demo", "demo") == str(best)
+    assert loading.locate("demo", "demo") == str(best)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "/no/such/folder", "../nowhere"])
 def test_no_such_folder(where):
     with pytest.raises(UserError, match="no such folder, and not a hub name"):
-        teachers.load_config(where)
+        loading.load_config(where)
 
 
 def test_a_file_is_no_checkpoint(bart):
     with pytest.raises(UserError, match="is a file"):
-        teachers.load_config(bart / "config.json")
+        loading.load_config(bart / "config.json")
 
 
 @pytest.fixture
@@ -312,15 +312,15 @@ def offline(tmp_path, monkeypatch) -> Path:
 def test_offline_a_model_that_is_not_cached_fails_at_once(offline):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set and it is not in the local cache"):
-        teachers.load_model("facebook/bart-large-xsum")
+        loading.load_model("facebook/bart-large-xsum")
     assert time.monotonic() - start < 2
 
 
 def test_offline_a_cached_model_loads_by_its_hub_name(offline, tiny):
     lay_out_model(offline, "someone/tiny-bart", tiny["bart"])
-    model = teachers.load_model("someone/tiny-bart")
-    assert teachers.fingerprint(model) == teachers.fingerprint(tiny["bart"])
-    assert len(teachers.load_tokenizer("someone/tiny-bart")) == model.config.vocab_size
+    model = loading.load_model("someone/tiny-bart")
+    assert loading.fingerprint(model) == loading.fingerprint(tiny["bart"])
+    assert len(loading.load_tokenizer("someone/tiny-bart")) == model.config.vocab_size
 
 
 def test_offline_a_branch_is_told_by_the_commit_it_stands_for(offline, tiny):
@@ -333,9 +333,9 @@ def test_offline_a_branch_is_told_by_the_commit_it_stands_for(offline, tiny):
 def test_offline_each_named_teacher_loads_from_the_hubs_cache(family, offline, tiny):
     for dataset, preset in TEACHERS[family].items():
         lay_out_model(offline, preset.hub, tiny[family], preset.revision)
-        where = teachers.locate(family, dataset)
-        assert teachers.fingerprint(teachers.load_model(where)) == teachers.fingerprint(tiny[family])
-        tokenizer = teachers.load_tokenizer(where, preset.languages)
+        where = loading.locate(family, dataset)
+        assert loading.fingerprint(loading.load_model(where)) == loading.fingerprint(tiny[family])
+        tokenizer = loading.load_tokenizer(where, preset.languages)
         if family == "mbart":
             assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
 
@@ -362,20 +362,20 @@ def test_t5_reads_its_tasks_prefix_and_hands_it_on(tiny, tmp_path):
     shutil.copytree(tiny["t5"], folder)
     tasks = {"summarization": {"prefix": "summarize: "}, "translation_en_to_ro": {"prefix": "to Romanian: "}}
     edit_config(folder, task_specific_params=tasks)
-    plain = teachers.load_tokenizer(tiny["t5"])
-    [wanted] = teachers.tokenize_sources(plain, ["summarize: the old man"], 99)
-    summarize = teachers.load_tokenizer(folder)
-    assert teachers.tokenize_sources(summarize, ["the old man"], 99) == [wanted]
-    assert teachers.tokenize_targets(summarize, ["the old man"], 99) == teachers.tokenize_targets(
+    plain = loading.load_tokenizer(tiny["t5"])
+    [wanted] = loading.tokenize_sources(plain, ["summarize: the old man"], 99)
+    summarize = loading.load_tokenizer(folder)
+    assert loading.tokenize_sources(summarize, ["the old man"], 99) == [wanted]
+    assert loading.tokenize_targets(summarize, ["the old man"], 99) == loading.tokenize_targets(
         plain, ["the old man"], 99
     )
-    translate = teachers.load_tokenizer(folder, ("en", "ro"))
-    assert teachers.tokenize_sources(translate, ["a"], 99) == teachers.tokenize_sources(plain, ["to Romanian: a"], 99)
-    model = teachers.load_model(folder)
+    translate = loading.load_tokenizer(folder, ("en", "ro"))
+    assert loading.tokenize_sources(translate, ["a"], 99) == loading.tokenize_sources(plain, ["to Romanian: a"], 99)
+    model = loading.load_model(folder)
     model.save_pretrained(tmp_path / "student")
     translate.save_pretrained(tmp_path / "student")
-    student = teachers.load_tokenizer(tmp_path / "student")
-    assert teachers.tokenize_sources(student, ["the old man"], 99) == [wanted]
+    student = loading.load_tokenizer(tmp_path / "student")
+    assert loading.tokenize_sources(student, ["the old man"], 99) == [wanted]
 
 
 @pytest.mark.parametrize(
@@ -391,13 +391,13 @@ def test_t5_reads_its_tasks_prefix_and_hands_it_on(tiny, tmp_path):
     ],
 )
 def test_the_data_sets_languages_go_before_the_presets(teacher, dataset, wanted):
-    assert teachers.languages_of(teacher, dataset) == wanted
+    assert loading.languages_of(teacher, dataset) == wanted
 
 
 def test_a_teacher_by_path_reads_and_writes_the_data_sets_languages(tiny):
     teacher = open_teacher(str(tiny["mbart"]), Dataset(name="mine", languages=("de_DE", "fr_XX")))
     code = teacher.tokenizer.convert_tokens_to_ids
-    assert teachers.tokenize_sources(teacher.tokenizer, ["a"], 9)[0][-1] == code("de_DE")
+    assert loading.tokenize_sources(teacher.tokenizer, ["a"], 9)[0][-1] == code("de_DE")
     assert teacher.model.generation_config.decoder_start_token_id == code("fr_XX")
 
 
@@ -417,7 +417,7 @@ def test_a_student_is_scored_with_the_languages_it_was_trained_with(tmp_path):
 
 
 def test_pegasus_is_never_computed_in_fp16(tiny):
-    from raydistill.model.generate import open_engine
+    from raydistill.inference.engines import open_engine
 
     with pytest.raises(UserError, match="Pegasus overflows in fp16"):
         open_engine(tiny["pegasus"], precision="fp16")
@@ -430,7 +430,7 @@ def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(
     folder = tmp_path / "pegasus"
     shutil.copytree(tiny["pegasus"], folder)
     if weights == "pytorch_model.bin":
-        pickle_instead(folder, teachers.load_model(folder).state_dict())
+        pickle_instead(folder, loading.load_model(folder).state_dict())
     lay_out_model(tmp_path / "hub", preset.hub, folder, preset.revision)
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(12)))
@@ -439,5 +439,5 @@ def test_pseudolabel_with_a_named_teacher_from_the_hubs_cache_as_a_user_runs_it(
     assert done["rows"] == 12
     assert done["teacher"]["commit"] == preset.revision
     assert done["teacher"]["where"] == f"{preset.hub}@{preset.revision}"
-    assert done["teacher"]["fingerprint"] == teachers.fingerprint(tiny["pegasus"])
+    assert done["teacher"]["fingerprint"] == loading.fingerprint(tiny["pegasus"])
     assert (done["decoding"]["beams"], done["decoding"]["length_penalty"]) == (2, 0.6)

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from raydistill.config.errors import PassingError, UserError
-from raydistill.config.files import write_json_atomic
 from raydistill.config.space import alias_of
-from raydistill.results import records, registry, store, tracking
+from raydistill.core.errors import PassingError, UserError
+from raydistill.core.files import write_json_atomic
+from raydistill.results import records
+from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 
 
 def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
     """MLflow makes its tables one by one; a store with half of them could never be opened again."""
     file = tmp_path / "mlflow.db"
-    code = f"from raydistill.results.store import client_of; client_of('sqlite:///{file}')"
+    code = f"from raydistill.tracking.mlflow_store import client_of; client_of('sqlite:///{file}')"
     worker = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not any(making.stat().st_size for making in tmp_path.glob(".mlflow.db.*.making")):
@@ -32,15 +33,15 @@ def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
     worker.kill()
     worker.wait()
     assert not file.exists()
-    client = store.client_of(f"sqlite:///{file}")
-    assert client.get_experiment(store.experiment_of(client, "mine", f"sqlite:///{file}")).name == "mine"
+    client = mlflow_store.client_of(f"sqlite:///{file}")
+    assert client.get_experiment(mlflow_store.experiment_of(client, "mine", f"sqlite:///{file}")).name == "mine"
     assert not list(tmp_path.glob(".*.making*"))
 
 
 def test_a_local_store_that_cannot_be_made_says_so(tmp_path):
     (tmp_path / ".mlflow.db.lock").mkdir()
-    with pytest.raises(store.TrackingDown, match="the store cannot be made"):
-        store.client_of(f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(mlflow_store.TrackingDown, match="the store cannot be made"):
+        mlflow_store.client_of(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
@@ -96,12 +97,12 @@ def exported(sweep: Path, key: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "raydistill.json").write_text("{}")
     (folder / "README.md").write_text("chosen for fast")
-    registry.write_mlmodel(folder)
+    mlflow_registry.write_mlmodel(folder)
     return folder
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     experiment = client.get_experiment_by_name("mini")
     found = client.search_runs([experiment.experiment_id])
     assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
@@ -120,9 +121,9 @@ def test_a_checkpoint_is_brought_here_before_it_is_published(sweep: Path) -> Non
         raise PassingError("the storage does not answer")
 
     with pytest.raises(PassingError):
-        tracking.publish(sweep, bring=refuses)
+        mlflow_runs.publish(sweep, bring=refuses)
     assert "raydistill.done" not in runs_of(sweep)["a"].data.tags
-    tracking.publish(sweep, bring=lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b"weights"))
+    mlflow_runs.publish(sweep, bring=lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b"weights"))
     run = runs_of(sweep)["a"]
     assert run.data.tags["raydistill.done"] == "1"
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
@@ -132,7 +133,7 @@ def test_a_checkpoint_is_brought_here_before_it_is_published(sweep: Path) -> Non
 def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     running = make_trial(sweep, "b", 1, 12.0, status=None)
-    first = tracking.publish(sweep)
+    first = mlflow_runs.publish(sweep)
     before = runs_of(sweep)
     assert set(before) == {"", "a", "b"}
     assert before["b"].info.status == "RUNNING"
@@ -144,8 +145,8 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
         file.write('{"step": 40, "rou')  # torn by a kill
     finish_trial(running, 1, 12.5)
     make_trial(sweep, "c", 2, 1.0, status="failed")
-    second = tracking.publish(sweep, finished=True)
-    third = tracking.publish(sweep, finished=True)
+    second = mlflow_runs.publish(sweep, finished=True)
+    third = mlflow_runs.publish(sweep, finished=True)
     assert first.parent_run_id == second.parent_run_id == third.parent_run_id
 
     after = runs_of(sweep)
@@ -157,7 +158,7 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
     }
     assert after["c"].data.tags["raydistill.reason"] == "out of memory"
     assert all(after[k].data.tags["mlflow.parentRunId"] == first.parent_run_id for k in "abc")
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     history = client.get_metric_history(after["b"].info.run_id, "val_loss")
     assert [(m.step, m.value) for m in history] == [(10, 2.0), (20, 1.0), (30, 0.5)]
     final = after["b"].data.metrics
@@ -179,13 +180,13 @@ def test_publish_follows_a_sweep_and_never_doubles(sweep: Path) -> None:
 def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
-    tracking.publish(sweep)
-    client = store.client_of(store.default_uri())
+    mlflow_runs.publish(sweep)
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     run_id = runs_of(sweep)["a"].info.run_id
     for tag in ("raydistill.done", "raydistill.lines"):  # as if killed after the metrics, before their tags
         client.delete_tag(run_id, tag)
     client.update_run(run_id, status="RUNNING")
-    tracking.publish(sweep)
+    mlflow_runs.publish(sweep)
     assert runs_of(sweep)["a"].info.run_id == run_id
     assert runs_of(sweep)["a"].info.status == "FINISHED"
     assert len(client.get_metric_history(run_id, "val_loss")) == 2
@@ -194,35 +195,35 @@ def test_a_kill_in_the_middle_is_made_up_for(sweep: Path, monkeypatch: pytest.Mo
 def test_a_run_that_was_created_twice_stands_once(sweep: Path) -> None:
     """As a server behind a proxy does that gives up after the run was made, so that the request is sent again."""
     make_trial(sweep, "a", 0, 10.0)
-    parent = tracking.publish(sweep).parent_run_id
-    client = store.client_of(store.default_uri())
+    parent = mlflow_runs.publish(sweep).parent_run_id
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     kept = runs_of(sweep)["a"]
     tags = {k: kept.data.tags[k] for k in ("raydistill.sweep", "raydistill.trial", "mlflow.parentRunId")}
     for one in (tags, {"raydistill.sweep": tags["raydistill.sweep"]}):
         client.create_run(kept.info.experiment_id, tags=one)
-    tracking.publish(sweep)
+    mlflow_runs.publish(sweep)
     after = runs_of(sweep)
     assert {key: run.info.run_id for key, run in after.items()} == {"": parent, "a": kept.info.run_id}
 
 
 def test_what_serving_found_is_logged_after_the_trial_is_done_and_once(sweep: Path) -> None:
     folder = make_trial(sweep, "a", 0, 10.0)
-    tracking.publish(sweep)
+    mlflow_runs.publish(sweep)
     costs = {"latency_ms": 50.0, "latency_ms_b1": 2.0}
     one = {"beams": 4, "length_penalty": 1.0, "metrics": {"rouge2": 10.0}, "interval": [9, 11], "costs": costs}
     two = {**one, "beams": 1, "metrics": {"rouge2": 8.0}, "costs": {**costs, "latency_ms": 30.0}}
     write_json_atomic(folder / "served.json", {"decodings": [one]})
-    tracking.publish(sweep)
+    mlflow_runs.publish(sweep)
     tested = {"test": {"rouge2": 7.0, "interval": [6, 9]}}
     write_json_atomic(folder / "served.json", {"decodings": [one, {**two, **tested}]})
     for _ in range(2):
-        tracking.publish(sweep, finished=True)
+        mlflow_runs.publish(sweep, finished=True)
     run = runs_of(sweep)["a"]
     found = run.data.metrics
     assert (found["b4-p1/rouge2"], found["b4-p1/latency_ms"], found["b4-p1/speedup"]) == (10.0, 50.0, 6.0)
     assert (found["b1/rouge2"], found["b1/rouge2_high"], found["b1/test_rouge2_low"]) == (8.0, 11.0, 6.0)
     assert "b1/params_m" not in found
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     assert len(client.get_metric_history(run.info.run_id, "b4-p1/rouge2")) == 1
     assert "served.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
 
@@ -232,7 +233,7 @@ def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> N
     running = make_trial(sweep, "b", 1, 12.0, status=None)
 
     def drawn() -> dict[str, int]:
-        tracking.publish(sweep)
+        mlflow_runs.publish(sweep)
         return {name: (sweep / name).stat().st_mtime_ns for name in ("front.png", "curves.png", "front.html")}
 
     first = drawn()
@@ -243,7 +244,7 @@ def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> N
     (sweep / "front.png").unlink()
     finish_trial(running, 1, 12.5)
     assert all(drawn()[name] > then for name, then in first.items())
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     parent = runs_of(sweep)[""]
     place = client.download_artifacts(parent.info.run_id, "front.html")
     assert Path(place).read_bytes() == (sweep / "front.html").read_bytes()
@@ -251,17 +252,17 @@ def test_pictures_are_drawn_again_only_where_a_trial_has_ended(sweep: Path) -> N
 
 def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_trial(sweep, "a", 0, 10.0)
-    create = tracking._create
+    create = mlflow_runs._create
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.3)
         return create(*arguments)
 
-    monkeypatch.setattr(tracking, "_create", slowly)
-    store.client_of(store.default_uri())  # imports it once, in this thread
+    monkeypatch.setattr(mlflow_runs, "_create", slowly)
+    mlflow_store.client_of(mlflow_store.default_uri())  # imports it once, in this thread
     with ThreadPoolExecutor(2) as pool:
-        publishing = pool.submit(tracking.publish, sweep)
-        choosing = pool.submit(registry.register_choice, sweep, "a", "fast", exported(sweep, "a"))
+        publishing = pool.submit(mlflow_runs.publish, sweep)
+        choosing = pool.submit(mlflow_registry.register_choice, sweep, "a", "fast", exported(sweep, "a"))
         assert publishing.result(timeout=120).parent_run_id == runs_of(sweep)[""].info.run_id
         assert choosing.result(timeout=120).alias == "fast"
     assert set(runs_of(sweep)) == {"", "a"}
@@ -270,41 +271,41 @@ def test_two_that_publish_at_once_make_each_run_once(sweep: Path, monkeypatch: p
 def test_a_publishing_that_hangs_elsewhere_is_not_waited_for_without_end(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(mlflow_runs, "LOCK_WAIT_S", 0.1)
     with FileLock(sweep / ".publish.lock"), ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(tracking.publish, sweep)
-        with pytest.raises(store.TrackingDown, match="another process has been publishing"):
+        waiting = pool.submit(mlflow_runs.publish, sweep)
+        with pytest.raises(mlflow_store.TrackingDown, match="another process has been publishing"):
             waiting.result(timeout=60)
 
 
 def test_a_folder_that_is_no_sweep_gets_no_lock(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no sweep\.json"):
-        tracking.publish(tmp_path / "nope")
+        mlflow_runs.publish(tmp_path / "nope")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_register_makes_one_version_and_moves_the_alias(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 12.0)
-    first = registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
-    assert first == registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
-    other = registry.register_choice(sweep, "b", "fast", exported(sweep, "b"))
+    first = mlflow_registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    assert first == mlflow_registry.register_choice(sweep, "a", "fast", exported(sweep, "a"))
+    other = mlflow_registry.register_choice(sweep, "b", "fast", exported(sweep, "b"))
     assert other.version != first.version
-    client = store.client_of(store.default_uri())
+    client = mlflow_store.client_of(mlflow_store.default_uri())
     version = client.get_model_version_by_alias("mini", "fast")
     assert str(version.version) == other.version
     assert version.tags["size"] == "4-1"
     assert version.tags["latency_ms"] == "120.0"
     kept = Path(version.source.removeprefix("file://"))
     assert (kept / "raydistill.json").exists()
-    for file in ("README.md", *registry.MLFLOW_FILES):
+    for file in ("README.md", *mlflow_registry.MLFLOW_FILES):
         (sweep / "exports" / "b" / file).write_text("chosen for fast and small")
-    again = registry.register_choice(sweep, "b", "small", sweep / "exports" / "b")
+    again = mlflow_registry.register_choice(sweep, "b", "small", sweep / "exports" / "b")
     assert again.version == other.version
-    for file in ("README.md", *registry.MLFLOW_FILES):
+    for file in ("README.md", *mlflow_registry.MLFLOW_FILES):
         assert (kept / file).read_text() == "chosen for fast and small"
     with pytest.raises(UserError, match="no finished checkpoint"):
-        registry.register_choice(sweep, "nope", "fast", sweep)
+        mlflow_registry.register_choice(sweep, "nope", "fast", sweep)
 
 
 def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
@@ -313,21 +314,21 @@ def test_a_server_that_is_down_fails_at_once(sweep: Path) -> None:
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
         start = time.monotonic()
-        with pytest.raises(store.TrackingDown, match="does not answer"):
-            tracking.publish(sweep, uri)
+        with pytest.raises(mlflow_store.TrackingDown, match="does not answer"):
+            mlflow_runs.publish(sweep, uri)
         assert time.monotonic() - start < 5  # the figure is drawn first
         assert (sweep / "front.png").exists()
         free.listen()  # accepts and says nothing
         start = time.monotonic()
-        with pytest.raises(store.TrackingDown, match="does not answer"):
-            store.check_tracking(uri)
+        with pytest.raises(mlflow_store.TrackingDown, match="does not answer"):
+            mlflow_store.check_tracking(uri)
         assert time.monotonic() - start < 2
 
 
 def test_file_stores_are_refused() -> None:
     for uri in ("file:///tmp/mlruns", "mlruns", "localhost:5000"):
         with pytest.raises(UserError, match="plain files"):
-            store.check_tracking(uri)
+            mlflow_store.check_tracking(uri)
 
 
 def test_aliases_are_what_mlflow_takes() -> None:

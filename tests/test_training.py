@@ -21,15 +21,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Dataset, LayerChoice, Loss, Run, Student, Training
-from raydistill.data.batches import Examples, buckets, epoch_batches, share, within
-from raydistill.data.labels import Candidate, write_label_set
-from raydistill.model import forms
-from raydistill.model.shrink import plan, shrink
-from raydistill.model.teachers import load_model, load_tokenizer, tokenize_sources, tokenize_targets
+from raydistill.core.errors import UserError
+from raydistill.data.batching import Examples, buckets, epoch_batches, share, within
+from raydistill.label_sets.label_set import Candidate, write_label_set
+from raydistill.models import families
+from raydistill.models.freezing import Frozen, freeze, what_is_frozen
+from raydistill.models.loading import load_model, load_tokenizer, tokenize_sources, tokenize_targets
+from raydistill.models.shrinking import plan, shrink
 from raydistill.results.records import read_trials
-from raydistill.training import loop, record, validation
+from raydistill.teacher_cache.builder import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.training import loop, run_folder, validation
+from raydistill.training.distillation import Supervision
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import (
     Diverged,
     clip_and_step,
@@ -39,12 +43,10 @@ from raydistill.training.loop import (
     read_step,
     step,
 )
-from raydistill.training.material import open_teacher, origin_of
-from raydistill.training.record import held
-from raydistill.training.run import Inputs, collapse, frozen_table, supervise, train
-from raydistill.training.student import Frozen, freeze, make_student, what_is_frozen
-from raydistill.training.supervision import Supervision
-from raydistill.training.teacher_cache import Numbers, Pass, make_here, open_decoder, open_encoder
+from raydistill.training.run import collapse, frozen_table, supervise, train
+from raydistill.training.run_folder import held
+from raydistill.training.student import make_student
+from raydistill.training.tokenized_data import open_teacher, origin_of
 from raydistill.training.workers import Worker
 from tests.tiny import save_tiny, sentences
 
@@ -240,7 +242,7 @@ def test_a_cached_run_asks_neither_encoder_nor_teacher(tmp_path):
 def test_a_student_with_an_encoder_or_embeddings_of_its_own_reads_what_still_holds(family, tmp_path):
     """Trained embeddings: the student's encoder and head move away from the teacher's; the decoder's states stay."""
     live = tiny(family, tmp_path / "t")
-    for parameter in forms.embeddings(live.student):
+    for parameter in families.embeddings(live.student):
         parameter.requires_grad_(True)
     live = replace(live, encoder_shared=False, head_shared=False)
     with torch.no_grad():
@@ -285,10 +287,10 @@ def test_the_masks_that_a_gpu_is_given_say_what_the_plain_one_says(family, tmp_p
     batch, student = supervision.read([0, 1, 2]), supervision.student.eval()
     assert not batch.mask.all()
     with torch.no_grad():
-        encoded = forms.encode(student, batch.ids, batch.mask).last
-        ids = forms.shift_right(student, batch.labels)
-        plain = forms.decode(student, ids, encoded, batch.mask).last
-        masks = forms.known_masks(student, ids, batch.mask)
+        encoded = families.encode(student, batch.ids, batch.mask).last
+        ids = families.shift_right(student, batch.labels)
+        plain = families.decode(student, ids, encoded, batch.mask).last
+        masks = families.known_masks(student, ids, batch.mask)
         given = student.get_decoder()(ids, encoder_hidden_states=encoded, use_cache=False, **masks).last_hidden_state
     torch.testing.assert_close(plain, given)
 
@@ -519,12 +521,12 @@ def test_the_clock_has_the_start_and_every_validation_in_it_and_goes_on_after_a_
 
 def test_settings_of_memory_may_change_when_a_run_is_taken_up(tmp_path):
     run = Run.model_validate({"name": "r", "teacher": "t", "dataset": "d", "training": {"micro_tokens": 16384}})
-    record.claim(tmp_path, run)
+    run_folder.claim(tmp_path, run)
     other = {"name": "r", "teacher": "t", "dataset": "d", "training": {"gpus": 0.5}}
-    record.claim(tmp_path, Run.model_validate(other))
+    run_folder.claim(tmp_path, Run.model_validate(other))
     other["training"]["batch_size"] = 7
     with pytest.raises(UserError, match="other settings"):
-        record.claim(tmp_path, Run.model_validate(other))
+        run_folder.claim(tmp_path, Run.model_validate(other))
 
 
 def test_a_micro_batch_on_a_gpu_is_bounded_by_its_share_and_by_targets_first():
@@ -689,7 +691,7 @@ def test_training_leaves_encoder_embeddings_and_teacher_bitwise_alone(family, tm
 def test_dropout_does_not_act_on_a_frozen_encoder(family, embeddings, tmp_path):
     supervision = tiny(family, tmp_path / "t", dropout=0.5)
     if not embeddings:
-        for parameter in forms.embeddings(supervision.student):
+        for parameter in families.embeddings(supervision.student):
             parameter.requires_grad_(True)
         supervision = Supervision(
             supervision.student, None, supervision.examples, "sft", Loss(), supervision.plan, encoder_shared=False
@@ -697,9 +699,9 @@ def test_dropout_does_not_act_on_a_frozen_encoder(family, embeddings, tmp_path):
     loop._train_mode(supervision)
     ids = torch.tensor([supervision.examples.sources[0]])
     mask = torch.ones_like(ids)
-    one, two = (forms.encode(supervision.student, ids, mask).last for _ in range(2))
+    one, two = (families.encode(supervision.student, ids, mask).last for _ in range(2))
     assert torch.equal(one, two)
-    read = [forms.decode(supervision.student, ids, one, mask).last for _ in range(2)]
+    read = [families.decode(supervision.student, ids, one, mask).last for _ in range(2)]
     assert not torch.equal(*read)
 
 
@@ -707,7 +709,7 @@ def test_a_trained_encoder_has_dropout(tmp_path):
     supervision = tiny("bart", tmp_path / "t", size="1-2", dropout=0.5)
     loop._train_mode(supervision)
     ids = torch.tensor([supervision.examples.sources[0]])
-    one, two = (forms.encode(supervision.student, ids, torch.ones_like(ids)).last for _ in range(2))
+    one, two = (families.encode(supervision.student, ids, torch.ones_like(ids)).last for _ in range(2))
     assert not torch.equal(one, two)
 
 
@@ -833,7 +835,7 @@ def test_a_run_leaves_its_checkpoint_its_card_and_its_result(place, method, tmp_
     assert card["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
 
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
-    assert forms.size_name(model.config) == "2-1"
+    assert families.size_name(model.config) == "2-1"
     assert (model.generation_config.num_beams, model.generation_config.max_length) == (2, 8)
     assert AutoTokenizer.from_pretrained(folder / "best")("A dog").input_ids
     assert model.state_dict()["final_logits_bias"].abs().sum() > 0
@@ -1010,7 +1012,7 @@ def test_validation_loss_is_the_mean_over_real_tokens(place, tmp_path):
 
 
 def test_a_checkpoint_appears_whole(tmp_path, monkeypatch):
-    from raydistill.training.record import save_checkpoint
+    from raydistill.training.run_folder import save_checkpoint
 
     save_tiny("bart", tmp_path / "t")
     model, tokenizer = load_model(tmp_path / "t"), load_tokenizer(tmp_path / "t")
@@ -1177,11 +1179,11 @@ def stopped_at_the_second():
 
 def test_a_run_is_trained_by_one_process_at_a_time(place, tmp_path, monkeypatch):
     """A worker that outlived its driver still holds the folder: it is waited for, and not written beside."""
-    monkeypatch.setattr(record, "HELD_WAIT_S", 0.2)
+    monkeypatch.setattr(run_folder, "HELD_WAIT_S", 0.2)
     with held(tmp_path), pytest.raises(UserError, match="another process trains this run"):
         train(make_run(place), tmp_path, never_called)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
-    monkeypatch.setattr(record, "HELD_WAIT_S", 30)
+    monkeypatch.setattr(run_folder, "HELD_WAIT_S", 30)
     hold = (
         "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(60)"
     )

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raydistill.cluster import storage
-from raydistill.config.console import home, progress
-from raydistill.config.errors import UserError
+from raydistill.cluster import sync
+from raydistill.core.console import home, progress
+from raydistill.core.errors import UserError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,7 +38,7 @@ QUIET = {
     "PYTHONWARNINGS": "ignore",
 }
 PASSED_ON = (
-    *("RAYDISTILL_HOME", storage.STORAGE, "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"),
+    *("RAYDISTILL_HOME", sync.STORAGE, "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"),
     *("HF_ENDPOINT", *QUIET),
 )
 OBJECT_STORE_BYTES = 500_000_000
@@ -54,7 +54,7 @@ def cluster(cpus: int | None = None) -> Iterator[None]:
     ~/.ray/auth_token), and ends with the block. The dashboard stays on: without it a trial that a
     scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
     """
-    storage.opened()  # an address that will not do is told before anything starts
+    sync.opened()  # an address that will not do is told before anything starts
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     # Ray's workers run in folders of their own, where the default of ./outputs would be another place.

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from raydistill.config.load import reason_of
+from raydistill.config.loader import reason_of
 
 KINDS = ("choice", "uniform", "log_uniform", "int")
 JSON_SIGNS = ("[", "{", '"')

@@ -5,9 +5,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raydistill.config.console import home
-from raydistill.config.errors import UserError
 from raydistill.config.run import Columns, Decoding
+from raydistill.core.console import home
+from raydistill.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from raydistill.config.corners import corners, point_values
 from raydistill.config.distributions import encode, fill, propose, split
-from raydistill.config.errors import UserError
-from raydistill.config.load import Path_, absolute_paths, apply_settings, check, explain, read_yaml
+from raydistill.config.loader import Path_, absolute_paths, apply_settings, check, explain, read_yaml
 from raydistill.config.run import HOW, NAME, Model, Run
+from raydistill.core.errors import UserError
 
 # With what a sweep needs of the two files below this one.
 __all__ = [

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Columns
-from raydistill.data.files import Record, kind_of
+from raydistill.core.errors import UserError
+from raydistill.data.readers import Record, kind_of
 
 # In the order in which they are tried.
 KNOWN_PAIRS = (

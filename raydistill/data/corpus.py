@@ -11,11 +11,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raydistill.config.errors import UserError
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Columns, Dataset
+from raydistill.core.errors import UserError
 from raydistill.data.columns import check_record, find_columns
-from raydistill.data.files import EXTENSIONS, Record, read_rows, splits_of
+from raydistill.data.readers import EXTENSIONS, Record, read_rows, splits_of
 
 _LOOK_AHEAD = 100  # objects that are looked at to find the columns
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from raydistill.config.console import progress
-from raydistill.config.errors import UserError
+from raydistill.core.console import progress
+from raydistill.core.errors import UserError
 
 
 def hub_rows(hub: str, config: str | None, split: str, revision: str | None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raydistill.evaluation.scores import Scored, bootstrap, repetition_rate, score
-from raydistill.model.decoding import Beam, Engine
+from raydistill.evaluation.metrics import Scored, bootstrap, repetition_rate, score
+from raydistill.inference.decoding import Beam, Engine
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 from transformers import PretrainedConfig
 
-from raydistill.config.files import write_json_atomic
-from raydistill.config.machine import own_cores
-from raydistill.model.decoding import Engine
+from raydistill.core.files import write_json_atomic
+from raydistill.core.machine import own_cores
+from raydistill.inference.decoding import Engine
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 MAX_REPEATS = 1000

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raydistill.evaluation.latency import Timing, timing_of
-from raydistill.evaluation.scores import Scored, bootstrap, repetition_rate, score
-from raydistill.model.decoding import Beam, Engine
+from raydistill.evaluation.metrics import Scored, bootstrap, repetition_rate, score
+from raydistill.inference.decoding import Beam, Engine
 
 BATCHES = {"latency_ms": 32, "latency_ms_b1": 1}
 SINGLE_ROWS = 32

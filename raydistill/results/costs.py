@@ -8,10 +8,10 @@ pass is charged once, to all that need it, however many trials share it.
 from collections.abc import Iterable
 from typing import Any
 
-from raydistill.config.files import damage_told
 from raydistill.config.run import Run
-from raydistill.results.outcome import Outcome
+from raydistill.core.files import damage_told
 from raydistill.results.records import Trial
+from raydistill.results.selection import Outcome
 
 Passes = dict[str, Any]
 

@@ -3,9 +3,9 @@
 import math
 from typing import Any, Literal
 
-from raydistill.results.figures import COLOURS, NAMES, depths, picture, pyplot
-from raydistill.results.outcome import Outcome
 from raydistill.results.records import Trial
+from raydistill.results.selection import Outcome
+from raydistill.results.tables import COLOURS, NAMES, depths, picture, pyplot
 
 COLUMNS = 3
 

@@ -9,10 +9,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from raydistill.config.files import write_atomic
+from raydistill.core.files import write_atomic
 from raydistill.results.costs import method_table
 from raydistill.results.curves import curves_of
-from raydistill.results.figures import (
+from raydistill.results.records import Trial, decoding_label
+from raydistill.results.selection import Outcome
+from raydistill.results.served_students import SERVED
+from raydistill.results.tables import (
     NAMES,
     choices_table,
     count_trials,
@@ -21,9 +24,6 @@ from raydistill.results.figures import (
     markdown_table,
     result_tables,
 )
-from raydistill.results.outcome import Outcome
-from raydistill.results.records import Trial, decoding_label
-from raydistill.results.served import SERVED
 
 STAMP = "table.md"  # written last: the pictures are no older than it
 REPORT = ("front.png", "curves.png", "front.html", STAMP)

@@ -14,12 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydistill.config.console import home
-from raydistill.config.errors import UserError
-from raydistill.config.files import UNFIT, damage_told, inside, read_json
-from raydistill.config.run import Training
 from raydistill.config.space import BOUNDED, NAME, check_bounds
-from raydistill.results.stopping import Curve
+from raydistill.core.console import home
+from raydistill.core.errors import UserError
+from raydistill.core.files import UNFIT, damage_told, inside, read_json
 
 MOST_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
 
@@ -165,40 +163,6 @@ def open_sweep(name_or_path: str) -> Path:
     known = sorted(p.parent.name for p in sweeps.glob("*/sweep.json"))
     there = f"sweeps in {sweeps}: {', '.join(known)}" if known else f"there are no sweeps in {sweeps}"
     raise UserError(f"{name_or_path}: no such sweep; {there}. Give a folder or a name")
-
-
-def rivals(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
-    """What early stopping asks of a trial: its curve, those of the others of its shape, the share of its warm-up."""
-    trials = {trial.key: trial for trial in read_trials(sweep)}
-    shape = _shape_asked(trials[key])
-    others = [t for t in trials.values() if t.key != key and t.status != "failed" and _shape_asked(t) == shape]
-    return curve(trials[key]), [curve(trial) for trial in others], warm_up(trials[key])
-
-
-def warm_up(trial: Trial) -> float:
-    """Share of a trial's steps in which its learning rate rises; 0 before its first validation."""
-    with damage_told(trial.folder / "metrics.jsonl"):
-        lines = [line for line in trial.history() if "progress" in line]
-        total = round(lines[-1]["step"] / lines[-1]["progress"]) if lines else 0
-    if not total:
-        return 0.0
-    with damage_told(trial.folder / "run.json"):
-        return Training.model_validate(trial.run_config().get("training", {})).warm_up(total) / total
-
-
-def curve(trial: Trial) -> Curve:
-    """(share of the steps done, score) of each validation; a run that ended by itself stays at its best."""
-    with damage_told(trial.folder / "metrics.jsonl"):
-        points = [(float(line["progress"]), float(line["score"])) for line in trial.history() if "progress" in line]
-    if trial.status == "done" and points and points[-1][0] < 1:
-        points.append((1.0, max(score for _, score in points)))
-    return points
-
-
-def _shape_asked(trial: Trial) -> str:
-    """The size as the run names it: a trial under way has no other, and "" is the full teacher's."""
-    with damage_told(trial.folder / "run.json"):
-        return str((trial.run_config().get("student") or {}).get("size") or "")
 
 
 def device_hours(sweep: Path) -> float:

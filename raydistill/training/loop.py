@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raydistill.config.files import write_atomic
 from raydistill.config.run import Training
-from raydistill.data.batches import epoch_batches, share, within
-from raydistill.model import forms
+from raydistill.core.files import write_atomic
+from raydistill.data.batching import epoch_batches, share, within
+from raydistill.models import families
+from raydistill.training.distillation import Batch, Supervision
 from raydistill.training.prefetch import ahead
 from raydistill.training.state import State, has_state, load_state, save_state, write_state
-from raydistill.training.supervision import Batch, Supervision
 from raydistill.training.workers import Worker, from_leader, sum_gradients
 
 # Tokens up to which torch's plain attention trains faster in bf16 on a CPU than its flash kernel.
@@ -349,7 +349,7 @@ class _Running:
 def _train_mode(supervision: Supervision) -> None:
     """Dropout in what is trained only: a frozen encoder has none."""
     student = supervision.student.train()
-    if not any(p.requires_grad for p in forms.encoder_layers(student)):
+    if not any(p.requires_grad for p in families.encoder_layers(student)):
         student.get_encoder().eval()
 
 

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,52 +19,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistill.config.console import progress
-from raydistill.config.errors import UserError
-from raydistill.config.files import read_json, write_json_atomic
 from raydistill.config.run import Run
-from raydistill.data.batches import Examples
+from raydistill.core.console import progress
+from raydistill.core.errors import UserError
+from raydistill.core.files import read_json, write_json_atomic
+from raydistill.data.batching import Examples
 from raydistill.data.corpus import statistics
 from raydistill.evaluation.checkpoint import Evaluation, evaluate
 from raydistill.evaluation.latency import hardware
-from raydistill.evaluation.scores import lead, score, signature
-from raydistill.model import forms
-from raydistill.model.decoding import resolve_decoding
-from raydistill.model.generate import open_engine
-from raydistill.model.shrink import Plan
-from raydistill.model.teachers import load_model, load_tokenizer
-from raydistill.training.caching import Keep, pass_for
+from raydistill.evaluation.metrics import lead, score, signature
+from raydistill.inference.decoding import resolve_decoding
+from raydistill.inference.engines import open_engine
+from raydistill.models import families
+from raydistill.models.freezing import Frozen, freeze, what_is_frozen
+from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.models.shrinking import Plan
+from raydistill.teacher_cache.builder import make_here, open_decoder, open_encoder
+from raydistill.teacher_cache.policy import pass_for
+from raydistill.training.distillation import Supervision
+from raydistill.training.inputs import Inputs
 from raydistill.training.loop import Diverged, Report, fit, precision
-from raydistill.training.material import Material, Teacher, load_material, make_examples, open_teacher, tokens
-from raydistill.training.record import claim, claim_origin, held, identity, write_card, write_failure, write_rows
+from raydistill.training.run_folder import claim, claim_origin, held, identity, write_card, write_failure, write_rows
 from raydistill.training.state import State
-from raydistill.training.student import Frozen, freeze, make_student, random_start, remember_decoding, what_is_frozen
-from raydistill.training.supervision import Supervision
-from raydistill.training.teacher_cache import make_here, open_decoder, open_encoder
+from raydistill.training.student import make_student, random_start, remember_decoding
+from raydistill.training.tokenized_data import Material, Teacher, load_material, make_examples, open_teacher, tokens
 from raydistill.training.validation import Validator, missing_scorer
 from raydistill.training.workers import Worker
 
 COLLAPSE = 0.5
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What was made before the run: label sets' folders by source, the teacher cache's root, and the shape's costs.
-
-    `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
-    collapsed into repetition is a failed run.
-    `stores` are the cache's folders that were made for this run or the sweep that it is of.
-    `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
-    """
-
-    labels: dict[str, Path] = field(default_factory=dict)
-    cache: Path | None = None
-    keep: Keep = "full"
-    computed: str | None = None
-    costs: dict[str, float] = field(default_factory=dict)
-    note: dict[str, Any] = field(default_factory=dict)
-    repetition: float | None = None
-    stores: tuple[Path, ...] = ()
 
 
 def train(
@@ -130,7 +112,7 @@ def _train(run: Run, folder: Path, report: Report, inputs: Inputs, worker: Worke
             f"runs share a GPU raise training.gpus; what is done is kept, and the same command goes on"
         ) from None
     except Diverged as error:
-        facts = {**identity(run, layers, forms.size_name(student.config)), **inputs.note}
+        facts = {**identity(run, layers, families.size_name(student.config)), **inputs.note}
         hours = error.seconds * worker.devices(run.training) / 3600
         return write_failure(folder, run, facts, str(error), hours) if worker.leads else {}
     if not worker.leads:
@@ -174,7 +156,7 @@ def supervise(
 
 def frozen_table(student: PreTrainedModel, autocast: torch.dtype | None) -> Tensor | None:
     """The output embedding in the precision of training, once for all steps, where it is frozen and not in it."""
-    if autocast is None or forms.head_parameters(student):
+    if autocast is None or families.head_parameters(student):
         return None
     head: Any = student.lm_head
     return head.weight.detach().to(autocast)
@@ -237,7 +219,7 @@ def _finish(
     if rows:
         write_rows(folder / "rows.npz", rows)
     hours = (state.seconds + time.monotonic() - started) * worker.devices(run.training) / 3600
-    what = identity(run, layers, forms.size_name(validator.student.config))
+    what = identity(run, layers, families.size_name(validator.student.config))
     if validation and (why := collapse(validation.repetition, inputs.repetition)):
         # Its losses are whole: tables of losses read them, and know it by its repetition.
         ended = {} if state.stopped else {"repetition": validation.repetition}
@@ -340,7 +322,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "name": run.teacher,
         "key": teacher.key,
         "commit": teacher.commit,
-        "size": forms.size_name(teacher.model.config),
+        "size": families.size_name(teacher.model.config),
         "metric": material.metric,
         "metrics": found["validation"].scored.metrics,
         "interval": list(found["validation"].interval),

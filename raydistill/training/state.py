@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raydistill.config.files import damage_told, inside, write_atomic
-from raydistill.training.record import making
-from raydistill.training.supervision import Supervision
+from raydistill.core.files import damage_told, inside, write_atomic
+from raydistill.training.distillation import Supervision
+from raydistill.training.run_folder import making
 
 
 @dataclass

@@ -1,28 +1,26 @@
 """What is trained: the student made from the teacher or from nothing, and what of it stays frozen."""
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistill.config.errors import UserError
 from raydistill.config.run import Decoding, Run
-from raydistill.model import forms
-from raydistill.model.decoding import Beam
-from raydistill.model.shrink import Plan, plan, shrink
-from raydistill.model.start import build_tokenizer, new_model
-from raydistill.model.teachers import load_model, locate
-from raydistill.training.material import Teacher, read_split
-from raydistill.training.record import making
+from raydistill.core.errors import UserError
+from raydistill.inference.decoding import Beam
+from raydistill.models import families
+from raydistill.models.loading import load_model, locate
+from raydistill.models.random_init import build_tokenizer, new_model
+from raydistill.models.shrinking import Plan, plan, shrink
+from raydistill.training.run_folder import making
+from raydistill.training.tokenized_data import Teacher, read_split
 from raydistill.training.workers import Worker
 
 
 def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, Plan]:
     """The untrained student and which layers it copies and is supervised by."""
-    layers = plan(forms.depths(teacher.model.config), run.student)
+    layers = plan(families.depths(teacher.model.config), run.student)
     other = run.student.copy_from
     decoder_from = load_model(locate(other, run.dataset.name)) if other else None
     student = shrink(teacher.model, layers, run.training.seed, decoder_from)
@@ -46,40 +44,6 @@ def random_start(run: Run, folder: Path, worker: Worker) -> Path:
     if worker.world > 1:
         torch.distributed.barrier()
     return place
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What stays as the teacher has it; `shared`: the student's encoder states are the teacher's."""
-
-    encoder: bool
-    embeddings: bool
-    shared: bool
-
-
-def what_is_frozen(run: Run, layers: Plan | None) -> Frozen:
-    """What the run asks to freeze; by default, of a shrunk student, the embeddings and a fully copied encoder.
-
-    A student is shrunk where the run gives a `size`, be it the teacher's own; without one a teacher is fine-tuned.
-    """
-    shrunk = layers is not None and run.student.size is not None
-    complete = layers is not None and layers.encoder_complete
-    embeddings = run.training.freeze_embeddings
-    encoder = run.training.freeze_encoder
-    embeddings = shrunk if embeddings is None else embeddings
-    encoder = shrunk and complete if encoder is None else encoder
-    return Frozen(encoder, embeddings, encoder and embeddings and complete)
-
-
-def freeze(student: PreTrainedModel, frozen: Frozen) -> None:
-    """Freeze it; UserError where nothing is left to train."""
-    for parameter in forms.embeddings(student) if frozen.embeddings else []:
-        parameter.requires_grad_(False)
-    for parameter in forms.encoder_layers(student) if frozen.encoder else []:
-        parameter.requires_grad_(False)
-    if not any(p.requires_grad for p in student.parameters()):
-        raise UserError("nothing is left to train: encoder, embeddings and decoder are all frozen")
-    _hold_padding_row(student)
 
 
 def remember_decoding(student: PreTrainedModel, beam: Beam, asked: Decoding) -> None:
@@ -110,18 +74,3 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
         # Attention modules hold their own rate under the same name.
         elif isinstance(getattr(module, "dropout", None), float) and (t5 or not hasattr(module, "head_dim")):
             module.dropout = dropout  # type: ignore[assignment]
-
-
-def _hold_padding_row(model: PreTrainedModel) -> None:
-    """Keep a zero padding row zero: CTranslate2 starts Marian's decoder from zero, whatever that row holds."""
-    for parameter in forms.embeddings(model):
-        pad_id = model.config.pad_token_id
-        if not parameter.requires_grad or pad_id >= len(parameter) or parameter[pad_id].any():
-            continue
-
-        def clear(gradient: Tensor, row: int = pad_id) -> Tensor:
-            gradient = gradient.clone()
-            gradient[row] = 0
-            return gradient
-
-        parameter.register_hook(clear)

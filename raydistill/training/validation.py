@@ -10,16 +10,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import Run
-from raydistill.data.batches import buckets
+from raydistill.data.batching import buckets
 from raydistill.evaluation.checkpoint import Evaluation, evaluate
-from raydistill.model import forms
-from raydistill.model.decoding import Beam
-from raydistill.model.generate import open_engine
-from raydistill.model.teachers import Languages
+from raydistill.inference.decoding import Beam
+from raydistill.inference.engines import open_engine
+from raydistill.models import families
+from raydistill.models.loading import Languages
+from raydistill.teacher_cache.builder import mask_of, padded
 from raydistill.training.losses import Targets, output_loss
-from raydistill.training.material import Material, tokens
-from raydistill.training.record import save_checkpoint
-from raydistill.training.teacher_cache import mask_of, padded
+from raydistill.training.run_folder import save_checkpoint
+from raydistill.training.tokenized_data import Material, tokens
 
 SCORERS = {"rouge2": "rouge_score", "bleu": "sacrebleu"}
 
@@ -102,12 +102,12 @@ class Validator:
                 ids, mask = padded(picked, self.student.config.pad_token_id), mask_of(picked)
                 labels = padded([targets[i] for i in batch], -100).to(self.student.device)
                 ids, mask = ids.to(self.student.device), mask.to(self.student.device)
-                encoded = forms.encode(self.student, ids, mask).last
-                hidden = forms.decode(self.student, forms.shift_right(self.student, labels), encoded, mask).last
+                encoded = families.encode(self.student, ids, mask).last
+                hidden = families.decode(self.student, families.shift_right(self.student, labels), encoded, mask).last
                 real = labels != -100
                 wanted = Targets(labels[real])
                 _, entropy, _ = output_loss(
-                    hidden[real], lambda h: forms.head(self.student, h), wanted, self.student.config.vocab_size
+                    hidden[real], lambda h: families.head(self.student, h), wanted, self.student.config.vocab_size
                 )
                 total += float(entropy)
                 count += int(real.sum())

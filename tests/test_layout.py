@@ -1,0 +1,241 @@
+"""The layout of the package: rooms import downwards only, and no module takes part in an import cycle."""
+
+import ast
+import graphlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import raydistill
+from tests.tiny import save_tiny, sentences
+
+PACKAGE = Path(raydistill.__file__).parent
+COMMANDS = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+# From top to bottom. A room may import the rooms that stand after it in this list, and no others.
+ROOMS = [
+    "commands",  # the files at the top of the package
+    "search",
+    "tracking",
+    "paper",
+    "jobs",
+    "cluster",
+    "results",
+    "training",
+    "teacher_cache",
+    "label_sets",
+    "evaluation",
+    "inference",
+    "models",
+    "data",
+    "config",
+    "core",
+]
+# Library -> the rooms or files that may import it.
+ONLY_IN = {
+    "ray": {"commands", "search", "jobs", "cluster"},
+    "optuna": {"search"},
+    "mlflow": {"tracking"},
+    "matplotlib": {"results", "paper"},
+    "ctranslate2": {"inference"},
+    "datasets": {"data"},
+    "rouge_score": {"evaluation"},
+    "sacrebleu": {"evaluation"},
+}
+# Rooms that stay importable in milliseconds, and commands that answer --help at once.
+NO_TORCH = {"core", "config", "data", "label_sets", "results", "paper", "tracking"}
+
+
+def imports():
+    """(file in the package, module imported), also inside functions and behind TYPE_CHECKING."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((file, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                yield from ((file, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def room_of(file):
+    return file.split("/")[0] if "/" in file else "commands"
+
+
+def violations(imported):
+    """Imports that go upwards, and imports of a library outside its rooms."""
+    for file, module in imported:
+        root, *inner = module.split(".")
+        room = room_of(file)
+        if root == "raydistill" and inner[0] != "__version__":
+            target = inner[0] if inner[0] in ROOMS else "commands"
+            if ROOMS.index(target) < ROOMS.index(room):
+                yield f"{file} imports {module}"
+        if root in ONLY_IN and not ONLY_IN[root] & {room, file}:
+            yield f"{file} imports {module}"
+        if root in ("torch", "transformers") and room in NO_TORCH:
+            yield f"{file} imports {module}"
+
+
+def module_graph(imported):
+    """Module -> the modules of the package that it imports, lazy imports included."""
+    modules = {file.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".") for file, _ in imported}
+    graph = {}
+    for file, name in imported:
+        module = file.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
+        target = name.removeprefix("raydistill.")
+        if name.startswith("raydistill."):  # the name may be a module, or a definition in one
+            target = target if target in modules else target.rpartition(".")[0]
+            if target != module:  # a command run as `python -m` imports its own entry point
+                graph.setdefault(module, set()).add(target)
+    return graph
+
+
+def import_cycle(imported):
+    """The modules of one import cycle, or an empty list."""
+    try:
+        graphlib.TopologicalSorter(module_graph(imported)).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_rooms_import_downwards_and_libraries_stay_in_their_rooms():
+    assert list(violations(imports())) == []
+
+
+def test_no_import_cycle_between_modules():
+    assert import_cycle(list(imports())) == []
+
+
+def test_a_lazy_import_cycle_is_detected():
+    lazy = [("search/trial.py", "raydistill.search.study.key_of"), ("search/study.py", "raydistill.search.trial.run")]
+    assert set(import_cycle(lazy)) == {"search.trial", "search.study"}
+
+
+def test_every_folder_is_a_room():
+    folders = {p.parent.relative_to(PACKAGE).parts[0] for p in PACKAGE.glob("*/**/*.py")}
+    assert folders == set(ROOMS) - {"commands"}
+
+
+@pytest.mark.parametrize(
+    ("file", "module"),
+    [
+        ("data/corpus.py", "raydistill.models.families"),
+        ("training/loop.py", "raydistill.jobs.train"),
+        ("models/families.py", "raydistill.inference.engines"),
+        ("results/pareto.py", "raydistill.tracking.export"),
+        ("evaluation/metrics.py", "raydistill.sweep.main"),
+        ("training/run.py", "ray.train"),
+        ("results/tables.py", "mlflow"),
+        ("sweep.py", "ctranslate2"),
+        ("config/run.py", "torch"),
+    ],
+)
+def test_a_violation_is_detected(file, module):
+    assert list(violations([(file, module)])) == [f"{file} imports {module}"]
+
+
+def test_imports_inside_functions_are_seen():
+    found = set(imports())
+    assert ("evaluation/metrics.py", "rouge_score.rouge_scorer.RougeScorer") in found
+    assert ("cluster/exclusive.py", "raydistill.cluster.start.largest_node") in found
+
+
+def python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=PACKAGE.parent,
+    )
+
+
+BARE = """
+import sys
+
+class Blocked:
+    names = {"ray", "mlflow", "datasets", "optuna", "rouge_score", "sacrebleu", "ctranslate2", "matplotlib", "typer"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import raydistill
+
+for room in ("core", "config", "data", "models", "inference", "evaluation", "label_sets", "teacher_cache", "training"):
+    package = importlib.import_module(f"raydistill.{room}")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "schema":
+            importlib.import_module(f"raydistill.{room}.{module.name}")
+
+from raydistill.config.run import Run
+from raydistill.training.run import train
+
+root = Path(sys.argv[1])
+run = Run(
+    name="bare",
+    teacher=str(root / "teacher"),
+    dataset={"name": str(root), "max_source_tokens": 40, "max_target_tokens": 20},
+    method="kd",
+    student={"size": "1-1"},
+    training={"epochs": 1, "batch_size": 4, "checks_per_epoch": 1, "precision": "fp32"},
+)
+result = train(run, root / "run", lambda metrics, folder: None)
+print(json.dumps({"result": result, "loaded": sorted(Blocked.names & set(sys.modules))}))
+"""
+
+
+def test_training_works_with_torch_and_transformers_alone(tmp_path):
+    save_tiny("bart", tmp_path / "teacher")
+    for split, n in (("train", 8), ("validation", 4), ("test", 4)):
+        rows = [json.dumps({"id": str(i), "source": s, "target": s[:12]}) for i, s in enumerate(sentences(n))]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    done = python(BARE, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loaded"] == []
+    assert found["result"]["status"] == "done"
+    assert found["result"]["metrics"]["score"] == -found["result"]["metrics"]["val_loss"]
+    assert "rouge_score is not installed" in done.stderr
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
+
+
+HELP = """
+import importlib
+import sys
+
+name = sys.argv[1]
+sys.argv = [f"raydistill {name}", "--help"]
+try:
+    importlib.import_module(f"raydistill.{name}").main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "ray", "transformers", "mlflow", "optuna", "datasets", "ctranslate2", "matplotlib", "pandas"}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_without_loading_anything_heavy(command):
+    done = python(HELP, command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Usage" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_console_script_lists_every_command():
+    from raydistill.__main__ import COMMANDS as listed
+
+    assert sorted(listed) == COMMANDS
