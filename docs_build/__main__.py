@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from docs_build.checks import problems
+from docs_build.checks import documents, problems
 from docs_build.commands import commands_page
 from docs_build.drawing import imports_svg
+from docs_build.examples import example_problems
 from docs_build.modules import modules_page, read_modules
 from docs_build.settings import settings_page
 
@@ -25,7 +26,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")
-    found = problems(ROOT)
+    found = problems(ROOT) + example_problems(documents(ROOT), ROOT)
     for problem in found:
         print(problem, file=sys.stderr)
     sys.exit(1 if found else 0)
