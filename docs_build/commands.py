@@ -41,9 +41,10 @@ def commands_page() -> str:
 
 
 def _command(path: str, command: Any, level: int) -> list[str]:
-    parts = [f"{'#' * level} {path}", "", _prose(command.help or ""), ""]
+    heading, prose = [f"{'#' * level} {path}", ""], [_prose(command.help or ""), ""]
     subcommands = getattr(command, "commands", None)
     if subcommands:
+        parts = [*heading, *_usage(f"{path} COMMAND [OPTIONS]"), *prose]
         for name, subcommand in subcommands.items():
             parts += _command(f"{path} {name}", subcommand, level + 1)
         return parts
@@ -51,8 +52,7 @@ def _command(path: str, command: Any, level: int) -> list[str]:
     arguments = [parameter for parameter in shown if parameter.param_type_name == "argument"]
     options = [parameter for parameter in shown if parameter not in arguments and parameter.name != "help"]
     hints = get_type_hints(inspect.unwrap(command.callback))
-    usage = " ".join([path, *(_usage(argument) for argument in arguments), "[OPTIONS]"])
-    parts += ["```text", usage, "```", ""]
+    parts = [*heading, *_usage(" ".join([path, *map(_placeholder, arguments), "[OPTIONS]"])), *prose]
     if arguments:
         rows = [[code(_metavar(a)), "yes" if a.required else "no", cell(a.help or "")] for a in arguments]
         parts += [table(["argument", "required", "meaning"], rows), ""]
@@ -60,6 +60,10 @@ def _command(path: str, command: Any, level: int) -> list[str]:
         rows = [[_names(o), cell(_type(o, hints.get(o.name))), _default(o), cell(o.help or "")] for o in options]
         parts += [table(["option", "type", "default", "meaning"], rows), ""]
     return parts
+
+
+def _usage(line: str) -> list[str]:
+    return ["```text", line, "```", ""]
 
 
 def _prose(text: str) -> str:
@@ -80,7 +84,7 @@ def _metavar(parameter: Any) -> str:
     return str(parameter.metavar or parameter.name).upper()
 
 
-def _usage(argument: Any) -> str:
+def _placeholder(argument: Any) -> str:
     name = _metavar(argument) + ("..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
 
