@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 AUDIT := .audit
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test slow audit ui schema clean
+.PHONY: help install quickstart test slow docs audit ui schema clean
 
 help: ## list the targets
 	@echo "raydistill: make TARGET"
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[install] $$($(PYTHON) --version): making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[install] installing the versions of constraints.txt: a few minutes, longer where torch must be downloaded"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $(STAMP)
 	@echo "[install] done"
 
@@ -35,7 +35,7 @@ quickstart: $(STAMP) ## install, train the demo's teacher, and sweep its student
 	@echo "[2/2] the sweep: python -m raydistill.sweep search_spaces/quickstart.yaml"
 	@$(BIN)/python -m raydistill.sweep search_spaces/quickstart.yaml
 
-test: $(STAMP) ## install, then ruff, mypy and the tests that need no GPU, no root and no browser
+test: $(STAMP) docs ## install, then ruff, mypy, the documentation and the tests that need no GPU, root or browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -43,6 +43,11 @@ test: $(STAMP) ## install, then ruff, mypy and the tests that need no GPU, no ro
 
 slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+docs: $(STAMP) ## check the documents and build the documentation site strictly into build/site
+	@$(BIN)/python -m docs_build
+	@$(BIN)/zensical build --strict --clean
+	@echo "build/site/index.html"
 
 # pip-audit has a venv of its own. Without its advisories it would find nothing and say so: hence the question first,
 # for a page that every package has, and --strict, by which a package that was not looked up is an error.
@@ -65,5 +70,5 @@ schema: $(STAMP) ## write search_spaces/schema.json, which editors check space f
 	@echo "search_spaces/schema.json"
 
 clean: ## delete .venv, builds and caches; outputs/ stays
-	rm -rf $(VENV) $(AUDIT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) build dist .cache docs/reference/*.md docs/reference/*.svg *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find raydistill tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Generators of the documentation site: reference pages from the code, the import drawing, and checks of the text."""
