@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from raydistill.__main__ import COMMANDS
-from raydistill.config.loader import check, read_yaml
+from raydistill.config.loader import read_yaml, validate
 from raydistill.config.run import Run
 from raydistill.config.space import read_space
 from raydistill.core.errors import UserError
@@ -53,7 +53,7 @@ def _yaml(text: str) -> Iterator[str]:
                     read_space(path)
                 else:
                     data, lines = read_yaml(path)
-                    check(Run, data, path, lines)
+                    validate(Run, data, path, lines)
             except UserError as error:
                 yield str(error)
 

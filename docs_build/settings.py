@@ -9,7 +9,7 @@ from docs_build.meanings import MEANINGS
 from raydistill.config import presets
 from raydistill.config.run import Run
 from raydistill.config.schema import json_schema
-from raydistill.config.space import BOUNDED
+from raydistill.config.space import COST_METRICS
 
 Schema = dict[str, Any]
 COLUMNS = ["key", "type", "default", "meaning"]
@@ -52,7 +52,7 @@ def settings_page() -> str:
     distribution = {"properties": space["$defs"]["Distribution"]["anyOf"][0]["properties"]}
     parts += [_rendered(section) for section in sections(distribution, "", missing, prefix="distribution.")]
     parts += ["### Budgets", "", MEANINGS["budgets"], ""]
-    rows = [[code(name), cell(_meaning(f"budget.{name}", {}, missing))] for name in BOUNDED]
+    rows = [[code(name), cell(_meaning(f"budget.{name}", {}, missing))] for name in COST_METRICS]
     parts += [table(["bound", "meaning"], rows), ""]
     parts += _named()
     if missing:
