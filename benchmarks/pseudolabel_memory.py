@@ -22,10 +22,11 @@ import numpy as np
 import psutil
 
 from benchmarks.common import describe_machine, write_result
-from benchmarks.stamps import Stamps, read_stamps, write_jsonl
+from benchmarks.stamps import open_stamped_engine, read_stamps, write_jsonl
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
+from raydistill.inference.engines import open_engine
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.results.tables import markdown_table
@@ -62,9 +63,8 @@ def memory(rows: int, place: Path) -> dict[str, Any]:
     with ray_cluster(2):
         began = time.time()
         with sampled() as samples:
-            folder = pseudolabel(
-                job, place / f"tiny-labels-{rows}", verbose=False, make_on_batch=partial(Stamps, stamps)
-            )
+            opener = partial(open_stamped_engine, stamps, open_engine)
+            folder = pseudolabel(job, place / f"tiny-labels-{rows}", verbose=False, engine_factory=opener)
         seconds = time.time() - began
     assert read_manifest(folder)["rows"] == rows
     ends = read_stamps(stamps)

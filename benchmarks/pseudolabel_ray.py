@@ -20,12 +20,13 @@ from typing import Any
 
 from benchmarks.common import describe_machine, write_result
 from benchmarks.sides import Side, Work, work_of, write_batches
-from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
+from benchmarks.stamps import End, open_stamped_engine, rate, read_stamps, write_jsonl
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.corpus import read_corpus
 from raydistill.data.streaming import scan_split, usable_rows
+from raydistill.inference.engines import open_engine
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan, make_plan
 from raydistill.label_sets.label_set import read_manifest
@@ -93,7 +94,8 @@ class Bench:
         stamps = self.place / f"stamps-{self.runs}"
         with ray_cluster(actors):
             began = time.time()
-            folder = pseudolabel(self.job(rows), root, verbose=False, make_on_batch=partial(Stamps, stamps))
+            opener = partial(open_stamped_engine, stamps, open_engine)
+            folder = pseudolabel(self.job(rows), root, verbose=False, engine_factory=opener)
             ended = time.time()
         assert read_manifest(folder)["rows"] == rows
         ends = read_stamps(stamps)

@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, describe_machine, write_result
 from benchmarks.nodes import Meter, nodes
-from benchmarks.stamps import End, Stamps, rate, read_stamps, write_jsonl
+from benchmarks.stamps import End, open_stamped_engine, rate, read_stamps, write_jsonl
 from benchmarks.standins import timed_engine, timed_run
 from raydistill.cluster.actor_pool import BatchFunction, BatchStats, run_batches
 from raydistill.config.run import Dataset, Decoding
@@ -107,8 +107,7 @@ def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> 
             place / f"labels-{count}",
             "cuda",
             verbose=False,
-            make_on_batch=partial(Stamps, stamps),
-            engine_factory=opener,
+            engine_factory=partial(open_stamped_engine, stamps, opener),
         )
         ended = time.time()
     assert read_manifest(folder)["rows"] == rows

@@ -3,9 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from raydistill.inference.decoding import Engine, Hypothesis
 
 
 @dataclass(frozen=True)
@@ -17,17 +20,27 @@ class End:
     rows: float
 
 
-class Stamps:
-    """The product's hook for a second product of the same pass: here, a line when a batch is labelled."""
+class StampedEngine:
+    """An engine that writes a line to `folder` whenever it has labelled a batch: process, time and number of rows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, engine: Engine, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self.file = folder / f"{os.getpid()}.jsonl"
+        self._engine, self._file = engine, folder / f"{os.getpid()}.jsonl"
 
-    def __call__(self, number: int, ids: list[str], sources: list[str], labels: list[str]) -> None:
-        """Note who labelled how many rows when."""
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps([os.getpid(), time.time(), len(ids)]) + "\n")
+    def generate(self, texts: list[str], *args: Any, **options: Any) -> list[list[Hypothesis]]:
+        """As Engine.generate."""
+        hypotheses = self._engine.generate(texts, *args, **options)
+        with self._file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps([os.getpid(), time.time(), len(texts)]) + "\n")
+        return hypotheses
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def open_stamped_engine(folder: Path, open_function: Callable[..., Any], *args: Any, **options: Any) -> StampedEngine:
+    """The engine that `open_function` opens, with stamps in `folder`; for `pseudolabel(engine_factory=...)`."""
+    return StampedEngine(open_function(*args, **options), folder)
 
 
 def read_stamps(folder: Path) -> list[End]:

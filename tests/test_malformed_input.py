@@ -38,8 +38,8 @@ from raydistill.search.study import StudySearch
 from raydistill.search.sweep import sweep_lock
 from raydistill.teacher_cache import store
 from tests.factories import workspace as world
+from tests.factories.label_sets import LABEL_ROWS, PSEUDOLABEL_MANIFEST
 from tests.factories.models import save_tiny
-from tests.label_sets.test_label_set import ROWS, WHOLE
 from tests.search.test_study import RUN
 from tests.tracking.test_mlflow_runs import make_trial
 
@@ -308,8 +308,8 @@ def test_a_pipe_is_no_data_set(tmp_path):
 
 def test_label_sets(holds, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "set"
-    manifest = {**WHOLE, "rows": 3, "curation": {"min_rouge2": 3}, "dropped": {"empty": 1}}
-    label_set.write_label_set(folder, [*ROWS, ("gone", "empty")], lambda: manifest)
+    manifest = {**PSEUDOLABEL_MANIFEST, "rows": 3, "curation": {"min_rouge2": 3}, "dropped": {"empty": 1}}
+    label_set.write_label_set(folder, [*LABEL_ROWS, ("gone", "empty")], lambda: manifest)
     whole = {name: (folder / name).read_bytes() for name in ("manifest.json", "part-00000.parquet", "dropped.parquet")}
 
     def load():
@@ -344,7 +344,7 @@ def command(monkeypatch, app, words):
 
 def test_a_name_that_is_no_utf8_is_shown_all_the_same(tmp_path):
     home = tmp_path / "outputs"
-    label_set.write_label_set(home / "labels" / "set", ROWS, lambda: {**WHOLE, "rows": 3})
+    label_set.write_label_set(home / "labels" / "set", LABEL_ROWS, lambda: {**PSEUDOLABEL_MANIFEST, "rows": 3})
     (home / "labels" / "set").rename(home / "labels" / os.fsdecode(b"set-\xff"))
     done = world.command(home, "labels", "list")
     assert (done.returncode, done.stderr) == (0, "")

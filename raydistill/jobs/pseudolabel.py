@@ -44,9 +44,6 @@ GPU_BATCH_SIZE = 128
 # Part of a label set's key. One more whenever an engine, with the same settings, comes to write other texts.
 DECODING_VERSION = 2
 
-# Called in the actor with (batch number, ids, sources, the labels), when a batch is labelled and before its file is
-# written: what else a pass over the data has to produce. It must leave its output whole, as the batch's own file is.
-BatchCallback = Callable[[int, list[str], list[str], list[str]], None]
 # What opens the teacher in an actor; called as model.generate.open_engine is.
 EngineFactory = Callable[..., "Engine"]
 
@@ -72,7 +69,6 @@ def pseudolabel(
     root: Path,
     device: str = "cpu",
     verbose: bool = True,
-    make_on_batch: Callable[[], BatchCallback] | None = None,
     engine_factory: EngineFactory | None = None,
 ) -> Path:
     """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again.
@@ -88,7 +84,7 @@ def pseudolabel(
     folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{_label_set_key(job, about, found, device)}"
     root.mkdir(parents=True, exist_ok=True)
     with _label_set_lock(root / f".{folder.name}.lock", folder):
-        _build_label_set(job, about, found, folder, device, verbose, make_on_batch, engine_factory)
+        _build_label_set(job, about, found, folder, device, verbose, engine_factory)
     if rules == type(rules)():
         return folder
     made = curate(
@@ -193,7 +189,6 @@ def _build_label_set(
     folder: Path,
     device: str,
     verbose: bool,
-    make_on_batch: Callable[[], BatchCallback] | None,
     engine_factory: EngineFactory | None,
 ) -> None:
     """Go on with the label set in `folder`; the caller holds its lock."""
@@ -218,7 +213,7 @@ def _build_label_set(
     if verbose and len(missing) < len(plan):
         print_progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
     if missing:
-        _label_batches(job, description, plan, work, missing, device, verbose, make_on_batch, engine_factory)
+        _label_batches(job, description, plan, work, missing, device, verbose, engine_factory)
         sync.pull(work)
     merge_outputs(plan, work, folder, description, scan_result, resolve_metric(job.dataset.name, job.metric))
     sync.push(folder)
@@ -234,7 +229,6 @@ def _label_batches(
     batch_numbers: list[int],
     device: str,
     verbose: bool,
-    make_on_batch: Callable[[], BatchCallback] | None,
     engine_factory: EngineFactory | None,
 ) -> None:
     """Run the missing batches through one actor per GPU, or per `job.threads` CPUs, and tell how far it is."""
@@ -262,9 +256,7 @@ def _label_batches(
 
     def labeller() -> Callable[[int], BatchStats]:
         sync.pull(where, work_dir / "plan", work_dir / "engine.json")
-        return Labeller(
-            job, description, plan, work_dir, device, make_on_batch() if make_on_batch else None, engine_factory
-        )
+        return Labeller(job, description, plan, work_dir, device, engine_factory)
 
     try:
         run_batches(batch_numbers, labeller, device=device, threads=job.threads, on_done=on_done)
@@ -283,7 +275,6 @@ class Labeller:
         plan: BatchPlan,
         work_dir: Path,
         device: str,
-        on_batch: BatchCallback | None = None,
         engine_factory: EngineFactory | None = None,
     ) -> None:
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
@@ -297,7 +288,7 @@ class Labeller:
             )
         self.max_source_tokens = decoding.pop("max_source_tokens")
         self.beam = BeamSearchParams(**decoding)
-        self.plan, self.work_dir, self.n_best, self.on_batch = plan, work_dir, job.pseudo.n_best, on_batch
+        self.plan, self.work_dir, self.n_best = plan, work_dir, job.pseudo.n_best
         self.threads = job.threads
         middle = plan.read_batch(len(plan) // 2)["sources"]
         said: list[str] = []
@@ -330,8 +321,6 @@ class Labeller:
         )
         seconds = time.monotonic() - started
         targets = [[h.text.strip() for h in hypotheses] for hypotheses in found]
-        if self.on_batch is not None:
-            self.on_batch(batch_number, batch["ids"], batch["sources"], [texts[0] for texts in targets])
         scores = [[float(h.score) for h in hypotheses] for hypotheses in found]
         columns = {"id": batch["ids"], "targets": targets, "scores": scores}
         write_batch_output(self.work_dir, batch_number, columns, self.engine_name, seconds * self._num_devices)

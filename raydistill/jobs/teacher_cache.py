@@ -5,8 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,6 @@ from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
 from raydistill.data.batching import Examples
-from raydistill.jobs.pseudolabel import BatchCallback
 from raydistill.teacher_cache import store
 from raydistill.teacher_cache.builder import CacheBuilder
 from raydistill.teacher_cache.policy import CacheMode, EpochTimes, choose_mode, make_cache_builder, measure_epoch_times
@@ -97,47 +95,6 @@ def resolve_cache_mode(request: CacheRequest, total_epochs: float) -> tuple[Cach
     keep, why = choose_mode(whole, costs, available_bytes(whole), total_epochs)
     print_progress(f"teacher cache: {keep}: {why}")
     return keep, why
-
-
-@contextmanager
-def encoder_states_callback(request: CacheRequest, total_epochs: float) -> Iterator[Callable[[], BatchCallback] | None]:
-    """A block in which the pass that labels a split also makes the encoder states that the runs will read.
-
-    Gives `also` for the label job: the actor that has labelled batch n makes part n of the encoder's store. What is
-    left over (labels that were there already, more parts than batches) `build_teacher_cache` makes later.
-    """
-    bare = CacheRequest(
-        [encoder_only_run(run) for run in request.runs], {}, request.root, request.device, request.compute_dtype
-    )
-    work = bare.make_builder("encoder")
-    pull_manifests(work)
-    if not work.is_incomplete() or resolve_cache_mode(bare, total_epochs)[0] == "off":
-        yield None
-        return
-    with work.lock():
-        sync.pull(*work.array_sizes)
-        work.prepare()
-        sync.push(*store_folders(work))
-
-        def also() -> BatchCallback:
-            part = part_function_factory(bare, "encoder")()
-            count = len(bare.make_builder("encoder").parts)
-
-            def make(number: int, ids: list[str], sources: list[str], labels: list[str]) -> None:
-                if number < count:
-                    part(number)
-
-            return make
-
-        yield also
-        sync.pull(*work.array_sizes)
-        if not work.missing_parts():
-            finish_and_push(work)
-
-
-def encoder_only_run(run: Run) -> Run:
-    """The run as one that reads nothing but encoder states: what can be known of it before there are labels."""
-    return run.model_copy(update={"method": "sft", "labels": "original"})
 
 
 def available_bytes(builder: CacheBuilder) -> float:

@@ -1,8 +1,6 @@
 """What a sweep's trials share, made once before the first: teacher's score, latency table, labels, teacher cache."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ from raydistill.config.space import Space, make_run
 from raydistill.core.console import print_progress, raydistill_home
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
-from raydistill.jobs.pseudolabel import BatchCallback, LabelJob, pseudolabel
+from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import (
     CacheRequest,
     build_teacher_cache,
     cache_group_key,
-    encoder_states_callback,
     resolve_auto_precision,
     resolve_cache_mode,
 )
@@ -143,7 +140,7 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
     epochs = space.search.trials * max(run.training.epochs for run in runs)
     record = sweep / "cache.json"
     computed = _resolve_compute_dtype(runs, device, record)
-    labels, sets = _make_label_sets(runs, device, epochs, computed)
+    labels, sets = _make_label_sets(runs, device)
     cache = _make_teacher_cache(runs, labels, device, record, epochs, computed)
     teacher = {**teacher, "costs": {k: v for k, v in shapes[teacher["size"]].items() if k != "speedup"}}
     teacher["passes"] = {"labels": sets, "cache": sum(cache.stores.values()), "stores": cache.stores}
@@ -200,13 +197,10 @@ def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> s
     return str(found["precision"])
 
 
-def _make_label_sets(
-    runs: list[Run], device: str, total_epochs: float, compute_dtype: str | None
-) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
+def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
     """By `label_key`: the label sets that teachers wrote, and the device-hours of every set that is trained on.
 
-    A curated set counts as the whole one that it is made of: it cost no further pass. The pass of the runs' own teacher
-    also makes the encoder states that the runs will read: one pass, two products.
+    A curated set counts as the whole one that it is made of: it cost no further pass.
     """
     from raydistill.label_sets.label_set import read_manifest
 
@@ -216,18 +210,7 @@ def _make_label_sets(
         if run.label_key in hours:
             continue
         parts = parse_labels(run.resolved_labels)
-        made[run.label_key] = {
-            p.source: _make_label_set(
-                run,
-                p.other_teacher,
-                device,
-                nullcontext()
-                if p.other_teacher
-                else _encoder_states_on_batch(runs, device, total_epochs, compute_dtype),
-            )
-            for p in parts
-            if p.is_pseudo
-        }
+        made[run.label_key] = {p.source: _make_label_set(run, p.other_teacher, device) for p in parts if p.is_pseudo}
         folders = [*made[run.label_key].values(), *[p.folder for p in parts if p.folder]]
         manifests = {folder: read_manifest(Path(folder)) for folder in folders}
         hours[run.label_key] = {
@@ -258,19 +241,13 @@ def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[st
     return told
 
 
-def _make_label_set(
-    run: Run,
-    labeller: str | None,
-    device: str,
-    on_batch_context: AbstractContextManager[Callable[[], BatchCallback] | None],
-) -> str:
+def _make_label_set(run: Run, labeller: str | None, device: str) -> str:
     """The folder of the labels that the run's teacher writes, or `labeller`, which decodes as it does by itself."""
     teacher, decoding = (labeller, Decoding()) if labeller else (run.teacher, run.decoding)
     assert teacher is not None
     asked = run.evaluation
     job = LabelJob(teacher, run.dataset, decoding=decoding, engine=asked.engine, pseudo=run.pseudo, metric=asked.metric)
-    with on_batch_context as also:
-        return str(pseudolabel(job, raydistill_home() / "labels", device, make_on_batch=also))
+    return str(pseudolabel(job, raydistill_home() / "labels", device))
 
 
 def _make_teacher_cache(
@@ -316,27 +293,13 @@ def _group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _encoder_states_on_batch(
-    runs: list[Run], device: str, total_epochs: float, compute_dtype: str | None
-) -> AbstractContextManager[Callable[[], BatchCallback] | None]:
-    """What a label job makes beside its labels: the encoder states of the first group of runs."""
-    groups = list(_group_runs(runs).values())
-    return (
-        encoder_states_callback(
-            CacheRequest(groups[0], {}, raydistill_home() / "cache", device, compute_dtype), total_epochs
-        )
-        if groups
-        else nullcontext()
-    )
-
-
 def prepare_inputs(run: Run, device: str, folder: Path) -> RunInputs:
     """What a run outside a sweep needs: its label set and its teacher cache."""
     if run.teacher is None:
         return RunInputs()
     record = folder / "cache.json"
     computed = _resolve_compute_dtype([run], device, record)
-    labels, _ = _make_label_sets([run], device, run.training.epochs, computed)
+    labels, _ = _make_label_sets([run], device)
     cache = _make_teacher_cache([run], labels, device, record, run.training.epochs, computed)
     return RunInputs(
         label_folders=run_label_folders(labels, run),

@@ -137,26 +137,6 @@ def test_more_threads_than_a_machine_has_are_refused(ray_here, world, tmp_path):
         pseudolabel(job_of(world, threads=3), tmp_path, verbose=False)
 
 
-def test_what_else_the_pass_produces_comes_from_the_same_batches(ray_here, world, tmp_path):
-    _, rows = world
-    beside = tmp_path / "beside"
-    beside.mkdir()
-
-    def also():
-        def write(number, ids, sources, labels):
-            (beside / f"{number}.json").write_text(json.dumps([ids, sources, labels]))
-
-        return write
-
-    folder = pseudolabel(job_of(world), tmp_path / "labels", verbose=False, make_on_batch=also)
-    told = {}
-    for path in beside.iterdir():
-        for row_id, source, label in zip(*json.loads(path.read_text()), strict=True):
-            told[row_id] = (source, label)
-    sources = {row["id"]: row["source"] for row in rows}
-    assert told == {i: (sources[i], candidates[0].target) for i, candidates in read_candidates(folder)}
-
-
 def test_a_model_that_ctranslate2_gets_wrong_is_labelled_by_transformers_or_refused(ray_here, world, tmp_path):
     root, _ = world
     teacher = save_tiny("marian", tmp_path / "marian", marian_padding_row=0.5)

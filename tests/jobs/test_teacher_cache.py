@@ -17,7 +17,6 @@ from raydistill.jobs.teacher_cache import (
     CacheStats,
     build_teacher_cache,
     cache_group_key,
-    encoder_states_callback,
     resolve_auto_precision,
     resolve_cache_mode,
 )
@@ -63,23 +62,24 @@ def files(root):
     return {p.relative_to(root): p.read_bytes() for p in root.rglob("*.bin")}
 
 
-def test_labels_and_encoder_states_come_from_one_pass_and_the_rest_from_the_next(place, tmp_path):
+def test_build_teacher_cache_equals_build_in_one_process_and_reuses_finished_stores(place, tmp_path):
     runs = [run_of(place, method, teacher_cache="full") for method in ("kd", "sft")]
     root = tmp_path / "cache"
-    with encoder_states_callback(CacheRequest(runs, {}, root, "cpu"), 4.0) as also:
-        job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding)
-        labels = pseudolabel(job, tmp_path / "labels", verbose=False, make_on_batch=also)
-    beside = files(root)
-    assert {path.parent.name for path in beside} == {"states"}
-    assert [path.parent.name for path in root.rglob("manifest.json")] == ["states"]
+    job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding)
+    labels = pseudolabel(job, tmp_path / "labels", verbose=False)
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
+    encoder_only = CacheRequest(runs[1:], {}, root, "cpu")
+    build_teacher_cache(encoder_only, "full")
+    encoder_files = files(root)
+    assert {path.parent.name for path in encoder_files} == {"states"}
+    assert [path.parent.name for path in root.rglob("manifest.json")] == ["states"]
 
     want = CacheRequest(runs, {"pseudo": {"pseudo": str(labels)}}, root, "cpu")
     made = build_teacher_cache(want, "full")
     work = want.make_builder("full")
     assert not work.is_incomplete()
     assert made.bytes == sum(len(content) for content in files(root).values())
-    assert beside.items() <= files(root).items()
+    assert encoder_files.items() <= files(root).items()
     assert sum(made.device_seconds.values()) > 0
     assert made.device_seconds == {f"{a.parent.name}/{a.name}": store.read_device_seconds(a) for a in work.array_sizes}
 
@@ -108,18 +108,20 @@ def test_a_teacher_stored_in_bf16_has_one_key_for_pass_runs_and_sweep(place, tmp
 
 def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, monkeypatch):
     asked, record = [], tmp_path / "cache.json"
-    monkeypatch.setattr(prepare, "decide", lambda want, epochs: asked.append(epochs) or ("encoder", "it pays"))
+    monkeypatch.setattr(
+        prepare, "resolve_cache_mode", lambda want, epochs: asked.append(epochs) or ("encoder", "it pays")
+    )
 
     def killed(want, keep):
         assert read_json(record)["groups"][cache_group_key(run)]["why"] == "it pays"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "teacher_pass", killed)
+    monkeypatch.setattr(prepare, "build_teacher_cache", killed)
     run = run_of(place, "sft")
     with pytest.raises(KeyboardInterrupt):
         prepare._make_teacher_cache([run], {}, "cpu", record, 7.0, None)
     monkeypatch.setattr(
-        prepare, "teacher_pass", lambda want, keep: CacheStats(90 if keep == "encoder" else 0, {"e/s": 1.5})
+        prepare, "build_teacher_cache", lambda want, keep: CacheStats(90 if keep == "encoder" else 0, {"e/s": 1.5})
     )
     cache = prepare._make_teacher_cache([run], {}, "cpu", record, 9.0, None)
     assert asked == [7.0]
@@ -134,7 +136,7 @@ def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, mo
 
 def test_a_head_without_a_gpu_asks_a_worker_once_in_what_numbers_it_computes(place, tmp_path, monkeypatch):
     asked, record = [], tmp_path / "cache.json"
-    monkeypatch.setattr(prepare, "alone", lambda work, device: asked.append((work, device)) or "bf16")
+    monkeypatch.setattr(prepare, "run_exclusive", lambda work, device: asked.append((work, device)) or "bf16")
     run = run_of(place, "sft", precision="auto")
     assert prepare._resolve_compute_dtype([run_of(place, "sft")], "cuda", record) is None
     computed = prepare._resolve_compute_dtype([run], "cuda", record)
@@ -164,14 +166,14 @@ def test_auto_decides_by_figures_and_once(place, tmp_path, monkeypatch):
         (dear, kd, "encoder", "reading the decoder states does not pay"),
         (replace(cheap, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
     ]:
-        monkeypatch.setattr(module, "alone", lambda *_, costs=costs, **places: costs)
+        monkeypatch.setattr(module, "run_exclusive", lambda *_, costs=costs, **places: costs)
         keep, why = resolve_cache_mode(CacheRequest([who], {}, tmp_path / "cache", "cpu"), 100.0)
         assert (keep, why.startswith(because)) == (expected, True)
         assert "100 epochs in all" in why
     assert build_teacher_cache(want, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
     tiny = CacheRequest([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
-    monkeypatch.setattr(module, "alone", lambda *_, **places: cheap)
+    monkeypatch.setattr(module, "run_exclusive", lambda *_, **places: cheap)
     keep, why = resolve_cache_mode(tiny, 1e6)
     assert keep == "off"
     assert why.startswith("the encoder states do not fit")

@@ -22,12 +22,8 @@ from raydistill.label_sets.label_set import (
     write_label_set,
 )
 from raydistill.labels import app, find_label_set
+from tests.factories.label_sets import LABEL_ROWS, PSEUDOLABEL_MANIFEST
 
-ROWS = [
-    ("a", [Candidate("Ein Hund.", -0.5), Candidate("Zwei Hunde.", -0.75)]),
-    ("b", [Candidate("Über Öl – schön.", -1.25)]),
-    ("c", [Candidate("", -2.0)]),
-]
 LINES = [
     {"id": "a", "target": "Ein Hund.", "rank": 0, "score": -0.5},
     {"id": "a", "target": "Zwei Hunde.", "rank": 1, "score": -0.75},
@@ -35,30 +31,19 @@ LINES = [
     {"id": "c", "target": "", "rank": 0, "score": -2.0},
 ]
 MANIFEST = {"teacher": "t", "rows": 3}
-WHOLE = {
-    "teacher": {"name": "t", "fingerprint": "f"},
-    "rows": 3,
-    "decoding": {"beams": 4},
-    "metric": "rouge2",
-    "engine": "ctranslate2 fp32",
-    "device_hours": 0.5,
-    "empty": 1,
-    "target_words_mean": 1.7,
-    "quality": None,
-}
 
 
-def write(folder, rows=ROWS, manifest=MANIFEST):
+def write(folder, rows=LABEL_ROWS, manifest=MANIFEST):
     write_label_set(folder, rows, lambda: manifest)
 
 
 def test_what_is_written_is_read_back_and_only_the_best_candidate_is_a_target(tmp_path):
-    write(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", LABEL_ROWS, MANIFEST)
     found = read_label_set(tmp_path / "set")
     assert found.targets == {"a": "Ein Hund.", "b": "Über Öl – schön.", "c": ""}
     assert found.manifest == MANIFEST
     assert pq.read_table(tmp_path / "set" / "part-00000.parquet").to_pylist() == LINES
-    assert list(read_candidates(tmp_path / "set")) == ROWS
+    assert list(read_candidates(tmp_path / "set")) == LABEL_ROWS
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "part-00000.parquet", "set"]
 
 
@@ -72,13 +57,13 @@ def test_many_rows_go_into_parts_and_none_is_lost_between_them(tmp_path, monkeyp
 
 def test_a_set_that_fails_half_way_leaves_nothing_and_keeps_the_old_one(tmp_path):
     def breaks():
-        yield ROWS[0]
+        yield LABEL_ROWS[0]
         raise RuntimeError("the teacher died")
 
     with pytest.raises(RuntimeError, match="died"):
         write(tmp_path / "set", breaks(), MANIFEST)
     assert list(tmp_path.iterdir()) == []
-    write(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", LABEL_ROWS, MANIFEST)
     with pytest.raises(RuntimeError, match="died"):
         write(tmp_path / "set", breaks(), {"rows": 1})
     assert read_label_set(tmp_path / "set").manifest == MANIFEST
@@ -88,7 +73,7 @@ def test_a_set_that_fails_half_way_leaves_nothing_and_keeps_the_old_one(tmp_path
 def test_a_finished_set_is_left_to_those_who_read_it(tmp_path):
     write(tmp_path / "set")
     before = {path: path.stat().st_ino for path in (tmp_path / "set").iterdir()}
-    write(tmp_path / "set", ROWS[:1], {"rows": 1})
+    write(tmp_path / "set", LABEL_ROWS[:1], {"rows": 1})
     assert {path: path.stat().st_ino for path in (tmp_path / "set").iterdir()} == before
 
 
@@ -102,7 +87,7 @@ def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "ParquetWriter", watched)
     monkeypatch.setattr(label_set, "PART_ROWS", 2)
-    write(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", LABEL_ROWS, MANIFEST)
     assert seen == [[], ["part-00000.parquet"]]
     assert is_complete(tmp_path / "set")
 
@@ -110,7 +95,11 @@ def test_the_manifest_is_written_after_every_part(tmp_path, monkeypatch):
 def test_a_part_is_written_bit_by_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(label_set, "WRITE_BUFFER_ROWS", 2)
     monkeypatch.setattr(label_set, "PART_ROWS", 5)
-    write(tmp_path / "set", [row for i in range(4) for row in ((f"d{i}", "empty"), (f"{i}", ROWS[0][1]))], {"rows": 4})
+    write(
+        tmp_path / "set",
+        [row for i in range(4) for row in ((f"d{i}", "empty"), (f"{i}", LABEL_ROWS[0][1]))],
+        {"rows": 4},
+    )
     groups = {path.name: pq.ParquetFile(path).metadata for path in (tmp_path / "set").glob("*.parquet")}
     assert {name: [m.row_group(i).num_rows for i in range(m.num_row_groups)] for name, m in groups.items()} == {
         "part-00000.parquet": [2, 2, 1],
@@ -122,9 +111,9 @@ def test_a_part_is_written_bit_by_bit(tmp_path, monkeypatch):
 
 KILLED = """
 import pathlib, sys, time
-from raydistill.data import labels
+from raydistill.label_sets import label_set as labels
 
-labels.FLUSH_LINES, labels.PART_ROWS = 2, 4
+labels.WRITE_BUFFER_ROWS, labels.PART_ROWS = 2, 4
 def here(*_):
     print("here", flush=True)
     time.sleep(600)
@@ -159,7 +148,7 @@ def test_a_killed_writer_leaves_nothing_to_be_taken_for_a_set_and_the_next_one_c
 
 
 def test_a_folder_without_a_manifest_is_unfinished(tmp_path):
-    write(tmp_path / "set", ROWS, MANIFEST)
+    write(tmp_path / "set", LABEL_ROWS, MANIFEST)
     (tmp_path / "set" / "manifest.json").unlink()
     assert not is_complete(tmp_path / "set")
     with pytest.raises(UserError, match=r"set: no finished label set .*`raydistill pseudolabel`"):
@@ -183,7 +172,7 @@ def test_a_damaged_set_is_refused_by_name(tmp_path, damage):
 
 
 def test_a_count_that_does_not_fit_the_manifest_is_refused_with_both_numbers(tmp_path):
-    write(tmp_path / "set", ROWS, {"rows": 4})
+    write(tmp_path / "set", LABEL_ROWS, {"rows": 4})
     with pytest.raises(UserError, match="counts 4 rows but the parts hold 3"):
         read_label_set(tmp_path / "set")
 
@@ -292,9 +281,9 @@ def test_what_is_no_source_is_said(wrong):
 
 
 def test_the_fingerprint_says_what_students_are_trained_on(tmp_path):
-    write(tmp_path / "x", ROWS, MANIFEST)
-    write(tmp_path / "y", [*ROWS[2:], *ROWS[:2]], {"rows": 3, "made": "elsewhere"})
-    write(tmp_path / "z", [("a", [Candidate("Kein Hund.", -0.5)]), *ROWS[1:]], MANIFEST)
+    write(tmp_path / "x", LABEL_ROWS, MANIFEST)
+    write(tmp_path / "y", [*LABEL_ROWS[2:], *LABEL_ROWS[:2]], {"rows": 3, "made": "elsewhere"})
+    write(tmp_path / "z", [("a", [Candidate("Kein Hund.", -0.5)]), *LABEL_ROWS[1:]], MANIFEST)
     x, y, z = (read_label_set(tmp_path / name).fingerprint for name in "xyz")
     assert x == y != z
     assert json.loads((tmp_path / "y" / "manifest.json").read_text())["made"] == "elsewhere"
@@ -304,7 +293,7 @@ def test_the_manifest_may_count_what_was_written(tmp_path):
     count = []
 
     def rows():
-        for row in ROWS:
+        for row in LABEL_ROWS:
             count.append(row)
             yield row
 
@@ -313,7 +302,7 @@ def test_the_manifest_may_count_what_was_written(tmp_path):
 
 
 def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
-    write(tmp_path / "set", [("b", "min_rouge2"), ROWS[0], ("c", "empty")], {"rows": 1})
+    write(tmp_path / "set", [("b", "min_rouge2"), LABEL_ROWS[0], ("c", "empty")], {"rows": 1})
     found = read_label_set(tmp_path / "set")
     assert found.dropped_ids == {"b", "c"}
     assert label_set.read_dropped(tmp_path / "set") == [("b", "min_rouge2"), ("c", "empty")]
@@ -323,7 +312,7 @@ def test_dropped_rows_are_known_by_reason_and_are_no_gap(tmp_path):
 
 
 def test_a_row_that_stands_twice_or_lacks_a_rank_is_damage(tmp_path):
-    write(tmp_path / "set", [*ROWS, ROWS[0]], {"rows": 4})
+    write(tmp_path / "set", [*LABEL_ROWS, LABEL_ROWS[0]], {"rows": 4})
     with pytest.raises(UserError, match="counts 4 rows but the parts hold 3"):
         read_label_set(tmp_path / "set")
     lines = pq.read_table(tmp_path / "set" / "part-00000.parquet")
@@ -334,10 +323,10 @@ def test_a_row_that_stands_twice_or_lacks_a_rank_is_damage(tmp_path):
 
 def test_sets_are_listed_and_what_is_none_is_named(tmp_path):
     for name in ("b", "a", "broken"):
-        write(tmp_path / name, ROWS, WHOLE)
+        write(tmp_path / name, LABEL_ROWS, PSEUDOLABEL_MANIFEST)
     (tmp_path / "broken" / "manifest.json").write_text("{")
     (tmp_path / "unfinished").mkdir()
-    write(tmp_path / "foreign", ROWS, {"teacher": {"name": "t"}, "rows": 3, "metric": "bleu"})
+    write(tmp_path / "foreign", LABEL_ROWS, {"teacher": {"name": "t"}, "rows": 3, "metric": "bleu"})
     found, wrong = list_label_sets(tmp_path)
     assert [folder.name for folder, _ in found] == ["a", "b"]
     assert [str(error).partition(":")[0] for error in wrong] == [
@@ -349,7 +338,7 @@ def test_sets_are_listed_and_what_is_none_is_named(tmp_path):
 @pytest.mark.parametrize("command", ["list", "describe SET", "compare SET SET", "curate SET --keep max_copy_rate=0.5"])
 def test_a_foreign_manifest_is_named_and_not_stumbled_over(tmp_path, capsys, monkeypatch, command):
     folder = tmp_path / "labels" / "foreign"
-    write(folder, ROWS, {"rows": 3})
+    write(folder, LABEL_ROWS, {"rows": 3})
     words = command.replace("SET", str(folder)).split()
     monkeypatch.setattr(sys, "argv", ["raydistill", *words, "--root", str(folder.parent)])
     if command == "list":
