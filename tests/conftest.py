@@ -1,10 +1,12 @@
 """Fixtures of several test files."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from raydistill.cluster.start import ray_cluster
+from tests.factories.sweeps import make_sweep
 
 
 @pytest.fixture(scope="module")
@@ -13,3 +15,11 @@ def ray_here(tmp_path_factory):
     os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
     with ray_cluster(cpus=2):
         yield
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the sweep "mini", without trials, in a home of its own."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("RAYDISTILL_HOME", str(home))
+    return make_sweep(home / "sweeps" / "mini")

@@ -40,8 +40,7 @@ from raydistill.teacher_cache import store
 from tests.factories import workspace as world
 from tests.factories.label_sets import LABEL_ROWS, PSEUDOLABEL_MANIFEST
 from tests.factories.models import save_tiny
-from tests.search.test_study import RUN
-from tests.tracking.test_mlflow_runs import make_trial
+from tests.factories.sweeps import RUN, make_trial
 
 MOST_SECONDS = 20.0  # of one file; a hang takes for ever
 

@@ -20,9 +20,9 @@ from raydistill.models.hub import weight_files
 from raydistill.results import records
 from raydistill.tracking import mlflow_runs, mlflow_store
 from tests.factories.models import save_tiny
+from tests.factories.sweeps import make_trial, runs_of
 from tests.factories.workspace import command
 from tests.models.test_loading import Malicious, pickle_instead
-from tests.tracking.test_mlflow_runs import make_trial, runs_of, sweep  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_a_pickled_checkpoint_with_a_link_to_elsewhere_is_not_copied(bart, tmp_p
 
 
 @pytest.mark.parametrize("checkpoint", ["../../../private", "PRIVATE", "link"])
-def test_a_result_cannot_have_another_folder_published(sweep, checkpoint, tmp_path):  # noqa: F811
+def test_a_result_cannot_have_another_folder_published(sweep, checkpoint, tmp_path):
     (tmp_path / "private").mkdir()
     folder = make_trial(sweep, "a", 0, 10.0)
     (folder / "link").symlink_to(tmp_path / "private")
@@ -145,7 +145,7 @@ def test_a_result_cannot_have_another_folder_published(sweep, checkpoint, tmp_pa
         mlflow_runs.publish(sweep)
 
 
-def test_a_record_cannot_name_a_folder_of_artifacts_elsewhere(sweep):  # noqa: F811
+def test_a_record_cannot_name_a_folder_of_artifacts_elsewhere(sweep):
     write_json_atomic(sweep / "sweep.json", {**read_json(sweep / "sweep.json"), "name": "../../elsewhere"})
     with pytest.raises(UserError, match=r"sweep\.json: damaged: name is"):
         mlflow_runs.publish(sweep)
@@ -248,14 +248,14 @@ def test_a_password_anywhere_in_a_space_is_found(tmp_path):
         read_space(path)
 
 
-def test_an_address_with_a_password_is_never_published_to(sweep):  # noqa: F811
+def test_an_address_with_a_password_is_never_published_to(sweep):
     for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
         with pytest.raises(UserError, match="holds a password or token") as refused:
             mlflow_runs.publish(sweep, uri)
         assert "hunter22" not in str(refused.value)
 
 
-def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch, tmp_path):  # noqa: F811
+def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "tell-nobody")
     folder = make_trial(sweep, "a", 0, 10.0)
     write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", "labels": ["tell-nobody"]})

@@ -28,8 +28,8 @@ from raydistill.config.space import Space, make_run, read_space
 from raydistill.core.files import write_json_atomic
 from raydistill.results.records import read_trials
 from raydistill.search.study import trial_key
+from tests.factories.sweeps import make_trial
 from tests.factories.workspace import command, last_json, make_world
-from tests.tracking.test_mlflow_runs import make_trial
 
 
 def test_hypervolume_by_hand():

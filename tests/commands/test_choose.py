@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import ctranslate2
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -23,15 +22,12 @@ from raydistill.choose import parse_bounds
 from raydistill.core.errors import UserError
 from raydistill.core.files import CHECKPOINT_METADATA, read_json, write_json_atomic
 from raydistill.inference import mlflow_pyfunc
-from raydistill.results.records import decoding_key
 from raydistill.results.selection import load_selection
 from raydistill.tracking import mlflow_store
 from raydistill.tracking.export import export_student
-from tests.factories.models import save_tiny, sentences
+from tests.factories.models import sentences
+from tests.factories.sweeps import make_student, make_trial
 from tests.factories.workspace import background, free_port
-from tests.tracking.test_mlflow_runs import make_trial, sweep
-
-__all__ = ["sweep"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,35 +62,6 @@ def test_input_is_checked_before_anything_heavy(sweep: Path) -> None:
     unknown = run("minni", "--within", "latency_ms=900")
     assert unknown.returncode == 2
     assert "no such sweep; sweeps in" in unknown.stderr
-
-
-def make_student(sweep: Path, key: str, number: int, score: float, size: str = "4-1") -> Path:
-    """A finished trial with a checkpoint that loads, served with its own four beams and with one."""
-    folder = make_trial(sweep, key, number, score)
-    result = json.loads((folder / "result.json").read_text())
-    write_json_atomic(folder / "result.json", {**result, "size": size})  # of one size all are as fast as their median
-    save_tiny("bart", folder / "best")
-    path = folder / "best" / "generation_config.json"  # as training leaves it: with the lengths it was scored with
-    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 20}))
-    beam = {"beams": 4, "length_penalty": 1.0, "min_length": 0, "max_length": 12}
-    card = {
-        "teacher": "big",
-        "config": {"name": "x", "teacher": "big", "dataset": {"name": "d", "max_source_tokens": 32}},
-        "decoding": beam,
-        "supervised": {"decoder": [2]},
-        "data": {"train": "f00d"},
-    }
-    write_json_atomic(folder / "best" / "raydistill.json", card)
-    served = []
-    for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
-        costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
-        served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
-        served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
-        np.savez(folder / f"rows-validation-{decoding_key(served[-1])}.npz", validation=np.full(20, score))
-    hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
-    about = {"engine": "ctranslate2 int8", "hardware": hardware}
-    write_json_atomic(folder / "served.json", {**about, "decodings": served})
-    return folder
 
 
 def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_load_it(sweep: Path) -> None:

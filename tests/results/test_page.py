@@ -14,7 +14,7 @@ from raydistill.results.page import make_tooltips, render_page, write_report
 from raydistill.results.records import Trial
 from raydistill.results.selection import load_selection
 from raydistill.results.served_students import impute_served_timing
-from tests.tracking.test_mlflow_runs import make_trial
+from tests.factories.sweeps import make_trial
 
 
 @pytest.fixture

@@ -19,12 +19,9 @@ from raydistill.results.selection import load_selection
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.sweep import export_and_publish
 from raydistill.tracking.mlflow_store import make_client
-from tests.commands.test_choose import make_student
+from tests.factories.sweeps import KILL_SPACE, make_student, make_trial
 from tests.factories.workspace import command, environment, last_json, make_world
-from tests.search.test_sweep import KILL_SPACE
-from tests.tracking.test_mlflow_runs import make_trial, sweep
 
-__all__ = ["sweep"]
 TEACHER: dict[str, Any] = {"name": "big", "size": "4-4", "test": None, "baseline": None}
 
 

@@ -24,8 +24,8 @@ from raydistill.results.tables import marker_id, trials_table
 from raydistill.search.finalists import decoding_grid, find_unserved, find_untested, merge_served, serve_checkpoint
 from raydistill.search.study import StopReason
 from raydistill.search.sweep import search_stop_reason
+from tests.factories.sweeps import make_trial
 from tests.factories.workspace import make_world
-from tests.tracking.test_mlflow_runs import make_trial
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
 

@@ -17,8 +17,8 @@ import yaml
 from raydistill.core.files import read_json
 from raydistill.results.records import decoding_key
 from raydistill.results.selection import select_finalists
+from tests.factories.sweeps import KILL_SPACE, mlflow_children
 from tests.factories.workspace import AT_WORK, environment, make_world, processes_of, wait_for_ray_to_end
-from tests.search.test_sweep import KILL_SPACE, mlflow_children
 
 KILLS = 20
 TRIAL = "ray::ImplicitFunc"

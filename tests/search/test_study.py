@@ -22,16 +22,9 @@ from raydistill.search.study import StopReason, StudySearch, final_report, trial
 from raydistill.search.trial import early_stop_reason
 from raydistill.search.tune_search import find_infeasible_sizes
 from tests.factories.models import save_tiny
-from tests.tracking.test_mlflow_runs import make_trial
+from tests.factories.sweeps import RUN, make_trial
 
 ROOT = Path(__file__).parents[2]
-RUN = {
-    "teacher": "t",
-    "dataset": "d",
-    "method": {"choice": ["sft", "kd"]},
-    "student": {"size": {"choice": ["2-3", "2-1"]}},
-    "loss": {"alpha_hidden": {"choice": [1, 3], "when": {"method": "kd"}}},
-}
 DONE = {"finished": True, "status": "done", "score": 10.0, "latency_ms": 5.0}
 
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +19,7 @@ from raydistill.models.loading import load_config
 from raydistill.search import shape_latency
 from tests.factories.hub_cache import lay_out_dataset
 from tests.factories.models import lay_out_model, save_tiny
+from tests.factories.sweeps import KILL_SPACE, mlflow_children
 from tests.factories.workspace import (
     SECRETS,
     command,
@@ -37,16 +37,6 @@ SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
 def counted(teacher: Path, size: str) -> float:
     """Millions of parameters of a student."""
     return shape_latency.count_params_m(load_config(teacher), size)
-
-
-def mlflow_children(home: Path) -> list[tuple[str, str]]:
-    """(trial key, status) of every child run, read from the store itself."""
-    with sqlite3.connect(home / "mlflow.db") as store:
-        query = (
-            "select t.value, r.status from runs r join tags t on r.run_uuid = t.run_uuid "
-            "where t.key = 'raydistill.trial' and r.lifecycle_stage = 'active'"
-        )
-        return store.execute(query).fetchall()
 
 
 @pytest.fixture(scope="module")
@@ -252,19 +242,6 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     assert chosen["registered"]["uri"] == "models:/kd_xsum@any"
     assert str(aliases["any"]) == chosen["registered"]["version"]
     assert chosen["key"] in {t["key"] for t in found["trials"] if t["status"] == "done"}
-
-
-KILL_SPACE: dict[str, Any] = {
-    "name": "killed",
-    "run": {
-        "method": {"choice": ["sft", "kd"]},
-        "student": {"size": {"choice": ["2-3", "2-2", "2-1"]}},
-        "training": {"epochs": 6, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 2, "patience": 99},
-        "decoding": {"beams": 1, "max_length": 12},
-    },
-    "search": {"trials": 6, "sampler": "grid"},
-    "budgets": {"any": {"params_m": 100}},
-}
 
 
 def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path):

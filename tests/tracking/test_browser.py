@@ -19,10 +19,8 @@ from raydistill.results.page import write_report
 from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 from raydistill.tracking.export import export_student
-from tests.commands.test_choose import make_student
-from tests.tracking.test_mlflow_runs import make_trial, sweep
+from tests.factories.sweeps import make_student, make_trial
 
-__all__ = ["sweep"]
 pytestmark = pytest.mark.browser
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1500,1100"),

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.factories.mlflow_server import DEPLOY, MODULES, USER, ask, mlflow_server, what_is_missing
+from tests.factories.sweeps import KILL_SPACE
 from tests.factories.workspace import SECRETS, command, last_json, make_world
-from tests.search.test_sweep import KILL_SPACE
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import write_json_atomic
 from raydistill.results import records
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
+from tests.factories.sweeps import finish_trial, make_trial, runs_of
 
 
 def test_a_local_store_whose_making_is_killed_can_be_made_again(tmp_path):
@@ -46,53 +47,6 @@ def test_a_local_store_that_cannot_be_made_says_so(tmp_path):
         mlflow_store.make_client(f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
-    folder = sweep / "trials" / key
-    run = {"name": sweep.name, "method": "kd", "student": {"size": "4-1"}, "training": {"learning_rate": 3e-4}}
-    write_json_atomic(folder / "run.json", run)
-    lines = [
-        {"step": 10 * i, "epoch": i / 2, "time_s": 1.5 * i, "val_loss": 3.0 - i, "rouge2": score - 2 + i}
-        for i in (1, 2)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if status:
-        finish_trial(folder, number, score, status)
-    return folder
-
-
-def finish_trial(folder: Path, number: int, score: float, status: str = "done") -> None:
-    metrics = {"rouge2": score, "rouge1": 2 * score, "latency_ms": 10.0 * score, "params_m": 3.0}
-    if status == "done":
-        (folder / "best").mkdir()
-        (folder / "best" / "raydistill.json").write_text("{}")
-        np.savez(folder / "rows.npz", validation=np.full(20, score))
-    result = {
-        "key": folder.name,
-        "number": number,
-        "status": status,
-        "reason": "out of memory" if status == "failed" else "",
-        "method": "kd",
-        "size": "4-1",
-        "copied": {"encoder": [0, 1, 2, 3], "decoder": [0]},
-        "metrics": metrics if status == "done" else {},
-        "interval": [score - 1, score + 1] if status == "done" else None,
-        "test": {"rouge2": score - 0.5, "interval": [score - 2, score]} if status == "done" else None,
-        "steps": 20,
-    }
-    write_json_atomic(folder / "result.json", result)
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
-    folder = tmp_path / "home" / "sweeps" / "mini"
-    teacher = {"metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}}
-    info = {"name": "mini", "metric": "rouge2", "teacher": teacher, "budgets": {"fast": {"latency_ms": "50%"}}}
-    write_json_atomic(folder / "sweep.json", info)
-    (folder / "space.yaml").write_text("name: mini\nrun: {}\n")
-    return folder
-
-
 def exported(sweep: Path, key: str) -> Path:
     """A folder to hand over, as `cluster.export` makes it of a real checkpoint."""
     folder = sweep / "exports" / key
@@ -101,14 +55,6 @@ def exported(sweep: Path, key: str) -> Path:
     (folder / "README.md").write_text("chosen for fast")
     mlflow_registry.write_mlmodel(folder)
     return folder
-
-
-def runs_of(sweep: Path) -> dict[str, Any]:
-    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
-    experiment = client.get_experiment_by_name("mini")
-    found = client.search_runs([experiment.experiment_id])
-    assert len({run.data.tags.get("raydistill.trial") for run in found}) == len(found), "a run stands twice"
-    return {run.data.tags.get("raydistill.trial", ""): run for run in found}
 
 
 def test_a_checkpoint_is_brought_here_before_it_is_published(sweep: Path) -> None:
