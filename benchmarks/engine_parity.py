@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import describe_machine, write_result
-from benchmarks.sides import Side, Work, work_of, write_batches
+from benchmarks.sides import GenerationTask, Side, generate_batches, make_task
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.corpus import Corpus, read_corpus
@@ -48,17 +48,17 @@ def main() -> None:
 def measure(job: LabelJob, metric: str, cache: Path) -> list[dict[str, Any]]:
     """Each engine's texts of the split against plain `generate`'s: the same, the scores, and where they differ."""
     corpus = read_corpus(job.dataset, job.split)
-    work = work_of(job, cache)
+    work = make_task(job, cache)
     sources = corpus.sources
     plain_batches = [sources[i : i + BATCH] for i in range(0, len(sources), BATCH)]
-    plain = _flat(write_batches(Side("plain generate", "generate"), work, plain_batches).texts)
+    plain = _flat(generate_batches(Side("plain generate", "generate"), work, plain_batches).texts)
     wanted = score(metric, plain, corpus.targets)
     rows = []
     for side in ENGINES:
         # All rows in one call per process, so that what shares a batch is not what shares one in the plain loop.
         halves = [sources[0::2], sources[1::2]]
         texts = [""] * len(sources)
-        texts[0::2], texts[1::2] = write_batches(side, work, halves).texts
+        texts[0::2], texts[1::2] = generate_batches(side, work, halves).texts
         scored = score(metric, texts, corpus.targets)
         apart = paired_bootstrap(metric, scored.rows, wanted.rows)
         different = _different(work, corpus, plain, texts)
@@ -79,7 +79,7 @@ def measure(job: LabelJob, metric: str, cache: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _different(work: Work, corpus: Corpus, plain: list[str], ours: list[str]) -> list[dict[str, Any]]:
+def _different(work: GenerationTask, corpus: Corpus, plain: list[str], ours: list[str]) -> list[dict[str, Any]]:
     """The rows whose texts differ: id, and the score that `transformers` gives to either text."""
     places = [i for i, pair in enumerate(zip(plain, ours, strict=True)) if pair[0] != pair[1]]
     if not places:
@@ -93,7 +93,7 @@ def _different(work: Work, corpus: Corpus, plain: list[str], ours: list[str]) ->
     ]
 
 
-def text_scores(work: Work, sources: list[str], targets: list[str]) -> list[float]:
+def text_scores(work: GenerationTask, sources: list[str], targets: list[str]) -> list[float]:
     """What `transformers` thinks of given texts: log-probability by (tokens, the end included) ** length penalty."""
     import torch
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import describe_machine, write_result
-from benchmarks.shapes import save_bart, save_rows
-from benchmarks.sides import Side, Work, Written, work_of, write_batches
+from benchmarks.random_models import save_bart, save_rows
+from benchmarks.sides import GenerationResult, GenerationTask, Side, generate_batches, make_task
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.streaming import scan_split, usable_rows
@@ -71,7 +71,7 @@ def main() -> None:
 def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All sides of one case in turn, `repeats` times; what was run and each side's figures."""
     job, what = _job(case, asked, scratch)
-    work = work_of(job, scratch / f"{case}-engines")
+    work = make_task(job, scratch / f"{case}-engines")
     found = scan_split(job.dataset, job.split)
     rows = list(usable_rows(job.dataset, job.split, found))
     read = CHARS_PER_TOKEN * work.max_source_tokens
@@ -80,7 +80,7 @@ def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[st
     sides = [side for side in ((*PLAIN, *OURS) if asked.device == "cpu" else ON_GPU) if _wanted(side, asked.side)]
     sides = [side for side in sides if len(rows) >= PLAIN_BATCH * side.processes or side.engine != "generate"]
     # The first start converts the model and lets it prove itself; both are kept, and later starts find them.
-    first = {s.name: write_batches(s, work, []).startup for s in sides if s.engine == "ctranslate2"}
+    first = {s.name: generate_batches(s, work, []).startup for s in sides if s.engine == "ctranslate2"}
     rounds: dict[str, list[Round]] = {side.name: [] for side in sides}
     repeats = asked.repeats or REPEATS[case]
     for repeat in range(repeats):
@@ -93,7 +93,7 @@ def measure_case(case: str, asked: argparse.Namespace, scratch: Path) -> dict[st
     return {"what": what, "rows": len(rows), "sides": _compared(figures, rounds)}
 
 
-def _run(side: Side, work: Work, sources: list[str], planned: list[dict[str, list[Any]]]) -> Round:
+def _run(side: Side, work: GenerationTask, sources: list[str], planned: list[dict[str, list[Any]]]) -> Round:
     """One side over all rows: the plain loop in the order of the data, ours in planned batches."""
     if side.engine == "generate":
         batches = [sources[i : i + PLAIN_BATCH] for i in range(0, len(sources), PLAIN_BATCH)]
@@ -101,11 +101,11 @@ def _run(side: Side, work: Work, sources: list[str], planned: list[dict[str, lis
     else:
         batches = [batch["sources"] for batch in planned]
         places = [place for batch in planned for place in batch["places"]]  # one window: places are row numbers
-    written = write_batches(side, work, batches)
+    written = generate_batches(side, work, batches)
     return Round(_in_order(written, places), written.seconds, written.startup)
 
 
-def _in_order(written: Written, places: list[int]) -> list[str]:
+def _in_order(written: GenerationResult, places: list[int]) -> list[str]:
     texts = [text for batch in written.texts for text in batch]
     return [text for _, text in sorted(zip(places, texts, strict=True))]
 
@@ -189,7 +189,7 @@ def _trained(teacher: Path, data: Dataset) -> LabelJob:
     return LabelJob(str(teacher), data, decoding=Decoding(beams=4))
 
 
-def _decoding(work: Work) -> str:
+def _decoding(work: GenerationTask) -> str:
     beam = work.beam
     return f"{beam.beams} beams, lengths {beam.min_length} to {beam.max_length}, length penalty {beam.length_penalty:g}"
 

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from benchmarks.common import describe_machine, write_result
-from benchmarks.stamps import open_stamped_engine, read_stamps, write_jsonl
+from benchmarks.timestamps import open_recording_engine, read_ends, write_jsonl
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
@@ -63,11 +63,11 @@ def memory(rows: int, place: Path) -> dict[str, Any]:
     with ray_cluster(2):
         began = time.time()
         with sampled() as samples:
-            opener = partial(open_stamped_engine, stamps, open_engine)
+            opener = partial(open_recording_engine, stamps, open_engine)
             folder = pseudolabel(job, place / f"tiny-labels-{rows}", verbose=False, engine_factory=opener)
         seconds = time.time() - began
     assert read_manifest(folder)["rows"] == rows
-    ends = read_stamps(stamps)
+    ends = read_ends(stamps)
     first, last = min(end.at for end in ends), max(end.at for end in ends)
     at = np.array([when for when, _ in samples])
     found: dict[str, Any] = {"rows": rows, "seconds": seconds, "labelling_s": last - first, "samples": len(samples)}

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import describe_machine, write_result
-from benchmarks.sides import Side, Work, work_of, write_batches
-from benchmarks.stamps import End, open_stamped_engine, rate, read_stamps, write_jsonl
+from benchmarks.sides import GenerationTask, Side, generate_batches, make_task
+from benchmarks.timestamps import BatchEnd, open_recording_engine, rate, read_ends, write_jsonl
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
@@ -78,27 +78,27 @@ class Bench:
         """Rows per second of two plain processes, roughly, to size the rest; it converts the model as well."""
         return rate(self.plain(3000, 2))
 
-    def plain(self, rows: int, processes: int) -> list[End]:
+    def plain(self, rows: int, processes: int) -> list[BatchEnd]:
         """Label with plain processes of one thread that are handed the planned batches."""
         job = self.job(rows)
         plan = self._plan(job, rows)
         sources = [plan.read_batch(n)["sources"] for n in range(len(plan))]
-        written = write_batches(Side("bare", "ctranslate2", processes=processes), self._work(job), sources)
+        written = generate_batches(Side("bare", "ctranslate2", processes=processes), self._work(job), sources)
         ends = zip(written.ends, sources, strict=True)
-        return [End(worker, at, len(batch)) for (worker, at), batch in ends]
+        return [BatchEnd(worker, at, len(batch)) for (worker, at), batch in ends]
 
-    def product(self, rows: int, actors: int) -> tuple[list[End], dict[str, float]]:
+    def product(self, rows: int, actors: int) -> tuple[list[BatchEnd], dict[str, float]]:
         """Label with the product, from no Ray to the finished label set; seconds before, within and after labelling."""
         self.runs += 1
         root = self.place / f"labels-{self.runs}"
         stamps = self.place / f"stamps-{self.runs}"
         with ray_cluster(actors):
             began = time.time()
-            opener = partial(open_stamped_engine, stamps, open_engine)
+            opener = partial(open_recording_engine, stamps, open_engine)
             folder = pseudolabel(self.job(rows), root, verbose=False, engine_factory=opener)
             ended = time.time()
         assert read_manifest(folder)["rows"] == rows
-        ends = read_stamps(stamps)
+        ends = read_ends(stamps)
         assert sum(end.rows for end in ends) == rows
         first, last = min(end.at for end in ends), max(end.at for end in ends)
         return ends, {"before_s": first - began, "labelling_s": last - first, "after_s": ended - last}
@@ -107,8 +107,8 @@ class Bench:
         found = scan_split(job.dataset, job.split)
         return make_plan(usable_rows(job.dataset, job.split, found), self.place / f"plan-{rows}")
 
-    def _work(self, job: LabelJob) -> Work:
-        return work_of(job, self.engines)
+    def _work(self, job: LabelJob) -> GenerationTask:
+        return make_task(job, self.engines)
 
 
 def overhead(bench: Bench, rows: int) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def overhead(bench: Bench, rows: int) -> dict[str, Any]:
 
 def scaling(bench: Bench, rows: int, repeats: int) -> dict[str, Any]:
     """Rows per second of one and two workers of one thread, plain and of the product, taking turns."""
-    ways: dict[str, Callable[[], list[End]]] = {
+    ways: dict[str, Callable[[], list[BatchEnd]]] = {
         "plain 1": lambda: bench.plain(rows, 1),
         "product 1": lambda: bench.product(rows, 1)[0],
         "plain 2": lambda: bench.plain(rows, 2),

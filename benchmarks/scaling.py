@@ -1,7 +1,7 @@
 """How the pseudo-label job and the search scale over nodes, and what they cost the head: a simulation on one machine.
 
-Several Ray nodes run on this machine, and the job and the search run on them as they always do, but the GPU work is
-slept (benchmarks/standins.py). So there may be more nodes than cores, and what is measured is all that is not GPU work.
+Several Ray nodes run on this machine, and the job and the search run on them as always, but GPU work is replaced by
+sleeping (benchmarks/simulated.py). So there may be more nodes than cores; all that is not GPU work is measured.
 
 labels   the whole job on 1, 2, 4 and 8 nodes of one GPU each, as many batches for each node: rows/s against so many
          times one node's, the wall time and the head's CPU before, while and after batches are labelled
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, describe_machine, write_result
-from benchmarks.nodes import Meter, nodes
-from benchmarks.stamps import End, open_stamped_engine, rate, read_stamps, write_jsonl
-from benchmarks.standins import timed_engine, timed_run
+from benchmarks.simulated import simulated_engine, simulated_run
+from benchmarks.simulated_nodes import Meter, cluster_nodes
+from benchmarks.timestamps import BatchEnd, open_recording_engine, rate, read_ends, write_jsonl
 from raydistill.cluster.actor_pool import BatchFunction, BatchStats, run_batches
 from raydistill.config.run import Dataset, Decoding
 from raydistill.config.space import Space
@@ -51,7 +51,7 @@ SIZES = ("12-6", "12-3", "12-1")
 
 
 @dataclass(frozen=True)
-class Slept:
+class TrialSleep:
     """A trial's sleep: when the trial began and ended by the clock, and how long it slept."""
 
     began: float
@@ -99,19 +99,19 @@ def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> 
     rows = round(count * batches_each * GPU_BATCH_CHARS / chars)
     write_jsonl(data, islice(cycle(pairs), rows))
     job = LabelJob(str(teacher), Dataset(name=str(data)), decoding=Decoding(beams=4, max_length=64), metric="rouge2")
-    opener = partial(timed_engine, seconds_per_char=batch_seconds / GPU_BATCH_CHARS)
-    with nodes(count, cpus=1, gpus=1) as meter:
+    opener = partial(simulated_engine, seconds_per_char=batch_seconds / GPU_BATCH_CHARS)
+    with cluster_nodes(count, cpus=1, gpus=1) as meter:
         began = time.time()
         folder = pseudolabel(
             job,
             place / f"labels-{count}",
             "cuda",
             verbose=False,
-            engine_factory=partial(open_stamped_engine, stamps, opener),
+            engine_factory=partial(open_recording_engine, stamps, opener),
         )
         ended = time.time()
     assert read_manifest(folder)["rows"] == rows
-    ends = read_stamps(stamps)
+    ends = read_ends(stamps)
     first, last = min(end.at for end in ends), max(end.at for end in ends)
     phases = {"before": (began, first), "labelling": (first, last), "after": (last, ended)}
     took = {name: {"seconds": end - begin, **meter.between(begin, end)} for name, (begin, end) in phases.items()}
@@ -128,7 +128,7 @@ def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> 
 def batches(count: int, number: int) -> dict[str, Any]:
     """Batches of no work through the label job's pool on `count` nodes; counted from the second tenth of them."""
     done: list[float] = []
-    with nodes(count, cpus=1, gpus=1) as meter:
+    with cluster_nodes(count, cpus=1, gpus=1) as meter:
         run_batches(range(number), _no_work, device="cuda", on_done=lambda _: done.append(time.time()))
     begin, end = done[number // 10], done[-1]
     counted = number - number // 10 - 1
@@ -146,22 +146,22 @@ def _no_work() -> BatchFunction:
 
 def trials(place: Path, count: int, number: int, seconds: float, launcher: str) -> dict[str, Any]:
     """A search of `number` trials of `seconds` of work each, as many at a time as there are nodes."""
-    space = endless(number, count, seconds, launcher)
+    space = endless_space(number, count, seconds, launcher)
     sweep = Path(tempfile.mkdtemp(dir=place))
-    prepared = made_up()
+    prepared = synthetic_sweep()
     write_json_atomic(sweep / "sweep.json", {"teacher": prepared.teacher, "metric": "rouge2", "teacher_gpu_hours": 0.0})
-    work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
+    work = partial(simulated_run, seconds_per_step=SECONDS_PER_STEP)
     # Under Ray Train the trial's own function takes a tenth of a CPU beside its worker.
-    with nodes(count, cpus=1 if launcher == "tune" else 2) as meter:
+    with cluster_nodes(count, cpus=1 if launcher == "tune" else 2) as meter:
         began = time.time()
         run_search(space, sweep, prepared, "cpu", [ProgressCallback(sweep, space.search, "rouge2")], work)
         ended = time.time()
-    slept = sorted((_slept(path) for path in sweep.glob("trials/*/stamps.jsonl")), key=lambda one: one.began)
+    slept = sorted((read_sleep(path) for path in sweep.glob("trials/*/stamps.jsonl")), key=lambda one: one.began)
     assert len(slept) == number
     begin = time.perf_counter()
     peer_curves(sweep, next((sweep / "trials").glob("*/result.json")).parent.name)
     reading = time.perf_counter() - begin
-    busy = rate(in_slots(slept, count)) / count
+    busy = rate(assign_slots(slept, count)) / count
     print_progress(f"{launcher}: {number} trials on {count} nodes: {busy:.0%} of the time at work")
     half = sorted(one.ended for one in slept)[number // 2]
     first, last = min(one.ended for one in slept), max(one.ended for one in slept)
@@ -174,26 +174,26 @@ def trials(place: Path, count: int, number: int, seconds: float, launcher: str) 
     }
 
 
-def in_slots(slept: list[Slept], count: int) -> list[End]:
+def assign_slots(slept: list[TrialSleep], count: int) -> list[BatchEnd]:
     """Each trial's end and sleep, with the slot that it ran in: of `count`, the one that had been free for longest."""
     free = [0.0] * count
     ends = []
     for one in sorted(slept, key=lambda one: one.began):
         slot = free.index(min(free))
         free[slot] = one.ended
-        ends.append(End(slot, one.ended, one.seconds))
+        ends.append(BatchEnd(slot, one.ended, one.seconds))
     return ends
 
 
-def made_up() -> PreparedSweep:
+def synthetic_sweep() -> PreparedSweep:
     """What a search without a teacher is handed: the costs of `SPLIT_SIZES`, made up."""
     shapes = {size: {"latency_ms": 100.0 * (i + 1), "params_m": 100.0} for i, size in enumerate(SIZES)}
     teacher = {"metric": "rouge2", "size": SIZES[0], "costs": shapes[SIZES[0]], "teacher_gpu_hours": 0.0}
     return PreparedSweep(teacher, shapes, shapes)
 
 
-def endless(number: int, count: int | None, seconds: float, launcher: str, **search: Any) -> Space:
-    """A search of endless combinations, whose trials ask whether to stop as always but are equally long."""
+def endless_space(number: int, count: int | None, seconds: float, launcher: str, **search: Any) -> Space:
+    """A search of endless_space combinations, whose trials ask whether to stop as always but are equally long."""
     run = {
         "teacher": "none",
         "dataset": "none",
@@ -209,12 +209,12 @@ def endless(number: int, count: int | None, seconds: float, launcher: str, **sea
     return Space.model_validate({"name": "scaling", "run": run, "search": settings})
 
 
-def _slept(path: Path) -> Slept:
+def read_sleep(path: Path) -> TrialSleep:
     _, began, ended, seconds = json.loads(path.read_text(encoding="utf-8"))
-    return Slept(began, ended, seconds)
+    return TrialSleep(began, ended, seconds)
 
 
-def _per_trial(meter: Meter, slept: list[Slept], begin: float, end: float) -> dict[str, float]:
+def _per_trial(meter: Meter, slept: list[TrialSleep], begin: float, end: float) -> dict[str, float]:
     """CPU seconds of the head's processes for each trial that ended between two moments."""
     over = sum(begin < one.ended <= end for one in slept)
     return {name: seconds / max(1, over) for name, seconds in meter.between(begin, end).items()}

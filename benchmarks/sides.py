@@ -26,7 +26,7 @@ Write = Callable[[list[str]], list[str]]
 
 
 @dataclass(frozen=True)
-class Work:
+class GenerationTask:
     """What is written: by which checkpoint and how; `sample` is a few of the sources, `cache` holds conversions."""
 
     checkpoint: str
@@ -50,7 +50,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Written:
+class GenerationResult:
     """The texts of each batch, who ended it when (process id, seconds of the clock), and seconds in all.
 
     `startup` is the time from no process to all of them warm, and is not among `seconds`.
@@ -62,7 +62,7 @@ class Written:
     startup: float
 
 
-def work_of(job: LabelJob, cache: Path) -> Work:
+def make_task(job: LabelJob, cache: Path) -> GenerationTask:
     """The job's teacher and decoding as the product resolves them."""
     found = scan_split(job.dataset, job.split)
     about = describe_job(job, found)
@@ -70,10 +70,10 @@ def work_of(job: LabelJob, cache: Path) -> Work:
     max_source_tokens = decoding.pop("max_source_tokens")
     rows = usable_rows(job.dataset, job.split, found)
     sample = tuple(row.source for row, _ in zip(rows, range(NUM_CALIBRATION_ROWS), strict=False))
-    return Work(about["teacher"]["where"], BeamSearchParams(**decoding), max_source_tokens, sample, cache)
+    return GenerationTask(about["teacher"]["where"], BeamSearchParams(**decoding), max_source_tokens, sample, cache)
 
 
-def write_batches(side: Side, work: Work, batches: list[list[str]]) -> Written:
+def generate_batches(side: Side, work: GenerationTask, batches: list[list[str]]) -> GenerationResult:
     """Write the texts of all batches with one side. With no batches the model is opened and that is all."""
     spawn = multiprocessing.get_context("spawn")
     ready = spawn.Barrier(side.processes + 1)
@@ -85,10 +85,10 @@ def write_batches(side: Side, work: Work, batches: list[list[str]]) -> Written:
         seconds = time.perf_counter() - started
         pool.close()
         pool.join()
-    return Written([texts for texts, _ in done], [end for _, end in done], seconds, started - began)
+    return GenerationResult([texts for texts, _ in done], [end for _, end in done], seconds, started - began)
 
 
-def plain_generate(side: Side, work: Work) -> Write:
+def plain_generate(side: Side, work: GenerationTask) -> Write:
     """The body of the obvious loop, with nothing of ours: tokenize a batch, pad it, `generate`, decode."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -121,7 +121,7 @@ def plain_generate(side: Side, work: Work) -> Write:
     return write
 
 
-def our_engine(side: Side, work: Work) -> Write:
+def our_engine(side: Side, work: GenerationTask) -> Write:
     """An engine as the product's actors open and call it."""
     engine = open_engine(
         work.checkpoint,
@@ -149,7 +149,7 @@ def our_engine(side: Side, work: Work) -> Write:
 _writer: list[Write] = []  # of this process, once it is open
 
 
-def _open(side: Side, work: Work, ready: Any) -> None:
+def _open(side: Side, work: GenerationTask, ready: Any) -> None:
     try:
         write = plain_generate(side, work) if side.engine == "generate" else our_engine(side, work)
         write(list(work.sample[:WARM_ROWS]))

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
 from benchmarks.common import describe_machine, write_result
-from benchmarks.shapes import large
+from benchmarks.random_models import large
 from raydistill.config.run import Student
 from raydistill.core.console import print_progress, raydistill_home
 from raydistill.evaluation import latency

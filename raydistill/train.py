@@ -71,7 +71,7 @@ def train_run(run: Any, folder: Path) -> dict[str, Any]:
     """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
     from raydistill.cluster.start import cluster_device, ray_cluster
     from raydistill.core.files import read_json
-    from raydistill.jobs.train import check_capacity, train_with_ray_train
+    from raydistill.jobs.train import TrainJob, check_capacity, train_with_ray_train
     from raydistill.search.dry_run import check_run
     from raydistill.search.prepare import prepare_inputs
     from raydistill.training.run_folder import FINGERPRINTS_FILE, check_same_config, check_same_inputs
@@ -91,7 +91,7 @@ def train_run(run: Any, folder: Path) -> dict[str, Any]:
         print_progress(f"run {run.name}: method {run.method} on {where}, in {folder}")
         inputs = prepare_inputs(run, where, folder)
         with MetricsFollower(folder):
-            return train_with_ray_train(run, folder, inputs, device=where)
+            return train_with_ray_train(TrainJob(run, folder, inputs), device=where)
 
 
 class MetricsFollower:

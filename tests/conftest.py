@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures shared by test files."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.factories.sweeps import make_sweep
 
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory):
-    """A Ray of two CPUs, and a home of its own, for the tests of a file."""
+    """A local Ray of two CPUs and an empty RAYDISTILL_HOME, shared by the tests of a file."""
     os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
     with ray_cluster(cpus=2):
         yield

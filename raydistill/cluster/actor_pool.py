@@ -1,8 +1,8 @@
-"""Planned work on Ray Data: numbered batches go to a pool of actors, and each leaves its file whole or not at all.
+"""Numbered batches on a pool of Ray Data actors; every batch writes one complete output file or none.
 
-Only numbers travel through Ray. An actor reads its batch from the plan on disk and writes its own output, so the driver
-and the object store hold no rows, only a few kilobytes of Ray's own per batch. Which outputs exist is which batches are
-done: that is all that a resumed job needs to know.
+Only batch numbers and a few statistics travel through Ray. An actor reads its batch from the plan on disk and writes
+the output itself, so that neither the driver nor the object store holds any rows. The output files that exist record
+which batches are finished; a resumed job needs no other state.
 """
 
 import logging
@@ -17,7 +17,7 @@ from raydistill.core.errors import UserError
 BatchStats = dict[str, float]
 BatchFunction = Callable[[int], BatchStats]
 
-# A batch whose actor died so often is not the victim of chance: it kills its actor (too little memory, most often).
+# A batch whose actor was killed this often is most likely the cause: it usually needs more memory than there is.
 MAX_TASK_RETRIES = 5
 
 
@@ -29,34 +29,34 @@ def run_batches(
     on_done: Callable[[BatchStats], None],
     threads: int = 1,
 ) -> None:
-    """Do the planned batches `batch_numbers` in a pool of Ray actors that grows with the cluster; returns when all
-    are done.
+    """Process batches on a pool of Ray actors that grows with the cluster, and return when all are finished.
 
-    `make()` is called once in each actor, and again where one is started anew, and returns the function that does
-    batch n, writes its output whole, and tells a few numbers of it (always the same names). `on_done(facts)` is
-    called here as batches finish, in any order, with "batch" among the facts. An actor holds a GPU, or `threads`
-    CPUs. There are as many as the cluster has room for, and more as nodes join while it runs: Ray Data asks the
-    cluster for them too. What a batch raises ends the job (a UserError arrives as one); an actor that dies, or whose
-    node leaves, is replaced where there is room and its batch done again, at most `MAX_TASK_RETRIES` times; then,
-    and where the machine of this process leaves the cluster, it is a ConnectionError.
+    The pool has as many actors as the cluster can hold. It grows when nodes join, and Ray Data also requests nodes
+    from the autoscaler. A batch whose actor is killed, or whose node leaves, is retried up to `MAX_TASK_RETRIES` times.
+
+    Args:
+        batch_numbers: the batches to process.
+        make_function: called once in every actor, and again in a restarted actor. Returns the function that processes
+            the batch with a given number, writes its output atomically and returns statistics (always with the same
+            keys).
+        device: "cuda" gives each actor one GPU, "cpu" gives each actor `threads` CPUs.
+        on_done: called in this process with the statistics of each finished batch, in order of completion; the
+            batch's number is added under the key "batch".
+        threads: CPUs per actor.
+
+    Raises:
+        UserError: a batch raised a UserError or an OSError, or no node can hold an actor.
+        ConnectionError: actors were lost and could not be restarted, or this node left the cluster.
     """
     import ray.data
     from ray.exceptions import RayError, RayTaskError
 
     if not batch_numbers:
         return
-
-    # Importing it has set the level anew. Its account of an actor's death is a page long; ours is below.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.verbose_stats_logs = False
-    # Its 30 minutes are too few for a large teacher's batch on a CPU.
-    context.execution_no_progress_timeout_s = -1
+    _configure_ray_data()
     size = min(max_actors(device, threads), len(batch_numbers))
-    done = ray.data.from_items(
-        [{"batch": n} for n in batch_numbers], override_num_blocks=len(batch_numbers)
-    ).map_batches(
+    rows = [{"batch": number} for number in batch_numbers]
+    done = ray.data.from_items(rows, override_num_blocks=len(batch_numbers)).map_batches(
         _make_actor_class(make_function),
         batch_size=1,
         batch_format="numpy",
@@ -66,91 +66,109 @@ def run_batches(
         num_gpus=1 if device == "cuda" else None,
     )
     try:
-        for facts in done.iter_rows():
-            if wrong := str(facts.pop("wrong")):
-                raise UserError(wrong)
-            on_done(facts)
-    except RayTaskError:  # an error in a batch, and none of the cluster
+        for stats in done.iter_rows():
+            if error_message := str(stats.pop("error_message")):
+                raise UserError(error_message)
+            on_done(stats)
+    except RayTaskError:  # raised by a batch, not by the cluster
         raise
     except RayError as error:
         raise ConnectionError(
-            f"the processes at work were lost and could not be replaced ({type(error).__name__}). What is done is "
-            f"kept: run the same command again. If it comes to this again, memory is most likely short"
+            f"worker processes were lost and could not be restarted ({type(error).__name__}); finished batches are "
+            f"kept. Run the same command again; if this repeats, the workers probably run out of memory"
         ) from None
 
 
-def _make_actor_class(make_function: Callable[[], BatchFunction]) -> type:
-    """The class of an actor that does what `make()` returns."""
+def _configure_ray_data() -> None:
+    """Silence Ray Data and disable its progress timeout."""
+    import ray.data
 
-    # Bound here rather than passed as an argument: arguments would go through the object store, from which an actor
-    # that is started again may no longer get them.
+    # Importing ray.data resets the level. Its report of a lost actor is a page long; run_batches reports it instead.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.verbose_stats_logs = False
+    # The default of 30 minutes is too short for a batch of a large teacher on a CPU.
+    context.execution_no_progress_timeout_s = -1
+
+
+def _make_actor_class(make_function: Callable[[], BatchFunction]) -> type:
+    """Return the class of an actor that processes batches with the function that `make_function()` returns."""
+
+    # `make_function` is bound by closure: a constructor argument would be stored in the object store, where a
+    # restarted actor may no longer find it.
     class Actor:
-        # What is raised here would be told as an actor's death, without its cause; so it waits for the first batch.
+        # Ray reports an error raised here as the loss of an actor, without its cause. It is kept for the first batch.
         def __init__(self) -> None:
-            self.wrong = ""
+            self.error_message = ""
             self.error: Exception | None = None
             try:
-                self.work = make_function()
+                self.batch_function = make_function()
             except UserError as error:
-                self.wrong = str(error)
+                self.error_message = str(error)
             except OSError as error:
-                self.wrong = describe_os_error(error)
+                self.error_message = describe_os_error(error)
             except Exception as error:
                 self.error = error
 
-        # Ray would wrap what is raised here, and tell of an actor that died in its first call as of a lost machine.
+        # User errors are returned, not raised: Ray would wrap them, or report them as the loss of a node if they
+        # happen in an actor's first call.
         def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
             [number] = rows["batch"]
             if self.error is not None:
                 raise self.error
-            facts: BatchStats = {}
-            if not self.wrong:
+            stats: BatchStats = {}
+            if not self.error_message:
                 try:
-                    facts = self.work(int(number))
+                    stats = self.batch_function(int(number))
                 except UserError as error:
-                    self.wrong = str(error)
+                    self.error_message = str(error)
                 except OSError as error:
-                    self.wrong = describe_os_error(error)
-            told = {"batch": number, "wrong": self.wrong, **facts}
-            return {name: np.array([value]) for name, value in told.items()}
+                    self.error_message = describe_os_error(error)
+            row = {"batch": number, "error_message": self.error_message, **stats}
+            return {name: np.array([value]) for name, value in row.items()}
 
     return Actor
 
 
 def worker_resources(device: str, threads: int, gpus: float = 1) -> dict[str, float]:
-    """What a process holds of Ray's resources."""
+    """Ray resources of one worker process: `threads` CPUs and, if `device` is "cuda", `gpus` of a GPU."""
     return {"CPU": threads} | ({"GPU": gpus} if device == "cuda" else {})
 
 
 def slots(device: str, threads: int, gpus: float = 1) -> int:
-    """How many processes of `threads` CPUs, and of `gpus` of a GPU where `device` is cuda, the cluster can hold."""
+    """Number of processes with `worker_resources(device, threads, gpus)` that the cluster can hold at once."""
     return sum(slots_per_node(device, threads, gpus))
 
 
 def slots_per_node(device: str, threads: int, gpus: float = 1) -> list[int]:
-    """The same for each of its living nodes."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    by_cpus = [int(node.get("CPU", 0) // threads) for node in nodes]
-    on_one = int(1 / gpus + 1e-9)  # Ray gives a share of one GPU, never of two
-    by_gpus = [on_one * int(node.get("GPU", 0)) for node in nodes] if device == "cuda" else by_cpus
+    """Number of processes with `worker_resources(device, threads, gpus)` that each alive node can hold at once."""
+    nodes = _alive_node_resources()
+    by_cpus = [int(resources.get("CPU", 0) // threads) for resources in nodes]
+    if device != "cuda":
+        return by_cpus
+    per_gpu = int(1 / gpus + 1e-9)  # Ray places a fraction on one GPU, never across two
+    by_gpus = [per_gpu * int(resources.get("GPU", 0)) for resources in nodes]
     return [min(pair) for pair in zip(by_cpus, by_gpus, strict=True)]
 
 
 def max_actors(device: str, threads: int) -> int:
-    """Actors that the cluster can hold at once: one per GPU, or per `threads` CPUs of a node.
+    """Number of actors that the cluster can hold at once: one per GPU, or one per `threads` CPUs of a node.
 
-    UserError where no node can hold one: Ray would wait for ever without a word.
+    Raises:
+        UserError: no node can hold an actor. Ray would wait forever without a message.
     """
-    import ray
-
-    room = slots(device, threads)
-    if not room:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    count = slots(device, threads)
+    if not count:
+        largest = max((int(resources.get("CPU", 0)) for resources in _alive_node_resources()), default=0)
         raise UserError(
             f"no machine of the cluster has {threads} CPUs{' and a GPU' if device == 'cuda' else ''} for a teacher "
-            f"(the largest has {most} CPUs); lower --threads"
+            f"(the largest has {largest} CPUs); lower --threads"
         )
-    return room
+    return count
+
+
+def _alive_node_resources() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""Notice of nodes that Ray is about to remove, such as spot instances before they are taken away."""
+"""Detection of nodes that Ray is about to remove, such as spot instances with a preemption notice."""
 
 import time
 from collections.abc import Iterable
@@ -7,18 +7,21 @@ DRAIN_POLL_S = 5.0
 
 
 class DrainMonitor:
-    """Whether Ray was told that one of some machines is to be drained, as for a spot instance's notice.
+    """Callable that tells whether one of the given nodes is being drained.
 
-    `nodes`: the ids of those that a run is on. The machine that a run has left stays in Ray's list until it is gone.
-    Ray gives no new work to such a machine, so a run that ends with `Preempted` is started again elsewhere.
+    Ray schedules no new work on a draining node, so that a run that raises `Preempted` is restarted on another node.
+    A draining node stays in Ray's list until it is gone.
+
+    Args:
+        node_ids: Ray's ids of the nodes to watch.
     """
 
     def __init__(self, node_ids: Iterable[str]) -> None:
-        self.nodes = frozenset(node_ids)
+        self.node_ids = frozenset(node_ids)
         self.next_check = 0.0
 
     def __call__(self) -> bool:
-        """Asks Ray's head at most once in `DRAIN_POLL_S`; no while it does not answer."""
+        """Query Ray's head at most once in `DRAIN_POLL_S` seconds; False in between and while the head is down."""
         import ray
 
         now = time.monotonic()
@@ -26,7 +29,7 @@ class DrainMonitor:
             return False
         self.next_check = now + DRAIN_POLL_S
         try:
-            leaving = ray._private.state.state.get_draining_nodes()  # what Ray Train's own watcher asks
+            draining = ray._private.state.state.get_draining_nodes()  # as Ray Train's own preemption watcher does
         except Exception:
             return False
-        return not self.nodes.isdisjoint(leaving)
+        return not self.node_ids.isdisjoint(draining)

@@ -1,12 +1,11 @@
-"""A Ray task that has what it runs on to itself: what is timed, and what needs all cores."""
+"""Exclusive Ray tasks: latency measurements, and work that needs every core of a machine."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import sync
-from raydistill.core.console import print_progress
-from raydistill.evaluation.latency import MAX_BACKGROUND_CORES
+from raydistill.training.workers import set_torch_threads
 
 
 def run_exclusive(
@@ -16,15 +15,15 @@ def run_exclusive(
     input_paths: Iterable[Path] = (),
     output_paths: Iterable[Path] = (),
 ) -> Any:
-    """`work(*arguments, device, threads)` as a Ray task with nothing of this cluster beside it.
+    """Run `function(*args, device, threads)` as a Ray task that shares its device with nothing else of this cluster.
 
-    On a CPU it holds every core of its machine. On a GPU it holds one whole GPU and a core: what another command runs
-    on the machine's other GPUs and cores goes on. What runs outside the cluster goes on too (`warn_background_load`).
+    On a CPU the task reserves every core of its machine. On a GPU it reserves one GPU and one core; other GPUs and
+    cores of the machine stay available. Processes outside the cluster are not affected (see `BackgroundLoad`).
+    While the machine is available, all exclusive tasks run on it, so that their timings are comparable.
 
-    Always on the same machine of several, while it is there: what is timed is compared.
-
-    `input_paths` and `output_paths`: files and folders that go to that machine and come from it, where machines
-    share no folder.
+    Args:
+        input_paths: files and folders that are copied to that machine first, if the machines share no folder.
+        output_paths: files and folders that are copied back afterwards.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -41,9 +40,9 @@ def run_exclusive(
     task = ray.remote(**options)(_run_with_threads)
     input_paths, output_paths = list(input_paths), list(output_paths)
     sync.push(*input_paths)
-    found = ray.get(task.remote(function, args, device, cpus, input_paths, output_paths))
+    result = ray.get(task.remote(function, args, device, cpus, input_paths, output_paths))
     sync.pull(*output_paths)
-    return found
+    return result
 
 
 def _run_with_threads(
@@ -54,20 +53,8 @@ def _run_with_threads(
     input_paths: list[Path],
     output_paths: list[Path],
 ) -> Any:
-    import torch
-
-    torch.set_num_threads(threads)
+    set_torch_threads(threads)
     sync.pull(*input_paths)
-    found = function(*args, device, threads)
+    result = function(*args, device, threads)
     sync.push(*output_paths)
-    return found
-
-
-def warn_background_load(cores: float, remedy: str) -> None:
-    """Say so where processes outside the cluster kept `cores` busy while something was timed, and what to do
-    `remedy`."""
-    if cores > MAX_BACKGROUND_CORES:
-        print_progress(
-            f"latency: other processes kept up to {cores:.1f} cores of that machine busy meanwhile, so these times are "
-            f"too long and may mislead the choice. End those processes; {remedy}"
-        )
+    return result

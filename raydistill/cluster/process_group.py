@@ -1,8 +1,8 @@
-"""The process group of a data-parallel run: none for one worker, else on its nodes' own addresses.
+"""The torch process group of a data-parallel run, bound to the addresses by which Ray knows its nodes.
 
-Ray's TorchTrainer makes one for every run, whose store listens on every address of the machine and asks for no token.
-Here one worker has none, and the store of several is bound to the address by which its node is known to Ray, as Ray's
-own ports are: loopback on a cluster of this machine alone.
+Ray's TorchTrainer creates a process group for every run, whose store listens on every address of the machine and asks
+for no token. Here a run with one worker has no process group. The store of a run with several workers listens only on
+its node's own address, as Ray's ports do: loopback on a local cluster.
 """
 
 import os
@@ -17,49 +17,53 @@ import torch.distributed as dist
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig
 
-GROUP_TIMEOUT = timedelta(minutes=30)  # what Ray's own has, too: a validation holds up all workers but the first
+GROUP_TIMEOUT = timedelta(minutes=30)  # Ray's default; all workers but the main one wait during a validation
 
 
 class _NoOpBackend(Backend):
-    """Workers see each other's GPUs, as ray.train.torch.get_device expects; the group is `process_group`'s."""
+    """Backend that creates no process group; `process_group` does so in the workers.
+
+    Workers see each other's GPUs, as ray.train.torch.get_device expects.
+    """
 
     share_cuda_visible_devices = True
 
 
 class ManualGroupConfig(TorchConfig):
-    """Of a trainer whose workers make their group themselves."""
+    """Configuration of a TorchTrainer whose workers create their process group themselves."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        """What Ray does before the workers begin: nothing."""
+        """A backend that does nothing before the workers start."""
         return _NoOpBackend
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """A block in which the workers of this Ray Train run have a process group, if they are several.
+    """Context in which the workers of this Ray Train run form a process group, if there are several.
 
-    `device`: this worker's, "cpu" (gloo) or a GPU's (NCCL).
+    Args:
+        device: this worker's device; gloo is used on "cpu", NCCL on a GPU.
     """
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if world == 1:
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    if world_size == 1:
         yield
         return
-    here = ray.util.get_node_ip_address()
-    interface = network_interface(here)
+    own_address = ray.util.get_node_ip_address()
+    interface = network_interface(own_address)
     for backend in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
-    listener = socket.create_server((here, 0)) if rank == 0 else None
+    listener = socket.create_server((own_address, 0)) if rank == 0 else None
     host, port = broadcast_from_rank_zero(listener.getsockname() if listener else None)
     store = dist.TCPStore(
-        host, port, world, rank == 0, GROUP_TIMEOUT, master_listen_fd=listener.detach() if listener else None
+        host, port, world_size, rank == 0, GROUP_TIMEOUT, master_listen_fd=listener.detach() if listener else None
     )
     backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     try:
         yield
     finally:
@@ -67,22 +71,23 @@ def process_group(device: str) -> Iterator[None]:
 
 
 def gather_node_ids(device: str) -> list[str]:
-    """The ids of the nodes that this Ray Train run's workers are on, in the workers' order; all are to ask together."""
+    """Ray's node id of every worker of this Ray Train run, by rank. A collective call: every worker must make it."""
     import ray.train
 
-    here = ray.get_runtime_context().get_node_id()
-    world = ray.train.get_context().get_world_size()
-    if world == 1:
-        return [here]
-    mine = torch.tensor(list(bytes.fromhex(here)), dtype=torch.uint8, device=device)
-    ids = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(ids, mine)
-    return [bytes(each.tolist()).hex() for each in ids]
+    own_id = ray.get_runtime_context().get_node_id()
+    world_size = ray.train.get_context().get_world_size()
+    if world_size == 1:
+        return [own_id]
+    # Not all_gather_object, which unpickles what other processes send.
+    own_bytes = torch.tensor(list(bytes.fromhex(own_id)), dtype=torch.uint8, device=device)
+    gathered = [torch.empty_like(own_bytes) for _ in range(world_size)]
+    dist.all_gather(gathered, own_bytes)
+    return [bytes(node_id.tolist()).hex() for node_id in gathered]
 
 
 def network_interface(address: str) -> str:
-    """The name of the network interface that has `address`."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
+    """Name of the network interface that has an IP address; OSError if there is none."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
             return name
-    raise OSError(f"{address}: no network interface of this machine has the address that Ray knows it by")
+    raise OSError(f"{address}: no network interface of this machine has this address, by which Ray knows the machine")

@@ -1,8 +1,8 @@
-"""Which kind of machine Ray's autoscaler asks for: the cheap one, and another where the cloud had none of it.
+"""Scoring of node types for Ray's autoscaler: spot instances first, on-demand instances where spot is unavailable.
 
-Ray keeps account of the node types whose launch failed, for half an hour each, but its own choice does not look at it:
-it would ask for spot instances for ever where there are none. cluster.yaml names `spot_first` as the scorer instead
-(RAY_AUTOSCALER_UTILIZATION_SCORER, which Ray's first autoscaler reads).
+Ray records node types whose launch failed, for half an hour each, but its default scorer ignores the record and would
+request spot instances forever. cluster.yaml names `spot_first` as the scorer
+(RAY_AUTOSCALER_UTILIZATION_SCORER, which only Ray's first autoscaler reads).
 """
 
 from typing import Any
@@ -15,9 +15,13 @@ def spot_first(
     *,
     node_availability_summary: Any,
 ) -> tuple[Any, ...] | None:
-    """Ray's score of a node type for the bundles that wait, highest chosen; None where it can hold none of them.
+    """Score a node type for the pending resource bundles: Ray launches the type with the highest score.
 
-    Between types that fit equally well: one whose last launch did not fail; then one with "spot" in its name.
+    Extends Ray's default score. Of types that fit equally well, a type whose last launch did not fail wins, then a type
+    with "spot" in its name.
+
+    Returns:
+        The score, or None if a node of this type can hold none of the bundles.
     """
     from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
 

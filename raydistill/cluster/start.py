@@ -1,4 +1,4 @@
-"""Joining or starting Ray, quietly."""
+"""Joining a Ray cluster or starting a local one, without Ray's own output."""
 
 import logging
 import os
@@ -16,22 +16,22 @@ ENV_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Its C++ part writes into the command's output, and calls an error what is none (actors that may be restarted).
+    # Ray's C++ code writes to the command's output, and logs restartable actors as errors.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    # One worker's health is asked about often, since a short trial must not wait seconds for its end to be seen.
+    # Poll workers often: a short trial must not wait seconds until its end is noticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Actors of several trials may start at the same time; how many are proposed is StudySearch's to say.
+    # Let actors of several trials start at the same time; StudySearch limits the number of trials.
     "TUNE_MAX_PENDING_TRIALS_PG": "32",
-    # A trial that failed after its validations has no score: that is the study's to record, not the end of the sweep.
+    # A trial that fails after its validations reports no score. The study records the failure; the sweep continues.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # Batches of ever new shapes made reused trial actors grow without end: oneDNN keeps a kernel per shape, and glibc
-    # keeps freed tensors in its heap (docs/log.md has the figures).
+    # Bound the memory of reused trial actors: oneDNN caches a kernel per batch shape, and glibc keeps freed tensors
+    # in its heap (figures in docs/log.md).
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "MALLOC_MMAP_THRESHOLD_": "4194304",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -46,32 +46,37 @@ OBJECT_STORE_BYTES = 500_000_000
 
 @contextmanager
 def ray_cluster(cpus: int | None = None) -> Iterator[None]:
-    """Join the Ray cluster that RAY_ADDRESS names ("auto": the one on this machine), else start one for this block.
+    """Context with a Ray cluster: the one that RAY_ADDRESS names ("auto": on this machine), else a new local one.
 
-    Another command's cluster on the same machine is never joined unasked: its CPUs may be taken for hours.
+    Without RAY_ADDRESS another command's cluster on this machine is never joined, because its CPUs may be busy for
+    hours. A new cluster listens on loopback only, requires a token (Ray's default for local clusters, stored in
+    ~/.ray/auth_token) and ends with the context. Its dashboard is on: Ray Train's cleanup of a stopped trial queries
+    the dashboard's state API, and without it the trial would keep its resources.
 
-    A cluster that is started here listens on loopback only, asks for a token (Ray's default for local clusters, kept in
-    ~/.ray/auth_token), and ends with the block. The dashboard stays on: without it a trial that a
-    scheduler stops keeps its resources (its cleaner asks the dashboard's state API).
+    Args:
+        cpus: CPUs that a new cluster offers; by default, all CPUs of this machine.
+
+    Raises:
+        UserError: no cluster answers at RAY_ADDRESS, or RAYDISTILL_STORAGE is invalid.
     """
-    sync.open_storage()  # an address that will not do is told before anything starts
+    sync.open_storage()  # report an invalid address before anything starts
     for name, value in ENV_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    # Ray's workers run in folders of their own, where the default of ./outputs would be another place.
+    # Ray's workers have other working directories, where the default ./outputs would be another folder.
     os.environ["RAYDISTILL_HOME"] = str(raydistill_home())
     import ray
 
     warnings.filterwarnings("ignore", module="ray")
-    already = ray.is_initialized()
-    if not already:
+    already_initialized = ray.is_initialized()
+    if not already_initialized:
         _join_or_start(cpus)
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # cluster.watch tells of a trial's death in one line
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # search.progress reports a failed trial in one line
     try:
         yield
     finally:
-        if not already:
+        if not already_initialized:
             ray.shutdown()
 
 
@@ -81,14 +86,14 @@ def _join_or_start(cpus: int | None) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        # A cluster that runs already has its own environment: what this command reads must reach its workers too.
-        mine = {name: os.environ[name] for name in FORWARDED_ENV if name in os.environ}
+        # The workers of a running cluster do not inherit this command's environment.
+        forwarded = {name: os.environ[name] for name in FORWARDED_ENV if name in os.environ}
         try:
-            ray.init(address=address, runtime_env={"env_vars": mine}, **quiet)
+            ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
         except ConnectionError as error:
             raise UserError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one with `ray up cluster.yaml`, "
-                f"or unset RAY_ADDRESS to work on this machine alone"
+                f"RAY_ADDRESS={address}: no Ray cluster answers at this address ({error}); start one with "
+                f"`ray up cluster.yaml`, or unset RAY_ADDRESS to use a local Ray"
             ) from None
         return
     with _silent_stderr(), _bind_to_loopback():
@@ -104,55 +109,57 @@ def _join_or_start(cpus: int | None) -> None:
 
 @contextmanager
 def _bind_to_loopback() -> Iterator[None]:
-    """A block in which a Ray that starts takes 127.0.0.1 for its node's address, as it does on macOS and Windows.
+    """Context in which a new Ray uses 127.0.0.1 as its node's address, as it does by default on macOS and Windows.
 
-    So all its ports listen there only; `ray.init(_node_ip_address="127.0.0.1")` would be turned into the machine's
-    address again. Workers know by the environment, this process by Ray's constant, which was read at the import.
+    All its ports then listen on loopback only. `ray.init(_node_ip_address="127.0.0.1")` has no such effect, because Ray
+    replaces that address by the machine's. Workers read the environment variable; this process uses Ray's constant,
+    which was set when Ray was imported.
     """
     from ray._private import ray_constants
 
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    kept = os.environ.get(name)
+    name, constant_before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    value_before = os.environ.get(name)
     os.environ[name] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = constant_before
         os.environ.pop(name)
-        if kept is not None:
-            os.environ[name] = kept
+        if value_before is not None:
+            os.environ[name] = value_before
 
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """What C++ writes while Ray starts (one line, that its log level was set) is dropped; errors are raised anyway."""
+    """Context in which standard error is discarded: Ray's C++ code logs its log level. Errors are still raised."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)
 
 
 def cluster_device() -> str:
-    """What trials run on: "cuda" where the cluster has a GPU, else "cpu"."""
+    """Device of the trials: "cuda" if the cluster has a GPU now, else "cpu"."""
     import ray
 
     if ray.cluster_resources().get("GPU", 0) >= 1:
         return "cuda"
     if os.environ.get("RAY_ADDRESS"):
         print_progress(
-            "no GPU is in the cluster now: this job runs on CPUs. If GPUs are to come, end it and begin it then"
+            "no GPU in the cluster: this job runs on CPUs. To use GPUs, stop this command and run it again when GPU "
+            "nodes have joined"
         )
     return "cpu"
 
 
 def largest_node(device: str) -> dict[str, Any]:
-    """The living node with a GPU, where `cluster_device` is cuda, and most CPUs; of equal ones always the same."""
+    """The alive node with the most CPUs, and with a GPU if `device` is "cuda". Ties are broken by address."""
     import ray
 
     def size(node: dict[str, Any]) -> tuple[bool, float, str]:

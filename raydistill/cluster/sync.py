@@ -1,12 +1,13 @@
-"""The storage that a cluster's machines share where they share no folder: a bucket, or any place that pyarrow reads.
+"""The storage shared by machines that share no folder: a bucket, or any other location that pyarrow can read.
 
-With RAYDISTILL_STORAGE (s3://BUCKET/FOLDER, gs://..., file:///...) RAYDISTILL_HOME is each machine's own, at the same
-path on all, and holds what the machine has fetched. What is made is kept in the storage as soon as it is whole, under
-the path that it has below the home. Without the variable all of this does nothing, and the home is a folder that all
-machines see.
+With RAYDISTILL_STORAGE (s3://BUCKET/FOLDER, gs://..., file:///...) each machine has its own RAYDISTILL_HOME, at the
+same path everywhere, which holds what the machine has downloaded. Results are uploaded as soon as they are complete, to
+the path that they have below the home. Without the variable the functions of this module do nothing, and the home must
+be a folder that all machines see.
 
-An object store has no rename: files are whole each by itself, and those that say that a folder is finished go last.
-Files are told apart by size and time, which a file here takes over from the storage; clocks must agree to a second.
+Object stores cannot rename. Each file is uploaded atomically, and the files that mark a folder as complete go last.
+Versions of a file are compared by size and modification time; a local copy takes the time of the stored object. Clocks
+of the machines must agree to within a second.
 """
 
 import contextlib
@@ -26,51 +27,66 @@ from raydistill.core.files import atomic_path, safe_join
 from raydistill.core.secrets import find_credentials, redact
 
 STORAGE_ENV = "RAYDISTILL_STORAGE"
-MAX_TRANSFERS = 16  # at a time
-# What says that the files beside it are whole, so that nobody who finds it misses one of them.
+MAX_TRANSFERS = 16  # at the same time
+# Files that mark the other files of their folder as complete; transferred last.
 COMPLETION_MARKERS = ("state.json", "manifest.json", "result.json")
-# What is known of runs and sweeps without their weights.
+# Files that describe runs and sweeps, without the weights.
 RECORD_PATTERNS = ("*.json", "*.jsonl", "*.npz", "*.yaml", "study.log")
-CLOCK_TOLERANCE_NS = 10**9  # by how much the clocks of two machines may differ
-LOCAL_SUFFIXES = (".lock", ".making", ".ray", ".engine")  # ends of names that stay on their machine
+CLOCK_TOLERANCE_NS = 10**9  # accepted difference between the clocks of two machines
+TEMPORARY_SUFFIX = ".making"
+LOCAL_SUFFIXES = (".lock", TEMPORARY_SUFFIX, ".tmp", ".ray", ".engine")  # names with these endings are not synced
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder of a file system: `files` is pyarrow's, `root` the folder in it, `home` the folder here."""
+    """A folder of a pyarrow file system that mirrors a local folder.
+
+    Attributes:
+        filesystem: the pyarrow.fs.FileSystem.
+        root: the folder in `filesystem`.
+        home: the local folder, RAYDISTILL_HOME.
+    """
 
     filesystem: Any
     root: str
     home: Path
 
-    def pull(self, place: Path, names: Iterable[str] = ()) -> None:
-        """Bring the file or folder `place` here as far as the storage has it, newer or where nothing is.
+    def pull(self, path: Path, patterns: Iterable[str] = ()) -> None:
+        """Download the file or folder `path`: files that are missing here, or newer in the storage.
 
-        `names`: only files whose names fit one of these patterns.
+        Args:
+            path: a path below `home`.
+            patterns: glob patterns of file names; by default all files.
         """
-        patterns = list(names) or ["*"]
-        found = self.list_files(place)
-        there = {path: info for path, info in found.items() if any(fnmatch(path.name, each) for each in patterns)}
+        patterns = list(patterns) or ["*"]
+        remote = {
+            file: info
+            for file, info in self.list_files(path).items()
+            if any(fnmatch(file.name, pattern) for pattern in patterns)
+        }
         self._transfer_all(
-            self._download, [(path, info) for path, info in there.items() if _needs_download(path, info)]
+            self._download, [(file, info) for file, info in remote.items() if _needs_download(file, info)]
         )
 
-    def push(self, place: Path, *, mirror: bool = False) -> None:
-        """Put the file or folder `place` into the storage, as far as it is not there as it is here, or newer.
+    def push(self, path: Path, *, mirror: bool = False) -> None:
+        """Upload the file or folder `path`: files that changed here and are not newer in the storage.
 
-        `mirror`: delete there what is not here, as checkpoints that made way for a later one.
+        Args:
+            path: a path below `home`.
+            mirror: also delete stored files that no longer exist here, such as replaced checkpoints.
         """
-        there = self.list_files(place)
-        here = [p for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file() and self._is_synced(p)]
+        remote = self.list_files(path)
+        candidates = path.rglob("*") if path.is_dir() else [path]
+        local = [file for file in candidates if file.is_file() and self._is_synced(file)]
         changed = [
-            path
-            for path in here
-            if not (_is_unchanged(path, there.get(path)) or _remote_is_newer(path, there.get(path)))
+            file
+            for file in local
+            if not (_is_unchanged(file, remote.get(file)) or _remote_is_newer(file, remote.get(file)))
         ]
-        self._transfer_all(self._upload, [(path, None) for path in changed])
+        self._transfer_all(self._upload, [(file, None) for file in changed])
         if mirror:
-            for path in there.keys() - set(here):
-                self.filesystem.delete_file(self._remote_path(path))
+            for stale in remote.keys() - set(local):
+                self.filesystem.delete_file(self._remote_path(stale))
 
     def delete(self, path: Path) -> None:
         """Delete the folder `path` from the storage."""
@@ -79,55 +95,59 @@ class Storage:
         if self.filesystem.get_file_info(self._remote_path(path)).type == FileType.Directory:
             self.filesystem.delete_dir(self._remote_path(path))
 
-    def list_files(self, place: Path) -> dict[Path, Any]:
-        """What the storage has at `place` or under it, by the path here."""
+    def list_files(self, path: Path) -> dict[Path, Any]:
+        """The stored files at or below `path`: pyarrow's FileInfo by local path.
+
+        Raises:
+            TransientError: the storage does not answer.
+        """
         from pyarrow.fs import FileSelector, FileType
 
         with _transient_errors():
-            infos = [self.filesystem.get_file_info(self._remote_path(place))]
+            infos = [self.filesystem.get_file_info(self._remote_path(path))]
             if infos[0].type == FileType.Directory:
                 infos = self.filesystem.get_file_info(FileSelector(infos[0].path, recursive=True))
-        paths = {self._local_path(info.path): info for info in infos if info.type == FileType.File}
-        return {path: info for path, info in paths.items() if self._is_synced(path)}
+        files = {self._local_path(info.path): info for info in infos if info.type == FileType.File}
+        return {file: info for file, info in files.items() if self._is_synced(file)}
 
     def _download(self, path: Path, info: Any) -> None:
-        with self.filesystem.open_input_stream(info.path) as source, atomic_path(path) as place:
-            with place.open("wb") as file:
+        with self.filesystem.open_input_stream(info.path) as source, atomic_path(path) as temporary:
+            with temporary.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
-            os.utime(place, ns=(info.mtime_ns, info.mtime_ns))
+            os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
 
     def _upload(self, path: Path, _: None) -> None:
         from pyarrow.fs import LocalFileSystem
 
-        place = self._remote_path(path)
-        written = place
-        if isinstance(self.filesystem, LocalFileSystem):  # here a file grows while it is written
-            written = f"{place}.making"
-            self.filesystem.create_dir(place.rpartition("/")[0])
+        target = self._remote_path(path)
+        written = target
+        if isinstance(self.filesystem, LocalFileSystem):  # unlike an object, a local file is visible while it grows
+            written = f"{target}{TEMPORARY_SUFFIX}"
+            self.filesystem.create_dir(target.rpartition("/")[0])
         try:
             source = path.open("rb")
-        except FileNotFoundError:  # a checkpoint that made way meanwhile
+        except FileNotFoundError:  # a checkpoint that was replaced in the meantime
             return
-        with source, self.filesystem.open_output_stream(written) as target:
-            shutil.copyfileobj(source, target, 2**20)
-        if written != place:
-            self.filesystem.move(written, place)
-        stamp = self.filesystem.get_file_info(place).mtime_ns
-        os.utime(path, ns=(stamp, stamp))
+        with source, self.filesystem.open_output_stream(written) as stream:
+            shutil.copyfileobj(source, stream, 2**20)
+        if written != target:
+            self.filesystem.move(written, target)
+        mtime_ns = self.filesystem.get_file_info(target).mtime_ns
+        os.utime(path, ns=(mtime_ns, mtime_ns))
 
     def _transfer_all(self, transfer: Callable[[Path, Any], None], files: list[tuple[Path, Any]]) -> None:
-        """Carry out transfers, several at a time; what says that the others are whole comes when they are."""
+        """Run transfers in parallel; completion markers follow when all other files have been transferred."""
         with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
-            for last in (False, True):
-                wanted = [pair for pair in files if (pair[0].name in COMPLETION_MARKERS) == last]
+            for markers in (False, True):
+                batch = [pair for pair in files if (pair[0].name in COMPLETION_MARKERS) == markers]
                 with _transient_errors():
-                    list(pool.map(lambda pair: transfer(*pair), wanted))
+                    list(pool.map(lambda pair: transfer(*pair), batch))
 
     def _is_synced(self, path: Path) -> bool:
         return not any(part.endswith(LOCAL_SUFFIXES) for part in path.relative_to(self.home).parts)
 
     def _local_path(self, remote: str) -> Path:
-        """UserError for an object whose name leads out of the home."""
+        """The local path of an object; UserError if its name leads out of the home."""
         name = remote.removeprefix(f"{self.root}/")
         try:
             safe_join(self.home, name)
@@ -140,61 +160,66 @@ class Storage:
 
 
 def pull(*paths: Path, patterns: Iterable[str] = ()) -> None:
-    """`Storage.fetch` of each place, where there is a storage; places outside the home are each machine's own."""
-    for storage, place in _synced_paths(paths):
-        storage.pull(place, patterns)
+    """`Storage.pull` for each path below the home; does nothing without RAYDISTILL_STORAGE."""
+    for storage, path in _synced_paths(paths):
+        storage.pull(path, patterns)
 
 
 def push(*paths: Path, mirror: bool = False) -> None:
-    """`Storage.keep` of each place, where there is a storage."""
-    for storage, place in _synced_paths(paths):
-        storage.push(place, mirror=mirror)
+    """`Storage.push` for each path below the home; does nothing without RAYDISTILL_STORAGE."""
+    for storage, path in _synced_paths(paths):
+        storage.push(path, mirror=mirror)
 
 
 def delete(path: Path) -> None:
-    """`Storage.drop`, where there is a storage."""
-    for storage, shared in _synced_paths([path]):
-        storage.delete(shared)
+    """`Storage.delete` for a path below the home; does nothing without RAYDISTILL_STORAGE."""
+    for storage, synced_path in _synced_paths([path]):
+        storage.delete(synced_path)
 
 
 def ray_storage_options(folder: Path) -> dict[str, Any]:
-    """Where Ray's Tune and Train keep their own state, as the arguments of their RunConfig."""
+    """Arguments of Ray's RunConfig that place the state of Ray Tune and Ray Train in `folder`, or in the storage."""
     storage = open_storage()
     if storage is None:
         return {"storage_path": str(folder)}
-    place = f"{storage.root}/{folder.relative_to(storage.home).as_posix()}"
-    return {"storage_path": place, "storage_filesystem": storage.filesystem}
+    path = f"{storage.root}/{folder.relative_to(storage.home).as_posix()}"
+    return {"storage_path": path, "storage_filesystem": storage.filesystem}
 
 
 def open_storage() -> Storage | None:
-    """The storage that RAYDISTILL_STORAGE names; None without it."""
+    """The storage that RAYDISTILL_STORAGE names; None without the variable.
+
+    Raises:
+        UserError: the address contains a secret, is not readable or is a file.
+    """
     address = os.environ.get(STORAGE_ENV)
     return _open_uri(address, raydistill_home()) if address else None
 
 
 @lru_cache(maxsize=4)
 def _open_uri(uri: str, local_home: Path) -> Storage:
-    """UserError for an address that holds a secret, or that pyarrow cannot read."""
     if list(find_credentials(uri)):
-        raise UserError(f"{STORAGE_ENV} holds a password; give it by the environment, such as AWS_SECRET_ACCESS_KEY")
+        raise UserError(
+            f"{STORAGE_ENV} holds a password; pass it in an environment variable such as AWS_SECRET_ACCESS_KEY"
+        )
     from pyarrow.fs import FileSystem, FileType
 
     try:
-        files, root = FileSystem.from_uri(uri)
-        found = files.get_file_info(root)
+        filesystem, root = FileSystem.from_uri(uri)
+        info = filesystem.get_file_info(root)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(
             f"{STORAGE_ENV}={redact(uri)}: cannot be read: {redact(str(error))[:300]}. Expected an address such as "
             f"s3://BUCKET/FOLDER?region=eu-central-1 or file:///mnt/FOLDER"
         ) from None
-    if found.type == FileType.File:
+    if info.type == FileType.File:
         raise UserError(f"{STORAGE_ENV}={redact(uri)}: is a file; give a folder")
-    return Storage(files, root.rstrip("/"), local_home)
+    return Storage(filesystem, root.rstrip("/"), local_home)
 
 
 @contextlib.contextmanager
 def _transient_errors() -> Iterator[None]:
-    """A block in which an error of the storage or of a disk is a PassingError."""
+    """Context in which an OSError of the storage or of a disk becomes a TransientError."""
     try:
         yield
     except OSError as error:
@@ -207,24 +232,25 @@ def _synced_paths(paths: Iterable[Path]) -> list[tuple[Storage, Path]]:
     storage = open_storage()
     if storage is None:
         return []
-    found = [place.absolute() for place in paths]
-    return [(storage, place) for place in found if place.is_relative_to(storage.home)]
+    absolute = [path.absolute() for path in paths]
+    return [(storage, path) for path in absolute if path.is_relative_to(storage.home)]
 
 
 def _is_unchanged(path: Path, remote: Any) -> bool:
+    """Whether the local file is the stored one, or has been deleted."""
     try:
-        here = path.stat()
+        local = path.stat()
     except FileNotFoundError:
         return True
-    return remote is not None and (here.st_size, here.st_mtime_ns) == (remote.size, remote.mtime_ns)
+    return remote is not None and (local.st_size, local.st_mtime_ns) == (remote.size, remote.mtime_ns)
 
 
 def _needs_download(path: Path, remote: Any) -> bool:
-    """Whether the storage's file is another than the one here, and not an older one."""
+    """Whether the stored file differs from the local one and is not older, or there is no local file."""
     return not path.is_file() or (not _is_unchanged(path, remote) and remote.mtime_ns >= path.stat().st_mtime_ns)
 
 
 def _remote_is_newer(path: Path, remote: Any) -> bool:
-    """Whether the storage has a file that another machine kept after the one here was fetched or kept."""
-    # By when it came to be here, not by the time that it carries, which copying and unpacking keep.
+    """Whether another machine uploaded the file after the local one was written or downloaded."""
+    # st_ctime is when the local file was created or last changed; st_mtime survives copying and unpacking.
     return remote is not None and path.is_file() and remote.mtime_ns > path.stat().st_ctime_ns + CLOCK_TOLERANCE_NS

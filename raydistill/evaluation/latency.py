@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from transformers import PretrainedConfig
 
+from raydistill.core.console import print_progress
 from raydistill.core.files import write_json_atomic
 from raydistill.core.machine import available_cores
 from raydistill.inference.decoding import Engine
@@ -272,3 +273,17 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def warn_background_load(cores: float, remedy: str) -> None:
+    """Print a warning if other processes kept more than `MAX_BACKGROUND_CORES` cores busy during a measurement.
+
+    Args:
+        cores: busy cores, on average (`BackgroundLoad.mean_cores`).
+        remedy: how to repeat the measurement, as the end of the sentence "End those processes; ...".
+    """
+    if cores > MAX_BACKGROUND_CORES:
+        print_progress(
+            f"latency: other processes kept up to {cores:.1f} cores of the machine busy during the measurement, so the "
+            f"times are too long and may mislead the selection. End those processes; {remedy}"
+        )

@@ -1,10 +1,11 @@
-"""Two launchers, one training core: Ray Train for GPUs, several workers and every `train`; Tune for short CPU trials.
+"""Training runs on Ray: the Ray Train launcher, and the worker that both launchers share.
 
-Both hand `training.run.train` a `report`, and both go on from the run's own folder after a death.
+Ray Train serves GPUs, several workers and the `train` command; reused Ray Tune actors serve short CPU trials. Both call
+`training.run.train` with a `report` callback, and both resume from the run's folder after a failure.
 """
 
-import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,43 @@ from raydistill.core.files import read_json
 from raydistill.training.inputs import RunInputs, input_paths
 from raydistill.training.loop import Preempted, ReportFn
 from raydistill.training.run import train
-from raydistill.training.workers import Worker
+from raydistill.training.workers import Worker, set_torch_threads
 
 Metrics = dict[str, Any]
 StopCheck = Callable[[], str | None]
-# What a launcher carries out, in a worker: training.run.train, or what is called and leaves its folder as that does.
 TrainFn = Callable[..., Metrics]
 
 
+@dataclass(frozen=True)
+class TrainJob:
+    """A run with everything that a launcher needs to execute it.
+
+    Attributes:
+        run: the run's settings.
+        folder: the run's folder.
+        inputs: label sets, teacher cache and costs that were prepared for the run.
+        train_fn: what each worker executes: `training.run.train`, or a function with its signature and output files.
+        check_stop: called in the main worker after each validation; returns a reason to stop the run, or None.
+    """
+
+    run: Run
+    folder: Path
+    inputs: RunInputs
+    train_fn: TrainFn = train
+    check_stop: StopCheck | None = None
+
+    @property
+    def input_paths(self) -> list[Path]:
+        """The folders that the run reads: teacher, checkpoint to copy from, label sets, teacher cache."""
+        return [*input_paths(self.run), *self.inputs.label_folders.values(), *self.inputs.store_folders]
+
+
 def resolve_launcher(run: Run, device: str) -> str:
-    """ "tune" for a CPU trial of one worker, else "train", unless the run says which."""
+    """The run's launcher, "tune" or "train"; `auto` is "tune" for a run on a CPU with one worker, else "train".
+
+    Raises:
+        UserError: the launcher is "tune" and the run has several workers.
+    """
     if run.training.launcher != "auto":
         if run.training.launcher == "tune" and run.training.workers > 1:
             raise UserError("training.launcher tune runs one worker; use train, or set training.workers to 1")
@@ -35,87 +63,94 @@ def resolve_launcher(run: Run, device: str) -> str:
 
 
 def check_capacity(run: Run, device: str) -> None:
-    """UserError where the cluster can never hold the run: Ray would wait for ever without a word."""
+    """Raise a UserError if the cluster can never hold the run's workers: Ray would wait forever without a message."""
     training = run.training
-    room = slots(device, training.threads, training.gpus)
-    if room < training.workers:
+    capacity = slots(device, training.threads, training.gpus)
+    if capacity < training.workers:
         gpu = "a GPU" if training.gpus == 1 else f"{training.gpus:g} of a GPU"
         each = f"{training.threads} CPUs of one machine{f' and {gpu}' if device == 'cuda' else ''}"
         raise UserError(
-            f"{training.workers} workers need {each} each, and the cluster has room for {room}; "
+            f"{training.workers} workers need {each} each, and the cluster has room for {capacity}; "
             f"lower training.workers or training.threads"
         )
 
 
 def train_with_ray_train(
-    run: Run,
-    folder: Path,
-    inputs: RunInputs,
-    *,
-    device: str = "cpu",
-    retries: int = 2,
-    check_stop: StopCheck | None = None,
-    callbacks: list[Any] | None = None,
-    train_fn: TrainFn = train,
+    job: TrainJob, *, device: str = "cpu", retries: int = 2, callbacks: list[Any] | None = None
 ) -> Metrics:
-    """One run as a Ray Train job; a worker that dies is started again and goes on from the run's folder.
+    """Execute a run as a Ray Train job. Failed workers are restarted and resume from the run's folder.
 
-    Returns the result that result.json holds. `folder` must be seen by every node. `stop()` is asked after every
-    validation for a reason to stop. `retries`: how often the workers are started again.
+    Args:
+        job: the run. Its folder must be visible to every node, or lie below the home of a shared storage.
+        device: "cuda" or "cpu".
+        retries: how often failed workers are restarted.
+        callbacks: Ray Train callbacks.
+
+    Returns:
+        The content of the run's result.json.
+
+    Raises:
+        UserError: the run cannot succeed by a retry.
+        OSError, RuntimeError: a worker failed more than `retries` times.
     """
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    trainer = _make_trainer(job, device, retries, callbacks or [])
+    sync.push(job.folder, *job.input_paths)
+    try:
+        outcome: Any = trainer.fit()
+    except TrainingFailedError as error:
+        raise _worker_error(error) from None
+    if outcome.return_value:
+        raise UserError(outcome.return_value)
+    sync.pull(job.folder)
+    return read_json(job.folder / "result.json")
+
+
+def _make_trainer(job: TrainJob, device: str, retries: int, callbacks: list[Any]) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     from raydistill.cluster.process_group import ManualGroupConfig
 
-    training = run.training
-    trainer = TorchTrainer(
-        _train_worker,  # type: ignore[arg-type]  # what it returns comes back in the result
+    training = job.run.training
+    return TorchTrainer(
+        _train_worker,  # type: ignore[arg-type]  # its return value becomes the result's return_value
         torch_config=ManualGroupConfig(),
         train_loop_config={
-            "run": run.model_dump(mode="json"),
-            "folder": str(folder),
-            "inputs": inputs,
-            "stop": check_stop,
-            "work": train_fn,
+            "run": job.run.model_dump(mode="json"),
+            "folder": str(job.folder),
+            "inputs": job.inputs,
+            "train_fn": job.train_fn,
+            "check_stop": job.check_stop,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",
             resources_per_worker=worker_resources(device, training.threads, training.gpus),
-            placement_strategy=placement_strategy(run, device),
+            placement_strategy=placement_strategy(job.run, device),
         ),
         run_config=ray.train.RunConfig(
-            name=f"train-{folder.name}",
-            callbacks=callbacks or [],
+            name=f"train-{job.folder.name}",
+            callbacks=callbacks,
             failure_config=ray.train.FailureConfig(max_failures=retries),
-            **sync.ray_storage_options(folder.parent / ".ray"),
+            **sync.ray_storage_options(job.folder.parent / ".ray"),
         ),
     )
-    sync.push(folder, *run_input_paths(run, inputs))
-    try:
-        ended: Any = trainer.fit()
-    except TrainingFailedError as error:
-        raise _worker_error(error) from None
-    if ended.return_value:
-        raise UserError(ended.return_value)
-    sync.pull(folder)
-    return read_json(folder / "result.json")
 
 
 def placement_strategy(run: Run, device: str) -> str:
-    """Ray's strategy for a run's workers: all on one machine where one can hold them, else on as few as may be.
+    """Ray's placement strategy: all workers on one machine if a machine can hold them, else on as few as possible.
 
-    Its own default would spread them wherever a machine is partly taken, and every step would cross the network.
+    Ray's default would split the workers over partly occupied machines, and every step would cross the network.
     """
     training = run.training
-    most = max(slots_per_node(device, training.threads, training.gpus), default=0)
-    return "STRICT_PACK" if most >= training.workers else "PACK"
+    largest = max(slots_per_node(device, training.threads, training.gpus), default=0)
+    return "STRICT_PACK" if largest >= training.workers else "PACK"
 
 
 def _worker_error(error: Exception) -> Exception:
-    """The error of the worker that failed first, rather than Ray's account of it."""
+    """The error of the first worker that failed, without Ray's wrapping."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause = getattr(failure, "cause", failure)
@@ -123,72 +158,58 @@ def _worker_error(error: Exception) -> Exception:
     return error
 
 
-def run_input_paths(run: Run, inputs: RunInputs) -> list[Path]:
-    """The folders that a run reads, as far as they are not each machine's own: teacher, label sets, teacher cache."""
-    return [*input_paths(run), *inputs.label_folders.values(), *inputs.store_folders]
-
-
 def _train_worker(config: dict[str, Any]) -> str | None:
-    """What each Ray Train worker runs. Returns what is wrong, for nothing to be gained by starting it again.
+    """The function that each Ray Train worker executes.
 
-    Of several workers the others may wait for the one with whom something is wrong, which must die then.
+    Returns:
+        The message of an error that a restart would repeat, so that Ray Train does not restart the worker; None after
+        success. With several workers such an error is raised instead, because the others may be waiting for this one.
     """
     import ray.train
     from ray.train.torch import get_device
 
     from raydistill.cluster.process_group import gather_node_ids, process_group
 
-    run = Run.model_validate(config["run"])
+    job = TrainJob(**{**config, "run": Run.model_validate(config["run"]), "folder": Path(config["folder"])})
     context = ray.train.get_context()
-    set_torch_threads(run.training.threads)
-    rank, world, device = context.get_world_rank(), context.get_world_size(), str(get_device())
-    stop: StopCheck | None = config["stop"]
+    set_torch_threads(job.run.training.threads)
+    rank, world_size, device = context.get_world_rank(), context.get_world_size(), str(get_device())
 
-    def report(metrics: Metrics, where: Path | None) -> str | None:
+    def report(metrics: Metrics, folder: Path | None) -> str | None:
         ray.train.report({k: v for k, v in metrics.items() if isinstance(v, int | float)})
-        return stop() if stop and rank == 0 else None
+        return job.check_stop() if job.check_stop and rank == 0 else None
 
     try:
         with process_group(device):
-            worker = Worker(rank, world, device, is_draining=DrainMonitor(gather_node_ids(device)))
-            train_and_sync(config["work"], run, Path(config["folder"]), report, config["inputs"], worker)
+            worker = Worker(rank, world_size, device, is_draining=DrainMonitor(gather_node_ids(device)))
+            train_and_sync(job, report, worker)
     except UserError as error:
-        if world > 1 or isinstance(error, TransientError):
+        if world_size > 1 or isinstance(error, TransientError):
             raise
         return str(error)
     return None
 
 
-def train_and_sync(
-    train_fn: TrainFn, run: Run, folder: Path, report: ReportFn, inputs: RunInputs, worker: Worker
-) -> Metrics:
-    """`train_fn` in a worker, on machines that may share no folder: what it reads is fetched, and what it leaves is
-    kept.
+def train_and_sync(job: TrainJob, report: ReportFn, worker: Worker) -> Metrics:
+    """Execute a run in a worker on machines that may share no folder.
 
-    At every validation, at the end, and when it was saved because the machine goes.
+    Downloads the run's folder and inputs first. The main worker uploads the run's folder after every validation, at the
+    end, and after a preemption.
     """
 
-    def keep() -> None:
+    def push_folder() -> None:
         if worker.is_main_process:
-            sync.push(folder, mirror=True)
+            sync.push(job.folder, mirror=True)
 
-    def kept(metrics: Metrics, where: Path | None) -> str | None:
-        keep()
-        return report(metrics, where)
+    def push_and_report(metrics: Metrics, folder: Path | None) -> str | None:
+        push_folder()
+        return report(metrics, folder)
 
-    sync.pull(folder, *run_input_paths(run, inputs))
+    sync.pull(job.folder, *job.input_paths)
     try:
-        result = train_fn(run, folder, kept, inputs, worker)
+        result = job.train_fn(job.run, job.folder, push_and_report, job.inputs, worker)
     except Preempted:
-        keep()
+        push_folder()
         raise
-    keep()
+    push_folder()
     return result
-
-
-def set_torch_threads(threads: int) -> None:
-    """As many CPU threads as the trial was given: Ray counts them but does not hold a process to them."""
-    import torch
-
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from raydistill.cluster.exclusive import run_exclusive, warn_background_load
+from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, make_run
 from raydistill.core.console import print_progress
 from raydistill.core.files import CHECKPOINT_METADATA, corrupt_file_error, read_json, write_json_atomic
-from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware
+from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware, warn_background_load
 from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams, Engine
 from raydistill.inference.engines import open_engine

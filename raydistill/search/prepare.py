@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster.exclusive import run_exclusive, warn_background_load
+from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.corners import iter_corners
 from raydistill.config.run import Decoding, Run, parse_labels, parse_size
 from raydistill.config.space import Space, make_run
 from raydistill.core.console import print_progress, raydistill_home
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
+from raydistill.evaluation.latency import warn_background_load
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import (
     CacheRequest,

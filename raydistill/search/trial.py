@@ -11,7 +11,7 @@ from raydistill.cluster.drain import DrainMonitor
 from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, make_run
 from raydistill.core.errors import TransientError, UserError
-from raydistill.jobs.train import Metrics, StopCheck, TrainFn, set_torch_threads, train_and_sync, train_with_ray_train
+from raydistill.jobs.train import Metrics, TrainFn, TrainJob, train_and_sync, train_with_ray_train
 from raydistill.search.early_stopping import peer_curves, should_stop_early
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.study import (
@@ -19,7 +19,7 @@ from raydistill.search.study import (
 )
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
-from raydistill.training.workers import Worker
+from raydistill.training.workers import Worker, set_torch_threads
 
 
 def tune_trial(
@@ -53,9 +53,9 @@ def tune_trial(
         if train_in_actor:
             set_torch_threads(run.training.threads)
             here = Worker(device=device, is_draining=DrainMonitor([ray.get_runtime_context().get_node_id()]))
-            result = train_and_sync(train_fn, run, folder, report, inputs, here)
+            result = train_and_sync(TrainJob(run, folder, inputs, train_fn), report, here)
         else:
-            result = _run_train_job(run, folder, inputs, device, stop, train_fn)
+            result = _run_train_job(TrainJob(run, folder, inputs, train_fn, stop), device)
     except TransientError:
         raise
     except UserError as error:
@@ -64,16 +64,11 @@ def tune_trial(
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
 
 
-def _run_train_job(
-    run: Run, folder: Path, inputs: RunInputs, device: str, check_stop: StopCheck | None, train_fn: TrainFn
-) -> Metrics:
+def _run_train_job(job: TrainJob, device: str) -> Metrics:
     """A trial's Ray Train job, whose reports go to Tune too."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    told = [TuneReportCallback()]
-    return train_with_ray_train(
-        run, folder, inputs, device=device, retries=0, check_stop=check_stop, callbacks=told, train_fn=train_fn
-    )
+    return train_with_ray_train(job, device=device, retries=0, callbacks=[TuneReportCallback()])
 
 
 def early_stop_reason(folder: Path, search: Search) -> str | None:

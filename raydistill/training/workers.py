@@ -1,6 +1,7 @@
 """The data-parallel workers of a run, and what they tell each other: gradients, means, and what the first one found."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,12 @@ class Worker:
     def num_devices(self, settings: Training) -> float:
         """How many devices the run holds: of GPUs a worker's share, of CPU cores as many as it has threads."""
         return self.world_size * (settings.threads if self.device == "cpu" else settings.gpus)
+
+
+def set_torch_threads(threads: int) -> None:
+    """Set the CPU threads of torch and OpenMP in this process. Ray counts CPUs but does not enforce the number."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 def all_reduce_gradients(parameters: list[Parameter]) -> None:

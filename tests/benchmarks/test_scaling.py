@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.nodes import Meter, nodes
-from benchmarks.scaling import SECONDS_PER_STEP, Slept, _slept, endless, in_slots, made_up
-from benchmarks.stamps import End, rate
-from benchmarks.standins import timed_engine, timed_run
+from benchmarks.scaling import SECONDS_PER_STEP, TrialSleep, assign_slots, endless_space, read_sleep, synthetic_sweep
+from benchmarks.simulated import simulated_engine, simulated_run
+from benchmarks.simulated_nodes import Meter, cluster_nodes
+from benchmarks.timestamps import BatchEnd, rate
 from raydistill.config.run import Run
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.search.tune_search import run_search
@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_trial_takes_the_slot_that_was_free_for_longest() -> None:
-    slept = [Slept(0, 10, 9), Slept(0, 12, 11), Slept(11, 20, 9), Slept(13, 22, 8)]
-    ends = in_slots(slept, 2)
-    assert ends == [End(0, 10, 9), End(1, 12, 11), End(0, 20, 9), End(1, 22, 8)]
+    slept = [TrialSleep(0, 10, 9), TrialSleep(0, 12, 11), TrialSleep(11, 20, 9), TrialSleep(13, 22, 8)]
+    ends = assign_slots(slept, 2)
+    assert ends == [BatchEnd(0, 10, 9), BatchEnd(1, 12, 11), BatchEnd(0, 20, 9), BatchEnd(1, 22, 8)]
     # After each slot's first trial: 9 s of work in 10 s, and 8 in 10.
     assert rate(ends) / 2 == pytest.approx(0.85)
 
@@ -37,7 +37,7 @@ def test_what_the_head_used_between_two_moments() -> None:
 
 
 def test_the_engine_sleeps_in_proportion_to_the_characters() -> None:
-    engine = timed_engine("teacher", "auto", seconds_per_char=0.01, device="cuda", threads=1, cache=None)
+    engine = simulated_engine("teacher", "auto", seconds_per_char=0.01, device="cuda", threads=1, cache=None)
     began = time.monotonic()
     written = engine.generate(
         ["a" * 6, "b c d e"],
@@ -57,23 +57,23 @@ def test_a_timed_run_leaves_what_a_search_reads_and_is_not_done_twice(tmp_path: 
     told = []
     inputs = RunInputs(costs={"latency_ms": 7.0}, result_fields={"number": 3})
     report = lambda metrics, folder: told.append(metrics["step"])  # noqa: E731
-    result = timed_run(run, tmp_path, report, inputs, seconds_per_step=0.01)
+    result = simulated_run(run, tmp_path, report, inputs, seconds_per_step=0.01)
     assert told == [2, 4, 6, 8, 10]
     assert (result["status"], result["number"], result["metrics"]["latency_ms"]) == ("done", 3, 7.0)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     _, began, ended, seconds = json.loads((tmp_path / "stamps.jsonl").read_text())
     assert seconds == pytest.approx(0.1)
     assert ended - began >= 0.1
-    assert timed_run(run, tmp_path, report, inputs, seconds_per_step=100) == result
+    assert simulated_run(run, tmp_path, report, inputs, seconds_per_step=100) == result
 
 
 def four_trials(gpus: float, sweep: Path) -> None:
     """Four trials of eight seconds on a machine that offers eight CPUs and a GPU, each asking for `gpus` of it."""
-    space = endless(4, 4, 8.0, "tune")
+    space = endless_space(4, 4, 8.0, "tune")
     space.run["training"]["gpus"] = gpus
-    work = partial(timed_run, seconds_per_step=SECONDS_PER_STEP)
-    with nodes(1, cpus=8, gpus=1):
-        run_search(space, sweep, made_up(), "cuda", [], work)
+    work = partial(simulated_run, seconds_per_step=SECONDS_PER_STEP)
+    with cluster_nodes(1, cpus=8, gpus=1):
+        run_search(space, sweep, synthetic_sweep(), "cuda", [], work)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_small_students_share_a_gpu(gpus: float, together: int, tmp_path: Path) 
     """
     with multiprocessing.get_context("spawn").Pool(1) as apart:  # a process takes the token of one cluster only
         apart.apply(four_trials, (gpus, tmp_path))
-    slept = [_slept(path) for path in tmp_path.glob("trials/*/stamps.jsonl")]
+    slept = [read_sleep(path) for path in tmp_path.glob("trials/*/stamps.jsonl")]
     assert len(slept) == 4
     assert max(sum(one.began <= other.began < one.ended for one in slept) for other in slept) == together
 

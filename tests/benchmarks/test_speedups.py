@@ -5,7 +5,7 @@ import argparse
 import pytest
 from transformers import BartConfig
 
-from benchmarks import shapes, speedups
+from benchmarks import random_models, speedups
 from benchmarks.speedups import CASES, lengths, rows_of, sizes_of
 from raydistill.evaluation.latency import Timing
 
@@ -15,7 +15,7 @@ ASKED = argparse.Namespace(device="cpu", threads=1, batch=2, repeats=1, engine="
 def tiny(form):
     sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 1024}
     sizes |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 12, "decoder_layers": 12}
-    return BartConfig(vocab_size=300, **sizes), shapes._tokenizer(300, shapes.SPECIAL)
+    return BartConfig(vocab_size=300, **sizes), random_models._tokenizer(300, random_models.SPECIAL)
 
 
 def test_sizes_are_the_papers_and_the_teacher_comes_first():

@@ -1,4 +1,4 @@
-"""A machine that Ray was told to drain, as for a spot instance's notice: the trial on it is saved and moves."""
+"""Draining nodes, as after a spot instance's notice: a trial on such a node saves its state and moves to another."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ import pytest
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.tune import Callback
 
-from benchmarks.nodes import STORE_BYTES, head
+from benchmarks.simulated_nodes import OBJECT_STORE_BYTES, cluster_head
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.space import Space
 from raydistill.search.prepare import PreparedSweep
@@ -19,8 +19,8 @@ from tests.factories.models import save_tiny
 from tests.factories.workspace import write_corpus
 
 PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto
-PER_EPOCH, EPOCHS = 300, 10
-SEARCH = {"trials": 1, "sampler": "grid", "retries": 1}  # it moves once: the machine that it left drains on for long
+STEPS_PER_EPOCH, EPOCHS = 300, 10
+SEARCH = {"trials": 1, "sampler": "grid", "retries": 1}  # one retry: the trial may move once
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def space_of(folder: Path, launcher: str, workers: int) -> Space:
-    """One trial of ten epochs of 300 steps, with a validation at the end of each."""
+def make_space(folder: Path, launcher: str, workers: int) -> Space:
+    """A space of one trial: ten epochs of 300 steps, with a validation at the end of each epoch."""
     run = {
         "teacher": str(save_tiny("bart", folder / "teacher", dropout=0.0)),
         "dataset": {
-            "name": str(write_corpus(folder / "data", train=8 * PER_EPOCH)),
+            "name": str(write_corpus(folder / "data", train=8 * STEPS_PER_EPOCH)),
             "max_source_tokens": 32,
             "max_target_tokens": 16,
         },
@@ -55,63 +55,64 @@ def space_of(folder: Path, launcher: str, workers: int) -> Space:
     return Space.model_validate({"name": "drained", "run": run, "search": SEARCH})
 
 
-class Notice(Callback):
-    """After a trial's first validation another machine joins, and the trial's own has half a minute left."""
+class PreemptionNotice(Callback):
+    """After the first validation, adds a node and gives the trial's own node a notice of half a minute."""
 
-    # Of the class, since Tune pickles its callbacks: the cluster, the trial's node, whether it was told.
+    # Class attributes, because Tune pickles its callbacks.
     cluster: Any = None
-    node: str = ""
-    given = False
+    node_id: str = ""
+    sent = False
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        if not Notice.given:
-            Notice.given = True
-            Notice.cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-            client: Any = GcsClient(address=Notice.cluster.address)
+        if not PreemptionNotice.sent:
+            PreemptionNotice.sent = True
+            PreemptionNotice.cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES)
+            client: Any = GcsClient(address=PreemptionNotice.cluster.address)
             deadline = int(1000 * (time.time() + 30))
-            accepted, why = client.drain_node(Notice.node, PREEMPTION, "spot notice", deadline)
-            assert accepted, why
+            accepted, reason = client.drain_node(PreemptionNotice.node_id, PREEMPTION, "spot notice", deadline)
+            assert accepted, reason
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("launcher", "workers"), [("tune", 1), ("train", 1), ("train", 2)])
-def test_a_trial_on_a_machine_that_is_drained_is_saved_at_once_and_moves(
+def test_a_trial_on_a_draining_node_is_saved_once_and_moves(
     launcher: str, workers: int, home: Path, tmp_path: Path
 ) -> None:
     sweep = home / "sweeps" / "drained"
     sweep.mkdir(parents=True)
-    space = space_of(tmp_path, launcher, workers)
+    space = make_space(tmp_path, launcher, workers)
     costs = {"latency_ms": 10.0, "latency_ms_b1": 1.0, "params_m": 1.0}
     prepared = PreparedSweep({"size": "2-3", "costs": costs}, {"2-1": costs}, {"2-1": costs})
-    saved: list[int] = []  # the steps at which the state was saved, as far as they were seen
-    over = threading.Event()
+    saved_steps: list[int] = []
+    stop_watching = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.02):
+        while not stop_watching.wait(0.02):
             for path in sweep.glob("trials/*/state.json"):
-                if (step := _step(path)) is not None and step not in saved:
-                    saved.append(step)
+                if (step := _read_step(path)) is not None and step not in saved_steps:
+                    saved_steps.append(step)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    with head() as started, ray_cluster():
-        first = started.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-        Notice.cluster, Notice.node, Notice.given = started, first.node_id, False
+    with cluster_head() as cluster, ray_cluster():
+        first = cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES)
+        PreemptionNotice.cluster, PreemptionNotice.node_id, PreemptionNotice.sent = cluster, first.node_id, False
         try:
-            run_search(space, sweep, prepared, "cpu", [Notice()])
+            run_search(space, sweep, prepared, "cpu", [PreemptionNotice()])
         finally:
-            over.set()
+            stop_watching.set()
             thread.join()
     [folder] = sweep.glob("trials/sft-*")
     result = json.loads((folder / "result.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert (result["status"], result["steps"]) == ("done", EPOCHS * PER_EPOCH)
-    assert [line["step"] for line in lines] == [n * PER_EPOCH for n in range(1, EPOCHS + 1)]
-    assert len([step for step in saved if step % PER_EPOCH]) == 1, f"saved once between two validations: {saved}"
+    assert (result["status"], result["steps"]) == ("done", EPOCHS * STEPS_PER_EPOCH)
+    assert [line["step"] for line in lines] == [n * STEPS_PER_EPOCH for n in range(1, EPOCHS + 1)]
+    between_validations = [step for step in saved_steps if step % STEPS_PER_EPOCH]
+    assert len(between_validations) == 1, f"expected one save between two validations: {saved_steps}"
 
 
-def _step(path: Path) -> Any:
+def _read_step(path: Path) -> Any:
     try:
         return json.loads(path.read_text())["step"]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Jobs on a cluster that grows and shrinks while they work, and where a data-parallel run's workers go."""
+"""Jobs on a cluster that grows and shrinks, and the placement of a data-parallel run's workers."""
 
 import json
 import multiprocessing
@@ -14,13 +14,13 @@ import pytest
 from ray.cluster_utils import Cluster
 from ray.tune import Callback
 
-from benchmarks.nodes import STORE_BYTES, head
-from benchmarks.scaling import endless, made_up
+from benchmarks.scaling import endless_space, synthetic_sweep
+from benchmarks.simulated_nodes import OBJECT_STORE_BYTES, cluster_head
 from raydistill.cluster.actor_pool import BatchStats, run_batches
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Run
 from raydistill.core.files import write_atomic, write_json_atomic
-from raydistill.jobs.train import train_with_ray_train
+from raydistill.jobs.train import TrainJob, train_with_ray_train
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
@@ -29,37 +29,37 @@ from raydistill.training.workers import Worker
 BATCHES = 60
 
 
-def second_of_work(folder: Path) -> Callable[[int], BatchStats]:
-    """Batches of a second, each of which leaves a file with the node that did it."""
+def make_slow_batch_function(folder: Path) -> Callable[[int], BatchStats]:
+    """A batch function that takes a second per batch and records the node in a file."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
 
-    def work(number: int) -> BatchStats:
+    def process_batch(number: int) -> BatchStats:
         time.sleep(1)
         write_atomic(folder / f"{number}.json", json.dumps(node).encode())
         return {"rows": 1.0}
 
-    return work
+    return process_batch
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_node_that_joins_is_used_and_one_that_leaves_takes_no_batch_with_it(tmp_path: Path) -> None:
+def test_batches_run_on_a_node_that_joins_and_survive_a_node_that_leaves(tmp_path: Path) -> None:
     done: list[int] = []
-    with head() as started:
-        first = started.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    with cluster_head() as cluster:
+        first = cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
         joined = []
 
-        def on_done(facts: BatchStats) -> None:
-            done.append(int(facts["batch"]))
+        def on_done(stats: BatchStats) -> None:
+            done.append(int(stats["batch"]))
             if len(done) == 5:
-                joined.append(started.add_node(num_cpus=2, object_store_memory=STORE_BYTES))
+                joined.append(cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES))
             if joined and len(done) == 45:
-                started.remove_node(joined.pop())
+                cluster.remove_node(joined.pop())
 
         with ray_cluster():
-            run_batches(range(BATCHES), lambda: second_of_work(tmp_path), device="cpu", on_done=on_done)
+            run_batches(range(BATCHES), lambda: make_slow_batch_function(tmp_path), device="cpu", on_done=on_done)
     assert sorted(done) == list(range(BATCHES))
     by_node = Counter(json.loads((tmp_path / f"{n}.json").read_text()) for n in range(BATCHES))
     assert set(by_node) > {first.node_id}
@@ -67,91 +67,94 @@ def test_a_node_that_joins_is_used_and_one_that_leaves_takes_no_batch_with_it(tm
     assert min(by_node.values()) >= 10
 
 
-def note_node(
+def record_node(
     seconds: float, run: Run, folder: Path, report: ReportFn, inputs: RunInputs, worker: Worker
 ) -> dict[str, Any]:
-    """Work of some seconds that leaves the node on which each worker did it."""
+    """A `train_fn` that sleeps and records each worker's node and times."""
     import ray
 
     folder.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
+    start = time.time()
     time.sleep(seconds)
     node = ray.get_runtime_context().get_node_id()
-    write_json_atomic(folder / f"worker{worker.rank}.json", {"node": node, "begun": begun, "ended": time.time()})
+    write_json_atomic(folder / f"worker{worker.rank}.json", {"node": node, "start": start, "end": time.time()})
     metrics = {**inputs.costs, "score": 1.0, "gpu_hours": 0.0}
     result = {"key": folder.name, "status": "done", "metrics": metrics, "steps": 1, **inputs.result_fields}
     write_json_atomic(folder / "result.json", result)
     return result
 
 
-class Changes(Callback):
-    """A node of two CPUs joins after the first trial, and leaves after the seventh."""
+class NodeChanges(Callback):
+    """Adds a node of two CPUs after the first trial, and removes the node after the seventh."""
 
-    def __init__(self, started: Cluster) -> None:
-        self.started = started
-        self.over = 0
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.num_completed = 0
         self.joined: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps a copy of every callback, of which nobody asks anything here."""
+        """Nothing: Tune pickles every callback, and the copy is not used here."""
         return {}
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
-        """In the main thread, where alone a node may be started."""
-        self.over += 1
-        if self.over == 1:
-            self.joined = self.started.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-        if self.over == 7:
-            self.started.remove_node(self.joined)
+        """Change the nodes; Tune calls this in the main thread, the only one that can start a node."""
+        self.num_completed += 1
+        if self.num_completed == 1:
+            self.joined = self.cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES)
+        if self.num_completed == 7:
+            self.cluster.remove_node(self.joined)
 
 
-def sweep_while_nodes_come_and_go(sweep: Path) -> None:
-    """Ten trials on a node of one CPU, which another joins and leaves: long enough for an actor to start meanwhile."""
-    space = endless(10, None, 8.0, "tune")
-    with head() as started:
-        started.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+def sweep_while_nodes_change(sweep: Path) -> None:
+    """Run ten trials while a second node joins and leaves. A trial lasts longer than the start of an actor."""
+    space = endless_space(10, None, 8.0, "tune")
+    with cluster_head() as cluster:
+        cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
         with ray_cluster():
-            run_search(space, sweep, made_up(), "cpu", [Changes(started)], partial(note_node, 8.0))
+            run_search(space, sweep, synthetic_sweep(), "cpu", [NodeChanges(cluster)], partial(record_node, 8.0))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_sweep_uses_a_node_that_joins_and_gets_over_one_that_leaves(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as apart:  # a process takes the token of one cluster only
-        apart.apply(sweep_while_nodes_come_and_go, (tmp_path,))
-    stamps = [json.loads(path.read_text()) for path in tmp_path.glob("trials/*/worker0.json")]
-    assert len(stamps) == 10
-    assert len({one["node"] for one in stamps}) == 2
-    together = [sum(a["begun"] <= b["begun"] < a["ended"] for a in stamps) for b in stamps]
-    assert max(together) == 3
+def test_trials_run_on_a_node_that_joins_and_survive_a_node_that_leaves(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process can use the token of one cluster only
+        pool.apply(sweep_while_nodes_change, (tmp_path,))
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("trials/*/worker0.json")]
+    assert len(records) == 10
+    assert len({record["node"] for record in records}) == 2
+    concurrent = [sum(a["start"] <= b["start"] < a["end"] for a in records) for b in records]
+    assert max(concurrent) == 3
 
 
-def run_of_two_workers_where_two_machines_are_half_taken(folder: Path) -> None:
-    """Two machines of two CPUs, on each of which a CPU is held until the run has waited for some seconds."""
+def run_two_workers_on_half_occupied_nodes(folder: Path) -> None:
+    """Start a run of two workers on two nodes of two CPUs, one CPU of each occupied for the first eight seconds."""
     settings = {"name": "pair", "teacher": "t", "dataset": "d", "training": {"workers": 2}}
-    with head() as started:
+    with cluster_head() as cluster:
         for name in ("a", "b"):
-            started.add_node(num_cpus=2, resources={name: 1}, object_store_memory=STORE_BYTES)
+            cluster.add_node(num_cpus=2, resources={name: 1}, object_store_memory=OBJECT_STORE_BYTES)
         with ray_cluster():
             import ray
 
-            held: Any = [ray.remote(Held).options(num_cpus=1, resources={name: 1}).remote() for name in ("a", "b")]
-            ray.get([one.here.remote() for one in held])
-            threading.Timer(8, lambda: ray.kill(held[0])).start()
-            train_with_ray_train(Run.model_validate(settings), folder, RunInputs(), train_fn=partial(note_node, 1.0))
+            occupants: Any = [
+                ray.remote(CpuOccupant).options(num_cpus=1, resources={name: 1}).remote() for name in ("a", "b")
+            ]
+            ray.get([occupant.wait_until_started.remote() for occupant in occupants])
+            threading.Timer(8, lambda: ray.kill(occupants[0])).start()
+            run = Run.model_validate(settings)
+            train_with_ray_train(TrainJob(run, folder, RunInputs(), partial(record_node, 1.0)))
 
 
-class Held:
-    """What holds a CPU."""
+class CpuOccupant:
+    """An actor that occupies a CPU."""
 
-    def here(self) -> None:
-        """Returns once it is."""
+    def wait_until_started(self) -> None:
+        """Return once the actor runs."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_data_parallel_run_waits_for_one_machine_rather_than_be_split_over_two(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as apart:
-        apart.apply(run_of_two_workers_where_two_machines_are_half_taken, (tmp_path / "run",))
+def test_a_data_parallel_run_waits_for_one_machine_instead_of_using_two(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(run_two_workers_on_half_occupied_nodes, (tmp_path / "run",))
     nodes = [json.loads((tmp_path / "run" / f"worker{n}.json").read_text())["node"] for n in (0, 1)]
     assert nodes[0] == nodes[1]

@@ -1,4 +1,4 @@
-"""A disk that is full: what was at work stops with a clear message, loses nothing, and goes on by the same command."""
+"""A full disk: commands stop with a clear message, lose nothing, and resume by the same command."""
 
 import json
 import os
@@ -23,16 +23,16 @@ pytestmark = [
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """A folder `outputs` on a disk of its own, of 200 MB."""
-    place = tmp_path / "outputs"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+    """A folder `outputs` on its own disk of 200 MB."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(home: Path) -> Path:
-    """A file that takes all that is free."""
+def fill_disk(home: Path) -> Path:
+    """Write a file that takes all free space."""
     filler = home / "filler"
     with filler.open("wb") as file:
         try:
@@ -44,7 +44,7 @@ def fill(home: Path) -> Path:
     return filler
 
 
-def start(home: Path, *arguments: object) -> subprocess.Popen[str]:
+def start_command(home: Path, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", f"raydistill.{arguments[0]}", *map(str, arguments[1:])],
         env=environment(),
@@ -55,7 +55,7 @@ def start(home: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(home: Path, pattern: str, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_files(home: Path, pattern: str, count: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 200
     while len(list(home.glob(pattern))) < count:
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -63,39 +63,40 @@ def wait_for(home: Path, pattern: str, count: int, process: subprocess.Popen[str
         time.sleep(0.05)
 
 
-def strike(home: Path, process: subprocess.Popen[str]) -> None:
-    """Fill the disk under a command; it ends by itself and says why, and the disk has room again."""
-    filler = fill(home)
-    said, _ = process.communicate(timeout=300)
+def assert_stops_on_full_disk(home: Path, process: subprocess.Popen[str]) -> None:
+    """Fill the disk of a running command, check that the command exits and names the cause, then free the disk."""
+    filler = fill_disk(home)
+    output, _ = process.communicate(timeout=300)
     filler.unlink()
-    assert process.returncode in (1, 2), said[-3000:]
-    assert "No space left" in said or "disk" in said, said[-3000:]
-    assert "Traceback" not in said
+    assert process.returncode in (1, 2), output[-3000:]
+    assert "No space left" in output or "disk" in output, output[-3000:]
+    assert "Traceback" not in output
 
 
-def finishes(home: Path, *arguments: object) -> str:
+def run_to_end(home: Path, *arguments: object) -> str:
+    """Run a command that must succeed, and return its messages."""
     done = command(home, *arguments, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
 
-def test_a_label_job_on_a_full_disk(home: Path, tmp_path: Path) -> None:
+def test_label_job_resumes_after_a_full_disk(home: Path, tmp_path: Path) -> None:
     teacher, _ = make_world(tmp_path / "world")
     source = tmp_path / "many.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(2000, seed=7)))
     label = ("pseudolabel", "--teacher", teacher, "--dataset", source, "--batch-chars", "600")
-    process = start(home, *label)
-    wait_for(home, "labels/.many-*.work/out/*.parquet", 40, process)
-    assert not list(home.glob("labels/many-*/manifest.json")), "the job was over before it could be struck"
-    strike(home, process)
-    done = {path: path.stat().st_mtime_ns for path in home.glob("labels/.many-*.work/out/*.parquet")}
-    assert len(done) >= 40
-    assert f"{len(done)} of" in finishes(home, *label)
+    process = start_command(home, *label)
+    wait_for_files(home, "labels/.many-*.work/out/*.parquet", 40, process)
+    assert not list(home.glob("labels/many-*/manifest.json")), "the job finished before the disk was filled"
+    assert_stops_on_full_disk(home, process)
+    finished = list(home.glob("labels/.many-*.work/out/*.parquet"))
+    assert len(finished) >= 40
+    assert f"{len(finished)} of" in run_to_end(home, *label)
     [folder] = home.glob("labels/many-*")
     assert len(read_label_set(folder).targets) == 2000
 
 
-def test_a_sweep_on_a_full_disk(home: Path, tmp_path: Path) -> None:
+def test_sweep_resumes_after_a_full_disk(home: Path, tmp_path: Path) -> None:
     teacher, data = make_world(tmp_path / "world")
     run = {
         "teacher": str(teacher),
@@ -108,12 +109,12 @@ def test_a_sweep_on_a_full_disk(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "full.yaml"
     search = {"trials": 8, "sampler": "grid", "decoding": {"beams": [1]}}
     path.write_text(yaml.safe_dump({"name": "full", "run": run, "search": search}))
-    process = start(home, "sweep", path)
-    wait_for(home, "sweeps/full/trials/*/result.json", 2, process)
-    strike(home, process)
-    before = {found: found.read_bytes() for found in home.glob("sweeps/full/trials/*/result.json")}
+    process = start_command(home, "sweep", path)
+    wait_for_files(home, "sweeps/full/trials/*/result.json", 2, process)
+    assert_stops_on_full_disk(home, process)
+    before = {file: file.read_bytes() for file in home.glob("sweeps/full/trials/*/result.json")}
     assert 2 <= len(before) < 8
-    finishes(home, "sweep", path)
-    results = {found: found.read_bytes() for found in home.glob("sweeps/full/trials/*/result.json")}
+    run_to_end(home, "sweep", path)
+    results = {file: file.read_bytes() for file in home.glob("sweeps/full/trials/*/result.json")}
     assert [json.loads(result)["status"] for result in results.values()] == ["done"] * 8
-    assert before.items() <= results.items(), "a finished trial was done again"
+    assert before.items() <= results.items(), "a finished trial was repeated"

@@ -1,4 +1,4 @@
-"""The storage of machines that share no folder: two homes and what goes between them, over a folder and over S3."""
+"""Synchronisation of machines that share no folder, through a storage in a folder and in S3."""
 
 import os
 import time
@@ -12,12 +12,12 @@ from pyarrow.fs import S3FileSystem
 from raydistill.cluster import sync
 from raydistill.core.errors import TransientError, UserError
 
-At = Callable[[str], Path]
+UseMachine = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """A bucket of moto's S3 server, as an address for pyarrow."""
+    """A bucket of moto's S3 server: the pattern of its address for pyarrow, with %s for the folder."""
     boto3 = pytest.importorskip("boto3")
     from moto.server import ThreadedMotoServer
 
@@ -34,8 +34,8 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(params=["folder", "s3"])
-def at(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> At:
-    """Be on the machine of a name: its home is returned, and the storage is the same for all."""
+def use_machine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UseMachine:
+    """Return a function that switches to the machine with a name and returns its home; all share one storage."""
     if request.param == "s3":
         address = request.getfixturevalue("bucket") % tmp_path.name
     else:
@@ -43,13 +43,13 @@ def at(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monke
         address = f"file://{tmp_path / 'storage'}"
     monkeypatch.setenv(sync.STORAGE_ENV, address)
 
-    def here(name: str) -> Path:
-        place = tmp_path / name
-        place.mkdir(exist_ok=True)
-        monkeypatch.setenv("RAYDISTILL_HOME", str(place))
-        return place
+    def switch(name: str) -> Path:
+        home = tmp_path / name
+        home.mkdir(exist_ok=True)
+        monkeypatch.setenv("RAYDISTILL_HOME", str(home))
+        return home
 
-    return here
+    return switch
 
 
 def write(path: Path, text: str) -> Path:
@@ -62,14 +62,14 @@ def files_under(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_what_one_machine_keeps_another_fetches(at: At) -> None:
-    one = at("one")
-    write(one / "sweeps/s/trials/t/metrics.jsonl", "a\n")
-    write(one / "sweeps/s/trials/t/best/model.safetensors", "weights")
-    write(one / "sweeps/s/trials/t/.lock", "")
-    write(one / "sweeps/s/.ray/state", "Ray's own")
-    sync.push(one / "sweeps/s/trials/t")
-    other = at("other")
+def test_pull_downloads_what_another_machine_pushed_without_local_files(use_machine: UseMachine) -> None:
+    home = use_machine("one")
+    write(home / "sweeps/s/trials/t/metrics.jsonl", "a\n")
+    write(home / "sweeps/s/trials/t/best/model.safetensors", "weights")
+    write(home / "sweeps/s/trials/t/.lock", "")
+    write(home / "sweeps/s/.ray/state", "Ray's own")
+    sync.push(home / "sweeps/s/trials/t")
+    other = use_machine("other")
     sync.pull(other / "sweeps/s")
     assert files_under(other) == {
         "sweeps/s/trials/t/metrics.jsonl": "a\n",
@@ -77,22 +77,22 @@ def test_what_one_machine_keeps_another_fetches(at: At) -> None:
     }
 
 
-def test_a_file_that_changed_goes_over_and_one_that_did_not_stays_where_it_is(at: At) -> None:
-    write(at("one") / "x/a.json", "1")
-    write(at("one") / "x/b.json", "1")
-    sync.push(at("one") / "x")
-    sync.pull(at("other") / "x")
-    before = (at("other") / "x/b.json").stat()
-    time.sleep(1.1)  # S3 tells times in whole seconds
-    write(at("one") / "x/a.json", "2")
-    sync.push(at("one") / "x")
-    sync.pull(at("other") / "x")
-    assert files_under(at("other") / "x") == {"a.json": "2", "b.json": "1"}
-    assert (at("other") / "x/b.json").stat().st_ino == before.st_ino
+def test_only_changed_files_are_transferred(use_machine: UseMachine) -> None:
+    write(use_machine("one") / "x/a.json", "1")
+    write(use_machine("one") / "x/b.json", "1")
+    sync.push(use_machine("one") / "x")
+    sync.pull(use_machine("other") / "x")
+    before = (use_machine("other") / "x/b.json").stat()
+    time.sleep(1.1)  # S3 stores times in whole seconds
+    write(use_machine("one") / "x/a.json", "2")
+    sync.push(use_machine("one") / "x")
+    sync.pull(use_machine("other") / "x")
+    assert files_under(use_machine("other") / "x") == {"a.json": "2", "b.json": "1"}
+    assert (use_machine("other") / "x/b.json").stat().st_ino == before.st_ino
 
 
-def test_what_was_written_here_since_is_not_overwritten_by_what_is_older(at: At) -> None:
-    path = write(at("one") / "metrics.jsonl", "a\n")
+def test_pull_does_not_overwrite_a_newer_local_file(use_machine: UseMachine) -> None:
+    path = write(use_machine("one") / "metrics.jsonl", "a\n")
     sync.push(path)
     time.sleep(1.1)
     write(path, "a\nb\n")
@@ -100,104 +100,104 @@ def test_what_was_written_here_since_is_not_overwritten_by_what_is_older(at: At)
     assert path.read_text() == "a\nb\n"
 
 
-def test_what_another_machine_kept_since_is_not_overwritten_by_what_was_fetched_before(at: At) -> None:
-    """As by a driver that launches a trial again, whose worker had gone on elsewhere."""
-    sync.push(write(at("one") / "t/state.json", "100"))
-    other = at("other") / "t"
+def test_push_does_not_overwrite_a_file_that_another_machine_pushed_later(use_machine: UseMachine) -> None:
+    """As by a driver that restarts a trial whose worker has meanwhile continued on another machine."""
+    sync.push(write(use_machine("one") / "t/state.json", "100"))
+    other = use_machine("other") / "t"
     sync.pull(other)
-    time.sleep(2.1)  # S3 tells times in whole seconds, and clocks may differ by one
-    sync.push(write(at("one") / "t/state.json", "200"))
-    at("other")
+    time.sleep(2.1)  # S3 stores times in whole seconds, and clocks may differ by one second
+    sync.push(write(use_machine("one") / "t/state.json", "200"))
+    use_machine("other")
     write(other / "run.json", "{}")
     sync.push(other)
-    sync.pull(at("third") / "t")
-    assert files_under(at("third") / "t") == {"state.json": "200", "run.json": "{}"}
+    sync.pull(use_machine("third") / "t")
+    assert files_under(use_machine("third") / "t") == {"state.json": "200", "run.json": "{}"}
 
 
-def test_a_copy_that_carries_an_old_time_goes_over(at: At) -> None:
-    """As a teacher that `rsync -a` or `tar` put in the place of one that was kept later than this one was made."""
-    path = write(at("one") / "teacher/config.json", "monday")
+def test_push_uploads_a_new_file_with_an_old_modification_time(use_machine: UseMachine) -> None:
+    """As after `rsync -a` or `tar` replaced a teacher that had been pushed after the new one was created."""
+    path = write(use_machine("one") / "teacher/config.json", "monday")
     sync.push(path)
     time.sleep(1.1)
     write(path, "tuesday, longer")
     os.utime(path, (1e9, 1e9))
     sync.push(path)
-    sync.pull(at("other") / "teacher")
-    assert files_under(at("other") / "teacher") == {"config.json": "tuesday, longer"}
+    sync.pull(use_machine("other") / "teacher")
+    assert files_under(use_machine("other") / "teacher") == {"config.json": "tuesday, longer"}
 
 
-@pytest.mark.parametrize("way", ["keep", "fetch"])
-def test_a_storage_that_does_not_answer_any_more_is_said_in_one_line(way: str, tmp_path: Path) -> None:
-    nobody = S3FileSystem(
+@pytest.mark.parametrize("method", ["push", "pull"])
+def test_unreachable_storage_raises_a_transient_error(method: str, tmp_path: Path) -> None:
+    filesystem = S3FileSystem(
         access_key="a", secret_key="b", region="us-east-1", scheme="http", endpoint_override="127.0.0.1:9"
     )
-    place = write(tmp_path / "x/a.json", "1").parent
+    folder = write(tmp_path / "x/a.json", "1").parent
     with pytest.raises(TransientError, match="Nothing is lost: run the same command again"):
-        getattr(sync.Storage(nobody, "shared/x", tmp_path), way)(place)
+        getattr(sync.Storage(filesystem, "shared/x", tmp_path), method)(folder)
 
 
-def test_a_mirror_drops_what_made_way(at: At) -> None:
-    folder = at("one") / "run"
+def test_mirror_deletes_files_that_were_replaced(use_machine: UseMachine) -> None:
+    folder = use_machine("one") / "run"
     write(folder / "checkpoint-1/model", "old")
     sync.push(folder, mirror=True)
     (folder / "checkpoint-1/model").unlink()
     write(folder / "checkpoint-2/model", "new")
     sync.push(folder, mirror=True)
-    sync.pull(at("other") / "run")
-    assert files_under(at("other") / "run") == {"checkpoint-2/model": "new"}
-    sync.delete(at("other") / "run")
-    sync.pull(at("third") / "run")
-    assert files_under(at("third")) == {}
+    sync.pull(use_machine("other") / "run")
+    assert files_under(use_machine("other") / "run") == {"checkpoint-2/model": "new"}
+    sync.delete(use_machine("other") / "run")
+    sync.pull(use_machine("third") / "run")
+    assert files_under(use_machine("third")) == {}
 
 
-def test_only_files_of_some_names_are_fetched_where_these_are_asked_for(at: At) -> None:
+def test_pull_with_patterns_downloads_only_matching_files(use_machine: UseMachine) -> None:
     for name in ("trials/a/metrics.jsonl", "trials/a/best/model", "trials/b/metrics.jsonl"):
-        write(at("one") / name, name)
-    sync.push(at("one") / "trials")
-    sync.pull(at("other") / "trials", patterns=["metrics.jsonl"])
-    assert set(files_under(at("other"))) == {"trials/a/metrics.jsonl", "trials/b/metrics.jsonl"}
+        write(use_machine("one") / name, name)
+    sync.push(use_machine("one") / "trials")
+    sync.pull(use_machine("other") / "trials", patterns=["metrics.jsonl"])
+    assert set(files_under(use_machine("other"))) == {"trials/a/metrics.jsonl", "trials/b/metrics.jsonl"}
 
 
-@pytest.mark.parametrize("way", ["keep", "fetch"])
-def test_what_says_finished_goes_last_and_not_at_all_where_something_failed(
-    at: At, way: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["push", "pull"])
+def test_completion_markers_are_transferred_last_and_not_after_a_failure(
+    use_machine: UseMachine, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a-part", "manifest.json", "z-part"):
-        write(at("one") / "set" / name, name)
-    if way == "fetch":
-        sync.push(at("one") / "set")
-        at("other")
-    method = {"keep": "_put", "fetch": "_bring"}[way]
-    real, done = getattr(sync.Storage, method), []
+        write(use_machine("one") / "set" / name, name)
+    if method == "pull":
+        sync.push(use_machine("one") / "set")
+        use_machine("other")
+    transfer_name = {"push": "_upload", "pull": "_download"}[method]
+    transfer, transferred = getattr(sync.Storage, transfer_name), []
 
-    def breaks(self: sync.Storage, path: Path, info: object) -> None:
+    def transfer_or_fail(self: sync.Storage, path: Path, info: object) -> None:
         if path.name == "z-part":
             raise OSError("no space left on device")
-        real(self, path, info)
-        done.append(path.name)
+        transfer(self, path, info)
+        transferred.append(path.name)
 
-    monkeypatch.setattr(sync.Storage, method, breaks)
+    monkeypatch.setattr(sync.Storage, transfer_name, transfer_or_fail)
     home = Path(os.environ["RAYDISTILL_HOME"])
     with pytest.raises(UserError, match=r"no space left.*run the same command again"):
-        getattr(sync, way)(home / "set")
-    assert done == ["a-part"]
-    monkeypatch.setattr(sync.Storage, method, real)
-    getattr(sync, way)(home / "set")
-    sync.pull(at("third") / "set")
-    assert set(files_under(at("third") / "set")) == {"a-part", "manifest.json", "z-part"}
+        getattr(sync, method)(home / "set")
+    assert transferred == ["a-part"]
+    monkeypatch.setattr(sync.Storage, transfer_name, transfer)
+    getattr(sync, method)(home / "set")
+    sync.pull(use_machine("third") / "set")
+    assert set(files_under(use_machine("third") / "set")) == {"a-part", "manifest.json", "z-part"}
 
 
-def test_places_outside_the_home_are_each_machines_own(at: At, tmp_path: Path) -> None:
-    at("one")
+def test_paths_outside_the_home_are_not_synced(use_machine: UseMachine, tmp_path: Path) -> None:
+    use_machine("one")
     path = write(tmp_path / "elsewhere/labels", "mine")
     sync.push(path)
     sync.pull(path)
     assert path.read_text() == "mine"
-    sync.pull(at("other"))
-    assert files_under(at("other")) == {}
+    sync.pull(use_machine("other"))
+    assert files_under(use_machine("other")) == {}
 
 
-def test_without_a_storage_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_storage_nothing_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(sync.STORAGE_ENV, raising=False)
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
     sync.pull(tmp_path / "x")
@@ -215,18 +215,18 @@ def test_without_a_storage_nothing_happens(tmp_path: Path, monkeypatch: pytest.M
         ("file://{tmp_path}/a-file", "is a file; give a folder"),
     ],
 )
-def test_an_address_that_will_not_do_is_refused(
+def test_invalid_storage_address_is_refused(
     address: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a-file").write_text("")
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
     monkeypatch.setenv(sync.STORAGE_ENV, address.format(tmp_path=tmp_path))
-    with pytest.raises(UserError, match=reason) as caught:
+    with pytest.raises(UserError, match=reason) as error:
         sync.pull(tmp_path / "x")
-    assert "c2VjcmV0" not in str(caught.value)
+    assert "c2VjcmV0" not in str(error.value)
 
 
-def test_an_object_whose_name_leads_out_of_the_home_is_refused(
+def test_object_whose_name_leads_out_of_the_home_is_refused(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import boto3
@@ -241,15 +241,15 @@ def test_an_object_whose_name_leads_out_of_the_home_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_ray_keeps_its_own_state_there_too(at: At) -> None:
+def test_ray_state_is_placed_in_the_storage_and_not_pulled(use_machine: UseMachine) -> None:
     from ray.train import RunConfig
 
-    arguments = sync.ray_storage_options(at("one") / "sweeps/s/.ray")
+    arguments = sync.ray_storage_options(use_machine("one") / "sweeps/s/.ray")
     files: Any = arguments["storage_filesystem"]
-    place = arguments["storage_path"]
+    folder = arguments["storage_path"]
     assert RunConfig(name="t", **arguments).storage_filesystem == files
-    files.create_dir(place)
-    with files.open_output_stream(f"{place}/x") as file:
+    files.create_dir(folder)
+    with files.open_output_stream(f"{folder}/x") as file:
         file.write(b"state")
-    sync.pull(at("other") / "sweeps")
-    assert files_under(at("other")) == {}, "Ray's state is not fetched by machines"
+    sync.pull(use_machine("other") / "sweeps")
+    assert files_under(use_machine("other")) == {}, "machines do not download Ray's state"

@@ -1,8 +1,8 @@
-"""Test hosts on one machine, for `ray up` to log in to: each with an address, processes, a home and an sshd of its own.
+"""Test hosts on one machine, to which `ray up` can log in: each has its own address, processes, home and sshd.
 
-A host is a network namespace on a bridge, in which sshd is process 1 of a process tree: `ray stop` on one host sees
-nothing of another, and killing process 1 ends all that runs there. The file system is the machine's own, so every
-folder is shared; only /root, /dev/shm, /run, Ray's /tmp/ray and the folder `private` beside the keys are each host's.
+A host is a network namespace on a bridge, with its own process tree in which sshd is process 1. `ray stop` on one host
+does not see the processes of another, and killing process 1 ends all processes of the host. All hosts share the file
+system of the machine, except /root, /dev/shm, /run, Ray's /tmp/ray and the folder `private` next to the SSH keys.
 """
 
 import os
@@ -31,8 +31,8 @@ UsePAM no
 MaxStartups 50
 PidFile none
 """
-# What a host does before it becomes its sshd; arguments: its name, its private folder, sshd's configuration, and the
-# folders of this Python, which may lie under the /root that it is about to lose.
+# The script that boots a host and then becomes its sshd. Arguments: the host's name, its private folder, sshd's
+# configuration, and the folders of this Python, which may be below the /root that the script replaces.
 BOOT = """
 set -e
 name=$1 own=$2 config=$3
@@ -56,17 +56,24 @@ exec "$(command -v sshd)" -D -e -f "$config"
 """
 
 
-def what_is_missing() -> str:
-    """Why no test host can be made here; empty where they can."""
+def missing_requirements() -> str:
+    """The reason why this machine cannot run test hosts; empty if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "test hosts are network namespaces, which only root on Linux can make"
+        return "test hosts are network namespaces, which only root on Linux can create"
     packages = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
     return f"test hosts need {', '.join(packages)} (apt-get install {' '.join(packages)})" if packages else ""
 
 
 @dataclass
 class Host:
-    """A test host. `boot` is the process outside whose child is process 1 inside; `files` has its own folders."""
+    """A test host.
+
+    Attributes:
+        name: the host's name.
+        address: the host's IP address.
+        files: the folder with the host's own folders.
+        boot: the process outside of the host whose child is the host's process 1; None while the host is off.
+    """
 
     name: str
     address: str
@@ -75,29 +82,29 @@ class Host:
 
     @property
     def home(self) -> Path:
-        """What it sees as /root."""
+        """The folder that the host sees as /root."""
         return self.files / "root"
 
     @property
     def private(self) -> Path:
-        """What it sees as the folder `private` beside the keys."""
+        """The folder that the host sees as `private` next to the SSH keys."""
         return self.files / "private"
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs on it but sshd's own."""
+        """All processes of the host except sshd."""
         with suppress(psutil.NoSuchProcess):
-            found = psutil.Process(self.boot.pid).children(recursive=True) if self.boot else []
-            return [process for process in found if (name := _name(process)) and not name.startswith("sshd")]
+            children = psutil.Process(self.boot.pid).children(recursive=True) if self.boot else []
+            return [process for process in children if (name := _process_name(process)) and not name.startswith("sshd")]
         return []
 
     def switch_on(self) -> None:
-        """Boot it, and wait until it answers."""
+        """Boot the host and wait until its sshd answers."""
         folder = self.files.parent
-        alone = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        booted = ["bash", "-c", BOOT, "boot", self.name, str(self.files), str(folder / "sshd_config")]
+        isolate = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        boot = ["bash", "-c", BOOT, "boot", self.name, str(self.files), str(folder / "sshd_config")]
         with (folder / f"{self.name}.log").open("ab") as log:
             self.boot = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *alone, *booted, sys.base_prefix, sys.prefix],
+                ["ip", "netns", "exec", self.name, *isolate, *boot, sys.base_prefix, sys.prefix],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -108,23 +115,23 @@ class Host:
             with suppress(OSError), socket.create_connection((self.address, 22), timeout=1):
                 return
             time.sleep(0.1)
-        raise RuntimeError(f"{self.name} has no sshd after 20 s; see its log beside the keys")
+        raise RuntimeError(f"{self.name} has no sshd after 20 s; see its log next to the SSH keys")
 
     def lose(self) -> None:
-        """Take it away as a power cut would: first its network is silent, then every process on it is killed."""
+        """Fail as in a power cut: disconnect the network first, then kill every process."""
         self.disconnect()
         self.switch_off()
 
     def disconnect(self) -> None:
-        """Pull its network cable: nobody is told, it goes on."""
+        """Disconnect the network; the host keeps running."""
         _run("ip", "link", "set", f"{self.name}-br", "down")
 
     def connect(self) -> None:
-        """Plug it in."""
+        """Reconnect the network."""
         _run("ip", "link", "set", f"{self.name}-br", "up")
 
     def switch_off(self) -> None:
-        """Kill every process on it."""
+        """Kill every process of the host."""
         if self.boot:
             self.boot.kill()
             self.boot.wait()
@@ -133,7 +140,7 @@ class Host:
 
 @contextmanager
 def running_hosts(folder: Path, count: int) -> Iterator[list[Host]]:
-    """`count` hosts that accept root with `folder`/key; they and all that runs on them end with the block."""
+    """Context with `count` hosts that accept root's login with the key `folder`/key."""
     for name in ("key", "host_key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
     (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
@@ -144,7 +151,7 @@ def running_hosts(folder: Path, count: int) -> Iterator[list[Host]]:
         _run("ip", "address", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
         _run("ip", "link", "set", BRIDGE, "up")
         for number in range(1, count + 1):
-            hosts.append(_connect(folder, f"rd-host{number}", f"{NETWORK}.{10 + number}"))
+            hosts.append(_create_host(folder, f"rd-host{number}", f"{NETWORK}.{10 + number}"))
         for host in hosts:
             host.switch_on()
         yield hosts
@@ -156,23 +163,23 @@ def running_hosts(folder: Path, count: int) -> Iterator[list[Host]]:
         _run("ip", "link", "delete", BRIDGE)
 
 
-def _connect(folder: Path, name: str, address: str) -> Host:
-    """A host's network and folders; it does not run yet."""
+def _create_host(folder: Path, name: str, address: str) -> Host:
+    """Create a host's network and folders. The host is not running yet."""
     _run("ip", "netns", "add", name)
     _run("ip", "link", "add", f"{name}-br", "type", "veth", "peer", "name", "eth0", "netns", name)
     _run("ip", "link", "set", f"{name}-br", "master", BRIDGE)
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
     _run("ip", "-n", name, "link", "set", "eth0", "up")
-    # Leads nowhere; Ray learns its own address by asking which one would be used towards the Internet.
+    # A route to nowhere: Ray finds its own address by asking which one would be used towards the Internet.
     _run("ip", "-n", name, "route", "add", "default", "via", f"{NETWORK}.1")
     host = Host(name, address, folder / name)
-    for place in ("root", "ray", "private"):
-        (host.files / place).mkdir(parents=True, exist_ok=True)
+    for subfolder in ("root", "ray", "private"):
+        (host.files / subfolder).mkdir(parents=True, exist_ok=True)
     return host
 
 
-def _name(process: psutil.Process) -> str:
+def _process_name(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return process.name() if process.status() != psutil.STATUS_ZOMBIE else ""
     return ""

@@ -1,4 +1,4 @@
-"""Lays out the cache of `datasets` as if a data set had been loaded from the hub before, for tests offline."""
+"""Writes the cache of `datasets` as if a data set had been loaded from the hub, for tests without a network."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""deploy/'s MLflow server on a real PostgreSQL and moto's S3, both of which may be taken away and given back."""
+"""The MLflow server of deploy/ on a real PostgreSQL and moto's S3; server and database can be stopped and restarted."""
 
 import json
 import os
@@ -21,15 +21,15 @@ ADMIN, USER = "admin", "team"
 MODULES = ("moto.server", "boto3", "psycopg2", "flask_wtf")
 
 
-def what_is_missing() -> str:
-    """Why no such server can run here; empty where it can."""
+def missing_requirements() -> str:
+    """The reason why this machine cannot run the server; empty if it can."""
     if os.geteuid() != 0 or not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         return "needs root and Debian's postgresql"
     return ""
 
 
 class Database:
-    """Debian's PostgreSQL in a folder of its own, on loopback, with a password."""
+    """Debian's PostgreSQL with its data in `folder`, on loopback, with a password."""
 
     def __init__(self, folder, password):
         [self.programs] = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
@@ -46,12 +46,12 @@ class Database:
         self._as_postgres(f"pg_ctl -D {self.folder}/data -l {self.folder}/log -w -o '{options}' start")
 
     def stop(self):
-        self._as_postgres(f"pg_ctl -D {self.folder}/data -m immediate -w stop")  # as if the machine had lost its power
+        self._as_postgres(f"pg_ctl -D {self.folder}/data -m immediate -w stop")  # without a shutdown, as in a power cut
 
     @property
     def environment(self):
-        here = {"PGHOST": "127.0.0.1", "PGPORT": str(self.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
-        return {**here, "PGPASSWORD": self.password}
+        address = {"PGHOST": "127.0.0.1", "PGPORT": str(self.port), "PGUSER": "mlflow", "PGDATABASE": "mlflow"}
+        return {**address, "PGPASSWORD": self.password}
 
     def run(self, program, *arguments):
         env = {**os.environ, **self.environment}
@@ -69,9 +69,15 @@ class Database:
 
 
 class Server:
-    """deploy/serve.sh as a unit file starts it, with a user who is not the administrator.
+    """deploy/serve.sh as systemd starts it, with a user who is not the administrator.
 
-    `hidden` are the secrets by what they are for; `login` is what a command's environment needs.
+    Attributes:
+        database: the server's PostgreSQL.
+        env: the server's environment.
+        hidden: the secrets, by purpose.
+        bucket: the S3 bucket of the artifacts.
+        logs: the folder of the server's logs.
+        url: the server's address.
     """
 
     def __init__(self, database: Database, env: dict[str, str], hidden: dict[str, str], bucket: Any, logs: Path):
@@ -81,18 +87,21 @@ class Server:
 
     @property
     def login(self) -> dict[str, str]:
+        """Environment variables by which a command logs in."""
         return {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": self.hidden["user"]}
 
     def start(self) -> None:
+        """Start the server and wait until it answers."""
         log = self.logs / f"mlflow-{len(list(self.logs.glob('mlflow-*')))}.log"
         serve = background([str(DEPLOY / "serve.sh")], log, lambda: ask(self.url, "/health"), **self.env)
         self.process = self.running.enter_context(serve)
 
     def kill(self) -> None:
+        """Kill the server and its worker processes."""
         self.running.close()
 
     def trials(self, experiment: str) -> list[tuple[str, str]]:
-        """(key, status) of every trial's run in the database, of an experiment."""
+        """(key, status) of the run of every trial of an experiment, from the database."""
         query = (
             "select t.value, r.status from runs r join tags t using (run_uuid) join experiments e using (experiment_id)"
             f" where t.key = 'raydistill.trial' and e.name = '{experiment}'"
@@ -102,7 +111,7 @@ class Server:
 
 @contextmanager
 def mlflow_server(logs: Path, host: str = "127.0.0.1", password: str = "") -> Iterator[Server]:
-    """The server on `host`, with database and bucket on loopback, until the block ends; `password` is the user's."""
+    """Context with a server on `host`; database and bucket are on loopback. `password` is the user's password."""
     import boto3
 
     hidden = {name: secrets.token_hex(12) for name in ("database", "admin", "user", "form", "bucket")}
@@ -132,13 +141,13 @@ def mlflow_server(logs: Path, host: str = "127.0.0.1", password: str = "") -> It
         server = Server(database, env, hidden, bucket, logs)
         server.start()
         stack.callback(server.kill)
-        made = {"username": USER, "password": hidden["user"]}
-        ask(server.url, "/api/2.0/mlflow/users/create", (ADMIN, hidden["admin"]), made)
+        user = {"username": USER, "password": hidden["user"]}
+        ask(server.url, "/api/2.0/mlflow/users/create", (ADMIN, hidden["admin"]), user)
         yield server
 
 
 def ask(url, path, user=None, data=None):
-    """The answer of the server; an HTTPError, which is an OSError, where it refuses."""
+    """Send a request and return the body of the answer; raises HTTPError, an OSError, if the server refuses."""
     headers = {"Content-Type": "application/json"}
     if user:
         headers["Authorization"] = "Basic " + b64encode(":".join(user).encode()).decode()

@@ -1,4 +1,4 @@
-"""A small world for tests of whole commands: a tiny teacher, a corpus on disk, and the command line."""
+"""A workspace for tests of whole commands: a tiny teacher, a corpus on disk, and functions that run commands."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.factories.models import save_tiny, sentences
 
 
 def corpus_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows whose target is the source's first words."""
+    """Rows whose target is the first sentence of the source."""
     texts = sentences(2 * n, seed)
     return [
         {"id": f"r{seed}-{i}", "source": f"{texts[2 * i]} {texts[2 * i + 1]}", "target": texts[2 * i]} for i in range(n)
@@ -24,7 +24,7 @@ def corpus_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def write_corpus(folder: Path, train: int = 48, other: int = 8) -> Path:
-    """A folder with train, validation and test files."""
+    """Write a folder with train, validation and test files of JSON lines."""
     folder.mkdir(parents=True)
     for seed, (split, n) in enumerate({"train": train, "validation": other, "test": other}.items()):
         lines = [json.dumps(row) for row in corpus_rows(n, seed)]
@@ -33,13 +33,13 @@ def write_corpus(folder: Path, train: int = 48, other: int = 8) -> Path:
 
 
 def make_world(folder: Path) -> tuple[Path, Path]:
-    """A teacher's folder and a corpus's."""
+    """Save a tiny teacher and write a corpus; return their folders."""
     return save_tiny("bart", folder / "teacher", dropout=0.0), write_corpus(folder / "data")
 
 
-# How Ray calls the processes of actors that label, trials of both launchers, and what has its machine alone.
-AT_WORK = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_with_thr")
-# In the environment of every command; in nothing that it says or writes.
+# Beginnings of the names of Ray's worker processes: label actors, trials of both launchers, exclusive tasks.
+WORKER_PROCESSES = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_run_with")
+# In the environment of every command; no output and no file may contain the values.
 SECRETS = {
     "HF_TOKEN": "hf_NotToBeSeen",
     "MLFLOW_TRACKING_PASSWORD": "mlflow-not-to-be-seen",
@@ -47,18 +47,18 @@ SECRETS = {
 }
 
 
-def environment(**more: str) -> dict[str, str]:
-    """What a command of the tests runs with: no RAYDISTILL_HOME, as a new user has none, and secrets."""
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a command: without RAYDISTILL_HOME, as for a new user, and with secrets."""
     own = {name: value for name, value in os.environ.items() if name != "RAYDISTILL_HOME"}
-    return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **SECRETS, **more}
+    return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **SECRETS, **extra}
 
 
-def command(home: Path, *arguments: object, timeout: float = 280, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m raydistill.NAME ...` to its end, in the folder in which ./outputs is `home`."""
+def command(home: Path, *arguments: object, timeout: float = 280, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m raydistill.NAME ...` in the parent folder of `home`, which must be named outputs."""
     assert home.name == "outputs"
     return subprocess.run(
         [sys.executable, "-m", f"raydistill.{arguments[0]}", *map(str, arguments[1:])],
-        env=environment(**more),
+        env=environment(**extra),
         cwd=home.parent,
         capture_output=True,
         text=True,
@@ -68,42 +68,42 @@ def command(home: Path, *arguments: object, timeout: float = 280, **more: str) -
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Ray's processes of the commands that work under `home`."""
-    mine = []
+    """Ray's processes of commands whose RAYDISTILL_HOME is `home`."""
+    processes = []
     for process in psutil.process_iter(["name"]):
         try:
             if process.environ().get("RAYDISTILL_HOME") == str(home):
-                mine.append(process)
+                processes.append(process)
         except psutil.Error:
             continue
-    return mine
+    return processes
 
 
 def wait_for_ray_to_end(home: Path) -> None:
-    """A killed driver's Ray processes end by themselves; until then they would hold on to its folders.
+    """Wait until the Ray processes of a killed driver have ended, because they still use the driver's folders.
 
-    All but the node's two agents, which outlive a driver that was killed while Ray started: they touch no folder of
-    ours, and are ended here.
+    The node's two agents are killed: they do not end if the driver was killed while Ray was starting.
     """
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        left = processes_of(home)
-        agents = [process for process in left if "Agent" in process.name()]
-        if len(agents) == len(left):
+        remaining = processes_of(home)
+        agents = [process for process in remaining if "Agent" in process.name()]
+        if len(agents) == len(remaining):
             for process in agents:
                 process.kill()
             return
         time.sleep(0.2)
-    raise AssertionError(f"Ray's processes are still there: {processes_of(home)}")
+    raise AssertionError(f"Ray's processes are still running: {processes_of(home)}")
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> dict:
-    """The object that `--json` ends with; the command's messages where it failed."""
+    """The object that a command with `--json` prints last; fails with the command's messages if the command failed."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def free_port() -> int:
+    """A TCP port of loopback that no process uses."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -113,7 +113,7 @@ def free_port() -> int:
 def background(
     arguments: list[str], log: Path, ready: Callable[[], object], **env: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process and its children until the block ends; it is there when `ready()` no longer fails."""
+    """Context with a background process, started once `ready()` raises no OSError; its children end with it."""
     with log.open("wb") as output:
         process = subprocess.Popen(arguments, env={**os.environ, **env}, stdout=output, stderr=output, cwd=log.parent)
     try:

@@ -180,7 +180,7 @@ def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_her
 
         return work
 
-    with pytest.raises(ConnectionError, match=r"lost and could not be replaced .* run the same command again"):
+    with pytest.raises(ConnectionError, match=r"lost and could not be restarted .* Run the same command again"):
         run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
 
 

@@ -1,29 +1,27 @@
-"""Both launchers under a real Ray: the same losses, data-parallel exactness, and life after a worker's death."""
+"""Both launchers under a real Ray: equal losses, exact data parallelism, and recovery from failed workers."""
 
-import contextlib
 import json
 import os
 import signal
 import threading
 import time
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks.scaling import endless, made_up
-from raydistill.cluster.actor_pool import slots
-from raydistill.cluster.start import largest_node
+from benchmarks.scaling import endless_space, synthetic_sweep
 from raydistill.config.run import Run
 from raydistill.core.errors import TransientError, UserError
-from raydistill.jobs.train import check_capacity, resolve_launcher, train_with_ray_train
+from raydistill.jobs.train import TrainJob, check_capacity, resolve_launcher, train_with_ray_train
 from raydistill.search.progress import ProgressCallback
 from raydistill.search.study import StudySearch
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from tests.factories.workspace import make_world
 
-KEPT = ("step", "loss", "val_loss", "score")
+HISTORY_KEYS = ("step", "loss", "val_loss", "score")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def run_of(world, name, **training):
+def make_run(world, name, **training):
     teacher, data = world
     settings = {"epochs": 2, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 2, "precision": "fp32"}
     return Run.model_validate(
@@ -49,181 +47,154 @@ def run_of(world, name, **training):
 
 def history(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: json.loads(line)[k] for k in KEPT} for line in lines]
+    return [{key: json.loads(line)[key] for key in HISTORY_KEYS} for line in lines]
 
 
-def same(a, b, tolerance):
+def assert_same_losses(a, b, tolerance):
     assert [row["step"] for row in a] == [row["step"] for row in b]
-    for x, y in zip(a, b, strict=True):
-        for key in KEPT[1:3]:
-            assert x[key] == pytest.approx(y[key], rel=tolerance)
+    for row_a, row_b in zip(a, b, strict=True):
+        for key in ("loss", "val_loss"):
+            assert row_a[key] == pytest.approx(row_b[key], rel=tolerance)
 
 
-def under_tune(run, folder):
-    """The way of short CPU trials: an actor of Tune's that reports for every validation."""
+def train_under_tune(run, folder):
+    """Train as short CPU trials do: in a Tune actor that reports every validation."""
     from ray import tune
 
     from raydistill.training.run import train
 
     def trial(config):
-        def report(metrics, where):
+        def report(metrics, _):
             tune.report({"step": metrics["step"], "score": metrics["score"]})
 
         train(run, folder, report, RunInputs())
 
-    found = tune.Tuner(trial, run_config=tune.RunConfig(storage_path=str(folder.parent / "tune"), verbose=0)).fit()
-    assert not found.errors
-    return found
+    results = tune.Tuner(trial, run_config=tune.RunConfig(storage_path=str(folder.parent / "tune"), verbose=0)).fit()
+    assert not results.errors
+    return results
 
 
-def test_one_trial_under_each_launcher_has_the_same_losses(ray_here, world, tmp_path):
-    result = train_with_ray_train(run_of(world, "same"), tmp_path / "train", RunInputs())
-    reported = under_tune(run_of(world, "same"), tmp_path / "tuned")
+def test_both_launchers_give_the_same_losses(ray_here, world, tmp_path):
+    result = train_with_ray_train(TrainJob(make_run(world, "same"), tmp_path / "train", RunInputs()))
+    results = train_under_tune(make_run(world, "same"), tmp_path / "tuned")
     assert result["status"] == "done"
-    same(history(tmp_path / "train"), history(tmp_path / "tuned"), 1e-6)
-    assert reported[0].metrics["step"] == history(tmp_path / "tuned")[-1]["step"]
+    assert_same_losses(history(tmp_path / "train"), history(tmp_path / "tuned"), 1e-6)
+    assert results[0].metrics["step"] == history(tmp_path / "tuned")[-1]["step"]
 
 
-def test_everything_of_a_local_ray_listens_on_loopback_and_asks_for_a_token(ray_here):
-    import ray
-
-    @ray.remote
-    def listeners():
-        found = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
-        return found, ray.util.get_node_ip_address(), os.environ["RAY_AUTH_MODE"]
-
-    of_worker, node, auth = ray.get(listeners.remote())
-    assert (node, auth) == ("127.0.0.1", "token")
-    found = set()
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # idle workers come and go
-            addresses = {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"}
-            found |= {(process.name(), ip) for ip in addresses}
-    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
-    assert {ip.removeprefix("::ffff:") for ip in [*of_worker, *(ip for _, ip in found)]} == {"127.0.0.1"}
-
-
-def look_around(run, folder, report, inputs, worker):
-    """Work that writes down where its process listens while it is at work, and whether it has a process group."""
+def record_listeners(run, folder, report, inputs, worker):
+    """A `train_fn` that records the addresses on which its process listens, and whether it has a process group."""
     import torch.distributed as dist
 
     listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"worker{worker.rank}.json").write_text(json.dumps([listening, dist.is_initialized()]))
-    if worker.world > 1:
+    if worker.world_size > 1:
         dist.barrier()
     (folder / "result.json").write_text("{}")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_at_work_listens_on_loopback_and_alone_has_no_process_group(ray_here, world, tmp_path, workers):
-    """Torch's own store would listen on every address of the machine, and ask for no token."""
-    train_with_ray_train(run_of(world, "around", workers=workers), tmp_path / "run", RunInputs(), train_fn=look_around)
-    seen = [json.loads(path.read_text()) for path in sorted((tmp_path / "run").glob("worker*.json"))]
-    assert [grouped for _, grouped in seen] == [workers > 1] * workers
-    assert {ip.removeprefix("::ffff:") for listening, _ in seen for ip in listening} == {"127.0.0.1"}
+def test_workers_listen_on_loopback_and_a_single_worker_has_no_process_group(ray_here, world, tmp_path, workers):
+    """Torch's own store would listen on every address of the machine, and require no token."""
+    run = make_run(world, "listeners", workers=workers)
+    train_with_ray_train(TrainJob(run, tmp_path / "run", RunInputs(), record_listeners))
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "run").glob("worker*.json"))]
+    assert [has_group for _, has_group in records] == [workers > 1] * workers
+    assert {ip.removeprefix("::ffff:") for listening, _ in records for ip in listening} == {"127.0.0.1"}
 
 
-def failing_work(error, count, run, folder, report, inputs, worker):
-    """Work that leaves a line in `count` and fails."""
-    with count.open("a") as file:
-        file.write("tried\n")
-    raise error
+@dataclass(frozen=True)
+class FailingTrain:
+    """A `train_fn` that appends a line to a file and raises an error."""
+
+    error: Exception
+    attempts: Path
+
+    def __call__(self, run, folder, report, inputs, worker):
+        with self.attempts.open("a") as file:
+            file.write("attempt\n")
+        raise self.error
 
 
-@pytest.mark.parametrize(("error", "tries"), [(UserError("too little memory"), 1), (TransientError("wait"), 2)])
-def test_what_would_be_wrong_again_is_not_tried_again(ray_here, world, tmp_path, error, tries):
-    work = partial(failing_work, error, tmp_path / "count")
+@pytest.mark.parametrize(("error", "attempts"), [(UserError("too little memory"), 1), (TransientError("wait"), 2)])
+def test_only_transient_errors_are_retried(ray_here, world, tmp_path, error, attempts):
+    failing = FailingTrain(error, tmp_path / "attempts")
     with pytest.raises(type(error), match=str(error)):
-        train_with_ray_train(run_of(world, "wrong"), tmp_path / "run", RunInputs(), retries=1, train_fn=work)
-    assert len((tmp_path / "count").read_text().splitlines()) == tries
+        train_with_ray_train(TrainJob(make_run(world, "wrong"), tmp_path / "run", RunInputs(), failing), retries=1)
+    assert len(failing.attempts.read_text().splitlines()) == attempts
 
 
 @pytest.mark.parametrize(
-    ("launcher", "error", "tries"),
+    ("launcher", "error", "attempts"),
     [
         ("tune", UserError("too little memory"), 1),
-        ("tune", RuntimeError("died"), 2),
+        ("tune", RuntimeError("broken"), 2),
         pytest.param("train", OSError("full"), 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_trial_is_tried_again_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, tries):
-    """And not as often again by Ray Train; one that failed so is the next command's to try."""
-    space = endless(1, 1, 1.0, launcher, retries=1)
+def test_a_trial_is_retried_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, attempts):
+    """Ray Train adds no retries of its own. The next command may try a failed trial again."""
+    space = endless_space(1, 1, 1.0, launcher, retries=1)
     (tmp_path / "sweep.json").write_text("{}")
-    watch = ProgressCallback(tmp_path, space.search, "rouge2")
-    work = partial(failing_work, error, tmp_path / "count")
-    ending = run_search(space, tmp_path, made_up(), "cpu", [watch], work)
-    assert len((tmp_path / "count").read_text().splitlines()) == tries
-    assert not ending.exhausted
-    [died] = [line for line in capsys.readouterr().err.splitlines() if " died: " in line]
-    assert died.endswith(str(error))
+    progress = ProgressCallback(tmp_path, space.search, "rouge2")
+    failing = FailingTrain(error, tmp_path / "attempts")
+    stop_reason = run_search(space, tmp_path, synthetic_sweep(), "cpu", [progress], failing)
+    assert len(failing.attempts.read_text().splitlines()) == attempts
+    assert not stop_reason.exhausted
+    [failure] = [line for line in capsys.readouterr().err.splitlines() if " died: " in line]
+    assert failure.endswith(str(error))
     assert StudySearch(space, tmp_path).finished == 0
 
 
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):
-    train_with_ray_train(run_of(world, "one"), tmp_path / "one", RunInputs())
-    train_with_ray_train(run_of(world, "two", workers=2), tmp_path / "two", RunInputs())
-    same(history(tmp_path / "one"), history(tmp_path / "two"), 1e-4)
+    train_with_ray_train(TrainJob(make_run(world, "one"), tmp_path / "one", RunInputs()))
+    train_with_ray_train(TrainJob(make_run(world, "two", workers=2), tmp_path / "two", RunInputs()))
+    assert_same_losses(history(tmp_path / "one"), history(tmp_path / "two"), 1e-4)
 
 
-def test_a_worker_that_is_killed_is_started_again_and_goes_on_from_its_checkpoint(ray_here, world, tmp_path):
-    """The same losses as the run that nobody killed, and the steps before the checkpoint are not done again."""
-    run = run_of(world, "killed", epochs=12)
-    train_with_ray_train(run, tmp_path / "untouched", RunInputs())
+def test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint(ray_here, world, tmp_path):
+    """The losses equal those of an undisturbed run, and the steps before the checkpoint are not repeated."""
+    run = make_run(world, "killed", epochs=12)
+    train_with_ray_train(TrainJob(run, tmp_path / "untouched", RunInputs()))
     folder = tmp_path / "killed"
-    killed = []
+    steps_at_kill = []
 
     def kill():
         while not (folder / "state.json").is_file() or json.loads((folder / "state.json").read_text())["step"] < 6:
             time.sleep(0.02)
         for process in psutil.process_iter(["cmdline"]):
-            ours = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
-            if ours and process.environ().get("RAYDISTILL_HOME") == os.environ["RAYDISTILL_HOME"]:
-                killed.append(json.loads((folder / "state.json").read_text())["step"])
+            is_worker = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+            if is_worker and process.environ().get("RAYDISTILL_HOME") == os.environ["RAYDISTILL_HOME"]:
+                steps_at_kill.append(json.loads((folder / "state.json").read_text())["step"])
                 os.kill(process.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    result = train_with_ray_train(run, folder, RunInputs())
+    result = train_with_ray_train(TrainJob(run, folder, RunInputs()))
     killer.join(10)
-    assert killed
-    assert killed[0] < 72, "the run was over before it could be killed"
+    assert steps_at_kill
+    assert steps_at_kill[0] < 72, "the run finished before its worker was killed"
     assert result["status"] == "done"
-    same(history(tmp_path / "untouched"), history(folder), 1e-6)
+    assert_same_losses(history(tmp_path / "untouched"), history(folder), 1e-6)
 
 
-def test_a_run_that_can_never_fit_is_refused_at_once(ray_here, world):
+def test_a_run_that_never_fits_the_cluster_is_refused(ray_here, world):
     with pytest.raises(UserError, match="8 workers need 1 CPUs of one machine each, and the cluster has room for 2"):
-        check_capacity(run_of(world, "big", workers=8), "cpu")
+        check_capacity(make_run(world, "big", workers=8), "cpu")
 
 
-def test_room_is_counted_by_machine_and_not_by_the_clusters_total(monkeypatch, world):
-    """Four machines of four CPUs can never hold one worker of eight; with a GPU each they hold one worker of two."""
+def test_capacity_is_counted_per_machine(monkeypatch, world):
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}} for _ in range(4)]
-    monkeypatch.setattr("ray.nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}])
-    assert [slots("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
-    assert [slots("cuda", threads) for threads in (2, 8)] == [4, 0]
-    assert [slots("cuda", 1, share) for share in (1, 0.6, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 8, 12, 16, 16]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
     with pytest.raises(UserError, match="1 workers need 8 CPUs of one machine each, and the cluster has room for 0"):
-        check_capacity(run_of(world, "wide", threads=8), "cpu")
+        check_capacity(make_run(world, "wide", threads=8), "cpu")
 
 
-def test_what_is_timed_goes_to_the_same_one_of_several_machines(monkeypatch):
-    def node(name, cpus, gpus=0.0, alive=True):
-        return {"NodeManagerAddress": name, "Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
-
-    nodes = [node("a", 8.0), node("c", 8.0), node("b", 4.0, 1.0), node("d", 64.0, alive=False)]
-    for order in (nodes, nodes[::-1]):
-        monkeypatch.setattr("ray.nodes", lambda order=order: order)
-        assert largest_node("cpu")["NodeManagerAddress"] == "c"
-        assert largest_node("cuda")["NodeManagerAddress"] == "b"
-
-
-def test_which_launcher_a_run_gets(world):
-    assert resolve_launcher(run_of(world, "a"), "cpu") == "tune"
-    assert resolve_launcher(run_of(world, "a"), "cuda") == "train"
-    assert resolve_launcher(run_of(world, "a", workers=2), "cpu") == "train"
-    assert resolve_launcher(run_of(world, "a", launcher="train"), "cpu") == "train"
+def test_launcher_depends_on_device_workers_and_setting(world):
+    assert resolve_launcher(make_run(world, "a"), "cpu") == "tune"
+    assert resolve_launcher(make_run(world, "a"), "cuda") == "train"
+    assert resolve_launcher(make_run(world, "a", workers=2), "cpu") == "train"
+    assert resolve_launcher(make_run(world, "a", launcher="train"), "cpu") == "train"
     with pytest.raises(UserError, match="one worker"):
-        resolve_launcher(run_of(world, "a", workers=2, launcher="tune"), "cpu")
+        resolve_launcher(make_run(world, "a", workers=2, launcher="tune"), "cpu")

@@ -18,7 +18,7 @@ from raydistill.core.files import read_json
 from raydistill.results.records import decoding_key
 from raydistill.results.selection import select_finalists
 from tests.factories.sweeps import KILL_SPACE, mlflow_children
-from tests.factories.workspace import AT_WORK, environment, make_world, processes_of, wait_for_ray_to_end
+from tests.factories.workspace import WORKER_PROCESSES, environment, make_world, processes_of, wait_for_ray_to_end
 
 KILLS = 20
 TRIAL = "ray::ImplicitFunc"
@@ -28,7 +28,7 @@ WANTED = {(method, size) for method in ("sft", "kd") for size in ("2-3", "2-2", 
 
 def workers_of(home: Path) -> list[psutil.Process]:
     """Ray's worker processes that have work: trials, and what prepares or judges them."""
-    return [p for p in processes_of(home) if p.name().startswith(AT_WORK)]
+    return [p for p in processes_of(home) if p.name().startswith(WORKER_PROCESSES)]
 
 
 def start(path: Path, home: Path) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.factories.mlflow_server import DEPLOY, MODULES, USER, ask, mlflow_server, what_is_missing
+from tests.factories.mlflow_server import DEPLOY, MODULES, USER, ask, missing_requirements, mlflow_server
 from tests.factories.sweeps import KILL_SPACE
 from tests.factories.workspace import SECRETS, command, last_json, make_world
 
@@ -20,7 +20,7 @@ from tests.factories.workspace import SECRETS, command, last_json, make_world
 def server(tmp_path_factory):
     for name in MODULES:
         pytest.importorskip(name)
-    if why := what_is_missing():
+    if why := missing_requirements():
         pytest.skip(why)
     with mlflow_server(tmp_path_factory.mktemp("server")) as found:
         yield found

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from raydistill.cluster.start import ENV_DEFAULTS, ray_cluster
 
-STORE_BYTES = 100_000_000
+OBJECT_STORE_BYTES = 100_000_000
 SAMPLE_SECONDS = 0.25
 HEAD = ("driver", "gcs", "rest of the head")
 TOKEN = secrets.token_hex(32)  # one for the process: Ray reads it once
@@ -36,20 +36,20 @@ class Meter:
 
 
 @contextmanager
-def nodes(count: int, *, cpus: int = 1, gpus: int = 0) -> Iterator[Meter]:
+def cluster_nodes(count: int, *, cpus: int = 1, gpus: int = 0) -> Iterator[Meter]:
     """A head without CPUs and `count` nodes that offer so much each, joined as the commands join a cluster.
 
     What they offer is only said to Ray: more CPUs than there are, and GPUs where there are none.
     """
-    with head() as started:
+    with cluster_head() as started:
         for _ in range(count):
-            started.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE_BYTES)
+            started.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
         with ray_cluster(), _metered(started) as meter:
             yield meter
 
 
 @contextmanager
-def head() -> Iterator[Cluster]:
+def cluster_head() -> Iterator[Cluster]:
     """A head without CPUs, to which nodes may be added. RAY_ADDRESS names it; it asks for a token.
 
     It and its nodes end with the block.
@@ -61,7 +61,9 @@ def head() -> Iterator[Cluster]:
     started = Cluster()
     try:
         # No port is named for the dashboard, so that it takes the next where another Ray has its own.
-        started.add_node(num_cpus=0, include_dashboard=True, dashboard_port=None, object_store_memory=STORE_BYTES)
+        started.add_node(
+            num_cpus=0, include_dashboard=True, dashboard_port=None, object_store_memory=OBJECT_STORE_BYTES
+        )
         os.environ["RAY_ADDRESS"] = started.address
         yield started
     finally:

@@ -22,8 +22,8 @@ CHECKS = 5  # validations of a trial
 
 
 @dataclass
-class TimedEngine:
-    """An engine that writes the first words of a source, and takes `seconds_per_char` of it; see `timed_engine`."""
+class SimulatedEngine:
+    """An engine that writes the first words of a source, and takes `seconds_per_char` of it; see `simulated_engine`."""
 
     seconds_per_char: float
     device: str
@@ -45,12 +45,14 @@ class TimedEngine:
         return lambda: time.sleep(self.seconds_per_char * CHARS_PER_TOKEN * source_tokens * batch)
 
 
-def timed_engine(checkpoint: str | Path, kind: str, *, seconds_per_char: float, device: str, **_: Any) -> TimedEngine:
+def simulated_engine(
+    checkpoint: str | Path, kind: str, *, seconds_per_char: float, device: str, **_: Any
+) -> SimulatedEngine:
     """An opener for the pseudo-label job, called as model.generate.open_engine is."""
-    return TimedEngine(seconds_per_char, device)
+    return SimulatedEngine(seconds_per_char, device)
 
 
-def timed_run(
+def simulated_run(
     run: Run,
     folder: Path,
     report: ReportFn,

@@ -12,7 +12,7 @@ from raydistill.inference.decoding import Engine, Hypothesis
 
 
 @dataclass(frozen=True)
-class End:
+class BatchEnd:
     """A batch was done: by which process, at which second of the clock, and how many rows (how much work) it had."""
 
     worker: int
@@ -20,7 +20,7 @@ class End:
     rows: float
 
 
-class StampedEngine:
+class RecordingEngine:
     """An engine that writes a line to `folder` whenever it has labelled a batch: process, time and number of rows."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
@@ -38,18 +38,20 @@ class StampedEngine:
         return getattr(self._engine, name)
 
 
-def open_stamped_engine(folder: Path, open_function: Callable[..., Any], *args: Any, **options: Any) -> StampedEngine:
+def open_recording_engine(
+    folder: Path, open_function: Callable[..., Any], *args: Any, **options: Any
+) -> RecordingEngine:
     """The engine that `open_function` opens, with stamps in `folder`; for `pseudolabel(engine_factory=...)`."""
-    return StampedEngine(open_function(*args, **options), folder)
+    return RecordingEngine(open_function(*args, **options), folder)
 
 
-def read_stamps(folder: Path) -> list[End]:
+def read_ends(folder: Path) -> list[BatchEnd]:
     """What all actors noted."""
     lines = [line for file in folder.iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
-    return [End(*json.loads(line)) for line in lines]
+    return [BatchEnd(*json.loads(line)) for line in lines]
 
 
-def rate(ends: list[End]) -> float:
+def rate(ends: list[BatchEnd]) -> float:
     """Rows per second of all workers: each one's rows after its first batch by the time since that one."""
     total = 0.0
     for worker in {end.worker for end in ends}:
