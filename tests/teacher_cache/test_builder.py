@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
-from raydistill.data.batching import Examples, split_by_tokens
+from raydistill.data.batching import Examples
 from raydistill.inference.ctranslate2_conversion import torch_threads
 from raydistill.models.loading import load_model
 from raydistill.search.dry_run import estimate_cache_bytes
@@ -36,7 +36,6 @@ from raydistill.teacher_cache.policy import (
     measure_epoch_times,
     measure_read_rate,
 )
-from raydistill.training.prefetch import prefetch
 from tests.factories.models import save_tiny
 from tests.factories.workspace import command, last_json
 
@@ -372,55 +371,6 @@ def test_the_bound_on_the_disk_holds_for_every_mode(mode, teacher, tmp_path):
 
 
 # Reading ahead and micro-batches
-
-
-def test_items_are_made_ahead_and_the_wait_is_counted():
-    def slow():
-        for i in range(5):
-            time.sleep(0.02)
-            yield i
-
-    with prefetch(slow()) as feed:
-        assert list(feed) == [0, 1, 2, 3, 4]
-        assert feed.wait_seconds > 0.06
-    with prefetch(slow()) as feed:
-        next(feed)
-        time.sleep(0.2)
-        before = feed.wait_seconds
-        assert [next(feed), next(feed)] == [1, 2]  # both were there
-        assert feed.wait_seconds - before < 0.02
-    assert not feed.thread.is_alive()
-
-
-def test_what_making_an_item_raises_is_raised_where_it_is_taken():
-    def fails():
-        yield 1
-        raise UserError("the part is gone")
-
-    with prefetch(fails()) as feed:
-        assert next(feed) == 1
-        with pytest.raises(UserError, match="gone"):
-            next(feed)
-
-
-def test_an_endless_source_ends_with_the_block():
-    def endless():
-        while True:
-            yield 1
-
-    with prefetch(endless()) as feed:
-        next(feed)
-    assert not feed.thread.is_alive()
-
-
-@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), max_size=40), st.integers(1, 200))
-def test_micro_batches_keep_their_order_within_their_tokens(lengths, tokens):
-    examples = Examples([[1] * s for s, _ in lengths], [[1] * t for _, t in lengths], list(range(len(lengths))))
-    found = split_by_tokens(range(len(lengths)), examples, tokens)
-    assert [i for part in found for i in part] == list(range(len(lengths)))
-    for part in found:
-        cost = len(part) * (max(lengths[i][0] for i in part) + max(lengths[i][1] for i in part))
-        assert len(part) == 1 or cost <= tokens
 
 
 def test_ragged_rows_of_no_part_are_no_file(tmp_path):

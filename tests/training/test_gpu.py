@@ -1,4 +1,4 @@
-"""What only a GPU can show: a CPU's losses and texts, and a step that never waits for the device."""
+"""Training on a GPU: losses and texts equal those of a CPU, and a step never waits for the device."""
 
 import copy
 from dataclasses import replace
@@ -12,75 +12,70 @@ from raydistill.inference.engines import open_engine
 from raydistill.training.loop import make_optimizer, read_step_inputs, train_step
 from raydistill.training.workers import Worker
 from tests.factories.models import FAMILIES
-from tests.training.test_training import EXACT_NUMBERS, texts, tiny, with_stores
+from tests.factories.training import flat_weights, relative_distance, text_pairs, tiny_distillation, with_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BATCH = list(range(6))
 SETTINGS = Training(batch_size=6, learning_rate=1e-3)
 
 
-def on_gpu(supervision):
-    """The same supervision, its models copied to the GPU."""
-    teacher = None if supervision.teacher is None else copy.deepcopy(supervision.teacher).cuda()
-    return replace(supervision, student=copy.deepcopy(supervision.student).cuda(), teacher=teacher)
+def on_gpu(distillation):
+    """A copy of the step with both models on the GPU."""
+    teacher = None if distillation.teacher is None else copy.deepcopy(distillation.teacher).cuda()
+    return replace(distillation, student=copy.deepcopy(distillation.student).cuda(), teacher=teacher)
 
 
-def made_steps(supervision, device, count=3):
-    """The loss terms of a few steps, and the student's weights after them."""
+def run_steps(distillation, device, count=3):
+    """Take a few steps; returns the loss terms of each, and the student's weights after the last."""
     worker = Worker(device=device)
-    parameters = [p for p in supervision.student.parameters() if p.requires_grad]
+    parameters = [p for p in distillation.student.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, SETTINGS)
-    found = []
+    terms = []
     for _ in range(count):
-        now = read_step_inputs(supervision, BATCH, SETTINGS, worker)
-        found.append(train_step(supervision, now, SETTINGS, worker, None, parameters, optimizer))
-    means = [{name: float(value) for name, value in terms.items()} for terms in found]
-    return means, torch.cat([p.detach().flatten().cpu() for p in parameters])
+        inputs = read_step_inputs(distillation, BATCH, SETTINGS, worker)
+        terms.append(train_step(distillation, inputs, SETTINGS, worker, None, parameters, optimizer))
+    means = [{name: float(value) for name, value in step_terms.items()} for step_terms in terms]
+    return means, flat_weights(distillation.student).cpu()
 
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_on_a_gpu_are_those_on_a_cpu(family, cached, tmp_path):
-    supervision = tiny(family, tmp_path / "t")
+def test_steps_on_a_gpu_equal_those_on_a_cpu(family, cached, tmp_path):
+    distillation = tiny_distillation(family, tmp_path / "t")
     if cached:
-        supervision = with_stores(supervision, supervision.teacher, tmp_path / "cache", EXACT_NUMBERS)
-    there = on_gpu(supervision)
-    ours, weights = made_steps(supervision, "cpu")
-    theirs, others = made_steps(there, "cuda")
-    for a, b in zip(ours, theirs, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
-    assert float((weights - others).norm() / weights.norm()) < 1e-3
+        distillation = with_cache(distillation, distillation.teacher, tmp_path / "cache")
+    gpu_distillation = on_gpu(distillation)
+    cpu_means, cpu_weights = run_steps(distillation, "cpu")
+    gpu_means, gpu_weights = run_steps(gpu_distillation, "cuda")
+    for cpu_terms, gpu_terms in zip(cpu_means, gpu_means, strict=True):
+        assert cpu_terms == pytest.approx(gpu_terms, rel=1e-3)
+    assert relative_distance(gpu_weights, cpu_weights) < 1e-3
 
 
 @pytest.mark.parametrize("family", ["bart", "pegasus", "marian", "mbart"])
-def test_a_step_from_the_cache_never_waits_for_the_gpu(family, tmp_path):
-    """torch raises where a call has to wait for the device."""
-    supervision = tiny(family, tmp_path / "t")
-    supervision = on_gpu(with_stores(supervision, supervision.teacher, tmp_path / "cache", EXACT_NUMBERS))
-    made_steps(supervision, "cuda", 1)
+def test_step_from_the_cache_never_waits_for_the_gpu(family, tmp_path):
+    """torch raises an error where a call waits for the device."""
+    distillation = tiny_distillation(family, tmp_path / "t")
+    distillation = on_gpu(with_cache(distillation, distillation.teacher, tmp_path / "cache"))
+    run_steps(distillation, "cuda", 1)
     worker = Worker(device="cuda")
-    parameters = [p for p in supervision.student.parameters() if p.requires_grad]
+    parameters = [p for p in distillation.student.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, SETTINGS)
-    now = read_step_inputs(supervision, BATCH, SETTINGS, worker)
+    inputs = read_step_inputs(distillation, BATCH, SETTINGS, worker)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(supervision, now, SETTINGS, worker, torch.bfloat16, parameters, optimizer)
+        train_step(distillation, inputs, SETTINGS, worker, torch.bfloat16, parameters, optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_the_reference_engine_writes_the_same_on_a_gpu(beams, tmp_path):
-    tiny("bart", tmp_path / "t")
+def test_reference_engine_writes_equal_texts_on_a_gpu(beams, tmp_path):
+    tiny_distillation("bart", tmp_path / "t")
     beam = BeamSearchParams(beams, 1.0, 3, 16, 0, False, None)
-    sources = texts(8)[0]
-    written = [
-        [
-            h[0].text
-            for h in open_engine(tmp_path / "t", "transformers", device=device, precision="fp32").generate(
-                sources, beam, max_source_tokens=40
-            )
-        ]
-        for device in ("cpu", "cuda")
-    ]
-    assert written[0] == written[1]
+    sources, _ = text_pairs(8)
+    texts = {}
+    for device in ("cpu", "cuda"):
+        engine = open_engine(tmp_path / "t", "transformers", device=device, precision="fp32")
+        texts[device] = [hypotheses[0].text for hypotheses in engine.generate(sources, beam, max_source_tokens=40)]
+    assert texts["cpu"] == texts["cuda"]

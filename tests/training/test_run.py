@@ -1,0 +1,253 @@
+"""One run, from config to checkpoint and result."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from raydistill.config.run import Dataset, Run
+from raydistill.core.errors import UserError
+from raydistill.data.batching import Examples
+from raydistill.models import families
+from raydistill.models.freezing import resolve_frozen_parts
+from raydistill.models.loading import load_model
+from raydistill.results.records import read_trials
+from raydistill.training import loop, validation
+from raydistill.training.inputs import RunInputs
+from raydistill.training.run import collapse_reason, make_distillation_step, train
+from raydistill.training.student import make_student
+from raydistill.training.tokenized_data import open_teacher
+from raydistill.training.workers import Worker
+from tests.factories.models import save_tiny
+from tests.factories.training import (
+    TIMING_METRICS,
+    fail_if_called,
+    flat_weights,
+    make_run,
+    no_report,
+    parse_json_file,
+    read_metrics,
+    text_pairs,
+)
+
+
+@pytest.mark.parametrize("method", ["sft", "kd", "pl"])
+def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
+    reports = []
+    inputs = RunInputs(
+        label_folders={"pseudo": workspace / "labels"},
+        cache_root=tmp_path / "cache",
+        costs={"latency_ms": 5.0},
+        result_fields={"trial": 3},
+    )
+    folder = tmp_path / "run"
+    result = train(make_run(workspace, method), folder, lambda m, f: reports.append(m), inputs)
+    assert result == parse_json_file(folder / "result.json")
+    assert (result["status"], result["steps"], result["size"], result["trial"]) == ("done", 3, "2-1", 3)
+    assert result["metrics"]["latency_ms"] == 5.0
+    assert set(result["metrics"]) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
+    assert result["labels"] == {"pl": "pseudo"}.get(method, "original")
+    assert [m["step"] for m in reports] == [2, 3]
+    assert {"step_ms", "data_wait", "validation_s"} <= set(reports[0])
+    assert 0 <= reports[0]["data_wait"] <= 1
+    assert reports == read_metrics(folder)
+    with np.load(folder / "rows.npz") as rows:
+        assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
+        assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *(".lock", "best", "metrics.jsonl", "origin.json", "result.json", "rows.npz", "run.json")
+    ]
+
+    metadata = parse_json_file(folder / "best" / "raydistill.json")
+    assert metadata["teacher"] == str(workspace / "teacher")
+    assert (metadata["size"], metadata["method"]) == ("2-1", method)
+    assert metadata["copied"] == {"encoder": [0, 1], "decoder": [0]}
+    assert metadata["supervised"] == {"encoder": [0, 1], "decoder": [2]}
+    assert (
+        metadata["config"]
+        == parse_json_file(folder / "run.json")
+        == make_run(workspace, method).model_dump(mode="json")
+    )
+    assert set(metadata["data"]) == set(metadata["scores"]) | {"train"} == {"train", "validation", "test"}
+    assert metadata["scores"]["validation"]["rouge2"] == result["metrics"]["rouge2"]
+    assert metadata["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
+    assert families.size_name(model.config) == "2-1"
+    assert (model.generation_config.num_beams, model.generation_config.max_length) == (2, 8)
+    assert AutoTokenizer.from_pretrained(folder / "best")("A dog").input_ids
+    assert model.state_dict()["final_logits_bias"].abs().sum() > 0
+    written_at = (folder / "result.json").stat().st_mtime_ns
+    assert train(make_run(workspace, method), folder, fail_if_called, inputs) == result
+    assert (folder / "result.json").stat().st_mtime_ns == written_at
+
+
+def test_killed_run_resumes_to_the_same_checkpoint(workspace, tmp_path):
+    run = make_run(workspace, "kd", training={"epochs": 2})
+
+    class Killed(Exception):
+        pass
+
+    def kill(_metrics, _folder):
+        raise Killed
+
+    train(run, tmp_path / "whole", no_report)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(run, tmp_path / "run", kill)
+    train(run, tmp_path / "run", no_report)
+    whole, resumed = (load_model(tmp_path / name / "best") for name in ("whole", "run"))
+    assert torch.equal(flat_weights(whole), flat_weights(resumed))
+    untimed = [
+        [{k: v for k, v in m.items() if k not in TIMING_METRICS} for m in read_metrics(tmp_path / n)]
+        for n in ("whole", "run")
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_diverged_run_writes_a_failed_result_with_its_reason(workspace, tmp_path):
+    run = make_run(workspace, training={"learning_rate": 1e30, "warmup_steps": 0, "epochs": 4, "schedule": "constant"})
+    result = train(run, tmp_path / "run", no_report, RunInputs(result_fields={"trial": 1}))
+    assert (result["status"], result["trial"], result["size"]) == ("failed", 1, "2-1")
+    assert list(result["metrics"]) == ["gpu_hours"]  # the device-hours count although the run failed
+    assert result["metrics"]["gpu_hours"] > 0
+    assert "is nan at step" in result["reason"] or "is inf at step" in result["reason"]
+    assert train(run, tmp_path / "run", no_report) == result
+
+
+def test_run_reads_an_existing_teacher_cache(workspace, tmp_path):
+    run, inputs = make_run(workspace, "kd"), RunInputs(cache_root=tmp_path / "cache")
+    train(run, tmp_path / "first", no_report, inputs)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
+    assert sorted(p.parent.name for p in files) == ["layer-02", "states"]
+    assert "model" not in vars(open_teacher(run.teacher, run.dataset))  # the weights are not in memory while steps run
+    train(run, tmp_path / "run", no_report, inputs)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == files
+
+
+@pytest.mark.parametrize(
+    ("modes", "training", "size", "reads"),
+    [
+        (("full", "off"), {}, "2-1", (True, True, False)),
+        (("encoder", "full"), {}, "2-1", (True, False, True)),
+        (("off", "full"), {}, "2-1", (False, False, True)),
+        (("auto", "full"), {}, "2-1", (True, True, False)),
+        (("auto", "encoder"), {}, "2-1", (True, False, True)),
+        (("auto", "off"), {}, "2-1", (False, False, True)),
+        (("full", "off"), {}, "1-1", (False, True, True)),  # the teacher's encoder supervises the shrunk encoder
+        (("full", "off"), {"freeze_encoder": False}, "2-1", (False, True, False)),
+        (("full", "off"), {"freeze_embeddings": False}, "2-1", (False, True, True)),  # for the teacher's LM head
+    ],
+)
+def test_run_reads_the_configured_cache_and_runs_the_teacher_when_needed(
+    workspace, tmp_path, modes, training, size, reads
+):
+    """`modes`: the setting, and the mode for `auto`; `reads`: cached encoder states, cached decoder states, teacher."""
+    setting, auto_mode = modes
+    run = make_run(workspace, "kd", student={"size": size}, training={"teacher_cache": setting, **training})
+    teacher = open_teacher(str(workspace / "teacher"), Dataset(name=str(workspace)))
+    student, layers = make_student(run, teacher)
+    examples = Examples([[5, 6, 2]], [[7, 2]], [0])
+    frozen = resolve_frozen_parts(run, layers)
+    inputs = RunInputs(cache_root=tmp_path, cache_mode=auto_mode)
+    distillation = make_distillation_step(run, student, layers, teacher, examples, frozen, inputs, Worker())
+    sources = (distillation.cached_encoder_states, distillation.cached_decoder_states, distillation.teacher)
+    assert tuple(bool(source) for source in sources) == reads
+
+
+def test_stopped_run_scores_and_keeps_its_best_checkpoint(workspace, tmp_path):
+    run = make_run(workspace, training={"epochs": 4})
+    reasons = iter([None, "others are better"])
+    result = train(run, tmp_path / "s", lambda metrics, folder: next(reasons), RunInputs())
+    assert (result["status"], result["reason"]) == ("stopped", "others are better")
+    lines = read_metrics(tmp_path / "s")
+    assert len(lines) == 2
+    assert lines[-1]["step"] == result["steps"]
+    assert 0 < lines[0]["progress"] < lines[1]["progress"] < 1
+    assert result["interval"][0] <= result["metrics"]["score"] <= result["interval"][1]
+    assert (tmp_path / "s" / "best" / "model.safetensors").is_file()
+    assert train(run, tmp_path / "s", no_report, RunInputs()) == result
+
+
+def test_preempted_run_is_saved_at_its_step_and_resumes_to_the_same_weights(workspace, tmp_path):
+    """The preemption falls between two validations; no step is repeated."""
+    run = make_run(workspace, training={"epochs": 4, "checks_per_epoch": 1, "patience": 9})
+    train(run, tmp_path / "whole", no_report)
+    calls = []
+
+    def is_draining():
+        calls.append(True)
+        return len(calls) == 4
+
+    with pytest.raises(loop.Preempted, match="saved at step 5"):  # step 3 has a validation
+        train(run, tmp_path / "run", no_report, RunInputs(), Worker(is_draining=is_draining))
+    assert parse_json_file(tmp_path / "run" / "state.json")["step"] == 5
+    steps = []
+    train(run, tmp_path / "run", lambda metrics, folder: steps.append(metrics["step"]))
+    assert steps == [6, 9, 12]
+    whole, resumed = (flat_weights(load_model(tmp_path / name / "best")) for name in ("whole", "run"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)
+
+
+def stop_at_second_validation():
+    """A report callback that stops the run at its second validation."""
+    reasons = iter([None, "others are better"])
+    return lambda metrics, folder: next(reasons)
+
+
+def test_stopped_run_killed_while_scored_is_still_stopped(workspace, tmp_path, monkeypatch):
+    run = make_run(workspace, training={"epochs": 4})
+    whole = train(run, tmp_path / "whole", stop_at_second_validation(), RunInputs())
+    score = validation.Validator.score
+
+    def interrupted_score(self, checkpoint, splits, beam):
+        if checkpoint.name == "best":
+            raise KeyboardInterrupt
+        return score(self, checkpoint, splits, beam)
+
+    monkeypatch.setattr(validation.Validator, "score", interrupted_score)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "run", stop_at_second_validation(), RunInputs())
+    monkeypatch.setattr(validation.Validator, "score", score)
+    resumed = train(run, tmp_path / "run", fail_if_called, RunInputs())
+    for name in ("status", "reason", "steps", "best_step", "interval", "test"):
+        assert resumed[name] == whole[name], name
+    assert torch.equal(*(flat_weights(load_model(tmp_path / name / "best")) for name in ("whole", "run")))
+
+
+def test_collapsed_run_keeps_its_reason_and_hours_but_no_checkpoint(workspace, tmp_path):
+    folder = tmp_path / "trials" / "run"
+    result = train(make_run(workspace), folder, no_report, RunInputs(teacher_repetition=-1.0))
+    assert (result["status"], list(result["metrics"])) == ("failed", ["repetition", "gpu_hours"])
+    assert "collapsed" in result["reason"]
+    assert not (folder / "best").exists()
+    (folder / "best").mkdir()  # a kill before the deletion leaves the folder
+    [trial] = read_trials(tmp_path)
+    assert trial.checkpoint is None
+
+
+def test_collapse_is_judged_relative_to_the_repetition_of_the_teacher():
+    assert collapse_reason(0.9, None) is None
+    assert collapse_reason(0.9, 0.6) is None
+    assert "90% of its outputs" in str(collapse_reason(0.9, 0.1))
+
+
+def test_out_of_memory_error_names_the_settings_to_change(tmp_path):
+    """The error is raised by the report callback, in the middle of training."""
+    save_tiny("bart", tmp_path / "teacher")
+
+    def run_out_of_memory(metrics, folder):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    lines = [
+        json.dumps({"id": str(i), "source": s, "target": t})
+        for i, (s, t) in enumerate(zip(*text_pairs(6), strict=True))
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines))
+    run = {"name": "r", "teacher": str(tmp_path / "teacher"), "student": {"size": "2-2"}, "dataset": str(tmp_path)}
+    run["training"] = {"max_steps": 1, "precision": "fp32"}
+    with pytest.raises(UserError, match=r"too little memory: CUDA out of memory\. Lower training\.micro_tokens"):
+        train(Run.model_validate(run), tmp_path / "run", run_out_of_memory)

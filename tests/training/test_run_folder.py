@@ -1,0 +1,113 @@
+"""What a run leaves in its folder: its config, the fingerprints of its inputs, its lock and its checkpoints."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from raydistill.config.run import Run
+from raydistill.core.errors import UserError
+from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.training import run_folder
+from raydistill.training.inputs import RunInputs
+from raydistill.training.run import train
+from raydistill.training.run_folder import run_lock, save_checkpoint
+from raydistill.training.tokenized_data import input_fingerprints
+from tests.factories.models import save_tiny
+from tests.factories.training import fail_if_called, make_run, no_report, parse_json_file
+
+
+def interrupt(_metrics, _folder):
+    """A report callback that ends the process's run."""
+    raise KeyboardInterrupt
+
+
+def test_resume_accepts_changed_memory_settings(tmp_path):
+    run = Run.model_validate({"name": "r", "teacher": "t", "dataset": "d", "training": {"micro_tokens": 16384}})
+    run_folder.check_same_config(tmp_path, run)
+    other = {"name": "r", "teacher": "t", "dataset": "d", "training": {"gpus": 0.5}}
+    run_folder.check_same_config(tmp_path, Run.model_validate(other))
+    other["training"]["batch_size"] = 7
+    with pytest.raises(UserError, match="other settings"):
+        run_folder.check_same_config(tmp_path, Run.model_validate(other))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_folder_of_another_config_is_rejected(workspace, finished, tmp_path):
+    with contextlib.suppress(KeyboardInterrupt):
+        train(make_run(workspace), tmp_path / "run", no_report if finished else interrupt)
+    with pytest.raises(UserError, match="run: holds a run with other settings"):
+        train(make_run(workspace, training={"learning_rate": 0.5}), tmp_path / "run", no_report)
+
+
+def test_resume_fills_settings_missing_from_run_json_with_defaults(workspace, tmp_path):
+    run = make_run(workspace)
+    whole = train(run, tmp_path / "run", no_report)
+    path = tmp_path / "run" / "run.json"
+    config = parse_json_file(path)
+    del config["evaluation"]["validation_length_penalty"], config["training"]["cache_precision"]
+    path.write_text(json.dumps(config))
+    assert train(run, tmp_path / "run", fail_if_called) == whole
+    path.write_text(json.dumps(config | {"method": "kd"}))
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        train(run, tmp_path / "run", fail_if_called)
+
+
+@pytest.mark.parametrize("part", ["teacher", "train"])
+def test_resume_with_another_teacher_or_other_data_is_rejected(workspace, tmp_path, part):
+    run = make_run(workspace)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "run", interrupt)
+    path = tmp_path / "run" / "origin.json"
+    recorded = parse_json_file(path)
+    assert recorded == input_fingerprints(run)
+    path.write_text(
+        json.dumps(recorded | ({"teacher": "other"} if part == "teacher" else {"data": {"train": "other"}}))
+    )
+    with pytest.raises(UserError, match=f"the {part}.* changed since this run was begun"):
+        train(run, tmp_path / "run", fail_if_called)
+    path.write_text(json.dumps(recorded))
+    assert train(run, tmp_path / "run", no_report)["status"] == "done"
+
+
+def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
+    """A worker that outlives its driver still holds the lock: the next process waits for it."""
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 0.2)
+    with run_lock(tmp_path), pytest.raises(UserError, match="another process trains this run"):
+        train(make_run(workspace), tmp_path, fail_if_called)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 30)
+    hold_lock = (
+        "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(60)"
+    )
+    other_process = subprocess.Popen([sys.executable, "-c", hold_lock, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    other_process.stdout.readline()
+    threading.Timer(0.5, other_process.kill).start()
+    assert train(make_run(workspace), tmp_path, no_report)["status"] == "done"
+    assert other_process.wait() == -signal.SIGKILL
+
+
+def test_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    save_tiny("bart", tmp_path / "t")
+    model, tokenizer = load_model(tmp_path / "t"), load_tokenizer(tmp_path / "t")
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(model, tokenizer, tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_best_checkpoint_replaces_an_older_one(workspace, tmp_path):
+    run = make_run(workspace)
+    whole = train(run, tmp_path / "whole", no_report, RunInputs())
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "stale").touch()
+    assert train(run, tmp_path / "run", no_report, RunInputs())["best_step"] == whole["best_step"]
+    assert not (tmp_path / "run" / "best" / "stale").exists()

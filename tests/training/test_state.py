@@ -1,0 +1,115 @@
+"""A run's saved state: a killed run resumes to the same weights and metrics."""
+
+import itertools
+import time
+
+import pytest
+import torch
+
+from raydistill.training import loop
+from raydistill.training.loop import fit
+from tests.factories.training import (
+    SETTINGS,
+    fit_and_record,
+    flat_weights,
+    no_report,
+    parse_json_file,
+    read_metrics,
+    rising_scores,
+    tiny_distillation,
+    with_cache,
+)
+
+
+class Killed(Exception):
+    """Stands for a kill of the process."""
+
+
+def kill_at_step(step):
+    """A report callback that fails at a step."""
+
+    def report(metrics, _folder):
+        if metrics["step"] == step:
+            raise Killed
+
+    return report
+
+
+KILL_POINTS = ["after the state", "before the state", "after the checkpoint alone"]
+
+
+@pytest.mark.parametrize(
+    ("kill_point", "optimizer", "cached"),
+    [*itertools.product(KILL_POINTS, ["adamw", "adafactor"], [False]), ("after the state", "adamw", True)],
+)
+def test_killed_run_resumes_to_the_weights_of_an_undisturbed_run(kill_point, optimizer, cached, tmp_path, monkeypatch):
+    settings = SETTINGS.model_copy(update={"optimizer": optimizer})
+
+    def make_distillation():
+        live = tiny_distillation("bart", tmp_path / "t", dropout=0.3)
+        return with_cache(live, live.teacher, tmp_path / "cache") if cached else live
+
+    whole = make_distillation()
+    expected, _ = fit_and_record(whole, settings, tmp_path / "whole")
+    assert len(expected) == 6
+
+    kill = kill_at_step(3)
+    killed = make_distillation()
+    real_save, real_write = loop.save_state, loop.write_atomic
+    if kill_point == "before the state":
+
+        def killed_save(folder, state, *rest):
+            kill({"step": state.step}, folder)
+            real_save(folder, state, *rest)
+
+        monkeypatch.setattr(loop, "save_state", killed_save)
+    if kill_point == "after the checkpoint alone":
+
+        def killed_write(path, content):
+            if path.name == "metrics.jsonl" and content.count(b"\n") == 3:
+                raise Killed
+            real_write(path, content)
+
+        monkeypatch.setattr(loop, "write_atomic", killed_write)
+    with pytest.raises(Killed):
+        fit_and_record(killed, settings, tmp_path / "run", report=kill)
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # random numbers that the new process drew before
+    torch.rand(7)
+    resumed = make_distillation()
+    history, state = fit_and_record(resumed, settings, tmp_path / "run")
+    assert history == expected
+    assert torch.equal(flat_weights(resumed.student), flat_weights(whole.student))
+    assert state.step == 6
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state-6.safetensors", "state.json"]
+
+
+def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tmp_path):
+    """Each validation takes 0.2 s, and each start-up takes 5 s; the first process is killed at its third validation."""
+    distillation = tiny_distillation("bart", tmp_path / "t")
+    save_weights = rising_scores(distillation)
+
+    def slow_validation(folder):
+        time.sleep(0.2)
+        return save_weights(folder)
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(Killed):
+        fit(distillation, SETTINGS, slow_validation, folder, kill_at_step(3), started_at=time.monotonic() - 5)
+    saved = parse_json_file(folder / "state.json")["seconds"]
+    assert 5.6 <= saved < 8
+    state = fit(distillation, SETTINGS, slow_validation, folder, no_report, started_at=time.monotonic() - 5)
+    assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
+    assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
+
+
+def test_resumed_run_continues_the_learning_rate_schedule(tmp_path):
+    settings = SETTINGS.model_copy(update={"warmup_steps": 0, "learning_rate": 0.06})
+    with pytest.raises(Killed):
+        fit_and_record(tiny_distillation("bart", tmp_path / "t"), settings, tmp_path / "run", report=kill_at_step(2))
+    history, _ = fit_and_record(tiny_distillation("bart", tmp_path / "t"), settings, tmp_path / "run")
+    # the rate of the next step
+    assert [h["learning_rate"] for h in history] == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01, 0.0])

@@ -1,0 +1,71 @@
+"""Data-parallel workers: gradients, metrics and the devices that a run is charged for."""
+
+import pytest
+import torch
+
+from raydistill.config.run import Training
+from raydistill.results.records import read_trials
+from raydistill.training.loop import fit
+from raydistill.training.workers import Worker
+from tests.factories.training import (
+    FP32,
+    SETTINGS,
+    flat_weights,
+    no_report,
+    relative_distance,
+    rising_scores,
+    tiny_distillation,
+    with_cache,
+)
+
+DATA_PARALLEL = {**FP32, "batch_size": 5, "epochs": 2, "checks_per_epoch": 3, "max_steps": 6}
+
+
+def make_distillation(folder, cached):
+    """The step that every worker trains; with `cached`, the first worker builds the teacher cache."""
+    live = tiny_distillation("bart", folder / "t", n=11)
+    return with_cache(live, live.teacher, folder / "cache") if cached else live
+
+
+def _train_worker(rank, world_size, folder, cached):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    distillation = make_distillation(folder, cached)
+    settings = Training(**DATA_PARALLEL, workers=world_size)
+    state = fit(
+        distillation, settings, rising_scores(distillation), folder / "run", no_report, Worker(rank, world_size, "cpu")
+    )
+    torch.save((flat_weights(distillation.student), state.history), folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_workers_train_the_weights_of_one_worker(cached, tmp_path):
+    """The last of the batches of 5 from 11 rows has one row: one of the workers has no row in this batch."""
+    single = make_distillation(tmp_path, cached)
+    start = flat_weights(single.student)
+    (tmp_path / "single").mkdir()
+    (tmp_path / "run").mkdir()
+    state = fit(single, Training(**DATA_PARALLEL), rising_scores(single), tmp_path / "single", no_report)
+    torch.multiprocessing.spawn(_train_worker, (2, tmp_path, cached), nprocs=2)
+    for rank in (0, 1):
+        weights, history = torch.load(tmp_path / f"rank{rank}.pt")
+        assert relative_distance(weights - start, flat_weights(single.student) - start) < 1e-4
+        assert [h["loss"] for h in history] == pytest.approx([h["loss"] for h in state.history], rel=1e-4)
+    assert state.step == 6
+
+
+def test_running_trial_is_charged_for_its_gpus_or_cpu_threads(tmp_path):
+    threads = SETTINGS.model_copy(update={"threads": 3})
+    assert [Worker(world_size=2, device=name).num_devices(threads) for name in ("cpu", "cuda", "cuda:1")] == [6, 2, 2]
+    assert Worker(device="cuda").num_devices(SETTINGS.model_copy(update={"gpus": 0.25})) == 0.25
+    distillation = tiny_distillation("bart", tmp_path / "t")
+    folder = tmp_path / "trials" / "run"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    state = fit(distillation, threads, rising_scores(distillation), folder, no_report)
+    [trial] = read_trials(tmp_path)
+    assert (trial.status, trial.device_hours) == ("running", state.history[-1]["gpu_hours"])
+    assert trial.device_hours == pytest.approx(3 * state.history[-1]["time_s"] / 3600, rel=0.01)
