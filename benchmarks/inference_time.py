@@ -25,7 +25,8 @@ from scipy import stats
 from transformers import BartConfig, BartForConditionalGeneration
 
 from benchmarks.common import describe_machine, write_result
-from raydistill.core.console import ProgressBar, raydistill_home
+from raydistill.core.console import ProgressBar
+from raydistill.core.paths import raydistill_home
 from raydistill.evaluation.latency import time_calls
 from raydistill.paper.published import LAYER_COST_PERCENT
 from raydistill.results.tables import markdown_table

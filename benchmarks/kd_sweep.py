@@ -168,7 +168,7 @@ def released(run: Run, inputs: RunInputs) -> dict[str, float]:
             student.get_encoder().eval()
             rows = order[at : at + settings.batch_size]
             labels = pad_to_tensor([examples.targets[i] for i in rows], -100)
-            sources = [examples.sources[examples.rows[i]] for i in rows]
+            sources = [examples.sources[examples.source_indices[i]] for i in rows]
             ids, mask = pad_to_tensor(sources, student.config.pad_token_id), make_attention_mask(sources)
             optimizer.zero_grad()
             with torch.no_grad():

@@ -20,7 +20,8 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from benchmarks.common import describe_machine, write_result
 from benchmarks.random_models import large
 from raydistill.config.run import Student
-from raydistill.core.console import print_progress, raydistill_home
+from raydistill.core.console import print_progress
+from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.inference.engines import open_engine
 from raydistill.models import families

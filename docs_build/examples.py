@@ -10,9 +10,10 @@ from typing import Any
 import typer
 
 from raydistill.__main__ import COMMANDS
-from raydistill.config.loader import read_yaml, validate
+from raydistill.config.loader import read_yaml
 from raydistill.config.run import Run
 from raydistill.config.space import read_space
+from raydistill.config.validation import validate
 from raydistill.core.errors import UserError
 
 YAML = re.compile(r"^```yaml\n(name:.*?)^```", re.DOTALL | re.MULTILINE)

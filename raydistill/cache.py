@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.core.console import format_table, make_app, print_json, print_text, raydistill_home, run_app
+from raydistill._app import make_app, run_app
+from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 from raydistill.teacher_cache import store
 
 app = make_app()

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raydistill._app import make_app, run_app
 from raydistill.config.space import check_bounds
-from raydistill.core.console import make_app, print_json, print_progress, print_text, raydistill_home, run_app
+from raydistill.core.console import print_json, print_progress, print_text
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
     from raydistill.results.pareto import Choice

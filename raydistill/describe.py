@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from raydistill._app import make_app, run_app
 from raydistill.config.run import Columns, Dataset
-from raydistill.core.console import format_table, make_app, print_json, print_text, run_app
+from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import (
     DUPLICATES_REMEDY,

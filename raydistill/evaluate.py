@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raydistill.core.console import format_table, make_app, print_json, print_progress, print_text, run_app
+from raydistill._app import make_app, run_app
+from raydistill.core.console import format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:

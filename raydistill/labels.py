@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
-from raydistill.core.console import format_table, make_app, print_json, print_text, raydistill_home, run_app
+from raydistill._app import make_app, run_app
+from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 from raydistill.pseudolabel import label_set_rows, parse_curation
 
 app = make_app()
@@ -106,8 +108,8 @@ def curate(
     as_json: JsonOption = False,
 ) -> None:
     """Make a curated label set of a whole one, which stays; nothing is generated again."""
-    from raydistill.config.loader import validate
     from raydistill.config.run import Dataset
+    from raydistill.config.validation import validate
     from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
     from raydistill.label_sets.curation import curate as make
     from raydistill.label_sets.label_set import MANIFEST, PSEUDOLABEL_KEYS, read_manifest

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from raydistill.core.console import make_app, print_json, print_text, raydistill_home, run_app
+from raydistill._app import make_app, run_app
+from raydistill.core.console import print_json, print_text
+from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
     from raydistill.paper.tables import Table

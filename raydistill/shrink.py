@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from raydistill._app import make_app, run_app
 from raydistill.config.run import Init
-from raydistill.core.console import make_app, print_json, print_text, run_app
+from raydistill.core.console import print_json, print_text
 from raydistill.core.errors import UserError
 
 app = make_app()
@@ -35,9 +36,9 @@ def shrink(
     """
     from pydantic import ValidationError
 
-    from raydistill.config.loader import format_validation_error
     from raydistill.config.presets import check_teacher, default_dataset
     from raydistill.config.run import LayerChoice, Student
+    from raydistill.config.validation import format_validation_error
 
     if output.exists():
         raise UserError(f"--output {output}: exists already; give another folder, or delete it")

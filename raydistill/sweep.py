@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from raydistill.core.console import make_app, print_json, print_progress, print_text, raydistill_home, run_app
+from raydistill._app import make_app, run_app
+from raydistill.core.console import print_json, print_progress, print_text
+from raydistill.core.paths import raydistill_home
 
 app = make_app()
 

@@ -7,17 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from raydistill._app import make_app, run_app
 from raydistill.cluster import sync
-from raydistill.core.console import (
-    format_table,
-    make_app,
-    print_json,
-    print_progress,
-    print_text,
-    raydistill_home,
-    run_app,
-)
+from raydistill.core.console import format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 
 app = make_app()
 DEMO_RUN = Path(__file__).parent / "data" / "demo_teacher.yaml"
@@ -43,9 +37,11 @@ def train(
         method: kd
         student: {size: 12-3}
     """
-    from raydistill.config.loader import apply_overrides, make_paths_absolute, read_yaml, validate
+    from raydistill.config.loader import apply_overrides, read_yaml
     from raydistill.config.presets import check_teacher
     from raydistill.config.run import Run
+    from raydistill.config.run_paths import make_paths_absolute
+    from raydistill.config.validation import validate
 
     path = DEMO_RUN if run == "demo" else Path(run)
     data, lines = read_yaml(path)

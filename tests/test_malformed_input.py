@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from raydistill import cache as cache_command
 from raydistill import labels as labels_command
-from raydistill.config.loader import read_yaml, validate
+from raydistill._app import run_app
+from raydistill.config.loader import read_yaml
 from raydistill.config.run import Dataset, Run
 from raydistill.config.space import Space, read_space
-from raydistill.core.console import run_app
+from raydistill.config.validation import validate
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
 from raydistill.data import readers

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.core.console import describe_os_error
-from raydistill.core.errors import UserError
+from raydistill.core.errors import UserError, describe_os_error
 
 BatchStats = dict[str, float]
 BatchFunction = Callable[[int], BatchStats]

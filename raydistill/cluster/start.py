@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.cluster import sync
-from raydistill.core.console import print_progress, raydistill_home
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 
 ENV_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",

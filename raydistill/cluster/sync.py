@@ -21,10 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from raydistill.core.console import raydistill_home
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import atomic_path, safe_join
-from raydistill.core.secrets import find_credentials, redact
+from raydistill.core.paths import raydistill_home
+from raydistill.core.secrets import has_credentials, redact
 
 STORAGE_ENV = "RAYDISTILL_STORAGE"
 MAX_TRANSFERS = 16  # at the same time
@@ -198,7 +198,7 @@ def open_storage() -> Storage | None:
 
 @lru_cache(maxsize=4)
 def _open_uri(uri: str, local_home: Path) -> Storage:
-    if list(find_credentials(uri)):
+    if has_credentials(uri):
         raise UserError(
             f"{STORAGE_ENV} holds a password; pass it in an environment variable such as AWS_SECRET_ACCESS_KEY"
         )

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from raydistill.config.loader import describe_error
+from raydistill.config.validation import describe_error
 
 KINDS = ("choice", "uniform", "log_uniform", "int")
 JSON_PREFIXES = ("[", "{", '"')

@@ -1,41 +1,36 @@
-"""YAML to checked models: an error names the file, the line and the key, and the nearest known key."""
+"""Reading of YAML files with the line of every key, and `--set` overrides."""
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
+from raydistill.config.validation import KeyPath
 from raydistill.core.errors import UserError
-from raydistill.core.files import path_exists
-from raydistill.core.secrets import find_credentials
 
-# Names that mean something by themselves, even where a file or folder of that name lies about.
-RESERVED_NAMES = {"bart", "pegasus", "mbart", "marian", "t5", "demo", "xsum", "cnn_dailymail", "wmt16_en_ro"} | {
-    *("auto", "original", "pseudo"),
-}
-CREDENTIALS_HINT = (
-    "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), PostgreSQL "
-    "PGPASSWORD, S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the hub HF_TOKEN from the environment"
-)
 MAX_CHARS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
-KeyPath = tuple[str | int, ...]
-M = TypeVar("M", bound=BaseModel)
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    """A YAML mapping and the line (from 1) of each key path. Plain YAML only: a !!python tag is refused."""
+    """Read a YAML mapping.
+
+    Returns:
+        The data, and the line (counted from 1) of each key path.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, too large, not a YAML mapping, or it repeats a key or uses a tag
+            such as `!!python/object`.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_CHARS + 1)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_suggest_file(path)}") from None
+        raise UserError(f"{path}: no such file{_similar_name_hint(path)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if len(text) > MAX_CHARS:
-        raise UserError(f"{path}: longer than {MAX_CHARS:,} characters; that is no file of settings")
+        raise UserError(f"{path}: longer than {MAX_CHARS:,} characters, too long for a configuration file")
     lines: dict[KeyPath, int] = {}
     try:
         node = _compose_within_limits(text)
@@ -44,181 +39,79 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         data = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
+        location = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{path}{where}: not valid YAML: {problem}") from None
+        raise UserError(f"{location}: not valid YAML: {problem}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, found {type(data).__name__}")
+        raise UserError(f"{path}: expected a mapping of keys to values, got {type(data).__name__}")
     return data, lines
 
 
-def validate(model: type[M], data: Any, path: Path | str, lines: dict[KeyPath, int] | None = None) -> M:
-    """Validate `data` as `model`, or raise a UserError that names file, line and key.
-
-    An address with a password is refused: settings go into run records, checkpoints and MLflow.
-    """
-    for at in find_credentials(data):
-        where = f"{path}:{lines[at]}" if lines and at in lines else str(path)
-        raise UserError(
-            f"{where}: {'.'.join(map(str, at))}: holds a password or token, and settings are kept and shown; leave it "
-            f"out. {CREDENTIALS_HINT}"
-        )
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise UserError(format_validation_error(error, model, path, lines or {})) from None
-
-
-def format_validation_error(
-    error: ValidationError, model: type[BaseModel], path: Path | str, lines: dict[KeyPath, int]
-) -> str:
-    """All the errors, one a line, as FILE:LINE: KEY: what is wrong."""
-    messages = []
-    for item in error.errors(include_url=False):
-        location = tuple(item["loc"])
-        key = ".".join(str(part) for part in location) or "(top level)"
-        line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
-        where = f"{path}:{line}" if line else str(path)
-        messages.append(f"{where}: {key}: {describe_error(dict(item), model, location)}")
-    return "\n".join(dict.fromkeys(messages))
-
-
-def describe_error(error: dict[str, Any], model: type[BaseModel], location: KeyPath) -> str:
-    """What is wrong with one value, with the nearest known key for an unknown one."""
-    if error["type"] == "extra_forbidden":
-        known = sorted(known_keys(model, location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key; {hint}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    given = error.get("input")
-    if error["type"] != "value_error" and isinstance(given, str | int | float | bool):
-        message += f", found {given!r}"
-    return message[0].lower() + message[1:] if message[:1].isupper() and message[1:2].islower() else message
-
-
-def known_keys(model: type[BaseModel], location: KeyPath) -> list[str]:
-    """The keys that a (nested) model knows at a location."""
-    for part in location:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not inner:
-            return []
-        model = inner[0]
-    return list(model.model_fields)
-
-
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`--set a.b=VALUE` applied to a copy of the data; VALUE is read as YAML."""
+    """Apply overrides such as `training.epochs=3` to a copy of the data; the values are parsed as YAML.
+
+    Raises:
+        UserError: an override has no `=`, an empty key, or an invalid value.
+    """
     data = yaml.safe_load(yaml.safe_dump(data))
-    for setting in overrides:
-        key, equals, text = setting.partition("=")
+    for override in overrides:
+        key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise UserError(f"--set {setting}: expected KEY=VALUE, for example --set search.trials=4")
+            raise UserError(f"--set {override}: expected KEY=VALUE, for example --set search.trials=4")
         try:
             _compose_within_limits(text)
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
-        place = data
+            raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+        mapping = data
         *parents, last = key.split(".")
         for parent in parents:
-            inner = place.get(parent)
-            if isinstance(inner, str) and parent == "dataset":
-                inner = {"name": inner}
-            place[parent] = inner if isinstance(inner, dict) else {}
-            place = place[parent]
-        place[last] = value
+            nested = mapping.get(parent)
+            if isinstance(nested, str) and parent == "dataset":
+                nested = {"name": nested}
+            mapping[parent] = nested if isinstance(nested, dict) else {}
+            mapping = mapping[parent]
+        mapping[last] = value
     return data
 
 
-def make_paths_absolute(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's data with teacher, data set and label set as absolute paths where they are files or folders here.
-
-    Workers run in folders of their own, where a relative path would lead nowhere.
-    """
-    run = dict(run)
-    for key in ("teacher", "dataset"):
-        if key in run:
-            run[key] = _map_strings(run[key], _absolute_if_exists)
-    if "labels" in run:
-        run["labels"] = _map_strings(run["labels"], _absolute_label_paths)
-    student = run.get("student")
-    if isinstance(student, dict) and "copy_from" in student:
-        run["student"] = {**student, "copy_from": _map_strings(student["copy_from"], _absolute_if_exists)}
-    dataset = run.get("dataset")
-    if isinstance(dataset, dict) and isinstance(dataset.get("name"), str):
-        run["dataset"] = {**dataset, "name": _absolute_if_exists(dataset["name"])}
-    return run
-
-
-def _map_strings(value: Any, transform: Callable[[str], str]) -> Any:
-    """A text changed, also where it stands in a distribution's choices."""
-    if isinstance(value, str):
-        return transform(value)
-    if isinstance(value, dict) and isinstance(value.get("choice"), list):
-        return {**value, "choice": [transform(v) if isinstance(v, str) else v for v in value["choice"]]}
-    if isinstance(value, dict) and isinstance(value.get("cases"), list):
-        return {**value, "cases": [_map_strings(case, transform) for case in value["cases"]]}
-    return value
-
-
-def _absolute_if_exists(name: str) -> str:
-    return name if name in RESERVED_NAMES or not path_exists(Path(name)) else str(Path(name).resolve())
-
-
-def _absolute_label_paths(labels: str) -> str:
-    """Each source of `labels` by itself; its weight stays."""
-    absolute = []
-    for text in labels.split("+"):
-        source, star, weight = text.strip().partition("*")
-        kind, at, teacher = source.partition("@")
-        source = (
-            f"pseudo@{_absolute_if_exists(teacher)}" if (kind, at) == ("pseudo", "@") else _absolute_if_exists(source)
-        )
-        absolute.append(f"{source}{star}{weight}")
-    return "+".join(absolute)
-
-
 def _compose_within_limits(text: str) -> yaml.Node | None:
-    """The nodes of a YAML text; ValueError where they are too deep, or too many, aliases of aliases included."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    waiting, count = [(node, 0)] if node else [], 0
-    while waiting:
-        one, depth = waiting.pop()
+    """Parse a YAML text into nodes; ValueError if nodes are nested too deeply or too many after alias expansion."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    pending, count = [(root, 0)] if root else [], 0
+    while pending:
+        node, depth = pending.pop()
         count += 1
-        if count + len(waiting) > MAX_NODES:
-            raise ValueError(f"more than {MAX_NODES:,} values, aliases counted as often as they stand")
+        if count + len(pending) > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES:,} values, aliases expanded")
         if depth > MAX_DEPTH:
             raise ValueError(f"more than {MAX_DEPTH} levels deep")
-        if isinstance(one, yaml.MappingNode):
-            waiting += [(inner, depth + 1) for pair in one.value for inner in pair]
-        elif isinstance(one, yaml.SequenceNode):
-            waiting += [(inner, depth + 1) for inner in one.value]
-    return node
+        if isinstance(node, yaml.MappingNode):
+            pending += [(child, depth + 1) for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += [(child, depth + 1) for child in node.value]
+    return root
 
 
 def _collect_lines(node: yaml.Node, key_path: KeyPath, lines: dict[KeyPath, int], path: Path) -> None:
+    """Fill `lines` with the line of every key path below `node`; UserError for a repeated or a nested key."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise UserError(
-                    f"{path}:{key.start_mark.line + 1}: a key must be a plain word, not a list or a mapping"
-                )
-            here = (*key_path, key.value)
-            if here in lines:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice")
-            lines[here] = key.start_mark.line + 1
-            _collect_lines(value, here, lines, path)
+                raise UserError(f"{path}:{line}: a key must be a scalar, not a list or a mapping")
+            child_path = (*key_path, key.value)
+            if child_path in lines:
+                raise UserError(f"{path}:{line}: duplicate key {key.value}")
+            lines[child_path] = line
+            _collect_lines(value, child_path, lines, path)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             lines[(*key_path, i)] = value.start_mark.line + 1
             _collect_lines(value, (*key_path, i), lines, path)
 
 
-def _suggest_file(path: Path) -> str:
+def _similar_name_hint(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / similar[0]}?" if similar else ""

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from raydistill.config.run import Columns, Decoding
-from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DatasetPreset:
     max_target_tokens: int = 128
     languages: tuple[str, str] | None = None
     # Training rows, mean source and target words: the paper's Table 3.
-    paper: tuple[int, float, float] | None = None
+    paper_stats: tuple[int, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ DATASETS: dict[str, DatasetPreset] = {
         revision="refs/convert/parquet",
         columns=Columns(source="document", target="summary", id="id"),
         max_target_tokens=60,
-        paper=(204_017, 358, 21),
+        paper_stats=(204_017, 358, 21),
     ),
     "cnn_dailymail": DatasetPreset(
         "abisee/cnn_dailymail",
         config="3.0.0",
         columns=Columns(source="article", target="highlights", id="id"),
         max_target_tokens=142,
-        paper=(262_567, 756, 56),
+        paper_stats=(262_567, 756, 56),
     ),
     "wmt16_en_ro": DatasetPreset(
         "wmt/wmt16",
@@ -65,7 +65,7 @@ DATASETS: dict[str, DatasetPreset] = {
         max_source_tokens=128,
         max_target_tokens=128,
         languages=("en_XX", "ro_RO"),
-        paper=(610_319, 23, 23),
+        paper_stats=(610_319, 23, 23),
     ),
     "demo": DatasetPreset("demo", max_source_tokens=128, max_target_tokens=32),
 }

@@ -1,17 +1,16 @@
 """What a run is: one training of one student (or of a teacher), from teacher and data to checkpoint."""
 
 import re
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from raydistill.config.label_sources import parse_labels
 
 Method = Literal["sft", "kd", "pl"]
 # Tables 8 and 9: SFT, lo, mid, hi, 000 and rand.
 Init = Literal["spaced", "first", "middle", "last", "repeated", "random"]
 LayerIndices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
-MAX_SOURCE_WEIGHT = 100  # of a label source: its rows are listed so often
 
 
 class StrictModel(BaseModel):
@@ -336,54 +335,6 @@ class Run(StrictModel):
     def uses_pseudo_labels(self) -> bool:
         """Whether pseudo-labels are among the labels that a teacher has to write."""
         return any(part.is_pseudo for part in parse_labels(self.resolved_labels))
-
-
-class LabelSource(NamedTuple):
-    """One source of labels, and how often an epoch reads its rows.
-
-    original; pseudo, which the run's teacher writes; pseudo@TEACHER, which another teacher does; a label set's folder.
-    """
-
-    source: str
-    weight: float = 1.0
-
-    @property
-    def is_pseudo(self) -> bool:
-        """Whether a teacher has to write them, if it has not yet."""
-        return self.source == "pseudo" or self.source.startswith("pseudo@")
-
-    @property
-    def other_teacher(self) -> str | None:
-        """The other teacher of pseudo@TEACHER."""
-        return self.source.partition("@")[2] or None if self.is_pseudo else None
-
-    @property
-    def folder(self) -> str | None:
-        """The label set's folder, where it is one."""
-        return None if self.source == "original" or self.is_pseudo else self.source
-
-
-def parse_labels(labels: str) -> list[LabelSource]:
-    """The sources of labels such as "original+pseudo*0.5+outputs/labels/SET"; ValueError where it is none."""
-    parts = []
-    for text in labels.split("+"):
-        source, star, weight = text.strip().partition("*")
-        try:
-            part = LabelSource(source.strip(), float(weight) if star else 1.0)
-        except ValueError:
-            part = LabelSource("")
-        if part.source in ("", "pseudo@") or not 0 < part.weight <= MAX_SOURCE_WEIGHT:
-            raise ValueError(
-                f"labels {labels!r}: {text!r} is no source; expected original, pseudo, pseudo@TEACHER or a label set's "
-                f"folder, with a weight above 0 and up to {MAX_SOURCE_WEIGHT} where wanted, such as "
-                f"original+pseudo*0.5 "
-                f"(no + and no * in a path)"
-            )
-        parts.append(part)
-    sources = [part.source for part in parts]
-    if twice := next((source for source in sources if sources.count(source) > 1), None):
-        raise ValueError(f"labels {labels!r}: {twice} is given twice; give it a weight instead, such as {twice}*2")
-    return parts
 
 
 def parse_size(size: str) -> tuple[int, int]:

@@ -10,15 +10,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from raydistill.config.corners import iter_corners, resolve_point
 from raydistill.config.distributions import encode_choice, fill_run, split_parameters
-from raydistill.config.loader import (
-    KeyPath,
-    apply_overrides,
-    format_validation_error,
-    make_paths_absolute,
-    read_yaml,
-    validate,
-)
+from raydistill.config.loader import apply_overrides, read_yaml
 from raydistill.config.run import NAME_PATTERN, RUNTIME_ONLY_FIELDS, Run, StrictModel
+from raydistill.config.run_paths import make_paths_absolute
+from raydistill.config.validation import KeyPath, format_validation_error, validate
 from raydistill.core.errors import UserError
 
 COST_METRICS = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "peak_mb", "gpu_hours")

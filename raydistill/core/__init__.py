@@ -1,0 +1,1 @@
+"""Files, paths, errors, console output and secrets: no machine learning."""

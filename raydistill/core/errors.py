@@ -1,9 +1,26 @@
-"""The error that is the user's to mend."""
+"""Exceptions that commands show to the user without a traceback."""
+
+import errno
+
+from raydistill.core.paths import raydistill_home
 
 
 class UserError(Exception):
-    """Bad input. The message says what was wrong, where, and what to do; commands exit with status 2."""
+    """Invalid input or state that the user can correct; commands exit with status 2.
+
+    The message says what is wrong, where, and what to do.
+    """
 
 
 class TransientError(UserError):
-    """One that may be gone when the same is tried again; trials are."""
+    """A UserError that a retry may resolve; a trial that raises it is retried."""
+
+
+def describe_os_error(error: OSError) -> str:
+    """The system's message; for a full disk also its path and how to continue."""
+    if error.errno != errno.ENOSPC:
+        return str(error)
+    return (
+        f"{error}: the disk of {error.filename or raydistill_home()} is full; no data is lost. "
+        f"Free some space and run the same command again"
+    )

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; what stands in them is read without trust, and paths stay in their folder."""
+"""Atomic writes, validated reads and checks of paths."""
 
 import json
 import math
@@ -11,52 +11,52 @@ from typing import Any
 
 from raydistill.core.errors import UserError
 
-# What taking apart a file raises that is not as it was written.
+# Exceptions that parsers of JSON, Parquet, NumPy and tensor files raise for corrupt input.
 PARSE_ERRORS = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, MemoryError, OSError),
 )
 # Version of the records in sweeps, runs, label sets and caches. Version 1 was written by raydistill 0.1 previews.
 SCHEMA_VERSION = 2
-CHECKPOINT_METADATA = "raydistill.json"  # beside a checkpoint's weights: where it comes from
+CHECKPOINT_METADATA = "raydistill.json"  # next to the weights of a checkpoint: teacher, data and configuration
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, synced and then renamed into place."""
-    with atomic_path(path) as place:
-        place.write_bytes(content)
+    """Write a file through a temporary file in the same folder, which is synced and then renamed."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file under, which is synced and takes `path`'s place at the end of the block.
+    """Yield a temporary path next to `path`; at the end of the block the file is synced and renamed to `path`.
 
-    Nothing is left of it when the block fails.
+    If the block raises, the temporary file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's number: on a folder that many machines share, two processes may have the same.
-    making = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
+    # A random suffix and not the process ID: on a shared folder, processes of two machines may have equal IDs.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
     try:
-        yield making
-        fsync(making)
-        os.replace(making, path)
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
     finally:
-        making.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
-    """To the disk: what a synced record names must not be less sure than the record."""
+    """Flush a file to disk, so that no record on disk can refer to content that is not."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def write_json_atomic(path: Path, data: Any) -> None:
-    """`write_atomic` of indented JSON; ValueError for NaN and infinity, which JSON does not have."""
+    """Write indented JSON with `write_atomic`; ValueError for NaN and infinity, which JSON does not have."""
     write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False, default=_json_default).encode())
 
 
 def _json_default(value: Any) -> Any:
-    """numpy's numbers and arrays, and paths, as JSON knows them."""
+    """Convert NumPy scalars, NumPy arrays and paths for `json.dumps`."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Path):
@@ -65,35 +65,40 @@ def _json_default(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping, or a UserError that names the file.
+    """Read a JSON object; UserError that names the file if its content is anything else.
 
-    NaN, infinity and lone surrogates are refused: `write_json_atomic` writes none, and they would fail later.
+    NaN, infinity and lone surrogates are rejected: `write_json_atomic` writes none, and they would fail later.
     """
     with corrupt_file_error(path):
         text = path.read_text(encoding="utf-8")
         data = json.loads(text, parse_constant=_parse_finite, parse_float=_parse_finite)
         if not isinstance(data, dict):
-            raise ValueError(f"a mapping was expected, found {type(data).__name__}")
+            raise ValueError(f"expected a JSON object, got {type(data).__name__}")
         if "\\u" in text:
-            json.dumps(data, ensure_ascii=False).encode()
+            json.dumps(data, ensure_ascii=False).encode()  # UnicodeEncodeError for a lone surrogate
     return data
 
 
 @contextmanager
 def corrupt_file_error(path: Path, remedy: str | None = None) -> Iterator[None]:
-    """A block that takes apart what a file of ours holds: whatever is not as it was written becomes a UserError."""
+    """Turn every error of a block that parses a file into a UserError.
+
+    Args:
+        path: the file, named in the message.
+        remedy: what the user can do; default: delete the folder of the file and run the command again.
+    """
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except PARSE_ERRORS as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
-        remedy = remedy or f"Delete {path.parent} to have it made again"
+        remedy = remedy or f"Delete {path.parent} and run the command again"
         raise UserError(f"{path}: damaged: {reason[:300]}. {remedy}") from None
 
 
 def check_schema(path: Path, record: dict[str, Any]) -> None:
-    """UserError where a record was written by another version of raydistill; `path` names the file in the message."""
+    """UserError if another version of raydistill wrote a record; `path` is the file of the record."""
     if record.get("schema") != SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema version {record.get('schema', 1)}, but this version of raydistill reads {SCHEMA_VERSION}. "
@@ -102,26 +107,26 @@ def check_schema(path: Path, record: dict[str, Any]) -> None:
 
 
 def safe_join(folder: Path, name: str) -> Path:
-    """`folder / name`; ValueError where that leads out of the folder, by `..`, as an absolute path or by a link."""
+    """`folder / name`; ValueError if the result is outside `folder`: by `..`, an absolute path or a symbolic link."""
     path = folder / name
     if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} leads out of {folder}")
+        raise ValueError(f"{name!r} is outside {folder}")
     return path
 
 
 def check_symlinks(folder: Path, also_allowed: Path | None = None) -> None:
-    """UserError where a link in a folder leads out of it: what is handed on from there must be its own.
+    """UserError if a symbolic link in `folder` points outside it: files that are exported must be in the folder.
 
-    `also_allowed`: another folder that links may lead to.
+    Links may also point into `also_allowed`.
     """
-    allowed = [place.resolve() for place in (folder, also_allowed) if place]
+    allowed = [root.resolve() for root in (folder, also_allowed) if root]
     for path in folder.rglob("*"):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise UserError(f"{path}: a link that leads out of {folder}; put the file itself there")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in allowed):
+            raise UserError(f"{path}: symbolic link to a file outside {folder}; replace it by the file itself")
 
 
 def path_exists(path: Path) -> bool:
-    """Whether something is at a path; no for a name that no file can have, such as one of a thousand letters."""
+    """Whether a path exists; False for a name that no file can have, for example a name of a thousand characters."""
     try:
         return path.exists()
     except OSError:
@@ -131,5 +136,5 @@ def path_exists(path: Path) -> bool:
 def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return number

@@ -1,22 +1,26 @@
-"""Passwords and tokens are not seen: not in messages, not in MLflow, and never in a file of settings."""
+"""Passwords and tokens: masked in messages and MLflow, and rejected in configuration files."""
 
 import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
-# user:password@ of an address, also where the password holds an unquoted slash; and parameters that are secret.
+# `user:password@` of a URL, also if the password contains an unquoted slash; and query parameters with secret names.
 _URL_USERINFO = re.compile(r"(?<=://)(?:[^\s/?#@]*:\S*|[^\s/?#]*)@")
 _URL_SECRET_PARAMETER = re.compile(
     r"(?<=[?&;])([\w-]*(?:password|passwd|secret|token|api_?key|access_?key|signature)=)[^\s&;#]+", re.IGNORECASE
 )
 _SECRET_VARIABLE = re.compile(r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS|_KEY)$|.*SECRET.*", re.IGNORECASE)
-_MIN_SECRET_LENGTH = 6  # of a value in the environment: a shorter one would be found in any text
+_MIN_SECRET_LENGTH = 6  # characters; a shorter value of an environment variable would match ordinary text
 MASK = "***"
+CREDENTIALS_HINT = (
+    "MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), PostgreSQL "
+    "PGPASSWORD, S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the hub HF_TOKEN from the environment"
+)
 
 
 def redact(text: str) -> str:
-    """A text with `***` for credentials in addresses and for the values of environment variables named like secrets."""
+    """Replace credentials in URLs, and values of environment variables with secret names, by `***`."""
     values = {v for name, v in os.environ.items() if len(v) >= _MIN_SECRET_LENGTH and _SECRET_VARIABLE.fullmatch(name)}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, MASK)
@@ -24,7 +28,7 @@ def redact(text: str) -> str:
 
 
 def redact_nested(data: Any) -> Any:
-    """`redact` for every text in nested lists and mappings."""
+    """Apply `redact` to every string in nested lists and mappings."""
     if isinstance(data, str):
         return redact(data)
     if isinstance(data, dict):
@@ -32,12 +36,17 @@ def redact_nested(data: Any) -> Any:
     return [redact_nested(value) for value in data] if isinstance(data, list | tuple) else data
 
 
+def has_credentials(text: str) -> bool:
+    """Whether a text contains a URL with credentials."""
+    return _mask_url_credentials(text) != text
+
+
 def find_credentials(data: Any, key_path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """The places in nested data whose text is an address with credentials."""
-    if isinstance(data, str) and _mask_url_credentials(data) != data:
+    """Yield the key path of every string in nested data that contains a URL with credentials."""
+    if isinstance(data, str) and has_credentials(data):
         yield key_path
-    pairs = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in pairs:
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
         yield from find_credentials(value, (*key_path, key))
 
 

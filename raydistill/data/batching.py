@@ -12,14 +12,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised training pairs: example i pairs source `rows[i]` with `targets[i]`.
+    """Tokenised training pairs: example i pairs source `source_indices[i]` with `targets[i]`.
 
     Several examples may share a source (original and pseudo-labels of one text).
     """
 
     sources: list[list[int]]
     targets: list[list[int]]
-    rows: list[int]
+    source_indices: list[int]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -32,7 +32,7 @@ class Examples:
     @cached_property
     def targets_key(self) -> str:
         """The same of the targets, and of which source each belongs to."""
-        return f"{tokens_key(self.targets)}{tokens_key([self.rows])}"
+        return f"{tokens_key(self.targets)}{tokens_key([self.source_indices])}"
 
     def count_target_tokens(self, batch: Sequence[int]) -> int:
         """Real target tokens of a batch of examples: the weight of the token-level losses."""
@@ -40,7 +40,7 @@ class Examples:
 
     def count_source_tokens(self, batch: Sequence[int]) -> int:
         """Real source tokens of a batch of examples: the weight of the encoder's hidden loss."""
-        return sum(len(self.sources[self.rows[i]]) for i in batch)
+        return sum(len(self.sources[self.source_indices[i]]) for i in batch)
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -82,10 +82,10 @@ def split_by_tokens(
     parts: list[list[int]] = []
     source = target = 0
     for i in batch:
-        longest = max(source, len(examples.sources[examples.rows[i]])), max(target, len(examples.targets[i]))
+        longest = max(source, len(examples.sources[examples.source_indices[i]])), max(target, len(examples.targets[i]))
         if not parts or (len(parts[-1]) + 1) * (source_weight * longest[0] + longest[1]) > max_tokens:
             parts.append([])
-            longest = len(examples.sources[examples.rows[i]]), len(examples.targets[i])
+            longest = len(examples.sources[examples.source_indices[i]]), len(examples.targets[i])
         source, target = longest
         parts[-1].append(i)
     return parts

@@ -13,8 +13,8 @@ from typing import Any
 from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from raydistill.core.console import raydistill_home
 from raydistill.core.files import write_json_atomic
+from raydistill.core.paths import raydistill_home
 from raydistill.inference import cublas
 from raydistill.inference.ctranslate2_conversion import (
     CTranslate2Unavailable,

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raydistill.config.run import LabelSource
+from raydistill.config.label_sources import LabelSource
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error, read_json, write_json_atomic
 

@@ -16,9 +16,9 @@ from typing import Any
 from filelock import FileLock
 
 from raydistill.config.presets import TEACHERS
-from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
 from raydistill.core.files import check_symlinks, corrupt_file_error, read_json
+from raydistill.core.paths import raydistill_home
 
 # The hub's files that are needed: none from sub-folders, no other frameworks' weights.
 CONFIG_AND_TOKENIZER_PATTERNS = ["*.json", "*.model", "*.spm", "*.txt"]

@@ -21,8 +21,8 @@ from transformers import (
 
 from raydistill.config.presets import DATASETS, DEMO_TEACHER_RUN, TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
-from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 from raydistill.models.hub import check_weights, first_error_line, resolve_checkpoint, safe_open, weight_files
 from raydistill.models.onednn_linear import patch_linear_layers
 

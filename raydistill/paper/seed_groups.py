@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.config.run import Run, parse_labels, parse_size
+from raydistill.config.label_sources import parse_labels
+from raydistill.config.run import Run, parse_size
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metrics import Comparison, paired_bootstrap_over_seeds
 from raydistill.models.layer_choice import layers_to_copy
@@ -125,13 +126,13 @@ class SeedGroup:
     def label_kinds(self) -> tuple[str, ...]:
         """Each source of labels as original, pseudo (the teacher's own) or other."""
         known = ("original", "pseudo")
-        return tuple(p.source if p.source in known else "other" for p in parse_labels(self.run.resolved_labels))
+        return tuple(p.spec if p.spec in known else "other" for p in parse_labels(self.run.resolved_labels))
 
     @property
     def labels(self) -> str:
         """What it was trained to write, a folder by its last part: "original+pseudo*0.5+SET"."""
         parts = parse_labels(self.run.resolved_labels)
-        return "+".join(f"{data_name(p.source)}{'' if p.weight == 1 else f'*{p.weight:g}'}" for p in parts)
+        return "+".join(f"{data_name(p.spec)}{'' if p.weight == 1 else f'*{p.weight:g}'}" for p in parts)
 
     def test(self, metric: str) -> float | None:
         """The mean test score over the seeds."""

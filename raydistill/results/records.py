@@ -16,9 +16,9 @@ import numpy as np
 
 from raydistill.config.run import NAME_PATTERN
 from raydistill.config.space import COST_METRICS, check_bounds
-from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
 from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
+from raydistill.core.paths import raydistill_home
 
 MAX_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.distributions import split_parameters
+from raydistill.config.label_sources import parse_labels
 from raydistill.config.presets import DATASETS
-from raydistill.config.run import Run, parse_labels
+from raydistill.config.run import Run
 from raydistill.config.space import Space
-from raydistill.core.console import format_table, raydistill_home
+from raydistill.core.console import format_table
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 from raydistill.data.corpus import corpus_statistics, read_corpus, split_names
 from raydistill.models.shrinking import check_same_decoder, plan_layers
 from raydistill.paper.published import TABLE_4, TABLE_5, data_name, teacher_name
@@ -163,8 +165,8 @@ def load_teacher_config(run: Run) -> tuple[Any, str]:
 def dataset_size(run: Run) -> dict[str, Any]:
     """Training rows and words: counted where the data are local, the paper's where they are the hub's."""
     known = DATASETS.get(run.dataset.name)
-    if known is not None and known.paper is not None:
-        rows, source, target = known.paper
+    if known is not None and known.paper_stats is not None:
+        rows, source, target = known.paper_stats
         rows = min(rows, run.dataset.train_rows or rows)
         return {"rows": rows, "source": source, "target": target, "text": f"{rows} training rows (the paper's count)"}
     try:

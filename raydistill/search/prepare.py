@@ -7,12 +7,14 @@ from typing import Any
 
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.corners import iter_corners
-from raydistill.config.run import Decoding, Run, parse_labels, parse_size
+from raydistill.config.label_sources import parse_labels
+from raydistill.config.run import Decoding, Run, parse_size
 from raydistill.config.space import Space, make_run
-from raydistill.core.console import print_progress, raydistill_home
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
 from raydistill.evaluation.latency import warn_background_load
+from raydistill.core.paths import raydistill_home
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import (
     CacheRequest,
@@ -211,7 +213,7 @@ def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[s
         if run.label_key in hours:
             continue
         parts = parse_labels(run.resolved_labels)
-        made[run.label_key] = {p.source: _make_label_set(run, p.other_teacher, device) for p in parts if p.is_pseudo}
+        made[run.label_key] = {p.spec: _make_label_set(run, p.other_teacher, device) for p in parts if p.is_pseudo}
         folders = [*made[run.label_key].values(), *[p.folder for p in parts if p.folder]]
         manifests = {folder: read_manifest(Path(folder)) for folder in folders}
         hours[run.label_key] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydistill.config.run import Student
-from raydistill.core.console import raydistill_home
+from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import Engine

@@ -142,7 +142,7 @@ class CacheBuilder:
         found: list[list[list[int]]] = []
         for examples, _ in self.label_sets:
             by_row: list[list[int]] = [[] for _ in self.sources]
-            for i, row in enumerate(examples.rows):
+            for i, row in enumerate(examples.source_indices):
                 by_row[row].append(i)
             found.append(by_row)
         return found

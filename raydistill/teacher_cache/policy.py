@@ -145,7 +145,7 @@ def measure_epoch_times(builder: CacheBuilder, teacher: PreTrainedModel) -> Epoc
         encoder = tokens * _time_call(lambda: families.encode(teacher, ids, mask), teacher)
         decoder = 0.0
         for examples, _ in builder.label_sets:
-            pairs = dict(zip(examples.rows, examples.targets, strict=True))
+            pairs = dict(zip(examples.source_indices, examples.targets, strict=True))
             targets = [pairs.get(row, [0]) for row in micro]
             labels = pad_to_tensor(targets, -100).to(teacher.device)
             start = families.shift_right(teacher, labels)

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from raydistill.config.loader import CREDENTIALS_HINT
-from raydistill.core.console import raydistill_home
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path
-from raydistill.core.secrets import find_credentials, redact
+from raydistill.core.paths import raydistill_home
+from raydistill.core.secrets import CREDENTIALS_HINT, has_credentials, redact
 
 
 class TrackingUnavailable(UserError):
@@ -44,7 +43,7 @@ def check_tracking(uri: str | None) -> None:
     where a server does not answer.
     """
     uri = uri or default_tracking_uri()
-    if list(find_credentials(uri)):
+    if has_credentials(uri):
         raise UserError(f"tracking_uri {redact(uri)}: holds a password or token; leave it out. {CREDENTIALS_HINT}")
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme in ("", "file"):

@@ -110,7 +110,7 @@ class DistillationStep:
 
     def read_batch(self, batch: Sequence[int]) -> MicroBatch:
         """The tensors of a micro-batch of examples, in the main memory; safe in another thread."""
-        rows = [self.examples.rows[i] for i in batch]
+        rows = [self.examples.source_indices[i] for i in batch]
         labels = pad_to_tensor([self.examples.targets[i] for i in batch], -100)
         real = (labels != -100).flatten().nonzero()[:, 0]
         taught = (

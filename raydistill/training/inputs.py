@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.run import Run, parse_labels
+from raydistill.config.label_sources import parse_labels
+from raydistill.config.run import Run
 from raydistill.teacher_cache.policy import CacheMode
 
 # The folders of the label sets that teachers wrote: by a run's `label_key`, then by source (pseudo, pseudo@TEACHER).

@@ -371,5 +371,5 @@ def _set_train_mode(distillation: DistillationStep) -> None:
 def _effective_lengths(distillation: DistillationStep) -> list[int]:
     """What to sort examples by: the decoder pays for target tokens first, then for attending to source tokens."""
     examples = distillation.examples
-    pairs = zip(examples.targets, examples.rows, strict=True)
+    pairs = zip(examples.targets, examples.source_indices, strict=True)
     return [len(target) + len(examples.sources[row]) // 4 for target, row in pairs]

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from raydistill.config.label_sources import LabelSource, parse_labels
 from raydistill.config.presets import TeacherPreset, resolve_metric, teacher_preset
-from raydistill.config.run import Dataset, LabelSource, Run, parse_labels
+from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
@@ -139,9 +140,7 @@ def make_examples(
     """
     labels = tuple(parse_labels(run.resolved_labels))
     folders = [
-        (p.source, Path(p.folder) if p.folder else label_folders.get(p.source))
-        for p in labels
-        if p.source != "original"
+        (p.spec, Path(p.folder) if p.folder else label_folders.get(p.spec)) for p in labels if p.spec != "original"
     ]
     found = tuple((source, folder) for source, folder in folders if folder is not None)
     return _make_examples(tokenizer, run.dataset, labels, found, data.max_source_tokens, data.max_target_tokens)

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 
-from tests.data.test_corpus import GOOD, ROWS, jsonl
+from tests.factories.data_files import GOOD, ROWS, write_jsonl
 
 
 def run(*arguments: str, module: str = "raydistill.describe") -> subprocess.CompletedProcess[str]:
@@ -20,7 +20,7 @@ def test_help_is_quick_and_has_an_example():
 
 
 def test_neither_torch_nor_ray_is_imported(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", ROWS)
+    path = write_jsonl(tmp_path / "x.jsonl", ROWS)
     code = (
         "import sys\nfrom raydistill.describe import main\n"
         f"sys.argv = ['describe', {str(path)!r}]\n"
@@ -32,8 +32,8 @@ def test_neither_torch_nor_ray_is_imported(tmp_path):
 
 
 def test_json_holds_the_figures(tmp_path):
-    jsonl(tmp_path / "train.jsonl", ROWS)
-    jsonl(tmp_path / "test.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", ROWS[:1])
     done = run(str(tmp_path), "--json")
     assert done.returncode == 0
     result = json.loads(done.stdout)
@@ -47,8 +47,8 @@ def test_json_holds_the_figures(tmp_path):
 
 def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
     rows = [GOOD, {"id": "x", "source": "", "target": "t"}, "{", {"id": "y", "source": 1, "target": "t"}, GOOD]
-    jsonl(tmp_path / "train.jsonl", rows)
-    jsonl(tmp_path / "val.jsonl", [{**GOOD, "target": None}])
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "val.jsonl", [{**GOOD, "target": None}])
     done = run(str(tmp_path))
     assert done.returncode == 2
     for text in ("train.jsonl:2: source: empty", "train.jsonl:3: invalid JSON", "train.jsonl:4: source: expected"):
@@ -62,13 +62,13 @@ def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
 
 
 def test_repeated_ids_alone_are_a_fault(tmp_path):
-    done = run(str(jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "source": "other"}])), "--skip-bad-rows", "--json")
+    done = run(str(write_jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "source": "other"}])), "--skip-bad-rows", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["usable"] is False
 
 
 def test_skipped_rows_are_no_fault(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [GOOD, "{"])
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, "{"])
     assert run(str(path)).returncode == 2
     done = run(str(path), "--skip-bad-rows")
     assert done.returncode == 0
@@ -76,7 +76,7 @@ def test_skipped_rows_are_no_fault(tmp_path):
 
 
 def test_named_columns_and_a_single_split(tmp_path):
-    jsonl(tmp_path / "dev.jsonl", [{"body": "a b", "head": {"line": "c"}, "key": "k"}])
+    write_jsonl(tmp_path / "dev.jsonl", [{"body": "a b", "head": {"line": "c"}, "key": "k"}])
     done = run(str(tmp_path), "--split", "validation")
     assert done.returncode == 2
     assert "body, head.line, key" in done.stderr

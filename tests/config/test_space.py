@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from raydistill.config.corners import iter_corners, resolve_point
 from raydistill.config.distributions import decode_choice, encode_choice, suggest_params
-from raydistill.config.loader import apply_overrides, read_yaml, validate
+from raydistill.config.loader import apply_overrides, read_yaml
 from raydistill.config.run import Loss, Run, Training
 from raydistill.config.schema import json_schema
 from raydistill.config.space import (
@@ -23,6 +23,7 @@ from raydistill.config.space import (
     read_space,
     sampler_params,
 )
+from raydistill.config.validation import validate
 from raydistill.core.errors import UserError
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -235,13 +236,13 @@ HEAD = "name: x\nrun:\n  teacher: demo\n  dataset: demo\n"
         (HEAD + "  method: {choice: [sft, kd]}\nsearch: {sampler: grid}\n  \n", None),
         (HEAD + "  training: {epochs: {int: [1, 2]}}\nsearch: {sampler: grid}\n", ":6: search.sampler: grid needs"),
         (HEAD + "  method: kd\n  loss: {alpha_logits: 0, alpha_hidden: {choice: [0, 1]}}\n", "is method sft (for"),
-        (HEAD + "  teacher: other\n", ":5: teacher is given twice"),
+        (HEAD + "  teacher: other\n", ":5: duplicate key teacher"),
         (HEAD + "  method: !!python/object:os.system kd\n", ":5: not valid YAML: could not determine a constructor"),
         (HEAD + "  method: !!python/object/apply:os.system [ls]\n", ":5: not valid YAML"),
         (HEAD + "  method: [\n", "not valid YAML"),
-        (HEAD + "  ? [a]\n  : b\n", ":5: a key must be a plain word"),
-        ("- a\n- b\n", "expected a mapping of keys to values, found list"),
-        ("", "expected a mapping of keys to values, found NoneType"),
+        (HEAD + "  ? [a]\n  : b\n", ":5: a key must be a scalar"),
+        ("- a\n- b\n", "expected a mapping of keys to values, got list"),
+        ("", "expected a mapping of keys to values, got NoneType"),
         ("name: ../up\nrun: {teacher: demo, dataset: demo}\n", ":1: name: "),
         (HEAD + "budgets: {fast: {latency: 3}}\n", "budget fast: cannot bound 'latency'; known: latency_ms"),
         (HEAD + "budgets: {fast: {latency_ms: -3}}\n", "latency_ms is -3.0; expected a number above 0"),
@@ -479,7 +480,7 @@ def test_a_run_file_is_checked_the_same_way(tmp_path):
 
 
 def test_paths_in_labels_and_choices_are_made_absolute(tmp_path, monkeypatch):
-    from raydistill.config.loader import make_paths_absolute
+    from raydistill.config.run_paths import make_paths_absolute
 
     monkeypatch.chdir(tmp_path)
     for name in ("set", "teacher"):

@@ -11,38 +11,8 @@ import pytest
 from raydistill.config.run import Columns, Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Corpus, corpus_statistics, inspect_corpus, read_corpus, split_names
+from tests.factories.data_files import GOOD, ROWS, write_csv, write_json_array, write_jsonl, write_parquet
 from tests.factories.hub_cache import lay_out_dataset
-
-ROWS = [
-    {"document": "Snow fell on the hills.", "summary": "Snow falls.", "id": "a"},
-    {"document": "A dog, a cat;\nand “a horse”.", "summary": "Animals.", "id": "b"},
-    {"document": "Ţara e mică.\u2028Da.", "summary": "O ţară.", "id": "c"},
-]
-
-
-def jsonl(path: Path, rows: list) -> Path:
-    text = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
-    data = text.encode("utf-8", "surrogateescape")
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def write_csv(path: Path, rows: list[dict], delimiter: str = ",") -> Path:
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"'
-
-    lines = [delimiter.join(rows[0]), *(delimiter.join(map(quoted, row.values())) for row in rows)]
-    data = ("\r\n".join(lines) + "\r\n").encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def write_parquet(path: Path, rows: list[dict]) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
 
 
 def read(path: Path | str, split: str = "train", need_targets: bool = True, **settings) -> Corpus:
@@ -56,15 +26,10 @@ def rows_of(corpus: Corpus) -> list[dict]:
     ]
 
 
-def array(path: Path, rows: list[dict]) -> Path:
-    path.write_text("\n" + json.dumps(rows, indent=1))
-    return path
-
-
 WRITERS = {
-    "train.jsonl": jsonl,
-    "train.json": array,
-    "train.json.gz": jsonl,
+    "train.jsonl": write_jsonl,
+    "train.json": write_json_array,
+    "train.json.gz": write_jsonl,
     "train.csv": write_csv,
     "train.csv.gz": write_csv,
     "train.tsv": lambda path, rows: write_csv(path, rows, "\t"),
@@ -87,8 +52,8 @@ def test_every_format_gives_the_same_rows_and_fingerprint(tmp_path, name):
 
 
 def test_fingerprint_sees_every_text_and_the_border_between_two(tmp_path):
-    one = read(jsonl(tmp_path / "1.jsonl", [{"source": "ab", "target": "c"}]))
-    two = read(jsonl(tmp_path / "2.jsonl", [{"source": "a", "target": "bc"}]))
+    one = read(write_jsonl(tmp_path / "1.jsonl", [{"source": "ab", "target": "c"}]))
+    two = read(write_jsonl(tmp_path / "2.jsonl", [{"source": "a", "target": "bc"}]))
     assert one.fingerprint != two.fingerprint
 
 
@@ -106,19 +71,19 @@ def test_fingerprint_sees_every_text_and_the_border_between_two(tmp_path):
     ],
 )
 def test_known_columns_are_found(tmp_path, row, expected):
-    corpus = read(jsonl(tmp_path / "x.jsonl", [row]))
+    corpus = read(write_jsonl(tmp_path / "x.jsonl", [row]))
     assert (corpus.ids[0], corpus.sources[0], corpus.targets[0]) == expected
 
 
 def test_named_columns_reach_into_objects(tmp_path):
     rows = [{"meta": {"key": "k1"}, "pair": {"en": "s", "de": "t", "fr": "u"}, "id": 1}]
     columns = Columns(source="pair.en", target="pair.fr", id="meta.key")
-    corpus = read(jsonl(tmp_path / "x.jsonl", rows), columns=columns)
+    corpus = read(write_jsonl(tmp_path / "x.jsonl", rows), columns=columns)
     assert (corpus.ids, corpus.sources, corpus.targets) == (["k1"], ["s"], ["u"])
 
 
 def test_unknown_columns_are_listed_with_the_yaml_to_write(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [{"body": "s", "extra": {"title": "t"}}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"body": "s", "extra": {"title": "t"}}])
     with pytest.raises(UserError, match=r"body, extra\.title.*columns: \{source: body, target: extra\.title\}"):
         read(path)
     with pytest.raises(UserError, match=r"no column 'bodi'.*body, extra\.title"):
@@ -149,7 +114,7 @@ def test_folder_of_splits_and_shards(tmp_path):
     write_parquet(tmp_path / "train-00001-of-00002.parquet", ROWS[2:])
     write_parquet(tmp_path / "train-00000-of-00002.parquet", ROWS[:2])
     for i in (10, 9):
-        jsonl(tmp_path / f"dev.{i}.jsonl", [{"source": f"s{i}", "target": "t"}])
+        write_jsonl(tmp_path / f"dev.{i}.jsonl", [{"source": f"s{i}", "target": "t"}])
     (tmp_path / "README.md").write_text("no data")
     dataset = Dataset(name=str(tmp_path))
     assert split_names(dataset) == ["train", "validation"]
@@ -164,19 +129,18 @@ def test_folder_of_splits_and_shards(tmp_path):
 
 
 def test_two_files_for_one_split_are_refused(tmp_path):
-    jsonl(tmp_path / "val.jsonl", ROWS)
+    write_jsonl(tmp_path / "val.jsonl", ROWS)
     write_csv(tmp_path / "validation.csv", ROWS)
     with pytest.raises(UserError, match=r"val\.jsonl and validation\.csv both look like the validation split"):
         read(tmp_path, "validation")
 
 
 def test_one_file_is_one_split(tmp_path):
-    assert split_names(Dataset(name=str(jsonl(tmp_path / "mine.jsonl", ROWS)))) == ["train"]
-    assert split_names(Dataset(name=str(jsonl(tmp_path / "test.jsonl.gz", ROWS)))) == ["test"]
+    assert split_names(Dataset(name=str(write_jsonl(tmp_path / "mine.jsonl", ROWS)))) == ["train"]
+    assert split_names(Dataset(name=str(write_jsonl(tmp_path / "test.jsonl.gz", ROWS)))) == ["test"]
     assert rows_of(read(tmp_path / "mine.jsonl", "test")) == ROWS
 
 
-GOOD = {"id": "g", "source": "good", "target": "fine"}
 BAD = [
     ({"id": "1", "source": 5, "target": "t"}, "source: expected a text, found a number"),
     ({"id": "2", "source": None, "target": "t"}, "source: expected a text, found null"),
@@ -195,7 +159,7 @@ BAD = [
 
 @pytest.mark.parametrize(("bad", "reason"), BAD)
 def test_bad_row_stops_with_file_row_and_remedy_or_is_skipped(tmp_path, bad, reason):
-    path = jsonl(tmp_path / "x.jsonl", [GOOD, "", bad, {**GOOD, "id": "h"}])
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, "", bad, {**GOOD, "id": "h"}])
     with pytest.raises(UserError) as caught:
         read(path)
     assert "1 rows that cannot be used; correct them, or skip them with --skip-bad-rows" in str(caught.value)
@@ -206,14 +170,14 @@ def test_bad_row_stops_with_file_row_and_remedy_or_is_skipped(tmp_path, bad, rea
 
 
 def test_many_bad_rows_are_counted_and_the_first_listed(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [GOOD, *({"id": str(i), "source": "", "target": "t"} for i in range(9))])
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, *({"id": str(i), "source": "", "target": "t"} for i in range(9))])
     with pytest.raises(UserError, match=r"(?s)^9 rows that cannot be used.*:2:.*:6:.*and 4 more$"):
         read(path)
 
 
 @pytest.mark.parametrize("bad", ['{"id": ', '{"source": "s\udcff"}', "[1]"])
 def test_a_file_may_begin_with_many_bad_rows(tmp_path, bad):
-    path = jsonl(tmp_path / "x.jsonl", [*[bad] * 150, GOOD])
+    path = write_jsonl(tmp_path / "x.jsonl", [*[bad] * 150, GOOD])
     corpus = read(path, skip_bad_rows=True)
     assert (corpus.ids, len(corpus.skipped), corpus.skipped[-1].row) == (["g"], 150, 150)
     with pytest.raises(UserError, match=r"(?s)^150 rows that cannot be used;.*--skip-bad-rows.*x\.jsonl:1: .*145 more"):
@@ -222,13 +186,13 @@ def test_a_file_may_begin_with_many_bad_rows(tmp_path, bad):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_file_of_bad_rows_alone_is_refused_with_the_first(tmp_path, skip):
-    path = jsonl(tmp_path / "x.jsonl", ["{", ' "id": 1', "}"])
+    path = write_jsonl(tmp_path / "x.jsonl", ["{", ' "id": 1', "}"])
     with pytest.raises(UserError, match=r"(?s)^3 rows .*no other rows.*one JSON object per line.*x\.jsonl:1: invalid"):
         read(path, skip_bad_rows=skip)
 
 
 def test_the_column_of_broken_json_is_that_of_its_line(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [GOOD, '{"id": 1, ', '{"id": }\r', '{"id":\r'])
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, '{"id": 1, ', '{"id": }\r', '{"id":\r'])
     reasons = [row.reason for row in read(path, skip_bad_rows=True).skipped]
     assert [reason.rpartition(" at ")[2] for reason in reasons] == ["column 11", "column 8", "column 7"]
 
@@ -255,7 +219,7 @@ def test_long_csv_field(tmp_path):
 
 
 def test_duplicate_ids_name_both_rows(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "id": "h"}, {**GOOD, "source": "other"}])
+    path = write_jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "id": "h"}, {**GOOD, "source": "other"}])
     with pytest.raises(UserError, match=rf"x\.jsonl:3: id 'g' is also that of {path}:1"):
         read(path, skip_bad_rows=True)
     numbered = read(path, columns=Columns(source="source", target="target", id=""))
@@ -266,19 +230,19 @@ def test_duplicate_ids_name_both_rows(tmp_path):
 
 
 def test_unlabelled_rows_are_read_where_targets_are_not_needed(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [{"document": "s1"}, {"document": "s2"}])
+    path = write_jsonl(tmp_path / "x.jsonl", [{"document": "s1"}, {"document": "s2"}])
     with pytest.raises(UserError, match="document"):
         read(path)
     corpus = read(path, need_targets=False)
     assert (corpus.labelled, corpus.sources, corpus.targets) == (False, ["s1", "s2"], ["", ""])
-    jsonl(path, [{"document": "s1", "summary": "t"}, {"document": "s2", "summary": None}])
+    write_jsonl(path, [{"document": "s1", "summary": "t"}, {"document": "s2", "summary": None}])
     assert read(path, need_targets=False).targets == ["", ""]
-    jsonl(path, ROWS)
+    write_jsonl(path, ROWS)
     assert read(path, need_targets=False).fingerprint == read(path).fingerprint
 
 
 def test_caps_stop_early(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [*({"source": f"s{i}", "target": "t"} for i in range(5)), "broken"])
+    path = write_jsonl(tmp_path / "x.jsonl", [*({"source": f"s{i}", "target": "t"} for i in range(5)), "broken"])
     assert read(path, train_rows=3).sources == ["s0", "s1", "s2"]
     with pytest.raises(UserError, match="invalid JSON"):
         read(path, test_rows=3)
@@ -294,7 +258,7 @@ def _cut(path: Path) -> Path:
 def test_damaged_files(tmp_path):
     many = [{"source": str(i) * 50, "target": hashlib.sha256(str(i).encode()).hexdigest()} for i in range(500)]
     with pytest.raises(UserError, match="damaged or cut short"):
-        read(_cut(jsonl(tmp_path / "x.jsonl.gz", many)))
+        read(_cut(write_jsonl(tmp_path / "x.jsonl.gz", many)))
     (tmp_path / "y.jsonl.gz").write_text("plain text")
     with pytest.raises(UserError, match="damaged"):
         read(tmp_path / "y.jsonl.gz")

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import ValidationError
 
-from raydistill.config.run import Curation, Dataset, LabelSource
+from raydistill.config.label_sources import LabelSource
+from raydistill.config.run import Curation, Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
 from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows

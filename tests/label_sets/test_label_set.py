@@ -7,7 +7,7 @@ from subprocess import PIPE, Popen
 import pyarrow.parquet as pq
 import pytest
 
-from raydistill.config.run import LabelSource, parse_labels
+from raydistill.config.label_sources import LabelSource, parse_labels
 from raydistill.core.errors import UserError
 from raydistill.label_sets import label_set
 from raydistill.label_sets.label_set import (
@@ -198,7 +198,7 @@ def pseudo(tmp_path, **targets):
 def targets_of(ids, originals, source, found):
     """`select_targets` with one label set for every source that needs one."""
     parts = parse_labels(source)
-    return select_targets(ids, originals, parts, {part.source: found for part in parts} if found else {})
+    return select_targets(ids, originals, parts, {part.spec: found for part in parts} if found else {})
 
 
 def test_original_labels_are_the_corpus_itself(tmp_path):
@@ -242,7 +242,7 @@ def test_several_teachers_labels_stand_beside_the_original_with_weights(tmp_path
     """The paper's Orig+PL+PL; a weight says how often an epoch reads a source."""
     other = pseudo(tmp_path, a="UNO", b="DOS", c="TRES")
     parts = parse_labels("original*2 + pseudo + sets/other")
-    assert [(p.source, p.other_teacher) for p in parse_labels("pseudo+pseudo@pegasus")] == [
+    assert [(p.spec, p.other_teacher) for p in parse_labels("pseudo+pseudo@pegasus")] == [
         ("pseudo", None),
         ("pseudo@pegasus", "pegasus"),
     ]
@@ -273,7 +273,8 @@ def test_halves_of_two_sources_are_not_of_the_same_rows(tmp_path):
 @pytest.mark.parametrize("wrong", ["original+", "pseudo*", "pseudo*0", "pseudo*-1", "pseudo*inf", "pseudo*x", ""])
 def test_what_is_no_source_is_said(wrong):
     with pytest.raises(
-        ValueError, match="is no source; expected original, pseudo, pseudo@TEACHER or a label set's folder"
+        ValueError,
+        match=r"invalid label source .*; expected original, pseudo, pseudo@TEACHER or the folder of a label set",
     ):
         parse_labels(wrong)
     with pytest.raises(ValueError, match=r"pseudo is given twice.*pseudo\*2"):

@@ -69,7 +69,7 @@ def pass_of(root, examples, layers=(0, 2), numbers=FP32, encoder=True):
 
 def states_of(teacher, examples, i):
     """Encoder states and decoder layers of one example alone, by transformers' own forward."""
-    source, target = examples.sources[examples.rows[i]], examples.targets[i]
+    source, target = examples.sources[examples.source_indices[i]], examples.targets[i]
     with torch.no_grad():
         out = teacher(
             input_ids=torch.tensor([source]), labels=torch.tensor([target]), output_hidden_states=True, use_cache=False
@@ -88,7 +88,7 @@ def test_states_are_those_of_each_row_alone_in_its_real_positions(teacher, tmp_p
     build_cache(work, teacher)
     assert len(work.parts) > 2
     encoded, decoded = open_encoder_states(work), open_decoder_states(work)
-    for i, row in enumerate(examples.rows):
+    for i, row in enumerate(examples.source_indices):
         states, layers = states_of(teacher, examples, i)
         assert near(encoded.read_flat([row]), states)
         for layer in (0, 2):
@@ -233,7 +233,7 @@ def test_keys_tell_teachers_sources_labels_and_numbers_apart(tmp_path):
     ]
     names = {work.encoder_store.name for work in (base, *others)}
     assert len(names) == 5
-    relabelled = Examples(pairs().sources, [[7, 2]] * 9, pairs().rows)
+    relabelled = Examples(pairs().sources, [[7, 2]] * 9, pairs().source_indices)
     assert pass_of(tmp_path, relabelled).encoder_store == base.encoder_store
     assert pass_of(tmp_path, relabelled).decoder_stores != base.decoder_stores
     assert pass_of(tmp_path, pairs(), [1]).decoder_stores == base.decoder_stores
@@ -328,7 +328,7 @@ def test_a_pass_holds_the_union_of_what_runs_read(tmp_path, teacher):
             }
         )
 
-    examples = {"original": pairs(), "pseudo": Examples(pairs().sources, [[7, 2]] * 9, pairs().rows)}
+    examples = {"original": pairs(), "pseudo": Examples(pairs().sources, [[7, 2]] * 9, pairs().source_indices)}
     runs = [
         (run("sft", "2-1"), "full"),
         (run("kd", "2-2"), "full"),  # supervised by layers 1 and 2
@@ -387,7 +387,7 @@ def test_xsum_at_full_size_is_about_170_gb_of_encoder_states():
     """BART-large's configuration is the class's own; 204,017 rows of 358 words (the paper's Table 3)."""
     from transformers import BartConfig
 
-    rows, source, target = DATASETS["xsum"].paper
+    rows, source, target = DATASETS["xsum"].paper_stats
     run = Run.model_validate(
         {"name": "r", "teacher": "bart", "dataset": "xsum", "method": "kd", "student": {"size": "12-3"}}
     )

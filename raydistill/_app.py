@@ -1,0 +1,37 @@
+"""What the commands share: the typer application, and exit statuses for errors."""
+
+import io
+import sys
+
+import typer
+
+from raydistill.core.errors import UserError, describe_os_error
+from raydistill.core.secrets import redact
+
+
+def make_app() -> typer.Typer:
+    """The typer application of a command."""
+    return typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command, and turn errors that the user can correct into a message and an exit status.
+
+    UserError: status 2. OSError, such as a full disk: status 1. KeyboardInterrupt: status 130.
+    Other exceptions keep their traceback.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names need not be UTF-8. Python sets this error handler for stderr only.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except UserError as error:
+        # Ray wraps an exception of a task, with the task's traceback in the text of the wrapper.
+        print(f"error: {redact(str(getattr(error, 'cause', error)))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {redact(describe_os_error(getattr(error, 'cause', error)))}", file=sys.stderr)
+        sys.exit(1)
