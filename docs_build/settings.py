@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from docs_build.markdown import cell, code, table
-from docs_build.meanings import MEANINGS
 from raydistill.config import presets
 from raydistill.config.run import Run
 from raydistill.config.schema import json_schema
-from raydistill.config.space import COST_METRICS
+from raydistill.config.space import COST_METRICS, Space
 
 Schema = dict[str, Any]
 COLUMNS = ["key", "type", "default", "meaning"]
@@ -34,35 +33,42 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
 
 
-class MissingMeaning(Exception):
-    """A key that neither the schema nor `MEANINGS` describes."""
-
-
-def settings_page() -> str:
-    """The whole page, in Markdown. MissingMeaning: the schema has keys without a description."""
-    run, space = Run.model_json_schema(), json_schema()
-    missing: list[str] = []
-    varying = varying_keys(space)
-    parts = [INTRODUCTION, "## Run files", "", f"Keys marked with {VARIES} may be distributions in a space file.", ""]
-    parts += [_rendered(section) for section in sections(run, "", missing, varying)]
-    space["properties"]["run"] = {"type": "object", "description": MEANINGS["space.run"]}
-    parts += ["## Space files", ""]
-    parts += [_rendered(section) for section in sections(space, "", missing, prefix="space.")]
-    parts += ["### Distributions", "", MEANINGS["distributions"], ""]
-    distribution = {"properties": space["$defs"]["Distribution"]["anyOf"][0]["properties"]}
-    parts += [_rendered(section) for section in sections(distribution, "", missing, prefix="distribution.")]
-    parts += ["### Budgets", "", MEANINGS["budgets"], ""]
-    rows = [[code(name), cell(_meaning(f"budget.{name}", {}, missing))] for name in COST_METRICS]
-    parts += [table(["bound", "meaning"], rows), ""]
-    parts += _named()
-    if missing:
-        raise MissingMeaning(
-            "these keys have no description; add one to the model's Field(description=...): " + ", ".join(missing)
-        )
-    return "\n".join(parts)
+class MissingDescription(Exception):
+    """A key of the models has no `Field(description=...)`."""
 
 
 VARIES = "\\*"
+DISTRIBUTIONS = """\
+A distribution takes the place of a value in the `run` section. It has exactly one of the keys `choice`, `uniform`,
+`log_uniform` and `int`, and may have `when`. `{cases: [...]}` lists several distributions for one key,
+each with its own `when`.
+"""
+BUDGETS = """\
+`budgets` maps a name to upper bounds. A bound is a number, or a share of the teacher's value such as `"50%"`.
+Bounds are inclusive.
+"""
+
+
+def settings_page() -> str:
+    """The page in Markdown; MissingDescription if a key of the schema has no description."""
+    run, space = Run.model_json_schema(), json_schema()
+    varying = varying_keys(space)
+    missing: list[str] = []
+    # The section `run` of a space has the keys of the run file, which are listed once.
+    space["properties"]["run"] = {"type": "object", "description": Space.model_fields["run"].description}
+    distribution = {"properties": space["$defs"]["Distribution"]["anyOf"][0]["properties"]}
+    parts = [INTRODUCTION, "## Run files", "", f"Keys marked with {VARIES} may be distributions in a space file.", ""]
+    parts += [_rendered(section) for section in sections(run, "", missing, varying)]
+    parts += ["## Space files", ""]
+    parts += [_rendered(section) for section in sections(space, "", missing)]
+    parts += ["### Distributions", "", DISTRIBUTIONS]
+    parts += [_rendered(section) for section in sections(distribution, "", missing)]
+    parts += ["### Budgets", "", BUDGETS]
+    parts += [table(["bound", "meaning"], [[code(name), cell(text)] for name, text in COST_METRICS.items()]), ""]
+    parts += _preset_tables()
+    if missing:
+        raise MissingDescription(f"add Field(description=...) to the models for these keys: {', '.join(missing)}")
+    return "\n".join(parts)
 
 
 def varying_keys(space: Schema) -> set[str]:
@@ -84,30 +90,37 @@ def varying_keys(space: Schema) -> set[str]:
     return walk(definitions["RunSpace"], "") - {"name"}  # of a trial, not of the space
 
 
-def sections(
-    schema: Schema, at: str, missing: list[str], varying: set[str] | None = None, prefix: str = ""
-) -> list[Section]:
-    """A section for the keys of `schema`, and one for each model within, depth first.
+def sections(schema: Schema, at: str, missing: list[str], varying: set[str] | None = None) -> list[Section]:
+    """A section for the keys of `schema`, and one for each nested model, depth first.
 
-    `missing` receives the keys without a description; `prefix` distinguishes equal keys of run and space files.
+    Args:
+        schema: the JSON schema of a model.
+        at: the dotted key where the model is used; empty for the file itself.
+        missing: receives the keys without a description.
+        varying: dotted keys to mark.
     """
     definitions = schema.get("$defs", {})
     section = Section(at, schema.get("description", ""))
-    inner_sections: list[Section] = []
+    nested_sections: list[Section] = []
     for name, value in schema["properties"].items():
         key = f"{at}.{name}" if at else name
-        if inner := _model(value, definitions):
-            inner_sections += sections({**inner, "$defs": definitions}, key, missing, varying, prefix)
+        if nested := _model(value, definitions):
+            # The description of a field is more specific than the docstring of its model.
+            description = value.get("description") or nested.get("description", "")
+            nested = {**nested, "$defs": definitions, "description": description}
+            nested_sections += sections(nested, key, missing, varying)
             continue
+        if not value.get("description"):
+            missing.append(key)
         default = "required" if name in schema.get("required", ()) else _default(value)
         mark = VARIES if varying and key in varying else ""
-        meaning = cell(_meaning(prefix + key, value, missing))
-        section.rows.append([code(key) + mark, cell(type_name(value, definitions)), default, meaning])
-    return ([section] if section.rows else []) + inner_sections
+        description = cell(value.get("description", ""))
+        section.rows.append([code(key) + mark, cell(type_name(value, definitions)), default, description])
+    return ([section] if section.rows else []) + nested_sections
 
 
 def type_name(value: Schema, definitions: Schema) -> str:
-    """A JSON schema's type in words, such as `integer >= 1`."""
+    """The type of a JSON schema in words, such as `integer ≥ 1`."""
     if "$ref" in value:
         return type_name(definitions[value["$ref"].rsplit("/", 1)[1]], definitions)
     if "anyOf" in value:
@@ -143,21 +156,13 @@ def _default(value: Schema) -> str:
     return code(default if isinstance(default, str) and default else json.dumps(default))
 
 
-def _meaning(key: str, value: Schema, missing: list[str]) -> str:
-    meaning = value.get("description") or MEANINGS.get(key)
-    if not meaning:
-        missing.append(key)
-        return ""
-    return str(meaning)
-
-
 def _model(value: Schema, definitions: Schema) -> Schema | None:
-    """The model with keys of its own that a property refers to, optional or not."""
+    """The model that a property refers to, optional or not; None if the property is a plain value."""
     options = [option for option in value.get("anyOf", [value]) if option.get("type") != "null"]
     for option in options:
-        found = definitions.get(option.get("$ref", "").rsplit("/", 1)[-1], {})
-        if "properties" in found:
-            return dict(found)
+        definition = definitions.get(option.get("$ref", "").rsplit("/", 1)[-1], {})
+        if "properties" in definition:
+            return dict(definition)
     return None
 
 
@@ -167,8 +172,8 @@ def _rendered(section: Section) -> str:
     return "\n".join([*heading, *text, table(COLUMNS, section.rows), ""])
 
 
-def _named() -> list[str]:
-    """Tables of the named data sets and teachers."""
+def _preset_tables() -> list[str]:
+    """The tables of named data sets and teachers."""
     data = [
         [code(name), code(preset.hub), preset.metric, str(preset.max_source_tokens), str(preset.max_target_tokens)]
         for name, preset in presets.DATASETS.items()

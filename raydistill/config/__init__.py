@@ -1,1 +1,1 @@
-"""Floor 0: what a run is, which of its values may be distributions, the named teachers and data sets."""
+"""Configuration of runs and sweeps: models, search spaces, presets, and the loading of YAML files."""

@@ -1,11 +1,13 @@
-"""Walks over a space without a sampler: its corners, to check them all, and the points to try first."""
+"""Points of a space without a sampler: its corners, which are validated, and the points that a sweep tries first."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 from raydistill.config.distributions import (
     Scalar,
+    SpaceError,
     decode_choice,
     encode_choice,
     is_json_value,
@@ -17,60 +19,48 @@ MAX_CORNERS = 20_000
 
 
 def iter_corners(run: dict[str, Any], limit: int = MAX_CORNERS) -> Iterator[dict[str, Any]]:
-    """Every combination of choices and range ends, or `limit` drawn at random where there are more."""
-    walk = _CornerTrial()
+    """Yield every combination of choices and range bounds, as values by dotted key.
+
+    If there are more than `limit` combinations: the first `limit` in order, then `limit` at random (with a fixed
+    seed, with repetition).
+    """
+    trial = _CornerTrial()
     count = 0
     while count < limit:
-        yield suggest_params(run, walk)
+        yield suggest_params(run, trial)
         count += 1
-        if not walk.advance():
+        if not trial.advance():
             return
-    draw = _RandomCornerTrial(random.Random(0))
+    random_trial = _RandomCornerTrial(random.Random(0))
     for _ in range(limit):
-        yield suggest_params(run, draw)
+        yield suggest_params(run, random_trial)
 
 
 def resolve_point(run: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
-    """A first point's values by dotted key, checked to lie in the space.
+    """Complete a point of the space.
 
-    Keys of the point are dotted keys of the run; a value that the point leaves out takes the first choice
-    or the lower end.
+    Args:
+        run: the run section of a space.
+        point: values by dotted key.
+
+    Returns:
+        Values by dotted key; parameters that `point` omits have their first choice or lower bound.
+
+    Raises:
+        SpaceError: a value is outside its distribution, or a key has no active distribution.
     """
-    walk = _PointTrial(run, point)
-    chosen = suggest_params(run, walk)
-    unknown = set(point) - set(chosen)
+    params = suggest_params(run, _PointTrial(run, point))
+    unknown = set(point) - set(params)
     if unknown:
-        raise ValueError(f"points: {', '.join(sorted(unknown))} is no distribution that holds at {chosen}")
-    return chosen
+        raise SpaceError("points", f"{', '.join(sorted(unknown))} is not an active parameter for {params}")
+    return params
 
 
-class _CornerTrial:
-    """A depth-first walk over all corners: replays a prefix of positions, and moves on at the end."""
+class _BoundsTrial(ABC):
+    """Suggests choices and range bounds only."""
 
-    def __init__(self) -> None:
-        self.indices: list[int] = []
-        self.sizes: list[int] = []
-        self.depth = 0
-
-    def _select(self, values: list[Any]) -> Any:
-        if self.depth == len(self.indices):
-            self.indices.append(0)
-            self.sizes.append(len(values))
-        self.sizes[self.depth] = len(values)
-        value = values[self.indices[self.depth]]
-        self.depth += 1
-        return value
-
-    def advance(self) -> bool:
-        self.indices, self.sizes = self.indices[: self.depth], self.sizes[: self.depth]
-        self.depth = 0
-        while self.indices:
-            self.indices[-1] += 1
-            if self.indices[-1] < self.sizes[-1]:
-                return True
-            self.indices.pop()
-            self.sizes.pop()
-        return False
+    @abstractmethod
+    def _select(self, values: list[Any]) -> Any: ...
 
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any:
         return self._select(choices)
@@ -82,29 +72,58 @@ class _CornerTrial:
         return int(self._select(list(dict.fromkeys((low, high)))))
 
 
-class _RandomCornerTrial(_CornerTrial):
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__()
-        self.rng = rng
+class _CornerTrial(_BoundsTrial):
+    """Depth-first enumeration: each pass repeats the previous selections up to the last one that can advance."""
+
+    def __init__(self) -> None:
+        self._indices: list[int] = []
+        self._num_choices: list[int] = []
+        self._depth = 0
 
     def _select(self, values: list[Any]) -> Any:
-        return self.rng.choice(values)
+        if self._depth == len(self._indices):
+            self._indices.append(0)
+            self._num_choices.append(len(values))
+        self._num_choices[self._depth] = len(values)
+        value = values[self._indices[self._depth]]
+        self._depth += 1
+        return value
+
+    def advance(self) -> bool:
+        """Start the next pass; False if all combinations have been enumerated."""
+        self._indices, self._num_choices = self._indices[: self._depth], self._num_choices[: self._depth]
+        self._depth = 0
+        while self._indices:
+            self._indices[-1] += 1
+            if self._indices[-1] < self._num_choices[-1]:
+                return True
+            self._indices.pop()
+            self._num_choices.pop()
+        return False
 
 
-class _PointTrial(_CornerTrial):
-    """Answers with the point's values; refuses a value that the distribution does not hold."""
+class _RandomCornerTrial(_BoundsTrial):
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def _select(self, values: list[Any]) -> Any:
+        return self._rng.choice(values)
+
+
+class _PointTrial:
+    """Suggests the values of a point; SpaceError for a value outside its distribution."""
 
     def __init__(self, run: dict[str, Any], point: dict[str, Any]) -> None:
-        super().__init__()
-        self.keys = {case.name: case.key for case in split_parameters(run)[1]}
-        self.point = point
+        self._key_by_name = {parameter.sampler_name: parameter.key for parameter in split_parameters(run)[1]}
+        self._point = point
 
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any:
-        wanted = self.point.get(self.keys[name], decode_choice(choices[0]))
-        wanted = encode_choice(wanted) if is_json_value(wanted) else wanted
-        if wanted not in choices:
-            raise ValueError(f"points: {self.keys[name]} {wanted!r} is none of {choices}")
-        return wanted
+        key = self._key_by_name[name]
+        value = self._point.get(key, decode_choice(choices[0]))
+        value = encode_choice(value) if is_json_value(value) else value
+        if value not in choices:
+            raise SpaceError("points", f"{key} {value!r} is not one of {choices}")
+        return value
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         return float(self._value_in_range(name, low, high))
@@ -113,7 +132,8 @@ class _PointTrial(_CornerTrial):
         return int(self._value_in_range(name, low, high))
 
     def _value_in_range(self, name: str, low: float, high: float) -> float:
-        wanted = self.point.get(self.keys[name], low)
-        if not isinstance(wanted, int | float) or not low <= wanted <= high:
-            raise ValueError(f"points: {self.keys[name]} {wanted!r} is not within [{low}, {high}]")
-        return wanted
+        key = self._key_by_name[name]
+        value = self._point.get(key, low)
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise SpaceError("points", f"{key} {value!r} is not within [{low}, {high}]")
+        return value

@@ -1,7 +1,8 @@
-"""Distributions in a run: what they are, in which order they are drawn, and a run filled with drawn values."""
+"""Distributions in the `run` section of a space: parsing, the order of suggestion, and a run with suggested values."""
 
 import json
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,47 +12,54 @@ from raydistill.config.validation import describe_error
 KINDS = ("choice", "uniform", "log_uniform", "int")
 JSON_PREFIXES = ("[", "{", '"')
 Scalar = str | int | float | bool | None
-Integer = int  # by another name, since a distribution has a field `int`
+Integer = int  # an alias, because `Distribution` has a field named `int`
+
+
+class SpaceError(ValueError):
+    """An invalid space. `key` is the dotted key of the space or of its run that is to blame."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
 
 
 class Distribution(BaseModel):
-    """One of `choice`, `uniform`, `log_uniform`, `int`; `when` says for which other values it holds."""
+    """A distribution: exactly one of `choice`, `uniform`, `log_uniform` and `int`, and optionally `when`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    choice: list[Any] | None = Field(None, min_length=1)
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
-    int: tuple[Integer, Integer] | None = None
-    when: dict[str, Any] | None = None
+    choice: list[Any] | None = Field(None, min_length=1, description="one of these values")
+    uniform: tuple[float, float] | None = Field(None, description="a number between two bounds")
+    log_uniform: tuple[float, float] | None = Field(
+        None, description="a number between two bounds above 0, uniform in its logarithm"
+    )
+    int: tuple[Integer, Integer] | None = Field(None, description="an integer between two bounds, both included")
+    when: dict[str, Any] | None = Field(
+        None,
+        description="values of other keys for which this distribution applies; elsewhere the key has its default",
+    )
 
     @model_validator(mode="after")
     def _check_kind(self) -> "Distribution":
-        given = [kind for kind in KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"exactly one of {', '.join(KINDS)} is needed, found {given or 'none'}")
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"exactly one of {', '.join(KINDS)} is needed, got {kinds or 'none'}")
         for value in self.choice or []:
             if not is_json_value(value):
-                raise ValueError(f"choice {value!r}: expected text, numbers, lists, or mappings with text keys")
-        ends = self.uniform or self.log_uniform or self.int
-        if ends and ends[0] > ends[1]:
-            raise ValueError(f"{given[0]} {list(ends)}: the lower end is above the upper")
+                raise ValueError(f"choice {value!r}: expected strings, numbers, lists, or mappings with string keys")
+        bounds = self.uniform or self.log_uniform or self.int
+        if bounds and bounds[0] > bounds[1]:
+            raise ValueError(f"{kinds[0]} {list(bounds)}: the lower bound is above the upper bound")
         if self.log_uniform and self.log_uniform[0] <= 0:
-            raise ValueError(f"log_uniform {list(self.log_uniform)}: the lower end must be above 0")
+            raise ValueError(f"log_uniform {list(self.log_uniform)}: the lower bound must be above 0")
         return self
-
-    @property
-    def corners(self) -> list[Any]:
-        """The values to check before anything starts: all choices, or both ends of a range."""
-        if self.choice is not None:
-            return list(self.choice)
-        ends = self.uniform or self.log_uniform or self.int
-        assert ends is not None
-        return list(dict.fromkeys(ends))
 
 
 class TrialLike(Protocol):
-    """What is needed of an optuna trial (or of a walk over the corners) to fill a space."""
+    """The methods of an Optuna trial that suggest values. `config.corners` implements them without a sampler."""
 
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
@@ -60,43 +68,49 @@ class TrialLike(Protocol):
 
 @dataclass(frozen=True)
 class SearchParameter:
-    """A distribution at a place of the run, under the name that the sampler knows it by."""
+    """A distribution of a run.
+
+    Attributes:
+        key: dotted key in the run.
+        sampler_name: the name of the parameter in the sampler: `key`, or `key@i` for case i of several.
+        distribution: the distribution of the values.
+    """
 
     key: str
-    name: str
+    sampler_name: str
     distribution: Distribution
 
     def is_active(self, values: dict[str, Any]) -> bool:
-        """Whether `when` holds for the values chosen so far (and the run's fixed ones)."""
+        """Whether `when` is true for the values (fixed or suggested) of the other keys."""
         return all(
-            values.get(key) in (wanted if isinstance(wanted, list) else [wanted])
-            for key, wanted in (self.distribution.when or {}).items()
+            values.get(key) in (allowed if isinstance(allowed, list) else [allowed])
+            for key, allowed in (self.distribution.when or {}).items()
         )
 
     def suggest(self, trial: TrialLike) -> Any:
-        """Ask for a value. Lists go as JSON text, since samplers know only scalars."""
+        """Let `trial` suggest a value. Samplers support scalar choices only, so lists are encoded as JSON."""
         d = self.distribution
         if d.choice is not None:
-            return decode_choice(trial.suggest_categorical(self.name, [encode_choice(v) for v in d.choice]))
+            return decode_choice(trial.suggest_categorical(self.sampler_name, [encode_choice(v) for v in d.choice]))
         if d.int is not None:
-            return trial.suggest_int(self.name, *d.int)
+            return trial.suggest_int(self.sampler_name, *d.int)
         low, high = d.uniform or d.log_uniform or (0.0, 0.0)
-        return trial.suggest_float(self.name, low, high, log=d.log_uniform is not None)
+        return trial.suggest_float(self.sampler_name, low, high, log=d.log_uniform is not None)
 
 
 def is_json_value(value: Any) -> bool:
-    """Whether a value is made of what JSON knows, keys of mappings being text."""
+    """Whether a value consists of JSON types only, with strings as keys of mappings."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and is_json_value(inner) for key, inner in value.items())
+        return all(isinstance(key, str) and is_json_value(item) for key, item in value.items())
     if isinstance(value, list):
         return all(map(is_json_value, value))
     return value is None or isinstance(value, str | int | float)
 
 
 def encode_choice(value: Any) -> Scalar:
-    """A value as a scalar: lists and mappings become JSON text, and so does text that could be taken for such."""
-    structured = isinstance(value, list | dict) or (isinstance(value, str) and value.startswith(JSON_PREFIXES))
-    return json.dumps(value, sort_keys=True) if structured else value
+    """Encode lists and mappings as JSON text; also strings that could be mistaken for such text."""
+    is_ambiguous = isinstance(value, list | dict) or (isinstance(value, str) and value.startswith(JSON_PREFIXES))
+    return json.dumps(value, sort_keys=True) if is_ambiguous else value
 
 
 def decode_choice(value: Scalar) -> Any:
@@ -105,35 +119,43 @@ def decode_choice(value: Scalar) -> Any:
 
 
 def split_parameters(run: dict[str, Any]) -> tuple[dict[str, Any], list[SearchParameter]]:
-    """The fixed values of a run by dotted key, and its distributions in an order that `when` allows."""
+    """Split a run into fixed values by dotted key, and parameters sorted so that `when` names earlier ones only.
+
+    Raises:
+        SpaceError: a distribution is invalid, or `when` conditions name unknown keys or are circular.
+    """
     fixed: dict[str, Any] = {}
-    cases: list[SearchParameter] = []
-    _collect_parameters(run, "", fixed, cases)
-    return fixed, _sort_by_conditions(cases, fixed)
+    parameters: list[SearchParameter] = []
+    _collect_parameters(run, "", fixed, parameters)
+    return fixed, _sort_by_conditions(parameters, fixed)
 
 
 def suggest_params(run: dict[str, Any], trial: TrialLike) -> dict[str, Any]:
-    """The chosen values by dotted key: asks `trial` for each distribution whose `when` holds."""
-    fixed, cases = split_parameters(run)
+    """Let `trial` suggest a value for each parameter whose `when` is true; returns values by dotted key.
+
+    Raises:
+        SpaceError: as `split_parameters`, and if two cases of one key are active.
+    """
+    fixed, parameters = split_parameters(run)
     values = dict(fixed)
-    chosen: dict[str, Any] = {}
-    for case in cases:
-        if case.is_active(values):
-            if case.key in chosen:
-                raise ValueError(f"{case.key}: two cases hold at once for {chosen}")
-            values[case.key] = chosen[case.key] = case.suggest(trial)
-    return chosen
+    params: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.is_active(values):
+            if parameter.key in params:
+                raise SpaceError(parameter.key, f"two cases apply at once for {params}")
+            values[parameter.key] = params[parameter.key] = parameter.suggest(trial)
+    return params
 
 
 def fill_run(run: dict[str, Any], params: dict[str, Any], name: str) -> dict[str, Any]:
-    """The run's data with the chosen values in place; a distribution that does not apply is left out."""
+    """The data of a run with the values of `params` in place of distributions; others are removed."""
     data = _without_distributions(run)
     for key, value in params.items():
-        place = data
+        mapping = data
         *parents, last = key.split(".")
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+            mapping = mapping.setdefault(parent, {})
+        mapping[last] = value
     return {**data, "name": name}
 
 
@@ -142,61 +164,68 @@ def _is_distribution(value: Any) -> bool:
 
 
 def _collect_parameters(
-    value: dict[str, Any], prefix: str, fixed: dict[str, Any], parameters: list[SearchParameter]
+    mapping: dict[str, Any], prefix: str, fixed: dict[str, Any], parameters: list[SearchParameter]
 ) -> None:
-    for name, inner in value.items():
+    """Add the values of a nested mapping to `fixed` and its distributions to `parameters`."""
+    for name, value in mapping.items():
         key = f"{prefix}.{name}" if prefix else str(name)
-        if not _is_distribution(inner):
-            if isinstance(inner, dict):
-                _collect_parameters(inner, key, fixed, parameters)
-            else:
-                fixed[key] = inner
-            continue
-        listed = inner.get("cases", [inner])
-        if not isinstance(listed, list) or ("cases" in inner and len(inner) > 1):
-            raise ValueError(f"{key}: cases must be a list of distributions and stand alone")
-        for i, one in enumerate(listed):
-            try:
-                distribution = Distribution.model_validate(one)
-            except ValidationError as error:
-                wrong = error.errors(include_url=False)
-                parts = [
-                    (".".join(map(str, e["loc"])), describe_error(dict(e), Distribution, tuple(e["loc"])))
-                    for e in wrong
-                ]
-                reasons = "; ".join(f"{at}: {reason}" if at else reason for at, reason in parts)
-                raise ValueError(f"{key}: {reasons}") from None
-            parameters.append(SearchParameter(key, key if len(listed) == 1 else f"{key}@{i}", distribution))
+        if _is_distribution(value):
+            parameters += _parse_cases(key, value)
+        elif isinstance(value, dict):
+            _collect_parameters(value, key, fixed, parameters)
+        else:
+            fixed[key] = value
+
+
+def _parse_cases(key: str, data: dict[str, Any]) -> list[SearchParameter]:
+    """The parameter of a distribution, or one parameter per case of `{cases: [...]}`."""
+    cases = data.get("cases", [data])
+    if not isinstance(cases, list) or ("cases" in data and len(data) > 1):
+        raise SpaceError(key, "cases must be a list of distributions and the only key")
+    return [
+        SearchParameter(key, key if len(cases) == 1 else f"{key}@{i}", _parse_distribution(key, case))
+        for i, case in enumerate(cases)
+    ]
+
+
+def _parse_distribution(key: str, data: Any) -> Distribution:
+    try:
+        return Distribution.model_validate(data)
+    except ValidationError as error:
+        reasons = []
+        for item in error.errors(include_url=False):
+            location, reason = item["loc"], describe_error(dict(item), Distribution, tuple(item["loc"]))
+            reasons.append(f"{'.'.join(map(str, location))}: {reason}" if location else reason)
+        raise SpaceError(key, "; ".join(reasons)) from None
 
 
 def _sort_by_conditions(parameters: list[SearchParameter], fixed: dict[str, Any]) -> list[SearchParameter]:
-    """Cases so that what a `when` names comes first; ValueError for an unknown name or a circle."""
-    known = {case.key for case in parameters}
-    for case in parameters:
-        for key in case.distribution.when or {}:
-            if key not in known and key not in fixed:
-                raise ValueError(f"{case.key}: when names {key!r}, which the run does not set")
-    ordered: list[SearchParameter] = []
-    waiting = list(parameters)
-    while waiting:
-        ready = [
-            case
-            for case in waiting
-            if not any(
-                key in (w.key for w in waiting if w is not case) or key == case.key
-                for key in case.distribution.when or {}
-            )
-        ]
-        if not ready:
-            raise ValueError(f"when: {', '.join(sorted({c.key for c in waiting}))} depend on each other in a circle")
-        ordered += ready
-        waiting = [case for case in waiting if case not in ready]
-    return ordered
+    """Sort parameters topologically: after all parameters that their `when` names, else in the given order."""
+    keys = {parameter.key for parameter in parameters}
+    predecessors: dict[int, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        conditions = parameter.distribution.when or {}
+        for key in conditions:
+            if key not in keys and key not in fixed:
+                raise SpaceError(parameter.key, f"when names {key!r}, which the run does not set")
+        predecessors[i] = [j for j, other in enumerate(parameters) if other.key in conditions]
+    sorter = TopologicalSorter(predecessors)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = ", ".join(sorted({parameters[i].key for i in error.args[1]}))
+        raise SpaceError("when", f"circular conditions of {cycle}") from None
+    order: list[int] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        sorter.done(*ready)
+        order += ready
+    return [parameters[i] for i in order]
 
 
-def _without_distributions(value: dict[str, Any]) -> dict[str, Any]:
+def _without_distributions(mapping: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_distributions(inner) if isinstance(inner, dict) else inner
-        for key, inner in value.items()
-        if not _is_distribution(inner)
+        key: _without_distributions(value) if isinstance(value, dict) else value
+        for key, value in mapping.items()
+        if not _is_distribution(value)
     }

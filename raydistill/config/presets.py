@@ -1,4 +1,4 @@
-"""The named data sets and teachers, with the paper's lengths and decoding."""
+"""Named data sets and teachers, with the lengths and decoding of the paper."""
 
 import difflib
 import re
@@ -12,7 +12,18 @@ from raydistill.core.paths import raydistill_home
 
 @dataclass(frozen=True)
 class DatasetPreset:
-    """A data set by name: where it is, its columns, lengths in tokens, and its task's score."""
+    """A named data set.
+
+    Attributes:
+        hub: repository on the Hugging Face hub.
+        config: configuration of the hub data set.
+        revision: revision of the repository; default: its main branch.
+        columns: column names; default: detected.
+        metric: the score of the task.
+        max_source_tokens, max_target_tokens: lengths after truncation.
+        languages: source and target language codes, for mBART.
+        paper_stats: training rows, mean source words and mean target words in Table 3 of the paper.
+    """
 
     hub: str
     config: str | None = None
@@ -22,15 +33,19 @@ class DatasetPreset:
     max_source_tokens: int = 1024
     max_target_tokens: int = 128
     languages: tuple[str, str] | None = None
-    # Training rows, mean source and target words: the paper's Table 3.
     paper_stats: tuple[int, float, float] | None = None
 
 
 @dataclass(frozen=True)
 class TeacherPreset:
-    """A teacher for one data set: where it is, its decoding, its lengths in tokens, its languages (mBART, T5).
+    """A named teacher for one data set.
 
-    Precision is the family's: Pegasus overflows in fp16, so no command computes it so (`generate.open_engine`).
+    Attributes:
+        hub: repository on the Hugging Face hub.
+        revision: revision of the repository.
+        decoding: beam search settings.
+        max_source_tokens, max_target_tokens: lengths after truncation.
+        languages: source and target language codes, for mBART and T5.
     """
 
     hub: str
@@ -42,7 +57,7 @@ class TeacherPreset:
 
 
 DATASETS: dict[str, DatasetPreset] = {
-    # The hub's own Parquet conversion: the data set's main branch holds a loading script, which is never run.
+    # The hub's Parquet conversion: the main branch has a loading script, and code from the hub is never run.
     "xsum": DatasetPreset(
         "EdinburghNLP/xsum",
         revision="refs/convert/parquet",
@@ -70,8 +85,8 @@ DATASETS: dict[str, DatasetPreset] = {
     "demo": DatasetPreset("demo", max_source_tokens=128, max_target_tokens=32),
 }
 
-# Revisions are commits where one could be looked up in public code that names it (none was fetched: there is no hub
-# on the machine that this was written on). "main" is not pinned: its commit could not be looked up.
+# Revisions are commits that public code names; they were not downloaded, because this file was written offline.
+# Checkpoints without a known commit use the main branch and are not pinned.
 BART_CNN_REVISION = "37f520fa929c961707657b28798b30c003dd100b"
 PEGASUS_XSUM_REVISION = "8d8ffc158a3bee9fbb03afacdfc347c823c5ec8b"
 MBART_EN_RO_REVISION = "2534e987b9ed03c416bbbaefa1a39e3441439bdd"
@@ -122,8 +137,8 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
             max_source_tokens=128,
         ),
     },
-    # The paper's future work. T5 was trained on both tasks, among others; its config.json names their prefixes and,
-    # under task_specific_params, this decoding.
+    # The paper names T5 as future work. T5 was trained on both tasks; the decoding is from task_specific_params in its
+    # config.json.
     "t5": {
         "cnn_dailymail": TeacherPreset(
             "google-t5/t5-base",
@@ -146,16 +161,19 @@ DEMO_TEACHER_RUN = "demo-teacher"
 
 
 def default_dataset(teacher: str) -> str | None:
-    """The data set that a named teacher means when none is given: the first of its presets."""
+    """The default data set of a named teacher: the first of its presets; None for other teachers."""
     if teacher == "demo":
         return "demo"
     return next(iter(TEACHERS[teacher])) if teacher in TEACHERS else None
 
 
 def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
-    """The preset of a named teacher for a data set, or None where the teacher is a hub name or a path.
+    """The preset of a named teacher for a data set; None if the teacher is a hub name or a path.
 
-    A named teacher with a data set of one's own takes the preset of its first data set.
+    For a data set without a name, this is the preset of the teacher's first data set.
+
+    Raises:
+        UserError: there is no checkpoint of the teacher that is fine-tuned on the named data set.
     """
     if teacher not in TEACHERS:
         return None
@@ -164,28 +182,30 @@ def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
         known = ", ".join(presets)
         raise UserError(
             f"teacher {teacher!r} has no checkpoint fine-tuned on {dataset!r} (it has: {known}); "
-            f"give the checkpoint's hub name or path as the teacher instead"
+            f"use the hub name or path of a checkpoint as the teacher instead"
         )
     return presets.get(dataset) or next(iter(presets.values()))
 
 
 def resolve_metric(dataset: str, requested: str = "auto") -> str:
-    """The score of a data set's task: as asked, else the preset's, else rouge2."""
+    """The metric: `requested` unless it is "auto", else the metric of the data set's preset, else rouge2."""
     if requested != "auto":
         return requested
     return DATASETS[dataset].metric if dataset in DATASETS else "rouge2"
 
 
 def check_teacher(name: str) -> None:
-    """What can be known of a teacher's name at once, without loading anything; UserError where it can be none.
+    """Validate the name of a teacher without loading a model.
 
-    A known name, a folder, or a name of the hub's form (owner/name).
+    Raises:
+        UserError: the name is no known name, no existing path and no hub name (owner/name), or the teacher of the demo
+            is not trained yet.
     """
     if name == "demo":
         if not (raydistill_home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():
-            raise UserError("the demo's teacher is not trained yet: run `raydistill train demo` first")
+            raise UserError("the teacher of the demo is not trained yet; run `raydistill train demo` first")
     elif name not in TEACHERS and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         known = ", ".join([*TEACHERS, "demo"])
-        near = difflib.get_close_matches(name, [*TEACHERS, "demo"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known names: {known}"
+        similar = difflib.get_close_matches(name, [*TEACHERS, "demo"], n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"known names: {known}"
         raise UserError(f"{name}: no such folder, and not a hub name (owner/name); {hint}")

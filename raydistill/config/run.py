@@ -1,4 +1,4 @@
-"""What a run is: one training of one student (or of a teacher), from teacher and data to checkpoint."""
+"""The configuration of a run: the training of one student, or of a teacher."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -8,35 +8,42 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from raydistill.config.label_sources import parse_labels
 
 Method = Literal["sft", "kd", "pl"]
-# Tables 8 and 9: SFT, lo, mid, hi, 000 and rand.
+# Tables 8 and 9 of the paper call them SFT, lo, mid, hi, 000 and rand.
 Init = Literal["spaced", "first", "middle", "last", "repeated", "random"]
 LayerIndices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # the name is also the name of a folder
 
 
 class StrictModel(BaseModel):
-    """Frozen; an unknown key is an error, and so is a number that is not finite."""
+    """An immutable model that rejects unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(StrictModel):
-    """Column names, where they are not found by themselves."""
+    """Column names; needed if the columns cannot be detected."""
 
-    source: str
-    target: str | None = None
-    id: str | None = None
+    source: str = Field(description="column of the source text; dots address nested values, as in `translation.en`")
+    target: str | None = Field(None, description="column of the target text")
+    id: str | None = Field(
+        None, description="column of the row id; default: `id` or `fname`, else the row number; empty: the row number"
+    )
 
 
 class Dataset(StrictModel):
-    """A data set: a known name, a hub name, a file, or a folder of train/validation/test files."""
+    """A data set: a known name, a hub name, a file, or a folder of train, validation and test files."""
 
-    name: str
-    config: str | None = Field(None, description="the hub data set's configuration")
+    name: str = Field(
+        description="a named data set, a hub name, a file, or a folder of train, validation and test files"
+    )
+    config: str | None = Field(None, description="configuration of a data set of the hub")
     columns: Columns | None = None
-    skip_bad_rows: bool = False
+    skip_bad_rows: bool = Field(
+        False, description="leave out and count rows that cannot be used, instead of stopping with an error"
+    )
     train_rows: int | None = Field(None, ge=1, description="use only the first rows of the training split")
     validation_rows: int | None = Field(None, ge=1, description="rows that each validation scores")
-    test_rows: int | None = Field(None, ge=1)
+    test_rows: int | None = Field(None, ge=1, description="use only the first rows of the test split")
     max_source_tokens: int | None = Field(None, ge=4, description="default: the preset's, else 512")
     max_target_tokens: int | None = Field(None, ge=2, description="default: the preset's, else 128")
     languages: tuple[str, str] | None = Field(
@@ -45,16 +52,16 @@ class Dataset(StrictModel):
 
 
 class NewModel(StrictModel):
-    """A random start: the shape of a new model whose tokenizer is built from the training split."""
+    """The architecture of a randomly initialised model whose tokenizer is trained on the training split."""
 
-    form: Literal["bart", "marian"]
-    encoder_layers: int = Field(ge=1)
-    decoder_layers: int = Field(ge=1)
-    d_model: int = Field(128, ge=8)
-    heads: int = Field(4, ge=1)
-    ffn_dim: int = Field(512, ge=8)
-    vocab_size: int = Field(8000, ge=300)
-    max_positions: int = Field(512, ge=16)
+    form: Literal["bart", "marian"] = Field(description="model family")
+    encoder_layers: int = Field(ge=1, description="number of encoder layers")
+    decoder_layers: int = Field(ge=1, description="number of decoder layers")
+    d_model: int = Field(128, ge=8, description="width; a multiple of `heads`")
+    heads: int = Field(4, ge=1, description="attention heads per layer")
+    ffn_dim: int = Field(512, ge=8, description="feed-forward units per layer")
+    vocab_size: int = Field(8000, ge=300, description="size of the vocabulary that is built from the training split")
+    max_positions: int = Field(512, ge=16, description="longest sequence in tokens")
 
     @model_validator(mode="after")
     def _check_head_width(self) -> "NewModel":
@@ -64,22 +71,34 @@ class NewModel(StrictModel):
 
 
 class LayerChoice(StrictModel):
-    """Teacher layers per side, counted from 0; absent means the default for the student's depth."""
+    """Teacher layers of each side, counted from 0; default: chosen by the student's depth."""
 
-    encoder: LayerIndices | None = None
-    decoder: LayerIndices | None = None
+    encoder: LayerIndices | None = Field(
+        None, description="encoder layers of the teacher, one per layer of the student"
+    )
+    decoder: LayerIndices | None = Field(
+        None, description="decoder layers of the teacher, one per layer of the student"
+    )
 
 
 class Student(StrictModel):
-    """The student's shape and where its layers come from."""
+    """The depth of the student and the teacher layers that it starts from."""
 
-    size: str | None = Field(None, description='"12-3": encoder and decoder layers; absent: the full teacher')
-    init: Init = Field("spaced", description="which decoder layers to copy where `copied` does not say; random: none")
-    copy_from: str | None = Field(
-        None, description="copy the decoder layers from this checkpoint of the teacher's shape, not from the teacher"
+    size: str | None = Field(
+        None, description='encoder and decoder layers, such as "12-3"; default: all layers of the teacher'
     )
-    copied: LayerChoice = LayerChoice()
-    supervised: LayerChoice = Field(LayerChoice(), description="phi: the teacher layer per student layer")
+    init: Init = Field(
+        "spaced", description="rule for the decoder layers to copy, unless `copied.decoder` lists them; random: none"
+    )
+    copy_from: str | None = Field(
+        None, description="copy the decoder layers from this checkpoint with the teacher's architecture"
+    )
+    copied: LayerChoice = Field(LayerChoice(), description="Teacher layers that the student copies, counted from 0.")
+    supervised: LayerChoice = Field(
+        LayerChoice(),
+        description="Teacher layers that the student's layers are compared with in the hidden loss (phi), counted "
+        "from 0.",
+    )
 
     @field_validator("size", mode="after")
     @classmethod
@@ -91,7 +110,7 @@ class Student(StrictModel):
     @model_validator(mode="after")
     def _check_copy_from(self) -> "Student":
         if self.copy_from is not None and self.init == "random" and self.copied.decoder is None:
-            raise ValueError("init random copies no decoder layer; leave out copy_from, or give another init")
+            raise ValueError("init random copies no decoder layer; remove copy_from, or choose another init")
         return self
 
     @model_validator(mode="after")
@@ -99,88 +118,106 @@ class Student(StrictModel):
         if self.size is None:
             return self
         depths = dict(zip(("encoder", "decoder"), parse_size(self.size), strict=True))
-        for word in ("copied", "supervised"):
+        for choice in ("copied", "supervised"):
             for side, depth in depths.items():
-                layers = getattr(getattr(self, word), side)
+                layers = getattr(getattr(self, choice), side)
                 if layers is not None and len(layers) != depth:
                     raise ValueError(
-                        f"size {self.size} has {depth} {side} layers, but {word}.{side} lists {len(layers)}: {layers}"
+                        f"size {self.size} has {depth} {side} layers, but {choice}.{side} lists {len(layers)}: {layers}"
                     )
         return self
 
 
 class Loss(StrictModel):
-    """alpha_data * CE + alpha_logits * KL + alpha_hidden * MSE; only `kd` uses more than the first.
+    """alpha_data * CE + alpha_logits * KL + alpha_hidden * MSE; methods other than `kd` use only the first term.
 
-    `alpha_attention` and `alpha_cosine` add what the paper tried in section 6.3 and did not find to help.
+    `alpha_attention` and `alpha_cosine` add terms that the paper tried in section 6.3 and found not to help.
     """
 
-    alpha_data: float = Field(1.0, ge=0)
-    alpha_logits: float = Field(0.8, ge=0)
-    alpha_hidden: float = Field(3.0, ge=0)
-    alpha_attention: float = Field(
-        0.0, ge=0, description="attention maps against those of the teacher's layers (TinyBERT); its decoder runs live"
+    alpha_data: float = Field(1.0, ge=0, description="weight of the cross-entropy against the labels")
+    alpha_logits: float = Field(
+        0.8, ge=0, description="weight of the KL divergence from the teacher's distribution to the student's"
     )
-    alpha_cosine: float = Field(0.0, ge=0, description="1 - cosine of the last hidden states (DistilBERT)")
-    temperature: float = Field(2.0, gt=0)
-    normalize_hidden: bool = Field(False, description="layer-norm both sides before the hidden loss")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    alpha_hidden: float = Field(3.0, ge=0, description="weight of the mean squared error between hidden states")
+    alpha_attention: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the mean squared error between attention maps (TinyBERT); the teacher's decoder runs in "
+        "every step",
+    )
+    alpha_cosine: float = Field(
+        0.0, ge=0, description="weight of 1 - cosine between the last hidden states (DistilBERT)"
+    )
+    temperature: float = Field(
+        2.0, gt=0, description="temperature of both distributions in the KL term; the term is multiplied by its square"
+    )
+    normalize_hidden: bool = Field(False, description="apply layer normalisation to both sides of the hidden loss")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="probability mass that the cross-entropy spreads over the vocabulary"
+    )
 
 
-# Settings that change how a run is carried out and not what comes of it: it may be taken up with others.
+# Fields that affect execution only, not results: a run may be resumed with other values.
 RUNTIME_ONLY_FIELDS = {"training": {"micro_tokens", "gpus"}}
 
 
 class Training(StrictModel):
-    """Optimisation, validation and where it runs."""
+    """Optimisation, validation and hardware."""
 
-    learning_rate: float = Field(3e-4, gt=0)
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
-    adam_eps: float = Field(1e-8, gt=0)
-    gradient_clip: float = Field(1.0, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="AdamW or Adafactor")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    adam_eps: float = Field(1e-8, gt=0, description="epsilon of AdamW")
+    gradient_clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
     batch_size: int = Field(32, ge=1, description="rows per optimiser step, over all workers")
-    accumulation: int = Field(1, ge=1, description="micro-batches that one step is split into, at least")
+    accumulation: int = Field(1, ge=1, description="minimum number of micro-batches per optimiser step")
     micro_tokens: int | None = Field(
         None,
         ge=1,
-        description="padded source and target tokens of a micro-batch, at most; steps stay the same; "
-        "default: 16384, on a GPU of its share, where source tokens count a quarter if the encoder is not trained",
+        description="maximum number of padded source and target tokens of a micro-batch; does not change the steps; "
+        "default: 16384, on a GPU by its memory, where source tokens count a quarter if the encoder is frozen",
     )
-    epochs: float = Field(5, gt=0, le=100_000)
-    max_steps: int | None = Field(None, ge=1)
-    warmup_steps: int = Field(500, ge=0)
-    schedule: Literal["linear", "constant"] = "linear"
+    epochs: float = Field(5, gt=0, le=100_000, description="passes over the training rows; may be fractional")
+    max_steps: int | None = Field(None, ge=1, description="upper bound on optimiser steps")
+    warmup_steps: int = Field(
+        500, ge=0, description="steps in which the learning rate rises from zero; at most half of the run"
+    )
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="learning rate after warm-up: linear decay to zero, or constant"
+    )
     checks_per_epoch: int = Field(4, ge=1, description="validations per epoch")
     patience: int | None = Field(
         None,
         ge=1,
-        description="stop after so many checks without a better score; default: an epoch of checks",
+        description="stop after this number of validations without a better score; default: the validations of an "
+        "epoch",
     )
-    freeze_encoder: bool | None = Field(None, description="default: when the encoder is fully copied")
-    freeze_embeddings: bool | None = Field(None, description="default: for students, not for teachers")
-    dropout: float | None = Field(None, ge=0, lt=1, description="default: the teacher's own")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
+    freeze_encoder: bool | None = Field(None, description="default: true if the encoder is a full copy")
+    freeze_embeddings: bool | None = Field(None, description="default: true for students, false for teachers")
+    dropout: float | None = Field(None, ge=0, lt=1, description="default: the teacher's")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="compute precision; `auto`: bf16 where the hardware computes in bf16"
+    )
+    seed: int = Field(0, description="seed of data order, dropout and random layers")
     workers: int = Field(1, ge=1, description="data-parallel workers; the global batch stays batch_size")
-    threads: int = Field(1, ge=1, description="CPU threads per worker; with a GPU the CPUs held beside it")
+    threads: int = Field(1, ge=1, description="CPU threads per worker; on a GPU: CPUs that a worker reserves")
     gpus: float = Field(
         1,
         ge=0.01,
         le=1,
-        description="share of a GPU per worker, where there are any; 0.25: four small students share one, if there are "
-        "CPUs for them",
+        description="share of a GPU per worker, on machines with GPUs; 0.25: four small students run on one GPU, if "
+        "there are enough CPUs",
     )
     launcher: Literal["auto", "train", "tune"] = Field(
-        "auto", description="train: Ray Train; tune: a reused actor, for short trials of one worker"
+        "auto", description="train: Ray Train; tune: a reused actor, for short trials with one worker"
     )
     teacher_cache: Literal["auto", "full", "encoder", "off"] = Field(
-        "auto", description="what of the teacher is kept on disk; auto: what pays, by measurement"
+        "auto", description="teacher states to store on disk; auto: chosen by measured cost"
     )
     cache_gb: float | None = Field(
-        None, gt=0, description="disk that the teacher cache may take, in GB; default: 90 % of what is free"
+        None, gt=0, description="maximum size of the teacher cache in GB; default: 90 % of the free space"
     )
-    cache_precision: Literal["bf16", "fp32"] = "bf16"
+    cache_precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the teacher states on disk")
 
     @model_validator(mode="after")
     def _check_batch_split(self) -> "Training":
@@ -189,44 +226,52 @@ class Training(StrictModel):
                 f"batch_size {self.batch_size} cannot be split over {self.workers} workers "
                 f"x {self.accumulation} accumulation"
             )
-        if self.workers > 1 and self.gpus < 1:  # NCCL refuses two workers of one group on the same GPU
-            raise ValueError(f"gpus {self.gpus:g} is for runs of one worker; {self.workers} workers need a GPU each")
+        if self.workers > 1 and self.gpus < 1:  # NCCL does not allow two workers of one group on the same GPU
+            raise ValueError(
+                f"gpus {self.gpus:g} is only for runs with one worker; {self.workers} workers need a GPU each"
+            )
         return self
 
     def get_warmup_steps(self, total_steps: int) -> int:
-        """Steps of a run of `total_steps` in which the learning rate rises: `warmup_steps`, but half the run at
-        most."""
+        """`warmup_steps`, limited to half of `total_steps`."""
         return min(self.warmup_steps, max(1, total_steps // 2))
 
 
 class Decoding(StrictModel):
-    """Beam search. An absent value is the checkpoint's own, else the preset's, else the library's default."""
+    """Beam search. The default of each key is the checkpoint's value, else the preset's, else the library's."""
 
-    beams: int | None = Field(None, ge=1)
-    length_penalty: float | None = None
-    min_length: int | None = Field(None, ge=0, description="tokens, counted as generate() does")
-    max_length: int | None = Field(None, ge=2, description="tokens, counted as generate() does")
-    no_repeat_ngram: int | None = Field(None, ge=0)
+    beams: int | None = Field(None, ge=1, description="number of beams; 1 is greedy decoding")
+    length_penalty: float | None = Field(None, description="exponent of the length in the score of a beam")
+    min_length: int | None = Field(None, ge=0, description="tokens, counted as `generate()` of transformers does")
+    max_length: int | None = Field(None, ge=2, description="tokens, counted as `generate()` of transformers does")
+    no_repeat_ngram: int | None = Field(
+        None, ge=0, description="no n-gram of this size may occur twice; 0 allows repetition"
+    )
 
 
 class Curation(StrictModel):
-    """Which of a teacher's texts become labels. Words are split at white space; an empty text is never kept."""
+    """Rules that select which teacher outputs become labels. Words are split at white space.
+
+    Empty outputs are always dropped.
+    """
 
     choose: Literal["score", "rouge2"] = Field(
-        "score", description="which candidate is the label: the teacher's best, or the nearest to the original"
+        "score", description="candidate to use as label: the teacher's best, or the most similar to the original"
     )
-    min_rouge2: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the original")
+    min_rouge2: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the original target")
     min_length_ratio: float | None = Field(None, ge=0, description="words, as a share of the original's")
-    max_length_ratio: float | None = Field(None, gt=0)
-    max_repetition: float | None = Field(None, ge=0, le=1, description="share of trigrams that stood before")
-    max_copy_rate: float | None = Field(None, ge=0, le=1, description="share of trigrams that stand in the source")
-    agree_with: str | None = Field(None, description="another teacher's label set of the same data: its folder")
-    min_agreement: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the label in `agree_with`")
+    max_length_ratio: float | None = Field(None, gt=0, description="words, as a share of the original's")
+    max_repetition: float | None = Field(None, ge=0, le=1, description="share of repeated trigrams")
+    max_copy_rate: float | None = Field(None, ge=0, le=1, description="share of trigrams that also occur in the source")
+    agree_with: str | None = Field(None, description="folder of another teacher's label set for the same data")
+    min_agreement: float | None = Field(
+        None, ge=0, le=100, description="ROUGE-2 against the label of the set in `agree_with`"
+    )
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "Curation":
         if (self.agree_with is None) != (self.min_agreement is None):
-            raise ValueError("agree_with and min_agreement go together")
+            raise ValueError("agree_with and min_agreement must be given together")
         low, high = self.min_length_ratio, self.max_length_ratio
         if low is not None and high is not None and low > high:
             raise ValueError(f"min_length_ratio {low} is above max_length_ratio {high}")
@@ -234,15 +279,15 @@ class Curation(StrictModel):
 
     @property
     def needs_original_targets(self) -> bool:
-        """Whether any rule compares with the corpus's own targets."""
+        """Whether a rule compares with the targets of the corpus."""
         ratios = (self.min_rouge2, self.min_length_ratio, self.max_length_ratio)
         return self.choose == "rouge2" or any(rule is not None for rule in ratios)
 
 
 class PseudoLabeling(StrictModel):
-    """How pseudo-labels are made where a run wants some."""
+    """Generation of pseudo-labels, for runs that train on them."""
 
-    n_best: int = Field(1, ge=1, description="candidates kept per row; at most as many as beams")
+    n_best: int = Field(1, ge=1, description="candidates to keep per row; at most the number of beams")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         "auto", description="auto: fp32 on a CPU, bf16 on a GPU"
     )
@@ -250,33 +295,44 @@ class PseudoLabeling(StrictModel):
 
 
 class Evaluation(StrictModel):
-    """How scores are made."""
+    """Scoring on the validation and test splits."""
 
-    metric: Literal["auto", "rouge2", "bleu"] = Field("auto", description="auto: bleu where the preset translates")
-    engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
-    batch_size: int = Field(32, ge=1)
+    metric: Literal["auto", "rouge2", "bleu"] = Field(
+        "auto", description="auto: the metric of the data set's preset, else rouge2"
+    )
+    engine: Literal["auto", "ctranslate2", "transformers"] = Field(
+        "auto",
+        description="engine that decodes; `auto`: CTranslate2 where it loads and validates the model, else "
+        "`transformers`",
+    )
+    batch_size: int = Field(32, ge=1, description="rows per decoded batch")
     validation_beams: int | None = Field(None, ge=1, description="beams during training; default: 2")
     validation_length_penalty: float | None = Field(
-        None, description="length penalty during training; default: the decoding's own"
+        None, description="length penalty during training; default: that of `decoding`"
     )
 
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a folder is called so
-
-
 class Run(StrictModel):
-    """One run. `teacher` or `start` says what is trained: a (shrunk) teacher, or a new model."""
+    """The configuration of one run: a student of `teacher`, or a new model (`start`)."""
 
-    name: str = Field(pattern=NAME_PATTERN, max_length=100)
-    teacher: str | None = None
+    name: str = Field(
+        pattern=NAME_PATTERN, max_length=100, description="name of the run, and of its folder `outputs/runs/NAME`"
+    )
+    teacher: str | None = Field(
+        None,
+        description="the teacher to distil: a named teacher, a folder, or a hub name such as `owner/name@revision`. "
+        "Without `student.size`, this checkpoint is fine-tuned as it is. Exactly one of `teacher` and `start` is "
+        "required",
+    )
     start: NewModel | None = None
     dataset: Dataset
-    method: Method = "sft"
+    method: Method = Field(
+        "sft", description="`sft`: shrink and fine-tune; `kd`: knowledge distillation; `pl`: training on pseudo-labels"
+    )
     labels: str = Field(
         "auto",
-        description="original, pseudo, pseudo@TEACHER (another's), a label set's folder, or several with weights: "
-        "original+pseudo*0.5+FOLDER; "
-        "auto: pseudo for pl",
+        description="original, pseudo, pseudo@TEACHER (of another teacher), the folder of a label set, or several with "
+        "weights: original+pseudo*0.5+FOLDER; auto: pseudo for pl, else original",
     )
     student: Student = Student()
     loss: Loss = Loss()
@@ -298,24 +354,29 @@ class Run(StrictModel):
         return value
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> "Run":
+    def _check_initial_model(self) -> "Run":
         if (self.teacher is None) == (self.start is None):
-            raise ValueError("give either `teacher` (a student of it is trained) or `start` (a new model)")
-        if self.start is not None and self.method != "sft":
-            raise ValueError(f"method {self.method} needs a `teacher`; a random `start` knows only sft")
-        if self.start is not None and self.student != Student():
-            raise ValueError("`student` shrinks a teacher; a random `start` has its own layer counts")
+            raise ValueError("give either `teacher` (to train a student of it) or `start` (to train a new model)")
+        if self.start is None:
+            return self
+        if self.method != "sft":
+            raise ValueError(f"method {self.method} needs a `teacher`; `start` supports only sft")
+        if self.student != Student():
+            raise ValueError("`student` shrinks a teacher; set the layer counts of a new model in `start`")
+        if self.uses_pseudo_labels:
+            raise ValueError("labels: pseudo needs a `teacher`; with `start`, give the folder of a label set")
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "Run":
+        loss = self.loss
+        distillation_weights = (loss.alpha_logits, loss.alpha_hidden, loss.alpha_attention, loss.alpha_cosine)
         if self.method == "pl" and self.labels == "original":
             raise ValueError("method pl trains on pseudo-labels; labels: original is method sft")
-        loss = self.loss
-        if self.method == "kd" and not any(
-            (loss.alpha_logits, loss.alpha_hidden, loss.alpha_attention, loss.alpha_cosine)
-        ):
+        if self.method == "kd" and not any(distillation_weights):
             raise ValueError("method kd with alpha_logits 0 and alpha_hidden 0 is method sft")
-        if self.start is not None and self.uses_pseudo_labels:
-            raise ValueError("labels: pseudo are a `teacher`'s; a random `start` can be given a label set's folder")
-        if self.method != "kd" and self.loss.alpha_data == 0:
-            raise ValueError(f"method {self.method} has only the data loss; alpha_data must be above 0")
+        if self.method != "kd" and loss.alpha_data == 0:
+            raise ValueError(f"method {self.method} uses only the data loss; alpha_data must be above 0")
         return self
 
     @property
@@ -327,18 +388,19 @@ class Run(StrictModel):
 
     @property
     def label_key(self) -> str:
-        """What tells the label sets of a space's runs apart: the source, and how pseudo-labels are made."""
-        made = self.pseudo.model_dump_json(exclude_defaults=True)
-        return self.resolved_labels if not self.uses_pseudo_labels or made == "{}" else f"{self.resolved_labels} {made}"
+        """Key of the label sets that this run needs: equal for runs of a space that share them."""
+        settings = self.pseudo.model_dump_json(exclude_defaults=True)
+        is_default = not self.uses_pseudo_labels or settings == "{}"
+        return self.resolved_labels if is_default else f"{self.resolved_labels} {settings}"
 
     @property
     def uses_pseudo_labels(self) -> bool:
-        """Whether pseudo-labels are among the labels that a teacher has to write."""
-        return any(part.is_pseudo for part in parse_labels(self.resolved_labels))
+        """Whether a teacher has to generate labels for this run."""
+        return any(source.is_pseudo for source in parse_labels(self.resolved_labels))
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """Encoder and decoder layers of a size such as "12-3"; ValueError where it is not one."""
+    """Encoder and decoder layers of a size such as "12-3"; ValueError for another form."""
     match = re.fullmatch(r"([1-9]\d{0,2})-([1-9]\d{0,2})", size)
     if not match:
         raise ValueError(f'size {size!r} is not of the form "12-3" (encoder layers, decoder layers)')

@@ -1,4 +1,4 @@
-"""`python -m raydistill.config.schema` prints the schema of a space; `make schema` writes it."""
+"""The JSON schema of space files; `python -m raydistill.config.schema` prints it, `make schema` writes it."""
 
 import json
 from collections.abc import Iterable
@@ -10,28 +10,28 @@ from raydistill.config.space import SHARED_FIELDS, Space
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of a space file for editors: in `run`, a value may be a distribution where trials may differ in it."""
+    """The JSON schema of a space file, for editors.
+
+    It is the schema of `Space`, in which `run` has the schema of `Run`, and values of the run that may differ between
+    trials may also be distributions.
+    """
     schema = Space.model_json_schema()
     run = Run.model_json_schema()
     definitions: dict[str, Any] = {**schema.pop("$defs", {}), **run.pop("$defs", {})}
-    one = Distribution.model_json_schema()
-    definitions["Distribution"] = {
-        "anyOf": [
-            one,
-            {
-                "type": "object",
-                "properties": {"cases": {"type": "array", "items": one}},
-                "required": ["cases"],
-            },
-        ]
+    distribution = Distribution.model_json_schema()
+    cases = {
+        "type": "object",
+        "properties": {"cases": {"type": "array", "items": distribution}},
+        "required": ["cases"],
     }
+    definitions["Distribution"] = {"anyOf": [distribution, cases]}
     for name in ("Student", "LayerChoice", "Loss"):
         _allow_distributions(definitions[name])
     training = definitions["Training"]
     _allow_distributions(
         training, [key for key in training["properties"] if key not in RUNTIME_ONLY_FIELDS["training"]]
     )
-    del run["properties"]["start"], definitions["NewModel"]  # a sweep is of a teacher's students
+    del run["properties"]["start"], definitions["NewModel"]  # trials are students of a teacher
     _allow_distributions(run, [key for key in run["properties"] if key not in SHARED_FIELDS])
     run["required"] = [key for key in run.get("required", []) if key != "name"]
     dataset = run["properties"]["dataset"]
@@ -42,7 +42,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _allow_distributions(model: dict[str, Any], keys: Iterable[str] | None = None) -> None:
-    """Let the values of `keys`, or all, be distributions."""
+    """Let the values of `keys` (default: of all properties) be distributions."""
     for key in list(keys or model["properties"]):
         model["properties"][key] = {"anyOf": [model["properties"][key], {"$ref": "#/$defs/Distribution"}]}
 

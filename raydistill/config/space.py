@@ -1,4 +1,4 @@
-"""A space: a run in which some values are distributions, with the search, the points and the budgets."""
+"""The configuration of a sweep: a run in which values may be distributions, the search, and the budgets."""
 
 import itertools
 import math
@@ -9,50 +9,71 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from raydistill.config.corners import iter_corners, resolve_point
-from raydistill.config.distributions import encode_choice, fill_run, split_parameters
+from raydistill.config.distributions import SpaceError, encode_choice, fill_run, split_parameters
 from raydistill.config.loader import apply_overrides, read_yaml
 from raydistill.config.run import NAME_PATTERN, RUNTIME_ONLY_FIELDS, Run, StrictModel
 from raydistill.config.run_paths import make_paths_absolute
 from raydistill.config.validation import KeyPath, format_validation_error, validate
 from raydistill.core.errors import UserError
 
-COST_METRICS = ("latency_ms", "latency_ms_b1", "params_m", "memory_mb", "peak_mb", "gpu_hours")
+# Costs that budgets can bound, with their meanings.
+COST_METRICS = {
+    "latency_ms": "milliseconds for a batch of 32 rows",
+    "latency_ms_b1": "milliseconds for one row",
+    "params_m": "parameters, in millions",
+    "memory_mb": "memory of the weights, in MB",
+    "peak_mb": "peak memory while a batch of 32 rows is decoded, in MB",
+    "gpu_hours": "device-hours of the trial",
+}
+# Top-level keys of a run that are equal for all trials of a sweep: the teacher is scored and timed once, and trials
+# are compared by the same metric on the same rows.
+SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
 
 class DecodingSearch(StrictModel):
-    """Ways of decoding that finalists are served with after the search, beside their own."""
+    """Decoding settings that finalists are evaluated with after the search, in addition to their own."""
 
-    beams: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4])
-    length_penalty: list[float] = Field([0.6, 1.0], description="for two beams and more")
+    beams: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2, 4], description="numbers of beams to decode with, for finalists and the teacher"
+    )
+    length_penalty: list[float] = Field([0.6, 1.0], description="length penalties, used with two beams or more")
 
 
 class Search(StrictModel):
-    """How trials are proposed and how many run at a time."""
+    """How trials are proposed, scheduled and stopped."""
 
-    trials: int = Field(16, ge=1)
+    trials: int = Field(16, ge=1, description="number of trials in total")
     sampler: Literal["tpe", "random", "grid"] = Field(
-        "tpe", description="grid: every combination once, for spaces made of choices"
+        "tpe", description="grid: every combination once, for spaces with choices only"
     )
-    seed: int = 0
-    concurrent: int | None = Field(None, ge=1, description="default: as many as the cluster has room for")
+    seed: int = Field(0, description="seed of the sampler")
+    concurrent: int | None = Field(
+        None, ge=1, description="maximum number of concurrent trials; default: as many as fit on the cluster"
+    )
     cost: Literal["latency_ms", "latency_ms_b1", "params_m", "gpu_hours"] = Field(
-        "latency_ms", description="what is minimised while the score is maximised"
+        "latency_ms", description="cost to minimise while the score is maximised"
     )
-    retries: int = Field(2, ge=0, description="how often a trial that dies is taken up again")
+    retries: int = Field(2, ge=0, description="retries per failed trial")
     stopping: Literal["auto", "per_shape", "off"] = Field(
         "auto",
-        description="per_shape: a trial that falls behind others of its own shape stops early; auto: unless sampler is "
-        "grid, whose table is to be whole",
+        description="per_shape: stop a trial early if it is worse than trials of the same architecture; auto: "
+        "per_shape, but off for the grid sampler, whose table is to be complete",
     )
     grace: float = Field(
-        0.125, gt=0, lt=1, description="share of a run's steps before which no trial is stopped; at least its warm-up"
+        0.125,
+        gt=0,
+        lt=1,
+        description="share of the steps of a run before which no trial is stopped; at least its warm-up",
     )
-    reduction: int = Field(3, ge=2, description="the better 1/reduction of a shape's trials go on at each comparison")
+    reduction: int = Field(
+        3, ge=2, description="at each comparison, the best 1/reduction of the trials of an architecture continue"
+    )
     max_device_hours: float | None = Field(
-        None, gt=0, description="no trial starts once trials and teacher passes have taken so much"
+        None, gt=0, description="no trial starts after trials and teacher passes have used this many device-hours"
     )
-    max_hours: float | None = Field(None, gt=0, description="no trial starts later than this in one run of the command")
-
+    max_hours: float | None = Field(
+        None, gt=0, description="no trial starts after the command has run for this many hours"
+    )
     decoding: DecodingSearch = DecodingSearch()
 
     @property
@@ -62,38 +83,46 @@ class Search(StrictModel):
 
 
 class Space(StrictModel):
-    """A sweep: the run with distributions, how to search it, and the budgets to choose for."""
+    """The configuration of a sweep."""
 
-    name: str = Field(pattern=NAME_PATTERN, max_length=100)
-    description: str = ""
-    run: dict[str, Any]
-    search: Search = Search()
-    points: list[dict[str, Any]] = Field([], description="settings to try first, such as a paper's best")
-    budgets: dict[str, dict[str, float | str]] = Field(
-        {}, description='upper bounds by name: {fast: {latency_ms: 900}}; "50%" is of the teacher'
+    name: str = Field(
+        pattern=NAME_PATTERN,
+        max_length=100,
+        description="name of the sweep, and of its folder `outputs/sweeps/NAME`; the same name resumes the sweep",
     )
-    tracking_uri: str | None = Field(None, description="MLflow; default: SQLite beside the sweep")
+    description: str = Field("", description="free text, shown in MLflow")
+    run: dict[str, Any] = Field(
+        description="every key of a run file except `name` and `start`; values may be distributions"
+    )
+    search: Search = Search()
+    points: list[dict[str, Any]] = Field(
+        [], description="points of the space to try first, such as the best ones of a paper"
+    )
+    budgets: dict[str, dict[str, float | str]] = Field(
+        {}, description='upper bounds by name: {fast: {latency_ms: 900}}; "50%" is relative to the teacher'
+    )
+    tracking_uri: str | None = Field(None, description="MLflow tracking URI; default: SQLite in the output folder")
 
     @model_validator(mode="after")
     def _check_budgets(self) -> "Space":
-        aliases: dict[str, str] = {}
+        budget_by_alias: dict[str, str] = {}
         for name, bounds in self.budgets.items():
             check_bounds(name, bounds)
-            if (other := aliases.setdefault(mlflow_alias(name), name)) != name:
+            if (other := budget_by_alias.setdefault(mlflow_alias(name), name)) != name:
                 raise ValueError(
-                    f"budgets {other} and {name} are one alias in MLflow, {mlflow_alias(name)}; rename one"
+                    f"budgets {other} and {name} have the same alias in MLflow, {mlflow_alias(name)}; rename one"
                 )
         return self
 
 
 def mlflow_alias(budget_name: str) -> str:
-    """A budget's name as an alias: letters, digits, - and _; "v3" and "latest" are MLflow's own."""
+    """The MLflow alias of a budget: letters, digits, - and _. MLflow reserves "latest" and version names like "v3"."""
     alias = re.sub(r"[^A-Za-z0-9_-]+", "-", budget_name).strip("-") or "chosen"
     return f"budget-{alias}" if re.fullmatch(r"[vV]\d+|latest|\d+", alias) else alias
 
 
 def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
-    """ValueError where a budget bounds something unknown or by something that is no finite positive number."""
+    """ValueError if a bound of a budget has an unknown metric, or is not a finite positive number or percentage."""
     for key, bound in bounds.items():
         if key not in COST_METRICS:
             raise ValueError(f"budget {name}: cannot bound {key!r}; known: {', '.join(COST_METRICS)}")
@@ -103,17 +132,25 @@ def check_bounds(name: str, bounds: dict[str, float | str]) -> None:
         except ValueError:
             value = math.nan
         if value == math.inf:
-            raise ValueError(f"budget {name}: {key} is {bound!r}, which bounds nothing; leave {key} out instead")
-        if not value > 0:  # also for NaN
+            raise ValueError(f"budget {name}: {key} is {bound!r}, which bounds nothing; remove {key} instead")
+        if not value > 0:  # also true for NaN
             raise ValueError(f"budget {name}: {key} is {bound!r}; expected a number above 0 or a share such as 50%")
 
 
 def read_space(path: Path, overrides: list[str] | None = None) -> Space:
-    """Read and check a space and every corner of it; a UserError names file, line and key."""
+    """Read and validate a space file.
+
+    Args:
+        path: the YAML file.
+        overrides: `KEY=VALUE` strings, see `apply_overrides`.
+
+    Raises:
+        UserError: the file, a corner of the space, or a point is invalid; names file, line and key.
+    """
     data, lines = read_yaml(path)
     if "dataset" in data and "run" not in data:
         raise UserError(
-            f"{path}: this is a run, not a space (there is no `run`); train it with `raydistill train {path}`"
+            f"{path}: this is a run, not a space (there is no `run` section); train it with `raydistill train {path}`"
         )
     data = apply_overrides(data, overrides or [])
     if isinstance(data.get("run"), dict):
@@ -124,52 +161,54 @@ def read_space(path: Path, overrides: list[str] | None = None) -> Space:
 
 
 def check_run_space(space: Space, path: Path | str, lines: dict[KeyPath, int]) -> None:
-    """Check every corner of the run, every first point, and that a grid is made of choices."""
+    """Validate every corner of the run section, every point, and that a grid has choices only.
+
+    Raises:
+        UserError: names `path`, and the line from `lines` where possible.
+    """
     try:
-        _, cases = split_parameters(space.run)
-        _check_shared_fields(space.run, [case.key for case in cases])
-        if space.search.sampler == "grid" and any(c.distribution.choice is None for c in cases):
-            raise ValueError("search.sampler: grid needs choices only; a range has no end of values")
-        candidates = list(itertools.chain(iter_corners(space.run), (resolve_point(space.run, p) for p in space.points)))
-    except ValueError as error:
-        key = tuple(str(error).partition(":")[0].split("."))
+        _, parameters = split_parameters(space.run)
+        _check_shared_fields(space.run, [parameter.key for parameter in parameters])
+        if space.search.sampler == "grid" and any(p.distribution.choice is None for p in parameters):
+            raise SpaceError("search.sampler", "grid needs choices only; a range has infinitely many values")
+        points = (resolve_point(space.run, point) for point in space.points)
+        candidates = list(itertools.chain(iter_corners(space.run), points))
+    except SpaceError as error:
+        key = tuple(error.key.split("."))
         line = lines.get(("run", *key)) or lines.get(key) or lines.get(key[:1])
         raise UserError(f"{path}{f':{line}' if line else ''}: {error}") from None
-    in_run = {at[1:]: line for at, line in lines.items() if at[:1] == ("run",)}
-    for chosen in candidates:
+    run_lines = {key_path[1:]: line for key_path, line in lines.items() if key_path[:1] == ("run",)}
+    for params in candidates:
         try:
-            Run.model_validate(fill_run(space.run, chosen, space.name))
+            Run.model_validate(fill_run(space.run, params, space.name))
         except ValidationError as error:
-            at = f" (for {', '.join(f'{k}={v}' for k, v in chosen.items())})" if chosen else ""
-            raise UserError(format_validation_error(error, Run, path, in_run) + at) from None
-
-
-# One teacher is scored and timed for all trials of a sweep, and they are compared on the same rows by the same measure.
-SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
+            corner = f" (for {', '.join(f'{k}={v}' for k, v in params.items())})" if params else ""
+            raise UserError(format_validation_error(error, Run, path, run_lines) + corner) from None
 
 
 def _check_shared_fields(run: dict[str, Any], varied_keys: list[str]) -> None:
-    """ValueError where trials would differ in what a sweep has once, or have no teacher to be students of."""
+    """SpaceError if trials differ in a shared or a runtime-only field, or train a new model instead of a student."""
     if run.get("start") is not None or any(key.split(".")[0] == "start" for key in varied_keys):
-        raise ValueError("start: a sweep is of a teacher's students; make a teacher first, with `raydistill train`")
+        raise SpaceError("start", "a sweep trains students of a teacher; train a teacher first with `raydistill train`")
     for key in varied_keys:
         group, _, name = key.partition(".")
         if name in RUNTIME_ONLY_FIELDS.get(group, ()):
-            raise ValueError(f"{key}: changes how a trial is carried out and not what comes of it; give it one value")
+            raise SpaceError(key, "affects execution only and cannot be searched; set a single value")
         if group in SHARED_FIELDS:
-            raise ValueError(
-                f"{key}: is one for all trials of a sweep, which are compared by the same teacher, rows and decoding; "
-                f"make a space for each value (search.decoding tries beams and length penalties on finished students)"
+            raise SpaceError(
+                key,
+                "must be the same for all trials of a sweep, which are compared on the same rows; "
+                "write a space file per value (search.decoding varies beams and length penalties of finished students)",
             )
 
 
 def sampler_params(run: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """Chosen values under the sampler's own names, as `study.enqueue_trial` wants them."""
-    fixed, cases = split_parameters(run)
+    """Convert values by dotted key to values by sampler name, as `optuna.Study.enqueue_trial` needs them."""
+    fixed, parameters = split_parameters(run)
     values = {**fixed, **params}
-    return {c.name: encode_choice(params[c.key]) for c in cases if c.key in params and c.is_active(values)}
+    return {p.sampler_name: encode_choice(params[p.key]) for p in parameters if p.key in params and p.is_active(values)}
 
 
 def make_run(space: Space, params: dict[str, Any], name: str) -> Run:
-    """The run of one trial."""
+    """The run of one trial, from its values by dotted key."""
     return Run.model_validate(fill_run(space.run, params, name))

@@ -1,0 +1,21 @@
+"""Absolute paths in the data of runs."""
+
+from raydistill.config.run_paths import make_paths_absolute
+
+
+def test_paths_in_labels_choices_and_cases_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("set", "teacher"):
+        (tmp_path / name).mkdir()
+    run = {
+        "teacher": {"choice": ["teacher", "bart"]},
+        "labels": {"cases": [{"choice": ["original+set*0.5", "pseudo+pseudo@teacher"], "when": {"method": "sft"}}]},
+        "student": {"copy_from": "teacher", "size": "6-3"},
+    }
+    result = make_paths_absolute(run)
+    assert result["teacher"] == {"choice": [f"{tmp_path}/teacher", "bart"]}
+    assert result["labels"]["cases"][0]["choice"] == [
+        f"original+{tmp_path}/set*0.5",
+        f"pseudo+pseudo@{tmp_path}/teacher",
+    ]
+    assert result["student"] == {"copy_from": f"{tmp_path}/teacher", "size": "6-3"}
