@@ -232,7 +232,7 @@ def test_a_password_in_a_space_is_refused_and_not_repeated(tmp_path):
     space.write_text(head + "tracking_uri: http://me:hunter22@127.0.0.1:9\n")
     done = command(home, "sweep", space)
     assert done.returncode == 2
-    assert "space.yaml:3: tracking_uri: holds a password or token" in done.stderr
+    assert "space.yaml:3: tracking_uri: contains a password or token" in done.stderr
     assert "MLFLOW_TRACKING_PASSWORD" in done.stderr
     space.write_text(head)
     again = command(home, "sweep", space, "--set", "tracking_uri=http://me:hunter22@127.0.0.1:9", "--dry-run")
@@ -244,13 +244,13 @@ def test_a_password_in_a_space_is_refused_and_not_repeated(tmp_path):
 def test_a_password_anywhere_in_a_space_is_found(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text("name: x\nrun:\n  teacher: {choice: [demo, 's3://K:S@b/t']}\n  dataset: demo\n")
-    with pytest.raises(UserError, match=r"space\.yaml:3: run\.teacher\.choice\.1: holds a password"):
+    with pytest.raises(UserError, match=r"space\.yaml:3: run\.teacher\.choice\.1: contains a password"):
         read_space(path)
 
 
 def test_an_address_with_a_password_is_never_published_to(sweep):
     for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
-        with pytest.raises(UserError, match="holds a password or token") as refused:
+        with pytest.raises(UserError, match="contains a password or token") as refused:
             mlflow_runs.publish(sweep, uri)
         assert "hunter22" not in str(refused.value)
 
