@@ -13,8 +13,8 @@ from raydistill.config.space import Space, make_run
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
-from raydistill.evaluation.latency import warn_background_load
 from raydistill.core.paths import raydistill_home
+from raydistill.evaluation.latency import warn_background_load
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import (
     CacheRequest,

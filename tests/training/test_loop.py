@@ -106,7 +106,7 @@ def test_gpu_micro_batches_scale_with_the_gpu_share_and_discount_source_tokens()
     examples = Examples([[1] * 400] * 64, [[1] * 25] * 64, list(range(64)))
 
     def sizes(gpus, shared, targets=25):
-        with_targets = Examples(examples.sources, [[1] * targets] * 64, examples.rows)
+        with_targets = Examples(examples.sources, [[1] * targets] * 64, examples.source_indices)
         distillation = types.SimpleNamespace(encoder_shared=shared)
         limits = loop.micro_batch_limits(distillation, Training(gpus=gpus), Worker(device="cuda:0"))
         return [len(part) for part in split_by_tokens(range(64), with_targets, *limits)]
