@@ -34,13 +34,9 @@ from raydistill.evaluation.latency import malloc_trim
 from raydistill.models import families, onednn_linear
 from raydistill.models.freezing import FrozenParts, freeze
 from raydistill.models.shrinking import plan_layers, shrink
-from raydistill.teacher_cache.builder import (
-    CacheBuilder,
-    CacheDtypes,
-    build_cache,
-    open_decoder_states,
-    open_encoder_states,
-)
+from raydistill.teacher_cache.builder import build_cache
+from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
+from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.loop import iter_step_inputs, make_optimizer, train_step
 from raydistill.training.prefetch import prefetch
@@ -226,7 +222,7 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
     autocast = torch.bfloat16 if precision == "bf16" else None
     layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
     wanted = [(examples, layers)] if method == "kd" else []
-    work = CacheBuilder(Path(options.cache), key, examples, width, True, wanted, CacheDtypes(precision, precision))
+    work = CacheLayout(Path(options.cache), key, examples, width, True, wanted, CacheDtypes(precision, precision))
     del teacher  # as `train` releases it: all that a step reads of it is in the stores
     malloc_trim()
     student.to(options.device)
@@ -273,7 +269,7 @@ def make_cache(options: argparse.Namespace, precision: str) -> None:
     layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
     numbers = CacheDtypes(precision, precision)
     build_cache(
-        CacheBuilder(
+        CacheLayout(
             Path(options.cache), "random", examples, student.config.d_model, True, [(examples, layers)], numbers
         ),
         teacher,

@@ -35,8 +35,8 @@ from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
 from raydistill.models import families, onednn_linear
 from raydistill.models.freezing import freeze, resolve_frozen_parts
+from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.search.prepare import corner_runs
-from raydistill.teacher_cache.builder import make_attention_mask, pad_to_tensor
 from raydistill.training import loop
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train

@@ -66,7 +66,7 @@ def memory(rows: int, place: Path) -> dict[str, Any]:
             opener = partial(open_recording_engine, stamps, open_engine)
             folder = pseudolabel(job, place / f"tiny-labels-{rows}", verbose=False, engine_factory=opener)
         seconds = time.time() - began
-    assert read_manifest(folder)["rows"] == rows
+    assert read_manifest(folder).rows == rows
     ends = read_ends(stamps)
     first, last = min(end.at for end in ends), max(end.at for end in ends)
     at = np.array([when for when, _ in samples])

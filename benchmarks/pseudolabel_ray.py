@@ -97,7 +97,7 @@ class Bench:
             opener = partial(open_recording_engine, stamps, open_engine)
             folder = pseudolabel(self.job(rows), root, verbose=False, engine_factory=opener)
             ended = time.time()
-        assert read_manifest(folder)["rows"] == rows
+        assert read_manifest(folder).rows == rows
         ends = read_ends(stamps)
         assert sum(end.rows for end in ends) == rows
         first, last = min(end.at for end in ends), max(end.at for end in ends)

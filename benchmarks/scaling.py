@@ -110,7 +110,7 @@ def labels(place: Path, count: int, batches_each: int, batch_seconds: float) -> 
             engine_factory=partial(open_recording_engine, stamps, opener),
         )
         ended = time.time()
-    assert read_manifest(folder)["rows"] == rows
+    assert read_manifest(folder).rows == rows
     ends = read_ends(stamps)
     first, last = min(end.at for end in ends), max(end.at for end in ends)
     phases = {"before": (began, first), "labelling": (first, last), "after": (last, ended)}

@@ -17,7 +17,14 @@ from raydistill.cluster.start import ENV_DEFAULTS
 from raydistill.data.streaming import scan_split, usable_rows
 from raydistill.inference.decoding import BeamSearchParams, CalibrationRows
 from raydistill.inference.engines import open_engine
-from raydistill.jobs.pseudolabel import CPU_BATCH_SIZES, GPU_BATCH_SIZE, NUM_CALIBRATION_ROWS, LabelJob, describe_job
+from raydistill.jobs.pseudolabel import (
+    CPU_BATCH_SIZES,
+    GPU_BATCH_SIZE,
+    NUM_CALIBRATION_ROWS,
+    LabelJob,
+    beam_search_params,
+    describe_job,
+)
 
 START_SECONDS = 1800  # a process that has not opened its model by then never will
 WARM_ROWS = 2
@@ -65,12 +72,11 @@ class GenerationResult:
 def make_task(job: LabelJob, cache: Path) -> GenerationTask:
     """The job's teacher and decoding as the product resolves them."""
     found = scan_split(job.dataset, job.split)
-    about = describe_job(job, found)
-    decoding = dict(about["decoding"])
-    max_source_tokens = decoding.pop("max_source_tokens")
+    description = describe_job(job, found)
+    beam, max_source_tokens = beam_search_params(description)
     rows = usable_rows(job.dataset, job.split, found)
     sample = tuple(row.source for row, _ in zip(rows, range(NUM_CALIBRATION_ROWS), strict=False))
-    return GenerationTask(about["teacher"]["where"], BeamSearchParams(**decoding), max_source_tokens, sample, cache)
+    return GenerationTask(description.teacher.path, beam, max_source_tokens, sample, cache)
 
 
 def generate_batches(side: Side, work: GenerationTask, batches: list[list[str]]) -> GenerationResult:

@@ -1,4 +1,4 @@
-"""`raydistill cache`: which stores of the teacher's states are on disk, and removing those that nobody needs."""
+"""`raydistill cache`: list and remove the stores of the teacher cache."""
 
 import time
 from typing import Annotated, Any
@@ -18,10 +18,10 @@ DAY_S = 86_400
 
 @app.callback()
 def cache() -> None:
-    """The teacher cache (`outputs/cache`): what sweeps made of their teachers, for all their trials.
+    """The teacher cache (`outputs/cache`): states of teachers that all trials of a sweep read.
 
-    Anything in it may be removed at any time: what is wanted again is made again. With --json each of these ends with
-    one JSON object on stdout.
+    Any store may be removed at any time while no run reads from it; a run that needs the store builds it again. With
+    `--json` each command ends with one JSON object on stdout.
 
     Examples:
 
@@ -35,53 +35,60 @@ def cache() -> None:
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """The stores, last used last, with their size and what they are of."""
-    found = list(store.list_stores(raydistill_home() / "cache"))
+    """List the stores, least recently used first, with size, teacher, data and arrays."""
+    root = raydistill_home() / "cache"
+    stores = list(store.list_stores(root))
     rows = [
         [
-            kept.folder.name,
-            f"{kept.bytes / 1e9:.3f}",
-            f"{_days_unused(kept):.1f}",
-            str(kept.metadata.get("teacher")),
-            str(kept.metadata.get("data")),
-            f"{kept.metadata['kept']}, {', '.join(kept.arrays) or 'not finished'}",
+            info.folder.name,
+            _format_gb(info.size_bytes),
+            f"{_days_unused(info):.1f}",
+            info.record.teacher,
+            info.record.data,
+            f"{info.record.storage_dtype}, {', '.join(info.arrays) or 'not finished'}",
         ]
-        for kept in found
+        for info in stores
     ]
     print_text(format_table(["store", "GB", "days unused", "teacher", "data", "holds"], rows), as_json)
-    print_text(f"{sum(kept.bytes for kept in found) / 1e9:.3f} GB under {raydistill_home() / 'cache'}", as_json)
-    print_json({"stores": [_store_record(kept) for kept in found]}, as_json)
+    print_text(f"{_format_gb(sum(info.size_bytes for info in stores))} GB under {root}", as_json)
+    print_json({"stores": [_store_record(info) for info in stores]}, as_json)
 
 
 @app.command()
 def remove(
-    names: Annotated[list[str] | None, typer.Argument(help="stores by name, or the names' beginnings")] = None,
-    unused_days: Annotated[float | None, typer.Option(min=0, help="all that no run has opened for so long")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="stores by name, or by the beginning of a name")] = None,
+    unused_days: Annotated[
+        float | None, typer.Option(min=0, help="all stores that no run has opened for this many days")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete stores: those named, or those unused for so many days. Not while a run reads one: it would stop."""
+    """Delete stores by name or by days since the last use. A run that reads a deleted store fails."""
     if not names and unused_days is None:
-        raise UserError("say which: names of stores (`raydistill cache list` shows them), or --unused-days")
-    found = list(store.list_stores(raydistill_home() / "cache"))
-    chosen = {kept.folder: kept for name in names or [] for kept in _match_store(name, found)}
+        raise UserError("name the stores to remove (`raydistill cache list` shows them), or give --unused-days")
+    stores = list(store.list_stores(raydistill_home() / "cache"))
+    selected = {info.folder: info for info in (_match_store(name, stores) for name in names or [])}
     if unused_days is not None:
-        chosen |= {kept.folder: kept for kept in found if _days_unused(kept) >= unused_days}
-    for kept in chosen.values():
-        store.remove(kept)
-        print_text(f"removed {kept.folder.name}: {kept.bytes / 1e9:.3f} GB", as_json)
-    if not chosen:
+        selected |= {info.folder: info for info in stores if _days_unused(info) >= unused_days}
+    for info in selected.values():
+        store.remove(info)
+        print_text(f"removed {info.folder.name}: {_format_gb(info.size_bytes)} GB", as_json)
+    if not selected:
         print_text("nothing to remove", as_json)
-    print_json({"removed": [_store_record(kept) for kept in chosen.values()]}, as_json)
+    print_json({"removed": [_store_record(info) for info in selected.values()]}, as_json)
 
 
-def _match_store(name: str, stores: list[store.StoreInfo]) -> list[store.StoreInfo]:
-    """The one store of a name or a name's beginning."""
-    matching = [kept for kept in stores if kept.folder.name.startswith(name)]
+def _match_store(name: str, stores: list[store.StoreInfo]) -> store.StoreInfo:
+    """The store with this name or beginning of a name; UserError if none or several match."""
+    matching = [info for info in stores if info.folder.name.startswith(name)]
     if len(matching) != 1:
-        names = ", ".join(kept.folder.name for kept in matching or stores) or "none"
-        wrong = "is the beginning of several" if matching else "no store is named so; there are"
-        raise UserError(f"{name}: {wrong}: {names}")
-    return matching
+        reason = "several stores match" if matching else "no such store; available"
+        names = ", ".join(info.folder.name for info in matching or stores) or "none"
+        raise UserError(f"{name}: {reason}: {names}")
+    return matching[0]
+
+
+def _format_gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3f}"
 
 
 def _days_unused(info: store.StoreInfo) -> float:
@@ -89,12 +96,13 @@ def _days_unused(info: store.StoreInfo) -> float:
 
 
 def _store_record(info: store.StoreInfo) -> dict[str, Any]:
-    facts = {"name": info.folder.name, "bytes": info.bytes, "days_unused": _days_unused(info), "arrays": info.arrays}
-    return {**facts, **info.metadata}
+    """A store as JSON."""
+    figures = {"bytes": info.size_bytes, "days_unused": _days_unused(info), "arrays": info.arrays}
+    return {"name": info.folder.name, **figures, **info.record.model_dump()}
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_app(app)
 
 

@@ -1,7 +1,7 @@
-"""`raydistill labels`: which label sets are there, what is in them, how two differ, and curated ones made of them."""
+"""`raydistill labels`: list, describe, compare and curate label sets."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,17 +11,20 @@ from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 from raydistill.pseudolabel import label_set_rows, parse_curation
 
+if TYPE_CHECKING:
+    from raydistill.label_sets.manifest import PseudolabelManifest
+
 app = make_app()
 JsonOption = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
-RootOption = Annotated[Path | None, typer.Option(help="where label sets are; default: outputs/labels")]
-NameArgument = Annotated[str, typer.Argument(help="a label set's folder, or its name or the name's beginning")]
+RootOption = Annotated[Path | None, typer.Option(help="folder of the label sets; default: outputs/labels")]
+NameArgument = Annotated[str, typer.Argument(help="folder of a label set, its name, or the beginning of its name")]
 
 
 @app.callback()
 def labels() -> None:
-    """Label sets: what teachers wrote for the rows of a data set (made by `raydistill pseudolabel`).
+    """Label sets: the texts that teachers wrote for the rows of a data set (see `raydistill pseudolabel`).
 
-    With `--json` each of these ends with one JSON object on stdout.
+    With `--json` each command ends with one JSON object on stdout.
 
     Examples:
 
@@ -37,123 +40,123 @@ def labels() -> None:
 
 @app.command("list")
 def list_(root: RootOption = None, as_json: JsonOption = False) -> None:
-    """The finished label sets, one a line, and jobs that were begun and not ended."""
+    """List complete label sets, one per line, and unfinished jobs."""
     from raydistill.label_sets.label_set import list_label_sets
 
-    place = root or raydistill_home() / "labels"
-    found, wrong = list_label_sets(place)
-    begun = sorted(path.name[1:].removesuffix(".work") for path in place.glob(".*.work"))
+    root = root or raydistill_home() / "labels"
+    label_sets, errors = list_label_sets(root)
+    unfinished = sorted(path.name[1:].removesuffix(".work") for path in root.glob(".*.work"))
     rows = [
-        [folder.name, str(m["rows"]), m["teacher"]["name"], m["engine"], f"{m['device_hours']:.3f}", _format_quality(m)]
-        for folder, m in found
+        [folder.name, str(m.rows), m.teacher_name, m.engine, f"{m.device_hours:.3f}", _format_quality(m)]
+        for folder, m in label_sets
     ]
     print_text(format_table(["label set", "rows", "teacher", "engine", "device h", "quality"], rows), as_json)
-    for error in wrong:
+    for error in errors:
         print_text(f"skipped: {error}", as_json)
-    for name in begun:
-        print_text(f"not finished: {name} (run its command again to go on)", as_json)
-    sets = {folder.name: manifest for folder, manifest in found}
-    print_json({"label_sets": sets, "unfinished": begun, "skipped": [str(error) for error in wrong]}, as_json)
+    for name in unfinished:
+        print_text(f"not finished: {name} (run its command again to resume)", as_json)
+    records = {folder.name: manifest.to_json() for folder, manifest in label_sets}
+    print_json({"label_sets": records, "unfinished": unfinished, "skipped": [str(e) for e in errors]}, as_json)
 
 
 @app.command()
 def describe(name: NameArgument, root: RootOption = None, rows: int = 3, as_json: JsonOption = False) -> None:
-    """Counts, quality, teacher and decoding of a label set, and its first texts."""
+    """Show counts, quality, teacher and decoding of a label set, and its first rows."""
     from itertools import islice
 
-    from raydistill.label_sets.label_set import PSEUDOLABEL_KEYS, read_candidates, read_manifest
+    from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_manifest
 
     folder = find_label_set(name, root)
-    manifest = read_manifest(folder, PSEUDOLABEL_KEYS)
-    decoding = ", ".join(f"{key} {value}" for key, value in manifest["decoding"].items() if value is not None)
+    manifest = read_pseudolabel_manifest(folder)
+    decoding = ", ".join(f"{key} {value}" for key, value in manifest.decoding.items() if value is not None)
     print_text(format_table(["label set", folder.name], label_set_rows(manifest)), as_json)
-    print_text(
-        f"teacher: {manifest['teacher']['name']} ({manifest['teacher']['fingerprint']})\ndecoding: {decoding}", as_json
-    )
-    if "curation" in manifest:
-        rules = ", ".join(f"{rule}={value}" for rule, value in manifest["curation"].items())
-        print_text(f"curation of {manifest.get('of')}: {rules}", as_json)
+    print_text(f"teacher: {manifest.teacher.name} ({manifest.teacher.fingerprint})\ndecoding: {decoding}", as_json)
+    if manifest.curation is not None:
+        rules = ", ".join(f"{rule}={value}" for rule, value in manifest.curation.items())
+        print_text(f"curation of {manifest.source_label_set}: {rules}", as_json)
     first = {row_id: candidates for row_id, candidates in islice(read_candidates(folder), rows)}
     for row_id, candidates in first.items():
         for rank, (text, score) in enumerate(candidates):
             print_text(f"  {row_id} [{rank}] {score:.3f} {text}", as_json)
-    print_json({**manifest, "folder": str(folder), "first": first}, as_json)
+    print_json({**manifest.to_json(), "folder": str(folder), "first": first}, as_json)
 
 
 @app.command()
 def compare(first: NameArgument, second: NameArgument, root: RootOption = None, as_json: JsonOption = False) -> None:
-    """How far two label sets of the same data agree: equal texts, and the scores of the first against the second."""
-    from raydistill.evaluation.metrics import ScoreAccumulator
+    """Compare two label sets of the same data: share of equal labels, scores of the first against the second."""
     from raydistill.label_sets.curation import compare_label_sets
-    from raydistill.label_sets.label_set import read_manifest
+    from raydistill.label_sets.label_set import read_pseudolabel_manifest
 
-    a, b = find_label_set(first, root), find_label_set(second, root)
-    found = compare_label_sets(a, b, ScoreAccumulator(read_manifest(a, ["metric"])["metric"]))
-    print_text(
-        format_table([a.name, "against " + b.name], [[name, f"{value:.4g}"] for name, value in found.items()]), as_json
-    )
-    print_json({"first": str(a), "second": str(b), **found}, as_json)
+    first_dir, second_dir = find_label_set(first, root), find_label_set(second, root)
+    comparison = compare_label_sets(first_dir, second_dir, read_pseudolabel_manifest(first_dir).metric)
+    rows = [[name, f"{value:.4g}"] for name, value in comparison.items()]
+    print_text(format_table([first_dir.name, "against " + second_dir.name], rows), as_json)
+    print_json({"first": str(first_dir), "second": str(second_dir), **comparison}, as_json)
 
 
 @app.command()
 def curate(
     name: NameArgument,
     keep: Annotated[
-        list[str], typer.Option(metavar="RULE=VALUE", help="as of `raydistill pseudolabel`; may be repeated")
+        list[str], typer.Option(metavar="RULE=VALUE", help="a rule of `raydistill pseudolabel`; may be repeated")
     ],
     dataset: Annotated[
-        str | None, typer.Option(help="the data the set was made for; default: as its manifest says")
+        str | None, typer.Option(help="the data that the set was made for; default: the data named in its manifest")
     ] = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a curated label set of a whole one, which stays; nothing is generated again."""
+    """Derive a curated label set from a complete one, which remains. No text is generated again."""
     from raydistill.config.run import Dataset
     from raydistill.config.validation import validate
-    from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
-    from raydistill.label_sets.curation import curate as make
-    from raydistill.label_sets.label_set import MANIFEST, PSEUDOLABEL_KEYS, read_manifest
+    from raydistill.label_sets.curation import curate as derive
+    from raydistill.label_sets.label_set import MANIFEST, read_pseudolabel_manifest
 
     rules = parse_curation(keep)
     folder = find_label_set(name, root)
-    whole = read_manifest(folder, [*PSEUDOLABEL_KEYS, "data.dataset", "data.split"])
-    about = whole["data"]
-    data = validate(Dataset, {**about["dataset"], **({"name": dataset} if dataset else {})}, folder / MANIFEST)
-    made = make(folder, data, about["split"], rules, rouge2_rows, ScoreAccumulator(whole["metric"]))
-    manifest = read_manifest(made)
-    print_text(format_table(["label set", made.name], label_set_rows(manifest)), as_json)
-    print_text(f"label set: {made}", as_json)
-    print_json({**manifest, "folder": str(made)}, as_json)
+    source = read_pseudolabel_manifest(folder)
+    if source.data is None:
+        raise UserError(f"{folder}: {MANIFEST} lacks data, which `raydistill pseudolabel` writes")
+    settings = {**source.data.dataset, **({"name": dataset} if dataset else {})}
+    data = validate(Dataset, settings, folder / MANIFEST)
+    output_dir = derive(folder, data, source.data.split, rules, source.metric)
+    manifest = read_pseudolabel_manifest(output_dir)
+    print_text(format_table(["label set", output_dir.name], label_set_rows(manifest)), as_json)
+    print_text(f"label set: {output_dir}", as_json)
+    print_json({**manifest.to_json(), "folder": str(output_dir)}, as_json)
 
 
 def find_label_set(name: str, root: Path | None) -> Path:
-    """The folder that a path, a name or a name's beginning means; UserError where it is none or several."""
+    """Resolve a path, a name or the beginning of a name to the folder of a label set.
+
+    Raises:
+        UserError: No label set or several label sets match.
+    """
     from raydistill.label_sets.label_set import find_label_set_folders, is_complete
 
     if is_complete(Path(name)):
         return Path(name)
-    place = root or raydistill_home() / "labels"
-    there = find_label_set_folders(place)
-    found = [folder for folder in there if folder.name == name] or [f for f in there if f.name.startswith(name)]
-    if len(found) != 1:
-        known = ", ".join(folder.name for folder in (found or there)) or "none"
-        raise UserError(
-            f"{name}: {'several label sets begin so' if found else 'no such label set'} in {place}: {known}"
-        )
-    return found[0]
+    root = root or raydistill_home() / "labels"
+    folders = find_label_set_folders(root)
+    matching = [folder for folder in folders if folder.name == name] or [f for f in folders if f.name.startswith(name)]
+    if len(matching) != 1:
+        reason = "several label sets match" if matching else "no such label set"
+        names = ", ".join(folder.name for folder in (matching or folders)) or "none"
+        raise UserError(f"{name}: {reason} in {root}: {names}")
+    return matching[0]
 
 
-def _format_quality(manifest: dict) -> str:
-    quality = manifest["quality"] or {}
+def _format_quality(manifest: "PseudolabelManifest") -> str:
+    quality = manifest.quality or {}
     return next((f"{name} {quality[name]:.2f}" for name in ("bleu", "rouge2") if name in quality), "-")
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_app(app)
 
 
 if __name__ == "__main__":
-    from raydistill.labels import main as entry  # the real module, so that its classes exist once
+    from raydistill.labels import main as entry  # the imported module, so that its classes exist once
 
     entry()

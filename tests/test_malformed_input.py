@@ -26,7 +26,7 @@ from raydistill.config.run import Dataset, Run
 from raydistill.config.space import Space, read_space
 from raydistill.config.validation import validate
 from raydistill.core.errors import UserError
-from raydistill.core.files import read_json, write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, read_json, write_json_atomic
 from raydistill.data import readers
 from raydistill.data.corpus import Row, inspect_corpus, read_corpus
 from raydistill.data.streaming import scan_split, usable_rows
@@ -39,7 +39,7 @@ from raydistill.search.study import StudySearch
 from raydistill.search.sweep import sweep_lock
 from raydistill.teacher_cache import store
 from tests.factories import workspace as world
-from tests.factories.label_sets import LABEL_ROWS, PSEUDOLABEL_MANIFEST
+from tests.factories.label_sets import LABEL_ROWS, pseudolabel_manifest, write_labels
 from tests.factories.models import save_tiny
 from tests.factories.sweeps import RUN, make_trial
 
@@ -308,8 +308,8 @@ def test_a_pipe_is_no_data_set(tmp_path):
 
 def test_label_sets(holds, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "set"
-    manifest = {**PSEUDOLABEL_MANIFEST, "rows": 3, "curation": {"min_rouge2": 3}, "dropped": {"empty": 1}}
-    label_set.write_label_set(folder, [*LABEL_ROWS, ("gone", "empty")], lambda: manifest)
+    manifest = pseudolabel_manifest(curation={"min_rouge2": 3}, dropped={"empty": 1})
+    write_labels(folder, [*LABEL_ROWS, ("gone", "empty")], manifest)
     whole = {name: (folder / name).read_bytes() for name in ("manifest.json", "part-00000.parquet", "dropped.parquet")}
 
     def load():
@@ -323,7 +323,7 @@ def test_label_sets(holds, tmp_path, monkeypatch, capsys):
             (folder / other).write_bytes(content if other == name else kept)
         accepts_or_says(load, tmp_path)
 
-    holds(says, st.just("manifest.json"), records(manifest), few=60)
+    holds(says, st.just("manifest.json"), records({"schema": SCHEMA_VERSION, **manifest.to_json()}), few=60)
     for name in ("part-00000.parquet", "dropped.parquet"):
         holds(says, st.just(name), st.builds(partial(damaged, whole[name]), EDITS), few=25)
     tables = [{"id": [1], "target": ["x"], "rank": [0], "score": [0.0]}, {"id": ["a"], "target": [b"\xff"]}]
@@ -344,7 +344,7 @@ def command(monkeypatch, app, words):
 
 def test_a_name_that_is_no_utf8_is_shown_all_the_same(tmp_path):
     home = tmp_path / "outputs"
-    label_set.write_label_set(home / "labels" / "set", LABEL_ROWS, lambda: {**PSEUDOLABEL_MANIFEST, "rows": 3})
+    write_labels(home / "labels" / "set", LABEL_ROWS, pseudolabel_manifest())
     (home / "labels" / "set").rename(home / "labels" / os.fsdecode(b"set-\xff"))
     done = world.command(home, "labels", "list")
     assert (done.returncode, done.stderr) == (0, "")
@@ -376,7 +376,15 @@ def test_plans(holds, tmp_path):
 
 def test_caches(holds, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
-    about = {"width": 8, "group": "encoder-a", "kept": "bf16", "computed": "fp32", "teacher": "t", "data": "d"}
+    about = {
+        "schema": SCHEMA_VERSION,
+        "width": 8,
+        "lock_group": "encoder-a",
+        "teacher": "t",
+        "teacher_key": "k",
+        "data": "d",
+    }
+    about |= {"storage_dtype": "bf16", "compute_dtype": "fp32"}
     folder = tmp_path / "cache" / "encoder-a"
     outside = tmp_path / "precious"
     outside.mkdir()
@@ -394,7 +402,7 @@ def test_caches(holds, tmp_path, monkeypatch, capsys):
         assert {path.parent for path in tmp_path.rglob(".*.lock")} <= {folder.parent}
         assert outside.is_dir()
 
-    holds(says, records(about), records({"parts": 1, "device_seconds": 1.5}), few=60)
+    holds(says, records(about), records({"schema": SCHEMA_VERSION, "parts": 1, "device_seconds": 1.5}), few=60)
 
 
 def test_studies(holds, tmp_path):

@@ -1,117 +1,97 @@
-"""What a pseudo-label job's actors leave, a file for each planned batch, and the label set made of these files."""
+"""Output files of a pseudo-label job, one per planned batch, and the label set that is merged from them."""
 
 import io
+import json
 import platform
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from filelock import FileLock
 
 from raydistill.cluster import sync
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error, read_json, write_atomic
-from raydistill.data.streaming import SplitScan
 from raydistill.evaluation.metrics import ScoreAccumulator
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import Candidate, write_label_set
+from raydistill.label_sets.manifest import LabelDescription, PseudolabelManifest
+
+
+class EngineRecord(NamedTuple):
+    """The engine of all batches of a label set, and why CTranslate2 was not used ("" if it was)."""
+
+    engine: str
+    fallback_reason: str
+
+
+def check_same_engine(work_dir: Path, engine: EngineRecord) -> None:
+    """Record the engine of a label set, or compare with the recorded one: a set has texts of one engine only.
+
+    Raises:
+        UserError: The batches so far were written by another engine.
+    """
+    path = engine_path(work_dir)
+    with FileLock(work_dir / ".engine.lock"):
+        sync.pull(path)
+        if not path.is_file():
+            write_atomic(path, json.dumps(engine._asdict()).encode())
+            sync.push(path)
+        recorded = read_engine_record(work_dir)
+    if recorded.engine != engine.engine:
+        raise UserError(
+            f"{work_dir}: the batches so far were written by {recorded.engine}, and this machine opens "
+            f"{engine.engine}: engines cannot be mixed in one label set. Resume on a machine that opens "
+            f"{recorded.engine}, or delete the folder to start again"
+        )
+
+
+def read_engine_record(work_dir: Path) -> EngineRecord:
+    """Read the record that `check_same_engine` wrote; UserError if it is missing or damaged."""
+    path = engine_path(work_dir)
+    record = read_json(path)
+    with corrupt_file_error(path):
+        return EngineRecord(str(record["engine"]), str(record["fallback_reason"]))
+
+
+def engine_path(work_dir: Path) -> Path:
+    """The file that names the engine of a label set."""
+    return work_dir / "engine.json"
 
 
 def batch_output_path(work_dir: Path, batch_number: int) -> Path:
-    """The file of a planned batch in the job's folder."""
+    """The output file of a planned batch."""
     return work_dir / "out" / f"batch-{batch_number:06d}.parquet"
 
 
 def write_batch_output(
     work_dir: Path, batch_number: int, columns: dict[str, list[Any]], engine: str, device_seconds: float
 ) -> None:
-    """A labelled batch: its rows' `id`, `targets` and `scores`, and by what, where and in what time it was labelled."""
+    """Write the output of a batch and copy it to the storage.
+
+    Args:
+        columns: `id`, and per row the lists `targets` and `scores` of its candidates, best first.
+        engine: Name and precision of the engine.
+        device_seconds: Generation time, multiplied by the number of devices or CPU threads.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    about = {"engine": engine, "device_seconds": str(device_seconds), "host": platform.node()}
+    metadata = {"engine": engine, "device_seconds": str(device_seconds), "host": platform.node()}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
     write_atomic(batch_output_path(work_dir, batch_number), buffer.getvalue())
     sync.push(batch_output_path(work_dir, batch_number))
 
 
-def merge_outputs(
-    plan: BatchPlan, work_dir: Path, folder: Path, description: dict[str, Any], scan_result: SplitScan, metric: str
-) -> None:
-    """Put the batches' outputs in the data's order, check that every row is there once, write the label set."""
-    tally = ScoreAccumulator(metric)
-    sums = {"empty": 0.0, "words": 0.0, "original_words": 0.0, "device_seconds": 0.0}
-    hosts: Counter[str] = Counter()
-
-    def window_rows(window: int) -> Iterator[tuple[str, list[Candidate]]]:
-        planned = plan.read_targets(window)
-        written = read_window_outputs(plan, work_dir, window, sums, hosts)
-        if written.keys() != {row_id for row_id, _ in planned} or len(written) != len(planned):
-            raise UserError(f"{work_dir}: its rows are not those that were planned; delete the folder and run again")
-        best = [written[row_id][0].target for row_id, _ in planned]
-        originals = [target for _, target in planned]
-        sums["empty"] += sum(not text.strip() for text in best)
-        sums["words"] += sum(len(text.split()) for text in best)
-        sums["original_words"] += sum(len(text.split()) for text in originals)
-        if scan_result.labelled:
-            tally.add(best, originals)
-        yield from ((row_id, written.pop(row_id)) for row_id, _ in planned)
-
-    # A generator for each window, so that what it held is gone before the next one is read.
-    rows = chain.from_iterable(window_rows(window) for window in range(len(plan.windows)))
-
-    def manifest() -> dict[str, Any]:
-        engine = read_json(work_dir / "engine.json")
-        return {
-            **description,
-            "rows": scan_result.rows,
-            "empty": int(sums["empty"]),
-            "metric": metric,
-            "engine": engine["engine"],
-            "engine_why": engine["why"],
-            "device_hours": sums["device_seconds"] / 3600,
-            "hosts": dict(sorted(hosts.items())),
-            "quality": tally.metrics() if scan_result.labelled else None,
-            "target_words_mean": sums["words"] / scan_result.rows,
-            "original_words_mean": sums["original_words"] / scan_result.rows if scan_result.labelled else None,
-        }
-
-    write_label_set(folder, rows, manifest)
-
-
-def read_window_outputs(
-    plan: BatchPlan, work_dir: Path, window: int, totals: dict[str, float], rows_per_host: Counter[str]
-) -> dict[str, list[Candidate]]:
-    """The candidates of a window's rows by id; UserError where a row was labelled twice, or by two engines.
-
-    Adds the device-seconds to `totals`, and the rows to the `rows_per_host` that labelled them.
-    """
-    import pyarrow.parquet as pq
-
-    written: dict[str, list[Candidate]] = {}
-    engine = read_json(work_dir / "engine.json")["engine"]
-    for number in plan.batches_in_window(window):
-        path = batch_output_path(work_dir, number)
-        with corrupt_file_error(path, f"Delete {path} to have this batch labelled again"):
-            table = pq.read_table(path)
-            told = table.schema.metadata
-            if told[b"engine"].decode() != engine:
-                raise UserError(f"{work_dir}: was written by two engines; delete the folder and run again")
-            totals["device_seconds"] += float(told[b"device_seconds"])
-            rows_per_host[told.get(b"host", b"unknown").decode()] += len(
-                table
-            )  # unknown: of a release that did not write it
-            columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
-            for row_id, targets, scores in zip(*columns, strict=True):
-                if row_id in written:
-                    raise UserError(f"{work_dir}: row {row_id!r} was labelled twice; delete the folder and run again")
-                written[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
-    return written
-
-
 def is_batch_complete(path: Path) -> bool:
-    """Whether a batch's file is there and whole: a machine that lost its power may leave one that is not."""
+    """Whether the output of a batch is complete. A truncated file, left by a power failure, is deleted.
+
+    Raises:
+        OSError: The file cannot be read at the moment.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -120,8 +100,97 @@ def is_batch_complete(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, pa.ArrowInvalid) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's own: nothing is known of the file
+        if getattr(error, "errno", None) is not None:  # an error of the disk says nothing about the file
             raise
         path.unlink()
         return False
     return True
+
+
+class LabelStats:
+    """Counts and scores of the labels of a job, collected while its outputs are merged."""
+
+    def __init__(self, metric: str, labelled: bool) -> None:
+        self.device_seconds = 0.0
+        self.rows_per_host: Counter[str] = Counter()
+        self._labelled = labelled  # whether the data has original targets
+        self._rows = self._empty = self._target_words = self._original_words = 0
+        self._scores = ScoreAccumulator(metric)
+
+    def add(self, labels: list[str], originals: list[str]) -> None:
+        """Count labels and the original targets of the same rows."""
+        self._rows += len(labels)
+        self._empty += sum(not text.strip() for text in labels)
+        self._target_words += sum(len(text.split()) for text in labels)
+        self._original_words += sum(len(text.split()) for text in originals)
+        if self._labelled:
+            self._scores.add(labels, originals)
+
+    def manifest(self, description: LabelDescription, engine: EngineRecord) -> PseudolabelManifest:
+        """The manifest of the label set, once all rows are counted."""
+        return PseudolabelManifest(
+            **description.model_dump(exclude_unset=True),
+            rows=self._rows,
+            empty=self._empty,
+            metric=self._scores.metric,
+            engine=engine.engine,
+            engine_fallback_reason=engine.fallback_reason,
+            device_hours=self.device_seconds / 3600,
+            hosts=dict(sorted(self.rows_per_host.items())),
+            quality=self._scores.metrics() if self._labelled else None,
+            target_words_mean=self._target_words / self._rows,
+            original_words_mean=self._original_words / self._rows if self._labelled else None,
+        )
+
+
+def merge_outputs(
+    plan: BatchPlan, work_dir: Path, folder: Path, description: LabelDescription, metric: str, labelled: bool
+) -> None:
+    """Merge the outputs of all batches, in the order of the data, into the label set in `folder`.
+
+    Raises:
+        UserError: The outputs do not match the plan.
+    """
+    stats = LabelStats(metric, labelled)
+    # A generator per window, so that a window is freed before the next one is read.
+    rows = chain.from_iterable(_iter_window(plan, work_dir, window, stats) for window in range(plan.num_windows))
+    write_label_set(folder, rows, lambda: stats.manifest(description, read_engine_record(work_dir)))
+
+
+def _iter_window(
+    plan: BatchPlan, work_dir: Path, window: int, stats: LabelStats
+) -> Iterator[tuple[str, list[Candidate]]]:
+    """Yield the id and the candidates of the rows of a window, in the order of the data."""
+    planned = plan.read_targets(window)
+    candidates = read_window_outputs(plan, work_dir, window, stats)
+    if candidates.keys() != {row_id for row_id, _ in planned} or len(candidates) != len(planned):
+        raise UserError(f"{work_dir}: the outputs do not match the batch plan; delete the folder and run again")
+    stats.add([candidates[row_id][0].target for row_id, _ in planned], [target for _, target in planned])
+    yield from ((row_id, candidates.pop(row_id)) for row_id, _ in planned)
+
+
+def read_window_outputs(plan: BatchPlan, work_dir: Path, window: int, stats: LabelStats) -> dict[str, list[Candidate]]:
+    """Read the candidates of the rows of a window by id, and add device-seconds and hosts to `stats`.
+
+    Raises:
+        UserError: An output is damaged, a row was labelled twice, or two engines wrote the outputs.
+    """
+    import pyarrow.parquet as pq
+
+    candidates: dict[str, list[Candidate]] = {}
+    engine = read_engine_record(work_dir).engine
+    for number in plan.batches_in_window(window):
+        path = batch_output_path(work_dir, number)
+        with corrupt_file_error(path, f"Delete {path} to have this batch labelled again"):
+            table = pq.read_table(path)
+            metadata = table.schema.metadata
+            if metadata[b"engine"].decode() != engine:
+                raise UserError(f"{work_dir}: two engines wrote the outputs; delete the folder and run again")
+            stats.device_seconds += float(metadata[b"device_seconds"])
+            stats.rows_per_host[metadata[b"host"].decode()] += len(table)
+            columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
+            for row_id, targets, scores in zip(*columns, strict=True):
+                if row_id in candidates:
+                    raise UserError(f"{work_dir}: row {row_id!r} was labelled twice; delete the folder and run again")
+                candidates[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
+    return candidates

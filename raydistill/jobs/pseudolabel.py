@@ -1,11 +1,10 @@
-"""Pseudo-labels as a Ray Data job: the teacher's beam search over a split, in planned batches, each done once.
+"""Pseudo-labels as a Ray Data job: beam search of a teacher over a data split, each planned batch exactly once.
 
-The split is read row by row, checked and fingerprinted; the plan (data/plan.py) is made once and kept; actors label
-planned batches and leave a file each (cluster/planned.py); the files are put together, window by window, into a label
-set (data/labels.py). Run again after any death, the job goes on from the files that are there.
+The split is read row by row, checked and fingerprinted. The batch plan (label_sets/batch_plan.py) is written once.
+Actors label planned batches and write a file for each (cluster/actor_pool.py). The files are merged, window by window,
+into a label set (label_sets/label_set.py). A job that was killed resumes with the missing batches.
 """
 
-import json
 import os
 import shutil
 import time
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
@@ -23,34 +22,45 @@ from raydistill.config.presets import resolve_metric, teacher_preset
 from raydistill.config.run import Dataset, Decoding, PseudoLabeling
 from raydistill.core.console import ProgressBar, print_progress
 from raydistill.core.errors import UserError
-from raydistill.core.files import corrupt_file_error, read_json, write_atomic
 from raydistill.data.readers import known_extension
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
-from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
-from raydistill.jobs.label_outputs import batch_output_path, is_batch_complete, merge_outputs, write_batch_output
+from raydistill.jobs.label_outputs import (
+    EngineRecord,
+    batch_output_path,
+    check_same_engine,
+    engine_path,
+    is_batch_complete,
+    merge_outputs,
+    write_batch_output,
+)
 from raydistill.label_sets.batch_plan import BATCH_CHARS, BatchPlan, make_plan, open_plan
 from raydistill.label_sets.curation import check_curation, curate
-from raydistill.label_sets.label_set import is_complete, label_set_key, read_manifest
+from raydistill.label_sets.label_set import is_complete, label_set_key, read_pseudolabel_manifest
+from raydistill.label_sets.manifest import DataRecord, LabelDescription, TeacherRecord
 
-if TYPE_CHECKING:  # it loads torch
-    from raydistill.inference.decoding import Engine
+if TYPE_CHECKING:  # these modules load torch
+    from raydistill.inference.decoding import BeamSearchParams, Engine
 
 NUM_CALIBRATION_ROWS = 4
-# A GPU takes as many rows at once as fill it; a CPU core is fastest with few.
 GPU_BATCH_CHARS = 4 * BATCH_CHARS
-CHARS_PER_TOKEN = 5  # roughly, to know how much of a long source the teacher reads
+CHARS_PER_TOKEN = 5  # approximately, to estimate how much of a long source the teacher reads
+# Rows in a generation batch: as many as fill a GPU, few on a CPU core.
 CPU_BATCH_SIZES = {"ctranslate2": 32, "transformers": 16}
 GPU_BATCH_SIZE = 128
-# Part of a label set's key. One more whenever an engine, with the same settings, comes to write other texts.
+# Part of the key of a label set. Raise it when an engine writes other texts with the same settings.
 DECODING_VERSION = 2
 
-# What opens the teacher in an actor; called as model.generate.open_engine is.
+# Opens the teacher in an actor, with the parameters of inference.engines.open_engine.
 EngineFactory = Callable[..., "Engine"]
 
 
 @dataclass(frozen=True)
 class LabelJob:
-    """What to label, by whom, how."""
+    """The settings of a pseudo-label job: teacher, data, decoding, engine.
+
+    `threads` are CPUs per teacher. `batch_chars` are source characters of a planned batch, None for a default by
+    device. Without `allow_fallback`, a model that CTranslate2 cannot run is an error.
+    """
 
     teacher: str
     dataset: Dataset
@@ -63,63 +73,94 @@ class LabelJob:
     batch_chars: int | None = None
     allow_fallback: bool = True
 
+    @property
+    def resolved_metric(self) -> str:
+        """The metric of the labels against the original targets, bleu or rouge2."""
+        return resolve_metric(self.dataset.name, self.metric)
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """A job with everything that its actors need: what the texts depend on, and where they go."""
+
+    job: LabelJob
+    description: LabelDescription
+    folder: Path
+    device: str
+    verbose: bool = True
+    engine_factory: EngineFactory | None = None
+
+    @property
+    def work_dir(self) -> Path:
+        """The folder of the plan and of the outputs of batches."""
+        return self.folder.with_name(f".{self.folder.name}.work")
+
+    @property
+    def plan_dir(self) -> Path:
+        """The folder of the batch plan."""
+        return self.work_dir / "plan"
+
+    @property
+    def languages(self) -> tuple[str, str] | None:
+        """Source and target language, for teachers that need them."""
+        languages = self.description.languages
+        return (languages[0], languages[1]) if languages else None
+
+    @property
+    def teacher_path(self) -> Path:
+        """The folder of the teacher, or its name on the hub as a path."""
+        return Path(self.description.teacher.path)
+
 
 def pseudolabel(
-    job: LabelJob,
-    root: Path,
-    device: str = "cpu",
-    verbose: bool = True,
-    engine_factory: EngineFactory | None = None,
+    job: LabelJob, root: Path, device: str = "cpu", verbose: bool = True, engine_factory: EngineFactory | None = None
 ) -> Path:
-    """Label every row of the split; returns the label set's folder under `root`. Finished work is not done again.
+    """Label every row of a split, and return the folder of the label set under `root`. Finished work is not repeated.
 
-    Where `job.pseudo.curation` has rules, the folder is that of the curated set, and the whole one stands beside it.
-    `engine_factory` is there for measuring the job itself (benchmarks/scaling.py); the default is `open_engine`.
+    If `job.pseudo.curation` has rules, the curated set is returned; the complete set remains next to the curated one.
+    `engine_factory` replaces `open_engine` in benchmarks.
+
+    Raises:
+        UserError: Settings, teacher, data or finished outputs cannot be used.
     """
-    found = scan_split(job.dataset, job.split)
-    about = describe_job(job, found)
+    scan = scan_split(job.dataset, job.split)
+    description = describe_job(job, scan)
     rules = job.pseudo.curation
-    check_curation(rules, found.labelled)
-    root = root.absolute()  # Ray's workers have working folders of their own
-    folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{_label_set_key(job, about, found, device)}"
+    check_curation(rules, scan.labelled)
+    root = root.absolute()  # Ray's workers have other working directories
+    key = _label_set_key(job, description, device)
+    folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{key}"
     root.mkdir(parents=True, exist_ok=True)
     with _label_set_lock(root / f".{folder.name}.lock", folder):
-        _build_label_set(job, about, found, folder, device, verbose, engine_factory)
+        _build_label_set(LabelTask(job, description, folder, device, verbose, engine_factory), scan)
     if rules == type(rules)():
         return folder
-    made = curate(
-        folder,
-        job.dataset,
-        job.split,
-        rules,
-        rouge2_rows,
-        ScoreAccumulator(resolve_metric(job.dataset.name, job.metric)),
-    )
-    sync.push(made)
-    return made
+    curated = curate(folder, job.dataset, job.split, rules, job.resolved_metric)
+    sync.push(curated)
+    return curated
 
 
-def _label_set_key(job: LabelJob, description: dict[str, Any], scan_result: SplitScan, device: str) -> str:
-    """What decides about the texts: the teacher's weights and settings, the data, and how it is decoded.
+def _label_set_key(job: LabelJob, description: LabelDescription, device: str) -> str:
+    """The content key: a hash of teacher, data, decoding, engine and precision.
 
-    Two engines, or one with another precision, do not always write the same text.
+    Two engines, or one engine with two precisions, do not always write the same text.
     """
-    how = {
-        **description["decoding"],
+    settings = {
+        **description.decoding,
         "n_best": job.pseudo.n_best,
         "engine": job.engine,
         "device": device,
         "precision": job.pseudo.precision,
-        "settings": description["teacher"]["settings"],
-        "languages": description["languages"],
+        "settings": description.teacher.settings,
+        "languages": description.languages,
         "search": DECODING_VERSION,
     }
-    return label_set_key(description["teacher"]["fingerprint"], scan_result.fingerprint, how)
+    return label_set_key(description.teacher.fingerprint, description.data.fingerprint, settings)
 
 
 @contextmanager
 def _label_set_lock(path: Path, folder: Path) -> Iterator[None]:
-    """Hold a label set's lock; says so where another command has it, and waits."""
+    """Hold the lock of a label set; print a line and wait if another command holds the lock."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -132,8 +173,12 @@ def _label_set_lock(path: Path, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def describe_job(job: LabelJob, scan_result: SplitScan) -> dict[str, Any]:
-    """Teacher, data and decoding as the manifest holds them, without loading the model."""
+def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
+    """Describe teacher, data and decoding, without loading the model.
+
+    Raises:
+        UserError: The teacher cannot be used, or `n_best` is larger than the number of beams.
+    """
     from raydistill.inference.decoding import resolve_decoding
     from raydistill.models.loading import (
         load_config,
@@ -144,217 +189,196 @@ def describe_job(job: LabelJob, scan_result: SplitScan) -> dict[str, Any]:
     )
 
     preset = teacher_preset(job.teacher, job.dataset.name)
-    where = locate_checkpoint(job.teacher, job.dataset.name)
-    where = str(Path(where).absolute()) if Path(where).is_dir() else where
-    config = load_config(where)
-    target = resolve_max_tokens("max_target_tokens", job.dataset, preset, config)
-    beam = resolve_decoding(job.decoding, load_generation_config(where), preset.decoding if preset else None, target)
+    checkpoint = locate_checkpoint(job.teacher, job.dataset.name)
+    checkpoint = str(Path(checkpoint).absolute()) if Path(checkpoint).is_dir() else checkpoint
+    config = load_config(checkpoint)
+    max_target_tokens = resolve_max_tokens("max_target_tokens", job.dataset, preset, config)
+    beam = resolve_decoding(
+        job.decoding, load_generation_config(checkpoint), preset.decoding if preset else None, max_target_tokens
+    )
     if job.pseudo.n_best > beam.beams:
         raise UserError(
-            f"{job.pseudo.n_best} candidates per row need as many beams, and the teacher's are {beam.beams}: "
-            f"give --beams"
+            f"{job.pseudo.n_best} candidates per row need as many beams, and the teacher has {beam.beams}; set --beams"
         )
-    return {
-        "teacher": {"name": job.teacher, "where": where, **_teacher_fingerprints(where)},
-        "data": {
-            "name": job.dataset.name,
-            "split": job.split,
-            "fingerprint": scan_result.fingerprint,
-            "skipped": scan_result.skipped,
-            "dataset": job.dataset.model_dump(mode="json", exclude_defaults=True),
-        },
-        "decoding": {
-            **asdict(beam),
-            "max_source_tokens": resolve_max_tokens("max_source_tokens", job.dataset, preset, config),
-        },
-        "n_best": job.pseudo.n_best,
-        "languages": resolve_languages(job.teacher, job.dataset),
-    }
+    max_source_tokens = resolve_max_tokens("max_source_tokens", job.dataset, preset, config)
+    languages = resolve_languages(job.teacher, job.dataset)
+    return LabelDescription(
+        teacher=TeacherRecord(name=job.teacher, path=checkpoint, **_teacher_fingerprints(checkpoint)),
+        data=DataRecord(
+            name=job.dataset.name,
+            split=job.split,
+            fingerprint=scan.fingerprint,
+            skipped=scan.skipped,
+            dataset=job.dataset.model_dump(mode="json", exclude_defaults=True),
+        ),
+        decoding={**asdict(beam), "max_source_tokens": max_source_tokens},
+        n_best=job.pseudo.n_best,
+        languages=list(languages) if languages else None,
+    )
+
+
+def beam_search_params(description: LabelDescription) -> "tuple[BeamSearchParams, int]":
+    """The beam search of a described job, and the maximum number of source tokens."""
+    from raydistill.inference.decoding import BeamSearchParams
+
+    decoding = dict(description.decoding)
+    max_source_tokens = decoding.pop("max_source_tokens")
+    return BeamSearchParams(**decoding), max_source_tokens
 
 
 def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
-    """Fingerprints of the weights and of configuration and tokenizer; the commit, of a teacher from the hub."""
+    """Fingerprints of the weights, and of configuration and tokenizer; the commit of a checkpoint from the hub."""
     from raydistill.models.hub import hub_commit
     from raydistill.models.loading import settings_fingerprint, weights_fingerprint
 
-    known = hub_commit(checkpoint)
-    found = {"fingerprint": weights_fingerprint(checkpoint), "settings": settings_fingerprint(checkpoint)}
-    return {**found, "commit": known} if known else found
+    commit = hub_commit(checkpoint)
+    fingerprints = {"fingerprint": weights_fingerprint(checkpoint), "settings": settings_fingerprint(checkpoint)}
+    return {**fingerprints, "commit": commit} if commit else fingerprints
 
 
-def _build_label_set(
-    job: LabelJob,
-    description: dict[str, Any],
-    scan_result: SplitScan,
-    folder: Path,
-    device: str,
-    verbose: bool,
-    engine_factory: EngineFactory | None,
-) -> None:
-    """Go on with the label set in `folder`; the caller holds its lock."""
-    work = folder.with_name(f".{folder.name}.work")
-    sync.pull(folder, work)
+def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
+    """Build or resume the label set of a task. The caller holds its lock."""
+    folder, work_dir = task.folder, task.work_dir
+    sync.pull(folder, work_dir)
     if is_complete(folder):
-        if not job.allow_fallback and (why := read_manifest(folder).get("engine_why")):
-            raise UserError(f"{folder}: is finished, but not by CTranslate2: {why}")
-        shutil.rmtree(work, ignore_errors=True)  # of a job that was killed after its last step but one
-        if verbose:
-            print_progress(f"pseudo-labels: {scan_result.rows} rows are there already: {folder}")
+        if not task.job.allow_fallback and (reason := read_pseudolabel_manifest(folder).engine_fallback_reason):
+            raise UserError(f"{folder}: complete, but not written by CTranslate2: {reason}")
+        shutil.rmtree(work_dir, ignore_errors=True)  # left by a job that was killed before this last step
+        if task.verbose:
+            print_progress(f"pseudo-labels: already complete ({scan.rows} rows): {folder}")
         return
-    plan = open_plan(work / "plan")
-    if plan is None:
-        chars = job.batch_chars or (GPU_BATCH_CHARS if device == "cuda" else BATCH_CHARS)
-        read = CHARS_PER_TOKEN * description["decoding"]["max_source_tokens"]
-        rows = usable_rows(job.dataset, job.split, scan_result)
-        plan = make_plan(rows, work / "plan", batch_chars=chars, max_source_chars=read)
-        sync.push(work / "plan")
-    (work / "out").mkdir(exist_ok=True)
-    missing = [n for n in range(len(plan)) if not is_batch_complete(batch_output_path(work, n))]
-    if verbose and len(missing) < len(plan):
-        print_progress(f"pseudo-labels: going on; {len(plan) - len(missing)} of {len(plan)} batches are done")
+    plan = open_plan(task.plan_dir) or _make_plan(task, scan)
+    (work_dir / "out").mkdir(exist_ok=True)
+    missing = [n for n in range(len(plan)) if not is_batch_complete(batch_output_path(work_dir, n))]
+    if task.verbose and len(missing) < len(plan):
+        num_finished = len(plan) - len(missing)
+        print_progress(f"pseudo-labels: resuming, {num_finished} of {len(plan)} batches finished")
     if missing:
-        _label_batches(job, description, plan, work, missing, device, verbose, engine_factory)
-        sync.pull(work)
-    merge_outputs(plan, work, folder, description, scan_result, resolve_metric(job.dataset.name, job.metric))
+        _label_batches(task, plan, missing)
+        sync.pull(work_dir)
+    merge_outputs(plan, work_dir, folder, task.description, task.job.resolved_metric, scan.labelled)
     sync.push(folder)
-    sync.delete(work)
-    shutil.rmtree(work, ignore_errors=True)
+    sync.delete(work_dir)
+    shutil.rmtree(work_dir, ignore_errors=True)
 
 
-def _label_batches(
-    job: LabelJob,
-    description: dict[str, Any],
-    plan: BatchPlan,
-    work_dir: Path,
-    batch_numbers: list[int],
-    device: str,
-    verbose: bool,
-    engine_factory: EngineFactory | None,
-) -> None:
-    """Run the missing batches through one actor per GPU, or per `job.threads` CPUs, and tell how far it is."""
-    total, todo = sum(plan.rows), sum(plan.rows[n] for n in batch_numbers)
-    chars = sum(plan.chars[n] for n in batch_numbers)
-    done = {"rows": total - todo, "tokens": 0}
-    started = time.monotonic()
-    if verbose:
-        actors = min(max_actors(device, job.threads), len(batch_numbers))
-        print_progress(
-            f"pseudo-labels: {todo} rows to label in {len(batch_numbers)} batches, {actors} teachers at work"
-        )
-    bar = ProgressBar("pseudo-labels", sum(plan.chars), sum(plan.chars) - chars) if verbose else None
+def _make_plan(task: LabelTask, scan: SplitScan) -> BatchPlan:
+    """Plan the batches of a task and copy the plan to the storage."""
+    job = task.job
+    batch_chars = job.batch_chars or (GPU_BATCH_CHARS if task.device == "cuda" else BATCH_CHARS)
+    max_source_chars = CHARS_PER_TOKEN * task.description.decoding["max_source_tokens"]
+    rows = usable_rows(job.dataset, job.split, scan)
+    plan = make_plan(rows, task.plan_dir, batch_chars=batch_chars, max_source_chars=max_source_chars)
+    sync.push(task.plan_dir)
+    return plan
 
-    def on_done(facts: BatchStats) -> None:
-        done["rows"] += int(facts["rows"])
-        done["tokens"] += int(facts["tokens"])
-        if bar is not None:
-            seconds = time.monotonic() - started
-            rates = f"{(done['rows'] - total + todo) / seconds:.1f} rows/s, {done['tokens'] / seconds:.0f} tokens/s"
-            bar.advance(plan.chars[int(facts["batch"])], f"{done['rows']}/{total} rows, {rates}")
 
-    where = Path(description["teacher"]["where"])
-    sync.push(where)
+def _label_batches(task: LabelTask, plan: BatchPlan, batch_numbers: list[int]) -> None:
+    """Label the missing batches, with an actor per GPU or per `job.threads` CPUs, and print the progress."""
+    progress = _LabelProgress(plan, batch_numbers) if task.verbose else None
+    if task.verbose:
+        rows = sum(plan.batch_rows[n] for n in batch_numbers)
+        actors = min(max_actors(task.device, task.job.threads), len(batch_numbers))
+        print_progress(f"pseudo-labels: {rows} rows to label in {len(batch_numbers)} batches by {actors} teachers")
+    sync.push(task.teacher_path)
 
-    def labeller() -> Callable[[int], BatchStats]:
-        sync.pull(where, work_dir / "plan", work_dir / "engine.json")
-        return Labeller(job, description, plan, work_dir, device, engine_factory)
+    def make_labeller() -> Callable[[int], BatchStats]:
+        sync.pull(task.teacher_path, task.plan_dir, engine_path(task.work_dir))
+        return Labeller(task, plan)
 
     try:
-        run_batches(batch_numbers, labeller, device=device, threads=job.threads, on_done=on_done)
+        on_done = progress.advance if progress else lambda stats: None
+        run_batches(batch_numbers, make_labeller, device=task.device, threads=task.job.threads, on_done=on_done)
     finally:
-        if bar is not None:
-            bar.close()
+        if progress:
+            progress.close()
+
+
+class _LabelProgress:
+    """A progress bar over source characters, with rows and tokens per second since the start."""
+
+    def __init__(self, plan: BatchPlan, batch_numbers: list[int]) -> None:
+        self._batch_chars = plan.batch_chars
+        self._total_rows, self._rows, self._tokens = sum(plan.batch_rows), 0, 0
+        self._finished_rows = self._total_rows - sum(plan.batch_rows[n] for n in batch_numbers)
+        self._started = time.monotonic()
+        total_chars = sum(plan.batch_chars)
+        missing_chars = sum(plan.batch_chars[n] for n in batch_numbers)
+        self._bar = ProgressBar("pseudo-labels", total_chars, total_chars - missing_chars)
+
+    def advance(self, stats: BatchStats) -> None:
+        """Count a finished batch."""
+        self._rows += int(stats["rows"])
+        self._tokens += int(stats["tokens"])
+        seconds = time.monotonic() - self._started
+        rates = f"{self._rows / seconds:.1f} rows/s, {self._tokens / seconds:.0f} tokens/s"
+        finished = f"{self._finished_rows + self._rows}/{self._total_rows} rows"
+        self._bar.advance(self._batch_chars[int(stats["batch"])], f"{finished}, {rates}")
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
 
 
 class Labeller:
-    """One teacher on one device or CPU share: labels planned batches and leaves a file for each."""
+    """A teacher on a GPU or on a share of the CPUs: labels planned batches and writes the output of each."""
 
-    def __init__(
-        self,
-        job: LabelJob,
-        description: dict[str, Any],
-        plan: BatchPlan,
-        work_dir: Path,
-        device: str,
-        engine_factory: EngineFactory | None = None,
-    ) -> None:
+    def __init__(self, task: LabelTask, plan: BatchPlan) -> None:
+        job, teacher = task.job, task.description.teacher
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        from raydistill.inference.decoding import BeamSearchParams, CalibrationRows
+        from raydistill.inference.decoding import CalibrationRows
         from raydistill.inference.engines import open_engine
 
-        decoding = dict(description["decoding"])
-        if _teacher_fingerprints(description["teacher"]["where"]).items() - description["teacher"].items():
-            raise UserError(
-                f"{description['teacher']['where']}: the teacher has changed since the job began; run it again"
-            )
-        self.max_source_tokens = decoding.pop("max_source_tokens")
-        self.beam = BeamSearchParams(**decoding)
-        self.plan, self.work_dir, self.n_best = plan, work_dir, job.pseudo.n_best
-        self.threads = job.threads
-        middle = plan.read_batch(len(plan) // 2)["sources"]
-        said: list[str] = []
-        self.engine = (engine_factory or open_engine)(
-            description["teacher"]["where"],
+        if any(getattr(teacher, name) != value for name, value in _teacher_fingerprints(teacher.path).items()):
+            raise UserError(f"{teacher.path}: the teacher changed since the job started; run the command again")
+        self._beam, self._max_source_tokens = beam_search_params(task.description)
+        self._plan, self._work_dir, self._n_best, self._threads = plan, task.work_dir, job.pseudo.n_best, job.threads
+        sources = plan.read_batch(len(plan) // 2)["sources"][:NUM_CALIBRATION_ROWS]
+        messages: list[str] = []
+        self._engine = (task.engine_factory or open_engine)(
+            teacher.path,
             job.engine,
-            device=device,
+            device=task.device,
             threads=job.threads,
             precision=job.pseudo.precision,
-            languages=description["languages"],
-            cache_dir=work_dir.parent / ".engines",
+            languages=task.languages,
+            cache_dir=task.work_dir.parent / ".engines",
             allow_fallback=job.allow_fallback,
-            log=said.append,
-            calibration=CalibrationRows(tuple(middle[:NUM_CALIBRATION_ROWS]), self.beam, self.max_source_tokens),
+            log=messages.append,
+            calibration=CalibrationRows(tuple(sources), self._beam, self._max_source_tokens),
         )
-        self.engine_name = f"{self.engine.name} {self.engine.precision}"
-        self.batch_size = GPU_BATCH_SIZE if device == "cuda" else CPU_BATCH_SIZES[self.engine.name]
-        _check_same_engine(work_dir, self.engine_name, [line for line in said if "using transformers" in line])
+        self._engine_name = f"{self._engine.name} {self._engine.precision}"
+        self._batch_size = GPU_BATCH_SIZE if task.device == "cuda" else CPU_BATCH_SIZES[self._engine.name]
+        fallback_reason = " ".join(line for line in messages if "using transformers" in line)
+        check_same_engine(task.work_dir, EngineRecord(self._engine_name, fallback_reason))
 
     def __call__(self, batch_number: int) -> BatchStats:
-        """Label one planned batch and write its file."""
-        batch = self.plan.read_batch(batch_number)
+        """Label a planned batch, write its output, and return the numbers of rows and of output tokens."""
+        batch = self._plan.read_batch(batch_number)
         started = time.monotonic()
-        found = self.engine.generate(
+        outputs = self._engine.generate(
             batch["sources"],
-            self.beam,
-            max_source_tokens=self.max_source_tokens,
-            batch_size=self.batch_size,
-            n_best=self.n_best,
+            self._beam,
+            max_source_tokens=self._max_source_tokens,
+            batch_size=self._batch_size,
+            n_best=self._n_best,
         )
-        seconds = time.monotonic() - started
-        targets = [[h.text.strip() for h in hypotheses] for hypotheses in found]
-        scores = [[float(h.score) for h in hypotheses] for hypotheses in found]
-        columns = {"id": batch["ids"], "targets": targets, "scores": scores}
-        write_batch_output(self.work_dir, batch_number, columns, self.engine_name, seconds * self._num_devices)
-        tokens = sum(hypotheses[0].tokens for hypotheses in found)
-        return {"rows": len(found), "tokens": tokens, "seconds": seconds}
+        device_seconds = (time.monotonic() - started) * self._num_devices
+        columns = {
+            "id": batch["ids"],
+            "targets": [[h.text.strip() for h in hypotheses] for hypotheses in outputs],
+            "scores": [[float(h.score) for h in hypotheses] for hypotheses in outputs],
+        }
+        write_batch_output(self._work_dir, batch_number, columns, self._engine_name, device_seconds)
+        return {"rows": len(outputs), "tokens": sum(hypotheses[0].tokens for hypotheses in outputs)}
 
     @property
     def _num_devices(self) -> int:
-        """What it holds: a GPU, or CPU cores."""
-        return self.threads if self.engine.device == "cpu" else 1
-
-
-def _check_same_engine(work_dir: Path, engine: str, fallback_messages: list[str]) -> None:
-    """All batches of a set are written by one engine: the first actor says which, and the others agree.
-
-    UserError where a job is taken up on a machine that opens another one.
-    """
-    place = work_dir / "engine.json"
-    with FileLock(work_dir / ".engine.lock"):
-        sync.pull(place)
-        if not place.is_file():
-            write_atomic(place, json.dumps({"engine": engine, "why": " ".join(fallback_messages)}).encode())
-            sync.push(place)
-        with corrupt_file_error(place):
-            begun = read_json(place)["engine"]
-    if begun != engine:
-        raise UserError(
-            f"{work_dir}: the batches so far were written by {begun}, and this machine opens {engine}: texts of two "
-            f"engines "
-            f"are not mixed. Go on where {begun} can be opened, or delete the folder to begin anew"
-        )
+        """1 for a GPU, otherwise the number of CPU threads."""
+        return self._threads if self._engine.device == "cpu" else 1
 
 
 def _slug(name: str) -> str:
-    """A data set's name as a folder's: "my_texts.jsonl.gz" is my-texts."""
+    """The name of a data set as part of a folder name: "my_texts.jsonl.gz" becomes my-texts."""
     stem = Path(name).name.removesuffix(known_extension(Path(name)) or "")
     return "".join(c if c.isalnum() else "-" for c in stem)

@@ -1,4 +1,4 @@
-"""The teacher's pass over a training split as a Ray Data job: decide what is kept, make what is missing, record it."""
+"""The teacher cache of some runs as a Ray Data job: choose what to cache, build the missing parts in actors."""
 
 import hashlib
 import json
@@ -9,25 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import BatchStats, run_batches
 from raydistill.cluster.exclusive import run_exclusive
-from raydistill.config.run import Run
+from raydistill.config.run import Run, Training
 from raydistill.core.console import print_progress
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache import store
-from raydistill.teacher_cache.builder import CacheBuilder
-from raydistill.teacher_cache.policy import CacheMode, EpochTimes, choose_mode, make_cache_builder, measure_epoch_times
+from raydistill.teacher_cache.builder import build_part
+from raydistill.teacher_cache.layout import MAX_DISK_FRACTION, CacheLayout
+from raydistill.teacher_cache.policy import CacheMode, EpochTimes, choose_mode, make_cache_layout, measure_epoch_times
 from raydistill.training.inputs import LabelFolders, input_paths, run_label_folders
 
-MAX_DISK_FRACTION = 0.9
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROGRESS_INTERVAL_S = 5
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a pass came to: the bytes kept, and by array of a store the device-seconds that it once took."""
+    """The size of a cache, and the device-seconds that building each array took ("encoder-KEY/states")."""
 
     bytes: int
     device_seconds: dict[str, float]
@@ -35,9 +39,14 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """Runs on one training split that may read the teacher's states, and the label sets that they train on.
+    """Runs on one training split that may read a common teacher cache.
 
-    `computed` is what `precision: auto` came to on the workers; this process may have no such device.
+    Args:
+        runs: The runs. Teacher, data and precision of all runs are equal (`cache_group_key`).
+        labels: The folders of the label sets that the runs train on.
+        root: The folder of all stores.
+        device: The device of the teacher, "cpu" or "cuda".
+        compute_dtype: The dtype that `precision: auto` means on the workers; this process may have no such device.
     """
 
     runs: list[Run]
@@ -46,142 +55,143 @@ class CacheRequest:
     device: str
     compute_dtype: str | None = None
 
-    def make_builder(self, mode: CacheMode) -> CacheBuilder:
-        """What these runs read, where runs of `auto` keep `mode`."""
+    def make_layout(self, mode: CacheMode) -> CacheLayout:
+        """The layout of the cache, with `mode` for runs of `teacher_cache: auto`."""
         modes = [
             (run, mode if run.training.teacher_cache == "auto" else run.training.teacher_cache) for run in self.runs
         ]
-        examples, key, config, computed = _load_inputs(self)
-        return make_cache_builder(modes, examples, key, config, self.root, computed)
+        inputs = _load_inputs(self)
+        return make_cache_layout(
+            modes, inputs.examples, inputs.teacher_key, inputs.teacher_config, self.root, inputs.compute_dtype
+        )
 
     def input_paths(self) -> list[Path]:
-        """What is read of the home: the teacher and the label sets, as far as they lie there."""
-        labels = [Path(folder) for made in self.labels.values() for folder in made.values()]
-        return [*labels, *{place for run in self.runs for place in input_paths(run)}]
+        """The folders that the job reads: teacher, data and label sets."""
+        label_folders = [Path(folder) for folders in self.labels.values() for folder in folders.values()]
+        return [*label_folders, *{path for run in self.runs for path in input_paths(run)}]
 
     def __hash__(self) -> int:
         return hash((str(self.runs), str(self.labels), self.root, self.device, self.compute_dtype))
 
 
+@dataclass(frozen=True)
+class CacheInputs:
+    """What the layout of a cache depends on, without any weights: examples by `label_key`, the teacher, the dtype."""
+
+    examples: dict[str, Examples]
+    teacher_key: str
+    teacher_config: Any
+    compute_dtype: str
+
+
 def cache_group_key(run: Run) -> str:
-    """Runs of one group may read one pass: the same teacher, pairs and numbers."""
-    about = (run.teacher, run.dataset.model_dump(mode="json"), run.training.precision, run.training.cache_precision)
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    """A key of the runs that can share a cache: the same teacher, data and precision."""
+    settings = (run.teacher, run.dataset.model_dump(mode="json"), run.training.precision, run.training.cache_precision)
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
 def build_teacher_cache(request: CacheRequest, mode: CacheMode) -> CacheStats:
-    """Make what the runs read of the teacher, unless it is there; `mode` is what `resolve_cache_mode` came to."""
-    work = request.make_builder(mode)
-    with work.lock():
-        pull_manifests(work)
-        if work.is_incomplete():
-            sync.pull(*work.array_sizes)  # the parts that an earlier pass made, wherever
-            work.prepare()
-            sync.push(*store_folders(work))
-            _build_missing_parts(request, mode, work)
-            finish_and_push(work)
-    return CacheStats(sum(work.array_sizes.values()), work.device_seconds)
+    """Build the missing parts of the cache of some runs; `mode` is the result of `resolve_cache_mode`.
+
+    Raises:
+        UserError: The cache exceeds a limit or the disk space, or an input cannot be read.
+    """
+    layout = request.make_layout(mode)
+    with layout.lock():
+        _pull_manifests(layout)
+        if layout.is_incomplete():
+            sync.pull(*layout.array_sizes)  # parts that an earlier build made, on any machine
+            layout.prepare()
+            sync.push(*layout.stores)
+            _build_missing_parts(request, mode, layout)
+            layout.finish()
+            sync.push(*layout.array_sizes)
+    return CacheStats(sum(layout.array_sizes.values()), layout.device_seconds)
 
 
 def resolve_cache_mode(request: CacheRequest, total_epochs: float) -> tuple[CacheMode, str]:
-    """What `auto` keeps for these runs, and why; `total_epochs`: over all trials."""
+    """Choose the mode of `teacher_cache: auto`, and the reason; `total_epochs` is the sum over all trials."""
     if all(run.training.teacher_cache != "auto" for run in request.runs):
-        return "full", "as the runs ask"
-    whole = request.make_builder("full")
-    pull_manifests(whole)
-    if not whole.is_incomplete():
-        return "full", "it is there already"
-    costs = run_exclusive(load_and_measure, request, device=request.device, input_paths=request.input_paths())
-    keep, why = choose_mode(whole, costs, available_bytes(whole), total_epochs)
-    print_progress(f"teacher cache: {keep}: {why}")
-    return keep, why
+        return "full", "set explicitly by the runs"
+    layout = request.make_layout("full")
+    _pull_manifests(layout)
+    if not layout.is_incomplete():
+        return "full", "already complete"
+    times = run_exclusive(load_and_measure, request, device=request.device, input_paths=request.input_paths())
+    mode, reason = choose_mode(layout, times, available_bytes(layout), total_epochs)
+    print_progress(f"teacher cache: {mode}: {reason}")
+    return mode, reason
 
 
-def available_bytes(builder: CacheBuilder) -> float:
-    """Bytes that the stores may take: the runs' own bound, and what is free and used by them already."""
-    builder.root.mkdir(parents=True, exist_ok=True)
-    there = sum(builder.array_sizes.values()) - builder.missing_bytes()
-    free = MAX_DISK_FRACTION * shutil.disk_usage(builder.root).free + there
-    return free if builder.max_bytes is None else min(free, builder.max_bytes)
+def available_bytes(layout: CacheLayout) -> float:
+    """Bytes that the arrays may take: free disk space and finished parts, at most the limit of the runs."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+    finished_bytes = sum(layout.array_sizes.values()) - layout.missing_bytes()
+    disk_bytes = MAX_DISK_FRACTION * shutil.disk_usage(layout.root).free + finished_bytes
+    return disk_bytes if layout.max_bytes is None else min(disk_bytes, layout.max_bytes)
 
 
 def resolve_auto_precision(device: str, threads: int) -> str:
-    """What `precision: auto` comes to on the hardware that this runs on; to be called `alone`."""
-    from raydistill.config.run import Training
-    from raydistill.training.loop import autocast_dtype
-    from raydistill.training.workers import Worker
-
-    return "fp32" if autocast_dtype(Training(precision="auto"), Worker(device=device)) is None else "bf16"
+    """The dtype that `precision: auto` means on this machine, "bf16" or "fp32"; for `run_exclusive`."""
+    return _resolve_compute_dtype(Training(precision="auto"), device, None)
 
 
 def load_and_measure(request: CacheRequest, device: str, threads: int) -> EpochTimes:
-    """`measure` with the teacher loaded; to be called `alone`."""
-    return measure_epoch_times(request.make_builder("full"), _load_teacher(request, device))
+    """Load the teacher and run `measure_epoch_times`; for `run_exclusive`."""
+    return measure_epoch_times(request.make_layout("full"), _load_teacher(request, device))
 
 
-def _build_missing_parts(request: CacheRequest, mode: CacheMode, builder: CacheBuilder) -> None:
-    """Make the missing parts in actors that hold the teacher."""
-    missing = builder.missing_parts()
-    total, done, last = len(missing), 0, time.monotonic()
+def _build_missing_parts(request: CacheRequest, mode: CacheMode, layout: CacheLayout) -> None:
+    """Build the missing parts in actors that hold the teacher, and print the progress."""
+    missing = layout.missing_parts()
+    num_finished, printed_at = 0, time.monotonic()
     print_progress(
-        f"teacher cache: {total} parts to make, {builder.missing_bytes() / 1e6:.0f} MB, under {request.root}"
+        f"teacher cache: {len(missing)} parts to build, {layout.missing_bytes() / 1e6:.0f} MB, in {request.root}"
     )
 
-    def on_done(facts: BatchStats) -> None:
-        nonlocal done, last
-        done += 1
-        if time.monotonic() - last > 5:
-            print_progress(f"  {done}/{total} parts")
-            last = time.monotonic()
+    def on_done(_: BatchStats) -> None:
+        nonlocal num_finished, printed_at
+        num_finished += 1
+        if time.monotonic() - printed_at > PROGRESS_INTERVAL_S:
+            print_progress(f"  {num_finished}/{len(missing)} parts")
+            printed_at = time.monotonic()
+
+    def make_function() -> Callable[[int], BatchStats]:
+        return _make_part_function(request, mode)
 
     sync.push(*request.input_paths())
-    run_batches(missing, part_function_factory(request, mode), device=request.device, on_done=on_done)
-    sync.pull(*builder.array_sizes)
+    run_batches(missing, make_function, device=request.device, on_done=on_done)
+    sync.pull(*layout.array_sizes)
 
 
-def store_folders(builder: CacheBuilder) -> list[Path]:
-    """The folders of the stores that a pass has to leave."""
-    return sorted({array.parent for array in builder.array_sizes})
+def _pull_manifests(layout: CacheLayout) -> None:
+    """Copy the records of the stores from the storage, but not the parts, which may be many gigabytes."""
+    sync.pull(*layout.stores, patterns=[store.ABOUT_FILE, store.MANIFEST])
 
 
-def pull_manifests(builder: CacheBuilder) -> None:
-    """Learn from the storage which of a pass's arrays are whole: not their parts, which may be many gigabytes."""
-    sync.pull(*store_folders(builder), patterns=["about.json", "manifest.json"])
+def _make_part_function(request: CacheRequest, mode: CacheMode) -> Callable[[int], BatchStats]:
+    """Load the teacher and the inputs in an actor, and return the function that builds a part."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    sync.pull(*request.input_paths())
+    teacher, layout = _load_teacher(request, request.device), request.make_layout(mode)
+    _pull_manifests(layout)
+
+    def build(number: int) -> BatchStats:
+        files = [store.part_path(array, number) for array in layout.array_sizes]
+        files += [store.part_time_path(array, number) for array in layout.array_sizes]
+        sync.pull(*files)
+        with torch.inference_mode():
+            stats = build_part(layout, teacher, number)
+        sync.push(*files)
+        return stats
+
+    return build
 
 
-def finish_and_push(builder: CacheBuilder) -> None:
-    """`Pass.finish`, kept in the storage too; the parts are here."""
-    builder.finish()
-    sync.push(*builder.array_sizes)
-
-
-def part_function_factory(request: CacheRequest, mode: CacheMode) -> Callable[[], Callable[[int], BatchStats]]:
-    """What an actor needs to make parts: called there, it loads the teacher and reads the texts."""
-
-    def make() -> Callable[[int], BatchStats]:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        import torch
-
-        torch.set_num_threads(1)
-        sync.pull(*request.input_paths())
-        teacher, work = _load_teacher(request, request.device), request.make_builder(mode)
-        pull_manifests(work)
-
-        def part(number: int) -> BatchStats:
-            files = [store.part_path(array, number) for array in work.array_sizes]
-            files += [path.with_suffix(".json") for path in files]
-            sync.pull(*files)
-            with torch.inference_mode():
-                facts = work.build_part(teacher, number)
-            sync.push(*files)
-            return facts
-
-        return part
-
-    return make
-
-
-def _load_teacher(request: CacheRequest, device: str) -> Any:
+def _load_teacher(request: CacheRequest, device: str) -> "PreTrainedModel":
     import torch
 
     from raydistill.training.tokenized_data import open_teacher
@@ -192,24 +202,31 @@ def _load_teacher(request: CacheRequest, device: str) -> Any:
 
 
 @lru_cache(maxsize=2)
-def _load_inputs(request: CacheRequest) -> tuple[dict[str, Examples], str, Any, str]:
-    """The examples by label set, the teacher's key and configuration, and its numbers; keeps no weights."""
+def _load_inputs(request: CacheRequest) -> CacheInputs:
+    """Tokenize the examples and read the configuration of the teacher."""
     from raydistill.config.presets import teacher_preset
     from raydistill.models.loading import load_config, load_tokenizer, locate_checkpoint, resolve_languages, teacher_key
-    from raydistill.training.loop import autocast_dtype
     from raydistill.training.tokenized_data import load_tokenized_data, make_examples
+
+    first = request.runs[0]
+    assert first.teacher is not None
+    checkpoint = locate_checkpoint(first.teacher, first.dataset.name)
+    preset = teacher_preset(first.teacher, first.dataset.name)
+    config = load_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, resolve_languages(first.teacher, first.dataset))
+    data = load_tokenized_data(first, preset, tokenizer, config)
+    examples: dict[str, Examples] = {}
+    for run in request.runs:
+        if run.label_key not in examples:
+            examples[run.label_key] = make_examples(run, data, tokenizer, run_label_folders(request.labels, run))
+    compute_dtype = _resolve_compute_dtype(first.training, request.device, request.compute_dtype)
+    return CacheInputs(examples, teacher_key(checkpoint), config, compute_dtype)
+
+
+def _resolve_compute_dtype(training: Training, device: str, compute_dtype: str | None) -> str:
+    """The dtype of the teacher in training, "bf16" or "fp32"; `compute_dtype` is used for `precision: auto`."""
+    from raydistill.training.loop import autocast_dtype
     from raydistill.training.workers import Worker
 
-    run = request.runs[0]
-    assert run.teacher is not None
-    where = locate_checkpoint(run.teacher, run.dataset.name)
-    preset = teacher_preset(run.teacher, run.dataset.name)
-    config, tokenizer = load_config(where), load_tokenizer(where, resolve_languages(run.teacher, run.dataset))
-    material = load_tokenized_data(run, preset, tokenizer, config)
-    examples: dict[str, Examples] = {}
-    for each in request.runs:
-        if each.label_key not in examples:
-            examples[each.label_key] = make_examples(each, material, tokenizer, run_label_folders(request.labels, each))
-    worker = Worker(device=request.device, compute_dtype=request.compute_dtype)
-    computed = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
-    return examples, teacher_key(where), config, computed
+    worker = Worker(device=device, compute_dtype=compute_dtype)
+    return "fp32" if autocast_dtype(training, worker) is None else "bf16"

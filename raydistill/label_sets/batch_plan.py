@@ -1,73 +1,92 @@
-"""The plan of a pseudo-label job: which rows go together, decided once and kept, so that a resumed job goes on with it.
+"""The batch plan of a pseudo-label job: which rows form a batch, decided once, so that a resumed job uses it again.
 
-A folder of Parquet files, one per window of rows, and in each a row group per batch; `plan.json` is written last. Rows
-are sorted by length within a window only, so memory is bounded by the window, whatever the size of the data.
+A plan is a folder with a Parquet file per window of rows and a row group per batch. `plan.json` is written last. Rows
+are sorted by length within a window only, so that memory is bounded by the window.
 """
 
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from raydistill.core.files import corrupt_file_error, read_json, write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, check_schema, corrupt_file_error, read_json, write_json_atomic
 from raydistill.data.corpus import Row
 
-# Rows in memory at once; twice as many bring no shorter batches worth having.
+PLAN_FILE = "plan.json"
+# Rows in memory at a time. Twice as many rows do not make batches noticeably shorter.
 WINDOW_ROWS = 10_000
-# A batch is the unit of resume: some seconds of a teacher's work. Characters, since tokens would cost the job's start
-# a pass over all the data; the engine forms its own batches within one of these by real tokens.
+# A batch is the unit of resume, some seconds of a teacher's work. It is measured in characters, since counting tokens
+# would need a pass over all data before the job starts; the engine splits a batch by real tokens.
 BATCH_CHARS = 32_000
 BATCH_ROWS = 512
+_COUNT_FIELDS = ("batch_rows", "batch_chars", "window_batches")
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A finished plan: rows and source characters of every batch, and how many batches each window has."""
+    """A complete plan: rows and source characters of every batch, and the number of batches of every window."""
 
     folder: Path
-    rows: list[int]
-    chars: list[int]
-    windows: list[int]
+    batch_rows: list[int]
+    batch_chars: list[int]
+    window_batches: list[int]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.batch_rows)
+
+    @property
+    def num_windows(self) -> int:
+        """The number of windows."""
+        return len(self.window_batches)
 
     @cached_property
     def _window_offsets(self) -> list[int]:
-        """The number of each window's first batch, and behind them the number of batches."""
-        return [0, *accumulate(self.windows)]
+        """The number of the first batch of each window, then the number of batches."""
+        return [0, *accumulate(self.window_batches)]
 
     def batches_in_window(self, window: int) -> range:
-        """The numbers of a window's batches."""
+        """The numbers of the batches of a window."""
         return range(self._window_offsets[window], self._window_offsets[window + 1])
 
     def read_batch(self, number: int) -> dict[str, list[Any]]:
-        """A batch's `ids`, `sources`, `targets` ("" where unlabelled) and `places` (each row's within its window)."""
+        """Read the columns of a batch, one entry per row.
+
+        Returns:
+            `ids`, `sources`, `targets` ("" for rows without a target), `positions` (of the row within its window).
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
         import pyarrow.parquet as pq
 
         window = bisect_right(self._window_offsets, number) - 1
         path = _window_path(self.folder, window)
         with corrupt_file_error(path), pq.ParquetFile(path) as file:
-            [row] = file.read_row_group(number - self._window_offsets[window]).to_pylist()
-            if [len(row[name]) for name in ("places", "ids", "sources", "targets")] != [self.rows[number]] * 4:
-                raise ValueError(f"batch {number} does not hold {self.rows[number]} rows")
-            return row
+            [batch] = file.read_row_group(number - self._window_offsets[window]).to_pylist()
+            num_rows = self.batch_rows[number]
+            if [len(batch[name]) for name in ("positions", "ids", "sources", "targets")] != [num_rows] * 4:
+                raise ValueError(f"batch {number} does not have {num_rows} rows")
+            return batch
 
     def read_targets(self, window: int) -> list[tuple[str, str]]:
-        """(id, target) of a window's rows, in the order of the data."""
+        """Read (id, target) of the rows of a window, in the order of the data.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
         import pyarrow.parquet as pq
 
-        found: list[tuple[int, tuple[str, str]]] = []
+        rows: list[tuple[int, tuple[str, str]]] = []
         path = _window_path(self.folder, window)
         with corrupt_file_error(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                [batch] = file.read_row_group(group, columns=["places", "ids", "targets"]).to_pylist()
-                found += zip(batch["places"], zip(batch["ids"], batch["targets"], strict=True), strict=True)
-        return [row for _, row in sorted(found)]
+                [batch] = file.read_row_group(group, columns=["positions", "ids", "targets"]).to_pylist()
+                rows += zip(batch["positions"], zip(batch["ids"], batch["targets"], strict=True), strict=True)
+        return [row for _, row in sorted(rows)]
 
 
 def make_plan(
@@ -79,58 +98,74 @@ def make_plan(
     batch_rows: int = BATCH_ROWS,
     max_source_chars: int | None = None,
 ) -> BatchPlan:
-    """Plan all rows into `folder`; what an earlier attempt left there unfinished is removed.
+    """Plan all rows into `folder`, after removing an incomplete plan of an earlier attempt.
 
-    `max_source_chars`: about as much of a source as the teacher reads; what is beyond it costs nothing and is not
-    counted.
+    Args:
+        window_rows: Rows per window.
+        batch_chars: Maximum source characters per batch of at least two rows.
+        batch_rows: Maximum rows per batch.
+        max_source_chars: Characters of a source that the teacher reads, approximately. More characters are not
+            counted.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     plan = BatchPlan(folder, [], [], [])
     while window := list(islice(rows, window_rows)):
         sizes = [min(len(row.source), max_source_chars or len(row.source)) for row in window]
         batches = list(_split_by_chars(sizes, batch_chars, batch_rows))
-        listed = [
-            {
-                "places": places,
-                "ids": [window[i].id for i in places],
-                "sources": [window[i].source for i in places],
-                "targets": [window[i].target for i in places],
-            }
-            for places in batches
-        ]
-        # A row group per batch, so that an actor reads its batch and no more.
-        pq.write_table(pa.Table.from_pylist(listed), _window_path(folder, len(plan.windows)), row_group_size=1)
-        plan.windows.append(len(batches))
-        plan.rows.extend(map(len, batches))
-        plan.chars.extend(sum(sizes[i] for i in places) for places in batches)
-        del listed, window  # or they would stay while the next window is read
-    write_json_atomic(folder / "plan.json", {k: v for k, v in asdict(plan).items() if k != "folder"})
+        _write_window(_window_path(folder, plan.num_windows), window, batches)
+        plan.window_batches.append(len(batches))
+        plan.batch_rows.extend(map(len, batches))
+        plan.batch_chars.extend(sum(sizes[i] for i in positions) for positions in batches)
+        del window  # otherwise it would stay in memory while the next window is read
+    counts = {name: getattr(plan, name) for name in _COUNT_FIELDS}
+    write_json_atomic(folder / PLAN_FILE, {"schema": SCHEMA_VERSION, **counts})
     return plan
 
 
+def _write_window(path: Path, window: list[Row], batches: list[list[int]]) -> None:
+    """Write the batches of a window, a row group each, so that an actor reads only its batch."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = [
+        {
+            "positions": positions,
+            "ids": [window[i].id for i in positions],
+            "sources": [window[i].source for i in positions],
+            "targets": [window[i].target for i in positions],
+        }
+        for positions in batches
+    ]
+    pq.write_table(pa.Table.from_pylist(lines), path, row_group_size=1)
+
+
 def open_plan(folder: Path) -> BatchPlan | None:
-    """A finished plan, or None where there is none; UserError where it is damaged."""
-    path = folder / "plan.json"
+    """Open a complete plan. Returns None if the folder has none.
+
+    Raises:
+        UserError: `plan.json` is damaged or of another schema version.
+    """
+    path = folder / PLAN_FILE
     if not path.is_file():
         return None
-    found = read_json(path)
+    record = read_json(path)
+    check_schema(path, record)
     with corrupt_file_error(path):
-        plan = BatchPlan(folder, **found)
-        numbers = [*plan.rows, *plan.chars, *plan.windows]
+        plan = BatchPlan(folder, **{name: record[name] for name in _COUNT_FIELDS})
+        numbers = [*plan.batch_rows, *plan.batch_chars, *plan.window_batches]
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise TypeError("rows, chars and windows must be counts")
-        if not len(plan.rows) == len(plan.chars) == sum(plan.windows):
-            raise ValueError(f"{sum(plan.windows)} batches in windows, {len(plan.rows)} with rows")
+            raise TypeError(f"{', '.join(_COUNT_FIELDS)} must be non-negative integers")
+        if not len(plan.batch_rows) == len(plan.batch_chars) == sum(plan.window_batches):
+            raise ValueError(f"{sum(plan.window_batches)} batches in windows, but {len(plan.batch_rows)} row counts")
     return plan
 
 
 def _split_by_chars(sizes: list[int], max_chars: int, max_rows: int) -> Iterator[list[int]]:
-    """Neighbours in length, the longest first, at most `max_chars` characters and `max_rows` rows each (at least one
-    row)."""
+    """Yield batches of rows of similar length, longest first.
+
+    A batch has at least one row, and at most `max_chars` characters and `max_rows` rows.
+    """
     batch: list[int] = []
     total = 0
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):

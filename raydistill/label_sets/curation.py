@@ -1,20 +1,22 @@
-"""Curation: which of a teacher's texts become labels. A curated label set is made from a whole one, which stays.
+"""Curation: derive a label set from a complete one by rules. The complete set remains.
 
-Rules look at words split at white space. The best candidate that passes every rule is the label; a row none of whose
-candidates passes is dropped, and counted under the rule that its best one broke first.
+Rules look at words separated by white space. The best candidate that passes every rule becomes the label. A row without
+such a candidate is dropped and counted under the first rule that its best candidate violates.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from filelock import FileLock
 
 from raydistill.config.run import Curation, Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
-from raydistill.data.streaming import scan_split, usable_rows
+from raydistill.data.streaming import SplitScan, scan_split, usable_rows
+from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
 from raydistill.label_sets.label_set import (
     Candidate,
     is_complete,
@@ -22,173 +24,211 @@ from raydistill.label_sets.label_set import (
     read_candidates,
     read_label_set,
     read_manifest,
+    read_pseudolabel_manifest,
     write_label_set,
 )
+from raydistill.label_sets.manifest import PseudolabelManifest
 
-RowScorer = Callable[[list[str], list[str]], Iterable[float]]  # ROUGE-2 x 100 per row of texts against references
-CHUNK_ROWS = 2000
-
-
-class ScoreAccumulator(Protocol):
-    """Scores of texts against references that come in chunks, such as `evaluation.scores.Tally`."""
-
-    metric: str
-
-    def add(self, texts: list[str], references: list[str]) -> None: ...
-
-    def metrics(self) -> dict[str, float]: ...
+CHUNK_ROWS = 2000  # rows that are scored at a time
 
 
 class CurationRow(NamedTuple):
-    """A row of the data, what the teacher wrote for it, and another teacher's label where agreement is asked for."""
+    """A row of the data with its candidates, and the label of another teacher if a rule compares with one."""
 
     row: Row
     candidates: list[Candidate]
     other_label: str
 
 
+class Verdict(NamedTuple):
+    """The candidates of a row, the chosen label first, and the rule for which the row is dropped ("" if kept)."""
+
+    candidates: list[Candidate]
+    violated_rule: str
+
+
 def trigram_repetition(text: str) -> float:
-    """Share, 0 to 1, of a text's trigrams that stood in it before."""
+    """Share of the trigrams of a text, 0 to 1, that repeat an earlier trigram."""
     grams = _trigrams(text)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def copy_rate(text: str, source: str) -> float:
-    """Share, 0 to 1, of a text's trigrams that stand in the source."""
+    """Share of the trigrams of a text, 0 to 1, that occur in the source."""
     grams = _trigrams(text)
-    there = set(_trigrams(source))
-    return sum(gram in there for gram in grams) / len(grams) if grams else 0.0
+    source_grams = set(_trigrams(source))
+    return sum(gram in source_grams for gram in grams) / len(grams) if grams else 0.0
 
 
 def length_ratio(text: str, original: str) -> float:
-    """Words of a text by words of the original."""
+    """Words of a text divided by words of the original target."""
     return len(text.split()) / max(1, len(original.split()))
 
 
 def check_curation(rules: Curation, labelled: bool) -> None:
-    """UserError where rules need originals and there are none, or where `agree_with` is no finished label set."""
+    """Check rules before any text is generated. `labelled`: whether the data has original targets.
+
+    Raises:
+        UserError: Rules compare with original targets and there are none, or `agree_with` is no complete label set.
+    """
     if rules.needs_original_targets and not labelled:
         raise UserError(
             "curation: the data has no targets, and choose: rouge2, min_rouge2 and the length ratios compare with "
-            "them; leave these rules out"
+            "targets; remove these rules"
         )
     if rules.agree_with is not None:
         read_manifest(Path(rules.agree_with))
 
 
-def curate(
-    folder: Path, dataset: Dataset, split: str, rules: Curation, score_rows: RowScorer, accumulator: ScoreAccumulator
-) -> Path:
-    """Make the curated set of a finished label set beside it, unless it is there; returns its folder.
+def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, metric: str) -> Path:
+    """Derive the curated set of a complete label set, unless it exists, next to that set. Returns its folder.
 
-    `accumulator` measures the labels that are kept, where there are originals. `dataset` and `split` are what the
-    set was
-    made for: rows and order are compared. UserError where they differ, as `check_curation`, or where nothing would be
-    kept.
+    Args:
+        folder: The complete label set.
+        dataset: The data that the set was made for, with `split`; ids and their order are compared.
+        metric: The metric of the kept labels against the original targets, bleu or rouge2.
+
+    Raises:
+        UserError: As `check_curation`, the set was made for other data, or the rules drop every row.
     """
-    manifest = read_manifest(folder, ["teacher.fingerprint"])
-    asked = {**rules.model_dump(mode="json"), "metric": accumulator.metric}
+    manifest = read_pseudolabel_manifest(folder)
+    settings = {**rules.model_dump(mode="json"), "metric": metric}
     if rules.agree_with is not None:
-        asked["agree_with"] = read_manifest(Path(rules.agree_with))  # what is in the folder, not where it is
-    name = label_set_key(manifest["teacher"]["fingerprint"], folder.name, asked)
-    made = folder.with_name(f"{folder.name.rsplit('-', 1)[0]}-curated-{name}")
-    with FileLock(made.with_name(f".{made.name}.lock")):
-        if not is_complete(made):
-            _write_curated_set(made, folder, dataset, split, rules, score_rows, accumulator)
-    return made
+        settings["agree_with"] = read_manifest(Path(rules.agree_with)).to_json()  # the content, not the path
+    key = label_set_key(manifest.teacher.fingerprint, folder.name, settings)
+    output_dir = folder.with_name(f"{folder.name.rsplit('-', 1)[0]}-curated-{key}")
+    with FileLock(output_dir.with_name(f".{output_dir.name}.lock")):
+        if not is_complete(output_dir):
+            scan = scan_split(dataset, split)
+            check_curation(rules, scan.labelled)
+            rows = _join_candidates(folder, usable_rows(dataset, split, scan), rules.agree_with)
+            _write_curated_set(output_dir, rows, _CurationStats(folder, manifest, rules, metric, scan))
+    return output_dir
 
 
-def _write_curated_set(
-    output_dir: Path,
-    folder: Path,
-    dataset: Dataset,
-    split: str,
-    rules: Curation,
-    score_rows: RowScorer,
-    accumulator: ScoreAccumulator,
-) -> None:
-    """Write the curated set; the caller holds its lock."""
-    found = scan_split(dataset, split)
-    check_curation(rules, found.labelled)
-    manifest = read_manifest(folder)
-    counts: Counter[str] = Counter()
-    words = Counter[str]()
+class _CurationStats:
+    """Counts and scores of a curation, collected while its rows are written."""
 
-    def rows() -> Iterator[tuple[str, list[Candidate] | str]]:
-        for pairs in _chunks(_join_candidates(folder, usable_rows(dataset, split, found), rules.agree_with)):
-            judged = list(zip(pairs, apply_rules(pairs, rules, score_rows), strict=True))
-            kept = [(pair.row, ranked) for pair, (ranked, reason) in judged if not reason]
-            counts.update(reason or "kept" for _, (_, reason) in judged)
-            words["target"] += sum(len(ranked[0].target.split()) for _, ranked in kept)
-            words["original"] += sum(len(row.target.split()) for row, _ in kept)
-            if found.labelled:
-                accumulator.add([ranked[0].target for _, ranked in kept], [row.target for row, _ in kept])
-            yield from ((pair.row.id, reason or ranked) for pair, (ranked, reason) in judged)
-        if not counts["kept"]:
-            raise UserError(f"{folder}: these rules keep no row ({dict(counts)}); loosen them")
+    def __init__(
+        self, folder: Path, manifest: PseudolabelManifest, rules: Curation, metric: str, scan: SplitScan
+    ) -> None:
+        self.folder, self.rules = folder, rules
+        self._source_manifest, self._labelled = manifest, scan.labelled
+        self._rows_by_rule: Counter[str] = Counter()  # "" counts the kept rows
+        self._target_words = self._original_words = 0
+        self._scores = ScoreAccumulator(metric)
 
-    def told() -> dict[str, Any]:
-        rows = counts.pop("kept")
-        return {
-            **manifest,
-            "rows": rows,
-            "target_words_mean": words["target"] / rows,
-            "original_words_mean": words["original"] / rows if found.labelled else None,
-            "empty": 0,
-            "metric": accumulator.metric,
-            "of": folder.name,
-            "curation": rules.model_dump(mode="json", exclude_none=True),
-            "dropped": dict(counts.most_common()),
-            "quality": accumulator.metrics() if found.labelled else None,
-        }
+    def add(self, rows: Sequence[CurationRow], verdicts: Sequence[Verdict]) -> None:
+        """Count a chunk of rows."""
+        label_pairs = [
+            (verdict.candidates[0].target, pair.row.target)
+            for pair, verdict in zip(rows, verdicts, strict=True)
+            if not verdict.violated_rule
+        ]
+        self._rows_by_rule.update(verdict.violated_rule for verdict in verdicts)
+        self._target_words += sum(len(label.split()) for label, _ in label_pairs)
+        self._original_words += sum(len(original.split()) for _, original in label_pairs)
+        if self._labelled:
+            self._scores.add([label for label, _ in label_pairs], [original for _, original in label_pairs])
 
-    write_label_set(output_dir, rows(), told)
+    @property
+    def dropped(self) -> dict[str, int]:
+        """The number of dropped rows by rule, most frequent first."""
+        return {rule: count for rule, count in self._rows_by_rule.most_common() if rule}
+
+    @property
+    def num_kept(self) -> int:
+        """The number of rows that have a label."""
+        return self._rows_by_rule[""]
+
+    def manifest(self) -> PseudolabelManifest:
+        """The manifest of the curated set, once all rows are counted."""
+        return self._source_manifest.model_copy(
+            update={
+                "rows": self.num_kept,
+                "target_words_mean": self._target_words / self.num_kept,
+                "original_words_mean": self._original_words / self.num_kept if self._labelled else None,
+                "empty": 0,
+                "metric": self._scores.metric,
+                "source_label_set": self.folder.name,
+                "curation": self.rules.model_dump(mode="json", exclude_none=True),
+                "dropped": self.dropped,
+                "quality": self._scores.metrics() if self._labelled else None,
+            }
+        )
 
 
-def apply_rules(
-    rows: Sequence[CurationRow], rules: Curation, score_rows: RowScorer
-) -> list[tuple[list[Candidate], str]]:
-    """For each row its candidates, the label first, and the rule for which it is dropped ("" where it is kept)."""
-    flat = [(pair, candidate) for pair in rows for candidate in pair.candidates]
-    texts = [candidate.target for _, candidate in flat]
-    needed = rules.choose == "rouge2" or rules.min_rouge2 is not None
-    rouge = iter(score_rows(texts, [pair.row.target for pair, _ in flat]) if needed else [0.0] * len(flat))
-    agreed = rules.min_agreement is not None
-    agreement = iter(score_rows(texts, [pair.other_label for pair, _ in flat]) if agreed else [0.0] * len(flat))
-    judged = []
+def _write_curated_set(output_dir: Path, rows: Iterator[CurationRow], stats: _CurationStats) -> None:
+    """Write the curated set. The caller holds its lock."""
+
+    def iter_label_rows() -> Iterator[tuple[str, list[Candidate] | str]]:
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            verdicts = apply_rules(chunk, stats.rules)
+            stats.add(chunk, verdicts)
+            for pair, verdict in zip(chunk, verdicts, strict=True):
+                yield pair.row.id, verdict.violated_rule or verdict.candidates
+        if not stats.num_kept:
+            raise UserError(f"{stats.folder}: the curation rules drop every row ({stats.dropped}); relax them")
+
+    write_label_set(output_dir, iter_label_rows(), stats.manifest)
+
+
+def apply_rules(rows: Sequence[CurationRow], rules: Curation) -> list[Verdict]:
+    """Choose the label of each row, or the rule for which the row is dropped."""
+    flat = [(pair, candidate.target) for pair in rows for candidate in pair.candidates]
+    needs_rouge = rules.choose == "rouge2" or rules.min_rouge2 is not None
+    rouge2 = iter(_score_pairs([(text, pair.row.target) for pair, text in flat], needs_rouge))
+    agreement = iter(_score_pairs([(text, pair.other_label) for pair, text in flat], rules.min_agreement is not None))
+    verdicts = []
     for pair in rows:
-        facts = [(c, next(rouge), next(agreement)) for c in pair.candidates]
+        scored = [(candidate, next(rouge2), next(agreement)) for candidate in pair.candidates]
         if rules.choose == "rouge2":
-            facts.sort(key=lambda fact: -fact[1])
-        reasons = [_first_violated_rule(rules, c.target, pair.row, near, agrees) for c, near, agrees in facts]
-        best = reasons.index("") if "" in reasons else 0
-        ranked = [facts[best][0], *(fact[0] for i, fact in enumerate(facts) if i != best)]
-        judged.append((ranked, reasons[best]))
-    return judged
+            scored.sort(key=lambda entry: -entry[1])
+        violated = [_first_violated_rule(rules, c.target, pair.row, near, agrees) for c, near, agrees in scored]
+        best = violated.index("") if "" in violated else 0
+        candidates = [scored[best][0], *(entry[0] for i, entry in enumerate(scored) if i != best)]
+        verdicts.append(Verdict(candidates, violated[best]))
+    return verdicts
 
 
-def compare_label_sets(first: Path, second: Path, accumulator: ScoreAccumulator) -> dict[str, Any]:
-    """Two label sets against each other: rows in both and in one only, equal texts, scores of `first` against
-    `second`."""
-    ours, theirs = read_label_set(first).targets, read_label_set(second).targets
-    both = [row_id for row_id in ours if row_id in theirs]
-    if not both:
+def _score_pairs(pairs: list[tuple[str, str]], needed: bool) -> list[float]:
+    """ROUGE-2 F1 x 100 of (text, reference) pairs; zeros if no rule needs the scores."""
+    if not needed:
+        return [0.0] * len(pairs)
+    return rouge2_rows([text for text, _ in pairs], [reference for _, reference in pairs]).tolist()
+
+
+def compare_label_sets(first: Path, second: Path, metric: str) -> dict[str, float]:
+    """Compare the labels of two sets of the same data, with `second` as the reference.
+
+    Returns:
+        The scores of `metric`; `rows` in both sets, `only_first`, `only_second`; `equal`, the share of equal labels;
+        `words_first` and `words_second`, words per label.
+
+    Raises:
+        UserError: A set cannot be read, or the sets have no row id in common.
+    """
+    first_targets, second_targets = read_label_set(first).targets, read_label_set(second).targets
+    common = [row_id for row_id in first_targets if row_id in second_targets]
+    if not common:
         raise UserError(f"{first} and {second} have no row id in common: they were made for different data")
-    pairs = [(ours[row_id], theirs[row_id]) for row_id in both]
-    accumulator.add([p[0] for p in pairs], [p[1] for p in pairs])
+    first_texts = [first_targets[row_id] for row_id in common]
+    second_texts = [second_targets[row_id] for row_id in common]
+    scores = ScoreAccumulator(metric)
+    scores.add(first_texts, second_texts)
     return {
-        "rows": len(both),
-        "only_first": len(ours) - len(both),
-        "only_second": len(theirs) - len(both),
-        "equal": sum(p[0] == p[1] for p in pairs) / len(both),
-        **accumulator.metrics(),
-        "words_first": sum(len(p[0].split()) for p in pairs) / len(both),
-        "words_second": sum(len(p[1].split()) for p in pairs) / len(both),
+        "rows": len(common),
+        "only_first": len(first_targets) - len(common),
+        "only_second": len(second_targets) - len(common),
+        "equal": sum(a == b for a, b in zip(first_texts, second_texts, strict=True)) / len(common),
+        **scores.metrics(),
+        "words_first": sum(len(text.split()) for text in first_texts) / len(common),
+        "words_second": sum(len(text.split()) for text in second_texts) / len(common),
     }
 
 
 def _first_violated_rule(rules: Curation, text: str, row: Row, rouge2: float, agreement: float) -> str:
-    """The first rule that a text breaks, or ""."""
+    """The first rule that a text violates, or ""."""
     if not text.strip():
         return "empty"
     ratio = length_ratio(text, row.target)
@@ -200,44 +240,34 @@ def _first_violated_rule(rules: Curation, text: str, row: Row, rouge2: float, ag
         ("max_copy_rate", lambda limit: copy_rate(text, row.source) > limit),
         ("min_agreement", lambda limit: agreement < limit),
     )
-    for name, breaks in checks:
+    for name, is_violated in checks:
         limit = getattr(rules, name)
-        if limit is not None and breaks(limit):
+        if limit is not None and is_violated(limit):
             return name
     return ""
 
 
 def _join_candidates(folder: Path, rows: Iterator[Row], agree_with: str | None) -> Iterator[CurationRow]:
-    """The data's rows with their candidates and the other teacher's labels; all stand in the data's order."""
+    """Yield the rows of the data with their candidates and the labels of the other teacher, all in data order."""
     written = read_candidates(folder)
     others = read_candidates(Path(agree_with)) if agree_with is not None else None
     for row in rows:
         row_id, candidates = next(written, (None, []))
         if row_id != row.id:
             raise UserError(
-                f"{folder}: expected row {row.id!r} and found {row_id!r}: this label set was made for other data"
+                f"{folder}: expected row {row.id!r}, got {row_id!r}: this label set was made for other data"
             )
-        other = ""
+        other_label = ""
         if others is not None:
-            # It may have been made for more rows than these.
-            same = next((found for other_id, found in others if other_id == row.id), None)
-            if same is None:
+            # The other set may have more rows than the data.
+            other_candidates = next((ranked for other_id, ranked in others if other_id == row.id), None)
+            if other_candidates is None:
                 raise UserError(
-                    f"{agree_with}: row {row.id!r} has no label there in the data's order: it was made for other data"
+                    f"{agree_with}: no label for row {row.id!r} in the order of the data: this label set was made for "
+                    f"other data"
                 )
-            other = same[0].target
-        yield CurationRow(row, candidates, other)
-
-
-def _chunks(rows: Iterator[CurationRow]) -> Iterator[list[CurationRow]]:
-    chunk: list[CurationRow] = []
-    for pair in rows:
-        chunk.append(pair)
-        if len(chunk) == CHUNK_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+            other_label = other_candidates[0].target
+        yield CurationRow(row, candidates, other_label)
 
 
 def _trigrams(text: str) -> list[tuple[str, ...]]:

@@ -1,65 +1,50 @@
-"""Label sets: what teachers wrote for the sources of a corpus, kept apart from the corpus and never mixed up.
+"""Label sets on disk: the texts that a teacher wrote for the rows of a data split.
 
-A folder: Parquet parts with a line per candidate (`id`, `target`, `rank`, `score`; rank 0 is the best, the candidates
-of a row stand together, rows in the order of the data), in a curated set `dropped.parquet` (`id`, `reason`), and last
-of all `manifest.json`.
+A label set is a folder. Parquet parts hold one line per candidate (`id`, `target`, `rank`, `score`); rank 0 is the
+best candidate, the candidates of a row are adjacent, and rows keep the order of the data. A curated set also has
+`dropped.parquet` (`id`, `reason`). `manifest.json` is written last.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from raydistill.config.label_sources import LabelSource
+from pydantic import ValidationError
+
 from raydistill.core.errors import UserError
-from raydistill.core.files import corrupt_file_error, read_json, write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, check_schema, corrupt_file_error, read_json, write_json_atomic
+from raydistill.label_sets.manifest import LabelManifest, PseudolabelManifest
 
 MANIFEST = "manifest.json"
 PART_ROWS = 50_000
-WRITE_BUFFER_ROWS = 2_000  # held until they are written, so that memory does not grow with a part
-REQUIRED_COLUMNS = ("id", "target", "rank")  # what training reads
+WRITE_BUFFER_ROWS = 2_000  # rows in memory before they are written, so that memory does not grow with a part
+COLUMNS = ("id", "target", "rank", "score")
 DROPPED_FILE = "dropped.parquet"
 CORRUPT_SET_REMEDY = "delete the folder and make it again"
-# What a set that `raydistill pseudolabel` made says of itself. Training reads `rows` alone, and so takes others too.
-PSEUDOLABEL_KEYS = (
-    "teacher.name",
-    "teacher.fingerprint",
-    "decoding",
-    "metric",
-    "engine",
-    "device_hours",
-    "empty",
-    "target_words_mean",
-    "quality",
-)
-# What these are, and what else commands read where it is there.
-NUMBER_TYPES = (int, float)
-MANIFEST_TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("teacher.name", "teacher.fingerprint", "metric", "engine", "data.split"), str),
-    **dict.fromkeys(("device_hours", "empty", "target_words_mean"), NUMBER_TYPES),
-    **dict.fromkeys(("decoding", "data.dataset"), dict),
-    **dict.fromkeys(("dropped", "curation"), dict),
-    "quality": (dict, type(None)),
-    "engine_why": (str, type(None)),
-}
+
+Manifest = TypeVar("Manifest", bound=LabelManifest)
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """A finished label set: manifest, `targets` by row id (the best candidate, rank 0), ids that curation dropped."""
+    """A complete label set.
+
+    `targets` holds the best candidate by row id, `dropped_ids` the ids of the rows that curation dropped.
+    """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: LabelManifest
     targets: dict[str, str]
     dropped_ids: frozenset[str] = frozenset()
 
     @property
     def fingerprint(self) -> str:
-        """Short sha256 of what students would be trained on."""
+        """16 hexadecimal digits of the sha256 of ids and targets, independent of their order."""
         digest = hashlib.sha256()
         for key in sorted(self.targets):
             digest.update(f"{key}\0{self.targets[key]}\0".encode())
@@ -67,13 +52,16 @@ class LabelSet:
 
 
 def label_set_key(teacher: str, data: str, decoding: dict[str, Any]) -> str:
-    """The folder name of a label set: another teacher, input or decoding is another label set."""
+    """The content key in the folder name of a label set: a hash of teacher, data and decoding settings."""
     text = json.dumps({"teacher": teacher, "data": data, "decoding": decoding}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Candidate(NamedTuple):
-    """One text that a teacher wrote for a row, and its score (log-probability by length to the penalty)."""
+    """A text that a teacher wrote for a row.
+
+    `score` is the log-probability divided by the length to the power of the length penalty.
+    """
 
     target: str
     score: float
@@ -82,42 +70,45 @@ class Candidate(NamedTuple):
 def write_label_set(
     folder: Path,
     rows: Iterable[tuple[str, Sequence[Candidate] | str]],
-    make_manifest: Callable[[], dict[str, Any]],
+    make_manifest: Callable[[], LabelManifest],
 ) -> None:
-    """Write each row's candidates, the best first, as Parquet parts, and then the manifest: whole or not at all.
+    """Write a label set: Parquet parts first, then the manifest. Either the complete set is published or nothing.
 
-    In the candidates' place a text says why curation dropped the row. `rows` is read once and not held; `manifest()` is
-    asked when all are written, and so may count them. The caller holds the lock of the set. A finished set is left as
-    it is.
+    The caller holds the lock of the set. A complete set in `folder` is left unchanged.
+
+    Args:
+        rows: A row id with the candidates of the row, best first, or with the reason why curation dropped the row.
+            Rows are read once and are not kept in memory.
+        make_manifest: Called after the last row, so that the manifest may count rows.
     """
     import pyarrow as pa
 
-    making = folder.with_name(f".{folder.name}.making")
-    shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
-    making.mkdir(parents=True)
-    lines = pa.schema([("id", pa.string()), ("target", pa.string()), ("rank", pa.int32()), ("score", pa.float64())])
-    reasons = pa.schema([("id", pa.string()), ("reason", pa.string())])
+    temporary = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    temporary.mkdir(parents=True)
+    part_schema = pa.schema(zip(COLUMNS, (pa.string(), pa.string(), pa.int32(), pa.float64()), strict=True))
+    dropped_schema = pa.schema([("id", pa.string()), ("reason", pa.string())])
     try:
         with (
-            _PartWriter(making, "part-{:05d}.parquet", lines, PART_ROWS) as parts,
-            _PartWriter(making, DROPPED_FILE, reasons) as dropped,
+            _PartWriter(temporary, "part-{:05d}.parquet", part_schema, PART_ROWS) as parts,
+            _PartWriter(temporary, DROPPED_FILE, dropped_schema) as dropped,
         ):
-            for row_id, found in rows:
-                if isinstance(found, str):
-                    dropped.add(row_id, found)
+            for row_id, candidates_or_reason in rows:
+                if isinstance(candidates_or_reason, str):
+                    dropped.add(row_id, candidates_or_reason)
                     continue
-                for rank, (target, score) in enumerate(found):
+                for rank, (target, score) in enumerate(candidates_or_reason):
                     parts.add(row_id, target, rank, score)
-        write_json_atomic(making / MANIFEST, make_manifest())
-        if not is_complete(folder):  # else somebody may be reading it
+        write_json_atomic(temporary / MANIFEST, {"schema": SCHEMA_VERSION, **make_manifest().to_json()})
+        if not is_complete(folder):  # another process may be reading a complete set
             shutil.rmtree(folder, ignore_errors=True)
-            making.rename(folder)
+            temporary.rename(folder)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _PartWriter:
-    """Lines into Parquet files of `most` lines each, or into one; written as they come, and no file without a line."""
+    """Write lines to Parquet files of `max_rows` lines each, or to a single file. No file is empty."""
 
     def __init__(self, folder: Path, name_pattern: str, schema: Any, max_rows: int | None = None) -> None:
         self._folder, self._name_pattern, self._schema, self._max_rows = folder, name_pattern, schema, max_rows
@@ -159,171 +150,131 @@ class _PartWriter:
 
 
 def is_complete(folder: Path) -> bool:
-    """A label set is there as soon as its manifest is."""
+    """Whether a folder holds a complete label set: its manifest exists."""
     return (folder / MANIFEST).is_file()
 
 
 def read_label_set(folder: Path) -> LabelSet:
-    """Read a finished label set; UserError where it is missing, unfinished or damaged."""
+    """Read a complete label set.
+
+    Raises:
+        UserError: The set is missing, incomplete, damaged or of another schema version.
+    """
     manifest = read_manifest(folder)
     targets = {row_id: candidates[0].target for row_id, candidates in read_candidates(folder)}
-    if len(targets) != manifest["rows"]:
+    if len(targets) != manifest.rows:
         raise UserError(
-            f"{folder}: the manifest counts {manifest['rows']} rows but the parts hold {len(targets)}; "
-            f"delete the folder and make it again"
+            f"{folder}: the manifest counts {manifest.rows} rows but the parts hold {len(targets)}; "
+            f"{CORRUPT_SET_REMEDY}"
         )
     return LabelSet(folder, manifest, targets, frozenset(row_id for row_id, _ in read_dropped(folder)))
 
 
-def read_manifest(folder: Path, required_keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest of a finished label set; UserError where it is missing, damaged or lacks a `required_keys` key.
+def read_manifest(folder: Path) -> LabelManifest:
+    """Read the manifest of any complete label set.
 
-    `data.split` is the key `split` of what stands under `data`.
+    Raises:
+        UserError: The set is missing, incomplete, damaged or of another schema version.
     """
-    if not is_complete(folder):
+    return _read_manifest_as(LabelManifest, folder)
+
+
+def read_pseudolabel_manifest(folder: Path) -> PseudolabelManifest:
+    """Read the manifest of a label set that `raydistill pseudolabel` or a curation wrote.
+
+    Raises:
+        UserError: As `read_manifest`, or the manifest lacks keys that `raydistill pseudolabel` writes.
+    """
+    return _read_manifest_as(PseudolabelManifest, folder)
+
+
+def _read_manifest_as(record_type: type[Manifest], folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
         raise UserError(
-            f"{folder}: no finished label set here (no {MANIFEST}); make one with `raydistill pseudolabel`, "
-            f"or run its command again to finish it"
+            f"{folder}: no complete label set (no {MANIFEST}); make one with `raydistill pseudolabel`, or run the "
+            f"command that started it again"
         )
-    manifest = read_json(folder / MANIFEST)
-    with corrupt_file_error(folder / MANIFEST, CORRUPT_SET_REMEDY):
-        if not isinstance(manifest["rows"], int) or manifest["rows"] < 0:
-            raise TypeError(f"rows is {manifest['rows']!r}, which counts nothing")
-    if missing := [key for key in required_keys if not _has_key(manifest, key)]:
-        raise UserError(
-            f"{folder}: its {MANIFEST} lacks {', '.join(missing)}, which `raydistill pseudolabel` writes; such a set "
-            f"can be trained on, and no more"
-        )
-    with corrupt_file_error(folder / MANIFEST, CORRUPT_SET_REMEDY):
-        for key in filter(lambda key: required_keys and _has_key(manifest, key), MANIFEST_TYPES):
-            if not isinstance(_get_key(manifest, key), MANIFEST_TYPES[key]):
-                raise TypeError(f"{key} is {_get_key(manifest, key)!r}")
-        if required_keys and not all(isinstance(v, NUMBER_TYPES) for v in (manifest.get("quality") or {}).values()):
-            raise TypeError("quality holds more than numbers")
-    return manifest
-
-
-def _has_key(manifest: Any, key: str) -> bool:
-    first, _, rest = key.partition(".")
-    return isinstance(manifest, dict) and first in manifest and (not rest or _has_key(manifest[first], rest))
-
-
-def _get_key(manifest: dict[str, Any], key: str) -> Any:
-    first, _, rest = key.partition(".")
-    return _get_key(manifest[first], rest) if rest else manifest[first]
+    record = read_json(path)
+    check_schema(path, record)
+    del record["schema"]
+    with corrupt_file_error(path, CORRUPT_SET_REMEDY):
+        LabelManifest.model_validate(record)
+        try:
+            return record_type.model_validate(record)
+        except ValidationError as error:
+            missing = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "missing"]
+            if not missing:
+                raise
+    raise UserError(
+        f"{folder}: {MANIFEST} lacks {', '.join(missing)}, which `raydistill pseudolabel` writes; this label set is "
+        f"usable for training only"
+    )
 
 
 def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
-    """Each row's id and candidates, the best first, one row after the other; UserError where a part is damaged."""
+    """Yield the id and the candidates of each row, best first, in the order of the data.
+
+    Raises:
+        UserError: A part is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def rows() -> Iterator[tuple[str, str, int, float]]:
+    def iter_lines() -> Iterator[tuple[str, str, int, float]]:
         for part in sorted(folder.glob("part-*.parquet")):
             with pq.ParquetFile(part) as file:
-                for batch in file.iter_batches(columns=[*REQUIRED_COLUMNS, "score"]):
-                    yield from zip(*(batch.column(c).to_pylist() for c in (*REQUIRED_COLUMNS, "score")), strict=True)
+                for batch in file.iter_batches(columns=list(COLUMNS)):
+                    yield from zip(*(batch.column(name).to_pylist() for name in COLUMNS), strict=True)
 
     try:
-        for row_id, group in groupby(rows(), key=lambda row: row[0]):
-            ranked = sorted(group, key=lambda row: row[2])
+        for row_id, lines in groupby(iter_lines(), key=lambda line: line[0]):
+            ranked = sorted(lines, key=lambda line: line[2])
             if not all(isinstance(text, str) for line in ranked for text in line[:2]):
-                raise TypeError(f"row {row_id!r}: id and target must be texts")
+                raise TypeError(f"row {row_id!r}: id and target must be strings")
             if [rank for _, _, rank, _ in ranked] != list(range(len(ranked))):
-                raise ValueError(f"row {row_id!r} does not have its candidates once each")
+                raise ValueError(f"row {row_id!r} does not have each candidate once")
             yield row_id, [Candidate(target, float(score)) for _, target, _, score in ranked]
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _corrupt_label_set_error(folder, error) from None
 
 
 def read_dropped(folder: Path) -> list[tuple[str, str]]:
-    """(id, reason) of the rows that curation left out."""
+    """Read (id, reason) of the rows that curation dropped.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not (folder / DROPPED_FILE).is_file():
         return []
     try:
-        found = pq.read_table(folder / DROPPED_FILE, columns=["id", "reason"])
-        rows = list(zip(found["id"].to_pylist(), found["reason"].to_pylist(), strict=True))
+        table = pq.read_table(folder / DROPPED_FILE, columns=["id", "reason"])
+        rows = list(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
         if not all(isinstance(text, str) for row in rows for text in row):
-            raise TypeError(f"{DROPPED_FILE}: ids and reasons must be texts")
+            raise TypeError(f"{DROPPED_FILE}: ids and reasons must be strings")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise _corrupt_label_set_error(folder, error) from None
     return rows
 
 
 def find_label_set_folders(root: Path) -> list[Path]:
-    """The finished label sets under a folder, by name; a name that begins with a dot is none, but one in the making."""
+    """List the complete label sets in a folder by name, without temporary folders (their names start with a dot)."""
     return sorted(path.parent for path in root.glob(f"[!.]*/{MANIFEST}"))
 
 
-def list_label_sets(root: Path) -> tuple[list[tuple[Path, dict[str, Any]]], list[UserError]]:
-    """The finished label sets under a folder with their manifests, by name; and what is wrong with those left out."""
-    found, wrong = [], []
+def list_label_sets(root: Path) -> tuple[list[tuple[Path, PseudolabelManifest]], list[UserError]]:
+    """Return the complete label sets in a folder with their manifests, and the errors of sets that are skipped."""
+    label_sets, errors = [], []
     for folder in find_label_set_folders(root):
         try:
-            found.append((folder, read_manifest(folder, PSEUDOLABEL_KEYS)))
+            label_sets.append((folder, read_pseudolabel_manifest(folder)))
         except UserError as error:
-            wrong.append(error)
-    return found, wrong
+            errors.append(error)
+    return label_sets, errors
 
 
 def _corrupt_label_set_error(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder}: the label set is damaged ({error}); {CORRUPT_SET_REMEDY}")
-
-
-def select_targets(
-    ids: list[str], originals: list[str], labels: Sequence[LabelSource], label_sets: Mapping[str, LabelSet]
-) -> tuple[list[int], list[str]]:
-    """Row numbers and targets of the training examples, one source of labels after the other.
-
-    `describe_label_sets` holds the label set of each source but `original`. A weight says how often an epoch reads a
-    source's rows:
-    2 reads all of them twice, 0.5 a half of them, the same half whenever source and ids are the same. A row whose
-    pseudo-label is empty or was dropped is left out of that source.
-    """
-    rows: list[int] = []
-    targets: list[str] = []
-    for source, weight in labels:
-        if source == "original":
-            usable, texts = list(range(len(ids))), originals
-        elif source in label_sets:
-            usable, texts = _rows_with_pseudo_labels(ids, label_sets[source])
-        else:
-            raise UserError(f"labels: {source!r} needs a label set; make one with `raydistill pseudolabel`")
-        picked = [i for i in usable for _ in range(_repeat_count(source, ids[i], weight))]
-        rows += picked
-        targets += [texts[i] for i in picked]
-    if not rows:
-        raise UserError(f"labels: a weight of {min(weight for _, weight in labels)} leaves no row of {len(ids)}")
-    return rows, targets
-
-
-def _rows_with_pseudo_labels(ids: list[str], label_set: LabelSet) -> tuple[list[int], list[str]]:
-    """The numbers of the rows that have a pseudo-label, and each row's ("" for the others)."""
-    missing = [row_id for row_id in ids if row_id not in label_set.targets and row_id not in label_set.dropped_ids]
-    if missing:
-        raise UserError(
-            f"{label_set.folder}: {len(missing)} of {len(ids)} training rows have no pseudo-label "
-            f"(first: {missing[0]!r}); it was made for other data: make one for this data set with "
-            f"`raydistill pseudolabel`"
-        )
-    texts = [label_set.targets.get(row_id, "") for row_id in ids]
-    kept = [i for i, text in enumerate(texts) if text.strip()]
-    if not kept:
-        raise UserError(
-            f"{label_set.folder}: every pseudo-label is empty or was dropped; look at the teacher's decoding and the "
-            f"curation"
-        )
-    return kept, texts
-
-
-def _repeat_count(source: str, row_id: str, weight: float) -> int:
-    """How often a row is read: the weight's whole part, and once more for its fraction of all rows.
-
-    Each source has a fraction of its own, or halves of two sources would be of the same rows.
-    """
-    whole, fraction = divmod(weight, 1)
-    draw = int.from_bytes(hashlib.sha256(f"{source}\0{row_id}".encode()).digest()[:8], "big") / 2**64
-    return int(whole) + (draw < fraction)

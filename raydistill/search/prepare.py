@@ -217,7 +217,7 @@ def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[s
         folders = [*made[run.label_key].values(), *[p.folder for p in parts if p.folder]]
         manifests = {folder: read_manifest(Path(folder)) for folder in folders}
         hours[run.label_key] = {
-            manifest.get("of", Path(folder).name): float(manifest.get("device_hours", 0.0))
+            manifest.source_label_set or Path(folder).name: manifest.device_hours
             for folder, manifest in manifests.items()
         }
     return made, hours
@@ -235,11 +235,10 @@ def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[st
         ]
         for folder in folders:
             manifest = read_manifest(Path(folder))
-            teacher = (manifest.get("teacher") or {}).get("name")
             told[Path(folder).name] = {
-                "teacher": teacher,
-                "rows": manifest["rows"],
-                "quality": manifest.get("quality"),
+                "teacher": manifest.teacher_name,
+                "rows": manifest.rows,
+                "quality": manifest.quality,
             }
     return told
 

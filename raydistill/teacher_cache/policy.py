@@ -1,4 +1,4 @@
-"""What of the teacher is worth keeping on disk for some runs: what they read, what it costs, and what pays."""
+"""What to cache of a teacher: the states that runs read, and whether reading them is faster than computing them."""
 
 import os
 import time
@@ -15,8 +15,11 @@ from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.models import families
 from raydistill.models.freezing import resolve_frozen_parts
 from raydistill.models.shrinking import plan_layers
-from raydistill.teacher_cache.builder import CacheBuilder, CacheDtypes, make_attention_mask, pad_to_tensor
+from raydistill.models.tensors import make_attention_mask, pad_to_tensor
+from raydistill.teacher_cache.builder import teacher_autocast
+from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 
+# What is cached: encoder and decoder states, encoder states only, or nothing.
 CacheMode = Literal["full", "encoder", "off"]
 PROBE_BYTES = 2**26
 PROBE_TOKENS = 4096
@@ -24,7 +27,7 @@ PROBE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ReadSet:
-    """What a run can read of the teacher: its encoder states, and its decoder's outputs at `layers`."""
+    """What a run can read from a cache: encoder states, and the decoder states of `layers`."""
 
     encoder: bool
     layers: list[int]
@@ -32,7 +35,7 @@ class ReadSet:
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Seconds for one epoch: working the encoder and decoder states out anew, or reading them."""
+    """Seconds per epoch for computing encoder and decoder states, and for reading them."""
 
     encoder: float
     decoder: float
@@ -41,122 +44,123 @@ class EpochTimes:
 
 
 def resolve_read_set(run: Run, depths: tuple[int, int]) -> ReadSet:
-    """What a run reads where all is kept.
+    """Return what a run reads from a complete cache. `depths` are the teacher's encoder and decoder layers.
 
-    Encoder states serve a student whose encoder and embeddings are the teacher's and frozen. The decoder's serve every
-    kd run: they are the teacher's own whatever the student's encoder and embeddings are.
+    Encoder states serve a student with the complete frozen encoder and embeddings of the teacher. Decoder states serve
+    every kd run, since they depend on the teacher only.
     """
-    layers = plan_layers(depths, run.student)
-    taught: set[int] = set()
+    plan = plan_layers(depths, run.student)
+    layers: set[int] = set()
     if run.method == "kd":
-        taught = {depths[1] - 1, *(layers.supervised_decoder if run.loss.alpha_hidden > 0 else [])}
-    return ReadSet(resolve_frozen_parts(run, layers).encoder_shared, sorted(taught))
+        layers = {depths[1] - 1, *(plan.supervised_decoder if run.loss.alpha_hidden > 0 else [])}
+    return ReadSet(resolve_frozen_parts(run, plan).encoder_shared, sorted(layers))
 
 
-def make_cache_builder(
+def make_cache_layout(
     runs: Sequence[tuple[Run, CacheMode]],
     examples: Mapping[str, Examples],
     teacher_key: str,
     teacher_config: Any,
     root: Path,
     compute_dtype: str,
-) -> CacheBuilder:
-    """All that runs on one training split read, as one pass; `examples` by what the runs call their labels.
+) -> CacheLayout:
+    """The layout of everything that runs on one training split read.
 
-    `compute_dtype`: the numbers in which the teacher would run if it ran with every step, "bf16" or "fp32".
+    Args:
+        runs: Runs with their cache modes.
+        examples: Examples by the `label_key` of the runs.
+        compute_dtype: The dtype in which the teacher would compute in training, "bf16" or "fp32".
     """
     depths = families.num_layers(teacher_config)
     encoder, layers = False, dict[str, set[int]]()
-    for run, keep in runs:
-        reads = resolve_read_set(run, depths)
-        encoder |= reads.encoder and keep != "off"
-        if keep == "full" and reads.layers:
-            layers.setdefault(run.label_key, set()).update(reads.layers)
+    for run, mode in runs:
+        read_set = resolve_read_set(run, depths)
+        encoder |= read_set.encoder and mode != "off"
+        if mode == "full" and read_set.layers:
+            layers.setdefault(run.label_key, set()).update(read_set.layers)
     first = runs[0][0]
-    bounds = [run.training.cache_gb * 1e9 for run, keep in runs if keep != "off" and run.training.cache_gb is not None]
-    about = {"teacher": first.teacher, "data": first.dataset.name, "teacher_key": teacher_key}
-    return CacheBuilder(
+    limits = [run.training.cache_gb * 1e9 for run, mode in runs if mode != "off" and run.training.cache_gb is not None]
+    return CacheLayout(
         root,
         teacher_key,
         next(iter(examples.values())),
         teacher_config.d_model,
         encoder,
-        [(examples[label], sorted(wanted_layers)) for label, wanted_layers in layers.items()],
+        [(examples[label_key], sorted(label_layers)) for label_key, label_layers in layers.items()],
         CacheDtypes(first.training.cache_precision, compute_dtype),
-        about,
-        min(bounds, default=None),
+        names=(first.teacher or "", first.dataset.name),
+        max_bytes=min(limits, default=None),
     )
 
 
-def choose_mode(
-    builder: CacheBuilder, times: EpochTimes, available_bytes: float, epochs: float
-) -> tuple[CacheMode, str]:
-    """What of a pass is worth keeping within `available_bytes` bytes, when it is read `epochs` times; and why, in a
-    line.
+def choose_mode(layout: CacheLayout, times: EpochTimes, available_bytes: float, epochs: float) -> tuple[CacheMode, str]:
+    """Choose the cache mode of `auto`, and the reason as a line of text.
 
-    A store is made once at the price of an epoch's working out, and read in every epoch after that.
+    Building a cache takes as long as computing the states for one epoch; then each of the `epochs` reads them. States
+    are cached if this is faster than computing them in each epoch, and if they fit into `available_bytes`.
     """
-    sizes = [0, 0]
-    for array, size in builder.array_sizes.items():
-        sizes[array.parent != builder.encoder_store] += size
-    pays = {
-        "encoder": times.encoder * (epochs - 1) > times.read_encoder * epochs,
-        "decoder": times.decoder * (epochs - 1) > times.read_decoder * epochs,
-    }
-    facts = (
-        f"encoder states {_format_gb(sizes[0])}, an epoch worked out anew {times.encoder:.1f} s, "
-        f"read {times.read_encoder:.1f} s; "
-        f"decoder states {_format_gb(sizes[1])}, {times.decoder:.1f} s, {times.read_decoder:.1f} s; "
-        f"{epochs:.3g} epochs in all; room for {_format_gb(available_bytes)}"
+    encoder_bytes, decoder_bytes = _bytes_by_kind(layout)
+    encoder_pays = times.encoder * (epochs - 1) > times.read_encoder * epochs
+    decoder_pays = times.decoder * (epochs - 1) > times.read_decoder * epochs
+    figures = (
+        f"encoder states {_format_gb(encoder_bytes)}, recomputing an epoch {times.encoder:.1f} s, "
+        f"reading {times.read_encoder:.1f} s; "
+        f"decoder states {_format_gb(decoder_bytes)}, recomputing {times.decoder:.1f} s, "
+        f"reading {times.read_decoder:.1f} s; "
+        f"{epochs:.3g} epochs in all; {_format_gb(available_bytes)} available"
     )
-    if builder.encoder and not pays["encoder"]:
-        return "off", f"reading the encoder states does not pay ({facts})"
-    if builder.encoder and sizes[0] > available_bytes:
-        return "off", f"the encoder states do not fit ({facts})"
-    if not builder.label_sets:
-        return ("encoder", f"no run reads decoder states ({facts})") if builder.encoder else ("off", "no run reads any")
-    if not pays["decoder"]:
-        return ("encoder" if builder.encoder else "off"), f"reading the decoder states does not pay ({facts})"
-    if sum(sizes) > available_bytes:
-        return ("encoder" if builder.encoder else "off"), f"the decoder states do not fit ({facts})"
-    return "full", f"it fits and pays ({facts})"
+    if layout.encoder and not encoder_pays:
+        return "off", f"reading the encoder states does not pay ({figures})"
+    if layout.encoder and encoder_bytes > available_bytes:
+        return "off", f"the encoder states do not fit ({figures})"
+    without_decoder: CacheMode = "encoder" if layout.encoder else "off"
+    if not layout.label_sets:
+        reason = f"no run reads decoder states ({figures})" if layout.encoder else "no run reads teacher states"
+        return without_decoder, reason
+    if not decoder_pays:
+        return without_decoder, f"reading the decoder states does not pay ({figures})"
+    if encoder_bytes + decoder_bytes > available_bytes:
+        return without_decoder, f"the decoder states do not fit ({figures})"
+    return "full", f"it fits and pays ({figures})"
 
 
-def measure_epoch_times(builder: CacheBuilder, teacher: PreTrainedModel) -> EpochTimes:
-    """Time a few batches of the pass and some reading from its disk, taken up to a whole epoch.
+def measure_epoch_times(layout: CacheLayout, teacher: PreTrainedModel) -> EpochTimes:
+    """Time the teacher on a batch and the disk on a file, and scale both to an epoch.
 
-    Reading is timed from the disk itself where the stores would take more than half of the memory, and else from the
-    system's cache, which then holds them after the first epoch.
+    The file is read from the disk itself if the arrays take more than half of the memory, otherwise from the page
+    cache, which holds the arrays after the first epoch.
     """
-    encoder_bytes = sum(size for array, size in builder.array_sizes.items() if array.parent == builder.encoder_store)
-    decoder_bytes = sum(builder.array_sizes.values()) - encoder_bytes
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    rate = measure_read_rate(builder.root, cold_cache=sum(builder.array_sizes.values()) > memory / 2)
-    rows = builder.parts[len(builder.parts) // 2]
-    micro = [rows[place] for place in next(bucket_by_length([len(builder.sources[row]) for row in rows], PROBE_TOKENS))]
-    sources = [builder.sources[row] for row in micro]
-    ids, mask = (
-        pad_to_tensor(sources, teacher.config.pad_token_id).to(teacher.device),
-        make_attention_mask(sources).to(teacher.device),
-    )
-    with torch.inference_mode(), builder.autocast(teacher):
+    encoder_bytes, decoder_bytes = _bytes_by_kind(layout)
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rate = measure_read_rate(layout.root, cold_cache=encoder_bytes + decoder_bytes > memory_bytes / 2)
+    encoder_seconds, decoder_seconds = _time_teacher(layout, teacher)
+    return EpochTimes(encoder_seconds, decoder_seconds, encoder_bytes / rate, decoder_bytes / rate)
+
+
+def _time_teacher(layout: CacheLayout, teacher: PreTrainedModel) -> tuple[float, float]:
+    """Seconds per epoch of the encoder and of the decoder, from one batch of the part in the middle."""
+    part = layout.parts[len(layout.parts) // 2]
+    positions = next(bucket_by_length([len(layout.sources[row]) for row in part], PROBE_TOKENS))
+    rows = [part[position] for position in positions]
+    sources = [layout.sources[row] for row in rows]
+    ids = pad_to_tensor(sources, teacher.config.pad_token_id).to(teacher.device)
+    mask = make_attention_mask(sources).to(teacher.device)
+    with torch.inference_mode(), teacher_autocast(layout, teacher):
         states = families.encode(teacher, ids, mask).last_hidden_state
-        tokens = sum(map(len, builder.sources)) / sum(map(len, sources))
-        encoder = tokens * _time_call(lambda: families.encode(teacher, ids, mask), teacher)
-        decoder = 0.0
-        for examples, _ in builder.label_sets:
-            pairs = dict(zip(examples.source_indices, examples.targets, strict=True))
-            targets = [pairs.get(row, [0]) for row in micro]
-            labels = pad_to_tensor(targets, -100).to(teacher.device)
+        epoch_scale = sum(map(len, layout.sources)) / sum(map(len, sources))
+        encoder_seconds = epoch_scale * _time_call(lambda: families.encode(teacher, ids, mask), teacher)
+        decoder_seconds = 0.0
+        for examples, _ in layout.label_sets:
+            target_by_row = dict(zip(examples.source_indices, examples.targets, strict=True))
+            labels = pad_to_tensor([target_by_row.get(row, [0]) for row in rows], -100).to(teacher.device)
             start = families.shift_right(teacher, labels)
-            share = len(examples) / len(micro)
-            decoder += share * _time_call(lambda start=start: families.decode(teacher, start, states, mask), teacher)  # type: ignore[misc]
-    return EpochTimes(encoder, decoder, encoder_bytes / rate, decoder_bytes / rate)
+            seconds = _time_call(lambda start=start: families.decode(teacher, start, states, mask), teacher)  # type: ignore[misc]
+            decoder_seconds += len(examples) / len(rows) * seconds
+    return encoder_seconds, decoder_seconds
 
 
 def measure_read_rate(root: Path, cold_cache: bool) -> float:
-    """Bytes per second that a file under `root` is read with, once written; `cold_cache`: not from the system's
-    cache."""
+    """Bytes per second for reading a file under `root`; `cold_cache`: after dropping the file from the page cache."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / f".probe-{os.getpid()}"
     try:
@@ -167,25 +171,31 @@ def measure_read_rate(root: Path, cold_cache: bool) -> float:
             if cold_cache:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
-        read = len(path.read_bytes())
-        return read / (time.perf_counter() - started)
+        num_bytes = len(path.read_bytes())
+        return num_bytes / (time.perf_counter() - started)
     finally:
         path.unlink(missing_ok=True)
 
 
-def _time_call(call: Callable[[], object], teacher: PreTrainedModel) -> float:
-    """Seconds of a call, after one that does not count."""
+def _bytes_by_kind(layout: CacheLayout) -> tuple[int, int]:
+    """Bytes of the encoder states and of the decoder states."""
+    encoder_bytes = layout.array_sizes.get(layout.encoder_array, 0)
+    return encoder_bytes, sum(layout.array_sizes.values()) - encoder_bytes
 
-    def to_its_end() -> None:
+
+def _time_call(call: Callable[[], object], teacher: PreTrainedModel) -> float:
+    """Seconds of a call, after a warm-up call."""
+
+    def run_to_completion() -> None:
         call()
         if teacher.device.type == "cuda":
             torch.cuda.synchronize(teacher.device)
 
-    to_its_end()
+    run_to_completion()
     started = time.perf_counter()
-    to_its_end()
+    run_to_completion()
     return time.perf_counter() - started
 
 
-def _format_gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _format_gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -14,7 +14,8 @@ from raydistill.config.run import Loss, Method
 from raydistill.data.batching import Examples
 from raydistill.models import families
 from raydistill.models.shrinking import LayerPlan
-from raydistill.teacher_cache.builder import RaggedArray, make_attention_mask, pad_to_tensor
+from raydistill.models.tensors import make_attention_mask, pad_to_tensor
+from raydistill.teacher_cache.reader import RaggedArray
 from raydistill.training.losses import OutputTargets, attention_mse, cosine_distance, hidden_mse, output_loss
 
 # Of each decoder layer the weights of its self-attention and of its attention to the source (`forms.States`).

@@ -1,4 +1,4 @@
-"""The inputs of a run that are prepared before the run starts: label sets, teacher cache and costs of the shape."""
+"""Inputs of a run that are prepared before the run starts: label sets, teacher cache, costs of the student."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,29 +8,35 @@ from raydistill.config.label_sources import parse_labels
 from raydistill.config.run import Run
 from raydistill.teacher_cache.policy import CacheMode
 
-# The folders of the label sets that teachers wrote: by a run's `label_key`, then by source (pseudo, pseudo@TEACHER).
+# Folders of label sets by the `label_key` of a run, then by label source (pseudo, pseudo@TEACHER).
 LabelFolders = dict[str, dict[str, str]]
 
 
 def input_paths(run: Run) -> list[Path]:
-    """The folders that a run names: its teacher, a checkpoint to copy from, label sets."""
-    named = [run.teacher, run.student.copy_from, *(part.folder for part in parse_labels(run.resolved_labels))]
-    return [Path(name) for name in named if name]
+    """The folders that a run names: teacher, checkpoint to copy from, label sets."""
+    names = [run.teacher, run.student.copy_from, *(part.folder for part in parse_labels(run.resolved_labels))]
+    return [Path(name) for name in names if name]
 
 
 def run_label_folders(labels: LabelFolders, run: Run) -> dict[str, Path]:
-    """Those of a run, by source."""
+    """The folders of the label sets of a run by label source."""
     return {source: Path(folder) for source, folder in labels.get(run.label_key, {}).items()}
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What was made before the run: label sets' folders by source, the teacher cache's root, and the shape's costs.
+    """Inputs of a run that are prepared before the run starts.
 
-    `repetition` is the share of the teacher's own outputs that repeat themselves; with it, a student that has
-    collapsed into repetition is a failed run.
-    `stores` are the cache's folders that were made for this run or the sweep that it is of.
-    `keep` is what `teacher_cache: auto` came to, and `computed` what `precision: auto` did, where a worker was asked.
+    Args:
+        label_folders: Folders of label sets by label source.
+        cache_root: The folder of the teacher cache, None for no cache.
+        cache_mode: The mode that `teacher_cache: auto` means.
+        compute_dtype: The dtype that `precision: auto` means, as measured on a worker.
+        costs: Latency, memory and parameters of the student.
+        result_fields: Fields that are added to the result record.
+        teacher_repetition: The share of the teacher's outputs that are repetitive. If given, a student with far more
+            repetition is a failed run.
+        store_folders: The stores of the cache that were built for this run or its sweep.
     """
 
     label_folders: dict[str, Path] = field(default_factory=dict)

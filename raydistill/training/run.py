@@ -34,8 +34,9 @@ from raydistill.models import families
 from raydistill.models.freezing import FrozenParts, freeze, resolve_frozen_parts
 from raydistill.models.loading import load_model, load_tokenizer
 from raydistill.models.shrinking import LayerPlan
-from raydistill.teacher_cache.builder import build_cache, open_decoder_states, open_encoder_states
-from raydistill.teacher_cache.policy import make_cache_builder
+from raydistill.teacher_cache.builder import build_cache
+from raydistill.teacher_cache.policy import make_cache_layout
+from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import NonFiniteLoss, ReportFn, autocast_dtype, fit
@@ -188,7 +189,7 @@ def _open_cached_states(
         return {}
     computed = "fp32" if autocast is None else "bf16"
     labels = {run.label_key: examples}
-    work = make_cache_builder([(run, keep)], labels, teacher.key, teacher.model.config, inputs.cache_root, computed)
+    work = make_cache_layout([(run, keep)], labels, teacher.key, teacher.model.config, inputs.cache_root, computed)
     if work.is_incomplete():
         torch.nn.Module.to(teacher.model, device)
         build_cache(work, teacher.model)

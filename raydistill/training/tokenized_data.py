@@ -15,7 +15,8 @@ from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.evaluation.latency import malloc_trim
-from raydistill.label_sets.label_set import read_label_set, select_targets
+from raydistill.label_sets.label_set import read_label_set
+from raydistill.label_sets.mixing import select_targets
 from raydistill.models.hub import hub_commit
 from raydistill.models.loading import (
     Languages,

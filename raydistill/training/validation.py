@@ -16,7 +16,7 @@ from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.loading import Languages
-from raydistill.teacher_cache.builder import make_attention_mask, pad_to_tensor
+from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.training.losses import OutputTargets, output_loss
 from raydistill.training.run_folder import save_checkpoint
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split

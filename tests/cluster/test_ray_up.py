@@ -58,8 +58,8 @@ def test_jobs_spread_over_all_hosts_between_ray_up_and_ray_down(tmp_path: Path) 
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         labels = read_labels(cluster.shared / "labels")
         assert len(labels.targets) == 1500
-        assert labels.manifest["hosts"].keys() == names
-        assert sum(labels.manifest["hosts"].values()) == 1500
+        assert labels.manifest.hosts.keys() == names
+        assert sum(labels.manifest.hosts.values()) == 1500
 
         cluster.down()
         assert remaining_processes(cluster.hosts, 120) == []
@@ -115,7 +115,7 @@ def test_hosts_without_a_shared_folder_share_a_bucket(tmp_path: Path) -> None:
         cluster.on_head(label)
         labels = read_labels(head.private / "labels")
         assert len(labels.targets) == 1500
-        assert labels.manifest["hosts"].keys() == {host.name for host in cluster.hosts}
+        assert labels.manifest.hosts.keys() == {host.name for host in cluster.hosts}
 
         cluster.on_head(f"rm -rf {home}/*")
         output = cluster.on_head(f"raydistill sweep {path} 2>&1", timeout=900)
@@ -123,7 +123,7 @@ def test_hosts_without_a_shared_folder_share_a_bucket(tmp_path: Path) -> None:
         assert {json.loads(file.read_text())["ended_at"] for file in trials.glob("*/result.json")} == {
             result["ended_at"] for result in results
         }
-        assert "1500 rows are there already" in cluster.on_head(f"{label} 2>&1")
+        assert "already complete (1500 rows)" in cluster.on_head(f"{label} 2>&1")
         assert read_labels(head.private / "labels").targets == labels.targets
         cluster.down()
 
@@ -171,7 +171,7 @@ def test_label_job_survives_a_lost_host(fault_target: FaultTarget) -> None:
     assert_succeeds(job)
     labels = read_labels(cluster.shared / "lost")
     assert labels.targets == fault_target.labels
-    rows = labels.manifest["hosts"]
+    rows = labels.manifest.hosts
     assert 0 < rows[lost.name] < min(rows[host.name] for host in cluster.hosts[:2])
     lost.switch_on()
     wait_for_nodes(cluster, 3)

@@ -12,16 +12,13 @@ from torch import Tensor
 from raydistill.config.run import Loss, Run, Student, Training
 from raydistill.data.batching import Examples
 from raydistill.label_sets.label_set import Candidate, write_label_set
+from raydistill.label_sets.manifest import LabelManifest
 from raydistill.models.freezing import FrozenParts, freeze
 from raydistill.models.loading import load_model, load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.models.shrinking import plan_layers, shrink
-from raydistill.teacher_cache.builder import (
-    CacheBuilder,
-    CacheDtypes,
-    build_cache,
-    open_decoder_states,
-    open_encoder_states,
-)
+from raydistill.teacher_cache.builder import build_cache
+from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
+from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.loop import fit
 from tests.factories.models import save_tiny, sentences
@@ -58,22 +55,22 @@ def tiny_distillation(family, folder, student: str | Student = "2-2", n=6, dropo
     return DistillationStep(model, teacher, examples, "kd", loss, plan, plan.copies_full_encoder, lm_head_shared=True)
 
 
-def cache_builder(distillation, folder, dtypes=FP32_CACHE):
-    """The builder of the teacher cache that a step reads."""
+def step_cache_layout(distillation, folder, dtypes=FP32_CACHE):
+    """The layout of the teacher cache that a step reads."""
     examples = distillation.examples
     decoders = [(examples, distillation.layers_needed)] if distillation.method == "kd" else []
     width = distillation.student.config.d_model
-    return CacheBuilder(folder, "key", examples, width, distillation.encoder_shared, decoders, dtypes)
+    return CacheLayout(folder, "key", examples, width, distillation.encoder_shared, decoders, dtypes)
 
 
 def with_cache(distillation, teacher, folder, dtypes=FP32_CACHE):
     """A copy of the step that reads the teacher cache, which is built in `folder`."""
-    builder = cache_builder(distillation, folder, dtypes)
-    build_cache(builder, teacher)
+    layout = step_cache_layout(distillation, folder, dtypes)
+    build_cache(layout, teacher)
     return replace(
         distillation,
-        cached_encoder_states=open_encoder_states(builder) if builder.encoder else None,
-        cached_decoder_states=open_decoder_states(builder) if builder.label_sets else {},
+        cached_encoder_states=open_encoder_states(layout) if layout.encoder else None,
+        cached_decoder_states=open_decoder_states(layout) if layout.label_sets else {},
     )
 
 
@@ -156,7 +153,7 @@ def write_run_workspace(root: Path) -> Path:
     write_label_set(
         root / "labels",
         [(f"train{i}", [Candidate(f"Two small dogs {i}.", 0.0)]) for i in range(24)],
-        lambda: {"rows": 24},
+        lambda: LabelManifest(rows=24),
     )
     return root
 

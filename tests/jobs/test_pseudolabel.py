@@ -1,4 +1,4 @@
-"""The pseudo-label job on real Ray: what it writes, how it goes on after a death, what it refuses."""
+"""The pseudo-label job on Ray: its label set, how it resumes after a kill, what it refuses."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from raydistill.core.errors import UserError
 from raydistill.data.streaming import scan_split
 from raydistill.inference.decoding import resolve_decoding
 from raydistill.inference.engines import open_engine
-from raydistill.jobs.label_outputs import is_batch_complete
-from raydistill.jobs.pseudolabel import LabelJob, Labeller, _check_same_engine, _slug, describe_job, pseudolabel
+from raydistill.jobs.label_outputs import EngineRecord, check_same_engine, is_batch_complete, read_engine_record
+from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _slug, describe_job, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan
-from raydistill.label_sets.label_set import read_candidates, read_manifest
+from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_manifest
 from tests.factories.models import save_tiny
 from tests.factories.workspace import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
 
@@ -30,8 +30,8 @@ DECODING = Decoding(beams=2, max_length=12)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A teacher and a data set in two shards."""
+def teacher_and_data(tmp_path_factory):
+    """A folder with a teacher and a data set in two shards, and the rows of the data set."""
     root = tmp_path_factory.mktemp("world")
     save_tiny("bart", root / "teacher", dropout=0.0)
     (root / "data").mkdir()
@@ -42,70 +42,73 @@ def world(tmp_path_factory):
     return root, rows
 
 
-def job_of(world, **changes):
-    root, _ = world
+def make_job(teacher_and_data, **changes):
+    root, _ = teacher_and_data
     return LabelJob(
         str(root / "teacher"), Dataset(name=str(root / "data")), decoding=DECODING, batch_chars=800, **changes
     )
 
 
-def test_every_row_of_every_shard_has_what_the_engine_writes_for_it(ray_here, world, tmp_path):
-    root, rows = world
-    folder = pseudolabel(job_of(world, pseudo=PseudoLabeling(n_best=2)), tmp_path, verbose=False)
-    found = dict(read_candidates(folder))
-    assert list(found) == [row["id"] for row in rows]
+def test_every_row_of_every_shard_has_the_candidates_of_the_engine(ray_here, teacher_and_data, tmp_path):
+    root, rows = teacher_and_data
+    folder = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(n_best=2)), tmp_path, verbose=False)
+    candidates_by_id = dict(read_candidates(folder))
+    assert list(candidates_by_id) == [row["id"] for row in rows]
     engine = open_engine(root / "teacher", cache_dir=tmp_path / "c")
     beam = resolve_decoding(DECODING, engine.generation_config, None, 64)
-    wanted = engine.generate([row["source"] for row in rows], beam, max_source_tokens=64, n_best=2)
-    for candidates, hypotheses in zip(found.values(), wanted, strict=True):
+    expected = engine.generate([row["source"] for row in rows], beam, max_source_tokens=64, n_best=2)
+    for candidates, hypotheses in zip(candidates_by_id.values(), expected, strict=True):
         assert [c.target for c in candidates] == [h.text.strip() for h in hypotheses]
         assert [c.score for c in candidates] == pytest.approx([h.score for h in hypotheses], abs=1e-4)
-    manifest = read_manifest(folder)
-    assert (manifest["rows"], manifest["engine"], manifest["n_best"]) == (60, "ctranslate2 fp32", 2)
-    assert manifest["device_hours"] > 0
+    manifest = read_pseudolabel_manifest(folder)
+    assert (manifest.rows, manifest.engine, manifest.n_best) == (60, "ctranslate2 fp32", 2)
+    assert manifest.device_hours > 0
     lines = [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
     assert len({(line["id"], line["rank"]) for line in lines}) == len(lines) == 120
     assert not list(tmp_path.glob(".*.work"))
 
 
-def test_the_same_job_is_found_and_another_decoding_precision_or_rule_is_another_set(ray_here, world, tmp_path):
-    plain = pseudolabel(job_of(world), tmp_path, verbose=False)
+def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(ray_here, teacher_and_data, tmp_path):
+    plain = pseudolabel(make_job(teacher_and_data), tmp_path, verbose=False)
     before = {p: p.stat().st_mtime_ns for p in plain.iterdir()}
-    assert pseudolabel(job_of(world), tmp_path, verbose=False) == plain
+    assert pseudolabel(make_job(teacher_and_data), tmp_path, verbose=False) == plain
     assert {p: p.stat().st_mtime_ns for p in plain.iterdir()} == before
-    eight = pseudolabel(job_of(world, pseudo=PseudoLabeling(precision="int8")), tmp_path, verbose=False)
-    assert read_manifest(eight)["engine"] == "ctranslate2 int8"
+    eight = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(precision="int8")), tmp_path, verbose=False)
+    assert read_pseudolabel_manifest(eight).engine == "ctranslate2 int8"
     curated = pseudolabel(
-        job_of(world, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), tmp_path, verbose=False
+        make_job(teacher_and_data, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), tmp_path, verbose=False
     )
     assert len({plain, eight, curated}) == 3
-    assert read_manifest(curated)["of"] == plain.name
+    assert read_pseudolabel_manifest(curated).source_label_set == plain.name
 
 
-def test_a_teacher_with_other_settings_makes_another_set_and_none_changes_during_a_job(ray_here, world, tmp_path):
-    root, _ = world
+def test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_refused(
+    ray_here, teacher_and_data, tmp_path
+):
+    root, _ = teacher_and_data
     teacher = tmp_path / "teacher"
     shutil.copytree(root / "teacher", teacher)
     job = LabelJob(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
     first = pseudolabel(job, tmp_path / "labels", verbose=False)
-    about = describe_job(job, scan_split(job.dataset, "train"))
+    description = describe_job(job, scan_split(job.dataset, "train"))
     settings = json.loads((teacher / "generation_config.json").read_text())
     (teacher / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 1.5}))
     assert pseudolabel(job, tmp_path / "labels", verbose=False) != first
-    with pytest.raises(UserError, match="has changed since the job began"):
-        Labeller(job, about, BatchPlan(tmp_path, [], [], []), tmp_path, "cpu")
+    task = LabelTask(job, description, tmp_path / "set", "cpu")
+    with pytest.raises(UserError, match="the teacher changed since the job started"):
+        Labeller(task, BatchPlan(tmp_path, [], [], []))
 
 
-def test_a_label_set_is_called_as_its_data_are():
-    """As the README's `labels describe my-texts-train` finds it."""
+def test_label_set_is_named_after_its_data():
+    """`labels describe my-texts-train` of the documentation finds the set."""
     names = {"data/my_texts.jsonl.gz": "my-texts", "x/train.source": "train", "EdinburghNLP/xsum": "xsum", "a.b": "a-b"}
     assert {name: _slug(name) for name in names} == names
 
 
-def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
-    """A torn file is deleted and made again; of one that cannot be read just now nothing is known."""
+def test_io_error_deletes_no_batch(tmp_path, monkeypatch):
+    """A truncated file is deleted and written again; an I/O error says nothing about the file."""
     path = tmp_path / "batch.parquet"
-    path.write_bytes(b"PAR1 torn")
+    path.write_bytes(b"PAR1 truncated")
     monkeypatch.setattr("pyarrow.parquet.read_metadata", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
     with pytest.raises(OSError, match="I/O error"):
         is_batch_complete(path)
@@ -115,41 +118,44 @@ def test_a_disk_that_does_not_answer_deletes_no_batch(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_a_batch_that_a_lost_machine_left_damaged_is_done_again(ray_here, world, tmp_path, monkeypatch):
-    whole = pseudolabel(job_of(world), tmp_path / "whole", verbose=False)
-    wanted = list(read_candidates(whole))
+def test_truncated_batch_is_labelled_again(ray_here, teacher_and_data, tmp_path, monkeypatch):
+    uninterrupted = pseudolabel(make_job(teacher_and_data), tmp_path / "uninterrupted", verbose=False)
+    expected = list(read_candidates(uninterrupted))
 
-    def killed(*rest):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("raydistill.jobs.pseudolabel.compact", killed)
+        patch.setattr("raydistill.jobs.pseudolabel.merge_outputs", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            pseudolabel(job_of(world), tmp_path / "hurt", verbose=False)
-    outputs = sorted((tmp_path / "hurt").glob(".*.work/out/*.parquet"))
+            pseudolabel(make_job(teacher_and_data), tmp_path / "interrupted", verbose=False)
+    outputs = sorted((tmp_path / "interrupted").glob(".*.work/out/*.parquet"))
     outputs[1].write_bytes(outputs[1].read_bytes()[:-20])
     outputs[2].write_bytes(b"")
-    assert list(read_candidates(pseudolabel(job_of(world), tmp_path / "hurt", verbose=False))) == wanted
+    assert (
+        list(read_candidates(pseudolabel(make_job(teacher_and_data), tmp_path / "interrupted", verbose=False)))
+        == expected
+    )
 
 
-def test_more_threads_than_a_machine_has_are_refused(ray_here, world, tmp_path):
+def test_more_threads_than_a_machine_has_are_refused(ray_here, teacher_and_data, tmp_path):
     with pytest.raises(UserError, match="no machine of the cluster has 3 CPUs for a teacher"):
-        pseudolabel(job_of(world, threads=3), tmp_path, verbose=False)
+        pseudolabel(make_job(teacher_and_data, threads=3), tmp_path, verbose=False)
 
 
-def test_a_model_that_ctranslate2_gets_wrong_is_labelled_by_transformers_or_refused(ray_here, world, tmp_path):
-    root, _ = world
+def test_model_that_ctranslate2_cannot_run_is_labelled_by_transformers_or_refused(ray_here, teacher_and_data, tmp_path):
+    root, _ = teacher_and_data
     teacher = save_tiny("marian", tmp_path / "marian", marian_padding_row=0.5)
     job = LabelJob(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
-    manifest = read_manifest(pseudolabel(job, tmp_path / "labels", verbose=False))
-    assert manifest["engine"] == "transformers fp32"
-    assert "padding row is not zero" in manifest["engine_why"]
+    manifest = read_pseudolabel_manifest(pseudolabel(job, tmp_path / "labels", verbose=False))
+    assert manifest.engine == "transformers fp32"
+    assert "padding row is not zero" in manifest.engine_fallback_reason
     strict = LabelJob(str(teacher), job.dataset, decoding=Decoding(beams=3, max_length=12), allow_fallback=False)
     with pytest.raises(UserError, match="padding row is not zero"):
         pseudolabel(strict, tmp_path / "labels", verbose=False)
 
 
-def test_a_batch_that_fails_ends_the_job_with_its_error(ray_here):
+def test_error_in_a_batch_stops_the_job(ray_here):
     def make():
         def work(number):
             if number == 2:
@@ -163,7 +169,7 @@ def test_a_batch_that_fails_ends_the_job_with_its_error(ray_here):
         run_batches(range(4), make, device="cpu", on_done=done.append)
 
 
-def test_a_teacher_that_cannot_be_opened_ends_the_job_with_the_cause(ray_here):
+def test_error_while_opening_the_teacher_stops_the_job_with_the_cause(ray_here):
     def make():
         raise RuntimeError("CUDA error: the real cause")
 
@@ -171,7 +177,7 @@ def test_a_teacher_that_cannot_be_opened_ends_the_job_with_the_cause(ray_here):
         run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
 
 
-def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_here):
+def test_batch_that_kills_its_actor_every_time_stops_the_job_with_a_remedy(ray_here):
     def make():
         def work(number):
             if number == 1:
@@ -184,19 +190,20 @@ def test_a_batch_that_kills_its_actor_each_time_ends_the_job_with_advice(ray_her
         run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
 
 
-def test_texts_of_two_engines_are_not_mixed(tmp_path):
-    _check_same_engine(tmp_path, "ctranslate2 fp32", [])
-    _check_same_engine(tmp_path, "ctranslate2 fp32", [])
+def test_outputs_of_two_engines_are_not_mixed(tmp_path):
+    first = EngineRecord("ctranslate2 fp32", "")
+    check_same_engine(tmp_path, first)
+    check_same_engine(tmp_path, first)
     with pytest.raises(UserError, match="written by ctranslate2 fp32, and this machine opens transformers fp32"):
-        _check_same_engine(tmp_path, "transformers fp32", ["no ctranslate2"])
-    assert json.loads((tmp_path / "engine.json").read_text())["why"] == ""
+        check_same_engine(tmp_path, EngineRecord("transformers fp32", "no ctranslate2"))
+    assert read_engine_record(tmp_path) == first
 
 
-# Deaths
+# Kills
 
 
-class Killed:
-    """The command on a corpus of `rows` rows, killed again and again."""
+class KilledCommand:
+    """The command on a corpus of `rows` rows, which tests kill and start again."""
 
     def __init__(self, root: Path, rows: int) -> None:
         self.home = root / "outputs"
@@ -205,7 +212,7 @@ class Killed:
         (root / "train.jsonl").write_text(lines)
         self.arguments = ["--teacher", root / "teacher", "--dataset", root / "train.jsonl", "--beams", "2"]
         self.arguments += ["--engine", "transformers", "--batch-chars", "3000", "--n-best", "2"]
-        self.seen: dict[Path, int] = {}
+        self.finished_batches: dict[Path, int] = {}
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
@@ -218,17 +225,15 @@ class Killed:
         )
 
     def outputs(self) -> dict[Path, int]:
-        found = {}
-        for path in self.home.glob("labels/.*.work/out/batch-*.parquet"):
-            found[path] = path.stat().st_mtime_ns
-        return found
+        paths = self.home.glob("labels/.*.work/out/batch-*.parquet")
+        return {path: path.stat().st_mtime_ns for path in paths}
 
     def check_untouched(self) -> None:
-        """No batch that was finished before has been written again."""
+        """Assert that no finished batch was written again."""
         now = self.outputs()
-        if now:  # else the job has just finished and removed them
-            assert {path: now.get(path) for path in self.seen} == self.seen
-        self.seen = now or self.seen
+        if now:  # otherwise the job has just finished and removed its outputs
+            assert {path: now.get(path) for path in self.finished_batches} == self.finished_batches
+        self.finished_batches = now or self.finished_batches
 
     def finished(self) -> bool:
         return any(self.home.glob("labels/*/manifest.json"))
@@ -238,18 +243,18 @@ class Killed:
         return [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
 
 
-def kill_driver(world: Killed, running: subprocess.Popen) -> subprocess.Popen:
+def kill_driver(job: KilledCommand, running: subprocess.Popen) -> subprocess.Popen:
     os.kill(running.pid, signal.SIGKILL)
     running.communicate()
-    wait_for_ray_to_end(world.home)
-    world.check_untouched()
-    return world.start()
+    wait_for_ray_to_end(job.home)
+    job.check_untouched()
+    return job.start()
 
 
-def kill_worker(world: Killed, draw: random.Random) -> bool:
-    """One of Ray's worker processes, most often an actor that labels."""
+def kill_worker(job: KilledCommand, draw: random.Random) -> bool:
+    """Kill one of Ray's worker processes, usually an actor that labels. Returns whether there was one."""
     workers = []
-    for process in processes_of(world.home):
+    for process in processes_of(job.home):
         line = " ".join(process.cmdline())
         if line.startswith("ray::") and "Dashboard" not in line:
             workers.append(process)
@@ -259,53 +264,53 @@ def kill_worker(world: Killed, draw: random.Random) -> bool:
     return True
 
 
-def carry_on(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[str, int]:
-    """Kill at random moments, then let it end, and compare with an uninterrupted run; returns the counts."""
+def kill_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[str, int]:
+    """Kill the job at random moments, let it finish, and compare with an uninterrupted job. Returns the counts."""
     draw = random.Random(seed)
-    world = Killed(tmp_path / "killed", rows)
+    job = KilledCommand(tmp_path / "killed", rows)
     counts = {"driver": 0, "worker": 0, "with_parts": 0}
-    running = world.start()
+    running = job.start()
     while counts["driver"] + counts["worker"] < kills:
-        before = len(world.outputs())
+        before = len(job.outputs())
         deadline = time.monotonic() + 90
         early = draw.random() < 0.2  # before the plan or the first batch, too
-        while not early and len(world.outputs()) <= before and time.monotonic() < deadline:
+        while not early and len(job.outputs()) <= before and time.monotonic() < deadline:
             assert running.poll() is None, running.stderr and running.stderr.read().decode()[-2000:]
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 6 if early else 1.5))
-        assert not world.finished(), "the job ended before it was killed often enough: give it more rows"
-        parts = bool(world.outputs())
+        assert not job.finished(), "the job finished before all kills; use more rows"
+        parts = bool(job.outputs())
         if draw.random() < 0.4:
-            running = kill_driver(world, running)
+            running = kill_driver(job, running)
             counts["driver"] += 1
-        elif kill_worker(world, draw):
+        elif kill_worker(job, draw):
             counts["worker"] += 1
         else:
             continue
         counts["with_parts"] += parts
     _, errors = running.communicate(timeout=280)
     assert running.returncode == 0, errors.decode()[-2000:]
-    found = world.labels()
-    whole = Killed(tmp_path / "whole", rows)
+    lines = job.labels()
+    whole = KilledCommand(tmp_path / "whole", rows)
     last_json(command(whole.home, "pseudolabel", *whole.arguments, "--json"))
-    wanted = whole.labels()
-    keys = [(row["id"], row["rank"]) for row in found]
+    expected = whole.labels()
+    keys = [(row["id"], row["rank"]) for row in lines]
     assert len(set(keys)) == len(keys) == 2 * rows
-    assert keys == [(row["id"], row["rank"]) for row in wanted]
-    assert [row["target"] for row in found] == [row["target"] for row in wanted]
-    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-5)
-    return {**counts, "rows": rows, "lines": len(found)}
+    assert keys == [(row["id"], row["rank"]) for row in expected]
+    assert [row["target"] for row in lines] == [row["target"] for row in expected]
+    assert [row["score"] for row in lines] == pytest.approx([row["score"] for row in expected], abs=1e-5)
+    return {**counts, "rows": rows, "lines": len(lines)}
 
 
-def test_a_killed_job_goes_on_and_every_row_is_there_once(tmp_path):
-    counts = carry_on(tmp_path, rows=1500, kills=2, seed=5)
+def test_resumed_job_labels_every_row_once(tmp_path):
+    counts = kill_and_resume(tmp_path, rows=1500, kills=2, seed=5)
     assert counts["driver"] + counts["worker"] == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_job_that_is_killed_thirty_times_ends_as_if_nothing_had_been(tmp_path):
-    counts = carry_on(tmp_path, rows=6000, kills=32, seed=0)
+def test_job_killed_thirty_times_gives_the_result_of_an_uninterrupted_job(tmp_path):
+    counts = kill_and_resume(tmp_path, rows=6000, kills=32, seed=0)
     print(counts)
     assert counts["driver"] + counts["worker"] >= 30
     assert counts["with_parts"] >= 10

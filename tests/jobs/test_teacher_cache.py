@@ -1,6 +1,5 @@
-"""The teacher's pass as a Ray job: the same states as in one process, beside the labels, once, decided once."""
+"""The teacher cache as a Ray job: the states of a build in one process, built once, in the mode that pays."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -8,18 +7,9 @@ import pytest
 import torch
 
 from raydistill.cluster.start import ray_cluster
-from raydistill.config.run import Run
-from raydistill.core.files import read_json
-from raydistill.jobs import teacher_cache as module
+from raydistill.jobs import teacher_cache
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
-from raydistill.jobs.teacher_cache import (
-    CacheRequest,
-    CacheStats,
-    build_teacher_cache,
-    cache_group_key,
-    resolve_auto_precision,
-    resolve_cache_mode,
-)
+from raydistill.jobs.teacher_cache import CacheRequest, build_teacher_cache, resolve_auto_precision, resolve_cache_mode
 from raydistill.models.loading import load_model
 from raydistill.search import prepare
 from raydistill.teacher_cache import store
@@ -28,13 +18,14 @@ from raydistill.teacher_cache.policy import EpochTimes
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
 from raydistill.training.tokenized_data import open_teacher
+from tests.factories.teacher_cache import cached_run
 from tests.factories.workspace import make_world
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
-    root = tmp_path_factory.mktemp("world")
+    root = tmp_path_factory.mktemp("workspace")
     patch = pytest.MonkeyPatch()
     patch.setenv("RAYDISTILL_HOME", str(root / "outputs"))
     make_world(root)
@@ -43,137 +34,86 @@ def place(tmp_path_factory):
     patch.undo()
 
 
-def run_of(place, method, **training):
-    return Run.model_validate(
-        {
-            "name": "r",
-            "teacher": str(place / "teacher"),
-            "dataset": str(place / "data"),
-            "method": method,
-            "labels": "pseudo" if method == "kd" else "original",
-            "student": {"size": "2-1"},
-            "decoding": {"beams": 2, "max_length": 12},
-            "training": {"precision": "fp32", "epochs": 4, **training},
-        }
-    )
+def read_parts(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.bin")}
 
 
-def files(root):
-    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*.bin")}
-
-
-def test_build_teacher_cache_equals_build_in_one_process_and_reuses_finished_stores(place, tmp_path):
-    runs = [run_of(place, method, teacher_cache="full") for method in ("kd", "sft")]
+def test_job_builds_the_parts_of_a_build_in_one_process_and_only_missing_ones(workspace, tmp_path):
+    runs = [cached_run(workspace, method, teacher_cache="full") for method in ("kd", "sft")]
     root = tmp_path / "cache"
     job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding)
     labels = pseudolabel(job, tmp_path / "labels", verbose=False)
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
-    encoder_only = CacheRequest(runs[1:], {}, root, "cpu")
-    build_teacher_cache(encoder_only, "full")
-    encoder_files = files(root)
-    assert {path.parent.name for path in encoder_files} == {"states"}
+    build_teacher_cache(CacheRequest(runs[1:], {}, root, "cpu"), "full")  # encoder states only
+    encoder_parts = read_parts(root)
+    assert {path.parent.name for path in encoder_parts} == {"states"}
     assert [path.parent.name for path in root.rglob("manifest.json")] == ["states"]
 
-    want = CacheRequest(runs, {"pseudo": {"pseudo": str(labels)}}, root, "cpu")
-    made = build_teacher_cache(want, "full")
-    work = want.make_builder("full")
-    assert not work.is_incomplete()
-    assert made.bytes == sum(len(content) for content in files(root).values())
-    assert encoder_files.items() <= files(root).items()
-    assert sum(made.device_seconds.values()) > 0
-    assert made.device_seconds == {f"{a.parent.name}/{a.name}": store.read_device_seconds(a) for a in work.array_sizes}
+    request = CacheRequest(runs, {"pseudo": {"pseudo": str(labels)}}, root, "cpu")
+    stats = build_teacher_cache(request, "full")
+    layout = request.make_layout("full")
+    assert not layout.is_incomplete()
+    assert stats.bytes == sum(len(content) for content in read_parts(root).values())
+    assert encoder_parts.items() <= read_parts(root).items()
+    assert sum(stats.device_seconds.values()) > 0
+    seconds = {f"{array.parent.name}/{array.name}": store.read_device_seconds(array) for array in layout.array_sizes}
+    assert stats.device_seconds == seconds
 
-    here = CacheRequest(runs, want.labels, tmp_path / "here", "cpu").make_builder("full")
-    build_cache(here, load_model(place / "teacher"))
-    assert files(root) == files(tmp_path / "here")
+    local_layout = CacheRequest(runs, request.labels, tmp_path / "local", "cpu").make_layout("full")
+    build_cache(local_layout, load_model(workspace / "teacher"))
+    assert read_parts(root) == read_parts(tmp_path / "local")
 
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")}
-    assert build_teacher_cache(want, "full") == made
+    assert build_teacher_cache(request, "full") == stats
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.bin")} == before
 
 
-def test_a_teacher_stored_in_bf16_has_one_key_for_pass_runs_and_sweep(place, tmp_path):
-    kept = tmp_path / "teacher"
-    shutil.copytree(place / "teacher", kept)
-    load_model(kept, torch.bfloat16).save_pretrained(kept)
-    run = run_of(place, "sft", teacher_cache="full").model_copy(update={"teacher": str(kept)})
-    work = CacheRequest([run], {}, tmp_path / "cache", "cpu").make_builder("full")
-    build_cache(work, load_model(kept))
+def test_bf16_teacher_has_the_same_key_in_job_run_and_sweep(workspace, tmp_path):
+    checkpoint = tmp_path / "teacher"
+    shutil.copytree(workspace / "teacher", checkpoint)
+    load_model(checkpoint, torch.bfloat16).save_pretrained(checkpoint)
+    run = cached_run(workspace, "sft", teacher_cache="full").model_copy(update={"teacher": str(checkpoint)})
+    layout = CacheRequest([run], {}, tmp_path / "cache", "cpu").make_layout("full")
+    build_cache(layout, load_model(checkpoint))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")}
-    train(run, tmp_path / "run", lambda m, f: None, RunInputs(cache_root=tmp_path / "cache"))
+    train(run, tmp_path / "run", lambda metrics, folder: None, RunInputs(cache_root=tmp_path / "cache"))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == before
-    teacher = open_teacher(str(kept), run.dataset)
+    teacher = open_teacher(str(checkpoint), run.dataset)
     prepare.check_unchanged(run, {"key": teacher.key, "data": {}}, tmp_path)
 
 
-def test_a_sweep_whose_pass_was_killed_does_not_decide_again(place, tmp_path, monkeypatch):
-    asked, record = [], tmp_path / "cache.json"
-    monkeypatch.setattr(
-        prepare, "resolve_cache_mode", lambda want, epochs: asked.append(epochs) or ("encoder", "it pays")
-    )
-
-    def killed(want, keep):
-        assert read_json(record)["groups"][cache_group_key(run)]["why"] == "it pays"
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare, "build_teacher_cache", killed)
-    run = run_of(place, "sft")
-    with pytest.raises(KeyboardInterrupt):
-        prepare._make_teacher_cache([run], {}, "cpu", record, 7.0, None)
-    monkeypatch.setattr(
-        prepare, "build_teacher_cache", lambda want, keep: CacheStats(90 if keep == "encoder" else 0, {"e/s": 1.5})
-    )
-    cache = prepare._make_teacher_cache([run], {}, "cpu", record, 9.0, None)
-    assert asked == [7.0]
-    assert (cache.mode_for(run), cache.stores) == ("encoder", {"e/s": 1.5 / 3600})
-    assert read_json(record)["groups"][cache_group_key(run)] == {
-        "keep": "encoder",
-        "why": "it pays",
-        "bytes": 90,
-        "device_seconds": {"e/s": 1.5},
-    }
-
-
-def test_a_head_without_a_gpu_asks_a_worker_once_in_what_numbers_it_computes(place, tmp_path, monkeypatch):
-    asked, record = [], tmp_path / "cache.json"
-    monkeypatch.setattr(prepare, "run_exclusive", lambda work, device: asked.append((work, device)) or "bf16")
-    run = run_of(place, "sft", precision="auto")
-    assert prepare._resolve_compute_dtype([run_of(place, "sft")], "cuda", record) is None
-    computed = prepare._resolve_compute_dtype([run], "cuda", record)
-    assert prepare._resolve_compute_dtype([run], "cuda", record) == computed == "bf16"
-    assert asked == [(resolve_auto_precision, "cuda")]
+def test_compute_dtype_of_workers_decides_the_store_on_a_machine_without_a_gpu(workspace, tmp_path):
+    run = cached_run(workspace, "sft", precision="auto")
     assert resolve_auto_precision("cpu", 1) in ("bf16", "fp32")
-    # This machine has no GPU; asking torch what it computes in would fail.
-    assert CacheRequest([run], {}, tmp_path, "cuda", "bf16").make_builder("full").dtypes.compute == "bf16"
-    for numbers in ("bf16", "fp32"):
-        train(
-            run, tmp_path / numbers, lambda m, f: None, RunInputs(cache_root=tmp_path / "cache", compute_dtype=numbers)
-        )
-    stores = (tmp_path / "cache").glob("*/about.json")
-    assert sorted(json.loads(path.read_text())["computed"] for path in stores) == ["bf16", "fp32"]
+    # This machine has no GPU; asking torch for its compute dtype would fail.
+    assert CacheRequest([run], {}, tmp_path, "cuda", "bf16").make_layout("full").dtypes.compute == "bf16"
+    for dtype in ("bf16", "fp32"):
+        inputs = RunInputs(cache_root=tmp_path / "cache", compute_dtype=dtype)
+        train(run, tmp_path / dtype, lambda metrics, folder: None, inputs)
+    stores = store.list_stores(tmp_path / "cache")
+    assert sorted(info.record.compute_dtype for info in stores) == ["bf16", "fp32"]
 
 
-def test_auto_decides_by_figures_and_once(place, tmp_path, monkeypatch):
-    run = run_of(place, "sft")
-    want = CacheRequest([run], {}, tmp_path / "cache", "cpu")
-    assert resolve_cache_mode(want, 1.0)[0] == "off"  # as a worker measures: made for one epoch it never pays
-    cheap = EpochTimes(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
-    dear = replace(cheap, read_decoder=4.0)
-    kd = run_of(place, "kd").model_copy(update={"labels": "original"})
-    for costs, who, expected, because in [
-        (cheap, run, "encoder", "no run reads decoder states"),
-        (cheap, kd, "full", "it fits and pays"),
-        (dear, kd, "encoder", "reading the decoder states does not pay"),
-        (replace(cheap, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
+def test_auto_mode_follows_the_measured_times(workspace, tmp_path, monkeypatch):
+    run = cached_run(workspace, "sft")
+    request = CacheRequest([run], {}, tmp_path / "cache", "cpu")
+    assert resolve_cache_mode(request, 1.0)[0] == "off"  # with real times: building for one epoch never pays
+    cheap_reads = EpochTimes(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
+    kd = cached_run(workspace, "kd").model_copy(update={"labels": "original"})
+    for times, auto_run, expected_mode, expected_reason in [
+        (cheap_reads, run, "encoder", "no run reads decoder states"),
+        (cheap_reads, kd, "full", "it fits and pays"),
+        (replace(cheap_reads, read_decoder=4.0), kd, "encoder", "reading the decoder states does not pay"),
+        (replace(cheap_reads, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
     ]:
-        monkeypatch.setattr(module, "run_exclusive", lambda *_, costs=costs, **places: costs)
-        keep, why = resolve_cache_mode(CacheRequest([who], {}, tmp_path / "cache", "cpu"), 100.0)
-        assert (keep, why.startswith(because)) == (expected, True)
-        assert "100 epochs in all" in why
-    assert build_teacher_cache(want, "off").bytes == 0
+        monkeypatch.setattr(teacher_cache, "run_exclusive", lambda *_, times=times, **options: times)
+        mode, reason = resolve_cache_mode(CacheRequest([auto_run], {}, tmp_path / "cache", "cpu"), 100.0)
+        assert (mode, reason.startswith(expected_reason)) == (expected_mode, True)
+        assert "100 epochs in all" in reason
+    assert build_teacher_cache(request, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
-    tiny = CacheRequest([run_of(place, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
-    monkeypatch.setattr(module, "run_exclusive", lambda *_, **places: cheap)
-    keep, why = resolve_cache_mode(tiny, 1e6)
-    assert keep == "off"
-    assert why.startswith("the encoder states do not fit")
+    tiny_limit = CacheRequest([cached_run(workspace, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
+    monkeypatch.setattr(teacher_cache, "run_exclusive", lambda *_, **options: cheap_reads)
+    mode, reason = resolve_cache_mode(tiny_limit, 1e6)
+    assert mode == "off"
+    assert reason.startswith("the encoder states do not fit")

@@ -1,8 +1,9 @@
-"""Curation: the measures worked out by hand, the rules, and curated sets made of whole ones."""
+"""Curation: measures against hand-calculated values, the rules, and curated sets derived from complete ones."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -10,8 +11,6 @@ from raydistill.config.label_sources import LabelSource
 from raydistill.config.run import Curation, Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
-from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
-from raydistill.label_sets import curation
 from raydistill.label_sets.curation import (
     CurationRow,
     apply_rules,
@@ -26,15 +25,16 @@ from raydistill.label_sets.label_set import (
     Candidate,
     read_candidates,
     read_label_set,
-    read_manifest,
-    select_targets,
-    write_label_set,
+    read_pseudolabel_manifest,
 )
+from raydistill.label_sets.manifest import LabelManifest
+from raydistill.label_sets.mixing import select_targets
 from raydistill.labels import find_label_set
 from raydistill.pseudolabel import parse_curation
+from tests.factories.label_sets import pseudolabel_manifest, write_labels
 
 
-def test_measures_by_hand():
+def test_measures_match_hand_calculated_values():
     assert trigram_repetition("a b c a b c a b c") == pytest.approx(1 - 3 / 7)  # trigrams abc bca cab abc bca cab abc
     assert trigram_repetition("a b c d e") == 0
     assert trigram_repetition("a b") == 0
@@ -47,15 +47,15 @@ SOURCE = "the old man sees a red bicycle and the old man is glad"
 ORIGINAL = "old man sees red bicycle"
 
 
-def pair(*texts, original=ORIGINAL, other=""):
+def curation_row(*texts, original=ORIGINAL, other=""):
     return CurationRow(
         Row(("f", 1), "r", SOURCE, original), [Candidate(text, -float(i)) for i, text in enumerate(texts)], other
     )
 
 
-def judged(rules, *texts, **kw):
-    [(ranked, reason)] = apply_rules([pair(*texts, **kw)], Curation.model_validate(rules), rouge2_rows)
-    return [candidate.target for candidate in ranked], reason
+def apply(rules, *texts, **kw):
+    [(ranked, violated)] = apply_rules([curation_row(*texts, **kw)], Curation.model_validate(rules))
+    return [candidate.target for candidate in ranked], violated
 
 
 @pytest.mark.parametrize(
@@ -73,39 +73,39 @@ def judged(rules, *texts, **kw):
         ({"max_copy_rate": 0.9}, "the old man saw a red", ""),
     ],
 )
-def test_a_rule_drops_what_breaks_it_and_says_which(rules, text, reason):
-    assert judged(rules, text)[1] == reason
+def test_rule_drops_a_violating_label_and_is_named(rules, text, reason):
+    assert apply(rules, text)[1] == reason
 
 
-def test_the_nearest_to_the_original_is_chosen_and_the_others_stay_behind_it():
+def test_choose_rouge2_orders_candidates_by_similarity_to_the_original():
     texts = ["a cat", "old man sees a dog", "old man sees red bicycle"]
-    assert judged({"choose": "rouge2"}, *texts) == ([texts[2], texts[1], texts[0]], "")
-    assert judged({}, *texts) == (texts, "")
+    assert apply({"choose": "rouge2"}, *texts) == ([texts[2], texts[1], texts[0]], "")
+    assert apply({}, *texts) == (texts, "")
 
 
-def test_the_best_candidate_that_passes_is_taken_before_the_row_is_given_up():
-    assert judged({"max_repetition": 0.1}, "ha ha ha ha ha", "fine words here", "more") == (
+def test_first_candidate_that_passes_becomes_the_label():
+    assert apply({"max_repetition": 0.1}, "ha ha ha ha ha", "fine words here", "more") == (
         ["fine words here", "ha ha ha ha ha", "more"],
         "",
     )
-    assert judged({"max_repetition": 0.1}, "ha ha ha ha", "ho ho ho ho")[1] == "max_repetition"
+    assert apply({"max_repetition": 0.1}, "ha ha ha ha", "ho ho ho ho")[1] == "max_repetition"
 
 
-def test_agreement_with_another_teacher_is_a_rule():
-    rules = {"agree_with": "there", "min_agreement": 50}
-    assert judged(rules, "a red bicycle", other="a red bicycle")[1] == ""
-    assert judged(rules, "a red bicycle", other="the last train")[1] == "min_agreement"
+def test_min_agreement_drops_labels_that_differ_from_another_teacher():
+    rules = {"agree_with": "other-set", "min_agreement": 50}
+    assert apply(rules, "a red bicycle", other="a red bicycle")[1] == ""
+    assert apply(rules, "a red bicycle", other="the last train")[1] == "min_agreement"
 
 
 @pytest.mark.parametrize(
-    "rules", [{"agree_with": "x"}, {"min_length_ratio": 2, "max_length_ratio": 1}, {"min_rouge2": -1}, {"what": 1}]
+    "rules", [{"agree_with": "x"}, {"min_length_ratio": 2, "max_length_ratio": 1}, {"min_rouge2": -1}, {"unknown": 1}]
 )
-def test_rules_that_cannot_be_meant_are_refused(rules):
+def test_contradictory_or_unknown_rules_are_refused(rules):
     with pytest.raises(ValidationError):
         Curation.model_validate(rules)
 
 
-def test_rules_from_the_command_line_name_what_is_wrong():
+def test_invalid_keep_options_are_named():
     assert parse_curation(["min_rouge2=20", "choose=rouge2"]) == Curation(min_rouge2=20, choose="rouge2")
     for option, message in (("nonsense=1", "one of choose"), ("min_rouge2", "RULE=VALUE"), ("max_copy_rate=2", "less")):
         with pytest.raises(UserError, match=message):
@@ -113,136 +113,139 @@ def test_rules_from_the_command_line_name_what_is_wrong():
 
 
 @pytest.fixture
-def world(tmp_path):
-    """Four rows of data and what a teacher wrote for them, two candidates each."""
+def source_set(tmp_path):
+    """Four rows of data and a label set of them with two candidates per row."""
     rows = [{"id": f"r{i}", "source": f"{SOURCE} {i}", "target": f"{ORIGINAL} {i}"} for i in range(4)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [
-        ("nothing alike", "old man sees red bicycle 0"),
+        ("nothing similar", "old man sees red bicycle 0"),
         ("old man sees red bicycle 1", "x"),
         ("", "y"),
         ("z", "w"),
     ]
-    manifest = {"teacher": {"fingerprint": "t"}, "rows": 4, "empty": 1, "device_hours": 1.5, "metric": "rouge2"}
-    written = [(f"r{i}", [Candidate(a, -1.0), Candidate(b, -2.0)]) for i, (a, b) in enumerate(texts)]
-    write_label_set(tmp_path / "labels" / "some-train-0123", written, lambda: manifest)
-    return Dataset(name=str(data)), tmp_path / "labels" / "some-train-0123"
+    rows = [(f"r{i}", [Candidate(a, -1.0), Candidate(b, -2.0)]) for i, (a, b) in enumerate(texts)]
+    folder = tmp_path / "labels" / "some-train-0123"
+    write_labels(folder, rows, pseudolabel_manifest(rows=4, device_hours=1.5))
+    return Dataset(name=str(data)), folder
 
 
-def make(world, **rules):
-    data, folder = world
-    return curate(folder, data, "train", Curation.model_validate(rules), rouge2_rows, ScoreAccumulator("rouge2"))
+def derive(source_set, **rules):
+    data, folder = source_set
+    return curate(folder, data, "train", Curation.model_validate(rules), "rouge2")
 
 
-def test_a_curated_set_stands_beside_the_whole_one_and_counts_what_it_dropped(world):
-    made = make(world, choose="rouge2", min_rouge2=50)
-    found = read_label_set(made)
-    assert found.targets == {"r0": "old man sees red bicycle 0", "r1": "old man sees red bicycle 1"}
-    assert found.dropped_ids == {"r2", "r3"}
-    assert found.manifest["rows"] == 2
-    assert found.manifest["dropped"] == {"empty": 1, "min_rouge2": 1}
-    assert found.manifest["quality"]["rouge2"] == 100
-    assert found.manifest["of"] == "some-train-0123"
-    assert dict(read_candidates(made))["r0"] == [
+def test_curated_set_is_written_next_to_the_source_set_and_counts_dropped_rows(source_set):
+    output_dir = derive(source_set, choose="rouge2", min_rouge2=50)
+    curated = read_label_set(output_dir)
+    assert curated.targets == {"r0": "old man sees red bicycle 0", "r1": "old man sees red bicycle 1"}
+    assert curated.dropped_ids == {"r2", "r3"}
+    assert curated.manifest.rows == 2
+    assert curated.manifest.dropped == {"empty": 1, "min_rouge2": 1}
+    assert curated.manifest.quality["rouge2"] == 100
+    assert curated.manifest.source_label_set == "some-train-0123"
+    assert dict(read_candidates(output_dir))["r0"] == [
         Candidate("old man sees red bicycle 0", -2.0),
-        Candidate("nothing alike", -1.0),
+        Candidate("nothing similar", -1.0),
     ]
-    assert len(read_label_set(world[1]).targets) == 4
-    rows, targets = select_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, [LabelSource("pseudo")], {"pseudo": found})
-    assert (rows, targets) == ([0, 1], list(found.targets.values()))
-    assert make(world, choose="rouge2", min_rouge2=50) == made  # found, not made again
-    assert make(world, min_rouge2=50) != made
+    assert len(read_label_set(source_set[1]).targets) == 4
+    rows, targets = select_targets(["r0", "r1", "r2", "r3"], ["o"] * 4, [LabelSource("pseudo")], {"pseudo": curated})
+    assert (rows, targets) == ([0, 1], list(curated.targets.values()))
+    assert derive(source_set, choose="rouge2", min_rouge2=50) == output_dir  # complete, so not derived again
+    assert derive(source_set, min_rouge2=50) != output_dir
 
 
-def test_other_data_no_originals_and_nothing_left_are_refused(world, tmp_path):
-    _, folder = world
-    with pytest.raises(UserError, match="keep no row"):
-        make(world, min_rouge2=50, max_copy_rate=0.0, max_length_ratio=0.1)
+def test_other_data_missing_originals_and_rules_that_drop_all_rows_are_refused(source_set, tmp_path):
+    _, folder = source_set
+    with pytest.raises(UserError, match="drop every row"):
+        derive(source_set, min_rouge2=50, max_copy_rate=0.0, max_length_ratio=0.1)
     assert [p.name for p in folder.parent.glob("[!.]*")] == [folder.name]
     assert not list(folder.parent.glob(".*.making"))
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({"id": f"r{i}", "source": "s"}) + "\n" for i in range(4)))
     with pytest.raises(UserError, match="has no targets"):
-        curate(
-            folder, Dataset(name=str(bare)), "train", Curation(min_rouge2=1), rouge2_rows, ScoreAccumulator("rouge2")
-        )
+        curate(folder, Dataset(name=str(bare)), "train", Curation(min_rouge2=1), "rouge2")
     bare.write_text(json.dumps({"id": "other", "source": "s"}) + "\n")
-    with pytest.raises(UserError, match="expected row 'other' and found 'r0': this label set was made for other data"):
-        curate(
-            folder,
-            Dataset(name=str(bare)),
-            "train",
-            Curation(max_copy_rate=0.5),
-            rouge2_rows,
-            ScoreAccumulator("rouge2"),
-        )
+    with pytest.raises(UserError, match="expected row 'other', got 'r0': this label set was made for other data"):
+        curate(folder, Dataset(name=str(bare)), "train", Curation(max_copy_rate=0.5), "rouge2")
 
 
-def test_what_cannot_work_is_known_before_a_teacher_starts(world, tmp_path):
-    _, folder = world
+def test_check_curation_refuses_impossible_rules_before_labelling(source_set, tmp_path):
+    _, folder = source_set
     check_curation(Curation(min_rouge2=1, agree_with=str(folder), min_agreement=1), labelled=True)
     check_curation(Curation(max_copy_rate=0.5), labelled=False)
     for rules in ({"min_rouge2": 1}, {"choose": "rouge2"}, {"max_length_ratio": 2}):
         with pytest.raises(UserError, match="the data has no targets"):
             check_curation(Curation.model_validate(rules), labelled=False)
-    with pytest.raises(UserError, match="nowhere: no finished label set here"):
+    with pytest.raises(UserError, match="nowhere: no complete label set"):
         check_curation(Curation(agree_with=str(tmp_path / "nowhere"), min_agreement=1), labelled=True)
 
 
-def another(folder, texts, **manifest):
-    """Another teacher's set with a text per row, r0 first."""
+def write_other(folder, texts, **manifest):
+    """Write the label set of another teacher: a label per row, from r0."""
     rows = [(f"r{i}", [Candidate(text, 0.0)]) for i, text in enumerate(texts)]
-    write_label_set(folder, rows, lambda: {"rows": len(texts), **manifest})
+    write_labels(folder, rows, LabelManifest.model_validate({"rows": len(texts), **manifest}))
     return str(folder)
 
 
-def test_another_teacher_is_asked_row_by_row_and_its_set_may_cover_more(world, tmp_path):
-    same = ["nothing alike", "z", "", "no", "beyond the data"]
-    made = make(world, agree_with=another(tmp_path / "other", same), min_agreement=50)
-    assert read_label_set(made).targets == {"r0": "nothing alike"}
-    assert read_label_set(made).manifest["dropped"] == {"min_agreement": 2, "empty": 1}
-    with pytest.raises(UserError, match="short: row 'r2' has no label there"):
-        make(world, agree_with=another(tmp_path / "short", same[:2]), min_agreement=50)
+def test_agreement_is_compared_by_row_and_the_other_set_may_have_more_rows(source_set, tmp_path):
+    same = ["nothing similar", "z", "", "no", "beyond the data"]
+    output_dir = derive(source_set, agree_with=write_other(tmp_path / "other", same), min_agreement=50)
+    assert read_label_set(output_dir).targets == {"r0": "nothing similar"}
+    assert read_label_set(output_dir).manifest.dropped == {"min_agreement": 2, "empty": 1}
+    with pytest.raises(UserError, match="short: no label for row 'r2' in the order of the data"):
+        derive(source_set, agree_with=write_other(tmp_path / "short", same[:2]), min_agreement=50)
 
 
-def test_a_curated_set_is_named_by_what_it_agrees_with_and_by_its_metric(world, tmp_path):
-    texts = ["nothing alike"] * 4
-    first = make(world, agree_with=another(tmp_path / "a", texts, made="once"), min_agreement=50)
-    assert make(world, agree_with=another(tmp_path / "b", texts, made="once"), min_agreement=50) == first
-    (tmp_path / "b").rename(tmp_path / "gone")
-    assert make(world, agree_with=another(tmp_path / "b", texts, made="again"), min_agreement=50) != first
-    data, folder = world
+def test_key_of_a_curated_set_depends_on_the_other_set_and_the_metric(source_set, tmp_path):
+    texts = ["nothing similar"] * 4
+    first = derive(source_set, agree_with=write_other(tmp_path / "a", texts, note="first"), min_agreement=50)
+    assert derive(source_set, agree_with=write_other(tmp_path / "b", texts, note="first"), min_agreement=50) == first
+    (tmp_path / "b").rename(tmp_path / "renamed")
+    assert derive(source_set, agree_with=write_other(tmp_path / "b", texts, note="second"), min_agreement=50) != first
+    data, folder = source_set
     rules = Curation(agree_with=str(tmp_path / "a"), min_agreement=50)
-    other = curate(folder, data, "train", rules, rouge2_rows, ScoreAccumulator("bleu"))
+    other = curate(folder, data, "train", rules, "bleu")
     assert other != first
-    assert (read_manifest(other)["metric"], list(read_manifest(other)["quality"])) == ("bleu", ["bleu"])
+    manifest = read_pseudolabel_manifest(other)
+    assert (manifest.metric, list(manifest.quality)) == ("bleu", ["bleu"])
 
 
-def test_several_who_curate_at_once_make_the_set_once(world, monkeypatch):
-    made = []
-    real = curation._write_curated_set
-    monkeypatch.setattr(curation, "_write_curated_set", lambda *args: made.append(args) or real(*args))
+def test_concurrent_curations_write_the_set_once(source_set, monkeypatch):
+    written = []
+    real_writer = pq.ParquetWriter
+
+    def record_path(path, schema):
+        written.append(path.name)
+        return real_writer(path, schema)
+
+    monkeypatch.setattr(pq, "ParquetWriter", record_path)
     with ThreadPoolExecutor(4) as pool:
-        folders = list(pool.map(lambda _: make(world, max_copy_rate=0.9), range(4)))
-    assert len(set(folders)) == len(made) == 1
+        folders = list(pool.map(lambda _: derive(source_set, max_copy_rate=0.9), range(4)))
+    assert len(set(folders)) == 1
+    assert sorted(written) == ["dropped.parquet", "part-00000.parquet"]
     assert len(read_label_set(folders[0]).targets) == 4
 
 
-def test_agreement_of_two_sets(world, tmp_path):
-    _, folder = world
-    other = [(f"r{i}", [Candidate(text, 0.0)]) for i, text in enumerate(["nothing alike", "a b c", "d", "z", "more"])]
-    write_label_set(tmp_path / "labels" / "other", other, lambda: {"rows": 5})
-    found = compare_label_sets(folder, tmp_path / "labels" / "other", ScoreAccumulator("rouge2"))
-    assert (found["rows"], found["only_first"], found["only_second"], found["equal"]) == (4, 0, 1, 0.5)
-    assert found["rouge2"] == 25  # one bigram text equal; one word alone has no bigram
-    write_label_set(tmp_path / "labels" / "apart", [("q", [Candidate("a", 0.0)])], lambda: {"rows": 1})
+def test_compare_label_sets_reports_common_rows_equal_labels_and_scores(source_set, tmp_path):
+    _, folder = source_set
+    other = [(f"r{i}", [Candidate(text, 0.0)]) for i, text in enumerate(["nothing similar", "a b c", "d", "z", "more"])]
+    write_labels(tmp_path / "labels" / "other", other, LabelManifest(rows=5))
+    comparison = compare_label_sets(folder, tmp_path / "labels" / "other", "rouge2")
+    assert (comparison["rows"], comparison["only_first"], comparison["only_second"], comparison["equal"]) == (
+        4,
+        0,
+        1,
+        0.5,
+    )
+    assert comparison["rouge2"] == 25  # one bigram text equal; one word alone has no bigram
+    write_labels(tmp_path / "labels" / "apart", [("q", [Candidate("a", 0.0)])], LabelManifest(rows=1))
     with pytest.raises(UserError, match="no row id in common"):
-        compare_label_sets(folder, tmp_path / "labels" / "apart", ScoreAccumulator("rouge2"))
+        compare_label_sets(folder, tmp_path / "labels" / "apart", "rouge2")
 
 
-def test_a_set_is_found_by_folder_name_or_beginning(world):
-    _, folder = world
+def test_find_label_set_accepts_folder_name_or_prefix(source_set):
+    _, folder = source_set
     root = folder.parent
     assert (
         find_label_set(str(folder), None)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from raydistill.config.run import LayerChoice, Loss, Run, Student
 from raydistill.models import families
 from raydistill.models.loading import load_model
-from raydistill.teacher_cache.builder import CacheDtypes
+from raydistill.teacher_cache.layout import CacheDtypes
 from raydistill.training.run import frozen_lm_head_weight
 from tests.factories.models import FAMILIES
 from tests.factories.training import (

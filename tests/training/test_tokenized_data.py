@@ -1,6 +1,7 @@
 """The tokenised pairs that a run trains on."""
 
 from raydistill.label_sets.label_set import Candidate, write_label_set
+from raydistill.label_sets.manifest import LabelManifest
 from raydistill.training.run import train
 from tests.factories.training import make_run, no_report, read_metrics
 
@@ -8,7 +9,7 @@ from tests.factories.training import make_run, no_report, read_metrics
 def test_pl_student_learns_the_pseudo_labels(workspace, tmp_path):
     """A student of one constant sentence reaches a far lower loss than a student of the original targets."""
     constant = [(f"train{i}", [Candidate("No one.", 0.0)]) for i in range(24)]
-    write_label_set(tmp_path / "constant", constant, lambda: {"rows": 24})
+    write_label_set(tmp_path / "constant", constant, lambda: LabelManifest(rows=24))
     training = {"epochs": 10, "learning_rate": 0.03, "checks_per_epoch": 1, "patience": 10}
     run = make_run(workspace, "pl", training=training, labels=str(tmp_path / "constant"))
     train(run, tmp_path / "pl", no_report)

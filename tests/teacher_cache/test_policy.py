@@ -1,0 +1,100 @@
+"""What is cached: the union of what runs read, what fits and pays, and the limit of disk space."""
+
+from dataclasses import replace
+
+import pytest
+
+from raydistill.config.run import Run
+from raydistill.core.errors import UserError
+from raydistill.data.batching import Examples
+from raydistill.teacher_cache.layout import CacheLayout
+from raydistill.teacher_cache.policy import (
+    EpochTimes,
+    choose_mode,
+    make_cache_layout,
+    measure_epoch_times,
+    measure_read_rate,
+)
+from tests.factories.teacher_cache import cache_examples, cache_layout
+
+
+def layout_of_2_4_mb(root, encoder=True, decoder=True):
+    """2 MB of encoder states and 0.4 MB of decoder states."""
+    examples = Examples([[1] * 100] * 10, [[1] * 10] * 10, list(range(10)))
+    return CacheLayout(root, "key", examples, 1000, encoder, [(examples, [0, 2])] if decoder else [])
+
+
+TIMES = EpochTimes(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "available_bytes", "epochs", "encoder", "decoder", "mode", "reason"),
+    [
+        (TIMES, 3e6, 5, True, True, "full", "it fits and pays"),
+        (TIMES, 2.2e6, 5, True, True, "encoder", "the decoder states do not fit"),
+        (TIMES, 1e6, 5, True, True, "off", "the encoder states do not fit"),
+        (replace(TIMES, read_encoder=9.0), 3e6, 5, True, True, "off", "reading the encoder states does not pay"),
+        (replace(TIMES, read_decoder=4.0), 3e6, 5, True, True, "encoder", "reading the decoder states does not pay"),
+        (TIMES, 3e6, 1, True, True, "off", "reading the encoder states does not pay"),  # built for a single epoch
+        (TIMES, 1e6, 5, False, True, "full", "it fits and pays"),
+        (TIMES, 1e5, 5, False, True, "off", "the decoder states do not fit"),
+        (TIMES, 3e6, 5, True, False, "encoder", "no run reads decoder states"),
+    ],
+)
+def test_auto_caches_what_fits_and_pays(times, available_bytes, epochs, encoder, decoder, mode, reason, tmp_path):
+    chosen, chosen_reason = choose_mode(layout_of_2_4_mb(tmp_path, encoder, decoder), times, available_bytes, epochs)
+    assert chosen == mode
+    assert chosen_reason.startswith(reason)
+    if "epochs in all" in chosen_reason:
+        assert f"{epochs} epochs in all" in chosen_reason
+
+
+def test_measured_times_grow_with_the_corpus(teacher, tmp_path):
+    small, large = (measure_epoch_times(cache_layout(tmp_path, cache_examples(n)), teacher) for n in (9, 9 * 40))
+    assert all(value > 0 for value in (small.encoder, small.decoder, small.read_encoder, small.read_decoder))
+    assert large.encoder > 5 * small.encoder
+    assert large.read_encoder > 5 * small.read_encoder
+    assert measure_read_rate(tmp_path, cold_cache=True) > 1e6
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".probe")]
+
+
+def make_run(method, size, labels="original", **training):
+    student = {"size": size}
+    settings = {"method": method, "labels": labels, "student": student, "training": training}
+    return Run.model_validate({"name": "r", "teacher": "a/b", "dataset": "d", **settings})
+
+
+def test_layout_holds_the_union_of_what_runs_read(tmp_path, teacher):
+    examples = {
+        "original": cache_examples(),
+        "pseudo": Examples(cache_examples().sources, [[7, 2]] * 9, cache_examples().source_indices),
+    }
+
+    def layout_of(*runs):
+        return make_cache_layout(runs, examples, "key", teacher.config, tmp_path, "bf16")
+
+    layout = layout_of(
+        (make_run("sft", "2-1"), "full"),
+        (make_run("kd", "2-2"), "full"),  # supervised by layers 1 and 2
+        (make_run("kd", "2-1"), "full"),  # supervised by layer 2
+        (make_run("kd", "2-3", "pseudo"), "encoder"),
+        (make_run("kd", "2-3"), "off"),
+    )
+    assert layout.encoder
+    assert [(e is examples["original"], layers) for e, layers in layout.label_sets] == [(True, [1, 2])]
+    assert not layout_of((make_run("kd", "1-1"), "full")).encoder
+    assert not layout_of((make_run("sft", "2-1", freeze_embeddings=False), "full")).array_sizes
+
+
+@pytest.mark.parametrize("mode", ["full", "encoder", "auto"])
+def test_cache_gb_limits_every_mode(mode, teacher, tmp_path):
+    def layout_with_limit(gigabytes):
+        run = make_run("kd", "2-1", teacher_cache=mode, cache_gb=gigabytes)
+        runs = [(run, "encoder" if mode == "encoder" else "full")]
+        return make_cache_layout(runs, {"original": cache_examples()}, "k", teacher.config, tmp_path, "fp32")
+
+    total_gb = sum(layout_with_limit(1).array_sizes.values()) / 1e9
+    with pytest.raises(UserError, match=r"more than training\.cache_gb allows"):
+        layout_with_limit(0.99 * total_gb).prepare()
+    assert not list(tmp_path.iterdir())
+    layout_with_limit(total_gb).prepare()
