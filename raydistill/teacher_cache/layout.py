@@ -123,7 +123,7 @@ class CacheLayout:
         return sorted({n for array in self.array_sizes for n in store.missing_parts(array, len(self.parts))})
 
     def missing_bytes(self) -> int:
-        """Bytes to be written: those of the incomplete arrays without their finished parts."""
+        """Bytes to be written: the size of the incomplete arrays without their finished parts."""
         return sum(
             size - store.parts_size_bytes(array)
             for array, size in self.array_sizes.items()

@@ -20,7 +20,10 @@ MAX_MAPPED_PARTS = 32_768
 
 @dataclass(frozen=True)
 class PartFile:
-    """A part on disk: `num_vectors` vectors of `width` numbers. `mtime_ns` tells a rebuilt part from a deleted one."""
+    """A part on disk: `num_vectors` vectors of `width` numbers.
+
+    `mtime_ns` differs between a deleted part and its rebuilt version, so that `map_part` maps the new file.
+    """
 
     path: Path
     num_vectors: int

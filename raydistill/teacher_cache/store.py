@@ -65,7 +65,7 @@ class StoreInfo:
 
 
 def plan_parts(lengths: Sequence[int]) -> list[list[int]]:
-    """Divide rows into parts of at most `PART_TOKENS` tokens; a longer row is a part by itself.
+    """Divide rows into parts of at most `PART_TOKENS` tokens; a longer row is a single part.
 
     Rows of a part have similar lengths: within windows of `WINDOW_ROWS` rows, they are sorted longest first.
     """

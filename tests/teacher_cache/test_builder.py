@@ -1,4 +1,4 @@
-"""Building a cache: states equal those of each row alone, and a killed build loses no finished part."""
+"""Building a cache: states equal the states of each row alone, and a killed build loses no finished part."""
 
 import subprocess
 import sys
