@@ -38,7 +38,7 @@ from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
 from raydistill.training.distillation import DistillationStep
-from raydistill.training.loop import iter_step_inputs, make_optimizer, train_step
+from raydistill.training.optimizer_step import OptimizerStep
 from raydistill.training.prefetch import prefetch
 from raydistill.training.workers import Worker
 
@@ -240,18 +240,15 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
         cached_decoder_states=open_decoder_states(work) if wanted else {},
         lm_head_weight=None if autocast is None else head.weight.detach().to(autocast),
     )
-    settings = Training(batch_size=options.batch, learning_rate=3e-4)
-    worker = Worker(device=options.device)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, settings)
-    lengths = [options.target] * len(examples)
+    settings = Training(batch_size=options.batch, learning_rate=3e-4, precision="fp32" if autocast is None else "bf16")
+    step = OptimizerStep.create(supervision, settings, Worker(device=options.device))
     student.train()
     student.get_encoder().eval()
     forget_peak(options.device)
-    with prefetch(iter_step_inputs(supervision, settings, worker, lengths, 0, sys.maxsize)) as feed:
+    with prefetch(step.iter_inputs(0, sys.maxsize)) as feed:
 
         def call() -> Tensor:
-            return train_step(supervision, next(feed), settings, worker, autocast, parameters, optimizer)["loss"]
+            return step.run(next(feed))["loss"]
 
         begun = time.perf_counter()
         seconds = time_steps(call, options.steps, options.device)

@@ -35,13 +35,14 @@ from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
 from raydistill.models import families, onednn_linear
 from raydistill.models.freezing import freeze, resolve_frozen_parts
+from raydistill.models.teacher import open_teacher
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.search.prepare import corner_runs
-from raydistill.training import loop
+from raydistill.training import optimizer_step
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
 from raydistill.training.student import make_student
-from raydistill.training.tokenized_data import load_tokenized_data, make_examples, open_teacher
+from raydistill.training.tokenized_data import load_tokenized_data, make_examples
 
 THREADS = os.cpu_count() or 1
 PARTIAL = RESULTS / "kd_sweep.partial.json"
@@ -157,7 +158,7 @@ def released(run: Run, inputs: RunInputs) -> dict[str, float]:
     per_epoch = -(-len(examples) // settings.batch_size)
     total = round(per_epoch * settings.epochs)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: loop.learning_rate_factor(step, settings, total)
+        optimizer, lambda step: optimizer_step.learning_rate_factor(step, settings, total)
     )
     beam = resolve_decoding(run.decoding, student.generation_config, None, material.max_target_tokens)
     best, kept, done = -1.0, {}, 0
@@ -245,7 +246,7 @@ def one(asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     run = Run.model_validate(asked["run"])
     if not asked["buckets"]:
-        loop.epoch_batches = random_batches
+        optimizer_step.epoch_batches = random_batches
     inputs = RunInputs(cache_root=Path(asked["cache"]))
     first = run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 1, "warmup_steps": 0})})
     before = time.monotonic()

@@ -25,10 +25,10 @@ from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
+from raydistill.models.saving import save_checkpoint
 from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.paper.published import TABLES_6_7
 from raydistill.results.tables import markdown_table
-from raydistill.training.run_folder import save_checkpoint
 
 TOKENS_PER_WORD = 1.15  # of English in BART's vocabulary
 

@@ -61,9 +61,9 @@ def shrink(
         locate_checkpoint,
         set_target_language,
     )
+    from raydistill.models.saving import save_checkpoint
     from raydistill.models.shrinking import plan_layers
     from raydistill.models.shrinking import shrink as make
-    from raydistill.training.run_folder import save_checkpoint
 
     where = locate_checkpoint(teacher, dataset or default_dataset(teacher) or "")
     layers = plan_layers(families.num_layers(load_config(where)), student)

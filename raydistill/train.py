@@ -1,6 +1,7 @@
-"""`raydistill train`: one run, a student or a teacher, launched by Ray Train."""
+"""`raydistill train`: trains a student or a teacher, launched by Ray Train."""
 
 import contextlib
+import json
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ def train(
 ) -> None:
     """Train one student of a teacher, fine-tune a teacher, or train a new model from a random start.
 
-    The same command goes on where a killed run was. The checkpoint is `outputs/runs/NAME/best`.
+    The same command resumes an interrupted run. The checkpoint is `outputs/runs/NAME/best`.
 
     Example: `raydistill train demo`, or `raydistill train run.yaml --set training.learning_rate=1e-4` with
 
@@ -37,24 +38,10 @@ def train(
         method: kd
         student: {size: 12-3}
     """
-    from raydistill.config.loader import apply_overrides, read_yaml
-    from raydistill.config.presets import check_teacher
-    from raydistill.config.run import Run
-    from raydistill.config.run_paths import make_paths_absolute
-    from raydistill.config.validation import validate
-
-    path = DEMO_RUN if run == "demo" else Path(run)
-    data, lines = read_yaml(path)
-    if "run" in data:
-        raise UserError(f"{path}: this is a space (it has `run`); search it with `raydistill sweep {path}`")
-    checked = validate(Run, make_paths_absolute(apply_overrides(data, settings or [])), path, lines)
-    if checked.teacher:
-        check_teacher(checked.teacher)
-    folder = raydistill_home() / "runs" / checked.name
-    result = train_run(checked, folder)
-    metrics = {**result["metrics"], **{f"test {k}": v for k, v in (result["test"] or {}).items() if k != "interval"}}
-    rows = [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
-    print_text(format_table(["measure", checked.name], rows), as_json)
+    config = load_run(DEMO_RUN if run == "demo" else Path(run), settings or [])
+    folder = raydistill_home() / "runs" / config.name
+    result = train_run(config, folder)
+    print_text(format_table(["measure", config.name], metric_rows(result)), as_json)
     if result["status"] == "failed":
         print_text(f"the run failed: {result['reason']}", as_json)
         print_json(result, as_json)
@@ -63,39 +50,76 @@ def train(
     print_json({**result, "checkpoint": str(folder / "best")}, as_json)
 
 
+def load_run(path: Path, settings: list[str]) -> Any:
+    """The validated run of a YAML file, with the changed `settings`.
+
+    Raises:
+        UserError: The file is a space file, or a setting is not valid.
+    """
+    from raydistill.config.loader import apply_overrides, read_yaml
+    from raydistill.config.presets import check_teacher
+    from raydistill.config.run import Run
+    from raydistill.config.run_paths import make_paths_absolute
+    from raydistill.config.validation import validate
+
+    data, lines = read_yaml(path)
+    if "run" in data:
+        raise UserError(f"{path}: this is a space file (it has `run`); search it with `raydistill sweep {path}`")
+    run = validate(Run, make_paths_absolute(apply_overrides(data, settings)), path, lines)
+    if run.teacher:
+        check_teacher(run.teacher)
+    return run
+
+
+def metric_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table of a result: validation metrics and costs, then test metrics."""
+    test = {f"test {name}": value for name, value in (result["test"] or {}).items() if name != "interval"}
+    metrics = {**result["metrics"], **test}
+    return [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
+
+
 def train_run(run: Any, folder: Path) -> dict[str, Any]:
-    """Make what the run needs, train it under Ray Train, and tell of every validation as it comes."""
+    """Prepare the inputs of a run and train it under Ray Train, with a line for every validation.
+
+    Returns:
+        The content of result.json.
+    """
     from raydistill.cluster.start import cluster_device, ray_cluster
-    from raydistill.core.files import read_json
     from raydistill.jobs.train import TrainJob, check_capacity, train_with_ray_train
     from raydistill.search.dry_run import check_run
     from raydistill.search.prepare import prepare_inputs
-    from raydistill.training.run_folder import FINGERPRINTS_FILE, check_same_config, check_same_inputs
+    from raydistill.training.run_folder import (
+        CONFIG_FILE,
+        FINGERPRINTS_FILE,
+        check_same_config,
+        check_same_inputs,
+        read_result,
+    )
     from raydistill.training.tokenized_data import input_fingerprints
 
-    if (folder / "run.json").is_file():
+    if (folder / CONFIG_FILE).is_file():
         check_same_config(folder, run)
     if (folder / FINGERPRINTS_FILE).is_file():
         check_same_inputs(folder, input_fingerprints(run))
-    if (folder / "result.json").is_file():
-        print_progress(f"{folder}: this run is finished already")
-        return read_json(folder / "result.json")
+    if result := read_result(folder):
+        print_progress(f"{folder}: this run is finished; nothing to train")
+        return result
     check_run(run)
     with ray_cluster():
-        where = cluster_device()
-        check_capacity(run, where)
-        print_progress(f"run {run.name}: method {run.method} on {where}, in {folder}")
-        inputs = prepare_inputs(run, where, folder)
+        device = cluster_device()
+        check_capacity(run, device)
+        print_progress(f"run {run.name}: method {run.method} on {device}, in {folder}")
+        inputs = prepare_inputs(run, device, folder)
         with MetricsFollower(folder):
-            return train_with_ray_train(TrainJob(run, folder, inputs), device=where)
+            return train_with_ray_train(TrainJob(run, folder, inputs), device=device)
 
 
 class MetricsFollower:
-    """A block during which each new validation of the run in `folder` is told in one line."""
+    """A block in which each new validation of the run in `folder` is printed as one line."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
-        self.over = threading.Event()
+        self.closed = threading.Event()
         self.num_reported = len(self._read_lines())
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -103,30 +127,31 @@ class MetricsFollower:
         self.thread.start()
 
     def __exit__(self, *error: object) -> None:
-        self.over.set()
+        self.closed.set()
         self.thread.join()
 
     def _read_lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
 
     def _follow(self) -> None:
-        import json
-
         while True:
-            last = self.over.wait(1.0)
-            with contextlib.suppress(UserError):  # the storage does not answer; it is asked again
+            is_last = self.closed.wait(1.0)
+            with contextlib.suppress(UserError):  # the storage does not answer; the next iteration asks again
                 sync.pull(self.path)
             lines = self._read_lines()
             for line in lines[self.num_reported :]:
-                m = json.loads(line)
-                scores = ", ".join(f"{k} {m[k]:.2f}" for k in ("rouge2", "bleu") if k in m)
-                print_progress(
-                    f"  step {m['step']:>6}, epoch {m['epoch']:.2f}, {m['time_s']:.0f} s: "
-                    f"loss {m['loss']:.3f}, validation loss {m['val_loss']:.3f}, {scores}"
-                )
+                print_progress(_describe_validation(json.loads(line)))
             self.num_reported = len(lines)
-            if last:
+            if is_last:
                 return
+
+
+def _describe_validation(metrics: dict[str, Any]) -> str:
+    scores = ", ".join(f"{name} {metrics[name]:.2f}" for name in ("rouge2", "bleu") if name in metrics)
+    return (
+        f"  step {metrics['step']:>6}, epoch {metrics['epoch']:.2f}, {metrics['time_s']:.0f} s: "
+        f"loss {metrics['loss']:.3f}, validation loss {metrics['val_loss']:.3f}, {scores}"
+    )
 
 
 def main() -> None:

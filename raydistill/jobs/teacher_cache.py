@@ -194,7 +194,7 @@ def _make_part_function(request: CacheRequest, mode: CacheMode) -> Callable[[int
 def _load_teacher(request: CacheRequest, device: str) -> "PreTrainedModel":
     import torch
 
-    from raydistill.training.tokenized_data import open_teacher
+    from raydistill.models.teacher import open_teacher
 
     run = request.runs[0]
     assert run.teacher is not None
@@ -225,7 +225,7 @@ def _load_inputs(request: CacheRequest) -> CacheInputs:
 
 def _resolve_compute_dtype(training: Training, device: str, compute_dtype: str | None) -> str:
     """The dtype of the teacher in training, "bf16" or "fp32"; `compute_dtype` is used for `precision: auto`."""
-    from raydistill.training.loop import autocast_dtype
+    from raydistill.training.optimizer_step import autocast_dtype
     from raydistill.training.workers import Worker
 
     worker = Worker(device=device, compute_dtype=compute_dtype)

@@ -104,7 +104,8 @@ class Trial:
     def run_config(self) -> dict[str, Any]:
         """The resolved run, as a nested mapping."""
         path = self.folder / "run.json"
-        return read_json(path) if path.exists() else {}
+        config = read_json(path) if path.exists() else {}
+        return {name: value for name, value in config.items() if name != "schema"}
 
 
 def read_rows(path: Path, split: str) -> np.ndarray | None:

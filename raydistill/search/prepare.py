@@ -23,13 +23,14 @@ from raydistill.jobs.teacher_cache import (
     resolve_auto_precision,
     resolve_cache_mode,
 )
+from raydistill.models.teacher import open_teacher
 from raydistill.results.costs import total_pass_hours
 from raydistill.search.shape_latency import time_shape
 from raydistill.teacher_cache.policy import CacheMode
 from raydistill.training.inputs import LabelFolders, RunInputs, input_paths, run_label_folders
-from raydistill.training.run import score_teacher
 from raydistill.training.run_folder import changed_inputs, write_row_statistics
-from raydistill.training.tokenized_data import input_fingerprints, open_teacher
+from raydistill.training.teacher_scores import score_teacher
+from raydistill.training.tokenized_data import input_fingerprints
 
 
 @dataclass(frozen=True)

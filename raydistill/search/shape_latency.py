@@ -13,9 +13,9 @@ from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import Engine
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
+from raydistill.models.saving import save_checkpoint
 from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
-from raydistill.training.run_folder import save_checkpoint
-from raydistill.training.tokenized_data import Teacher
+from raydistill.models.teacher import Teacher
 
 
 def time_shape(

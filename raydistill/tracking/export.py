@@ -9,14 +9,20 @@ from raydistill.cluster import sync
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
-from raydistill.core.files import CHECKPOINT_METADATA, check_symlinks, read_json, write_atomic, write_json_atomic
+from raydistill.core.files import (
+    CHECKPOINT_METADATA,
+    atomic_dir,
+    check_symlinks,
+    read_json,
+    write_atomic,
+    write_json_atomic,
+)
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable, ensure_converted
 from raydistill.models.loading import load_config, load_tokenizer, resolve_languages, resolve_max_tokens
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.tracking.mlflow_registry import write_mlmodel
 from raydistill.tracking.model_card import render_model_card
-from raydistill.training.run_folder import atomic_dir
 
 
 def export_student(selection: Selection, key: str, budget: str | None = None) -> Path:

@@ -1,6 +1,6 @@
-"""What a micro-batch is taught: its tensors are read ahead, the student is run on them, and the loss terms come out.
+"""The loss of a micro-batch: its tensors are read, the student runs on them, and the loss terms are computed.
 
-The teacher's side is read from the cache, or worked out live where the cache does not hold it.
+The teacher's states are read from the teacher cache, or computed by the teacher where the cache lacks them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +16,30 @@ from raydistill.models import families
 from raydistill.models.shrinking import LayerPlan
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache.reader import RaggedArray
-from raydistill.training.losses import OutputTargets, attention_mse, cosine_distance, hidden_mse, output_loss
+from raydistill.training.losses import (
+    OutputTargets,
+    attention_mse,
+    cosine_distance,
+    layerwise_hidden_mse,
+    output_loss,
+)
 
-# Of each decoder layer the weights of its self-attention and of its attention to the source (`forms.States`).
+# Self-attention and cross-attention weights of each decoder layer, [rows, heads, tokens, keys].
 AttentionMaps = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch as tensors: all that is read from memory and disk, nothing that a model works out.
+    """The tensors of a micro-batch that are read from memory and disk, before any model runs.
 
-    `labels` [rows, target tokens], -100 where there is none; `real` [tokens], where in the flattened labels a token
-    stands, known before so that a GPU is not asked; `mask` [rows, source tokens]; `ids` the source tokens where an
-    encoder has to run, else None; `encoded` the cached encoder states, else None; `taught` the teacher decoder's cached
-    outputs by layer, real tokens only, [tokens, width] each.
+    Attributes:
+        labels: Target token ids [rows, target tokens]; -100 for padding.
+        token_positions: Indices of the real tokens in the flattened labels [tokens]. They are computed on the CPU, so
+            that a step does not wait for a GPU to count them.
+        source_mask: 1 for real source tokens [rows, source tokens].
+        source_ids: Source token ids of equal shape; None where no encoder has to run.
+        encoder_states: Cached encoder states [rows, source tokens, width]; None where they are not cached.
+        teacher_states: Cached outputs of the teacher's decoder layers, real tokens only, [tokens, width] by layer.
     """
 
     labels: Tensor
@@ -40,11 +50,11 @@ class MicroBatch:
     teacher_states: dict[int, Tensor] = field(default_factory=dict)
 
     def to(self, device: str) -> "MicroBatch":
-        """The same on another device."""
+        """A copy on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
-        """The same in memory from which a GPU copies without waiting."""
+        """A copy in pinned memory, from which a GPU copies asynchronously."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -60,13 +70,21 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class DistillationStep:
-    """Everything the loss of a batch of examples depends on.
+    """Everything that the loss of a batch of examples depends on.
 
-    `encoder_shared`: the student's encoder and embeddings are the teacher's and frozen, so encoder states may come
-    from `encoded` (their store) or from one pass without gradients. `head_shared`: the output head is the teacher's
-    and frozen, so it serves for both. `decoded`: the teacher decoder's stores by layer. `table`: a copy of the frozen
-    output embedding in the precision of training, so that it is not cast anew for every chunk. `teacher` may be None
-    where no teacher has to run.
+    Attributes:
+        student: The model that is trained.
+        teacher: The frozen teacher; None where no teacher has to run.
+        examples: The training pairs.
+        method: sft, kd or pl.
+        loss: Coefficients and options of the loss terms.
+        layer_plan: The teacher layers that supervise the student's layers; None for a random start.
+        encoder_shared: The student's encoder and embeddings are the teacher's and frozen: encoder states come from
+            the cache or from one pass without gradients, and serve both models.
+        lm_head_shared: The LM head is the teacher's and frozen, and serves both models.
+        cached_encoder_states: Encoder states of every source.
+        cached_decoder_states: Outputs of the teacher's decoder layers for every example, by layer.
+        lm_head_weight: A copy of the frozen LM head's weight in the autocast dtype, which saves a cast per chunk.
     """
 
     student: PreTrainedModel
@@ -82,23 +100,28 @@ class DistillationStep:
     lm_head_weight: Tensor | None = None
 
     def term_weights(self, batch: Sequence[int]) -> dict[str, float]:
-        """The global batch's weight of each term, known from lengths alone, so that no worker has to ask another."""
+        """The weight of each loss term in a global batch: the number of its tokens.
+
+        The weights depend on lengths alone, so that every worker computes them without communication.
+        """
         tokens = float(self.examples.count_target_tokens(batch))
         weights = {"data": tokens}
-        if self.method == "kd" and self.loss.alpha_logits > 0:
+        if self.method != "kd":
+            return weights
+        if self.loss.alpha_logits > 0:
             weights["logits"] = tokens
-        if self.method == "kd" and self.loss.alpha_hidden > 0:
+        if self.loss.alpha_hidden > 0:
             weights["hidden"] = tokens
-            if self._encoder_supervised:
+            if self.encoder_supervised:
                 weights["encoder_hidden"] = float(self.examples.count_source_tokens(batch))
-        if self.method == "kd" and self.loss.alpha_attention > 0:
+        if self.loss.alpha_attention > 0:
             weights["attention"] = tokens
-        if self.method == "kd" and self.loss.alpha_cosine > 0:
+        if self.loss.alpha_cosine > 0:
             weights["cosine"] = tokens
         return weights
 
     def alphas(self) -> dict[str, float]:
-        """The coefficient of each term."""
+        """The coefficient of each loss term."""
         loss = self.loss
         return {
             "data": loss.alpha_data,
@@ -109,92 +132,169 @@ class DistillationStep:
             "cosine": loss.alpha_cosine,
         }
 
+    @property
+    def layers_needed(self) -> list[int]:
+        """The teacher decoder layers whose outputs the loss reads; the last layer gives the logits."""
+        if self.method != "kd" or self.layer_plan is None or self.teacher is None:
+            return sorted(self.cached_decoder_states)
+        last_layer = families.num_layers(self.teacher.config)[1] - 1
+        hidden_layers = self.layer_plan.supervised_decoder if self.loss.alpha_hidden > 0 else []
+        return sorted({*hidden_layers, last_layer})
+
+    @property
+    def encoder_supervised(self) -> bool:
+        """Whether the teacher's encoder supervises the student's encoder, which has fewer layers."""
+        return not self.encoder_shared and self.layer_plan is not None and not self.layer_plan.copies_full_encoder
+
     def read_batch(self, batch: Sequence[int]) -> MicroBatch:
-        """The tensors of a micro-batch of examples, in the main memory; safe in another thread."""
+        """The tensors of a micro-batch of examples, on the CPU; may be called in another thread."""
         rows = [self.examples.source_indices[i] for i in batch]
-        labels = pad_to_tensor([self.examples.targets[i] for i in batch], -100)
-        real = (labels != -100).flatten().nonzero()[:, 0]
-        taught = (
-            {layer: self.cached_decoder_states[layer].read_flat(batch) for layer in self.layers_needed}
-            if self.cached_decoder_states
-            else {}
-        )
         sources = [self.examples.sources[row] for row in rows]
+        labels = pad_to_tensor([self.examples.targets[i] for i in batch], -100)
+        source_ids = encoder_states = None
+        teacher_states: dict[int, Tensor] = {}
+        if self.cached_decoder_states:
+            teacher_states = {layer: self.cached_decoder_states[layer].read_flat(batch) for layer in self.layers_needed}
         if self.encoder_shared and self.cached_encoder_states is not None:
-            return MicroBatch(
-                labels, real, make_attention_mask(sources), None, self.cached_encoder_states.read_padded(rows), taught
-            )
+            encoder_states = self.cached_encoder_states.read_padded(rows)
+        else:
+            source_ids = pad_to_tensor(sources, self.student.config.pad_token_id)
         return MicroBatch(
             labels,
-            real,
+            (labels != -100).flatten().nonzero()[:, 0],
             make_attention_mask(sources),
-            pad_to_tensor(sources, self.student.config.pad_token_id),
-            None,
-            taught,
+            source_ids,
+            encoder_states,
+            teacher_states,
         )
 
     def loss_terms(self, batch: MicroBatch, scales: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, the terms' sums times their `scales`; and each term's sum, without gradient."""
-        hidden_wanted = "hidden" in scales
-        encoded, loss, sums = self._encode_with_loss(batch, scales)
-        ours = families.decode(
+        """The loss of a micro-batch.
+
+        Args:
+            batch: The micro-batch, on the device of the models.
+            scales: The factor of each term's sum in the loss. Terms without a factor are not computed.
+
+        Returns:
+            The loss, a scalar with gradient: the sum over terms of scale times sum. And the sum of each term over the
+            tokens of the micro-batch, without gradient.
+        """
+        encoder_states, loss, sums = self._encode(batch, scales)
+        student = families.decode(
             self.student,
             families.shift_right(self.student, batch.labels),
-            encoded,
+            encoder_states,
             batch.source_mask,
-            layers=hidden_wanted,
+            layers="hidden" in scales,
             attentions="attention" in scales,
         )
-        theirs, maps = self._teacher_states(batch, encoded, "attention" in scales) if self.method == "kd" else ({}, ())
-        last = select_tokens(ours.last_hidden_state, batch.token_positions)
+        last_hidden = select_tokens(student.last_hidden_state, batch.token_positions)
+        teacher_states: dict[int, Tensor] = {}
+        teacher_maps: AttentionMaps = ()
+        if self.method == "kd":
+            teacher_states, teacher_maps = self._teacher_states(batch, encoder_states, "attention" in scales)
+        last_teacher_hidden = teacher_states[max(teacher_states)] if teacher_states else None
+
+        output, sums["data"], divergence = self._output_loss(batch, last_hidden, last_teacher_hidden, scales)
+        loss = loss + output
+        if "logits" in scales:
+            sums["logits"] = divergence
+        terms = {}
+        if "hidden" in scales and self.layer_plan is not None:
+            terms["hidden"] = layerwise_hidden_mse(
+                [select_tokens(states, batch.token_positions) for states in student.layers],
+                [teacher_states[layer] for layer in self.layer_plan.supervised_decoder],
+                self.loss.normalize_hidden,
+            )
+        if "cosine" in scales and last_teacher_hidden is not None:
+            terms["cosine"] = cosine_distance(last_hidden, last_teacher_hidden)
+        if "attention" in scales:
+            terms["attention"] = self._attention_loss(batch, student.attentions, teacher_maps)
+        for name, term in terms.items():
+            loss, sums[name] = loss + scales[name] * term, term.detach()
+        return loss, sums
+
+    def _encode(self, batch: MicroBatch, scales: dict[str, float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The student's encoder states; and the loss and the sum of the encoder's hidden term, where it is computed."""
+        no_loss = torch.zeros((), device=batch.labels.device)
+        if batch.encoder_states is not None:
+            # Under autocast the decoder casts them itself.
+            cast = torch.is_autocast_enabled(batch.encoder_states.device.type)
+            return batch.encoder_states if cast else batch.encoder_states.to(self.student.dtype), no_loss, {}
+        assert batch.source_ids is not None
+        supervised = "encoder_hidden" in scales
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_shared):
+            student = families.encode(self.student, batch.source_ids, batch.source_mask, layers=supervised)
+        if not supervised:
+            return student.last_hidden_state, no_loss, {}
+        assert self.teacher is not None
+        assert self.layer_plan is not None
+        with torch.no_grad():
+            teacher = families.encode(self.teacher, batch.source_ids, batch.source_mask, layers=True)
+        is_token = batch.source_mask.bool()
+        hidden = layerwise_hidden_mse(
+            [states[is_token] for states in student.layers],
+            [teacher.layers[layer][is_token] for layer in self.layer_plan.supervised_encoder],
+            self.loss.normalize_hidden,
+        )
+        return student.last_hidden_state, scales["encoder_hidden"] * hidden, {"encoder_hidden": hidden.detach()}
+
+    def _output_loss(
+        self, batch: MicroBatch, hidden: Tensor, teacher_hidden: Tensor | None, scales: dict[str, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of the output layer, and the sums of cross-entropy and KL divergence."""
         targets = OutputTargets(
             labels=batch.labels.flatten()[batch.token_positions],
             ce_weight=scales["data"],
             label_smoothing=self.loss.label_smoothing,
             kl_weight=scales.get("logits", 0.0),
             temperature=self.loss.temperature,
-            teacher_hidden=theirs[max(theirs)] if "logits" in scales else None,
+            teacher_hidden=teacher_hidden if "logits" in scales else None,
             teacher_lm_head=self._teacher_lm_head,
         )
-        output, sums["data"], divergence = output_loss(
-            last,
-            self._lm_head,
-            targets,
-            self.student.config.vocab_size,
-            families.trainable_lm_head_parameters(self.student),
+        parameters = families.trainable_lm_head_parameters(self.student)
+        return output_loss(hidden, self._lm_head, targets, self.student.config.vocab_size, parameters)
+
+    def _attention_loss(self, batch: MicroBatch, student_maps: AttentionMaps, teacher_maps: AttentionMaps) -> Tensor:
+        """The attention term, summed over layers, self-attention and cross-attention."""
+        assert self.layer_plan is not None
+        token_mask = batch.labels != -100
+        num_keys = (token_mask.sum(-1), batch.source_mask.sum(-1))
+        layers = zip(student_maps, self.layer_plan.supervised_decoder, strict=True)
+        losses = [
+            attention_mse(student, teacher, token_mask, keys)
+            for layer_maps, teacher_layer in layers
+            for student, teacher, keys in zip(layer_maps, teacher_maps[teacher_layer], num_keys, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def _teacher_states(
+        self, batch: MicroBatch, encoder_states: Tensor, with_attentions: bool
+    ) -> tuple[dict[int, Tensor], AttentionMaps]:
+        """Outputs of the teacher's decoder at `layers_needed`, [tokens, width] by layer; and its attention maps.
+
+        Attention maps are not cached: for them the teacher's decoder runs, on cached encoder states where available.
+        """
+        if batch.teacher_states and not with_attentions:
+            return batch.teacher_states, ()
+        output = self._run_teacher_decoder(
+            batch, encoder_states, layers=not batch.teacher_states, attentions=with_attentions
         )
-        loss = loss + output
-        if "logits" in scales:
-            sums["logits"] = divergence
-        if hidden_wanted and self.layer_plan is not None:
-            pairs = zip(ours.layers, self.layer_plan.supervised_decoder, strict=True)
-            hidden = torch.stack(
-                [
-                    hidden_mse(select_tokens(own, batch.token_positions), theirs[phi], self.loss.normalize_hidden)
-                    for own, phi in pairs
-                ]
-            ).sum()
-            loss, sums["hidden"] = loss + scales["hidden"] * hidden, hidden.detach()
-        if "cosine" in scales:
-            cosine = cosine_distance(last, theirs[max(theirs)])
-            loss, sums["cosine"] = loss + scales["cosine"] * cosine, cosine.detach()
-        if "attention" in scales:
-            attention = self._attention_loss(batch, ours.attentions, maps)
-            loss, sums["attention"] = loss + scales["attention"] * attention, attention.detach()
-        return loss, sums
+        states = batch.teacher_states or {
+            layer: select_tokens(output.layers[layer], batch.token_positions) for layer in self.layers_needed
+        }
+        return states, output.attentions
 
-    @property
-    def layers_needed(self) -> list[int]:
-        """The teacher decoder layers that this run is supervised by; the last one gives the logits."""
-        if self.method != "kd" or self.layer_plan is None or self.teacher is None:
-            return sorted(self.cached_decoder_states)
-        last = families.num_layers(self.teacher.config)[1] - 1
-        hidden = self.layer_plan.supervised_decoder if self.loss.alpha_hidden > 0 else []
-        return sorted({*hidden, last})
-
-    @property
-    def _encoder_supervised(self) -> bool:
-        return not self.encoder_shared and self.layer_plan is not None and not self.layer_plan.copies_full_encoder
+    @torch.no_grad()
+    def _run_teacher_decoder(self, batch: MicroBatch, encoder_states: Tensor, **outputs: bool) -> families.StackOutputs:
+        """Run the teacher's decoder on a micro-batch; `encoder_states` are the student's encoder states."""
+        assert self.teacher is not None
+        if not self.encoder_shared:
+            # The teacher's decoder attends to the teacher's encoder, never to the student's.
+            assert batch.source_ids is not None
+            encoder_states = families.encode(self.teacher, batch.source_ids, batch.source_mask).last_hidden_state
+        decoder_ids = families.shift_right(self.teacher, batch.labels)
+        return families.decode(self.teacher, decoder_ids, encoder_states, batch.source_mask, **outputs)
 
     def _lm_head(self, hidden: Tensor) -> Tensor:
         return families.lm_head(self.student, hidden, self.lm_head_weight)
@@ -206,77 +306,7 @@ class DistillationStep:
         assert self.teacher is not None
         return families.lm_head(self.teacher, hidden.to(self.teacher.dtype))
 
-    def _encode_with_loss(
-        self, batch: MicroBatch, scales: dict[str, float]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The student's encoder states; with a taught encoder, its hidden loss too."""
-        nothing = torch.zeros((), device=batch.labels.device)
-        if batch.encoder_states is not None:
-            # Under autocast the decoder takes them as they are.
-            cast = torch.is_autocast_enabled(batch.encoder_states.device.type)
-            return batch.encoder_states if cast else batch.encoder_states.to(self.student.dtype), nothing, {}
-        assert batch.source_ids is not None
-        if self.encoder_shared:
-            with torch.no_grad():
-                return families.encode(self.student, batch.source_ids, batch.source_mask).last_hidden_state, nothing, {}
-        taught = "encoder_hidden" in scales
-        ours = families.encode(self.student, batch.source_ids, batch.source_mask, layers=taught)
-        if not taught:
-            return ours.last_hidden_state, nothing, {}
-        assert self.teacher is not None
-        assert self.layer_plan is not None
-        with torch.no_grad():
-            theirs = families.encode(self.teacher, batch.source_ids, batch.source_mask, layers=True).layers
-        real = batch.source_mask.bool()
-        pairs = zip(ours.layers, self.layer_plan.supervised_encoder, strict=True)
-        hidden = torch.stack(
-            [hidden_mse(layer[real], theirs[phi][real], self.loss.normalize_hidden) for layer, phi in pairs]
-        ).sum()
-        return ours.last_hidden_state, scales["encoder_hidden"] * hidden, {"encoder_hidden": hidden.detach()}
-
-    def _teacher_states(
-        self, batch: MicroBatch, encoder_states: Tensor, with_attentions: bool
-    ) -> tuple[dict[int, Tensor], AttentionMaps]:
-        """The teacher decoder's outputs at the layers needed, real tokens only, [tokens, width] each; and its maps.
-
-        Maps, where asked for, are in no cache: the teacher's decoder runs live, on the cached encoder states if any.
-        """
-        if batch.teacher_states and not with_attentions:
-            return batch.teacher_states, ()
-        found = self._run_teacher_decoder(
-            batch, encoder_states, layers=not batch.teacher_states, attentions=with_attentions
-        )
-        return batch.teacher_states or {
-            n: select_tokens(found.layers[n], batch.token_positions) for n in self.layers_needed
-        }, found.attentions
-
-    def _attention_loss(self, batch: MicroBatch, student_maps: AttentionMaps, teacher_maps: AttentionMaps) -> Tensor:
-        """The attention maps' loss, summed over layers and both kinds of attention."""
-        assert self.layer_plan is not None
-        real = batch.labels != -100
-        pairs = zip(student_maps, self.layer_plan.supervised_decoder, strict=True)
-        found = [
-            attention_mse(own, taught, real, keys)
-            for layer, phi in pairs
-            for own, taught, keys in zip(
-                layer, teacher_maps[phi], (real.sum(-1), batch.source_mask.sum(-1)), strict=True
-            )
-        ]
-        return torch.stack(found).sum()
-
-    @torch.no_grad()
-    def _run_teacher_decoder(self, batch: MicroBatch, encoder_states: Tensor, **outputs: bool) -> families.StackOutputs:
-        """The teacher's decoder, run on a micro-batch; `encoder_states` are the student's encoder states."""
-        assert self.teacher is not None
-        if not self.encoder_shared:
-            # The teacher's decoder reads the teacher's encoder, never a student's.
-            assert batch.source_ids is not None
-            encoder_states = families.encode(self.teacher, batch.source_ids, batch.source_mask).last_hidden_state
-        return families.decode(
-            self.teacher, families.shift_right(self.teacher, batch.labels), encoder_states, batch.source_mask, **outputs
-        )
-
 
 def select_tokens(states: Tensor, token_positions: Tensor) -> Tensor:
-    """Of states [rows, tokens, width] the `token_positions` ones, [real tokens, width]."""
+    """The real tokens of states [rows, tokens, width], as [real tokens, width]."""
     return states.flatten(0, 1).index_select(0, token_positions)

@@ -1,4 +1,4 @@
-"""Items made ahead of their use by one thread, so that a training step does not wait for its data."""
+"""Prefetching: a thread prepares the next items, so that a training step does not wait for its data."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """An iterator's items; `waited` counts the seconds for which the taker stood still."""
+    """An iterator over items that a thread prepares; `wait_seconds` is the total time spent waiting for an item."""
 
     def __init__(self, items: Iterator[Item], queue_size: int) -> None:
         self.items = items
@@ -29,7 +29,7 @@ class Prefetcher(Generic[Item]):
         item, error = self.queue.get()
         self.wait_seconds += time.monotonic() - started
         if error is not None:
-            self.queue.put((None, error))  # it stays over
+            self.queue.put((None, error))  # every later call raises the error again
             raise error
         assert item is not None
         return item
@@ -41,11 +41,11 @@ class Prefetcher(Generic[Item]):
                 if self.closed.is_set():
                     return
             self.queue.put((None, StopIteration()))
-        except BaseException as error:  # the taker's to raise
+        except BaseException as error:  # raised in the thread that takes the item
             self.queue.put((None, error))
 
     def close(self) -> None:
-        """End the thread: it makes no further item."""
+        """Stop the thread; it prepares no further item."""
         self.closed.set()
         while self.thread.is_alive():
             while not self.queue.empty():
@@ -55,10 +55,12 @@ class Prefetcher(Generic[Item]):
 
 @contextmanager
 def prefetch(items: Iterator[Item], queue_size: int = 2) -> Iterator[Prefetcher[Item]]:
-    """A block in which a thread keeps up to `queue_size` items ready; what making one raises is raised where it is
-    taken."""
-    feed = Prefetcher(items, queue_size)
+    """Prepare up to `queue_size` items ahead, in a thread that stops with the block.
+
+    An exception raised by `items` is raised by the `next` call that would return the item.
+    """
+    prefetcher = Prefetcher(items, queue_size)
     try:
-        yield feed
+        yield prefetcher
     finally:
-        feed.close()
+        prefetcher.close()

@@ -1,173 +1,150 @@
-"""What a run leaves in its folder: its claim, its checkpoints, and last of all its result."""
+"""The folder of a run: its lock, its config, the fingerprints of its inputs, its checkpoints and its result.
 
-import platform
+FOLDER/run.json                 the run's config, written first
+FOLDER/input_fingerprints.json  teacher and data that the run was started with
+FOLDER/metrics.jsonl            the metrics of every validation
+FOLDER/checkpoint-STEP/         the best checkpoint while the run is training; best/ afterwards
+FOLDER/state.json               the saved state (state.py); removed when the run is finished
+FOLDER/rows.npz                 per-row statistics of the scores
+FOLDER/result.json              the result, written last: the run is finished
+"""
+
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import CHECKPOINT_METADATA, corrupt_file_error, fsync, read_json, write_json_atomic
-from raydistill.models.shrinking import LayerPlan
+from raydistill.core.files import (
+    SCHEMA_VERSION,
+    atomic_path,
+    check_schema,
+    corrupt_file_error,
+    read_json,
+    write_json_atomic,
+)
+from raydistill.training.records import FailedResult
 
 LOCK_TIMEOUT_S = 60.0
-FINGERPRINTS_FILE = "origin.json"  # which teacher and which data a run was begun with
-
-
-def check_same_config(folder: Path, run: Run) -> None:
-    """The folder belongs to this config: another config's work is neither gone on with nor taken for this one's.
-
-    What an older release wrote lacks settings that it did not know; they had the values that are the defaults now.
-    Settings of memory (`RUNTIME_ONLY_FIELDS`) may change.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        write_json_atomic(path, run.model_dump(mode="json"))
-        return
-    with corrupt_file_error(path):
-        begun = Run.model_validate(read_json(path))
-    if begun.model_dump(exclude=RUNTIME_ONLY_FIELDS) != run.model_dump(exclude=RUNTIME_ONLY_FIELDS):
-        raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
-
-
-def check_same_inputs(folder: Path, current: dict[str, Any]) -> None:
-    """Teacher and data (as `material.origin_of` tells) that the run was begun with stay the same to its end.
-
-    UserError where a run is taken up after the teacher behind its path, or a data file, became another one.
-    """
-    path = folder / FINGERPRINTS_FILE
-    if not path.is_file():
-        write_json_atomic(path, current)
-    elif changed := changed_inputs(read_json(path), current):
-        raise UserError(
-            f"{folder}: the {' and the '.join(changed)} changed since this run was begun; results of both are not "
-            f"mixed: give the run another name, or delete the folder"
-        )
-
-
-def changed_inputs(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What is another than it was: "teacher", "train split" and so on."""
-    found = ["teacher"] if recorded.get("teacher") != current["teacher"] else []
-    marks = recorded.get("data") or {}
-    return found + [f"{split} split" for split, mark in marks.items() if current["data"].get(split) != mark]
+CONFIG_FILE = "run.json"
+FINGERPRINTS_FILE = "input_fingerprints.json"
+RESULT_FILE = "result.json"
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """The run's folder, for one process at a time.
+    """Hold the lock of a run's folder, which one process at a time may hold.
 
-    A worker may outlive its driver for some seconds, until Ray ends it; the one that takes its run up waits for that.
-    PassingError where the folder is not free after `LOCK_TIMEOUT_S`.
+    A worker may outlive its driver by some seconds, until Ray ends it; the worker of a retry waits for the lock.
+
+    Raises:
+        TransientError: The lock is not free after `LOCK_TIMEOUT_S`.
     """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=LOCK_TIMEOUT_S)
     except Timeout:
-        raise TransientError(f"{folder}: another process trains this run; wait for it, or end it first") from None
+        raise TransientError(f"{folder}: another process is training this run; wait for it or stop it") from None
     try:
         yield
     finally:
         lock.release()
 
 
-@contextmanager
-def atomic_dir(target: Path) -> Iterator[Path]:
-    """A name to write a file or folder under, which takes `target`'s place at the end of the block.
+def check_same_config(folder: Path, run: Run) -> None:
+    """Write the run's config into a new folder; check that an existing folder belongs to the same config.
 
-    Nothing is left of it when the block fails. OSError where the disk is full, safetensors' own error included.
+    Settings of memory (`RUNTIME_ONLY_FIELDS`) may differ. Settings missing from run.json have their defaults.
+
+    Raises:
+        UserError: The folder holds a run of another config, of another schema version, or run.json is damaged.
     """
-    place = target.with_name(f".{target.name}.making")
-    _remove_path(place)
-    try:
-        yield place
-        for path in [place, *place.rglob("*")]:
-            if path.is_file():
-                fsync(path)
-        if target.is_dir():
-            shutil.rmtree(target)
-        place.replace(target)
-    except SafetensorError as error:
-        raise OSError(
-            f"{target}: could not be written ({error}); nothing is lost: free some disk and run again"
-        ) from None
-    finally:
-        _remove_path(place)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        write_json_atomic(path, {"schema": SCHEMA_VERSION, **run.model_dump(mode="json")})
+        return
+    record = read_json(path)
+    check_schema(path, record)
+    with corrupt_file_error(path):
+        recorded = Run.model_validate({name: value for name, value in record.items() if name != "schema"})
+    if recorded.model_dump(exclude=RUNTIME_ONLY_FIELDS) != run.model_dump(exclude=RUNTIME_ONLY_FIELDS):
+        raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
 
 
-def _remove_path(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def check_same_inputs(folder: Path, current: dict[str, Any]) -> None:
+    """Record the input fingerprints of a new run; check that they are unchanged when a run resumes.
 
+    Args:
+        folder: The run's folder.
+        current: Fingerprints of teacher and data, as `tokenized_data.input_fingerprints` returns them.
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that `from_pretrained` reads (safetensors); whole or not at all."""
-    with atomic_dir(folder) as place:
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-
-
-def run_identity(run: Run, layer_plan: LayerPlan | None, size: str | None) -> dict[str, Any]:
-    """What was trained, as results and cards name it; `size` is that of a model without a plan."""
-    return {
-        "method": run.method,
-        "size": size if layer_plan is None else "-".join(map(str, layer_plan.size)),
-        "copied": layer_plan.copied if layer_plan else None,
-        "labels": run.resolved_labels,
-    }
-
-
-def write_checkpoint_metadata(checkpoint: Path, run: Run, layer_plan: LayerPlan | None, facts: dict[str, Any]) -> None:
-    """`raydistill.json` beside the weights: where this checkpoint comes from."""
-    card = {
-        "teacher": run.teacher,
-        "supervised": layer_plan.supervised if layer_plan else None,
-        "config": run.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("raydistill", "torch", "transformers")},
-        **facts,
-    }
-    write_json_atomic(checkpoint / CHECKPOINT_METADATA, card)
-
-
-def write_failed_result(
-    folder: Path,
-    run: Run,
-    facts: dict[str, Any],
-    reason: str,
-    device_hours: float,
-    metrics: dict[str, float] | None = None,
-) -> dict[str, Any]:
-    """The result of a run that cannot go on, and the device-hours that it took all the same. No checkpoint is kept.
-
-    `metrics`: what is known besides, of a run that came to its end before it was found to have failed.
+    Raises:
+        UserError: The teacher or a split changed since the run was started.
     """
-    result = {
-        "key": folder.name,
-        "status": "failed",
-        "reason": reason,
-        **facts,
-        "metrics": {**(metrics or {}), "gpu_hours": device_hours},
-        "interval": None,
-        "test": None,
-        "seed": run.training.seed,
-        "host": platform.node(),
-    }
-    write_json_atomic(folder / "result.json", result)
-    for left in [*folder.glob("state*"), *folder.glob("checkpoint-*"), folder / "best"]:
-        _remove_path(left)
+    path = folder / FINGERPRINTS_FILE
+    if not path.is_file():
+        write_json_atomic(path, current)
+    elif changed := changed_inputs(read_json(path), current):
+        raise UserError(
+            f"{folder}: inputs changed since this run was started: {', '.join(changed)}; "
+            f"give this run another name, or delete the folder"
+        )
+
+
+def changed_inputs(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The inputs whose fingerprints differ: "teacher", "train split" and so on."""
+    changed = ["teacher"] if recorded.get("teacher") != current["teacher"] else []
+    fingerprints = recorded.get("data") or {}
+    return changed + [
+        f"{split} split" for split, fingerprint in fingerprints.items() if current["data"].get(split) != fingerprint
+    ]
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The content of result.json; None while the run is not finished.
+
+    Raises:
+        UserError: The result has another schema version or is damaged.
+    """
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    check_schema(path, result)
     return result
 
 
+def write_failed_result(folder: Path, failed: FailedResult) -> dict[str, Any]:
+    """Write the result of a failed run and delete its state and checkpoints; returns the content of result.json."""
+    result = failed.to_json()
+    write_json_atomic(folder / RESULT_FILE, result)
+    delete_state(folder)
+    for checkpoint in [*folder.glob("checkpoint-*"), folder / "best"]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return result
+
+
+def delete_state(folder: Path) -> None:
+    """Delete the saved state of a finished run."""
+    for path in [*folder.glob("state*"), *folder.glob(".state*")]:
+        path.unlink()
+
+
+def promote_best_checkpoint(folder: Path, best_step: int) -> Path:
+    """Rename the checkpoint of the best step to best/, and return its path."""
+    best, checkpoint = folder / "best", folder / f"checkpoint-{best_step}"
+    if checkpoint.is_dir():  # otherwise an earlier call renamed it and was killed afterwards
+        shutil.rmtree(best, ignore_errors=True)
+        checkpoint.rename(best)
+    return best
+
+
 def write_row_statistics(path: Path, rows: dict[str, np.ndarray]) -> None:
-    """Per-row statistics by split; whole or not at all."""
-    with atomic_dir(path) as place, place.open("wb") as file:
+    """Write per-row statistics of the scores, [rows] or [rows, 10] by split, as a compressed .npz file."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **rows)  # type: ignore[arg-type]

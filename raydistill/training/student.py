@@ -1,76 +1,129 @@
-"""What is trained: the student made from the teacher or from nothing, and what of it stays frozen."""
+"""The student of a run before training: made from the teacher, or a new model with random weights."""
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import Decoding, Run
 from raydistill.core.errors import UserError
+from raydistill.core.files import atomic_dir
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models import families
-from raydistill.models.loading import load_model, locate_checkpoint
+from raydistill.models.freezing import FrozenParts, resolve_frozen_parts
+from raydistill.models.loading import load_model, load_tokenizer, locate_checkpoint
 from raydistill.models.random_init import build_tokenizer, make_random_model
+from raydistill.models.saving import safetensors_os_error
 from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
-from raydistill.training.run_folder import atomic_dir
-from raydistill.training.tokenized_data import Teacher, read_split
+from raydistill.models.teacher import Teacher, open_teacher
+from raydistill.training.tokenized_data import read_split
 from raydistill.training.workers import Worker
+
+RANDOM_START_FOLDER = "start"
+DEFAULT_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class StudentSetup:
+    """An untrained student and the models that it comes from.
+
+    Attributes:
+        student: The model to train.
+        tokenizer: The tokenizer of student and teacher.
+        layer_plan: The teacher layers that are copied and that supervise; None for a random start.
+        teacher: The teacher; None for a random start.
+    """
+
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layer_plan: LayerPlan | None = None
+    teacher: Teacher | None = None
+
+    @property
+    def size(self) -> str:
+        """Encoder and decoder layers of the student, such as "12-3"."""
+        return families.size_name(self.student.config)
+
+    def frozen_parts(self, run: Run) -> FrozenParts:
+        """The parts of the student that the run does not train."""
+        return resolve_frozen_parts(run, self.layer_plan)
+
+
+def prepare_student(run: Run, folder: Path, worker: Worker) -> StudentSetup:
+    """The untrained student of a run: a copy of teacher layers, or a random start that is saved in `folder`."""
+    if run.teacher is None:
+        checkpoint = make_random_checkpoint(run, folder, worker)
+        return StudentSetup(load_model(checkpoint), load_tokenizer(checkpoint))
+    teacher = open_teacher(run.teacher, run.dataset)
+    student, layer_plan = make_student(run, teacher)
+    return StudentSetup(student, teacher.tokenizer, layer_plan, teacher)
 
 
 def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, LayerPlan]:
-    """The untrained student and which layers it copies and is supervised by."""
-    layers = plan_layers(families.num_layers(teacher.model.config), run.student)
-    other = run.student.copy_from
-    decoder_from = load_model(locate_checkpoint(other, run.dataset.name)) if other else None
-    student = shrink(teacher.model, layers, run.training.seed, decoder_from)
+    """The untrained student of a teacher, and the layers that it copies and is supervised by."""
+    layer_plan = plan_layers(families.num_layers(teacher.model.config), run.student)
+    copy_from = run.student.copy_from
+    decoder_from = load_model(locate_checkpoint(copy_from, run.dataset.name)) if copy_from else None
+    student = shrink(teacher.model, layer_plan, run.training.seed, decoder_from)
     if run.training.dropout is not None:
         _set_dropout(student, run.training.dropout)
-    return student, layers
+    return student, layer_plan
 
 
 def make_random_checkpoint(run: Run, folder: Path, worker: Worker) -> Path:
-    """A new model and its tokenizer as a checkpoint: made once by the leader, loaded by all."""
-    place = folder / "start"
-    if worker.is_main_process and not place.is_dir():
+    """The checkpoint of a new model and its tokenizer; the main process creates it, all workers load it.
+
+    Raises:
+        UserError: There is no train split to build a tokenizer from.
+        OSError: The checkpoint cannot be written.
+    """
+    path = folder / RANDOM_START_FOLDER
+    if worker.is_main_process and not path.is_dir():
         assert run.start is not None
         corpus = read_split(run.dataset, "train")
         if corpus is None:
             raise UserError(f"{run.dataset.name}: there is no train split to build a tokenizer from")
-        with atomic_dir(place) as new:
-            tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), new)
-            dropout = 0.1 if run.training.dropout is None else run.training.dropout
-            make_random_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(new)
-    if worker.world_size > 1:
-        torch.distributed.barrier()
-    return place
+        with safetensors_os_error(path), atomic_dir(path) as temporary:
+            tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), temporary)
+            dropout = DEFAULT_DROPOUT if run.training.dropout is None else run.training.dropout
+            make_random_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(temporary)
+    worker.barrier()
+    return path
 
 
 def set_generation_config(student: PreTrainedModel, beam: BeamSearchParams, requested: Decoding) -> None:
-    """Write the decoding into the checkpoint's generation config, where it has none or the run asks for its own."""
+    """Write a decoding into the student's generation config: settings that the run requests or the config lacks.
+
+    Args:
+        student: The model whose generation config changes.
+        beam: The resolved decoding.
+        requested: The decoding that the run's config names; None for a setting that it leaves open.
+    """
     config = student.generation_config
-    pairs = {
+    settings = {
         "num_beams": (beam.beams, requested.beams),
         "length_penalty": (beam.length_penalty, requested.length_penalty),
         "min_length": (beam.min_length, requested.min_length),
         "max_length": (beam.max_length, requested.max_length),
         "no_repeat_ngram_size": (beam.no_repeat_ngram, requested.no_repeat_ngram),
     }
-    for name, (value, wanted) in pairs.items():
-        if wanted is not None or getattr(config, name, None) is None:
+    for name, (value, requested_value) in settings.items():
+        if requested_value is not None or getattr(config, name, None) is None:
             setattr(config, name, value)
 
 
 def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
-    """Set the residual dropout everywhere; attention and activation dropout stay as the teacher has them.
+    """Set the residual dropout of a model; its attention and activation dropout do not change.
 
-    T5 knows only one rate, which is all of them.
+    T5 has a single dropout rate, which covers all three.
     """
-    t5 = model.config.model_type == "t5"
-    setattr(model.config, "dropout_rate" if t5 else "dropout", dropout)
+    is_t5 = model.config.model_type == "t5"
+    setattr(model.config, "dropout_rate" if is_t5 else "dropout", dropout)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-        # Attention modules hold their own rate under the same name.
-        elif isinstance(getattr(module, "dropout", None), float) and (t5 or not hasattr(module, "head_dim")):
+        # Attention modules, which have a head_dim, store attention dropout in an attribute of this name.
+        elif isinstance(getattr(module, "dropout", None), float) and (is_t5 or not hasattr(module, "head_dim")):
             module.dropout = dropout  # type: ignore[assignment]

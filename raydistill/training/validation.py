@@ -1,4 +1,4 @@
-"""Scores of a student: the loss on the validation rows, and generation through a serving engine."""
+"""Scores of a student: its loss on the validation split, and the metric of its generated texts."""
 
 import importlib
 import shutil
@@ -7,117 +7,172 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import Run
+from raydistill.core.console import print_progress
 from raydistill.data.batching import bucket_by_length
+from raydistill.evaluation.metrics import signature
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
-from raydistill.inference.decoding import BeamSearchParams
+from raydistill.inference.decoding import BeamSearchParams, Engine, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
-from raydistill.models.loading import Languages
+from raydistill.models.saving import save_checkpoint
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.training.losses import OutputTargets, output_loss
-from raydistill.training.run_folder import save_checkpoint
+from raydistill.training.student import StudentSetup, set_generation_config
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split
+from raydistill.training.workers import Worker
 
 METRIC_LIBRARIES = {"rouge2": "rouge_score", "bleu": "sacrebleu"}
+# Stands for the metric where its library is missing: the score of a validation is then -val_loss.
+VALIDATION_LOSS = "val_loss"
+# Padded source tokens of a batch of the validation loss.
+BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Validator:
-    """Scores the student as it is, or a checkpoint of it.
+    """Scores the student in memory, or a saved checkpoint.
 
-    `metric` is rouge2 or bleu, or val_loss where the metric's library is not installed: the score of a validation
-    is then -val_loss, nothing is generated, and there are no test scores.
+    Attributes:
+        run: The run's config.
+        setup: The student with its tokenizer and teacher.
+        data: The run's data.
+        beam: The decoding of the final scores.
+        device: The device of losses and generation.
+        metric: rouge2 or bleu; `VALIDATION_LOSS` where the metric's library is missing: no text is generated then.
     """
 
     run: Run
-    student: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    setup: StudentSetup
     data: TokenizedData
     beam: BeamSearchParams
-    languages: Languages | None
     device: str
     metric: str
 
+    @classmethod
+    def create(cls, run: Run, setup: StudentSetup, data: TokenizedData, worker: Worker) -> "Validator":
+        """A validator with the run's decoding, which is also written into the student's generation config."""
+        preset = setup.teacher.preset if setup.teacher else None
+        preset_decoding = preset.decoding if preset else None
+        generation_config = setup.student.generation_config
+        beam = resolve_decoding(run.decoding, generation_config, preset_decoding, data.max_target_tokens)
+        set_generation_config(setup.student, beam, run.decoding)
+        return cls(run, setup, data, beam, worker.device, _available_metric(data.metric, worker))
+
+    @property
+    def signature(self) -> str:
+        """Metric library and options of the scores; "val_loss" where no text is scored."""
+        return VALIDATION_LOSS if self.metric == VALIDATION_LOSS else signature(self.metric)
+
     def validate(self, folder: Path) -> dict[str, float]:
-        """Write the student into `folder` and score it there."""
-        self.student.eval()
-        save_checkpoint(self.student, self.tokenizer, folder)
+        """Save the student as a checkpoint in `folder`; returns its loss and its scores on the validation split."""
+        self.setup.student.eval()
+        save_checkpoint(self.setup.student, self.setup.tokenizer, folder)
         loss = self.compute_loss()
-        found = self.score(folder, ["validation"], self.validation_beam()).get("validation")
-        if found is None:
+        evaluation = self.score(folder, ["validation"], self.validation_beam()).get("validation")
+        if evaluation is None:
             return {"val_loss": loss, "score": -loss}
-        metrics = found.scored.metrics
-        return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": found.repetition}
+        metrics = evaluation.scored.metrics
+        return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": evaluation.repetition}
 
     def validation_beam(self) -> BeamSearchParams:
-        """The decoding of the checks during training: fewer beams and a penalty of their own, as in the recipes."""
-        asked = self.run.evaluation
-        penalty = asked.validation_length_penalty
+        """The decoding of validations during training: by default up to 2 beams, as in the paper's recipes."""
+        settings = self.run.evaluation
+        penalty = settings.validation_length_penalty
         return replace(
             self.beam,
-            beams=asked.validation_beams or min(2, self.beam.beams),
+            beams=settings.validation_beams or min(2, self.beam.beams),
             length_penalty=self.beam.length_penalty if penalty is None else penalty,
         )
 
     def score(self, folder: Path, splits: Sequence[str], beam: BeamSearchParams) -> dict[str, EvaluationResult]:
-        """Generate and score splits with the checkpoint in `folder`; none where there is no such split or scorer."""
-        corpora = {split: self.data.corpora[split] for split in splits if split in self.data.corpora}
-        if self.metric == "val_loss" or not corpora:
+        """Generate and score splits with the checkpoint in `folder`.
+
+        Returns:
+            The scores by split, without splits that the data set lacks; empty where the metric's library is missing.
+        """
+        splits = [split for split in splits if split in self.data.corpora]
+        if self.metric == VALIDATION_LOSS or not splits:
             return {}
+        conversion_folder = folder.parent / ".engine"
         engine = open_engine(
             folder,
             self.run.evaluation.engine,
             device=self.device,
             threads=self.run.training.threads,
-            languages=self.languages,
-            cache_dir=folder.parent / ".engine",
+            languages=self.setup.teacher.languages if self.setup.teacher else None,
+            cache_dir=conversion_folder,
         )
         try:
-            return {
-                split: evaluate(
-                    engine,
-                    corpus.sources,
-                    corpus.targets,
-                    self.metric,
-                    beam,
-                    max_source_tokens=self.data.max_source_tokens,
-                    batch_size=self.run.evaluation.batch_size,
-                )
-                for split, corpus in corpora.items()
-            }
+            return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size)
         finally:
-            shutil.rmtree(folder.parent / ".engine", ignore_errors=True)
+            shutil.rmtree(conversion_folder, ignore_errors=True)
 
     def compute_loss(self) -> float:
-        """Mean cross-entropy per real target token of the validation rows."""
+        """Mean cross-entropy in nats per target token of the validation split."""
+        tokenizer, max_length = self.setup.tokenizer, self.data.max_target_tokens
         sources = self.data.sources["validation"]
-        targets = tokenize_split(self.tokenizer, self.run.dataset, "validation", "target", self.data.max_target_tokens)
-        total, count = 0.0, 0
+        targets = tokenize_split(tokenizer, self.run.dataset, "validation", "target", max_length)
+        total, num_tokens = 0.0, 0
         with torch.inference_mode():
-            for batch in bucket_by_length([len(s) for s in sources], 8192):
-                picked = [sources[i] for i in batch]
-                ids, mask = pad_to_tensor(picked, self.student.config.pad_token_id), make_attention_mask(picked)
-                labels = pad_to_tensor([targets[i] for i in batch], -100).to(self.student.device)
-                ids, mask = ids.to(self.student.device), mask.to(self.student.device)
-                encoded = families.encode(self.student, ids, mask).last_hidden_state
-                hidden = families.decode(
-                    self.student, families.shift_right(self.student, labels), encoded, mask
-                ).last_hidden_state
-                real = labels != -100
-                wanted = OutputTargets(labels[real])
-                _, entropy, _ = output_loss(
-                    hidden[real], lambda h: families.lm_head(self.student, h), wanted, self.student.config.vocab_size
-                )
-                total += float(entropy)
-                count += int(real.sum())
-        return total / count
+            for rows in bucket_by_length([len(source) for source in sources], BATCH_TOKENS):
+                loss, count = self._batch_loss([sources[i] for i in rows], [targets[i] for i in rows])
+                total += loss
+                num_tokens += count
+        return total / num_tokens
+
+    def _batch_loss(self, sources: list[list[int]], targets: list[list[int]]) -> tuple[float, int]:
+        """The sum of the cross-entropy over a batch, and the number of its target tokens."""
+        student = self.setup.student
+        ids = pad_to_tensor(sources, student.config.pad_token_id).to(student.device)
+        mask = make_attention_mask(sources).to(student.device)
+        labels = pad_to_tensor(targets, -100).to(student.device)
+        encoder_states = families.encode(student, ids, mask).last_hidden_state
+        decoder_ids = families.shift_right(student, labels)
+        hidden = families.decode(student, decoder_ids, encoder_states, mask).last_hidden_state
+        is_token = labels != -100
+        _, cross_entropy, _ = output_loss(
+            hidden[is_token],
+            lambda states: families.lm_head(student, states),
+            OutputTargets(labels[is_token]),
+            student.config.vocab_size,
+        )
+        return float(cross_entropy), int(is_token.sum())
+
+
+def score_splits(
+    engine: Engine, data: TokenizedData, splits: Sequence[str], beam: BeamSearchParams, batch_size: int
+) -> dict[str, EvaluationResult]:
+    """Generate and score the texts of some splits, by split."""
+    return {
+        split: evaluate(
+            engine,
+            data.corpora[split].sources,
+            data.corpora[split].targets,
+            data.metric,
+            beam,
+            max_source_tokens=data.max_source_tokens,
+            batch_size=batch_size,
+        )
+        for split in splits
+    }
+
+
+def _available_metric(metric: str, worker: Worker) -> str:
+    """The metric, or `VALIDATION_LOSS` with a message where its library is not installed."""
+    missing = missing_metric_library(metric)
+    if missing is None:
+        return metric
+    if worker.is_main_process:
+        print_progress(
+            f"{missing} is not installed: checkpoints are compared by validation loss, and no text is scored"
+        )
+    return VALIDATION_LOSS
 
 
 def missing_metric_library(metric: str) -> str | None:
-    """The library that `metric` needs, where it is not installed."""
+    """The library that `metric` needs if it is not installed, else None."""
     try:
         importlib.import_module(METRIC_LIBRARIES[metric])
     except ImportError:

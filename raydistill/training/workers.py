@@ -1,4 +1,4 @@
-"""The data-parallel workers of a run, and what they tell each other: gradients, means, and what the first one found."""
+"""The data-parallel workers of a run and their communication: gradients, and the metrics of the main process."""
 
 import json
 import os
@@ -14,10 +14,14 @@ from raydistill.config.run import Training
 
 @dataclass(frozen=True)
 class Worker:
-    """One of `world` data-parallel workers.
+    """One of the data-parallel workers of a run.
 
-    `computed` is what `precision: auto` came to, "bf16" or "fp32", where that was decided for all workers before.
-    `leaving()` is asked after every step whether the machine is about to be taken away.
+    Attributes:
+        rank: Index of this worker; worker 0 is the main process.
+        world_size: Number of workers.
+        device: Device of the models, such as "cpu" or "cuda:0".
+        compute_dtype: "bf16" or "fp32" where `precision: auto` was resolved for all workers before the run, else None.
+        is_draining: Called after every step; true once the node is being preempted.
     """
 
     rank: int = 0
@@ -28,12 +32,26 @@ class Worker:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the worker that validates, writes and reports."""
+        """Whether this worker validates, writes files and reports."""
         return self.rank == 0
 
+    @property
+    def device_type(self) -> str:
+        """The device without its index: "cpu" or "cuda"."""
+        return torch.device(self.device).type
+
     def num_devices(self, settings: Training) -> float:
-        """How many devices the run holds: of GPUs a worker's share, of CPU cores as many as it has threads."""
+        """Number of devices that the run holds: GPUs (shares count as fractions), or CPU threads."""
         return self.world_size * (settings.threads if self.device == "cpu" else settings.gpus)
+
+    def device_hours(self, seconds: float, settings: Training) -> float:
+        """Hours of all devices together that the run holds them for `seconds`."""
+        return seconds * self.num_devices(settings) / 3600
+
+    def barrier(self) -> None:
+        """Wait until every worker has reached this call."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
 
 def set_torch_threads(threads: int) -> None:
@@ -43,20 +61,20 @@ def set_torch_threads(threads: int) -> None:
 
 
 def all_reduce_gradients(parameters: list[Parameter]) -> None:
-    """Add up the gradients of all workers in one flat buffer; a parameter without a gradient counts as zero."""
+    """Sum the gradients over all workers, in one flat buffer; a missing gradient counts as zero."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
     torch.distributed.all_reduce(flat)
-    at = 0
+    offset = 0
     for p in parameters:
-        p.grad = flat[at : at + p.numel()].view_as(p)
-        at += p.numel()
+        p.grad = flat[offset : offset + p.numel()].view_as(p)
+        offset += p.numel()
 
 
 def broadcast_metrics(metrics: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    """The first worker's metrics, for all of them."""
+    """Return the main process's metrics on every worker; the argument of the other workers is ignored."""
     if worker.world_size == 1:
         return metrics
-    # As text: torch's own way of sending objects would unpickle what comes from the network.
+    # As JSON: torch.distributed.broadcast_object_list would unpickle data from the network.
     text = torch.frombuffer(bytearray(json.dumps(metrics).encode()), dtype=torch.uint8).to(worker.device)
     size = torch.tensor([len(text)], device=worker.device)
     torch.distributed.broadcast(size, src=0)

@@ -19,8 +19,8 @@ from raydistill.evaluation import latency
 from raydistill.evaluation.latency import Timing
 from raydistill.inference.engines import open_engine
 from raydistill.models import loading
+from raydistill.models.teacher import open_teacher
 from raydistill.search.shape_latency import time_shape
-from raydistill.training.tokenized_data import open_teacher
 from tests.factories.models import save_tiny
 
 

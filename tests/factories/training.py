@@ -21,6 +21,7 @@ from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.loop import fit
+from raydistill.training.optimizer_step import OptimizerStep
 from tests.factories.models import save_tiny, sentences
 
 KD_LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
@@ -106,7 +107,7 @@ def transformers_forward(model, distillation, batch, encoder_states=None):
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:
-    """The norm of `a - b` relative to that of `b`."""
+    """The norm of `a - b` divided by the norm of `b`."""
     return float((a - b).norm() / b.norm())
 
 
@@ -139,7 +140,8 @@ def fail_if_called(_metrics, _folder):
 def fit_and_record(distillation, settings, folder, report=no_report, validate=None):
     """Train in `folder`; returns the validations' metrics without times and scores, and the state at the end."""
     folder.mkdir(exist_ok=True)
-    state = fit(distillation, settings, validate or rising_scores(distillation), folder, report)
+    step = OptimizerStep.create(distillation, settings)
+    state = fit(step, folder, validate or rising_scores(distillation), report)
     return [{k: v for k, v in m.items() if k not in (*TIMING_METRICS, "score")} for m in state.history], state
 
 

@@ -11,13 +11,13 @@ from raydistill.jobs import teacher_cache
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import CacheRequest, build_teacher_cache, resolve_auto_precision, resolve_cache_mode
 from raydistill.models.loading import load_model
+from raydistill.models.teacher import open_teacher
 from raydistill.search import prepare
 from raydistill.teacher_cache import store
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.policy import EpochTimes
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
-from raydistill.training.tokenized_data import open_teacher
 from tests.factories.teacher_cache import cached_run
 from tests.factories.workspace import make_world
 

@@ -16,7 +16,7 @@ from raydistill.core.files import CHECKPOINT_METADATA
 from raydistill.evaluate import training_languages
 from raydistill.models import loading
 from raydistill.models.hub import hub_commit, weight_files
-from raydistill.training.tokenized_data import open_teacher
+from raydistill.models.teacher import open_teacher
 from tests.factories.models import FAMILIES, lay_out_model, save_tiny, sentences
 from tests.factories.workspace import command, corpus_rows, last_json
 

@@ -214,8 +214,8 @@ def test_parameters_of_bart_large_xsum_students_are_the_papers(size, millions):
 
 def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
     from raydistill.config.run import Run
+    from raydistill.models.teacher import open_teacher
     from raydistill.training.student import make_student
-    from raydistill.training.tokenized_data import open_teacher
 
     teacher, other = save_tiny("bart", tmp_path / "t", seed=0), save_tiny("bart", tmp_path / "o", seed=1)
     settings = {"name": "r", "teacher": str(teacher), "dataset": str(tmp_path)}
@@ -230,7 +230,7 @@ def test_a_run_names_the_checkpoint_that_its_decoder_layers_come_from(tmp_path):
 def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeypatch):
     """Every run asks this of its teacher; here the table of layers is wrong on purpose."""
     from raydistill.models import shrinking as module
-    from raydistill.training.tokenized_data import open_teacher
+    from raydistill.models.teacher import open_teacher
 
     folder = save_tiny("bart", tmp_path / "t")
     assert 0 <= open_teacher(str(folder), Dataset(name="a")).alignment_error <= 1e-5
@@ -240,7 +240,7 @@ def test_a_teacher_whose_full_copy_is_another_model_is_refused(tmp_path, monkeyp
 
 
 def test_runs_on_other_numbers_of_rows_share_a_teacher(tmp_path):
-    from raydistill.training.tokenized_data import open_teacher
+    from raydistill.models.teacher import open_teacher
 
     folder = str(save_tiny("bart", tmp_path / "t"))
     few, many = Dataset(name="a", train_rows=10), Dataset(name="a", train_rows=20)

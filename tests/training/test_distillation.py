@@ -11,7 +11,7 @@ from raydistill.config.run import LayerChoice, Loss, Run, Student
 from raydistill.models import families
 from raydistill.models.loading import load_model
 from raydistill.teacher_cache.layout import CacheDtypes
-from raydistill.training.run import frozen_lm_head_weight
+from raydistill.training.teacher_states import frozen_lm_head_weight
 from tests.factories.models import FAMILIES
 from tests.factories.training import (
     loss_and_gradient,

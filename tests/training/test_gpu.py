@@ -1,4 +1,4 @@
-"""Training on a GPU: losses and texts equal those of a CPU, and a step never waits for the device."""
+"""Training on a GPU: losses and texts are equal to a CPU's, and a step never waits for the device."""
 
 import copy
 from dataclasses import replace
@@ -9,14 +9,14 @@ import torch
 from raydistill.config.run import Training
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
-from raydistill.training.loop import make_optimizer, read_step_inputs, train_step
+from raydistill.training.optimizer_step import OptimizerStep
 from raydistill.training.workers import Worker
 from tests.factories.models import FAMILIES
 from tests.factories.training import flat_weights, relative_distance, text_pairs, tiny_distillation, with_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 BATCH = list(range(6))
-SETTINGS = Training(batch_size=6, learning_rate=1e-3)
+SETTINGS = Training(batch_size=6, learning_rate=1e-3, precision="fp32")
 
 
 def on_gpu(distillation):
@@ -27,13 +27,8 @@ def on_gpu(distillation):
 
 def run_steps(distillation, device, count=3):
     """Take a few steps; returns the loss terms of each, and the student's weights after the last."""
-    worker = Worker(device=device)
-    parameters = [p for p in distillation.student.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, SETTINGS)
-    terms = []
-    for _ in range(count):
-        inputs = read_step_inputs(distillation, BATCH, SETTINGS, worker)
-        terms.append(train_step(distillation, inputs, SETTINGS, worker, None, parameters, optimizer))
+    step = OptimizerStep.create(distillation, SETTINGS, Worker(device=device))
+    terms = [step.run(step.read_inputs(BATCH)) for _ in range(count)]
     means = [{name: float(value) for name, value in step_terms.items()} for step_terms in terms]
     return means, flat_weights(distillation.student).cpu()
 
@@ -58,13 +53,12 @@ def test_step_from_the_cache_never_waits_for_the_gpu(family, tmp_path):
     distillation = tiny_distillation(family, tmp_path / "t")
     distillation = on_gpu(with_cache(distillation, distillation.teacher, tmp_path / "cache"))
     run_steps(distillation, "cuda", 1)
-    worker = Worker(device="cuda")
-    parameters = [p for p in distillation.student.parameters() if p.requires_grad]
-    optimizer = make_optimizer(parameters, SETTINGS)
-    inputs = read_step_inputs(distillation, BATCH, SETTINGS, worker)
+    settings = SETTINGS.model_copy(update={"precision": "bf16"})
+    step = OptimizerStep.create(distillation, settings, Worker(device="cuda"))
+    inputs = step.read_inputs(BATCH)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(distillation, inputs, SETTINGS, worker, torch.bfloat16, parameters, optimizer)
+        step.run(inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

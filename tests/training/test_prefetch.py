@@ -29,11 +29,11 @@ def test_items_are_prefetched_and_waiting_is_counted():
 def test_error_of_the_source_is_raised_where_the_item_is_taken():
     def fails():
         yield 1
-        raise UserError("the part is gone")
+        raise UserError("the part is missing")
 
     with prefetch(fails()) as feed:
         assert next(feed) == 1
-        with pytest.raises(UserError, match="gone"):
+        with pytest.raises(UserError, match="missing"):
             next(feed)
 
 

@@ -9,16 +9,17 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
+from raydistill.core.files import SCHEMA_VERSION
 from raydistill.data.batching import Examples
 from raydistill.models import families
-from raydistill.models.freezing import resolve_frozen_parts
 from raydistill.models.loading import load_model
+from raydistill.models.teacher import open_teacher
 from raydistill.results.records import read_trials
 from raydistill.training import loop, validation
 from raydistill.training.inputs import RunInputs
-from raydistill.training.run import collapse_reason, make_distillation_step, train
-from raydistill.training.student import make_student
-from raydistill.training.tokenized_data import open_teacher
+from raydistill.training.run import collapse_reason, train
+from raydistill.training.student import StudentSetup, make_student
+from raydistill.training.teacher_states import make_distillation_step
 from raydistill.training.workers import Worker
 from tests.factories.models import save_tiny
 from tests.factories.training import (
@@ -57,7 +58,7 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
         assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
     assert sorted(p.name for p in folder.iterdir()) == [
-        *(".lock", "best", "metrics.jsonl", "origin.json", "result.json", "rows.npz", "run.json")
+        *(".lock", "best", "metrics.jsonl", "input_fingerprints.json", "result.json", "rows.npz", "run.json")
     ]
 
     metadata = parse_json_file(folder / "best" / "raydistill.json")
@@ -65,11 +66,8 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
     assert (metadata["size"], metadata["method"]) == ("2-1", method)
     assert metadata["copied"] == {"encoder": [0, 1], "decoder": [0]}
     assert metadata["supervised"] == {"encoder": [0, 1], "decoder": [2]}
-    assert (
-        metadata["config"]
-        == parse_json_file(folder / "run.json")
-        == make_run(workspace, method).model_dump(mode="json")
-    )
+    assert metadata["config"] == make_run(workspace, method).model_dump(mode="json")
+    assert parse_json_file(folder / "run.json") == {"schema": SCHEMA_VERSION, **metadata["config"]}
     assert set(metadata["data"]) == set(metadata["scores"]) | {"train"} == {"train", "validation", "test"}
     assert metadata["scores"]["validation"]["rouge2"] == result["metrics"]["rouge2"]
     assert metadata["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
@@ -149,10 +147,10 @@ def test_run_reads_the_configured_cache_and_runs_the_teacher_when_needed(
     run = make_run(workspace, "kd", student={"size": size}, training={"teacher_cache": setting, **training})
     teacher = open_teacher(str(workspace / "teacher"), Dataset(name=str(workspace)))
     student, layers = make_student(run, teacher)
+    setup = StudentSetup(student, teacher.tokenizer, layers, teacher)
     examples = Examples([[5, 6, 2]], [[7, 2]], [0])
-    frozen = resolve_frozen_parts(run, layers)
     inputs = RunInputs(cache_root=tmp_path, cache_mode=auto_mode)
-    distillation = make_distillation_step(run, student, layers, teacher, examples, frozen, inputs, Worker())
+    distillation = make_distillation_step(run, setup, examples, inputs, Worker())
     sources = (distillation.cached_encoder_states, distillation.cached_decoder_states, distillation.teacher)
     assert tuple(bool(source) for source in sources) == reads
 

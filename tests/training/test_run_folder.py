@@ -11,11 +11,13 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
+from raydistill.core.files import SCHEMA_VERSION
 from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.models.saving import save_checkpoint
 from raydistill.training import run_folder
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
-from raydistill.training.run_folder import run_lock, save_checkpoint
+from raydistill.training.run_folder import run_lock
 from raydistill.training.tokenized_data import input_fingerprints
 from tests.factories.models import save_tiny
 from tests.factories.training import fail_if_called, make_run, no_report, parse_json_file
@@ -62,13 +64,13 @@ def test_resume_with_another_teacher_or_other_data_is_rejected(workspace, tmp_pa
     run = make_run(workspace)
     with pytest.raises(KeyboardInterrupt):
         train(run, tmp_path / "run", interrupt)
-    path = tmp_path / "run" / "origin.json"
+    path = tmp_path / "run" / "input_fingerprints.json"
     recorded = parse_json_file(path)
     assert recorded == input_fingerprints(run)
     path.write_text(
         json.dumps(recorded | ({"teacher": "other"} if part == "teacher" else {"data": {"train": "other"}}))
     )
-    with pytest.raises(UserError, match=f"the {part}.* changed since this run was begun"):
+    with pytest.raises(UserError, match=f"inputs changed since this run was started: {part}"):
         train(run, tmp_path / "run", fail_if_called)
     path.write_text(json.dumps(recorded))
     assert train(run, tmp_path / "run", no_report)["status"] == "done"
@@ -77,7 +79,7 @@ def test_resume_with_another_teacher_or_other_data_is_rejected(workspace, tmp_pa
 def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
     """A worker that outlives its driver still holds the lock: the next process waits for it."""
     monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 0.2)
-    with run_lock(tmp_path), pytest.raises(UserError, match="another process trains this run"):
+    with run_lock(tmp_path), pytest.raises(UserError, match="another process is training this run"):
         train(make_run(workspace), tmp_path, fail_if_called)
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 30)
@@ -111,3 +113,14 @@ def test_best_checkpoint_replaces_an_older_one(workspace, tmp_path):
     (tmp_path / "run" / "best" / "stale").touch()
     assert train(run, tmp_path / "run", no_report, RunInputs())["best_step"] == whole["best_step"]
     assert not (tmp_path / "run" / "best" / "stale").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_folder_of_an_older_schema_is_rejected_with_a_remedy(workspace, tmp_path, name):
+    folder = tmp_path / "run"
+    train(make_run(workspace), folder, no_report)
+    record = parse_json_file(folder / name)
+    assert record["schema"] == SCHEMA_VERSION
+    (folder / name).write_text(json.dumps({key: value for key, value in record.items() if key != "schema"}))
+    with pytest.raises(UserError, match=rf"{name}: schema version 1, but .* reads {SCHEMA_VERSION}\. Move "):
+        train(make_run(workspace), folder, fail_if_called)

@@ -8,6 +8,7 @@ import torch
 
 from raydistill.training import loop
 from raydistill.training.loop import fit
+from raydistill.training.optimizer_step import OptimizerStep
 from tests.factories.training import (
     SETTINGS,
     fit_and_record,
@@ -95,13 +96,16 @@ def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tm
         time.sleep(0.2)
         return save_weights(folder)
 
+    def step():
+        return OptimizerStep.create(distillation, SETTINGS)
+
     folder = tmp_path / "run"
     folder.mkdir()
     with pytest.raises(Killed):
-        fit(distillation, SETTINGS, slow_validation, folder, kill_at_step(3), started_at=time.monotonic() - 5)
+        fit(step(), folder, slow_validation, kill_at_step(3), started_at=time.monotonic() - 5)
     saved = parse_json_file(folder / "state.json")["seconds"]
     assert 5.6 <= saved < 8
-    state = fit(distillation, SETTINGS, slow_validation, folder, no_report, started_at=time.monotonic() - 5)
+    state = fit(step(), folder, slow_validation, no_report, started_at=time.monotonic() - 5)
     assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
     assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
 

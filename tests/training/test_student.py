@@ -7,9 +7,9 @@ import torch
 
 from raydistill.config.run import Dataset
 from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.models.teacher import open_teacher
 from raydistill.training.run import train
 from raydistill.training.student import make_student
-from raydistill.training.tokenized_data import open_teacher
 from tests.factories.training import make_run, no_report, parse_json_file
 
 

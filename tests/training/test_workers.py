@@ -6,6 +6,7 @@ import torch
 from raydistill.config.run import Training
 from raydistill.results.records import read_trials
 from raydistill.training.loop import fit
+from raydistill.training.optimizer_step import OptimizerStep
 from raydistill.training.workers import Worker
 from tests.factories.training import (
     FP32,
@@ -34,9 +35,8 @@ def _train_worker(rank, world_size, folder, cached):
     )
     distillation = make_distillation(folder, cached)
     settings = Training(**DATA_PARALLEL, workers=world_size)
-    state = fit(
-        distillation, settings, rising_scores(distillation), folder / "run", no_report, Worker(rank, world_size, "cpu")
-    )
+    step = OptimizerStep.create(distillation, settings, Worker(rank, world_size, "cpu"))
+    state = fit(step, folder / "run", rising_scores(distillation), no_report)
     torch.save((flat_weights(distillation.student), state.history), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -48,7 +48,8 @@ def test_two_workers_train_the_weights_of_one_worker(cached, tmp_path):
     start = flat_weights(single.student)
     (tmp_path / "single").mkdir()
     (tmp_path / "run").mkdir()
-    state = fit(single, Training(**DATA_PARALLEL), rising_scores(single), tmp_path / "single", no_report)
+    step = OptimizerStep.create(single, Training(**DATA_PARALLEL))
+    state = fit(step, tmp_path / "single", rising_scores(single), no_report)
     torch.multiprocessing.spawn(_train_worker, (2, tmp_path, cached), nprocs=2)
     for rank in (0, 1):
         weights, history = torch.load(tmp_path / f"rank{rank}.pt")
@@ -65,7 +66,8 @@ def test_running_trial_is_charged_for_its_gpus_or_cpu_threads(tmp_path):
     folder = tmp_path / "trials" / "run"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text("{}")
-    state = fit(distillation, threads, rising_scores(distillation), folder, no_report)
+    step = OptimizerStep.create(distillation, threads)
+    state = fit(step, folder, rising_scores(distillation), no_report)
     [trial] = read_trials(tmp_path)
     assert (trial.status, trial.device_hours) == ("running", state.history[-1]["gpu_hours"])
     assert trial.device_hours == pytest.approx(3 * state.history[-1]["time_s"] / 3600, rel=0.01)

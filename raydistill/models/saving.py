@@ -1,0 +1,32 @@
+"""Saves checkpoints: a model and its tokenizer in a folder that `from_pretrained` reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.core.files import atomic_dir
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a model (as safetensors) and its tokenizer, completely or not at all.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    with safetensors_os_error(folder), atomic_dir(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def safetensors_os_error(path: Path) -> Iterator[None]:
+    """A block in which an error of safetensors while writing `path`, such as a full disk, becomes an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"{path}: could not be written ({error}); no data is lost: free disk space and run the command again"
+        ) from None

@@ -1,0 +1,83 @@
+"""A teacher with everything that depends on the teacher and the data set alone."""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.config.presets import TeacherPreset, teacher_preset
+from raydistill.config.run import Dataset
+from raydistill.core.machine import malloc_trim
+from raydistill.models.hub import hub_commit
+from raydistill.models.loading import (
+    Languages,
+    load_model,
+    load_tokenizer,
+    locate_checkpoint,
+    resolve_languages,
+    set_target_language,
+    teacher_key,
+)
+from raydistill.models.shrinking import check_full_depth_copy
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher that the runs of one process share.
+
+    Attributes:
+        location: Its folder, or its name and revision on the hub.
+        tokenizer: Its tokenizer, with the languages of the data set.
+        key: Content key of weights, config and tokenizer.
+        preset: Its preset; None for a checkpoint without one.
+        alignment_error: Largest difference of the logits of a full-depth copy, relative to the largest logit.
+        languages: Source and target language; None where the model has none.
+        commit: Commit of the loaded files on the hub; None for a folder.
+    """
+
+    location: str
+    tokenizer: PreTrainedTokenizerBase
+    key: str
+    preset: TeacherPreset | None
+    alignment_error: float
+    languages: Languages | None
+    commit: str | None
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The frozen model on the CPU; loaded at the first access, and again after `unload_model`."""
+        return _load_frozen_model(self.location, self.tokenizer)
+
+    def unload_model(self) -> None:
+        """Free the memory of the weights."""
+        self.__dict__.pop("model", None)
+        malloc_trim()
+
+
+def open_teacher(name: str, dataset: Dataset) -> Teacher:
+    """Open a teacher once per process, and check its weights.
+
+    The teacher depends on the name and the languages of the data set: runs on different numbers of rows share it.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded, or a full-depth copy gives other logits.
+    """
+    return _open_teacher(name, dataset.name, resolve_languages(name, dataset))
+
+
+@lru_cache(maxsize=2)
+def _open_teacher(name: str, dataset: str, languages: Languages | None) -> Teacher:
+    preset, location = teacher_preset(name, dataset), locate_checkpoint(name, dataset)
+    tokenizer = load_tokenizer(location, languages)
+    model = _load_frozen_model(location, tokenizer)
+    alignment_error = check_full_depth_copy(model, name)
+    key, commit = teacher_key(location), hub_commit(location)
+    teacher = Teacher(location, tokenizer, key, preset, alignment_error, languages, commit)
+    teacher.__dict__["model"] = model  # the value of the cached property: the weights are read once
+    return teacher
+
+
+def _load_frozen_model(location: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    model = load_model(location)
+    set_target_language(model, tokenizer)
+    return model.requires_grad_(False)
