@@ -1,129 +1,89 @@
-"""A sweep as one self-contained page: the front to point at, the choices, the learning curves, the costs.
+"""A sweep's report: table.md, the plots, and one self-contained HTML page with tooltips on the front's markers.
 
-The pictures are the same SVGs that matplotlib draws for print. A short script shows what a mark stands for; nothing is
-loaded from anywhere, so that the page works as a file, as an MLflow artifact and without a network.
+The page loads nothing over the network, so that it works as a local file and as an MLflow artifact.
 """
 
-import html
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
+from markupsafe import Markup
+
 from raydistill.core.files import write_atomic
-from raydistill.results.costs import method_table
-from raydistill.results.curves import plot_learning_curves
+from raydistill.results.formatting import format_interval
+from raydistill.results.plots import marker_id, plot_front, plot_learning_curves
 from raydistill.results.records import Trial, decoding_label
 from raydistill.results.selection import Selection
 from raydistill.results.served_students import SERVED_FILE
 from raydistill.results.tables import (
-    METRIC_NAMES,
     choices_table,
     format_trial_counts,
     markdown_table,
-    marker_id,
-    plot_selection_front,
+    method_table,
+    metric_name,
     result_tables,
 )
 
-LAST_WRITTEN = "table.md"  # written last: the pictures are no older than it
+LAST_WRITTEN = "table.md"  # its modification time shows whether the report is up to date
 REPORT_FILES = ("front.png", "curves.png", "front.html", LAST_WRITTEN)
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }
-svg { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top }
-#facts { position: fixed; background: #fff; border: 1px solid #999; border-radius: 4px; padding: .5rem .7rem;
-  box-shadow: 0 2px 8px #0003; font-size: 13px; pointer-events: none; white-space: pre; display: none }
-[data-facts] { cursor: pointer; outline-offset: 3px }
-"""
-SCRIPT = """
-const box = document.getElementById("facts");
-const facts = JSON.parse(document.getElementById("data").textContent);
-for (const [id, lines] of Object.entries(facts)) {
-  const mark = document.getElementById(id);
-  if (!mark) continue;
-  mark.dataset.facts = "";
-  mark.setAttribute("tabindex", "0");
-  mark.setAttribute("aria-label", lines.join(", "));
-  const show = () => {
-    const at = mark.getBoundingClientRect();
-    box.textContent = lines.join("\\n");
-    box.style.display = "block";
-    box.style.left = Math.max(4, Math.min(at.right + 8, innerWidth - box.offsetWidth - 8)) + "px";
-    box.style.top = Math.max(4, Math.min(at.top, innerHeight - box.offsetHeight - 8)) + "px";
-  };
-  mark.addEventListener("mouseenter", show);
-  mark.addEventListener("focus", show);
-  for (const end of ["mouseleave", "blur"]) mark.addEventListener(end, () => (box.style.display = "none"));
-}
-"""
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def write_report(selection: Selection) -> list[Path]:
     """Write SWEEP/table.md and, once a trial is scored, front.png, curves.png and front.html; returns the paths."""
-    text = "\n\n".join(markdown_table(*part) for part in result_tables(selection))
     files: dict[str, bytes] = {}
     if any(trial.scored for trial in selection.trials):
         files |= {
-            "front.png": plot_selection_front(selection, "png"),
+            "front.png": plot_front(selection),
             "curves.png": plot_learning_curves(selection),
             "front.html": render_page(selection).encode(),
         }
-    files[LAST_WRITTEN] = (text + "\n").encode()
+    tables = "\n\n".join(markdown_table(*table) for table in result_tables(selection))
+    files[LAST_WRITTEN] = (tables + "\n").encode()
     for name, content in files.items():
         write_atomic(selection.sweep / name, content)
     return [selection.sweep / name for name in files]
 
 
 def refresh_report(selection: Selection) -> list[Path]:
-    """The report's files, written anew only where a trial has ended, or a student was served or chosen, since."""
-    stamp = selection.sweep / LAST_WRITTEN
-    told = [selection.sweep / "sweep.json", selection.sweep / SERVED_FILE]
-    told += [trial.folder / name for trial in selection.trials for name in ("result.json", SERVED_FILE)]
-    latest = max(path.stat().st_mtime_ns for path in told if path.is_file())
-    if stamp.is_file() and stamp.stat().st_mtime_ns > latest:
+    """Write the report's files again if a trial finished, a student was served or a choice changed; returns the paths.
+
+    The running trials' new validations alone do not cause an update.
+    """
+    inputs = [selection.sweep / "sweep.json", selection.sweep / SERVED_FILE]
+    inputs += [trial.folder / name for trial in selection.trials for name in ("result.json", SERVED_FILE)]
+    latest_ns = max(path.stat().st_mtime_ns for path in inputs if path.is_file())
+    last_written = selection.sweep / LAST_WRITTEN
+    if last_written.is_file() and last_written.stat().st_mtime_ns > latest_ns:
         return [path for name in REPORT_FILES if (path := selection.sweep / name).is_file()]
     return write_report(selection)
 
 
 def render_page(selection: Selection) -> str:
-    """The page's text."""
-    tables = [
-        ("Choices", choices_table(selection)),
-        ("What each method cost", method_table(selection)),
-        *zip(("Trials", "Finalists as they serve, on real rows"), result_tables(selection), strict=False),
-    ]
-    measured = sorted(set(map(selection.measured_with, selection.students)))
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(selection.name)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(selection.name)}</h1><p>{html.escape(format_trial_counts(selection.trials))}. Point at a "
-        f"mark, or move to ",
-        "it with the tab key, to see what it is.</p>",
-        _inline_svg(plot_selection_front(selection, "svg")),
-        *[f"<h2>{title}</h2>{_html_table(*table)}" for title, table in tables[:2]],
-        "<h2>Learning curves</h2>",
-        _inline_svg(plot_learning_curves(selection, "svg")),
-        *[f"<h2>{title}</h2>{_html_table(*table)}" for title, table in tables[2:]],
-        *[f"<p>Milliseconds with {html.escape(how)}.</p>" for how in measured if how],
-        '<div id="facts" role="status"></div>',
-        f'<script type="application/json" id="data">{_script_json(make_tooltips(selection))}</script>',
-        f"<script>{SCRIPT}</script></body></html>",
-    ]
-    return "\n".join(parts)
+    """The page's HTML; all text from the sweep is escaped."""
+    setups = sorted(set(map(selection.measured_with, selection.students)))
+    result_titles = ("Trials", "Finalists as served, on real rows")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=selection.name,
+        trial_counts=format_trial_counts(selection.trials),
+        front_svg=_svg_element(plot_front(selection, "svg")),
+        curves_svg=_svg_element(plot_learning_curves(selection, "svg")),
+        summary_tables=[("Choices", *choices_table(selection)), ("Cost of each method", *method_table(selection))],
+        result_tables=[(title, *table) for title, table in zip(result_titles, result_tables(selection), strict=False)],
+        setups=list(filter(None, setups)),
+        tooltips=make_tooltips(selection),
+    )
 
 
 def make_tooltips(selection: Selection) -> dict[str, list[str]]:
-    """What is shown of every mark, line by line, by the mark's id."""
-    shown = {marker_id(student.key): _student_tooltip(selection, student) for student in selection.plotted_trials}
+    """The lines of the tooltip of every marker on the front, by marker id."""
+    tooltips = {marker_id(student.key): _student_tooltip(selection, student) for student in selection.plotted_trials}
     teacher = selection.teacher
     score = (teacher.get("metrics") or {}).get(selection.metric)
     if score is not None:
         lines = [f"teacher {teacher.get('name', '')} ({teacher.get('size', '')})", f"{selection.metric} {score:.2f}"]
-        shown["teacher"] = lines + _cost_lines(teacher.get("costs") or {})
-    return shown
+        tooltips["teacher"] = lines + _cost_lines(teacher.get("costs") or {})
+    return tooltips
 
 
 def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
@@ -131,41 +91,33 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     lines += [f"{side} layers copied: {' '.join(map(str, layers))}" for side, layers in student.copied.items()]
     if student.decoding:
         lines.append(decoding_label(student.decoding))
-    score, name = student.score(selection.metric), METRIC_NAMES.get(selection.metric, selection.metric)
-    if score is not None:
-        interval = f" [{student.interval[0]:.2f}, {student.interval[1]:.2f}]" if student.interval else ""
-        lines.append(f"{name} {score:.2f}{interval} on validation")
-    budgets = [budget for budget, key in selection.chosen.items() if key == student.key]
-    lines += [f"chosen for {', '.join(budgets)}"] if budgets else []
-    lines += ["stopped early"] if student.status == "stopped" else []
-    measured = selection.measured_with(student)
-    return [*lines, *_cost_lines(student.metrics), *([f"measured with {measured}"] if measured else [])]
+    if (score := student.score(selection.metric)) is not None:
+        interval = f" {format_interval(*student.interval)}" if student.interval else ""
+        lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on validation")
+    if budgets := selection.budgets_of(student.key):
+        lines.append(f"chosen for {', '.join(budgets)}")
+    if student.status == "stopped":
+        lines.append("stopped early")
+    lines += _cost_lines(student.metrics)
+    if measured := selection.measured_with(student):
+        lines.append(f"measured with {measured}")
+    return lines
 
 
 def _cost_lines(costs: dict[str, float]) -> list[str]:
-    words = {
-        "latency_ms": "{:.1f} ms for 32 rows",
-        "latency_ms_own": "{:.1f} ms when it was timed itself",
-        "latency_ms_b1": "{:.1f} ms for one",
+    formats = {
+        "latency_ms": "{:.1f} ms for a batch of 32",
+        "latency_ms_unpooled": "{:.1f} ms in its own measurement",
+        "latency_ms_b1": "{:.1f} ms for one row",
         "params_m": "{:.1f} M parameters",
+        "speedup": "{:.2f} times the teacher's speed",
+        "peak_mb": "{:.0f} MB of peak memory",
+        "gpu_hours": "{:.3f} device-hours",
     }
-    words |= {"speedup": "{:.2f} times the teacher's speed"}
-    words |= {"peak_mb": "{:.0f} MB at most", "gpu_hours": "{:.3f} device-hours"}
-    return [text.format(costs[key]) for key, text in words.items() if key in costs]
+    return [text.format(costs[key]) for key, text in formats.items() if key in costs]
 
 
-def _inline_svg(content: bytes) -> str:
-    """The picture without its XML prologue, which has no place in a page."""
+def _svg_element(content: bytes) -> Markup:
+    """The <svg> element of an SVG file, without the XML prologue, which is not valid inside HTML."""
     text = content.decode()
-    return text[text.index("<svg") :]
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _script_json(data: dict[str, list[str]]) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    return json.dumps(data).replace("<", "\\u003c")
+    return Markup(text[text.index("<svg") :])

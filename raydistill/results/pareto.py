@@ -1,9 +1,9 @@
-"""What fits a budget, what is on the Pareto front, and which student to take: pure functions."""
+"""Budgets, the Pareto front and the choice of a student, as pure functions over candidates."""
 
 import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,24 @@ COST_UNITS = {
     "latency_ms_b1": "ms for one row",
     "params_m": "million parameters",
     "memory_mb": "MB of weights",
-    "peak_mb": "MB held while writing a batch of 32",
+    "peak_mb": "MB of peak memory for a batch of 32",
     "gpu_hours": "device-hours",
 }
-# Measured with a clock, and so never twice the same; with how several measurements of one thing become one.
+# Timings are noisy; each maps to the function that combines several measurements of equal configurations.
 TIMING_REDUCERS: dict[str, Callable[[list[float]], float]] = {
-    f"{name}{end}": combined
+    f"{name}{suffix}": reducer
     for name in ("latency_ms", "latency_ms_b1")
-    for end, combined in (("", statistics.median), ("_low", min), ("_high", max))
+    for suffix, reducer in (("", statistics.median), ("_low", min), ("_high", max))
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finished student: its validation score (higher is better) and `rows`, the per-row statistics or None."""
+    """A scored student.
+
+    `score` is on validation, higher is better. `rows` holds the per-row statistics of the score as the metric's
+    bootstrap reads them, or None if they were not kept. `costs` are in the units of `COST_UNITS`.
+    """
 
     key: str
     score: float
@@ -40,10 +44,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The student to take (None: nothing fits), and why, in a sentence or two.
+    """The chosen student and the reason for choosing it, in one or two sentences.
 
-    `highest` has the highest score within the bounds. `indistinguishable` are the cheaper ones within them
-    whose score could be the same, cheapest first; `best` is the first of these, or `highest` without any.
+    `best` is None if no student fits the bounds. `highest` has the highest score within the bounds.
+    `indistinguishable` are the cheaper students within the bounds whose scores are not significantly different from the
+    highest, cheapest first; `best` is the first of them, or `highest` if there are none. `comparisons` holds the
+    difference highest - candidate by candidate key.
     """
 
     best: Candidate | None
@@ -54,84 +60,94 @@ class Choice:
 
 
 def resolve_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> dict[str, float]:
-    """Bounds as numbers; "50%" is half of what the teacher costs. A UserError where that was not measured."""
+    """Convert bounds to numbers; "50%" is half of the teacher's cost.
+
+    Raises:
+        UserError: a bound is a percentage of a cost that was not measured on the teacher.
+    """
     numbers = {}
     for key, bound in bounds.items():
         text = str(bound).strip()
         if not text.endswith("%"):
             numbers[key] = float(text)
         elif teacher_costs.get(key) is None:
-            raise UserError(f"{key}={text}: the teacher has no measured {key} to take a share of; give a number")
+            raise UserError(f"{key}={text}: the teacher has no measured {key}; give a number instead of a percentage")
         else:
             numbers[key] = float(text[:-1]) / 100 * teacher_costs[key]
     return numbers
 
 
 def resolve_budgets(budgets: dict[str, dict[str, Any]], teacher_costs: dict[str, float]) -> list[dict[str, float]]:
-    """Every budget's bounds as numbers; one with a share of what was not measured on the teacher bounds nothing."""
-    found = []
+    """Convert every budget's bounds to numbers; a budget that cannot be resolved has no bounds."""
+    resolved = []
     for bounds in budgets.values():
         try:
-            found.append(resolve_bounds(bounds, teacher_costs))
-        except UserError:  # `outcome` tells of it
-            found.append({})
-    return found
+            resolved.append(resolve_bounds(bounds, teacher_costs))
+        except UserError:  # `load_selection` reports it
+            resolved.append({})
+    return resolved
 
 
 def feasible(candidates: Sequence[Candidate], bounds: dict[str, float]) -> list[Candidate]:
-    """Those within every bound (a bound is inclusive); a cost that was not measured fits no bound on it."""
+    """Candidates within every bound (inclusive); a cost that was not measured exceeds any bound."""
     return [c for c in candidates if all(_share_of_bound(c, key, bound) <= 1 for key, bound in bounds.items())]
 
 
 def fits_any_budget(costs: dict[str, float], budgets: Sequence[dict[str, float]]) -> bool:
-    """Whether some budget could admit a student of these costs; what is not known of it (yet) is no obstacle.
-
-    Without budgets everything is admitted.
-    """
+    """Whether the known costs fit at least one budget; unknown costs are ignored, and no budgets admit everything."""
     return not budgets or any(
         all(costs[key] <= bound for key, bound in bounds.items() if key in costs) for bounds in budgets
     )
 
 
 def pool_latency(costs: Sequence[dict[str, float]], groups: Sequence[Hashable]) -> list[dict[str, float]]:
-    """The costs, with the median over all that are `groups` in the place of each one's own milliseconds.
+    """Replace the timings of each student by the timings pooled over its group.
 
-    `groups` names for each what decides its speed (shape, beams, engine). Of two that are alike one is the faster by
-    noise, or by the length of what it wrote; so neither is cheaper, and the higher score wins. Lowest and highest
-    become those of all.
+    Students of one group (shape, beams, engine) differ in speed only by noise or by the length of their outputs, so
+    none of them counts as cheaper. Latencies become the group's median; the `_low` and `_high` ends become the group's
+    minimum and maximum. Other costs stay.
+
+    Args:
+        costs: costs of each student.
+        groups: for each student, the key of its group; same length as `costs`.
     """
     pooled: dict[tuple[Hashable, str], list[float]] = {}
-    for one, group in zip(costs, groups, strict=True):
-        for name in one.keys() & TIMING_REDUCERS.keys():
-            pooled.setdefault((group, name), []).append(one[name])
+    for own_costs, group in zip(costs, groups, strict=True):
+        for name in own_costs.keys() & TIMING_REDUCERS.keys():
+            pooled.setdefault((group, name), []).append(own_costs[name])
     return [
         {
             name: TIMING_REDUCERS[name](pooled[group, name]) if name in TIMING_REDUCERS else value
-            for name, value in one.items()
+            for name, value in own_costs.items()
         }
-        for one, group in zip(costs, groups, strict=True)
+        for own_costs, group in zip(costs, groups, strict=True)
     ]
 
 
 def pareto_front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:
-    """The Pareto front, cheapest first: those that no other beats in score or cost without losing in the other.
+    """Candidates that no other candidate dominates in score and cost, cheapest first.
 
-    Candidates that tie in both are all kept; one without this cost is left out.
+    Candidates that tie in both are all kept; candidates without this cost are left out.
     """
     priced = [c for c in candidates if cost in c.costs]
-    kept: list[Candidate] = []
+    front: list[Candidate] = []
     for c in sorted(priced, key=lambda c: (c.costs[cost], -c.score)):
-        tie = kept and (kept[-1].costs[cost], kept[-1].score) == (c.costs[cost], c.score)
-        if not kept or c.score > kept[-1].score or tie:
-            kept.append(c)
-    return kept
+        ties_with_last = front and (front[-1].costs[cost], front[-1].score) == (c.costs[cost], c.score)
+        if not front or c.score > front[-1].score or ties_with_last:
+            front.append(c)
+    return front
 
 
 def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: str) -> Choice:
-    """The highest score within the bounds, or the cheapest that cannot be told from it.
+    """Choose the cheapest candidate within the bounds whose score is not significantly below the highest.
 
-    A cheaper candidate "cannot be told" from the highest where the 95 % interval of their difference, by a
-    paired bootstrap over the validation rows, holds 0. Cheaper is by the first bounded cost, else by `latency_ms`.
+    A score is not significantly different if the 95 % interval of the difference, from a paired bootstrap over the
+    validation rows, contains 0. Candidates are compared by the first bounded cost, or by `latency_ms` without bounds.
+
+    Args:
+        candidates: scored students.
+        bounds: inclusive upper bounds by cost.
+        metric: name of the score, "rouge2" or "bleu".
     """
     cost = next(iter(bounds), "latency_ms")
     within = feasible(candidates, bounds)
@@ -139,58 +155,57 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
         return Choice(None, None, [], {}, _explain_nearest_miss(candidates, bounds))
     highest = min(within, key=lambda c: (-c.score, c.costs.get(cost, math.inf), c.key))
     cheaper = [c for c in within if c.costs.get(cost, math.inf) < highest.costs.get(cost, math.inf)]
-    compared = {c.key: found for c in cheaper if (found := _compare(metric, highest, c)) is not None}
-    same = [c for c in cheaper if c.key in compared and compared[c.key].low <= 0 <= compared[c.key].high]
-    same.sort(key=lambda c: (c.costs[cost], -c.score, c.key))
-    best = same[0] if same else highest
-    return Choice(best, highest, same, compared, _explain_choice(best, highest, same, compared, bounds, metric, cost))
+    comparisons = {c.key: comparison for c in cheaper if (comparison := _compare(metric, highest, c)) is not None}
+    indistinguishable = [c for c in cheaper if c.key in comparisons and _contains_zero(comparisons[c.key])]
+    indistinguishable.sort(key=lambda c: (c.costs[cost], -c.score, c.key))
+    best = indistinguishable[0] if indistinguishable else highest
+    choice = Choice(best, highest, indistinguishable, comparisons, reason="")
+    scope = f"within {describe_bounds(bounds)}" if bounds else "of all students"
+    top = f"{highest.label or highest.key} has the highest {metric}, {highest.score:.2f}, {scope}"
+    return replace(choice, reason=_explain_choice(choice, best, top, cost))
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
-    """Bounds for a reader, such as "latency_ms <= 900"."""
+    """Bounds as text, such as "latency_ms <= 900"."""
     return ", ".join(f"{key} <= {bound:.4g}" for key, bound in bounds.items()) or "no bound"
 
 
 def _share_of_bound(candidate: Candidate, key: str, bound: float) -> float:
-    """The cost as a share of its bound."""
     return candidate.costs[key] / bound if key in candidate.costs else math.inf
 
 
 def _compare(metric: str, a: Candidate, b: Candidate) -> Comparison | None:
+    """The paired difference a - b; None if the two were not scored on the same rows."""
     if a.rows is None or b.rows is None or len(a.rows) != len(b.rows) or len(a.rows) == 0:
-        return None  # not scored on the same rows: no statement, so the higher score stands
+        return None
     return paired_bootstrap(metric, a.rows, b.rows)
 
 
-def _explain_choice(
-    best: Candidate,
-    highest: Candidate,
-    indistinguishable: list[Candidate],
-    comparisons: dict[str, Comparison],
-    bounds: dict[str, float],
-    metric: str,
-    cost: str,
-) -> str:
-    where = f"within {describe_bounds(bounds)}" if bounds else "of all"
-    top = f"{highest.label or highest.key} has the highest {metric}, {highest.score:.2f}, {where}"
-    if best is highest:
-        return f"{top}; no cheaper student equals it."
-    found = comparisons[best.key]
-    saved = 1 - best.costs[cost] / highest.costs[cost]
-    others = f" (the cheapest of {len(indistinguishable)} such)" if len(indistinguishable) > 1 else ""
+def _contains_zero(comparison: Comparison) -> bool:
+    return comparison.low <= 0 <= comparison.high
+
+
+def _explain_choice(choice: Choice, best: Candidate, top: str, cost: str) -> str:
+    if choice.highest is None or best is choice.highest:
+        return f"{top}; no cheaper student has an equivalent score."
+    difference = choice.comparisons[best.key]
+    saved = 1 - best.costs[cost] / choice.highest.costs[cost]
+    num_equivalent = len(choice.indistinguishable)
+    others = f" (the cheapest of {num_equivalent} such students)" if num_equivalent > 1 else ""
     return (
-        f"{top}, but {best.label or best.key} cannot be told from it: {found.difference:.2f} less, 95 % interval "
-        f"[{-found.high:+.2f}, {-found.low:+.2f}] on the same rows. It has {saved:.0%} less {cost}{others}."
+        f"{top}, but {best.label or best.key} is not significantly different: {difference.difference:.2f} lower, 95 % "
+        f"interval [{-difference.high:+.2f}, {-difference.low:+.2f}] on the same rows, with {saved:.0%} less "
+        f"{cost}{others}."
     )
 
 
 def _explain_nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, float]) -> str:
     if not candidates:
         return "no student has finished yet"
-    worst = [
+    worst_shares = [
         (max(((_share_of_bound(c, k, b), k) for k, b in bounds.items()), default=(0.0, "")), c) for c in candidates
     ]
-    (share, key), nearest = min(worst, key=lambda item: (item[0][0], -item[1].score))
+    (share, key), nearest = min(worst_shares, key=lambda item: (item[0][0], -item[1].score))
     text = f"no student fits {describe_bounds(bounds)}"
     if math.isinf(share):
         return f"{text}; {key} was not measured"
@@ -201,7 +216,7 @@ def _explain_nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, flo
 
 
 def _format_excess(share: float) -> str:
-    """By how much a cost is over its bound; beyond 200 % a factor reads better."""
+    """How far a cost is above its bound: a percentage up to 200 %, a factor above."""
     if share <= 3:
         return f"{share - 1:.1%} over"
     return f"{share:.1f} times the bound" if share < 10 else f"{share:,.0f} times the bound"

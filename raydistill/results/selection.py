@@ -1,4 +1,4 @@
-"""A sweep read as a whole and judged: the front by cost, the finalists, the choice for each budget."""
+"""A whole sweep with its Pareto front and the choice for each budget."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,19 @@ from raydistill.results.served_students import expand_by_serving, impute_served_
 
 @dataclass(frozen=True)
 class Selection:
-    """A sweep read as a whole: its trials, the front, and the choice for each budget.
+    """A sweep's trials, its Pareto front and the choice for each budget.
 
-    `students` are what front and choices are made of: the finalists as served, or, before they are, every trial with a
-    scored checkpoint. `front` and `chosen` are keys of students. `teacher` has scores and costs measured the same way.
+    `sweep` is the folder, `record` the content of sweep.json, `metric` the main score and `cost` the cost of the front.
+    Front and choices are made of `students`: the finalists as served, one per serving configuration, or every scored
+    trial if none is served yet. `front_keys` are keys of students. `teacher` holds the teacher's scores and costs,
+    measured like the students'. `bounds` are the resolved bounds by budget.
     """
 
     sweep: Path
     name: str
     metric: str
     cost: str
-    info: dict[str, Any]
+    record: dict[str, Any]
     teacher: dict[str, Any]
     trials: list[Trial]
     students: list[Trial]
@@ -34,94 +36,102 @@ class Selection:
     choices: dict[str, Choice]
 
     @property
-    def chosen(self) -> dict[str, str | None]:
-        """The chosen student's key per budget."""
+    def chosen_keys(self) -> dict[str, str | None]:
+        """The key of the chosen student by budget; None if no student fits."""
         return {name: choice.best.key if choice.best else None for name, choice in self.choices.items()}
 
     @property
     def has_served_students(self) -> bool:
-        """Whether the students are finalists as served."""
+        """Whether `students` are finalists as served."""
         return any(student.decoding for student in self.students)
 
     @property
     def plotted_trials(self) -> list[Trial]:
-        """What a picture shows: the students and, on the same clock, the trials that are none of them."""
+        """The students, and the trials that were not served with comparable timings."""
         return [*self.students, *(impute_served_timing(self.trials, self.students) if self.has_served_students else [])]
 
     def student(self, key: str) -> Trial:
-        """The student of that key."""
+        """The student with this key."""
         return next(student for student in self.students if student.key == key)
 
+    def budgets_of(self, key: str) -> list[str]:
+        """The budgets for which the student with this key was chosen."""
+        return [name for name, chosen in self.chosen_keys.items() if chosen == key]
+
     def measured_with(self, student: Trial) -> str:
-        """With what a student's milliseconds were measured; before it is served, that is its shape at fixed lengths."""
+        """The engine and machine of a student's timings.
+
+        Before a student is served, its shape is timed with untrained weights at fixed output lengths.
+        """
         engine = self.teacher.get("engine")
         return student.measured or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
 
     def trial_key(self, key: str) -> str:
-        """The key of the trial whose checkpoint a student is."""
+        """The key of the trial whose checkpoint the student with this key uses."""
         return self.student(key).folder.name
 
 
 def load_selection(sweep: Path) -> Selection:
-    """Read a sweep and judge it: the front by the space's cost, a choice per stored budget."""
-    info = read_sweep(sweep)
+    """Read a sweep and compute its front by the space's cost and the choice for each stored budget.
+
+    Raises:
+        UserError: the folder holds no sweep, or one of its files is damaged.
+    """
+    record = read_sweep(sweep)
     trials = read_trials(sweep)
     space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
     with corrupt_file_error(sweep / "space.yaml"):
         cost = (space.get("search") or {}).get("cost", "latency_ms")
         if cost not in COST_METRICS:
             raise ValueError(f"search.cost is {cost!r}")
-    metric = str(info.get("metric", "rouge2"))
-    teacher = load_served_teacher(sweep, info)
-    teacher_costs = teacher.get("costs") or {}
-    budgets = info.get("budgets") or space.get("budgets") or {}
-    served = expand_by_serving(trials, teacher)
-    students = served or [trial for trial in trials if trial.scored]
-    able = make_candidates(students, metric)
+    metric = str(record.get("metric", "rouge2"))
+    teacher = load_served_teacher(sweep, record)
+    students = expand_by_serving(trials, teacher) or [trial for trial in trials if trial.scored]
+    candidates = make_candidates(students, metric)
     bounds: dict[str, dict[str, float]] = {}
     choices: dict[str, Choice] = {}
-    for name, budget in budgets.items():
+    for name, budget in (record.get("budgets") or space.get("budgets") or {}).items():
         try:
-            bounds[name] = resolve_bounds(budget, teacher_costs)
-            choices[name] = choose(able, bounds[name], metric)
-        except UserError as error:  # a share of what was not measured on the teacher (yet)
+            bounds[name] = resolve_bounds(budget, teacher.get("costs") or {})
+            choices[name] = choose(candidates, bounds[name], metric)
+        except UserError as error:  # a percentage of a cost that is not measured on the teacher (yet)
             bounds[name] = {}
             choices[name] = Choice(None, None, [], {}, str(error))
     return Selection(
         sweep=sweep,
-        name=str(info.get("name", sweep.name)),
+        name=str(record.get("name", sweep.name)),
         metric=metric,
         cost=cost,
-        info=info,
+        record=record,
         teacher=teacher,
         trials=trials,
         students=students,
-        front_keys=[c.key for c in pareto_front(able, cost)],
+        front_keys=[c.key for c in pareto_front(candidates, cost)],
         bounds=bounds,
         choices=choices,
     )
 
 
 def select_finalists(sweep: Path) -> list[Trial]:
-    """The trials worth serving, by what the search measured: on the front of a cost, or chosen.
+    """The trials worth serving, by the measurements of the search: on the front of any cost, or chosen for a budget.
 
-    Of every cost that can be bounded, not only of those that the space's budgets bound: `choose` asks for others later.
+    All costs that can be bounded count, since `raydistill choose` accepts budgets that the space does not name.
     """
-    info, trials = read_sweep(sweep), read_trials(sweep)
-    students = make_candidates(trials, info["metric"])
-    keys = {candidate.key for cost in COST_METRICS for candidate in pareto_front(students, cost)}
-    for bounds in resolve_budgets(info["budgets"], info["teacher"]["costs"]):
-        best = choose(students, bounds, info["metric"]).best
+    record, trials = read_sweep(sweep), read_trials(sweep)
+    candidates = make_candidates(trials, record["metric"])
+    keys = {candidate.key for cost in COST_METRICS for candidate in pareto_front(candidates, cost)}
+    for bounds in resolve_budgets(record["budgets"], record["teacher"]["costs"]):
+        best = choose(candidates, bounds, record["metric"]).best
         keys |= {best.key} if best else set()
     return [trial for trial in trials if trial.key in keys]
 
 
 def make_candidates(trials: list[Trial], metric: str) -> list[Candidate]:
-    """Scored trials, or students as served, as candidates of a budget."""
-    found = []
+    """The scored trials, or students as served, as candidates for a budget."""
+    candidates = []
     for trial in trials:
         score = trial.score(metric)
         if trial.scored and score is not None:
             costs = {k: float(trial.metrics[k]) for k in COST_METRICS if trial.metrics.get(k) is not None}
-            found.append(Candidate(trial.key, float(score), trial.rows(), costs, trial.label))
-    return found
+            candidates.append(Candidate(trial.key, float(score), trial.rows(), costs, trial.label))
+    return candidates

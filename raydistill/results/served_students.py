@@ -1,4 +1,7 @@
-"""Finalists and the teacher as they serve, an entry per decoding: SWEEP/served.json, SWEEP/trials/KEY/served.json."""
+"""Served students and the served teacher: one entry per serving configuration, read from served.json.
+
+SWEEP/served.json holds the entries of the teacher, SWEEP/trials/KEY/served.json the entries of a finalist.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,75 +12,86 @@ from raydistill.results.pareto import pool_latency
 from raydistill.results.records import Trial, decoding_key, parse_interval, parse_test_scores, to_floats
 
 SERVED_FILE = "served.json"
-# What a shape and its decoding decide, whatever the weights.
+# Metrics that depend on the shape and the decoding of a student and not on its weights.
 SHAPE_METRICS = ("latency_ms", "latency_ms_b1", "peak_mb", "speedup")
 
 
 def read_served(folder: Path) -> list[dict[str, Any]]:
-    """What a folder's served.json tells: an entry per machine and way of decoding, the checkpoint's own first."""
+    """The entries of a folder's served.json, one per machine and decoding, the checkpoint's own decoding first.
+
+    Each entry also holds the file's `engine` and `hardware`. The list is empty if there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not (folder / SERVED_FILE).is_file():
         return []
     served = read_json(folder / SERVED_FILE)
-    with corrupt_file_error(folder / SERVED_FILE, "Delete this file to have it made again"):
-        of_all: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
-        return [{**of_all, **one} for one in served["decodings"]]
+    with corrupt_file_error(folder / SERVED_FILE, "Delete this file; the same command measures again"):
+        common: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
+        return [{**common, **entry} for entry in served["decodings"]]
 
 
 def expand_by_serving(trials: list[Trial], teacher: dict[str, Any]) -> list[Trial]:
-    """A student for every trial and way of decoding that was served where the teacher was, as `load_served_teacher`
-    tells.
+    """One student per scored trial and decoding, limited to measurements on the teacher's hardware.
 
-    Milliseconds are the median over the students of the same shape, beams and engine; where that is not a student's
-    own, `latency_ms_own` is. `speedup` is over the teacher with its own decoding, `speedup_same_decoding` over the
-    teacher with the student's.
+    Latencies are medians over the students of equal shape, beams and engine; where the median differs from the
+    student's own measurement, the latter is kept as `latency_ms_unpooled`. `speedup` compares with the teacher under
+    its own decoding, `speedup_same_decoding` with the teacher under the student's decoding.
+
+    Args:
+        trials: all trials of a sweep.
+        teacher: the teacher's record from `load_served_teacher`.
     """
-    students, alike = [], []
+    students, groups = [], []
     for trial in trials:
         if trial.scored:
             with corrupt_file_error(trial.folder / SERVED_FILE):
-                entries = [one for one in read_served(trial.folder) if _served_on(one, teacher.get("hardware"))]
-                students += [_with_serving(trial, one, i == 0) for i, one in enumerate(entries)]
-                alike += [_latency_group(trial.size, one) for one in entries]
-    costs = pool_latency([student.metrics for student in students], alike)
-    return [_with_pooled_latency(student, shared, teacher) for student, shared in zip(students, costs, strict=True)]
-
-
-def impute_served_timing(trials: list[Trial], students: list[Trial]) -> list[Trial]:
-    """The scored trials that are none of the served `students`, each with the times of the student of its size.
-
-    Of the first one's own decoding. Their own times are of fixed lengths, which beside times on real rows would make
-    them look fast. A trial of a size that was not served is left out.
-    """
-    known = {student.folder for student in students}
-    clocks = {student.size: student for student in reversed(students)}
+                entries = [entry for entry in read_served(trial.folder) if _served_on(entry, teacher.get("hardware"))]
+                students += [_with_serving(trial, entry, i == 0) for i, entry in enumerate(entries)]
+                groups += [_latency_group(trial.size, entry) for entry in entries]
+    pooled_metrics = pool_latency([student.metrics for student in students], groups)
     return [
-        replace(
-            trial,
-            metrics={**trial.metrics, **{k: v for k, v in clocks[trial.size].metrics.items() if k in SHAPE_METRICS}},
-            measured=f"{clocks[trial.size].measured}, on {clocks[trial.size].label}",
-        )
-        for trial in trials
-        if trial.scored and trial.folder not in known and trial.size in clocks
+        _with_pooled_latency(student, metrics, teacher)
+        for student, metrics in zip(students, pooled_metrics, strict=True)
     ]
 
 
-def load_served_teacher(sweep: Path, sweep_record: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's record; with its costs on real rows where they were measured, of its own decoding.
+def impute_served_timing(trials: list[Trial], students: list[Trial]) -> list[Trial]:
+    """The scored trials that were not served, each with the timings of the first served student of its size.
 
-    Its milliseconds, too, are the median over its decodings with the same beams.
-    Then also the `hardware` that the sweep is judged by, and by way of decoding the costs (`served`).
+    A trial's own timings are for fixed output lengths and are not comparable with timings on real rows. Trials of a
+    size that was not served are left out.
+    """
+    served_folders = {student.folder for student in students}
+    first_by_size = {student.size: student for student in reversed(students)}
+    imputed = []
+    for trial in trials:
+        if not trial.scored or trial.folder in served_folders or trial.size not in first_by_size:
+            continue
+        source = first_by_size[trial.size]
+        timings = {name: value for name, value in source.metrics.items() if name in SHAPE_METRICS}
+        measured = f"{source.measured}, on {source.label}"
+        imputed.append(replace(trial, metrics={**trial.metrics, **timings}, measured=measured))
+    return imputed
+
+
+def load_served_teacher(sweep: Path, sweep_record: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's record from sweep.json, with its costs as served where these were measured.
+
+    Latencies are medians over the teacher's decodings with the same number of beams. Once the teacher was served, the
+    record also holds the `hardware` that the sweep is judged by and, under `served`, the costs by decoding.
     """
     teacher = dict(sweep_record.get("teacher") or {})
     if (sweep / SERVED_FILE).is_file():
         with corrupt_file_error(sweep / SERVED_FILE):
             hardware = read_json(sweep / SERVED_FILE).get("hardware")
-            entries = [one for one in read_served(sweep) if _served_on(one, hardware)]
-            costs = pool_latency(
-                [to_floats(e["costs"]) for e in entries], [_latency_group("teacher", e) for e in entries]
-            )
-            here = dict(zip(map(decoding_key, entries), costs, strict=True))
-        teacher["costs"] = {**(teacher.get("costs") or {}), **next(iter(here.values()), {})}
-        teacher |= {"hardware": hardware, "served": here}
+            entries = [entry for entry in read_served(sweep) if _served_on(entry, hardware)]
+            groups = [_latency_group("teacher", entry) for entry in entries]
+            costs = pool_latency([to_floats(entry["costs"]) for entry in entries], groups)
+            costs_by_decoding = dict(zip(map(decoding_key, entries), costs, strict=True))
+        teacher["costs"] = {**(teacher.get("costs") or {}), **next(iter(costs_by_decoding.values()), {})}
+        teacher |= {"hardware": hardware, "served": costs_by_decoding}
     return teacher
 
 
@@ -86,19 +100,22 @@ def _served_on(entry: dict[str, Any], hardware: dict[str, Any] | None) -> bool:
 
 
 def _describe_setup(entry: dict[str, Any]) -> str:
-    """Such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
+    """Engine, machine and threads, such as "ctranslate2 fp32, AMD EPYC, 2 threads"."""
     hardware = entry.get("hardware") or {}
     threads = f"{hardware['threads']} threads" if hardware.get("kind") == "cpu" else None
     return ", ".join(str(part) for part in (entry.get("engine"), hardware.get("name"), threads) if part)
 
 
 def _latency_group(size: str, entry: dict[str, Any]) -> tuple[str, int, str, str]:
-    """What decides how fast a student is served; the length penalty only says how long its texts become."""
+    """The properties that determine latency; the length penalty affects only the length of the outputs."""
     return size, int(entry["beams"]), str(entry.get("engine")), str(entry.get("version"))
 
 
 def _with_serving(trial: Trial, entry: dict[str, Any], is_default: bool) -> Trial:
-    """A trial with one of its decodings, timed by itself; its `is_default` comes first."""
+    """The trial with the scores and costs of one served decoding.
+
+    `is_default` marks the checkpoint's own decoding, for which the trial's test scores hold too.
+    """
     decoding = {"beams": int(entry["beams"]), "length_penalty": float(entry["length_penalty"])}
     return replace(
         trial,
@@ -112,11 +129,15 @@ def _with_serving(trial: Trial, entry: dict[str, Any], is_default: bool) -> Tria
 
 
 def _with_pooled_latency(student: Trial, metrics: dict[str, float], teacher: dict[str, Any]) -> Trial:
-    """A student with the costs of its clock, and the speed-ups that follow from them."""
-    same = (teacher.get("served") or {}).get(decoding_key(student.decoding or {}), {})
-    over = {"speedup": teacher.get("costs") or {}, "speedup_same_decoding": same}
+    """The student with pooled latencies and the speed-ups computed from them."""
+    teacher_same_decoding = (teacher.get("served") or {}).get(decoding_key(student.decoding or {}), {})
+    baselines = {"speedup": teacher.get("costs") or {}, "speedup_same_decoding": teacher_same_decoding}
     with corrupt_file_error(student.folder / SERVED_FILE):
-        speedups = {k: v["latency_ms"] / metrics["latency_ms"] for k, v in over.items() if v.get("latency_ms")}
+        speedups = {
+            name: costs["latency_ms"] / metrics["latency_ms"]
+            for name, costs in baselines.items()
+            if costs.get("latency_ms")
+        }
     own = student.metrics.get("latency_ms")
-    apart = {"latency_ms_own": own} if own is not None and own != metrics["latency_ms"] else {}
-    return replace(student, metrics={**metrics, **apart, **speedups})
+    unpooled = {"latency_ms_unpooled": own} if own is not None and own != metrics["latency_ms"] else {}
+    return replace(student, metrics={**metrics, **unpooled, **speedups})

@@ -1,17 +1,19 @@
-"""The front as a picture and the trials as a table, for the terminal, a README and MLflow."""
+"""Tables of a sweep's trials, choices and costs, for the terminal, table.md, front.html and MLflow.
 
-import io
-import re
-from collections.abc import Sequence
-from typing import Any, Literal
+A table is a pair (header, rows) of text cells.
+"""
 
+from collections.abc import Callable, Sequence
+
+from raydistill.core.files import corrupt_file_error
+from raydistill.results.costs import shared_pass_hours
+from raydistill.results.formatting import format_number, format_score
 from raydistill.results.pareto import COST_UNITS
 from raydistill.results.records import Trial, decoding_label
 from raydistill.results.selection import Selection
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart
-METHOD_COLOURS = {"sft": "#0072B2", "kd": "#D55E00", "pl": "#009E73"}
-SIZE_MARKERS = "osD^vP<>Xhp*"
+TextTable = tuple[list[str], list[list[str]]]
+
 METRIC_NAMES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
@@ -19,186 +21,73 @@ METRIC_NAMES = {
     "rougeLsum": "ROUGE-Lsum",
     "bleu": "BLEU",
 }
-COST_AXIS_LABELS = {
-    "latency_ms": "Latency of a batch of 32 (ms)",
-    "latency_ms_b1": "Latency of one row (ms)",
-    "params_m": "Parameters (millions)",
-    "memory_mb": "Memory of the weights (MB)",
-    "peak_mb": "Memory for a batch of 32 (MB)",
-    "gpu_hours": "Training (device-hours)",
-}
+STATUS_NAMES = {"done": "done", "stopped": "stopped early", "failed": "failed", "running": "running"}
+STATUS_ORDER = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
 
 
-def plot_selection_front(selection: Selection, image_format: Literal["png", "svg"]) -> bytes:
-    """The front of a sweep: its students, and paler the trials that are none of them."""
-    return plot_front(
-        selection.plotted_trials,
-        selection.front_keys,
-        selection.chosen,
-        selection.teacher,
-        selection.metric,
-        selection.cost,
-        selection.bounds,
-        title=selection.name,
-        image_format=image_format,
-    )
-
-
-def plot_front(
-    trials: Sequence[Trial],
-    front_keys: Sequence[str],
-    choices: dict[str, str | None],
-    teacher: dict[str, Any] | None,
-    metric: str,
-    cost: str = "latency_ms",
-    bounds: dict[str, dict[str, float]] | None = None,
-    title: str = "",
-    image_format: Literal["png", "svg"] = "png",
-) -> bytes:
-    """Validation score against cost, with 95 % intervals: colour is the method, marker the size.
-
-    The front is a stepped line, the chosen are ringed and named by their budgets, the teacher is a star, and a
-    budget that bounds this cost is a dotted line. `choices` maps a budget to a trial's key. In an SVG every student's
-    mark has the id `marker_id` its key, and the teacher's "teacher".
-    """
-    plt = load_pyplot()
-    done = [t for t in trials if t.scored and t.score(metric) is not None and cost in t.metrics]
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    try:
-        sizes = sorted({t.size for t in done}, key=size_sort_key)
-        markers = {size: SIZE_MARKERS[i % len(SIZE_MARKERS)] for i, size in enumerate(sizes)}
-        points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in done}
-        _draw_front(axes, [points[key] for key in front_keys if key in points])
-        shown = _offset_methods(done, points)
-        for t in sorted(done, key=lambda t: t.key in front_keys):
-            _draw_trial(axes, t, shown[t.key], markers[t.size], t.key in front_keys)
-        _draw_teacher(axes, teacher, metric, cost)
-        axes.margins(x=0.12, y=0.14)
-        _draw_budgets(axes, bounds or {}, cost)
-        _draw_choices(axes, choices, shown)
-        axes.set_xlabel(
-            COST_AXIS_LABELS.get(cost, cost) + ("; methods of equal cost side by side" if shown != points else "")
-        )
-        axes.set_ylabel(f"{METRIC_NAMES.get(metric, metric)} on validation (95 % interval)")
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if title:
-            axes.set_title(title, loc="left", fontweight="bold")
-        _draw_legend(axes, {t.method for t in done}, markers, teacher is not None)
-        return render_figure(figure, image_format)
-    finally:
-        plt.close(figure)
-
-
-def load_pyplot() -> Any:
-    """Matplotlib without a screen, with an SVG's text kept as text and its ids the same every time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "raydistill"})
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def render_figure(figure: Any, image_format: Literal["png", "svg"]) -> bytes:
-    """A figure as a file's content, without what would differ from run to run."""
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format=image_format, metadata={"Software": None} if image_format == "png" else {"Date": None}
-    )
-    return buffer.getvalue()
-
-
-def size_sort_key(size: str) -> tuple[int, ...]:
-    """The layers of each side in a size such as "12-3", to sort by."""
-    return tuple(int(part) for part in size.split("-") if part.isdigit())
-
-
-def marker_id(key: str) -> str:
-    """The id of a student's mark in an SVG."""
-    return "student-" + re.sub(r"[^A-Za-z0-9-]", "_", key)
+def metric_name(metric: str) -> str:
+    """The name of a metric for readers, such as "ROUGE-2"."""
+    return METRIC_NAMES.get(metric, metric)
 
 
 def trials_table(
     trials: Sequence[Trial], front_keys: Sequence[str], choices: dict[str, str | None], metric: str
-) -> tuple[list[str], list[list[str]]]:
-    """A header and a row per trial: finished ones by cost, then running, then failed with their reason.
+) -> TextTable:
+    """One row per trial: finished trials by cost, then running ones, then failed ones with the reason.
 
-    The first column marks the front with `*`; the last names the budgets that a trial was chosen for.
+    The first column marks the front with `*`; the note names the budgets that a trial was chosen for. The columns for
+    encoder layers and decoding appear only if some trial needs them.
+
+    Args:
+        trials: trials of a sweep or students as served.
+        front_keys: keys of the trials on the front.
+        choices: key of the chosen trial by budget.
+        metric: name of the main score.
     """
-    name = METRIC_NAMES.get(metric, metric)
-    header = ["size", "method", "labels", "decoder from", f"test {name}", f"validation {name}"]
-    header += ["ms (batch 32)", "speed-up", "params M", "device h", "trial", "note"]
-    if any(_has_shrunk_encoder(t) for t in trials):
-        header.insert(4, "encoder from")
-    if any(t.decoding for t in trials):
-        header.insert(-1, "decoding")
-        header[header.index("speed-up")] = "speed-up (same decoding)"
-    order = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
-    rows = []
-    for t in sorted(trials, key=lambda t: (order[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0)):
-        budgets = [budget for budget, key in choices.items() if key == t.key]
-        note = ", ".join([*budgets, *([t.status] if t.status != "done" else [])])
-        if t.status == "failed":
-            note = f"failed: {t.reason.splitlines()[0] if t.reason else 'no reason kept'}"
-        test = t.test or {}
-        row = [
-            f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",
-            t.method,
-            t.labels or "original",
-            _format_layers(t.copied.get("decoder")),
-            _format_with_interval(test.get(metric), test.get("interval")),
-            _format_with_interval(t.score(metric), t.interval),
-            _format_number(t.metrics.get("latency_ms"), 0),
-            _format_speedups(t),
-            _format_number(t.metrics.get("params_m"), 1),
-            _format_number(t.metrics.get("gpu_hours"), 3),
-            _format_number(t.number, 0),
-            note,
-        ]
-        if "encoder from" in header:
-            row.insert(4, _format_layers(t.copied.get("encoder")) if _has_shrunk_encoder(t) else "all")
-        if "decoding" in header:
-            row.insert(-1, decoding_label(t.decoding) if t.decoding else "-")
-        rows.append(row)
-    return header, rows
+    columns: dict[str, Callable[[Trial], str]] = {
+        "size": lambda t: f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",
+        "method": lambda t: t.method,
+        "labels": lambda t: t.labels or "original",
+        "decoder from": lambda t: _format_layers(t.copied.get("decoder")),
+    }
+    if any(map(_has_shrunk_encoder, trials)):
+        columns["encoder from"] = _format_encoder
+    name = metric_name(metric)
+    has_decodings = any(t.decoding for t in trials)
+    columns |= {
+        f"test {name}": lambda t: format_score((t.test or {}).get(metric), (t.test or {}).get("interval")),
+        f"validation {name}": lambda t: format_score(t.score(metric), t.interval),
+        "ms (batch 32)": lambda t: format_number(t.metrics.get("latency_ms"), 0),
+        "speed-up (same decoding)" if has_decodings else "speed-up": _format_speedups,
+        "params M": lambda t: format_number(t.metrics.get("params_m"), 1),
+        "device h": lambda t: format_number(t.metrics.get("gpu_hours"), 3),
+        "trial": lambda t: format_number(t.number, 0),
+    }
+    if has_decodings:
+        columns["decoding"] = lambda t: decoding_label(t.decoding) if t.decoding else "-"
+    columns["note"] = lambda t: _format_note(t, choices)
+    ordered = sorted(trials, key=lambda t: (STATUS_ORDER[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0))
+    return list(columns), [[cell(trial) for cell in columns.values()] for trial in ordered]
 
 
-def _format_speedups(trial: Trial) -> str:
-    """Over the teacher with its own decoding, and in brackets over the teacher with the student's."""
-    own, same = (trial.metrics.get(name) for name in ("speedup", "speedup_same_decoding"))
-    return _format_number(own, 2, "x") + (f" ({_format_number(same, 2, 'x')})" if same is not None else "")
+def result_tables(selection: Selection) -> list[TextTable]:
+    """The table of all trials with the search's measurements and, once they are served, a table of the finalists.
 
-
-def result_tables(selection: Selection) -> list[tuple[list[str], list[list[str]]]]:
-    """The table of all trials, with the search's own measurements, and that of the finalists as served, if they were.
-
-    Front and choices are marked where they were decided: among the finalists, if they were served.
+    Both tables mark the front and the choices, which are made among the finalists once these are served.
     """
+    chosen = selection.chosen_keys
     if not selection.has_served_students:
-        return [trials_table(selection.trials, selection.front_keys, selection.chosen, selection.metric)]
-    front = {selection.trial_key(key) for key in selection.front_keys}
-    chosen = {name: selection.trial_key(key) if key else None for name, key in selection.chosen.items()}
+        return [trials_table(selection.trials, selection.front_keys, chosen, selection.metric)]
+    front_trials = sorted({selection.trial_key(key) for key in selection.front_keys})
+    chosen_trials = {name: selection.trial_key(key) if key else None for name, key in chosen.items()}
     return [
-        trials_table(selection.trials, sorted(front), chosen, selection.metric),
-        trials_table(selection.students, selection.front_keys, selection.chosen, selection.metric),
+        trials_table(selection.trials, front_trials, chosen_trials, selection.metric),
+        trials_table(selection.students, selection.front_keys, chosen, selection.metric),
     ]
 
 
-def format_trial_counts(trials: Sequence[Trial]) -> str:
-    """How many trials there are of each status, such as "18 trials: 16 done, 2 failed (2 collapsed)"."""
-    collapsed = sum(t.status == "failed" and t.reason.startswith("collapsed") for t in trials)
-    failed = f"failed ({collapsed} collapsed)" if collapsed else "failed"
-    words = {"done": "done", "stopped": "stopped early", "failed": failed, "running": "not over"}
-    counts = {status: sum(t.status == status for t in trials) for status in words}
-    parts = [f"{n} {words[status]}" for status, n in counts.items() if n]
-    return f"{len(trials)} trials" + (f": {', '.join(parts)}" if parts else "")
-
-
-def choices_table(selection: Selection, links: dict[str, str] | None = None) -> tuple[list[str], list[list[str]]]:
-    """A header and a row per budget: what was chosen, and why; `links` lead to a trial by its key."""
-    header = ["budget", "bound", "student", METRIC_NAMES.get(selection.metric, selection.metric), "why"]
+def choices_table(selection: Selection, links: dict[str, str] | None = None) -> TextTable:
+    """One row per budget with the chosen student and the reason; `links` maps trial keys to URLs."""
     rows = []
     for name, choice in selection.choices.items():
         bound = ", ".join(f"{k} <= {v:.4g} {COST_UNITS.get(k, '')}".rstrip() for k, v in selection.bounds[name].items())
@@ -206,115 +95,84 @@ def choices_table(selection: Selection, links: dict[str, str] | None = None) -> 
         student = best.label if best else "-"
         if best and links and selection.trial_key(best.key) in links:
             student = f"[{student}]({links[selection.trial_key(best.key)]})"
-        rows.append([name, bound, student, _format_number(best.score if best else None, 2), choice.reason])
+        rows.append([name, bound, student, format_number(best.score if best else None, 2), choice.reason])
+    return ["budget", "bound", "student", metric_name(selection.metric), "reason"], rows
+
+
+def method_table(selection: Selection) -> TextTable:
+    """One row per method: its device-hours, its gain over `sft` in points, and the gain per device-hour."""
+    header = ["method", "trials", "device h, trials", "device h, teacher"]
+    header += [f"{selection.metric} over sft", "per device h"]
+    passes = selection.teacher.get("passes")
+    rows = []
+    for method in sorted({trial.method for trial in selection.trials if trial.method}):
+        trials = [trial for trial in selection.trials if trial.method == method]
+        trial_hours = sum(trial.device_hours for trial in trials)
+        with corrupt_file_error(selection.sweep / "sweep.json"):
+            teacher_hours = shared_pass_hours(trials, passes)
+        gain = mean_gain_over_sft(selection.trials, method, selection.metric)
+        hours = trial_hours + teacher_hours
+        gain_per_hour = gain / hours if gain is not None and hours else None
+        cells = [f"{trial_hours:.3f}", f"{teacher_hours:.3f}"]
+        cells += [format_number(gain, 2, sign=True), format_number(gain_per_hour, 2, sign=True)]
+        rows.append([method, str(len(trials)), *cells])
     return header, rows
 
 
+def mean_gain_over_sft(trials: list[Trial], method: str, metric: str) -> float | None:
+    """Difference between a method's and plain fine-tuning's best score, averaged over the sizes that both have.
+
+    None for `sft` itself and if there is no common size.
+    """
+    scores, baseline = best_score_by_size(trials, method, metric), best_score_by_size(trials, "sft", metric)
+    sizes = scores.keys() & baseline.keys()
+    return sum(scores[size] - baseline[size] for size in sizes) / len(sizes) if sizes and method != "sft" else None
+
+
+def best_score_by_size(trials: list[Trial], method: str, metric: str) -> dict[str, float]:
+    """The highest validation score of a method at each size."""
+    best: dict[str, float] = {}
+    for trial in trials:
+        score = trial.score(metric)
+        if trial.scored and trial.method == method and score is not None:
+            best[trial.size] = max(best.get(trial.size, score), score)
+    return best
+
+
+def format_trial_counts(trials: Sequence[Trial]) -> str:
+    """Number of trials by status, such as "18 trials: 16 done, 2 failed (2 collapsed)"."""
+    num_collapsed = sum(t.status == "failed" and t.reason.startswith("collapsed") for t in trials)
+    parts = []
+    for status, name in STATUS_NAMES.items():
+        if count := sum(t.status == status for t in trials):
+            suffix = f" ({num_collapsed} collapsed)" if status == "failed" and num_collapsed else ""
+            parts.append(f"{count} {name}{suffix}")
+    return f"{len(trials)} trials" + (f": {', '.join(parts)}" if parts else "")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; bars and line ends inside a cell are escaped."""
+    """A table in Markdown; vertical bars and line breaks inside cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_escape_cell(c) for c in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_escape_cell, line))} |" for line in lines)
 
 
-def _offset_methods(trials: Sequence[Trial], points: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Move methods of one shape, whose cost is the same, a little apart so that each can be seen."""
-    costs = [x for x, _ in points.values()]
-    step = 0.022 * (max(costs) - min(costs)) if costs else 0.0
-    shift = {method: (i - 1) * step for i, method in enumerate(METHOD_COLOURS)}
-    return {
-        t.key: (x + (shift.get(t.method, 0.0) if costs.count(x) > 1 else 0.0), y)
-        for t in trials
-        for x, y in [points[t.key]]
-    }
+def _format_note(trial: Trial, choices: dict[str, str | None]) -> str:
+    if trial.status == "failed":
+        return f"failed: {trial.reason.splitlines()[0] if trial.reason else 'no reason recorded'}"
+    budgets = [budget for budget, key in choices.items() if key == trial.key]
+    return ", ".join(budgets + [trial.status] * (trial.status != "done"))
 
 
-def _draw_front(axes: Any, points: list[tuple[float, float]]) -> None:
-    if points:
-        points = sorted(points)
-        x, y = zip(*points, strict=True)
-        axes.step(x, y, where="post", color="0.35", linewidth=1.2, zorder=1)
+def _format_speedups(trial: Trial) -> str:
+    """The speed-up over the teacher; in brackets, the speed-up over the teacher with the student's decoding."""
+    own, same = (trial.metrics.get(name) for name in ("speedup", "speedup_same_decoding"))
+    if own is None:
+        return "-"
+    return f"{own:.2f}x" + (f" ({same:.2f}x)" if same is not None else "")
 
 
-def _draw_trial(axes: Any, trial: Trial, position: tuple[float, float], marker: str, on_front: bool) -> None:
-    colour = METHOD_COLOURS.get(trial.method, "0.4")
-    if trial.interval:
-        low, high = trial.interval
-        spread = [[max(0.0, position[1] - low)], [max(0.0, high - position[1])]]
-        alpha = 0.7 if on_front else 0.25
-        axes.errorbar(*position, yerr=spread, color=colour, alpha=alpha, linewidth=1, capsize=2, zorder=2)
-    face = colour if on_front else "white"
-    mark = axes.scatter(*position, marker=marker, s=52, facecolor=face, edgecolor=colour, linewidth=1.3, zorder=3)
-    mark.set_gid(marker_id(trial.key))
-
-
-def _draw_teacher(axes: Any, teacher: dict[str, Any] | None, metric: str, cost: str) -> None:
-    score = ((teacher or {}).get("metrics") or {}).get(metric)
-    price = ((teacher or {}).get("costs") or {}).get(cost)
-    if score is None:
-        return
-    axes.axhline(score, color="black", linewidth=0.7, linestyle=(0, (5, 4)), alpha=0.5, zorder=0)
-    if price is not None:
-        axes.scatter(price, score, marker="*", s=220, color="black", zorder=4).set_gid("teacher")
-
-
-def _draw_budgets(axes: Any, bounds: dict[str, dict[str, float]], cost: str) -> None:
-    low, high = axes.get_xlim()
-    for name, limits in bounds.items():
-        # a bound far outside the points would squeeze them into a corner
-        if cost in limits and low - 0.3 * (high - low) <= limits[cost] <= high + 0.3 * (high - low):
-            axes.axvline(limits[cost], color="0.45", linestyle=":", linewidth=1.2, zorder=0)
-            axes.annotate(
-                name,
-                (limits[cost], 0.02),
-                xycoords=("data", "axes fraction"),
-                xytext=(-3, 0),
-                textcoords="offset points",
-                rotation=90,
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                color="0.35",
-            )
-
-
-def _draw_choices(axes: Any, choices: dict[str, str | None], points: dict[str, tuple[float, float]]) -> None:
-    by_key: dict[str, list[str]] = {}
-    for name, key in choices.items():
-        if key in points:
-            by_key.setdefault(str(key), []).append(name)
-    for key, names in by_key.items():
-        axes.scatter(*points[key], s=190, facecolor="none", edgecolor="black", linewidth=1.4, zorder=5)
-        axes.annotate(
-            ", ".join(names),
-            points[key],
-            xytext=(-9, 9),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            fontweight="bold",
-            zorder=6,
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        )
-
-
-def _draw_legend(axes: Any, methods: set[str], markers: dict[str, str], has_teacher: bool) -> None:
-    from matplotlib.lines import Line2D
-
-    def dot(label: str, **style: Any) -> Line2D:
-        return Line2D([], [], linestyle="none", label=label, **{"markersize": 7, "color": "0.4", **style})
-
-    entries = [
-        dot(m, marker="o", color=METHOD_COLOURS.get(m, "0.4"))
-        for m in [*METHOD_COLOURS, *methods - set(METHOD_COLOURS)]
-    ]
-    entries = [entry for entry in entries if entry.get_label() in methods]
-    entries += [dot(size, marker=marker) for size, marker in markers.items()]
-    if has_teacher:
-        entries.append(dot("teacher", marker="*", color="black", markersize=12))
-    entries.append(Line2D([], [], color="0.35", linewidth=1.2, label="front (filled)"))
-    entries.append(dot("chosen", marker="o", markersize=11, markerfacecolor="none", color="black"))
-    axes.legend(handles=entries, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+def _format_encoder(trial: Trial) -> str:
+    return _format_layers(trial.copied.get("encoder")) if _has_shrunk_encoder(trial) else "all"
 
 
 def _has_shrunk_encoder(trial: Trial) -> bool:
@@ -324,16 +182,6 @@ def _has_shrunk_encoder(trial: Trial) -> bool:
 
 def _format_layers(layers: Sequence[int] | None) -> str:
     return " ".join(map(str, layers)) if layers else "-"
-
-
-def _format_number(value: float | None, digits: int, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.{digits}f}{unit}"
-
-
-def _format_with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.2f}"
 
 
 def _escape_cell(text: str) -> str:

@@ -137,7 +137,7 @@ def find_untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
     if "test" not in teacher["data"]:
         return []
     found = load_selection(sweep)
-    wanted = {*found.front_keys, *(key for key in found.chosen.values() if key)}
+    wanted = {*found.front_keys, *(key for key in found.chosen_keys.values() if key)}
     return [s for s in found.students if s.key in wanted and s.test is None and s.decoding and s.checkpoint]
 
 

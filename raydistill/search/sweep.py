@@ -69,7 +69,7 @@ def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Call
     """
     exports, problems = export_selected(selection)
     unfinished = [trial for trial in selection.trials if trial.status == "running"]
-    left = [trial.key for trial in unfinished if is_infeasible(trial.size or None, selection.info["budgets"], prepared)]
+    left = [trial.key for trial in unfinished if is_infeasible(trial.size or None, selection.record["budgets"], prepared)]
     died = [trial.key for trial in unfinished if trial.key not in left]
     echo("\n".join([format_summary(selection, prepared, died, left), *problems]))
     write_report(selection)
@@ -88,7 +88,7 @@ def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Call
 def export_selected(selection: Selection) -> tuple[dict[str, Path], list[str]]:
     """The folder of each budget's student, and a line for each that could not be made."""
     exports, problems = {}, []
-    for budget, key in selection.chosen.items():
+    for budget, key in selection.chosen_keys.items():
         if key:
             try:
                 exports[budget] = export_student(selection, key)
@@ -244,7 +244,7 @@ def format_summary(
     teacher = {**prepared.teacher, "costs": selection.teacher["costs"]}
     metric = selection.metric
     test = teacher["test"]
-    ended = selection.info["ended"]["why"]
+    ended = selection.record["ended"]["why"]
     lines = [
         f"sweep {selection.name}: {format_trial_counts(selection.trials)}{f' ({ended})' if ended else ''}",
         f"teacher {teacher['name']} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
@@ -269,7 +269,7 @@ def format_summary(
             f"their shape any more"
         )
     lines += ["", f"front: {selection.sweep / 'front.html'} (and front.png)", f"table: {selection.sweep / 'table.md'}"]
-    if any(selection.chosen.values()):
+    if any(selection.chosen_keys.values()):
         lines.append(f"chosen students: {selection.sweep / 'exports'}")
     return "\n".join(lines)
 
@@ -279,11 +279,11 @@ def summary_record(selection: Selection, prepared: PreparedSweep) -> dict[str, A
     return {
         "name": selection.name,
         "metric": selection.metric,
-        "ended": selection.info["ended"]["why"],
+        "ended": selection.record["ended"]["why"],
         "teacher": prepared.teacher,
         "front": list(dict.fromkeys(selection.trial_key(key) for key in selection.front_keys)),
-        "choices": {name: selection.trial_key(key) if key else None for name, key in selection.chosen.items()},
-        "decodings": {name: selection.student(key).decoding if key else None for name, key in selection.chosen.items()},
+        "choices": {name: selection.trial_key(key) if key else None for name, key in selection.chosen_keys.items()},
+        "decodings": {name: selection.student(key).decoding if key else None for name, key in selection.chosen_keys.items()},
         "finalists": [
             {
                 "key": t.folder.name,
@@ -318,7 +318,7 @@ def _publish_to_mlflow(selection: Selection, exports: dict[str, Path], finished:
     try:
         tracked = publish(selection.sweep, finished=finished, fetch=sync.pull)
         for budget, place in exports.items():
-            register_choice(selection.sweep, str(selection.chosen[budget]), budget, place, fetch=sync.pull)
+            register_choice(selection.sweep, str(selection.chosen_keys[budget]), budget, place, fetch=sync.pull)
     except (TrackingUnavailable, TransientError) as error:
         return f"MLflow: {error}; run the same command again to publish"
-    return f"to look at it: {ui_command(selection.info.get('tracking_uri'))}\n{tracked.url}"
+    return f"to look at it: {ui_command(selection.record.get('tracking_uri'))}\n{tracked.url}"

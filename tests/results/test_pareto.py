@@ -1,4 +1,4 @@
-"""The front against brute force; choices worked out by hand."""
+"""The Pareto front against brute force, and choices computed by hand."""
 
 from statistics import median
 
@@ -19,51 +19,51 @@ POINTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12)
 
 
 @given(POINTS)
-def test_front_is_what_brute_force_finds(points: list[tuple[int, int]]) -> None:
+def test_front_equals_brute_force(points: list[tuple[int, int]]) -> None:
     candidates = [candidate(str(i), score, cost) for i, (score, cost) in enumerate(points)]
     undominated = {
         str(i)
         for i, (score, cost) in enumerate(points)
         if not any(s >= score and c <= cost and (s, c) != (score, cost) for s, c in points)
     }
-    found = pareto_front(candidates, "latency_ms")
-    assert {c.key for c in found} == undominated
-    assert [c.costs["latency_ms"] for c in found] == sorted(c.costs["latency_ms"] for c in found)
+    front = pareto_front(candidates, "latency_ms")
+    assert {c.key for c in front} == undominated
+    assert [c.costs["latency_ms"] for c in front] == sorted(c.costs["latency_ms"] for c in front)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 3)), max_size=12))
-def test_on_one_clock_the_front_is_what_brute_force_finds_of_the_medians(points: list[tuple[int, int, int]]) -> None:
-    """(score, milliseconds, shape): a shape costs its median; of one shape only the highest score is on the front."""
+def test_front_with_pooled_latency_equals_brute_force_over_medians(points: list[tuple[int, int, int]]) -> None:
+    """A shape costs its median latency, so only its highest score is on the front; points are (score, ms, shape)."""
     costs = pool_latency([{"latency_ms": ms} for _, ms, _ in points], [shape for _, _, shape in points])
-    paid = [median(m for _, m, other in points if other == shape) for _, _, shape in points]
-    assert [cost["latency_ms"] for cost in costs] == paid
+    medians = [median(m for _, m, other in points if other == shape) for _, _, shape in points]
+    assert [cost["latency_ms"] for cost in costs] == medians
     candidates = [candidate(str(i), score, costs[i]["latency_ms"]) for i, (score, _, _) in enumerate(points)]
     scores = [score for score, _, _ in points]
     undominated = {
         str(i)
-        for i, mine in enumerate(zip(scores, paid, strict=True))
-        if not any(s >= mine[0] and ms <= mine[1] and (s, ms) != mine for s, ms in zip(scores, paid, strict=True))
+        for i, own in enumerate(zip(scores, medians, strict=True))
+        if not any(s >= own[0] and ms <= own[1] and (s, ms) != own for s, ms in zip(scores, medians, strict=True))
     }
-    found = pareto_front(candidates, "latency_ms")
-    assert {c.key for c in found} == undominated
+    front = pareto_front(candidates, "latency_ms")
+    assert {c.key for c in front} == undominated
     for shape in {shape for _, _, shape in points}:
-        there = {scores[int(c.key)] for c in found if points[int(c.key)][2] == shape}
-        assert there <= {max(score for score, _, other in points if other == shape)}
+        scores_on_front = {scores[int(c.key)] for c in front if points[int(c.key)][2] == shape}
+        assert scores_on_front <= {max(score for score, _, other in points if other == shape)}
 
 
-def test_half_a_percent_of_the_same_shape_is_no_saving() -> None:
-    """100.0 and 99.5 ms of one shape, scores that cannot be told apart: the higher score, not the lucky timing."""
+def test_timing_noise_within_a_shape_does_not_count_as_cheaper() -> None:
+    """Of two equivalent students of one shape, at 100.0 and 99.5 ms, the higher score is chosen."""
     base = np.linspace(0, 40, 400)
     noise = np.where(np.arange(400) % 2 == 0, 5.0, -5.0)
     timed = [{"latency_ms": 100.0, "params_m": 3.0}, {"latency_ms": 99.5, "params_m": 4.0}]
 
-    def both(alike: list[str]) -> list[Candidate]:
-        costs = pool_latency(timed, alike)
+    def make_pair(groups: list[str]) -> list[Candidate]:
+        costs = pool_latency(timed, groups)
         return [Candidate("better", 20.2, base + 0.2, costs[0]), Candidate("lucky", 20.0, base + noise, costs[1])]
 
-    same, other = both(["2-1", "2-1"]), both(["2-1", "2-2"])
+    same, other = make_pair(["2-1", "2-1"]), make_pair(["2-1", "2-2"])
     assert [c.costs["latency_ms"] for c in same] == [99.75, 99.75]
-    assert [c.costs["params_m"] for c in same] == [3.0, 4.0], "only milliseconds are noisy"
+    assert [c.costs["params_m"] for c in same] == [3.0, 4.0], "only latencies are pooled"
     assert [c.key for c in pareto_front(same, "latency_ms")] == ["better"]
     choice = choose(same, {"latency_ms": 100.0}, "rouge2")
     assert choice.best is not None
@@ -72,39 +72,39 @@ def test_half_a_percent_of_the_same_shape_is_no_saving() -> None:
     assert choose(other, {"latency_ms": 100.0}, "rouge2").best is other[1]
 
 
-def test_the_spread_on_one_clock_is_that_of_all() -> None:
+def test_pooled_spread_covers_all_measurements() -> None:
     timed = [{"latency_ms": ms, "latency_ms_low": ms - 5, "latency_ms_high": ms + 5} for ms in (10.0, 14.0, 11.0)]
-    wanted = {"latency_ms": 11.0, "latency_ms_low": 5.0, "latency_ms_high": 19.0}
-    assert pool_latency([*timed, {"gpu_hours": 1.0}], ["a"] * 4) == [wanted] * 3 + [{"gpu_hours": 1.0}]
+    pooled = {"latency_ms": 11.0, "latency_ms_low": 5.0, "latency_ms_high": 19.0}
+    assert pool_latency([*timed, {"gpu_hours": 1.0}], ["a"] * 4) == [pooled] * 3 + [{"gpu_hours": 1.0}]
 
 
 @given(POINTS, st.integers(0, 5))
-def test_the_choice_within_a_bound_has_the_highest_score(points: list[tuple[int, int]], bound: int) -> None:
+def test_choice_has_the_highest_score_within_the_bound(points: list[tuple[int, int]], bound: int) -> None:
     candidates = [candidate(str(i), score, cost) for i, (score, cost) in enumerate(points)]
     choice = choose(candidates, {"latency_ms": bound + 0.5}, "rouge2")
     scores = [score for score, cost in points if cost <= bound + 0.5]
     assert (choice.best.score if choice.best else None) == max(scores, default=None)
 
 
-def test_front_leaves_out_what_was_not_measured() -> None:
+def test_front_excludes_candidates_without_the_cost() -> None:
     assert pareto_front([Candidate("a", 9, None, {}), candidate("b", 1, 1)], "latency_ms")[0].key == "b"
 
 
-def test_percentages_are_of_the_teacher() -> None:
+def test_percentage_bounds_are_relative_to_the_teacher() -> None:
     bounds = resolve_bounds({"latency_ms": "50%", "params_m": 120}, {"latency_ms": 1900.0})
     assert bounds == {"latency_ms": 950.0, "params_m": 120.0}
     with pytest.raises(UserError, match="no measured memory_mb"):
         resolve_bounds({"memory_mb": "50%"}, {"latency_ms": 1})
 
 
-def test_a_bound_is_inclusive_and_all_must_hold() -> None:
+def test_bounds_are_inclusive_and_all_must_hold() -> None:
     a, b = candidate("a", 1, 10, params_m=5), candidate("b", 2, 11, params_m=4)
     assert feasible([a, b], {"latency_ms": 10}) == [a]
     assert feasible([a, b], {"latency_ms": 11, "params_m": 4}) == [b]
     assert feasible([a], {"memory_mb": 10}) == []
 
 
-def test_the_cheapest_that_cannot_be_told_from_the_highest_wins() -> None:
+def test_cheapest_student_without_significant_difference_is_chosen() -> None:
     base = np.linspace(0, 40, 400)
     noise = np.where(np.arange(400) % 2 == 0, 5.0, -5.0)  # mean 0, standard error of the mean 0.25
     best = candidate("best", 20.1, 100, base + 0.1)
@@ -116,11 +116,11 @@ def test_the_cheapest_that_cannot_be_told_from_the_highest_wins() -> None:
     assert choice.highest is best
     assert choice.indistinguishable == [close]
     assert choice.comparisons["far"].low > 0
-    assert "student close cannot be told from it: 0.10 less" in choice.reason
+    assert "student close is not significantly different: 0.10 lower" in choice.reason
     assert "40% less latency_ms" in choice.reason
 
 
-def test_cheaper_is_by_the_first_bounded_cost() -> None:
+def test_first_bounded_cost_decides_which_student_is_cheaper() -> None:
     rows = np.array([1.0, 2, 3, 4])
     a = candidate("a", 2.6, 100, rows + 0.1 * np.array([1, -1, 1, -0.6]), params_m=50)
     b = candidate("b", 2.5, 120, rows, params_m=40)
@@ -129,14 +129,14 @@ def test_cheaper_is_by_the_first_bounded_cost() -> None:
     assert choose([a, b], {}, "rouge2").best is a
 
 
-def test_without_the_same_rows_the_higher_score_stands() -> None:
+def test_higher_score_is_chosen_when_rows_are_not_comparable() -> None:
     a, b = candidate("a", 2, 100, np.ones(4)), candidate("b", 1, 50, np.ones(3))
     choice = choose([a, b], {}, "rouge2")
     assert choice.best is a
-    assert "no cheaper student equals it" in choice.reason
+    assert "no cheaper student has an equivalent score" in choice.reason
 
 
-def test_ties_go_to_the_cheaper() -> None:
+def test_equal_scores_choose_the_cheaper_student() -> None:
     assert choose([candidate("a", 2, 100), candidate("b", 2, 50)], {}, "rouge2").best == candidate("b", 2, 50)
 
 
@@ -144,12 +144,12 @@ def test_ties_go_to_the_cheaper() -> None:
     ("share", "text"),
     [(1.2, "20.0% over"), (3.0, "200.0% over"), (3.04, "3.0 times the bound"), (50.997, "51 times the bound")],
 )
-def test_a_wide_miss_is_told_as_a_factor(share: float, text: str) -> None:
+def test_excess_above_200_percent_is_reported_as_a_factor(share: float, text: str) -> None:
     reason = choose([candidate("a", 1.0, 10 * share)], {"latency_ms": 10.0}, "rouge2").reason
     assert f"({text})" in reason
 
 
-def test_nothing_fits_names_the_nearest_miss() -> None:
+def test_reason_names_the_nearest_miss_when_nothing_fits() -> None:
     choice = choose([candidate("a", 2, 100), candidate("b", 1, 60)], {"latency_ms": 50}, "rouge2")
     assert choice.best is None
     assert "no student fits latency_ms <= 50; the nearest is student b with latency_ms 60 (20.0% over)" in choice.reason

@@ -1,0 +1,36 @@
+"""Trials and selections built in memory, without a sweep's folder."""
+
+from pathlib import Path
+from typing import Any
+
+from raydistill.results.pareto import Candidate, Choice
+from raydistill.results.records import Trial
+from raydistill.results.selection import Selection
+
+
+def make_finished_trial(key: str, number: int, size: str, method: str, score: float, latency_ms: float) -> Trial:
+    """A finished trial whose 95 % interval is one point to either side of its score."""
+    return Trial(
+        key,
+        Path(key),
+        "done",
+        number=number,
+        method=method,
+        size=size,
+        copied={"encoder": [0, 1], "decoder": [0, 5]},
+        metrics={"rouge2": score, "latency_ms": latency_ms, "speedup": 2.0, "params_m": 12.34},
+        interval=(score - 1, score + 1),
+        test={"rouge2": score - 0.5, "interval": [score - 1.5, score + 0.5]},
+    )
+
+
+def make_selection(
+    trials: list[Trial], front_keys: tuple[str, ...] = (), chosen: dict[str, str] | None = None, **fields: Any
+) -> Selection:
+    """A selection of these trials by rouge2 and latency; `chosen` maps budgets to trial keys."""
+    choices = {
+        name: Choice(Candidate(key, 0.0, None, {}), None, [], {}, reason="") for name, key in (chosen or {}).items()
+    }
+    defaults: dict[str, Any] = {"name": "", "metric": "rouge2", "cost": "latency_ms", "record": {}, "teacher": {}}
+    defaults |= {"sweep": Path("sweep"), "bounds": {}, "students": [t for t in trials if t.scored]}
+    return Selection(**{**defaults, **fields}, trials=trials, front_keys=list(front_keys), choices=choices)
