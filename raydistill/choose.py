@@ -180,7 +180,7 @@ def _register_student(
         print_progress(f"not registered: {error}. The same command again registers it")
         return None
     print_text(f"  registered: {registered.uri} (version {registered.version})", as_json)
-    print_text(f"  to see it: {ui_command(selection.info.get('tracking_uri'))}\n", as_json)
+    print_text(f"  to see it: {ui_command(selection.record.get('tracking_uri'))}\n", as_json)
     return asdict(registered)
 
 

@@ -8,11 +8,12 @@ def format_number(value: float | None, digits: int, missing: str = "-", sign: bo
     return missing if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def format_interval(low: float, high: float, sign: bool = False) -> str:
+def format_interval(interval: Sequence[float], sign: bool = False) -> str:
     """An interval such as "[9.00, 11.00]"."""
+    low, high = interval
     return f"[{format_number(low, 2, sign=sign)}, {format_number(high, 2, sign=sign)}]"
 
 
 def format_score(value: float | None, interval: Sequence[float] | None) -> str:
     """A score and its interval, such as "10.00 [9.00, 11.00]"; "-" for None."""
-    return format_number(value, 2) + (f" {format_interval(*interval)}" if interval and value is not None else "")
+    return format_number(value, 2) + (f" {format_interval(interval)}" if interval and value is not None else "")

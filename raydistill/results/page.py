@@ -92,7 +92,7 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     if student.decoding:
         lines.append(decoding_label(student.decoding))
     if (score := student.score(selection.metric)) is not None:
-        interval = f" {format_interval(*student.interval)}" if student.interval else ""
+        interval = f" {format_interval(student.interval)}" if student.interval else ""
         lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on validation")
     if budgets := selection.budgets_of(student.key):
         lines.append(f"chosen for {', '.join(budgets)}")

@@ -69,7 +69,9 @@ def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Call
     """
     exports, problems = export_selected(selection)
     unfinished = [trial for trial in selection.trials if trial.status == "running"]
-    left = [trial.key for trial in unfinished if is_infeasible(trial.size or None, selection.record["budgets"], prepared)]
+    left = [
+        trial.key for trial in unfinished if is_infeasible(trial.size or None, selection.record["budgets"], prepared)
+    ]
     died = [trial.key for trial in unfinished if trial.key not in left]
     echo("\n".join([format_summary(selection, prepared, died, left), *problems]))
     write_report(selection)
@@ -283,7 +285,9 @@ def summary_record(selection: Selection, prepared: PreparedSweep) -> dict[str, A
         "teacher": prepared.teacher,
         "front": list(dict.fromkeys(selection.trial_key(key) for key in selection.front_keys)),
         "choices": {name: selection.trial_key(key) if key else None for name, key in selection.chosen_keys.items()},
-        "decodings": {name: selection.student(key).decoding if key else None for name, key in selection.chosen_keys.items()},
+        "decodings": {
+            name: selection.student(key).decoding if key else None for name, key in selection.chosen_keys.items()
+        },
         "finalists": [
             {
                 "key": t.folder.name,

@@ -37,7 +37,7 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
         raise UserError(f"{student.folder}: its checkpoint was deleted; there is nothing to hand over")
     sync.pull(student.checkpoint)
     place = selection.sweep / "exports" / key.replace(" ", "-")
-    budgets = [name for name, chosen in selection.chosen.items() if chosen == key]
+    budgets = [name for name, chosen in selection.chosen_keys.items() if chosen == key]
     card = render_model_card(selection, student, list(dict.fromkeys([*budgets, *([budget] if budget else [])])))
     whole = (place / "README.md").is_file() and (place / "MLmodel").is_file()
     if whole and (place / "README.md").read_text(encoding="utf-8") == card:

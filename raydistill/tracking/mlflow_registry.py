@@ -79,7 +79,7 @@ def _register_locked(
         client = make_client(uri)
         run = find_run(client, found, key, uri)
     if run is None or run.data.tags.get("raydistill.done") != "1":
-        publish_locked(sweep, uri, finished=found.info.get("status") not in (None, "running"), fetch=fetch)
+        publish_locked(sweep, uri, finished=found.record.get("status") not in (None, "running"), fetch=fetch)
     with translate_mlflow_errors(uri):
         run = find_run(client, found, key, uri)
         version = _get_or_create_version(client, found.name, run, export_folder)

@@ -18,12 +18,11 @@ from filelock import FileLock, Timeout
 
 from raydistill.core.files import check_symlinks, write_atomic
 from raydistill.core.secrets import redact
-from raydistill.results.costs import method_table
 from raydistill.results.page import refresh_report
 from raydistill.results.records import Trial, decoding_key, read_sweep
 from raydistill.results.selection import Selection, load_selection
 from raydistill.results.served_students import SERVED_FILE
-from raydistill.results.tables import choices_table, format_trial_counts, markdown_table
+from raydistill.results.tables import choices_table, format_trial_counts, markdown_table, method_table
 from raydistill.tracking.mlflow_store import (
     TrackingUnavailable,
     check_tracking,
@@ -216,8 +215,8 @@ def _publish_parent(
     scores = {**(teacher.get("metrics") or {}), **(teacher.get("costs") or {})}
     # a constant time and step, so that publishing again adds nothing
     points = [(f"teacher_{k}", float(v), parent.info.start_time, 0) for k, v in scores.items() if _is_number(v)]
-    if _is_number(selection.info.get("teacher_gpu_hours")):
-        points.append(("teacher_gpu_hours", float(selection.info["teacher_gpu_hours"]), parent.info.start_time, 0))
+    if _is_number(selection.record.get("teacher_gpu_hours")):
+        points.append(("teacher_gpu_hours", float(selection.record["teacher_gpu_hours"]), parent.info.start_time, 0))
     _log_metrics(client, run_id, points)
     drawn = str(max(path.stat().st_mtime_ns for path in report_paths))
     if parent.data.tags.get("raydistill.report") != drawn:
@@ -227,7 +226,7 @@ def _publish_parent(
         client.set_tag(run_id, "raydistill.report", drawn)
     for key, child in children.items():
         budgets = ", ".join(
-            name for name, chosen in selection.chosen.items() if chosen and selection.trial_key(chosen) == key
+            name for name, chosen in selection.chosen_keys.items() if chosen and selection.trial_key(chosen) == key
         )
         if budgets != child.data.tags.get(CHOSEN_TAG, ""):
             client.set_tag(child.info.run_id, CHOSEN_TAG, budgets)
@@ -308,7 +307,7 @@ def _log_metrics(client: Any, run_id: str, points: list[tuple[str, float, int, i
 
 def resolve_tracking_uri(selection: Selection, tracking_uri: str | None) -> str:
     """The store to write to: the one asked for, else the sweep's, else the local one."""
-    return tracking_uri or selection.info.get("tracking_uri") or default_tracking_uri()
+    return tracking_uri or selection.record.get("tracking_uri") or default_tracking_uri()
 
 
 def _get_or_create_tracking_id(sweep: Path, name: str) -> str:

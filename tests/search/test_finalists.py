@@ -17,10 +17,11 @@ from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
 from raydistill.results.page import make_tooltips
+from raydistill.results.plots import marker_id
 from raydistill.results.records import decoding_key
 from raydistill.results.selection import load_selection, select_finalists
 from raydistill.results.served_students import read_served
-from raydistill.results.tables import marker_id, trials_table
+from raydistill.results.tables import trials_table
 from raydistill.search.finalists import decoding_grid, find_unserved, find_untested, merge_served, serve_checkpoint
 from raydistill.search.study import StopReason
 from raydistill.search.sweep import search_stop_reason
@@ -178,7 +179,7 @@ def test_students_of_one_shape_and_as_many_beams_are_as_fast_as_their_median(wor
     assert found.student("b b4-p0.6").metrics["latency_ms_unpooled"] == 107.0
     assert "latency_ms_unpooled" not in found.student("b b1").metrics
     told = ", ".join(make_tooltips(found)[marker_id("b b4-p0.6")])
-    assert "100.0 ms for 32 rows, 107.0 ms when it was timed itself" in told
+    assert "100.0 ms for a batch of 32, 107.0 ms in its own measurement" in told
 
 
 def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):

@@ -51,7 +51,7 @@ def chosen(sweep: Path) -> tuple[Path, Selection]:
     make_trial(sweep, "c", 2, 8.0)
     mlflow_runs.publish(sweep, finished=True)
     found = load_selection(sweep)
-    key = str(found.chosen["fast"])
+    key = str(found.chosen_keys["fast"])
     mlflow_registry.register_choice(sweep, key, "fast", export_student(found, key))
     return sweep, found
 
@@ -99,7 +99,7 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     parent = browser.find_element("xpath", f"//a[contains(@href, '/runs/')][normalize-space()='{found.name}']")
     shot(browser, "1-experiment")
     parent.click()  # one: the sweep's run, with the choices in its description
-    student = found.student(str(found.chosen["fast"]))
+    student = found.student(str(found.chosen_keys["fast"]))
     link = browser.find_element("link text", student.label)
     shot(browser, "2-sweep")
     link.click()  # two: the chosen student's run, in a tab of its own
@@ -118,7 +118,7 @@ def test_the_page_shows_what_a_mark_is_and_asks_for_nothing_from_elsewhere(
     folder, found = chosen
     write_report(found)
     browser.get((folder / "front.html").as_uri())
-    box = browser.find_element("id", "facts")
+    box = browser.find_element("id", "tooltip")
     assert not box.is_displayed()
     mark = browser.find_element("css selector", '[id="student-a_b1"]')
     ActionChains(browser).move_to_element(mark).perform()

@@ -1,0 +1,67 @@
+"""Device-hours by method, including the teacher passes, and the gain over plain fine-tuning."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from raydistill.core.files import write_json_atomic
+from raydistill.results.records import Trial
+from raydistill.results.selection import load_selection
+from raydistill.results.tables import mean_gain_over_sft, method_table
+
+MIXED_LABELS = "original+pseudo+/other"
+
+
+def write_run(folder: Path, method: str, size: str, score: float, hours: float, labels: str = "auto") -> Trial:
+    """A finished trial of which only run.json is written."""
+    key = f"{method}{size}{score}"
+    run = {"name": "m", "teacher": "t", "dataset": {"name": "d"}, "method": method, "labels": labels}
+    write_json_atomic(folder / key / "run.json", run)
+    return Trial(key, folder / key, "done", method=method, size=size, metrics={"rouge2": score, "gpu_hours": hours})
+
+
+def sft_and_pl_trials(folder: Path) -> list[Trial]:
+    return [
+        write_run(folder, method, size, score, hours)
+        for method, size, score, hours in (
+            ("sft", "2-2", 10, 1),
+            ("sft", "2-2", 12, 1),
+            ("sft", "2-1", 5, 1),
+            ("pl", "2-2", 13, 2),
+            ("pl", "2-1", 8, 1),
+            ("pl", "2-3", 99, 1),
+        )
+    ]
+
+
+def test_gain_is_over_the_best_plain_student_of_the_same_size(tmp_path: Path) -> None:
+    trials = sft_and_pl_trials(tmp_path)
+    assert mean_gain_over_sft(trials, "pl", "rouge2") == 2.0  # (1 + 3) / 2; sft has no 2-3
+    assert mean_gain_over_sft(trials, "sft", "rouge2") is None
+    assert mean_gain_over_sft(trials, "kd", "rouge2") is None
+
+
+def test_method_hours_include_every_required_teacher_pass_once(sweep: Path) -> None:
+    trials = sft_and_pl_trials(sweep / "runs")
+    selection = load_selection(sweep)
+    labels = {"original": {}, "pseudo": {"own": 4.0}, MIXED_LABELS: {"own": 4.0, "others": 2.0}}
+    teacher = {**selection.teacher, "passes": {"labels": labels, "cache": 9.0}}
+    _, rows = method_table(replace(selection, trials=trials, teacher=teacher))
+    assert rows == [
+        ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
+        ["sft", "3", "3.000", "0.000", "-", "-"],
+    ]
+    trials += [
+        write_run(sweep / "runs", "kd", "2-2", 22, 1, "pseudo"),
+        write_run(sweep / "runs", "kd", "2-2", 11, 1, MIXED_LABELS),
+        write_run(sweep / "runs", "sft", "2-2", 6, 1, MIXED_LABELS),
+    ]
+    _, rows = method_table(replace(selection, trials=trials, teacher=teacher))
+    assert rows == [
+        ["kd", "2", "2.000", "15.000", "+10.00", "+0.59"],  # own 4, others 2, the cache 9; 10 points in 17 hours
+        ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
+        ["sft", "4", "4.000", "6.000", "-", "-"],
+    ]
+    # 3 of the cache's 9 hours are for encoder states, which every method reads
+    teacher["passes"] |= {"stores": {"encoder-1/states": 3.0, "decoder-1/layer-02": 6.0}}
+    _, rows = method_table(replace(selection, trials=trials, teacher=teacher))
+    assert [row[3] for row in rows] == ["15.000", "7.000", "9.000"]
