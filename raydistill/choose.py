@@ -1,5 +1,6 @@
-"""`python -m raydistill.choose SWEEP --within latency_ms=900`: the best checkpoint within a budget."""
+"""`raydistill choose SWEEP --within latency_ms=900`: the best student of a sweep within a budget."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +13,20 @@ from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
-    from raydistill.results.pareto import Choice
+    from raydistill.results.pareto import Candidate, Choice
+    from raydistill.results.records import Trial
     from raydistill.results.selection import Selection
 
 app = make_app()
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """A budget with its resolved bounds and the choice among the sweep's students."""
+
+    budget: str
+    bounds: dict[str, float]
+    choice: "Choice"
 
 
 @app.command()
@@ -26,37 +37,40 @@ def choose(
         typer.Option(help="KEY=BOUND, such as latency_ms=900 or params_m=50% (of the teacher's); may repeat"),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="name of the budget: the alias in MLflow; or which stored one")
+        str | None, typer.Option(help="name of the budget, used as the alias in MLflow; without --within, a stored one")
     ] = None,
     register: Annotated[bool, typer.Option(help="register the choice in MLflow")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
 ) -> None:
-    """The best student of a sweep within a budget, and how to load it; registers it in MLflow.
+    """Choose the best student of a sweep within a budget, export it and register it in MLflow.
 
-    Where a cheaper student's score cannot be told from the highest (paired bootstrap, 95 %), the cheaper one is
-    taken. Without `--within`, the budgets of the space are used. The student is handed over as a folder under the
-    sweep's `exports/`, with its chosen decoding and a model card.
+    If a cheaper student's score is not significantly different from the highest (paired bootstrap, 95 %), the cheaper
+    student is chosen. Without `--within`, the budgets of the space are used. The student is exported to a folder under
+    the sweep's `exports/`, with its chosen decoding and a model card.
 
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
-    asked = parse_bounds(within or [])
+    requested = parse_bounds(within or [])
     from raydistill.cluster import sync
     from raydistill.results.records import find_sweep
     from raydistill.results.selection import load_selection
 
     sync.pull(raydistill_home() / "sweeps" / sweep, patterns=sync.RECORD_PATTERNS)
-    folder = find_sweep(sweep)
-    found = load_selection(folder)
-    budgets = _resolve_choices(found, asked, name)
-    results = [_deliver_choice(found, budget, bounds, choice, register, as_json) for budget, bounds, choice in budgets]
-    print_json({"sweep": found.name, "metric": found.metric, "choices": results}, as_json)
-    misses = [f"{budget}: {choice.reason}" for budget, _, choice in budgets if choice.best is None]
+    selection = load_selection(find_sweep(sweep))
+    budget_choices = [_choose_within(selection, requested, name)] if requested else _stored_choices(selection, name)
+    results = [_deliver_choice(selection, item, register, as_json) for item in budget_choices]
+    print_json({"sweep": selection.name, "metric": selection.metric, "choices": results}, as_json)
+    misses = [f"{item.budget}: {item.choice.reason}" for item in budget_choices if item.choice.best is None]
     if misses:
         raise UserError("\n".join(misses))
 
 
 def parse_bounds(within: list[str]) -> dict[str, float | str]:
-    """`KEY=BOUND` texts as bounds; a UserError names what is wrong with one."""
+    """Parse `KEY=BOUND` texts.
+
+    Raises:
+        UserError: a text has no key or bound, names an unknown cost, or bounds a cost twice.
+    """
     bounds: dict[str, float | str] = {}
     for text in within:
         key, equals, bound = (part.strip() for part in text.partition("="))
@@ -72,119 +86,132 @@ def parse_bounds(within: list[str]) -> dict[str, float | str]:
     return bounds
 
 
-def _resolve_choices(
-    selection: "Selection", requested: dict[str, float | str], name: str | None
-) -> "list[tuple[str, dict[str, float], Choice]]":
+def _choose_within(selection: "Selection", requested: dict[str, float | str], name: str | None) -> BudgetChoice:
+    """The choice for bounds from the command line; without a name, the budget is named after its bounds."""
     from raydistill.results import pareto
     from raydistill.results.selection import make_candidates
 
-    if requested:
-        costs = selection.teacher.get("costs") or {}
-        bounds = pareto.resolve_bounds(requested, costs)
-        label = name or "-".join(
-            f"{key}-{bound:g}" if isinstance(bound, float) else f"{key}-{bound}" for key, bound in requested.items()
-        ).replace("%", "pct")
-        return [
-            (
-                label,
-                bounds,
-                pareto.choose(make_candidates(selection.students, selection.metric), bounds, selection.metric),
-            )
-        ]
-    stored = [(n, selection.bounds[n], choice) for n, choice in selection.choices.items() if name in (None, n)]
-    if not stored:
+    bounds = pareto.resolve_bounds(requested, selection.teacher.get("costs") or {})
+    default_name = "-".join(f"{k}-{b:g}" if isinstance(b, float) else f"{k}-{b}" for k, b in requested.items())
+    candidates = make_candidates(selection.students, selection.metric)
+    choice = pareto.choose(candidates, bounds, selection.metric)
+    return BudgetChoice(name or default_name.replace("%", "pct"), bounds, choice)
+
+
+def _stored_choices(selection: "Selection", name: str | None) -> list[BudgetChoice]:
+    """The choices for the sweep's own budgets, or for one of them by name."""
+    choices = [
+        BudgetChoice(budget, selection.bounds[budget], choice)
+        for budget, choice in selection.choices.items()
+        if name in (None, budget)
+    ]
+    if not choices:
         known = ", ".join(selection.choices) or "none"
-        wanted = f"budget {name!r}" if name else "a budget"
-        raise UserError(f"{selection.name}: {wanted} is not stored (known: {known}); give --within latency_ms=900")
-    return stored
+        request = f"budget {name!r}" if name else "a budget"
+        raise UserError(f"{selection.name}: {request} is not stored (known: {known}); give --within latency_ms=900")
+    return choices
 
 
-def _deliver_choice(
-    selection: "Selection", budget: str, bounds: dict[str, float], choice: "Choice", register: bool, as_json: bool
-) -> dict[str, Any]:
-    """Show one budget's choice, hand it over, register it, and return it for `--json`."""
-    from raydistill.results.pareto import COST_UNITS, describe_bounds
+def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, as_json: bool) -> dict[str, Any]:
+    """Print the choice for one budget, export and register the student, and return the record for `--json`."""
+    from raydistill.results.pareto import describe_bounds
 
-    result: dict[str, Any] = {"budget": budget, "bounds": bounds, "reason": choice.reason, "key": None}
-    if choice.best is None:
-        print_text(f"{budget} ({describe_bounds(bounds)}): nothing fits", as_json)
-        return result
-    best = choice.best
+    best = item.choice.best
+    if best is None:
+        print_text(f"{item.budget} ({describe_bounds(item.bounds)}): nothing fits", as_json)
+        return {"budget": item.budget, "bounds": item.bounds, "reason": item.choice.reason, "key": None}
     trial = selection.student(best.key)
-    interval = f", 95 % interval [{trial.interval[0]:.2f}, {trial.interval[1]:.2f}]" if trial.interval else ""
-    lines = [f"{budget} ({describe_bounds(bounds)}): {best.label}"]
-    lines.append(f"  {selection.metric} {best.score:.2f} on validation{interval}")
-    if trial.test and selection.metric in trial.test:
-        low_high = trial.test.get("interval")
-        on_test = f", 95 % interval [{low_high[0]:.2f}, {low_high[1]:.2f}]" if low_high else ""
-        lines.append(f"  {selection.metric} {trial.test[selection.metric]:.2f} on test{on_test}")
-    lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]
-    if "speedup" in trial.metrics:
-        lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
-    if measured := selection.measured_with(trial):
-        lines.append(f"  milliseconds with {measured}")
-    lines.append(f"  why: {choice.reason}")
-    others = [c for c in choice.indistinguishable if c is not best]
-    if others:
-        lines.append(f"  also not distinguishable: {', '.join(f'{c.label} {c.score:.2f}' for c in others)}")
-    print_text("\n".join(lines), as_json)
-    place = _export_student(selection, best.key, budget)
-    print_text(_loading_example(place) if place else "  checkpoint: missing: it was deleted", as_json)
-    result |= {
+    print_text(_format_choice(selection, item, best, trial), as_json)
+    export_folder = _export_student(selection, best.key, item.budget)
+    print_text(_format_export(export_folder), as_json)
+    registered = None
+    if register and export_folder:
+        registered = _register_student(selection, best.key, item.budget, export_folder, as_json)
+    return {
+        "budget": item.budget,
+        "bounds": item.bounds,
+        "reason": item.choice.reason,
         "key": trial.folder.name,
         "decoding": trial.decoding,
         "size": trial.size,
         "method": trial.method,
         "score": best.score,
+        "interval": trial.interval,
+        "test": trial.test,
+        "costs": best.costs,
+        "speedup": trial.metrics.get("speedup"),
+        "measured_with": selection.measured_with(trial) or None,
+        "indistinguishable": [c.label for c in item.choice.indistinguishable],
+        "checkpoint": str(export_folder) if export_folder else None,
+        "registered": registered,
     }
-    result |= {"interval": trial.interval, "test": trial.test, "costs": best.costs}
-    result |= {"speedup": trial.metrics.get("speedup"), "measured_with": measured or None}
-    result |= {"indistinguishable": [c.label for c in choice.indistinguishable]}
-    result |= {"checkpoint": str(place) if place else None, "registered": None}
-    if register and place:
-        result["registered"] = _register_student(selection, best.key, budget, place, as_json)
-    return result
+
+
+def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate", trial: "Trial") -> str:
+    """The chosen student with its scores, costs and the reason, one fact per line."""
+    from raydistill.results.formatting import format_interval
+    from raydistill.results.pareto import COST_UNITS, describe_bounds
+
+    def score_line(split: str, score: float, interval: Any) -> str:
+        suffix = f", 95 % interval {format_interval(interval)}" if interval else ""
+        return f"  {selection.metric} {score:.2f} on {split}{suffix}"
+
+    lines = [f"{item.budget} ({describe_bounds(item.bounds)}): {best.label}"]
+    lines.append(score_line("validation", best.score, trial.interval))
+    if trial.test and selection.metric in trial.test:
+        lines.append(score_line("test", trial.test[selection.metric], trial.test.get("interval")))
+    lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]
+    if "speedup" in trial.metrics:
+        lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
+    if measured := selection.measured_with(trial):
+        lines.append(f"  latencies measured with {measured}")
+    lines.append(f"  reason: {item.choice.reason}")
+    others = [c for c in item.choice.indistinguishable if c is not best]
+    if others:
+        labels = ", ".join(f"{c.label} {c.score:.2f}" for c in others)
+        lines.append(f"  other students without a significant difference: {labels}")
+    return "\n".join(lines)
+
+
+def _format_export(export_folder: Path | None) -> str:
+    from textwrap import indent
+
+    from raydistill.tracking.model_card import loading_example
+
+    if export_folder is None:
+        return "  checkpoint: missing: it was deleted"
+    return f"  checkpoint: {export_folder}\n  to load it:\n{indent(loading_example(str(export_folder)), '    ')}"
 
 
 def _export_student(selection: "Selection", key: str, budget: str) -> Path | None:
-    """The folder to hand over, which decodes as was chosen; None where the checkpoint is gone."""
+    """The folder of the exported student; None if its checkpoint was deleted."""
     from raydistill.tracking.export import export_student
 
     return export_student(selection, key, budget) if selection.student(key).checkpoint else None
 
 
-def _loading_example(folder: Path) -> str:
-    return (
-        f"  checkpoint: {folder}\n"
-        "  to load it:\n"
-        "    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n"
-        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
-        f'    model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")'
-    )
-
-
 def _register_student(
     selection: "Selection", key: str, budget: str, export_folder: Path, as_json: bool
 ) -> dict[str, str] | None:
-    """Register in MLflow; a store that is down is said and does not spoil the choice."""
+    """Register the student in MLflow; if the store is unavailable, print a message and return None."""
     from dataclasses import asdict
 
-    from raydistill.cluster import sync
     from raydistill.core.errors import TransientError
     from raydistill.tracking.mlflow_registry import register_choice
     from raydistill.tracking.mlflow_store import TrackingUnavailable, ui_command
 
     try:
-        registered = register_choice(selection.sweep, key, budget, export_folder, fetch=sync.pull)
+        registered = register_choice(selection.sweep, key, budget, export_folder)
     except (TrackingUnavailable, TransientError) as error:
-        print_progress(f"not registered: {error}. The same command again registers it")
+        print_progress(f"not registered: {error}. Run the same command again to register")
         return None
     print_text(f"  registered: {registered.uri} (version {registered.version})", as_json)
-    print_text(f"  to see it: {ui_command(selection.record.get('tracking_uri'))}\n", as_json)
+    print_text(f"  to open the MLflow UI: {ui_command(selection.record.get('tracking_uri'))}\n", as_json)
     return asdict(registered)
 
 
 def main() -> None:
+    """Run the command."""
     run_app(app)
 
 

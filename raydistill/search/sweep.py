@@ -220,7 +220,7 @@ def publish_periodically(folder: Path) -> Iterator[None]:
         while not over.wait(PUBLISH_INTERVAL_S):
             try:
                 sync.pull(folder / "trials", patterns=sync.RECORD_PATTERNS)
-                publish(folder, fetch=sync.pull)
+                publish(folder)
             except Exception as error:  # a fault in publishing must not end a sweep of hours; it is tried again
                 if not told:
                     print_progress(f"  MLflow: {error} (the sweep goes on; what is missing is published at the end)")
@@ -320,9 +320,9 @@ def summary_record(selection: Selection, prepared: PreparedSweep) -> dict[str, A
 def _publish_to_mlflow(selection: Selection, exports: dict[str, Path], finished: bool) -> str:
     """Bring MLflow up to date and register what was exported; returns the line that says how to look at it."""
     try:
-        tracked = publish(selection.sweep, finished=finished, fetch=sync.pull)
+        tracked = publish(selection.sweep, finished=finished)
         for budget, place in exports.items():
-            register_choice(selection.sweep, str(selection.chosen_keys[budget]), budget, place, fetch=sync.pull)
+            register_choice(selection.sweep, str(selection.chosen_keys[budget]), budget, place)
     except (TrackingUnavailable, TransientError) as error:
         return f"MLflow: {error}; run the same command again to publish"
     return f"to look at it: {ui_command(selection.record.get('tracking_uri'))}\n{tracked.url}"

@@ -1,4 +1,4 @@
-"""A chosen student as it is handed over: one folder that transformers, CTranslate2 and MLflow all read."""
+"""Export a student as one folder that transformers, CTranslate2 and MLflow can load."""
 
 import json
 import shutil
@@ -26,61 +26,69 @@ from raydistill.tracking.model_card import render_model_card
 
 
 def export_student(selection: Selection, key: str, budget: str | None = None) -> Path:
-    """SWEEP/exports/STUDENT: the checkpoint with its chosen decoding, a model card, MLflow's `MLmodel`, `ctranslate2/`.
+    """Write SWEEP/exports/STUDENT and return its path.
 
-    The last is left out where CTranslate2 does not load the model. Made once; made anew where the card would say
-    something else (scores of more trials, other budgets). `budget` is the name of one that is not the sweep's own.
-    UserError for a student whose checkpoint is gone.
+    The folder holds the checkpoint with its chosen decoding as the default, a model card, MLflow's `MLmodel`, and
+    `ctranslate2/` if CTranslate2 supports the model. An export whose model card is up to date is kept.
+
+    Args:
+        selection: the sweep.
+        key: key of the student.
+        budget: name of a budget that is not stored in the sweep, for the model card.
+
+    Raises:
+        UserError: the student's checkpoint was deleted.
     """
     student = selection.student(key)
     if student.checkpoint is None:
-        raise UserError(f"{student.folder}: its checkpoint was deleted; there is nothing to hand over")
+        raise UserError(f"{student.folder}: the checkpoint was deleted, so that the student cannot be exported")
     sync.pull(student.checkpoint)
-    place = selection.sweep / "exports" / key.replace(" ", "-")
-    budgets = [name for name, chosen in selection.chosen_keys.items() if chosen == key]
-    card = render_model_card(selection, student, list(dict.fromkeys([*budgets, *([budget] if budget else [])])))
-    whole = (place / "README.md").is_file() and (place / "MLmodel").is_file()
-    if whole and (place / "README.md").read_text(encoding="utf-8") == card:
-        return place
-    place.parent.mkdir(exist_ok=True)
+    export_folder = selection.sweep / "exports" / key.replace(" ", "-")
+    budgets = list(dict.fromkeys([*selection.budgets_of(key), *([budget] if budget else [])]))
+    card = render_model_card(selection, student, budgets)
+    readme = export_folder / "README.md"
+    is_complete = readme.is_file() and (export_folder / "MLmodel").is_file()
+    if is_complete and readme.read_text(encoding="utf-8") == card:
+        return export_folder
+    export_folder.parent.mkdir(exist_ok=True)
     check_symlinks(student.checkpoint)
-    with atomic_dir(place) as folder:
+    with atomic_dir(export_folder) as folder:
         shutil.copytree(student.checkpoint, folder)
         _write_decoding(folder, student)
         _add_ctranslate2_model(folder)
         write_mlmodel(folder)
         write_atomic(folder / "README.md", card.encode())
-    return place
+    return export_folder
 
 
 def _write_decoding(folder: Path, student: Trial) -> None:
-    """The chosen decoding into generation_config.json and the card, so that every reader decodes as was measured."""
-    card = read_json(folder / CHECKPOINT_METADATA)
-    run = Run.model_validate(card["config"])
+    """Write the chosen decoding to generation_config.json and raydistill.json, so that every reader uses it."""
+    checkpoint_metadata = read_json(folder / CHECKPOINT_METADATA)
+    run = Run.model_validate(checkpoint_metadata["config"])
     preset = teacher_preset(str(run.teacher), run.dataset.name)
-    card["max_source_tokens"] = resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(folder))
-    card["languages"] = resolve_languages(run.teacher, run.dataset)
+    checkpoint_metadata["max_source_tokens"] = resolve_max_tokens(
+        "max_source_tokens", run.dataset, preset, load_config(folder)
+    )
+    checkpoint_metadata["languages"] = resolve_languages(run.teacher, run.dataset)
     if student.decoding:
         path = folder / "generation_config.json"
         generation: dict[str, Any] = read_json(path)
         generation |= {"num_beams": student.decoding["beams"], "length_penalty": student.decoding["length_penalty"]}
-        if student.decoding["beams"] == 1:  # transformers warns of settings that only beam search reads
+        if student.decoding["beams"] == 1:  # transformers warns about beam search settings if there is one beam
             generation.pop("length_penalty")
             generation.pop("early_stopping", None)
         write_json_atomic(path, generation)
-        card["decoding"] |= student.decoding
-    write_json_atomic(folder / CHECKPOINT_METADATA, card)
+        checkpoint_metadata["decoding"] |= student.decoding
+    write_json_atomic(folder / CHECKPOINT_METADATA, checkpoint_metadata)
 
 
 def _add_ctranslate2_model(folder: Path) -> None:
-    """`ctranslate2/`: the conversion that proved itself; none where CTranslate2 cannot load this model."""
+    """Write the validated CTranslate2 conversion to `ctranslate2/`, if CTranslate2 supports the model."""
     languages = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))["languages"]
+    tokenizer = load_tokenizer(folder, tuple(languages) if languages else None)
     scratch = folder.with_name(f"{folder.name}.ctranslate2")
     try:
-        made = ensure_converted(
-            folder, load_tokenizer(folder, tuple(languages) if languages else None), scratch, 1, None
-        )
-        shutil.copytree(made, folder / "ctranslate2")
+        shutil.copytree(ensure_converted(folder, tokenizer, scratch, 1, None), folder / "ctranslate2")
     except CTranslate2Unavailable:
         return
     finally:

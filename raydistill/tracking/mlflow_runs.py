@@ -1,21 +1,23 @@
-"""MLflow's runs of a sweep: everything is derived from the sweep's folder, so it can be repeated at will.
+"""Publish a sweep to MLflow: one parent run for the sweep and a child run for every trial.
 
-Tags make it idempotent: `raydistill.sweep` finds the parent run, `raydistill.trial` a child, `raydistill.lines` says
-how much of a history is logged, `raydistill.done` that a finished trial's artifacts are all there, `raydistill.served`
-which served.json was logged, and `raydistill.report` which pictures.
+Everything is derived from the sweep's folder. Publishing is idempotent by means of tags: `raydistill.sweep` identifies
+the parent run, `raydistill.trial` a child run. `raydistill.lines` counts the logged validations, and `raydistill.done`
+marks a finished trial whose artifacts are complete. `raydistill.served` and `raydistill.report` identify the logged
+version of served.json and of the report.
 """
 
 import contextlib
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from raydistill.cluster import sync
 from raydistill.core.files import check_symlinks, write_atomic
 from raydistill.core.secrets import redact
 from raydistill.results.page import refresh_report
@@ -33,79 +35,134 @@ from raydistill.tracking.mlflow_store import (
     ui_command,
 )
 
+# The same for every decoding of a checkpoint
+DECODING_INDEPENDENT_METRICS = ("val_loss", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours")
 FINAL_METRICS = (
-    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "val_loss", "latency_ms", "latency_ms_b1"),
-    *("speedup", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours"),
+    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "speedup"),
+    *DECODING_INDEPENDENT_METRICS,
 )
-DECODING_INDEPENDENT_METRICS = (
-    "val_loss",
-    "params_m",
-    "memory_mb",
-    "peak_mb",
-    "gpu_hours",
-    "teacher_gpu_hours",
-)  # whatever the decoding
 CHOSEN_TAG = "raydistill.chosen_for"
 VIEW_METRICS = ("latency_ms", "speedup", "params_m", "gpu_hours")
-LOCK_TIMEOUT_S = 120.0  # a first publishing copies every checkpoint
-FetchCheckpoint = Callable[[Path], object]
-BATCH_LIMITS = {"metrics": 900, "params": 90}  # MLflow takes 1000 metrics and 100 parameters at once
+LOCK_TIMEOUT_S = 120.0  # the first publication copies every checkpoint
+BATCH_LIMITS = {"metrics": 900, "params": 90}  # MLflow accepts 1000 metrics and 100 parameters per request
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 4000
+MAX_DESCRIPTION_CHARS = 8000
 
 
 @dataclass(frozen=True)
 class TrackedSweep:
-    """Where a sweep is to be seen: the parent run, its page, and the command that shows a local store."""
+    """A published sweep: its parent run, the URL of its page, and the command that opens a local store."""
 
     parent_run_id: str
     url: str
     command: str
 
 
-def publish(
-    sweep: Path, tracking_uri: str | None = None, finished: bool = False, fetch: FetchCheckpoint | None = None
-) -> TrackedSweep:
-    """Bring MLflow up to date with a sweep's folder; safe to repeat, and to kill at any point.
+@dataclass(frozen=True)
+class MetricPoint:
+    """A value of a metric; times are in milliseconds since the epoch."""
 
-    Also writes SWEEP/table.md and SWEEP/front.png. Without a `tracking_uri` the sweep's own is used, else the
-    local store. `fetch` fetches a checkpoint that another machine made, of which only records may be here, before it
-    is published. TrackingDown where the store fails: nothing is lost, publish again later.
+    name: str
+    value: float
+    time_ms: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One sweep's runs in an MLflow experiment, and the client to write them with."""
+
+    client: Any
+    experiment_id: str
+    tracking_id: str
+
+    def runs_by_trial(self) -> dict[str, Any]:
+        """This sweep's runs by trial key; the parent run under "".
+
+        A request that a proxy repeated may have created a second run of a trial. The run with more tags, which is the
+        one that was written to, is kept and the other deleted.
+        """
+        runs: dict[str, Any] = {}
+        for run in self._search_runs():
+            key = run.data.tags.get("raydistill.trial", "")
+            other = runs.setdefault(key, run)
+            if other is not run:
+                runs[key], duplicate = sorted((run, other), key=lambda r: len(r.data.tags), reverse=True)
+                self.client.delete_run(duplicate.info.run_id)
+        return runs
+
+    def create_parent_run(self, name: str) -> Any:
+        """The sweep's run."""
+        return _create_run(self.client, self.experiment_id, name, {"raydistill.sweep": self.tracking_id})
+
+    def create_trial_run(self, parent_run_id: str, trial: Trial) -> Any:
+        """A trial's run, as a child of the sweep's run."""
+        tags = {"raydistill.sweep": self.tracking_id, "raydistill.trial": trial.key}
+        tags["mlflow.parentRunId"] = parent_run_id
+        return _create_run(self.client, self.experiment_id, trial.label, tags)
+
+    def _search_runs(self) -> Iterator[Any]:
+        query = f"tags.`raydistill.sweep` = '{self.tracking_id}'"
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], query, max_results=500, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False) -> TrackedSweep:
+    """Bring MLflow and the sweep's report files up to date with the sweep's folder.
+
+    It is safe to repeat and to kill at any point. Checkpoints that another machine wrote are downloaded first.
+
+    Args:
+        sweep: the sweep's folder.
+        tracking_uri: the store; by default the sweep's own, else the local one.
+        finished: whether the search is over, so that trials without a result count as killed.
+
+    Raises:
+        TrackingUnavailable: the store failed; publishing again later logs everything that is missing.
     """
     with publish_lock(sweep):
-        return publish_locked(sweep, tracking_uri, finished, fetch)
+        return publish_locked(sweep, tracking_uri, finished)
 
 
-def publish_locked(
-    sweep: Path, tracking_uri: str | None, finished: bool, fetch: FetchCheckpoint | None
-) -> TrackedSweep:
-    """`publish` for one who is `publish_lock` already."""
-    found = load_selection(sweep)
-    report = refresh_report(found)
-    uri = resolve_tracking_uri(found, tracking_uri)
+def publish_locked(sweep: Path, tracking_uri: str | None, finished: bool) -> TrackedSweep:
+    """`publish` for a caller that holds `publish_lock`."""
+    selection = load_selection(sweep)
+    report_paths = refresh_report(selection)
+    uri = resolve_tracking_uri(selection, tracking_uri)
     check_tracking(uri)
     with translate_mlflow_errors(uri):
-        client = make_client(uri)
-        experiment = get_or_create_experiment(client, found.name, uri)
-        identity = _get_or_create_tracking_id(sweep, found.name)
-        runs = _runs_by_trial(client, experiment, identity)
-        parent = runs.get("") or _create_run(client, experiment, found.name, {"raydistill.sweep": identity})
-        for trial in found.trials:
-            run = runs.get(trial.key)
-            if run is None:
-                run = _create_trial_run(client, experiment, parent.info.run_id, identity, trial)
-            _publish_trial(client, run, trial, found.metric, finished, fetch)
-            _publish_served(client, run, trial, found)
-        children = {key: run for key, run in _runs_by_trial(client, experiment, identity).items() if key}
-        _publish_parent(client, parent, children, found, report, finished)
-        view = _save_shared_view(client, experiment, found.metric)
+        experiment = open_experiment(selection, uri)
+        client = experiment.client
+        runs = experiment.runs_by_trial()
+        parent = runs.get("") or experiment.create_parent_run(selection.name)
+        for trial in selection.trials:
+            run = runs.get(trial.key) or experiment.create_trial_run(parent.info.run_id, trial)
+            _publish_trial(client, run, trial, selection.metric, finished)
+            _publish_served(client, run, trial, selection)
+        children = {key: run for key, run in experiment.runs_by_trial().items() if key}
+        _publish_parent(client, parent, children, selection, report_paths)
+        _set_parent_status(client, parent, finished)
+        view = _save_shared_view(client, experiment.experiment_id, selection.metric)
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    run_id = parent.info.run_id
-    return TrackedSweep(run_id, f"{base}/#/experiments/{experiment}/runs?{view}", ui_command(uri))
+    url = f"{base}/#/experiments/{experiment.experiment_id}/runs?{view}"
+    return TrackedSweep(parent.info.run_id, url, ui_command(uri))
 
 
 @contextlib.contextmanager
 def publish_lock(sweep: Path) -> Iterator[None]:
-    """One process (and thread) at a time: two that look for a trial's run at once would both create it."""
-    read_sweep(sweep)  # the lock would make the folder of a sweep that is not there
+    """Let only one process or thread publish a sweep at a time, since two would both create a trial's run.
+
+    Raises:
+        TrackingUnavailable: the lock was not acquired within `LOCK_TIMEOUT_S`.
+        UserError: the folder holds no sweep.
+    """
+    read_sweep(sweep)  # the lock would create the folder of a sweep that does not exist
     lock = FileLock(sweep / ".publish.lock", timeout=LOCK_TIMEOUT_S)
     try:
         lock.acquire()
@@ -119,69 +176,72 @@ def publish_lock(sweep: Path) -> Iterator[None]:
         lock.release()
 
 
-def _publish_trial(
-    client: Any, run: Any, trial: Trial, metric: str, finished: bool, fetch: FetchCheckpoint | None
-) -> None:
+def open_experiment(selection: Selection, uri: str) -> Experiment:
+    """The sweep's experiment in a store; created if it does not exist."""
+    client = make_client(uri)
+    experiment_id = get_or_create_experiment(client, selection.name, uri)
+    return Experiment(client, experiment_id, _get_or_create_tracking_id(selection.sweep, selection.name))
+
+
+def find_run(selection: Selection, key: str, uri: str) -> Any:
+    """The run of a trial; None if it was not published yet."""
+    return open_experiment(selection, uri).runs_by_trial().get(key)
+
+
+def resolve_tracking_uri(selection: Selection, tracking_uri: str | None) -> str:
+    """The requested store, else the sweep's own, else the local one."""
+    return tracking_uri or selection.record.get("tracking_uri") or default_tracking_uri()
+
+
+def flatten_params(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys and text, with secrets redacted, lists as JSON, and None left out."""
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flatten_params(value, f"{name}.")
+        elif value is not None:
+            flat[name] = redact(value if isinstance(value, str) else json.dumps(value))
+    return flat
+
+
+def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: bool) -> None:
     if run.data.tags.get("raydistill.done") == "1":
         return
     _log_params(client, run, trial)
-    last = _publish_history(client, run, trial)
+    last_time_ms, last_step = _publish_history(client, run, trial)
     if trial.status != "running":
-        if fetch and trial.checkpoint:
-            fetch(trial.checkpoint)
-        _publish_result(client, run.info.run_id, trial, metric, *last)
-    elif finished:  # begun and never ended: the sweep is over without it
+        if trial.checkpoint:
+            sync.pull(trial.checkpoint)
+        _publish_result(client, run.info.run_id, trial, _final_points(trial, metric, last_time_ms + 1, last_step))
+    elif finished:  # the trial has no result although the search is over
         client.set_terminated(run.info.run_id, "KILLED")
     elif run.info.status != "RUNNING":
         client.update_run(run.info.run_id, status="RUNNING")
 
 
-def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -> None:
-    """What a finalist came to with each decoding, as the metrics DECODING/NAME, and the file that says so.
-
-    It is found after the trial is done, and decodings may be added later.
-    """
-    path = trial.folder / SERVED_FILE
-    if not path.is_file() or path.is_symlink():
-        return
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if run.data.tags.get("raydistill.served") == digest:
-        return
-    # a constant time and step, so that publishing a decoding again adds nothing
-    points = [
-        (f"{decoding_key(student.decoding)}/{name}", value, run.info.start_time, 0)
-        for student in selection.students
-        if student.decoding and student.folder == trial.folder
-        for name, value in _final_metrics(student, selection.metric).items()
-        if name not in DECODING_INDEPENDENT_METRICS
-    ]
-    _log_metrics(client, run.info.run_id, points)
-    client.log_artifact(run.info.run_id, str(path))
-    client.set_tag(run.info.run_id, "raydistill.served", digest)  # last
-
-
 def _publish_history(client: Any, run: Any, trial: Trial) -> tuple[int, int]:
-    """Log the validations that are not logged yet; returns the last time (ms) and step."""
-    start, lines = run.info.start_time, trial.history()
-    # timestamps depend on the record alone, so that a line logged twice is the same metric twice
-    places = [(start + round(1000 * float(at.get("time_s", 0))), int(at.get("step", 0))) for at in lines]
-    logged = min(int(run.data.tags.get("raydistill.lines", 0)), len(lines))
+    """Log the validations that are not logged yet; returns the time (ms) and step of the last one."""
+    start_ms, history = run.info.start_time, trial.history()
+    # Timestamps depend on the record alone, so that MLflow stores a line that is logged twice only once
+    times = [start_ms + round(1000 * float(line.get("time_s", 0))) for line in history]
+    steps = [int(line.get("step", 0)) for line in history]
+    num_logged = min(int(run.data.tags.get("raydistill.lines", 0)), len(history))
     points = [
-        (name, float(value), *place)
-        for line, place in list(zip(lines, places, strict=True))[logged:]
+        MetricPoint(name, float(value), time_ms, step)
+        for line, time_ms, step in list(zip(history, times, steps, strict=True))[num_logged:]
         for name, value in line.items()
         if name not in ("step", "time_s") and _is_number(value)
     ]
     _log_metrics(client, run.info.run_id, points)
-    if len(lines) > logged:
-        client.set_tag(run.info.run_id, "raydistill.lines", str(len(lines)))
-    return max((time for time, _ in places), default=start), max((step for _, step in places), default=0)
+    if len(history) > num_logged:
+        client.set_tag(run.info.run_id, "raydistill.lines", str(len(history)))
+    return max(times, default=start_ms), max(steps, default=0)
 
 
-def _publish_result(client: Any, run_id: str, trial: Trial, metric: str, last_time_ms: int, last_step: int) -> None:
-    """The final metrics (later than the history, so that they are the run's latest), artifacts and status."""
-    final = [(k, v, last_time_ms + 1, max(last_step, trial.steps)) for k, v in _final_metrics(trial, metric).items()]
-    _log_metrics(client, run_id, final)
+def _publish_result(client: Any, run_id: str, trial: Trial, final_points: list[MetricPoint]) -> None:
+    """Log a finished trial's final metrics, artifacts and status."""
+    _log_metrics(client, run_id, final_points)
     client.update_run(run_id, name=trial.label)
     for name in ("run.json", "result.json", "metrics.jsonl"):
         if (trial.folder / name).is_file() and not (trial.folder / name).is_symlink():
@@ -191,55 +251,99 @@ def _publish_result(client: Any, run_id: str, trial: Trial, metric: str, last_ti
         client.log_artifacts(run_id, str(trial.checkpoint), "checkpoint")
     for name, text in (("reason", trial.reason), ("signature", trial.signature), ("status", trial.status)):
         if text:
-            client.set_tag(run_id, f"raydistill.{name}", redact(text)[:4000])
+            client.set_tag(run_id, f"raydistill.{name}", redact(text)[:MAX_TAG_CHARS])
     client.set_terminated(run_id, "FINISHED" if trial.scored else "FAILED")
-    client.set_tag(run_id, "raydistill.done", "1")  # last: a kill before it has all of this done again
+    client.set_tag(run_id, "raydistill.done", "1")  # last, so that a kill before this line repeats everything above
+
+
+def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -> None:
+    """Log a finalist's metrics as DECODING/NAME, and served.json.
+
+    Serving follows the end of the trial, and decodings may be added later.
+    """
+    path = trial.folder / SERVED_FILE
+    if not path.is_file() or path.is_symlink():
+        return
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if run.data.tags.get("raydistill.served") == digest:
+        return
+    values = {
+        f"{decoding_key(student.decoding)}/{name}": value
+        for student in selection.students
+        if student.decoding and student.folder == trial.folder
+        for name, value in _final_metrics(student, selection.metric).items()
+        if name not in DECODING_INDEPENDENT_METRICS
+    }
+    _log_constants(client, run, values)
+    client.log_artifact(run.info.run_id, str(path))
+    client.set_tag(run.info.run_id, "raydistill.served", digest)  # last, so that a kill repeats the lines above
 
 
 def _publish_parent(
-    client: Any, parent: Any, children: dict[str, Any], selection: Selection, report_paths: list[Path], finished: bool
+    client: Any, parent: Any, children: dict[str, Any], selection: Selection, report_paths: list[Path]
 ) -> None:
-    run_id = parent.info.run_id
-    note = f"**{selection.name}**: {format_trial_counts(selection.trials)}."
-    at = f"#/experiments/{parent.info.experiment_id}/runs"
+    """Log the sweep's description, the teacher's metrics and the report, and tag the chosen trials."""
+    experiment_url = f"#/experiments/{parent.info.experiment_id}/runs"
+    links = {key: f"{experiment_url}/{child.info.run_id}" for key, child in children.items()}
+    description = _describe_sweep(selection, links)
+    client.set_tag(parent.info.run_id, "mlflow.note.content", description[:MAX_DESCRIPTION_CHARS])
+    _log_constants(client, parent, _teacher_metrics(selection))
+    _log_report(client, parent, selection, report_paths)
+    _tag_chosen_trials(client, children, selection)
+
+
+def _describe_sweep(selection: Selection, links: dict[str, str]) -> str:
+    """The description of the sweep's run in Markdown; `links` maps trial keys to the URLs of their runs."""
+    parts = [f"**{selection.name}**: {format_trial_counts(selection.trials)}."]
     if selection.choices:
-        links = {key: f"{at}/{child.info.run_id}" for key, child in children.items()}
         header, rows = choices_table(selection, links)
-        # MLflow folds a description after a few lines: the links come first, so that they can be clicked at once.
-        note = f"**Chosen** for {'; '.join(f'{name}: {student}' for name, _, student, *_ in rows)}\n\n{note}"
-        note += f"\n\n{markdown_table(header, rows)}"
-    note += f"\n\n{markdown_table(*method_table(selection))}"
-    note += "\n\nThe front to point at, and the learning curves: artifact `front.html` of this run."
-    client.set_tag(run_id, "mlflow.note.content", note[:8000])
+        # MLflow folds a description after a few lines: the links come first, so that they are visible
+        chosen = "; ".join(f"{budget}: {student}" for budget, _, student, *_ in rows)
+        parts = [f"**Chosen** for {chosen}", *parts, markdown_table(header, rows)]
+    parts.append(markdown_table(*method_table(selection)))
+    parts.append("The artifact `front.html` of this run shows the front with details of every student.")
+    return "\n\n".join(parts)
+
+
+def _teacher_metrics(selection: Selection) -> dict[str, float]:
     teacher = selection.teacher
-    scores = {**(teacher.get("metrics") or {}), **(teacher.get("costs") or {})}
-    # a constant time and step, so that publishing again adds nothing
-    points = [(f"teacher_{k}", float(v), parent.info.start_time, 0) for k, v in scores.items() if _is_number(v)]
+    values = {f"teacher_{k}": v for k, v in {**(teacher.get("metrics") or {}), **(teacher.get("costs") or {})}.items()}
     if _is_number(selection.record.get("teacher_gpu_hours")):
-        points.append(("teacher_gpu_hours", float(selection.record["teacher_gpu_hours"]), parent.info.start_time, 0))
-    _log_metrics(client, run_id, points)
-    drawn = str(max(path.stat().st_mtime_ns for path in report_paths))
-    if parent.data.tags.get("raydistill.report") != drawn:
-        for path in [*report_paths, selection.sweep / "space.yaml", selection.sweep / "sweep.json"]:
-            if path.exists():
-                client.log_artifact(run_id, str(path))
-        client.set_tag(run_id, "raydistill.report", drawn)
+        values["teacher_gpu_hours"] = selection.record["teacher_gpu_hours"]
+    return {name: float(value) for name, value in values.items() if _is_number(value)}
+
+
+def _log_report(client: Any, parent: Any, selection: Selection, report_paths: list[Path]) -> None:
+    """Log the report's files if they were written since the last publication."""
+    version = str(max(path.stat().st_mtime_ns for path in report_paths))
+    if parent.data.tags.get("raydistill.report") == version:
+        return
+    for path in [*report_paths, selection.sweep / "space.yaml", selection.sweep / "sweep.json"]:
+        if path.exists():
+            client.log_artifact(parent.info.run_id, str(path))
+    client.set_tag(parent.info.run_id, "raydistill.report", version)
+
+
+def _tag_chosen_trials(client: Any, children: dict[str, Any], selection: Selection) -> None:
+    """Tag every trial's run with the budgets that the trial was chosen for."""
+    chosen_trials = {name: selection.trial_key(key) for name, key in selection.chosen_keys.items() if key}
     for key, child in children.items():
-        budgets = ", ".join(
-            name for name, chosen in selection.chosen_keys.items() if chosen and selection.trial_key(chosen) == key
-        )
+        budgets = ", ".join(name for name, chosen in chosen_trials.items() if chosen == key)
         if budgets != child.data.tags.get(CHOSEN_TAG, ""):
             client.set_tag(child.info.run_id, CHOSEN_TAG, budgets)
+
+
+def _set_parent_status(client: Any, parent: Any, finished: bool) -> None:
     if finished:
-        client.set_terminated(run_id, "FINISHED")
+        client.set_terminated(parent.info.run_id, "FINISHED")
     elif parent.info.status != "RUNNING":
-        client.update_run(run_id, status="RUNNING")
+        client.update_run(parent.info.run_id, status="RUNNING")
 
 
 def _save_shared_view(client: Any, experiment_id: str, metric: str) -> str:
-    """Keep a view of the finished trials as MLflow's own Share button does; returns the query that opens it.
+    """Store a view of the finished trials, like MLflow's Share button; returns the query string that opens the view.
 
-    Without it the UI hides metrics and parameters until a person picks them from a list of dozens.
+    By default the UI hides metrics and parameters until the user selects their columns.
     """
     metrics = (metric, f"test_{metric}", f"test_{metric}_low", f"test_{metric}_high", *VIEW_METRICS)
     columns = [f"metrics.`{name}`" for name in metrics]
@@ -254,25 +358,14 @@ def _save_shared_view(client: Any, experiment_id: str, metric: str) -> str:
     return "viewStateShareKey=raydistill"
 
 
-def flatten_params(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys and text without secrets; lists as JSON; what is None is left out."""
-    flat: dict[str, str] = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= flatten_params(value, f"{name}.")
-        elif value is not None:
-            flat[name] = redact(value if isinstance(value, str) else json.dumps(value))
-    return flat
-
-
-def _create_trial_run(client: Any, experiment_id: str, parent_run_id: str, tracking_id: str, trial: Trial) -> Any:
-    tags = {"raydistill.sweep": tracking_id, "raydistill.trial": trial.key, "mlflow.parentRunId": parent_run_id}
-    return _create_run(client, experiment_id, trial.label, tags)
+def _final_points(trial: Trial, metric: str, time_ms: int, last_step: int) -> list[MetricPoint]:
+    """A finished trial's final metrics, at a time after its history, so that MLflow shows them as the latest values."""
+    step = max(last_step, trial.steps)
+    return [MetricPoint(name, value, time_ms, step) for name, value in _final_metrics(trial, metric).items()]
 
 
 def _final_metrics(trial: Trial, metric: str) -> dict[str, float]:
-    """The contract's metrics, the test split's with `test_`, and the main one's interval as `_low` and `_high`."""
+    """Final metrics, the test split's as `test_NAME`, and the main score's interval as `NAME_low` and `NAME_high`."""
     values = {name: trial.metrics[name] for name in FINAL_METRICS if name in trial.metrics}
     if trial.interval:
         values |= {f"{metric}_low": trial.interval[0], f"{metric}_high": trial.interval[1]}
@@ -291,59 +384,32 @@ def _log_params(client: Any, run: Any, trial: Trial) -> None:
     if trial.size:
         params["size"] = trial.size
     params |= {f"copied.{side}": json.dumps(layers) for side, layers in trial.copied.items()}
-    # a parameter cannot be changed once logged, and a running trial has fewer of them
-    new = [Param(k, v[:6000]) for k, v in params.items() if k not in run.data.params]
+    # MLflow parameters are immutable, and a running trial has fewer of them
+    new = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in params.items() if name not in run.data.params]
     for i in range(0, len(new), BATCH_LIMITS["params"]):
         client.log_batch(run.info.run_id, params=new[i : i + BATCH_LIMITS["params"]])
 
 
-def _log_metrics(client: Any, run_id: str, points: list[tuple[str, float, int, int]]) -> None:
+def _log_constants(client: Any, run: Any, values: dict[str, float]) -> None:
+    """Log metrics with a constant time and step, so that logging them again adds nothing."""
+    points = [MetricPoint(name, value, run.info.start_time, 0) for name, value in values.items()]
+    _log_metrics(client, run.info.run_id, points)
+
+
+def _log_metrics(client: Any, run_id: str, points: list[MetricPoint]) -> None:
     from mlflow.entities import Metric
 
-    metrics = [Metric(*point) for point in points]
+    metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
     for i in range(0, len(metrics), BATCH_LIMITS["metrics"]):
         client.log_batch(run_id, metrics=metrics[i : i + BATCH_LIMITS["metrics"]])
 
 
-def resolve_tracking_uri(selection: Selection, tracking_uri: str | None) -> str:
-    """The store to write to: the one asked for, else the sweep's, else the local one."""
-    return tracking_uri or selection.record.get("tracking_uri") or default_tracking_uri()
-
-
 def _get_or_create_tracking_id(sweep: Path, name: str) -> str:
-    """The sweep's own mark, kept in its folder: two sweeps of one name on a shared server stay apart."""
+    """The sweep's id in a store, kept in its folder, so that sweeps of one name on a shared server stay separate."""
     path = sweep / "tracking_id"
     if not path.exists():
         write_atomic(path, f"{name}-{uuid.uuid4().hex[:12]}\n".encode())
     return path.read_text(encoding="utf-8").strip()
-
-
-def find_run(client: Any, selection: Selection, key: str, uri: str) -> Any:
-    """The run of a trial; None where there is none yet."""
-    experiment = get_or_create_experiment(client, selection.name, uri)
-    return _runs_by_trial(client, experiment, _get_or_create_tracking_id(selection.sweep, selection.name)).get(key)
-
-
-def _runs_by_trial(client: Any, experiment_id: str, tracking_id: str) -> dict[str, Any]:
-    """This sweep's runs by trial key; the parent under "".
-
-    A request that was sent again, since a proxy had given up on it, may have made a second run of a trial: of two the
-    one that was written to, which has more tags, is kept, and the other deleted.
-    """
-    found: dict[str, Any] = {}
-    token = None
-    while True:
-        text = f"tags.`raydistill.sweep` = '{tracking_id}'"
-        page = client.search_runs([experiment_id], text, max_results=500, page_token=token)
-        for run in page:
-            key = run.data.tags.get("raydistill.trial", "")
-            other = found.setdefault(key, run)
-            if other is not run:
-                found[key], lesser = sorted((run, other), key=lambda one: len(one.data.tags), reverse=True)
-                client.delete_run(lesser.info.run_id)
-        token = page.token
-        if not token:
-            return found
 
 
 def _create_run(client: Any, experiment_id: str, name: str, tags: dict[str, str]) -> Any:

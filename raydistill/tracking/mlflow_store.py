@@ -1,4 +1,4 @@
-"""The store that MLflow keeps its runs in: which, whether it can be used, the client, its errors in plain words."""
+"""The MLflow tracking store: its location, a quick check, the client, and error messages."""
 
 import contextlib
 import logging
@@ -18,18 +18,23 @@ from raydistill.core.files import atomic_path
 from raydistill.core.paths import raydistill_home
 from raydistill.core.secrets import CREDENTIALS_HINT, has_credentials, redact
 
+HTTP_ERROR_HINTS = {
+    401: f"authentication is required. {CREDENTIALS_HINT}",
+    403: "the server refuses this host (see its --allowed-hosts)",
+}
+
 
 class TrackingUnavailable(UserError):
-    """The tracking store does not answer. The sweep can go on: publishing later makes up for all of it."""
+    """The tracking store cannot be used now; the sweep can continue and be published later."""
 
 
 def default_tracking_uri() -> str:
-    """The local store: SQLite under `home()`."""
+    """The local store: SQLite in the folder of `raydistill_home`."""
     return f"sqlite:///{raydistill_home() / 'mlflow.db'}"
 
 
 def ui_command(uri: str | None = None) -> str:
-    """The one command that shows a store in a browser; for a server, where to look."""
+    """The command that shows a store in a browser; for a server, the URL to open."""
     uri = uri or default_tracking_uri()
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"
@@ -37,10 +42,11 @@ def ui_command(uri: str | None = None) -> str:
 
 
 def check_tracking(uri: str | None) -> None:
-    """Say within two seconds whether a store can be used, without importing MLflow.
+    """Check within two seconds that a store can be used, without importing MLflow.
 
-    UserError for a URI that cannot work (plain file stores: MLflow gave them up) or holds a password, TrackingDown
-    where a server does not answer.
+    Raises:
+        UserError: the URI can never work (MLflow no longer supports plain files) or contains credentials.
+        TrackingUnavailable: the server does not answer, or the local store cannot be written.
     """
     uri = uri or default_tracking_uri()
     if has_credentials(uri):
@@ -53,79 +59,55 @@ def check_tracking(uri: str | None) -> None:
         )
     if scheme == "sqlite":
         _check_writable(_sqlite_path(uri), uri)
-    if scheme not in ("http", "https"):
-        return
-    try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=1.5):
-            return
-    except urllib.error.HTTPError as error:
-        why = {401: f"it wants credentials. {CREDENTIALS_HINT}", 403: "it refuses this host (see its --allowed-hosts)"}
-        if error.code != 404:  # behind a proxy there may be no /health
-            raise TrackingUnavailable(
-                f"the tracking server {uri} answers {error.code}: {why.get(error.code, error.reason)}"
-            ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise TrackingUnavailable(f"the tracking server {uri} does not answer ({reason}); is it running?") from None
+    elif scheme in ("http", "https"):
+        _check_server(uri)
 
 
 def configure_mlflow() -> None:
-    """Before mlflow is first imported, since it reads this then: no telemetry, few retries, nothing on stdout.
+    """Set MLflow's environment variables before its first import: no telemetry, few retries, no output on stdout.
 
-    A user's own settings stand.
+    Variables that the user has set are kept.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is reserved for --json
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def make_client(uri: str) -> Any:
-    """An MlflowClient that gives up soon, and says nothing on stdout."""
+    """An `MlflowClient` for a store; a local store is created if it does not exist.
+
+    Raises:
+        TrackingUnavailable: the local store cannot be created.
+    """
     configure_mlflow()
     from mlflow import MlflowClient
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # the import sets its own
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # the import resets the level
     if uri.startswith("sqlite:"):
         try:
             _create_sqlite_store(_sqlite_path(uri))
         except OSError as error:
-            raise TrackingUnavailable(f"tracking_uri {uri}: the store cannot be made ({error.strerror})") from None
+            raise TrackingUnavailable(f"tracking_uri {uri}: the store cannot be created ({error.strerror})") from None
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _create_sqlite_store(path: Path) -> None:
-    """A local store that is not there yet is made under another name and then takes its own.
-
-    MLflow makes its tables one by one, and a store whose making was killed could never be opened again.
-    """
-    from mlflow import MlflowClient
-
-    if path.is_file() and path.stat().st_size:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)  # for the lock
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        if path.is_file() and path.stat().st_size:
-            return
-        for left in path.parent.glob(f".{path.name}.*.making*"):  # of one that was killed, SQLite's journal too
-            left.unlink()
-        with atomic_path(path) as place:
-            MlflowClient(f"sqlite:///{place}").search_experiments(max_results=1)
-
-
 def get_or_create_experiment(client: Any, name: str, uri: str) -> str:
-    """The experiment's id. A local store keeps artifacts beside itself, a server where it says."""
+    """The id of the experiment with this name; a deleted experiment is restored.
+
+    A local store keeps artifacts in the folder `mlartifacts` next to its database; a server uses its own default.
+    """
     existing = client.get_experiment_by_name(name)
     if existing is None:
         location = None
         if uri.startswith("sqlite:"):
             location = (_sqlite_path(uri).absolute().parent / "mlartifacts" / name).as_uri()
-        # The UI shows training runs with their metrics only where an experiment says that it is of this kind.
+        # The UI shows training runs with their metrics only for experiments of this kind
         kind = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(name, artifact_location=location, tags=kind))
     if existing.lifecycle_stage == "deleted":
@@ -135,17 +117,36 @@ def get_or_create_experiment(client: Any, name: str, uri: str) -> str:
 
 @contextlib.contextmanager
 def translate_mlflow_errors(uri: str) -> Iterator[None]:
-    """MLflow's and the connection's errors as TrackingDown, in one line."""
+    """Raise errors of MLflow and of the connection as `TrackingUnavailable`, with a message of one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # mlflow, requests and sqlalchemy are not imported only to name their errors here
+        # Importing these packages only to name their exceptions would be slow
         if type(error).__module__.split(".")[0] not in ("mlflow", "requests", "urllib3", "sqlalchemy"):
             raise
         text = redact(" ".join(str(error).split()))[:300]
-        raise TrackingUnavailable(f"MLflow at {uri} failed: {text}. Publishing again later makes up for it") from error
+        raise TrackingUnavailable(f"MLflow at {uri} failed: {text}. Run the command again to publish") from error
+
+
+def _create_sqlite_store(path: Path) -> None:
+    """Create a local store under a temporary name and rename the complete store.
+
+    MLflow creates its tables one by one, and cannot open a store with only some of them.
+    """
+    from mlflow import MlflowClient
+
+    if path.is_file() and path.stat().st_size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)  # for the lock
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.is_file() and path.stat().st_size:
+            return
+        for leftover in path.parent.glob(f".{path.name}.*.making*"):  # from a killed process; includes SQLite's journal
+            leftover.unlink()
+        with atomic_path(path) as temporary:
+            MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 def _sqlite_path(uri: str) -> Path:
@@ -159,3 +160,16 @@ def _check_writable(path: Path, uri: str) -> None:
             return
     except OSError as error:
         raise TrackingUnavailable(f"tracking_uri {uri}: {path.parent} cannot be written ({error.strerror})") from None
+
+
+def _check_server(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=1.5):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code != 404:  # behind a proxy, /health may not exist
+            reason = HTTP_ERROR_HINTS.get(error.code, error.reason)
+            raise TrackingUnavailable(f"the tracking server {uri} answers {error.code}: {reason}") from None
+    except (OSError, ValueError) as error:
+        detail = getattr(error, "reason", error)
+        raise TrackingUnavailable(f"the tracking server {uri} does not answer ({detail}); is it running?") from None

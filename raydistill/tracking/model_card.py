@@ -1,102 +1,85 @@
-"""A student's model card: what it is, how good, how dear, how to load it."""
+"""The model card of an exported student: its origin, scores, costs, and how to load it."""
 
+from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from raydistill.core.files import CHECKPOINT_METADATA, read_json
 from raydistill.results.pareto import COST_UNITS
 from raydistill.results.records import Trial, decoding_label
 from raydistill.results.selection import Selection
-from raydistill.results.tables import METRIC_NAMES, markdown_table
+from raydistill.results.tables import markdown_table, metric_name
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def render_model_card(selection: Selection, student: Trial, budgets: list[str]) -> str:
-    """README.md of a checkpoint, with the header that the Hugging Face hub reads."""
+    """README.md of a student with a checkpoint, with the metadata header that the Hugging Face hub reads.
+
+    `budgets` are the names of the budgets that the student was chosen for.
+    """
     assert student.checkpoint is not None
-    card = read_json(student.checkpoint / CHECKPOINT_METADATA)
-    teacher, data = selection.teacher, card["config"]["dataset"]["name"]
-    lines = [
-        "---",
-        "library_name: transformers",
-        f"tags: [raydistill, {'translation' if selection.metric == 'bleu' else 'summarization'}]",
-        "---",
-        f"# {selection.name}: {student.size} student by {student.method}",
-        "",
-        f"A student of `{card['teacher']}` ({teacher.get('size', 'size unknown')}), distilled by raydistill"
-        + (f"; chosen for: {', '.join(budgets)}." if budgets else "."),
-        "",
-        markdown_table(["", ""], [*_origin_rows(student, card, data), *_decoding_rows(student, card)]),
-        "",
-        "## Scores",
-        "",
-        markdown_table(
-            ["split", METRIC_NAMES.get(selection.metric, selection.metric), "95 % interval"],
-            _score_rows(selection, student),
-        ),
-        "",
-        f"Validation decided; test is for reporting. Scorer: `{student.signature}`."
-        + (
-            f" The teacher has {teacher['metrics'][selection.metric]:.2f} on validation."
-            if teacher.get("metrics")
-            else ""
-        ),
-        "",
-        "## Cost",
-        "",
-        markdown_table(["cost", "student", "teacher"], _cost_rows(selection, student)),
-        "",
-        *([f"Milliseconds with {measured}.", ""] if (measured := selection.measured_with(student)) else []),
-        "## How to load it",
-        "",
-        "```python",
-        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        'model = AutoModelForSeq2SeqLM.from_pretrained("FOLDER")  # decodes as above by default',
-        "```",
-        "",
-        "`FOLDER/ctranslate2`, where it is there, is what `ctranslate2.Translator` reads.",
-        "",
-        "MLflow loads and serves it where raydistill is installed, which is not on PyPI (`FOLDER/requirements.txt`",
-        'pins what it needs beside itself): `mlflow.pyfunc.load_model("FOLDER").predict(["a text"])`, or',
-        "",
-        "```sh",
-        """echo '{"inputs": ["a text", "another text"]}' > texts.json""",
-        "mlflow models predict --env-manager local -m FOLDER -t json -i texts.json",
-        "mlflow models serve --env-manager local -m FOLDER -p 5001",
-        "curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' -d @texts.json",
-        "```",
-        "",
-        "An environment that MLflow makes would lack raydistill, hence `local`. Texts are written on a GPU where there",
-        "is one, else with all cores, as a sweep times its finalists. To change that, give `load_model` a",
-        '`model_config={"device": "cpu", "threads": 4}`, or set `MLFLOW_PYFUNC_INFERENCE_CONFIG` to the same in JSON.',
+    checkpoint = read_json(student.checkpoint / CHECKPOINT_METADATA)
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    score_header = ["split", metric_name(selection.metric), "95 % interval"]
+    properties = [*_origin_rows(student, checkpoint), *_decoding_rows(student, checkpoint)]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        selection=selection,
+        student=student,
+        budgets=budgets,
+        task="translation" if selection.metric == "bleu" else "summarization",
+        teacher_name=checkpoint["teacher"],
+        teacher_size=selection.teacher.get("size", "size unknown"),
+        teacher_score=(selection.teacher.get("metrics") or {}).get(selection.metric),
+        properties=markdown_table(["", ""], properties),
+        scores=markdown_table(score_header, _score_rows(selection, student)),
+        costs=markdown_table(["cost", "student", "teacher"], _cost_rows(selection, student)),
+        setup=selection.measured_with(student),
+        loading_code=loading_example("FOLDER"),
+    )
+
+
+def loading_example(folder: str) -> str:
+    """Python code that loads an exported student with transformers."""
+    return (
+        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer\n"
+        "\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+        f'model = AutoModelForSeq2SeqLM.from_pretrained("{folder}")'
+    )
+
+
+def _origin_rows(student: Trial, checkpoint: dict[str, Any]) -> list[list[str]]:
+    supervised = checkpoint.get("supervised") or {}
+    versions = ", ".join(f"{name} {version}" for name, version in (checkpoint.get("versions") or {}).items())
+    return [
+        ["data", f"{checkpoint['config']['dataset']['name']}, labels: {student.labels}"],
+        *[[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied.items()],
+        *[[f"{side} layers supervised", " ".join(map(str, layers))] for side, layers in supervised.items()],
+        ["teacher's key", str(checkpoint.get("teacher_key"))],
+        *([["teacher's commit", str(checkpoint["teacher_commit"])]] if checkpoint.get("teacher_commit") else []),
+        *[[f"fingerprint of the {split} data", mark] for split, mark in (checkpoint.get("data") or {}).items()],
+        ["made with", versions],
     ]
-    return "\n".join(lines) + "\n"
 
 
-def _origin_rows(student: Trial, card: dict[str, Any], data: str) -> list[list[str]]:
-    rows = [["data", f"{data}, labels: {student.labels}"]]
-    rows += [[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied.items()]
-    rows += [[f"{side} layers supervised", " ".join(map(str, v))] for side, v in (card.get("supervised") or {}).items()]
-    rows += [["teacher's key", str(card.get("teacher_key"))]]
-    rows += [["teacher's commit", str(card["teacher_commit"])]] if card.get("teacher_commit") else []
-    rows += [[f"{split} data's fingerprint", mark] for split, mark in (card.get("data") or {}).items()]
-    versions = card.get("versions") or {}
-    return [*rows, ["made with", ", ".join(f"{name} {version}" for name, version in versions.items())]]
-
-
-def _decoding_rows(student: Trial, card: dict[str, Any]) -> list[list[str]]:
-    beam = {**(card.get("decoding") or {}), **(student.decoding or {})}
-    if not beam:
+def _decoding_rows(student: Trial, checkpoint: dict[str, Any]) -> list[list[str]]:
+    decoding = {**(checkpoint.get("decoding") or {}), **(student.decoding or {})}
+    if not decoding:
         return []
-    lengths = f"; {beam['min_length']} to {beam['max_length']} tokens" if "max_length" in beam else ""
-    return [["decoding", decoding_label(beam) + lengths]]
+    lengths = f"; {decoding['min_length']} to {decoding['max_length']} tokens" if "max_length" in decoding else ""
+    return [["decoding", decoding_label(decoding) + lengths]]
 
 
 def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
+    test = student.test or {}
     rows = []
     for split, value, interval in (
         ("validation", student.score(selection.metric), student.interval),
-        ("test", (student.test or {}).get(selection.metric), (student.test or {}).get("interval")),
+        ("test", test.get(selection.metric), test.get("interval")),
     ):
         if value is not None:
             rows.append([split, f"{value:.2f}", f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "-"])
@@ -104,12 +87,12 @@ def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
 
 
 def _cost_rows(selection: Selection, student: Trial) -> list[list[str]]:
-    teacher = selection.teacher.get("costs") or {}
+    teacher_costs = selection.teacher.get("costs") or {}
     rows = []
     for key, unit in COST_UNITS.items():
         if key in student.metrics:
-            theirs = f"{teacher[key]:.4g}" if key in teacher else "-"
-            rows.append([f"{key} ({unit})", f"{student.metrics[key]:.4g}", theirs])
+            teacher_cost = f"{teacher_costs[key]:.4g}" if key in teacher_costs else "-"
+            rows.append([f"{key} ({unit})", f"{student.metrics[key]:.4g}", teacher_cost])
     if "speedup" in student.metrics:
         rows.append(["speed-up, for a batch of 32", f"{student.metrics['speedup']:.2f}x", "1.00x"])
     return rows
