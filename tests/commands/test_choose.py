@@ -1,4 +1,4 @@
-"""The command as a person runs it."""
+"""`raydistill choose` as a user runs it, and the exported student."""
 
 import json
 import os
@@ -35,39 +35,39 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_bounds_are_parsed_and_refused() -> None:
+def test_bounds_are_parsed_and_invalid_ones_rejected() -> None:
     assert parse_bounds(["latency_ms=900", "params_m=50%"]) == {"latency_ms": 900.0, "params_m": "50%"}
-    for bad in ("latency_ms", "=3", "latency_ms=", "latency=3", "latency_ms=fast", "latency_ms=-1"):
+    for text in ("latency_ms", "=3", "latency_ms=", "latency=3", "latency_ms=fast", "latency_ms=-1"):
         with pytest.raises(UserError, match="--within"):
-            parse_bounds([bad])
-    for endless in ("latency_ms=inf", "latency_ms=1e999", "params_m=inf%"):
+            parse_bounds([text])
+    for text in ("latency_ms=inf", "latency_ms=1e999", "params_m=inf%"):
         with pytest.raises(UserError, match=r"which bounds nothing; leave .* out instead"):
-            parse_bounds([endless])
-    for bad in ("latency_ms=nan", "latency_ms=-inf", "latency_ms=nan%"):
+            parse_bounds([text])
+    for text in ("latency_ms=nan", "latency_ms=-inf", "latency_ms=nan%"):
         with pytest.raises(UserError, match="expected a number above 0"):
-            parse_bounds([bad])
+            parse_bounds([text])
     with pytest.raises(UserError, match="twice"):
         parse_bounds(["params_m=1", "params_m=2"])
 
 
-def test_input_is_checked_before_anything_heavy(sweep: Path) -> None:
+def test_input_is_checked_before_slow_imports(sweep: Path) -> None:
     start = time.monotonic()
     bad_bound = run("mini", "--within", "latency=900")
-    assert time.monotonic() - start < 4  # under one second alone; test machines are busy
+    assert time.monotonic() - start < 4  # under one second on an idle machine
     assert bad_bound.returncode == 2
     assert "cannot bound 'latency'" in bad_bound.stderr
-    endless = run("mini", "--within", "latency_ms=inf")
-    assert endless.returncode == 2
-    assert "--within latency_ms=inf: latency_ms is 'inf', which bounds nothing" in endless.stderr
+    infinite = run("mini", "--within", "latency_ms=inf")
+    assert infinite.returncode == 2
+    assert "--within latency_ms=inf: latency_ms is 'inf', which bounds nothing" in infinite.stderr
     unknown = run("minni", "--within", "latency_ms=900")
     assert unknown.returncode == 2
     assert "no such sweep; sweeps in" in unknown.stderr
 
 
-def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_load_it(sweep: Path) -> None:
-    """Of two ways of decoding that score the same the cheaper is taken, and every reader of the folder decodes so."""
+def test_choice_for_a_stored_budget_is_exported_and_registered_and_every_library_loads_it(sweep: Path) -> None:
+    """Of two decodings with equal scores the cheaper is chosen, and every library uses it by default."""
     make_student(sweep, "a", 0, 10.0)  # 100 ms with 4 beams, 40 with one
-    make_student(sweep, "b", 1, 60.0, "4-4")  # beyond half of the teacher's 300 however it decodes
+    make_student(sweep, "b", 1, 60.0, "4-4")  # above half of the teacher's 300 ms with either decoding
     result = run("mini", "--json")
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
@@ -86,8 +86,8 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
         assert text in card
     measured = "ctranslate2 int8, some CPU, 2 threads"
     assert "| speed-up, for a batch of 32 | 7.50x | 1.00x |" in card
-    assert f"Milliseconds with {measured}." in card
-    assert f"milliseconds with {measured}" in result.stderr
+    assert f"Latencies were measured with {measured}." in card
+    assert f"latencies measured with {measured}" in result.stderr
     assert "7.50 times the teacher's speed" in result.stderr
     assert version.tags["measured_with"] == measured
     sources = sentences(5, seed=3)
@@ -95,101 +95,99 @@ def test_the_stored_budget_is_chosen_registered_and_handed_over_so_that_all_can_
 
     mlflow.set_tracking_uri(mlflow_store.default_tracking_uri())
     mlflow.set_registry_uri(mlflow_store.default_tracking_uri())
-    written = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
+    predictions = mlflow.pyfunc.load_model("models:/mini@fast").predict(sources)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.num_beams == 1
     out = model.generate(**tokenizer(sources, return_tensors="pt", padding=True, truncation=True, max_length=32))
     texts = [text.strip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
-    assert written == texts
+    assert predictions == texts
     translator: Any = ctranslate2.Translator(str(folder / "ctranslate2"))
     tokens = [
         tokenizer.convert_ids_to_tokens(tokenizer(source, truncation=True, max_length=32)["input_ids"])
         for source in sources
     ]
-    # generate() forces the first and the last token, and counts the start; CTranslate2 is told of the first.
-    first, most = [[tokenizer.bos_token]] * len(tokens), model.generation_config.max_length - 2
-    found = translator.translate_batch(tokens, target_prefix=first, beam_size=1, max_decoding_length=most)
-    ids: Any = [tokenizer.convert_tokens_to_ids(one.hypotheses[0]) for one in found]
+    # generate() forces the first and last token and counts the start token; CTranslate2 gets the first as a prefix
+    prefix, max_length = [[tokenizer.bos_token]] * len(tokens), model.generation_config.max_length - 2
+    results = translator.translate_batch(tokens, target_prefix=prefix, beam_size=1, max_decoding_length=max_length)
+    ids: Any = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
     assert [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)] == texts
 
 
 @pytest.fixture
-def handed_over(sweep: Path) -> Path:
-    """A student as `choose` hands it over."""
+def exported(sweep: Path) -> Path:
+    """The folder of a student that `choose` exported."""
     make_student(sweep, "a", 0, 10.0)
     return export_student(load_selection(sweep), "a b1")
 
 
-def test_mlflow_predicts_and_serves_by_the_cards_own_commands(handed_over: Path, tmp_path: Path) -> None:
-    [shown] = re.findall(r"```sh\n(.*?)```", (handed_over / "README.md").read_text(), re.DOTALL)
+def test_commands_of_the_model_card_predict_and_serve(exported: Path, tmp_path: Path) -> None:
+    [commands] = re.findall(r"```sh\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
     port = free_port()
-    lines = shown.replace("FOLDER", shlex.quote(str(handed_over))).replace("5001", str(port)).splitlines()
-    make_texts, predict, serve, ask = lines
-    there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    there |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    lines = commands.replace("FOLDER", shlex.quote(str(exported))).replace("5001", str(port)).splitlines()
+    make_texts, predict, serve, request = lines
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true"}
     done = subprocess.run(
         f"{make_texts} && {predict}",
         shell=True,
         cwd=tmp_path,
-        env={**os.environ, **there},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    wanted = {"predictions": mlflow_pyfunc._load_pyfunc(str(handed_over)).predict(["a text", "another text"])}
-    assert json.loads(done.stdout) == wanted
-    _, url, _, header, _, data = shlex.split(ask)
-    asked = urllib.request.Request(url, (tmp_path / data.removeprefix("@")).read_bytes(), dict([header.split(": ")]))
+    expected = {"predictions": mlflow_pyfunc._load_pyfunc(str(exported)).predict(["a text", "another text"])}
+    assert json.loads(done.stdout) == expected
+    _, url, _, header, _, data = shlex.split(request)
+    http_request = urllib.request.Request(
+        url, (tmp_path / data.removeprefix("@")).read_bytes(), dict([header.split(": ")])
+    )
     ping = url.replace("invocations", "ping")
-    with background(shlex.split(serve), tmp_path / "log", lambda: urllib.request.urlopen(ping).close(), **there):
-        assert json.loads(urllib.request.urlopen(asked, timeout=60).read()) == wanted
+    with background(shlex.split(serve), tmp_path / "log", lambda: urllib.request.urlopen(ping).close(), **environment):
+        assert json.loads(urllib.request.urlopen(http_request, timeout=60).read()) == expected
 
 
-def test_mlflow_serves_with_all_that_the_machine_has_unless_told_otherwise(
-    handed_over: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mlflow_uses_the_whole_machine_by_default(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
-    card = read_json(handed_over / CHECKPOINT_METADATA)
-    card["config"]["evaluation"] = {"engine": "transformers"}  # with which its finalists were then served
-    write_json_atomic(handed_over / CHECKPOINT_METADATA, card)
+    card = read_json(exported / CHECKPOINT_METADATA)
+    card["config"]["evaluation"] = {"engine": "transformers"}
+    write_json_atomic(exported / CHECKPOINT_METADATA, card)
 
     def engine(**settings: Any) -> tuple[str, str, int | None]:
-        found = mlflow.pyfunc.load_model(str(handed_over), **settings)._model_impl.engine
-        return found.name, found.device, found.threads
+        loaded = mlflow.pyfunc.load_model(str(exported), **settings)._model_impl.engine
+        return loaded.name, loaded.device, loaded.threads
 
-    here = "cuda:0" if torch.cuda.is_available() else "cpu"
-    assert engine() == ("transformers", here, len(os.sched_getaffinity(0)))
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert engine() == ("transformers", device, len(os.sched_getaffinity(0)))
     assert engine(model_config={"device": "cpu", "threads": 1}) == ("transformers", "cpu", 1)
     monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", '{"device": "cpu", "threads": 3}')
     assert engine() == ("transformers", "cpu", 3)
 
 
-def test_requirements_pin_what_serving_imports(handed_over: Path) -> None:
+def test_requirements_pin_every_package_that_serving_imports(exported: Path) -> None:
     program = """
 import json, sys
 from importlib.metadata import packages_distributions, version
 from raydistill.inference.mlflow_pyfunc import _load_pyfunc
 _load_pyfunc(sys.argv[1]).predict(["a text"])
-of = packages_distributions()
+distributions = packages_distributions()
 roots = {module.split(".")[0] for module in sys.modules}
-print(json.dumps({found.lower(): version(found) for root in roots for found in of.get(root, [])}))
+print(json.dumps({name.lower(): version(name) for root in roots for name in distributions.get(root, [])}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(handed_over)], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(exported)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     imported = json.loads(done.stdout)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    ours = {re.split(r"[\[><=]", line)[0].lower() for line in project["dependencies"]}
-    pinned = dict(line.split("==") for line in (handed_over / "requirements.txt").read_text().split())
+    dependencies = {re.split(r"[\[><=]", line)[0].lower() for line in project["dependencies"]}
+    pinned = dict(line.split("==") for line in (exported / "requirements.txt").read_text().split())
     assert pinned.pop("mlflow") == version("mlflow")
     assert pinned == {name: imported[name].partition("+")[0] for name in pinned}
-    assert ours & set(imported) - set(pinned) <= {"psutil"}  # which transformers takes where it is
+    assert dependencies & set(imported) - set(pinned) <= {"psutil"}  # optional in transformers
 
 
-def test_without_registering_the_folder_to_load_decodes_as_was_chosen_and_says_for_what(sweep: Path) -> None:
+def test_export_without_registration_uses_the_chosen_decoding_and_names_its_budgets(sweep: Path) -> None:
     make_student(sweep, "a", 0, 10.0)
     result = run("mini", "--within", "latency_ms=45", "--name", "cheap", "--no-register", "--json")
     assert result.returncode == 0, result.stderr
@@ -198,19 +196,19 @@ def test_without_registering_the_folder_to_load_decodes_as_was_chosen_and_says_f
     assert choice["registered"] is None
     folder = Path(choice["checkpoint"])
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    assert model.generation_config.num_beams == 1  # the trial's own are 4
+    assert model.generation_config.num_beams == 1  # the trial was decoded with 4
     assert "chosen for: fast, cheap." in (folder / "README.md").read_text()
     assert not (sweep.parent.parent / "mlflow.db").exists()
     for file in (sweep / "trials" / "a" / "best").iterdir():
         file.unlink()
     (sweep / "trials" / "a" / "best").rmdir()
-    gone = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
-    assert gone.returncode == 0, gone.stderr
-    assert json.loads(gone.stdout)["choices"][0]["checkpoint"] is None
-    assert "missing: it was deleted" in gone.stderr
+    deleted = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
+    assert deleted.returncode == 0, deleted.stderr
+    assert json.loads(deleted.stdout)["choices"][0]["checkpoint"] is None
+    assert "missing: it was deleted" in deleted.stderr
 
 
-def test_nothing_fits_ends_with_2_and_the_nearest_miss(sweep: Path) -> None:
+def test_exit_status_is_2_with_the_nearest_miss_when_nothing_fits(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     result = run("mini", "--within", "latency_ms=50", "--no-register")
     assert result.returncode == 2

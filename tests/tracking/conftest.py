@@ -1,0 +1,23 @@
+"""An exported student without a real model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from raydistill.tracking import mlflow_registry
+
+
+@pytest.fixture
+def make_export() -> Callable[[Path, str], Path]:
+    """A function that writes SWEEP/exports/KEY like `export_student`, with empty metadata and no weights."""
+
+    def write(sweep: Path, key: str) -> Path:
+        folder = sweep / "exports" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "raydistill.json").write_text("{}")
+        (folder / "README.md").write_text("chosen for fast")
+        mlflow_registry.write_mlmodel(folder)
+        return folder
+
+    return write
