@@ -1,9 +1,9 @@
-"""Section 6.3: variations of direct distillation, each against plain KD of the same recipe."""
+"""Section 6.3 of the paper: variations of the distillation loss, each compared with plain KD of the same recipe."""
 
 from collections.abc import Iterable, Sequence
 
 from raydistill.config.run import Loss
-from raydistill.paper.cells import SWEEP_COLUMN, Table, format_difference, format_number
+from raydistill.paper.cells import SWEEP_COLUMN, Table, format_cell, format_difference
 from raydistill.paper.seed_groups import SeedGroup, compare_groups, group_by_sweep
 
 LOSS_NAMES = {
@@ -16,61 +16,73 @@ LOSS_NAMES = {
     "label_smoothing": "label smoothing",
 }
 NOTE = (
-    "Each variation against plain KD (the default losses) of the same sweep, all else alike, on test: the means over "
-    "the n seeds that both have, with the 95 % interval of a paired bootstrap over rows. The paper gives no figures."
+    "Each variation is compared on test with plain KD (the default losses) of the same sweep and otherwise equal "
+    "settings: means over the n seeds that both have, with the 95 % interval of a paired bootstrap over rows. The "
+    "paper gives no values."
 )
 
 
 def ablation_table(seed_groups: Sequence[SeedGroup]) -> Table:
-    """Score of each variation, and less plain KD."""
+    """The test score of each variation of the loss, and its difference to plain KD."""
     rows = []
-    for sweep, mine in group_by_sweep(s for s in seed_groups if s.run.method == "kd"):
-        for same in _group_except_loss(mine):
-            plain = next((s for s in same if s.run.loss == Loss()), None)
-            for s in sorted(same, key=lambda s: s is not plain) if len(same) > 1 else []:
-                found = compare_groups(s, plain) if plain and s is not plain else None
-                score = format_number(s.test(sweep.metric), 2)
-                less = format_difference(*found) if found else ""
-                rows.append([*s.paper_key, sweep.name, describe_loss(s.run.loss), score, less, str(s.num_seeds)])
+    for sweep, groups in group_by_sweep(group for group in seed_groups if group.run.method == "kd"):
+        for variations in _group_except_loss(groups):
+            if len(variations) == 1:
+                continue
+            plain = next((group for group in variations if group.run.loss == Loss()), None)
+            for group in sorted(variations, key=lambda group: group is not plain):
+                comparison = compare_groups(group, plain) if plain and group is not plain else None
+                score = format_cell(group.mean_test_score(sweep.metric), 2)
+                difference = format_difference(*comparison) if comparison else ""
+                cells = [describe_loss(group.run.loss), score, difference, str(group.num_seeds)]
+                rows.append([*group.paper_key, sweep.name, *cells])
     header = ["teacher", "size", "data", SWEEP_COLUMN, "variation", "score", "less plain KD", "seeds"]
     return Table("section63", "Section 6.3: variations of direct distillation", header, rows, NOTE)
 
 
 def describe_loss(loss: Loss) -> str:
-    """In what the losses are not the default ones: "plain KD", "no hidden loss", "attention maps 1, temperature 1"."""
-    found = []
-    for name, usual in Loss():
+    """The difference to the default losses: "plain KD", "no hidden loss", "attention maps 1, temperature 1"."""
+    parts = []
+    for name, default in Loss():
         value = getattr(loss, name)
-        if value == usual:
+        if value == default:
             continue
         if name == "normalize_hidden":
-            found.append("normalised hidden")
+            parts.append("normalised hidden")
         else:
-            found.append(f"no {LOSS_NAMES[name]} loss" if value == 0 else f"{LOSS_NAMES[name]} {value:g}")
-    return ", ".join(found) or "plain KD"
+            parts.append(f"no {LOSS_NAMES[name]} loss" if value == 0 else f"{LOSS_NAMES[name]} {value:g}")
+    return ", ".join(parts) or "plain KD"
 
 
 def select_table_5_losses(seed_groups: Iterable[SeedGroup]) -> list[SeedGroup]:
-    """Those with the losses that Table 5 is about, whatever their weights: variations of section 6.3 are none.
+    """The groups with the loss terms of Table 5, whatever their weights; variations of section 6.3 are excluded.
 
-    Normalised hidden states are a variation where a sweep has them beside plain ones, and else its recipe, as with
-    Pegasus and Marian.
+    Normalised hidden states are a variation in a sweep that also has unnormalised ones. In other sweeps, such as for
+    Pegasus and Marian, they are part of the recipe.
     """
-    found = [s for s in seed_groups if s.run.method != "kd" or _has_paper_loss_terms(s.run.loss)]
-    bare = {s.sweep.folder for s in found if s.run.method == "kd" and not s.run.loss.normalize_hidden}
-    return [s for s in found if s.run.method != "kd" or not s.run.loss.normalize_hidden or s.sweep.folder not in bare]
+    groups = [group for group in seed_groups if group.run.method != "kd" or _has_paper_loss_terms(group.run.loss)]
+    unnormalised_sweeps = {
+        group.sweep.folder for group in groups if group.run.method == "kd" and not group.run.loss.normalize_hidden
+    }
+    return [
+        group
+        for group in groups
+        if group.run.method != "kd"
+        or not group.run.loss.normalize_hidden
+        or group.sweep.folder not in unnormalised_sweeps
+    ]
 
 
 def _has_paper_loss_terms(loss: Loss) -> bool:
-    """Data, logits and hidden states, each with some weight, and no other, at the usual temperature."""
-    terms = loss.alpha_data > 0 and loss.alpha_logits > 0 and loss.alpha_hidden > 0
-    return terms and not loss.alpha_attention and not loss.alpha_cosine and loss.temperature == Loss().temperature
+    """Whether the loss has terms for data, logits and hidden states and no others, at the default temperature."""
+    has_terms = loss.alpha_data > 0 and loss.alpha_logits > 0 and loss.alpha_hidden > 0
+    return has_terms and not loss.alpha_attention and not loss.alpha_cosine and loss.temperature == Loss().temperature
 
 
 def _group_except_loss(seed_groups: Sequence[SeedGroup]) -> list[list[SeedGroup]]:
-    """Those that are one run but for their losses and seeds."""
-    groups: dict[str, list[SeedGroup]] = {}
-    for s in seed_groups:
-        plain = s.run.model_dump_json(exclude={"name": True, "loss": True, "training": {"seed"}})
-        groups.setdefault(plain, []).append(s)
-    return list(groups.values())
+    """Groups whose runs differ only in their losses and seeds."""
+    by_settings: dict[str, list[SeedGroup]] = {}
+    for group in seed_groups:
+        settings = group.run.model_dump_json(exclude={"name": True, "loss": True, "training": {"seed"}})
+        by_settings.setdefault(settings, []).append(group)
+    return list(by_settings.values())

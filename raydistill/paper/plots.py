@@ -1,6 +1,5 @@
-"""The paper's Figures 1 and 2 from sweeps: best score against speed-up, and validation loss by initialisation."""
+"""Figures 1 and 2 of the paper from sweeps: score against speed-up, and validation loss by initialisation."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,102 +8,102 @@ from raydistill.core.files import write_atomic
 from raydistill.paper import published
 from raydistill.paper.initialisations import init_name, select_init_comparisons
 from raydistill.paper.seed_groups import SeedGroup, best_group, group_by_sweep
+from raydistill.results.plots import Point, load_pyplot, render_figure, style_axes
 
 
 def plot_figure_1(path: Path, seed_groups: Sequence[SeedGroup]) -> None:
-    """The best student of each size: test score against speed-up, a panel per data set; the paper's points hollow."""
-    data = list(dict.fromkeys([*(key[2] for key in published.TABLES_6_7), *(s.paper_key[2] for s in seed_groups)]))
-    figure, panels = _make_panels(len(data))
-    for axes, name in zip(panels, data, strict=True):
-        for teacher, points in _paper_points(name).items():
+    """Draw the best student of each size: test score against speed-up, one panel per data set.
+
+    Hollow points are the paper's.
+    """
+    datasets = list(dict.fromkeys([*(key[2] for key in published.TABLES_6_7), *(g.dataset_name for g in seed_groups)]))
+    figure, panels = _make_panels(len(datasets))
+    for axes, dataset in zip(panels, datasets, strict=True):
+        for teacher, points in _paper_points(dataset).items():
             _draw_line(axes, f"{teacher} (paper)", points, hollow=True)
-        for teacher, points in _sweep_points(seed_groups, name).items():
+        for teacher, points in _sweep_points(seed_groups, dataset).items():
             _draw_line(axes, teacher, points, hollow=False)
-        metric = next((s.sweep.metric for s in seed_groups if s.paper_key[2] == name), "rouge2")
-        axes.set(title=name, xlabel="speed-up over the teacher", ylabel="BLEU" if metric == "bleu" else "ROUGE-2")
+        metric = next((group.sweep.metric for group in seed_groups if group.dataset_name == dataset), "rouge2")
+        axes.set(title=dataset, xlabel="speed-up over the teacher", ylabel="BLEU" if metric == "bleu" else "ROUGE-2")
         axes.legend(fontsize=8, frameon=False)
     _save_png(figure, path)
 
 
 def plot_figure_2(path: Path, seed_groups: Sequence[SeedGroup]) -> bool:
-    """Validation loss against epochs by what the decoder started from, a panel per sweep, teacher, size and data.
+    """Draw validation loss by epoch and initialisation, one panel per sweep, teacher, size and data set.
 
-    A line is a run. Returns whether there was anything to draw: the paper gives no numbers for its own figure.
+    Every line is a run. The paper publishes no numbers for its own figure. Returns whether there was anything to draw.
     """
-    wanted = select_init_comparisons(seed_groups)
-    groups = [
-        (place, sweep.name, mine)
-        for place in dict.fromkeys(s.paper_key for s in wanted)
-        for sweep, mine in group_by_sweep(s for s in wanted if s.paper_key == place)
+    compared = select_init_comparisons(seed_groups)
+    comparisons = [
+        (key, sweep.name, groups)
+        for key in dict.fromkeys(group.paper_key for group in compared)
+        for sweep, groups in group_by_sweep(group for group in compared if group.paper_key == key)
     ]
-    if not groups:
+    if not comparisons:
         return False
-    figure, panels = _make_panels(len(groups))
-    for axes, (place, name, mine) in zip(panels, groups, strict=True):
-        for i, setting in enumerate(mine):
-            _draw_curves(axes, setting, f"C{i % 10}")
-        axes.set(title=f"{' '.join(place)}\n({name})", xlabel="epoch", ylabel="validation cross-entropy")
+    figure, panels = _make_panels(len(comparisons))
+    for axes, (key, sweep_name, groups) in zip(panels, comparisons, strict=True):
+        for i, group in enumerate(groups):
+            _draw_loss_curves(axes, group, f"C{i % 10}")
+        axes.set(title=f"{' '.join(key)}\n({sweep_name})", xlabel="epoch", ylabel="validation cross-entropy")
         axes.legend(fontsize=8, frameon=False)
     _save_png(figure, path)
     return True
 
 
-def _draw_curves(axes: Any, group: SeedGroup, colour: str) -> None:
-    """A line for each run of a setting, named once."""
-    layers = ",".join(map(str, group.layers)) or "random"
-    other = "" if group.source in ("", "teacher") else f" from {Path(group.source).name}"
-    for i, trial in enumerate(group.ended):
-        checks = [c for c in trial.history() if "val_loss" in c]
-        label = f"{init_name(group)} ({layers}){other}" if i == 0 else None
-        axes.plot([c["epoch"] for c in checks], [c["val_loss"] for c in checks], color=colour, label=label)
+def _draw_loss_curves(axes: Any, group: SeedGroup, colour: str) -> None:
+    """One line per run of the group, with one legend entry."""
+    layers = ",".join(map(str, group.decoder_layers)) or "random"
+    source = "" if group.decoder_source in ("", "teacher") else f" from {Path(group.decoder_source).name}"
+    for i, trial in enumerate(group.completed):
+        history = [line for line in trial.history() if "val_loss" in line]
+        label = f"{init_name(group)} ({layers}){source}" if i == 0 else None
+        axes.plot(
+            [line["epoch"] for line in history], [line["val_loss"] for line in history], color=colour, label=label
+        )
 
 
-def _paper_points(data: str) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {}
+def _paper_points(dataset: str) -> dict[str, list[Point]]:
+    """The paper's (speed-up, score) by teacher."""
+    points: dict[str, list[Point]] = {}
     for (teacher, _, name), row in published.TABLES_6_7.items():
-        if name == data and row.speedup is not None:
-            found.setdefault(teacher, []).append((row.speedup, row.rouge2))
-    return found
+        if name == dataset and row.speedup is not None:
+            points.setdefault(teacher, []).append((row.speedup, row.rouge2))
+    return points
 
 
-def _sweep_points(seed_groups: Sequence[SeedGroup], data: str) -> dict[str, list[tuple[float, float]]]:
-    """A line's points by teacher and sweep: a line is of one recipe."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for place in dict.fromkeys(s.paper_key for s in seed_groups if s.paper_key[2] == data):
-        for sweep, mine in group_by_sweep(s for s in seed_groups if s.paper_key == place):
-            chosen = best_group(mine)
-            speedup = chosen.measure("speedup") if chosen else None
-            score = chosen.test(sweep.metric) if chosen else None
+def _sweep_points(seed_groups: Sequence[SeedGroup], dataset: str) -> dict[str, list[Point]]:
+    """The measured (speed-up, score) by teacher and sweep, so that every line is of one recipe."""
+    points: dict[str, list[Point]] = {}
+    for key in dict.fromkeys(group.paper_key for group in seed_groups if group.dataset_name == dataset):
+        for sweep, groups in group_by_sweep(group for group in seed_groups if group.paper_key == key):
+            best = best_group(groups)
+            speedup = best.mean_metric("speedup") if best else None
+            score = best.mean_test_score(sweep.metric) if best else None
             if speedup is not None and score is not None:
-                found.setdefault(f"{place[0]} ({sweep.name})", []).append((speedup, score))
-    return found
+                points.setdefault(f"{key[0]} ({sweep.name})", []).append((speedup, score))
+    return points
 
 
-def _draw_line(axes: Any, label: str, points: list[tuple[float, float]], hollow: bool) -> None:
+def _draw_line(axes: Any, label: str, points: list[Point], hollow: bool) -> None:
     x, y = zip(*sorted(points), strict=True)
     style = {"linestyle": ":", "markerfacecolor": "white"} if hollow else {"linestyle": "-"}
     axes.plot(x, y, marker="o", label=label, **style)
 
 
 def _make_panels(count: int) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, count, figsize=(5 * count, 4), dpi=120, layout="constrained", squeeze=False)
-    for each in axes[0]:
-        each.grid(alpha=0.25, linewidth=0.6)
-        each.spines[["top", "right"]].set_visible(False)
+    figure, axes = load_pyplot().subplots(
+        1, count, figsize=(5 * count, 4), dpi=120, layout="constrained", squeeze=False
+    )
+    for panel in axes[0]:
+        style_axes(panel)
     return figure, axes[0]
 
 
 def _save_png(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
     try:
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        content = render_figure(figure)
     finally:
-        plt.close(figure)
-    write_atomic(path, buffer.getvalue())
+        load_pyplot().close(figure)
+    write_atomic(path, content)

@@ -1,7 +1,7 @@
-"""The figures of "Pre-trained Summarization Distillation" (Shleifer and Rush, 2020), as its tables print them.
+"""The numbers published in "Pre-trained Summarization Distillation" (Shleifer and Rush, 2020), as in its tables.
 
-Settings are (teacher, size, data) by the paper's names. Scores are ROUGE-2 on XSUM and CNN, BLEU on EN-RO; costs are
-hours on one Nvidia RTX 2080. What a table leaves blank or marks with a dash is not here.
+Keys are (teacher, size, data) with the paper's names. Scores are ROUGE-2 on XSUM and CNN and BLEU on EN-RO; costs are
+hours on one Nvidia RTX 2080. Cells that a table leaves blank or marks with a dash are omitted.
 """
 
 from pathlib import Path
@@ -17,28 +17,29 @@ _HUB_NAMES = {preset.hub: name for name, presets in TEACHERS.items() for preset 
 
 
 def teacher_name(teacher: str) -> str:
-    """A teacher by the paper's name where it is one of the named ones; else as it is called (`short_name`)."""
-    plain = teacher.partition("@")[0]
-    return TEACHER_NAMES.get(_HUB_NAMES.get(plain, plain), short_name(teacher))
+    """The paper's name of a teacher, given as a preset, hub name or folder; `short_name` for other teachers."""
+    without_revision = teacher.partition("@")[0]
+    preset = _HUB_NAMES.get(without_revision, without_revision)
+    return TEACHER_NAMES.get(preset, short_name(teacher))
 
 
 def short_name(name: str) -> str:
-    """A folder by the last part of its path; a name on the hub, of one or two parts, as it is."""
+    """The last part of a folder's path; a hub name, which has at most two parts, unchanged."""
     return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
 
 
 def data_name(dataset: str) -> str:
-    """A data set by the paper's name where it has one; else the last part of its path or hub name."""
+    """The paper's name of a data set; the last part of the path or hub name for other data sets."""
     return DATA_NAMES.get(dataset, dataset.rstrip("/").rpartition("/")[2])
 
 
-# Table 2: hours for CNN, BART, 12-6.
+# Table 2: hours by method, for BART 12-6 on CNN.
 TABLE_2 = {"sft": 2.5, "pl": 19.0, "kd": 14.0}
 TABLE_2_SETTING: PaperKey = ("BART", "12-6", "CNN")
 
 
 class CorpusStatistics(NamedTuple):
-    """A row of Table 3; words are means, the size is in megabytes."""
+    """A row of Table 3: number of rows, mean words per source and target, size in megabytes."""
 
     rows: int
     source_words: int
@@ -52,7 +53,7 @@ TABLE_3 = {
     "EN-RO": CorpusStatistics(610_319, 23, 23, 178),
 }
 
-# Table 4: (teacher, data) -> GPU hours, experiments of 15 minutes or more.
+# Table 4: (teacher, data) -> GPU hours, and number of experiments of at least 15 minutes.
 TABLE_4 = {
     ("BART", "XSUM"): (787, 102),
     ("BART", "CNN"): (365, 59),
@@ -64,7 +65,7 @@ TABLE_4 = {
 
 
 class MainResult(NamedTuple):
-    """A row of Table 5: the teacher's score, then (score, cost) per method."""
+    """A row of Table 5: the teacher's score, and (score, hours) of each method."""
 
     teacher: float
     sft: tuple[float, float]
@@ -83,7 +84,7 @@ TABLE_5: dict[PaperKey, MainResult] = {
 
 
 class SizeResult(NamedTuple):
-    """A row of Tables 6 and 7: millions of parameters, milliseconds for a batch of 32, speed-up, ROUGE."""
+    """A row of Tables 6 and 7: parameters in millions, latency in ms for a batch of 32, speed-up, ROUGE."""
 
     params: int
     latency_ms: int
@@ -92,7 +93,7 @@ class SizeResult(NamedTuple):
     rougeL: float
 
 
-# Table 6 (XSUM) and 7 (CNN); size "12-12" or "16-16" is the teacher itself.
+# Tables 6 (XSUM) and 7 (CNN); sizes "12-12" and "16-16" are the teachers.
 TABLES_6_7: dict[PaperKey, SizeResult] = {
     ("BART", "12-1", "XSUM"): SizeResult(222, 743, 2.35, 17.98, 33.31),
     ("BART", "12-3", "XSUM"): SizeResult(255, 905, 1.93, 22.40, 37.30),
@@ -113,9 +114,10 @@ TABLES_6_7: dict[PaperKey, SizeResult] = {
     ("BertABS", "6-6", "CNN"): SizeResult(110, 1582, None, 19.6, 39.18),
 }
 
-# Tables 8 and 9: (teacher, data) -> (layers copied, from) -> least validation cross-entropy. "teacher": the fine-tuned
-# teacher itself; other names are checkpoints; layers () are a random decoder.
+# The decoder layers that a student copies, and their source: "teacher" (the fine-tuned teacher) or a checkpoint.
+# ((), "") is a randomly initialised decoder.
 DecoderInit = tuple[tuple[int, ...], str]
+# Tables 8 and 9: (teacher, data) -> initialisation -> the paper's name and the minimum validation cross-entropy.
 INITIALISATIONS: dict[tuple[str, str], dict[DecoderInit, tuple[str, float]]] = {
     ("BART", "XSUM"): {
         ((0, 6, 11), "teacher"): ("SFT", 2.14),
@@ -143,7 +145,7 @@ INITIALISATIONS: dict[tuple[str, str], dict[DecoderInit, tuple[str, float]]] = {
 
 
 class LabelStrategyScores(NamedTuple):
-    """A row of Table 10: the teacher's score, and each student's less the teacher's."""
+    """A row of Table 10: the teacher's score, and the difference student - teacher for each mix of labels."""
 
     teacher: float
     orig: float
@@ -161,5 +163,5 @@ TABLE_10: dict[PaperKey, LabelStrategyScores] = {
     ("mBART", "12-3", "EN-RO"): LabelStrategyScores(26.5, -0.8, -0.4, -0.6, None),
 }
 
-# Section 6.4, 12,000 BART shapes on a GPU in half precision: what one more layer adds to the time, in per cent.
+# Section 6.4: increase of latency per additional layer in per cent, over 12,000 BART shapes on a GPU in half precision.
 LAYER_COST_PERCENT = {"decoder": 8.0, "encoder": 4.0}

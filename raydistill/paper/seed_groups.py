@@ -1,4 +1,4 @@
-"""Finished trials of sweeps put together by setting: the same run with other seeds is one setting."""
+"""Completed trials grouped by settings: a group holds the trials that differ only in their seed."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,68 +14,74 @@ from raydistill.config.run import Run, parse_size
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metrics import Comparison, paired_bootstrap_over_seeds
 from raydistill.models.layer_choice import layers_to_copy
-from raydistill.paper.published import data_name, teacher_name
+from raydistill.paper.published import PaperKey, data_name, teacher_name
 from raydistill.results.costs import end_to_end_hours, hours_by_artifact
 from raydistill.results.records import Trial, read_rows, read_sweep, read_trials
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's own record, as tables need it."""
+    """A sweep's folder, the content of its sweep.json, and its trials."""
 
     folder: Path
-    info: dict[str, Any]
+    record: dict[str, Any]
     trials: list[Trial]
 
     @property
     def name(self) -> str:
-        """The folder's."""
+        """The name of the folder."""
         return self.folder.name
 
     @property
+    def metric(self) -> str:
+        """The main score, rouge2 or bleu."""
+        return str(self.record.get("metric", "rouge2"))
+
+    @property
     def teacher(self) -> dict[str, Any]:
-        """What sweep.json tells of the teacher; empty before the teacher was scored."""
-        return self.info.get("teacher") or {}
+        """The teacher's record; empty before the teacher was scored."""
+        return self.record.get("teacher") or {}
 
     @property
     def teacher_depths(self) -> tuple[int, int] | None:
-        """The teacher's encoder and decoder layers; None before it was scored."""
+        """The number of encoder and decoder layers of the teacher; None before the teacher was scored."""
         size = self.teacher.get("size")
         return parse_size(size) if size else None
 
     @property
     def teacher_name(self) -> str:
-        """By the paper's name where it has one."""
+        """The paper's name of the teacher, or a short name."""
         return teacher_name(str(self.teacher.get("name")))
 
     @cached_property
-    def data(self) -> str | None:
-        """The data set by the paper's name where it has one, from any trial's run; None before the first trial."""
+    def dataset_name(self) -> str | None:
+        """The paper's name of the data set, or a short name; None before the first trial."""
         names = ((trial.run_config().get("dataset") or {}).get("name") for trial in self.trials)
         return next((data_name(str(name)) for name in names if name), None)
 
     @property
-    def hours_by_artifact(self) -> dict[str, float]:
-        """Device-hours of the teacher's passes, by the name of what each made."""
-        if passes := self.teacher.get("passes"):
-            return hours_by_artifact(passes, f"cache of {self.folder}")
-        return {f"passes of {self.folder}": float(self.info.get("teacher_gpu_hours") or 0.0)}
+    def teacher_test_score(self) -> float | None:
+        """The teacher's main score on test."""
+        return (self.teacher.get("test") or {}).get(self.metric)
 
     @property
-    def metric(self) -> str:
-        """The main metric, rouge2 or bleu."""
-        return str(self.info.get("metric", "rouge2"))
+    def hours_by_artifact(self) -> dict[str, float]:
+        """Device-hours of the teacher passes by artifact."""
+        if passes := self.teacher.get("passes"):
+            return hours_by_artifact(passes, f"cache of {self.folder}")
+        return {f"passes of {self.folder}": float(self.record.get("teacher_gpu_hours") or 0.0)}
 
     def teacher_rows(self) -> np.ndarray | None:
-        """The teacher's per-row statistics on test."""
+        """The teacher's per-row statistics on test, as `read_rows` returns them."""
         return read_rows(self.folder / "teacher_rows.npz", "test")
 
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """The trials that differ in nothing but their seed: those that are done, and those that came to an end collapsed.
+    """The completed trials of a sweep that differ only in their seed; never empty.
 
-    There is at least one of either. Whoever collapsed has no scores, but all its validation losses.
+    `trials` are scored. `collapsed` were trained to the end and failed because of repetitive outputs: they have
+    validation losses but no scores.
     """
 
     sweep: Sweep
@@ -84,171 +90,194 @@ class SeedGroup:
     collapsed: list[Trial] = field(default_factory=list)
 
     @property
-    def paper_key(self) -> tuple[str, str, str]:
-        """(teacher, size, data), by the paper's names where it has them."""
-        return (teacher_name(str(self.run.teacher)), self.ended[0].size, data_name(self.run.dataset.name))
+    def teacher_name(self) -> str:
+        """The paper's name of the teacher, or a short name."""
+        return teacher_name(str(self.run.teacher))
+
+    @property
+    def size(self) -> str:
+        """Encoder and decoder layers, such as "12-3"."""
+        return self.completed[0].size
+
+    @property
+    def dataset_name(self) -> str:
+        """The paper's name of the data set, or a short name."""
+        return data_name(self.run.dataset.name)
+
+    @property
+    def paper_key(self) -> PaperKey:
+        """(teacher, size, data), as in the paper's tables."""
+        return (self.teacher_name, self.size, self.dataset_name)
 
     @property
     def num_seeds(self) -> int:
-        """How many scored trials there are."""
+        """The number of scored trials."""
         return len(self.trials)
 
     @property
-    def ended(self) -> list[Trial]:
-        """All trials that were trained to their end, by seed."""
+    def completed(self) -> list[Trial]:
+        """All trials that were trained to the end, by seed."""
         return sorted([*self.trials, *self.collapsed], key=lambda trial: trial.seed)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The decoder layers copied; () where the decoder started from random weights."""
-        return tuple(self.ended[0].copied.get("decoder") or ())
+    def decoder_layers(self) -> tuple[int, ...]:
+        """The decoder layers copied; () for a randomly initialised decoder."""
+        return tuple(self.completed[0].copied.get("decoder") or ())
 
     @property
-    def source(self) -> str:
-        """Where the decoder layers come from: "teacher", another checkpoint, or "" where none were copied."""
-        if not self.layers:
+    def decoder_source(self) -> str:
+        """The source of the decoder layers: "teacher", another checkpoint, or "" if none were copied."""
+        if not self.decoder_layers:
             return ""
         return self.run.student.copy_from or "teacher"
 
     @cached_property
     def is_spaced(self) -> bool:
-        """Whether the student starts as the paper's do, also where its layers are listed one by one.
+        """Whether the student copies the teacher's layers at equal spacing, also if the run lists them one by one.
 
-        False of a teacher whose size is not known.
+        False if the size of the teacher is unknown.
         """
-        copied, depths = self.ended[0].copied, self.sweep.teacher_depths
-        if depths is None or not self.layers or self.source != "teacher" or not copied.get("encoder"):
+        copied, depths = self.completed[0].copied, self.sweep.teacher_depths
+        if depths is None or self.decoder_source != "teacher" or not copied.get("encoder"):
             return False
         sides = zip(("encoder", "decoder"), depths, strict=True)
         return all(copied[side] == layers_to_copy(depth, len(copied[side])) for side, depth in sides)
 
     @property
     def label_kinds(self) -> tuple[str, ...]:
-        """Each source of labels as original, pseudo (the teacher's own) or other."""
+        """The kind of every label source: original, pseudo (by the student's own teacher) or other."""
         known = ("original", "pseudo")
         return tuple(p.spec if p.spec in known else "other" for p in parse_labels(self.run.resolved_labels))
 
     @property
-    def labels(self) -> str:
-        """What it was trained to write, a folder by its last part: "original+pseudo*0.5+SET"."""
+    def label_description(self) -> str:
+        """The label sources and their weights, such as "original+pseudo*0.5+SET"; a folder by the end of its path."""
         parts = parse_labels(self.run.resolved_labels)
         return "+".join(f"{data_name(p.spec)}{'' if p.weight == 1 else f'*{p.weight:g}'}" for p in parts)
 
-    def test(self, metric: str) -> float | None:
+    def mean_test_score(self, metric: str) -> float | None:
         """The mean test score over the seeds."""
-        return _mean_or_none((t.test or {}).get(metric) for t in self.trials)
+        return _mean_or_none((trial.test or {}).get(metric) for trial in self.trials)
 
-    def measure(self, name: str) -> float | None:
+    def mean_metric(self, name: str) -> float | None:
         """The mean of a validation score or a cost over the seeds."""
-        return _mean_or_none(t.metrics.get(name) for t in self.trials)
+        return _mean_or_none(trial.metrics.get(name) for trial in self.trials)
 
     @cached_property
     def min_val_loss(self) -> float | None:
-        """The mean of `least_losses`."""
+        """The mean of `min_val_losses`."""
         return _mean_or_none(self.min_val_losses.values())
 
     @cached_property
     def min_val_losses(self) -> dict[int, float | None]:
-        """By seed the least validation cross-entropy of all checks, of all that were trained to their end."""
-        checks = {t.seed: [c["val_loss"] for c in t.history() if "val_loss" in c] for t in self.ended}
-        return {seed: min(losses, default=None) for seed, losses in checks.items()}
+        """The minimum validation cross-entropy by seed, over all completed trials."""
+        losses = {t.seed: [line["val_loss"] for line in t.history() if "val_loss" in line] for t in self.completed}
+        return {seed: min(values, default=None) for seed, values in losses.items()}
 
     @property
-    def repetition(self) -> float | None:
-        """The mean share of outputs that repeat themselves, of all that were trained to their end."""
-        return _mean_or_none(t.metrics.get("repetition") for t in self.ended)
+    def mean_repetition(self) -> float | None:
+        """The mean share of repetitive outputs, over all completed trials."""
+        return _mean_or_none(trial.metrics.get("repetition") for trial in self.completed)
 
     @property
-    def cost(self) -> float | None:
-        """Mean device-hours end to end."""
+    def mean_device_hours(self) -> float | None:
+        """Mean device-hours, including the teacher passes that a trial needs."""
         passes = self.sweep.teacher.get("passes")
-        return _mean_or_none(end_to_end_hours(t, passes) for t in self.trials)
+        return _mean_or_none(end_to_end_hours(trial, passes) for trial in self.trials)
 
     @cached_property
-    def rows(self) -> dict[int, np.ndarray]:
-        """By seed the per-row statistics on test, of the trials that kept them."""
-        return {t.seed: rows for t in self.trials if (rows := t.rows("test")) is not None}
+    def test_rows(self) -> dict[int, np.ndarray]:
+        """Per-row statistics on test by seed, for the trials that kept them."""
+        return {trial.seed: rows for trial in self.trials if (rows := trial.rows("test")) is not None}
 
 
 def load_seed_groups(folders: Iterable[Path]) -> tuple[list[Sweep], list[SeedGroup]]:
-    """The sweeps and the settings of their trials that came to their end, in the order of the trials."""
+    """Read sweeps and group their completed trials, in the order of the trials.
+
+    Raises:
+        UserError: a folder holds no sweep, or a file is damaged.
+    """
     sweeps = [Sweep(folder, read_sweep(folder), read_trials(folder)) for folder in folders]
-    grouped: dict[tuple[Path, str], SeedGroup] = {}
+    groups: dict[tuple[Path, str], SeedGroup] = {}
     for sweep in sweeps:
         for trial in sweep.trials:
             collapsed = trial.status == "failed" and "repetition" in trial.metrics
             if trial.status != "done" and not collapsed:
                 continue
             run = Run.model_validate(trial.run_config())
-            plain = run.model_dump(mode="json", exclude={"name": True, "training": {"seed"}})
-            # Not over sweeps: a teacher of the same name may be another, and passes cost each sweep its own.
-            key = (sweep.folder, json.dumps(plain, sort_keys=True))
-            setting = grouped.setdefault(key, SeedGroup(sweep, run, []))
-            (setting.collapsed if collapsed else setting.trials).append(trial)
-    return sweeps, list(grouped.values())
+            settings = run.model_dump(mode="json", exclude={"name": True, "training": {"seed"}})
+            # Groups do not span sweeps: teachers of one name may differ, and so do the hours of teacher passes
+            key = (sweep.folder, json.dumps(settings, sort_keys=True))
+            group = groups.setdefault(key, SeedGroup(sweep, run, []))
+            (group.collapsed if collapsed else group.trials).append(trial)
+    return sweeps, list(groups.values())
 
 
 def group_by_sweep(seed_groups: Iterable[SeedGroup]) -> list[tuple[Sweep, list[SeedGroup]]]:
-    """The settings of each sweep, for a row of each: two sweeps may have trained by two recipes."""
-    found: dict[Path, list[SeedGroup]] = {}
-    for s in seed_groups:
-        found.setdefault(s.sweep.folder, []).append(s)
-    return [(mine[0].sweep, mine) for mine in found.values()]
+    """The groups of each sweep, since sweeps may use different recipes."""
+    by_folder: dict[Path, list[SeedGroup]] = {}
+    for group in seed_groups:
+        by_folder.setdefault(group.sweep.folder, []).append(group)
+    return [(groups[0].sweep, groups) for groups in by_folder.values()]
 
 
 def check_comparable(sweeps: Sequence[Sweep]) -> None:
-    """UserError where sweeps of one teacher and data set by name are of two teachers, or of two data sets."""
-    first: dict[tuple[str, str], Sweep] = {}
+    """Check that sweeps with one name for teacher and data set have the same teacher and data.
+
+    Raises:
+        UserError: they differ, so that one table cannot show both.
+    """
+    first_by_name: dict[tuple[str, str], Sweep] = {}
     for sweep in sweeps:
-        if sweep.data is None:
+        if sweep.dataset_name is None:
             continue
-        one = first.setdefault((sweep.teacher_name, sweep.data), sweep)
-        differ = ["teacher"] if _differ(one.teacher.get("key"), sweep.teacher.get("key")) else []
-        marks, others = one.teacher.get("data") or {}, sweep.teacher.get("data") or {}
-        differ += [f"{split} split" for split in marks if _differ(marks[split], others.get(split))]
-        if differ:
+        first = first_by_name.setdefault((sweep.teacher_name, sweep.dataset_name), sweep)
+        differences = ["teacher"] if _differ(first.teacher.get("key"), sweep.teacher.get("key")) else []
+        fingerprints, others = first.teacher.get("data") or {}, sweep.teacher.get("data") or {}
+        differences += [f"{split} split" for split in fingerprints if _differ(fingerprints[split], others.get(split))]
+        if differences:
             raise UserError(
-                f"{one.folder} and {sweep.folder} are both of {sweep.teacher_name} on {sweep.data}, but the "
-                f"{' and the '.join(differ)} of one is not the other's; report them apart"
+                f"{first.folder} and {sweep.folder} are both of {sweep.teacher_name} on {sweep.dataset_name}, but "
+                f"have a different {' and a different '.join(differences)}; make a report for each"
             )
 
 
-def _differ(a: str | None, b: str | None) -> bool:
-    """Whether two marks are known and not the same."""
-    return a is not None and b is not None and a != b
-
-
 def best_group(seed_groups: Iterable[SeedGroup]) -> SeedGroup | None:
-    """The one with the highest mean validation score: validation decides, test reports."""
-    scored = [(score, i, s) for i, s in enumerate(seed_groups) if (score := s.measure("score")) is not None]
-    return max(scored, key=lambda entry: (entry[0], -entry[1]))[2] if scored else None
+    """The group with the highest mean validation score; test scores never decide."""
+    scored = [
+        (score, -i, group) for i, group in enumerate(seed_groups) if (score := group.mean_metric("score")) is not None
+    ]
+    return max(scored, key=lambda entry: entry[:2])[2] if scored else None
 
 
 def compare_groups(a: SeedGroup, b: SeedGroup) -> tuple[Comparison, int] | None:
-    """`a` less `b` on test, on the seeds that both have, and how many these are; None where there are none."""
-    seeds = sorted(a.rows.keys() & b.rows.keys())
-    ours, theirs = [a.rows[seed] for seed in seeds], [b.rows[seed] for seed in seeds]
-    return (
-        (paired_bootstrap_over_seeds(a.sweep.metric, ours, theirs), len(seeds))
-        if _same_row_count([*ours, *theirs])
-        else None
-    )
+    """The difference a - b on test over the seeds that both have, and the number of seeds; None without rows."""
+    seeds = sorted(a.test_rows.keys() & b.test_rows.keys())
+    a_rows, b_rows = [a.test_rows[seed] for seed in seeds], [b.test_rows[seed] for seed in seeds]
+    if not _same_row_count([*a_rows, *b_rows]):
+        return None
+    return paired_bootstrap_over_seeds(a.sweep.metric, a_rows, b_rows), len(seeds)
 
 
 def compare_to_teacher(group: SeedGroup) -> tuple[Comparison, int] | None:
-    """A student, all its seeds, less its teacher on test; None where rows of either are missing."""
-    rows, theirs = list(group.rows.values()), group.sweep.teacher_rows()
-    if theirs is None or len(rows) < group.num_seeds or not _same_row_count([*rows, theirs]):
+    """The difference student - teacher on test over all seeds, and the number of seeds; None if rows are missing."""
+    rows, teacher_rows = list(group.test_rows.values()), group.sweep.teacher_rows()
+    if teacher_rows is None or len(rows) < group.num_seeds or not _same_row_count([*rows, teacher_rows]):
         return None
-    return paired_bootstrap_over_seeds(group.sweep.metric, rows, [theirs]), group.num_seeds
+    return paired_bootstrap_over_seeds(group.sweep.metric, rows, [teacher_rows]), group.num_seeds
 
 
-def _same_row_count(rows: Sequence[np.ndarray]) -> bool:
-    return len({len(one) for one in rows}) == 1
+def _differ(a: str | None, b: str | None) -> bool:
+    """Whether two fingerprints are known and different."""
+    return a is not None and b is not None and a != b
+
+
+def _same_row_count(arrays: Sequence[np.ndarray]) -> bool:
+    return len({len(rows) for rows in arrays}) == 1
 
 
 def _mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The mean; None where any value is missing: a mean over the rest would be another figure."""
-    found: Sequence[float | None] = list(values)
-    known = [float(v) for v in found if v is not None]
-    return float(np.mean(known)) if known and len(known) == len(found) else None
+    """The mean; None if any value is missing, since a mean over the others is not comparable."""
+    numbers: Sequence[float | None] = list(values)
+    known = [float(value) for value in numbers if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(numbers) else None

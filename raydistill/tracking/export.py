@@ -74,7 +74,7 @@ def _write_decoding(folder: Path, student: Trial) -> None:
         path = folder / "generation_config.json"
         generation: dict[str, Any] = read_json(path)
         generation |= {"num_beams": student.decoding["beams"], "length_penalty": student.decoding["length_penalty"]}
-        if student.decoding["beams"] == 1:  # transformers warns about beam search settings if there is one beam
+        if student.decoding["beams"] == 1:  # transformers warns about unused beam search settings
             generation.pop("length_penalty")
             generation.pop("early_stopping", None)
         write_json_atomic(path, generation)

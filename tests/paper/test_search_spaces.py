@@ -1,4 +1,4 @@
-"""A space for every table of the paper: each names it, and plans the right trials at the paper's costs."""
+"""The search spaces of the paper's tables: their names, trials, costs and recipes."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_table_has_a_space_that_dry_runs(path, offline, tmp_path):
+def test_space_of_every_table_can_be_planned(path, offline, tmp_path):
     space = read_space(path)
     assert space.name == path.stem
     assert space.description.startswith(f"Table {re.match(r'table([0-9]+)_', path.stem)[1]},")
@@ -41,68 +41,78 @@ def test_every_table_has_a_space_that_dry_runs(path, offline, tmp_path):
     assert "expected device-hours: about" in plan["text"]
 
 
-def test_all_the_papers_tables_of_runs_are_there():
-    kinds = {"5": 6, "6": 2, "7": 2, "8": 1, "9": 2, "10": 6}  # rows of teacher and data
-    found = [re.match(r"table(\d+)_", path.stem)[1] for path in TABLES]
-    assert {number: found.count(number) for number in found} == kinds
+def test_every_table_of_training_runs_has_its_spaces():
+    num_rows = {"5": 6, "6": 2, "7": 2, "8": 1, "9": 2, "10": 6}  # teacher and data set pairs by table
+    tables = [re.match(r"table(\d+)_", path.stem)[1] for path in TABLES]
+    assert {number: tables.count(number) for number in tables} == num_rows
 
 
 @pytest.mark.parametrize(
     ("name", "hours"),
     [
-        ("table5_cnn_bart", 2 + 14 + 2 + 17.5),  # Table 5: sft, kd, and pl as a run of sft and the labels
-        ("table10_xsum_bart", 4 * 2.5 + (15 - 2.5) + (34 - 13)),  # four runs, the labels of BART and of Pegasus
-        ("table6_xsum_bart", 15 * 787 / 102),  # sizes that Table 5 does not have
+        ("table5_cnn_bart", 2 + 14 + 2 + 17.5),  # Table 5: sft, kd, and pl as an sft run plus labels
+        ("table10_xsum_bart", 4 * 2.5 + (15 - 2.5) + (34 - 13)),  # four runs, plus the labels of BART and of Pegasus
+        ("table6_xsum_bart", 15 * 787 / 102),  # Table 5 has no costs for these sizes
     ],
 )
-def test_expected_hours_are_the_papers_costs(name, hours, offline, tmp_path):
+def test_expected_hours_follow_the_published_costs(name, hours, offline, tmp_path):
     plan = describe_plan(read_space(SPACES / f"{name}.yaml"), tmp_path)
     assert plan["expected_gpu_hours"] == pytest.approx(hours)
 
 
-def place_of(path):
-    """(teacher, data) of a table's space, by the paper's names."""
+def paper_key(path):
+    """(teacher, data) of a table's space, with the paper's names."""
     teacher = {"bart": "BART", "pegasus": "Pegasus", "marian": "Marian", "mbart": "mBART"}
     data = {"xsum": "XSUM", "cnn": "CNN", "enro": "EN-RO"}
-    _, where, who = path.stem.split("_")
-    return teacher[who], data[where]
+    _, data_key, teacher_key = path.stem.split("_")
+    return teacher[teacher_key], data[data_key]
 
 
-def of_table(number):
+def published_result(table, path):
+    """The row of a published table for the teacher and data of a space."""
+    [result] = [row for (teacher, _, data), row in table.items() if (teacher, data) == paper_key(path)]
+    return result
+
+
+def for_spaces_of_table(number):
     return pytest.mark.parametrize("path", SPACES.glob(f"table{number}_*.yaml"), ids=lambda path: path.stem)
 
 
-@of_table(5)
-def test_the_methods_are_those_of_table_5(path):
-    [theirs] = [row for (teacher, _, data), row in published.TABLE_5.items() if (teacher, data) == place_of(path)]
+@for_spaces_of_table(5)
+def test_methods_match_table_5(path):
+    [published_row] = [
+        row for (teacher, _, data), row in published.TABLE_5.items() if (teacher, data) == paper_key(path)
+    ]
     runs = corner_runs(read_space(path))
-    assert sorted(r.method for r in runs) == sorted(m for m in ("sft", "kd", "pl") if getattr(theirs, m))
+    assert sorted(r.method for r in runs) == sorted(m for m in ("sft", "kd", "pl") if getattr(published_row, m))
     assert {r.resolved_labels for r in runs} == {"pseudo" if r.method == "pl" else "original" for r in runs}
 
 
-@of_table("[89]")
-def test_the_initialisations_are_those_of_tables_8_and_9(path):
-    depth = {"BART": 12, "Marian": 6}[place_of(path)[0]]
-    starts = []
+@for_spaces_of_table("[89]")
+def test_initialisations_match_tables_8_and_9(path):
+    depth = {"BART": 12, "Marian": 6}[paper_key(path)[0]]
+    inits = []
     for run in corner_runs(read_space(path)):
         if run.student.init == "random":
-            starts.append(((), ""))
+            inits.append(((), ""))
         else:
             layers = tuple(layers_to_copy(depth, parse_size(run.student.size)[1], run.student.init))
-            starts.append((layers, run.student.copy_from or "teacher"))
-    assert sorted(starts) == sorted(published.INITIALISATIONS[place_of(path)])
+            inits.append((layers, run.student.copy_from or "teacher"))
+    assert sorted(inits) == sorted(published.INITIALISATIONS[paper_key(path)])
 
 
-@of_table(10)
-def test_the_labels_are_those_of_table_10(path):
-    [theirs] = [row for (teacher, _, data), row in published.TABLE_10.items() if (teacher, data) == place_of(path)]
-    other = {"BART": "pegasus", "Pegasus": "bart"}.get(place_of(path)[0])
+@for_spaces_of_table(10)
+def test_labels_match_table_10(path):
+    [published_row] = [
+        row for (teacher, _, data), row in published.TABLE_10.items() if (teacher, data) == paper_key(path)
+    ]
+    other = {"BART": "pegasus", "Pegasus": "bart"}.get(paper_key(path)[0])
     mixes = ["original", "pseudo", "original+pseudo", f"original+pseudo+pseudo@{other}"]
-    wanted = [mix for mix, figure in zip(mixes, theirs[1:], strict=True) if figure is not None]
-    assert sorted(r.labels for r in corner_runs(read_space(path))) == sorted(wanted)
+    expected = [mix for mix, difference in zip(mixes, published_row[1:], strict=True) if difference is not None]
+    assert sorted(r.labels for r in corner_runs(read_space(path))) == sorted(expected)
 
 
-def test_section_6_3_varies_one_thing_at_a_time_and_stops_no_trial():
+def test_section_6_3_varies_one_loss_setting_at_a_time_without_early_stopping():
     space = read_space(SPACES / "section63_xsum_bart.yaml")
     assert space.search.trials == len(space.points)
     assert not space.search.stops_early
@@ -119,21 +129,21 @@ def test_section_6_3_varies_one_thing_at_a_time_and_stops_no_trial():
 
 
 @pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)
-def test_the_miniatures_run_every_setting_with_three_seeds(path):
+def test_miniature_spaces_run_every_setting_with_three_seeds(path):
     space = read_space(path)
     runs = corner_runs(space)
     assert len(runs) == space.search.trials
-    settings = {}
+    seeds_by_setting = {}
     for run in runs:
-        plain = run.model_dump_json(exclude={"training": {"seed"}})
-        settings.setdefault(plain, set()).add(run.training.seed)
-    assert all(seeds == {0, 1, 2} for seeds in settings.values())
+        setting = run.model_dump_json(exclude={"training": {"seed"}})
+        seeds_by_setting.setdefault(setting, set()).add(run.training.seed)
+    assert all(seeds == {0, 1, 2} for seeds in seeds_by_setting.values())
     assert len(MINI) == 3
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_the_recipes_are_the_authors(path):
-    """Typed from ../shared/reference/README.md, apart from the spaces: rate, batch, smoothing, Adam's epsilon."""
+def test_recipes_match_the_authors(path):
+    """Learning rate, batch size, label smoothing and Adam's epsilon, typed from ../shared/reference/README.md."""
     recipes = {
         ("BART", "XSUM"): (3e-4, 64, 0.0, 1e-8),
         ("BART", "CNN"): (3e-5, 32, 0.0, 1e-8),
@@ -143,9 +153,14 @@ def test_the_recipes_are_the_authors(path):
         ("mBART", "EN-RO"): (3e-5, 64, 0.1, 1e-6),
     }
     for run in corner_runs(read_space(path)):
-        how = run.training
-        found = (how.learning_rate, how.batch_size, run.loss.label_smoothing, how.adam_eps)
-        assert found == pytest.approx(recipes[place_of(path)])
-        assert (how.warmup_steps, how.schedule, how.weight_decay, how.gradient_clip) == (500, "linear", 0, 1)
-        assert how.epochs <= 5
-        assert how.accumulation == (8 if place_of(path)[0] == "Pegasus" else 1)
+        training = run.training
+        recipe = (training.learning_rate, training.batch_size, run.loss.label_smoothing, training.adam_eps)
+        assert recipe == pytest.approx(recipes[paper_key(path)])
+        assert (training.warmup_steps, training.schedule, training.weight_decay, training.gradient_clip) == (
+            500,
+            "linear",
+            0,
+            1,
+        )
+        assert training.epochs <= 5
+        assert training.accumulation == (8 if paper_key(path)[0] == "Pegasus" else 1)

@@ -1,4 +1,4 @@
-"""The report in the paper's form: its figures, ours worked out by hand, and nothing made up."""
+"""Tables of the paper's report, compared with values computed by hand."""
 
 import csv
 import json
@@ -16,33 +16,34 @@ from raydistill.paper.tables import describe_sweeps, make_tables
 from tests.factories.workspace import command, last_json
 
 ROWS = 40
-CHECKS = ((1, 0.1), (9, 1.0))  # step and epoch of a run's validations
-SPREAD = np.linspace(-4, 4, ROWS)  # of the rows of a trial around its score: their mean is the score
+VALIDATIONS = ((1, 0.1), (9, 1.0))  # step and epoch
+SPREAD = np.linspace(-4, 4, ROWS)  # per-row differences to a trial's score, with mean 0
 
 
 def rows_of(name: str, score: float) -> np.ndarray:
-    """Rows with this mean, no two alike, in an order of the trial's own."""
+    """Distinct rows with this mean, in an order that depends on the trial."""
     return score + np.random.default_rng(list(name.encode())).permutation(SPREAD)
 
 
-def write_run(sweep: Path, name: str, losses: tuple[float, float], asked: dict) -> tuple[Path, Run]:
-    """A run's folder before its result: validation losses after a tenth of an epoch and at the end."""
+def write_run(sweep: Path, name: str, losses: tuple[float, float], settings: dict) -> tuple[Path, Run]:
+    """Write a run without a result: validation losses after a tenth of an epoch and at the end."""
     folder = sweep / "trials" / name
     folder.mkdir(parents=True)
-    run = Run.model_validate({"name": "s", "teacher": "bart", "dataset": "xsum", **asked})
+    run = Run.model_validate({"name": "s", "teacher": "bart", "dataset": "xsum", **settings})
     (folder / "run.json").write_text(run.model_dump_json())
-    checks = [
-        {"step": step, "epoch": epoch, "val_loss": loss} for (step, epoch), loss in zip(CHECKS, losses, strict=True)
+    history = [
+        {"step": step, "epoch": epoch, "val_loss": loss}
+        for (step, epoch), loss in zip(VALIDATIONS, losses, strict=True)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checks))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     return folder, run
 
 
 def write_trial(
-    sweep: Path, name: str, score: float, seed: int = 0, hours: float = 0.5, losses=(3.0, 2.5), **asked
+    sweep: Path, name: str, score: float, seed: int = 0, hours: float = 0.5, losses=(3.0, 2.5), **settings
 ) -> Path:
-    """A finished trial as a run leaves it, with this score on test; validation has them in the opposite order."""
-    folder, run = write_run(sweep, name, losses, {"training": {"seed": seed}, **asked})
+    """Write a finished trial with this score on test; validation ranks trials in the opposite order."""
+    folder, run = write_run(sweep, name, losses, {"training": {"seed": seed}, **settings})
     np.savez(folder / "rows.npz", validation=rows_of(f"v{name}", 60 - score), test=rows_of(name, score))
     layers = run.student.copied.decoder or [0, 6, 11]
     costs = {"gpu_hours": hours, "latency_ms": 50.0, "speedup": 2.0, "params_m": 3.5, "repetition": 0.02}
@@ -63,9 +64,9 @@ def write_trial(
     return folder
 
 
-def write_collapsed(sweep: Path, name: str, seed: int, losses: tuple[float, float], **asked) -> None:
-    """A trial that was trained to its end and then found to write nothing but repetitions."""
-    folder, run = write_run(sweep, name, losses, {"training": {"seed": seed}, **asked})
+def write_collapsed(sweep: Path, name: str, seed: int, losses: tuple[float, float], **settings) -> None:
+    """Write a trial that was trained to the end and failed because of repetitive outputs."""
+    folder, run = write_run(sweep, name, losses, {"training": {"seed": seed}, **settings})
     result = {
         "status": "failed",
         "reason": "collapsed: 90% of its outputs repeat themselves (the teacher's: 0%); try a lower learning rate",
@@ -80,7 +81,7 @@ def write_collapsed(sweep: Path, name: str, seed: int, losses: tuple[float, floa
 
 @pytest.fixture
 def sweep(tmp_path) -> Path:
-    """BART 12-3 on XSUM with all methods (two seeds of fine-tuning), three starts and all label mixes."""
+    """BART 12-3 on XSUM with all methods (two seeds of sft), three initialisations and all mixes of labels."""
     folder = tmp_path / "outputs" / "sweeps" / "one"
     size = {"size": "12-3"}
     write_trial(folder, "a", 24.0, 0, student=size, losses=(2.76, 2.5))
@@ -122,122 +123,122 @@ def sweep(tmp_path) -> Path:
 
 
 def table(folders, name: str) -> list[dict[str, str]]:
-    """A table's rows by column."""
-    [found] = [t for t in make_tables(*load_seed_groups(folders)) if t.name == name]
-    return [dict(zip(found.header, row, strict=True)) for row in found.rows]
+    """The rows of a table as mappings from column to cell."""
+    [selected] = [t for t in make_tables(*load_seed_groups(folders)) if t.name == name]
+    return [dict(zip(selected.header, row, strict=True)) for row in selected.rows]
 
 
-def row(folders, name: str, **where: str) -> dict[str, str]:
-    [found] = [r for r in table(folders, name) if all(r[k] == v for k, v in where.items())]
-    return found
+def row(folders, name: str, **cells: str) -> dict[str, str]:
+    [selected] = [r for r in table(folders, name) if all(r[k] == v for k, v in cells.items())]
+    return selected
 
 
-def parsed(cell: str) -> tuple[float, ...]:
+def parse_difference(cell: str) -> tuple[float, ...]:
     """The difference, the ends of its interval and the seeds of a cell such as "+3.00 [+2.10, +3.90], n = 1"."""
-    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\], n = (\d+)", cell)
-    assert found, cell
-    return float(found[1]), float(found[2]), float(found[3]), int(found[4])
+    match = re.fullmatch(r"(\S+) \[(\S+), (\S+)\], n = (\d+)", cell)
+    assert match, cell
+    return float(match[1]), float(match[2]), float(match[3]), int(match[4])
 
 
-def assert_interval(cell: str, difference: float, seeds: int, apart: np.ndarray) -> None:
-    """The cell's interval is what the normal approximation gives for rows that are so far `apart`."""
-    found, low, high, n = parsed(cell)
-    half = 1.96 * apart.std() / np.sqrt(len(apart))
-    assert (found, n) == (difference, seeds)
-    assert (low, high) == (pytest.approx(found - half, abs=0.2 * half), pytest.approx(found + half, abs=0.2 * half))
+def assert_interval(cell: str, difference: float, seeds: int, row_differences: np.ndarray) -> None:
+    """Assert that the cell's interval agrees with the normal approximation for these differences of rows."""
+    mean, low, high, n = parse_difference(cell)
+    half = 1.96 * row_differences.std() / np.sqrt(len(row_differences))
+    assert (mean, n) == (difference, seeds)
+    assert (low, high) == (pytest.approx(mean - half, abs=0.2 * half), pytest.approx(mean + half, abs=0.2 * half))
 
 
-def test_table_5_has_means_over_seeds_costs_end_to_end_and_paired_differences(sweep):
-    found = row([sweep], "table5", teacher="BART", size="12-3", data="XSUM")
-    assert (found["SFT score"], found["SFT score (paper)"], found["SFT seeds"]) == ("25.00", "21.08", "2")
-    assert (found["KD score"], found["Pseudo score"]) == ("28.00", "27.00")
-    assert (found["teacher score"], found["teacher score (paper)"]) == ("30.00", "22.29")
-    # 0.5 hours each; kd needs the cache (1), the others its encoder states (0.75), pl the label set (2).
-    assert (found["SFT cost"], found["KD cost"], found["Pseudo cost"]) == ("1.250", "1.500", "3.250")
-    # kd and pl have seed 0 alone: fine-tuning's seed 1 is not in these.
-    assert_interval(found["KD - SFT"], 4.0, 1, rows_of("c", 28.0) - rows_of("a", 24.0))
-    assert_interval(found["Pseudo - SFT"], 3.0, 1, rows_of("d", 27.0) - rows_of("a", 24.0))
+def test_table_5_has_mean_scores_end_to_end_costs_and_paired_differences(sweep):
+    cells = row([sweep], "table5", teacher="BART", size="12-3", data="XSUM")
+    assert (cells["SFT score"], cells["SFT score (paper)"], cells["SFT seeds"]) == ("25.00", "21.08", "2")
+    assert (cells["KD score"], cells["Pseudo score"]) == ("28.00", "27.00")
+    assert (cells["teacher score"], cells["teacher score (paper)"]) == ("30.00", "22.29")
+    # 0.5 hours each, plus the cache (1) for kd, its encoder states (0.75) for the others, the label set (2) for pl
+    assert (cells["SFT cost"], cells["KD cost"], cells["Pseudo cost"]) == ("1.250", "1.500", "3.250")
+    # kd and pl have only seed 0, so that seed 1 of sft is not compared
+    assert_interval(cells["KD - SFT"], 4.0, 1, rows_of("c", 28.0) - rows_of("a", 24.0))
+    assert_interval(cells["Pseudo - SFT"], 3.0, 1, rows_of("d", 27.0) - rows_of("a", 24.0))
 
 
-def test_a_run_without_the_cache_is_not_charged_for_it(sweep):
+def test_run_without_the_teacher_cache_does_not_pay_for_it(sweep):
     write_trial(sweep, "l", 99.0, 0, student={"size": "12-6"}, training={"teacher_cache": "off"})
     assert row([sweep], "table5", teacher="BART", data="XSUM", size="12-6")["SFT cost"] == "0.500"
 
 
-def test_of_several_settings_that_with_the_best_validation_is_shown(sweep):
-    """Validation has the scores in the opposite order: whoever looked at test would show another."""
+def test_setting_with_the_best_validation_score_is_shown(sweep):
+    """Validation ranks trials in the opposite order, so that selection by test would show another one."""
     write_trial(sweep, "k", 29.5, 0, method="kd", student={"size": "12-3"}, loss={"alpha_hidden": 10})
     assert row([sweep], "table5", teacher="BART", data="XSUM", size="12-3")["KD score"] == "28.00"
 
 
-def test_variations_of_kd_are_beside_plain_kd_and_not_in_table_5(sweep):
+def test_loss_variations_are_compared_with_plain_kd_and_excluded_from_table_5(sweep):
     student = {"size": "12-3"}
     write_trial(sweep, "n", 20.0, 0, method="kd", student=student, loss={"alpha_hidden": 0})
     write_trial(sweep, "o", 21.0, 0, method="kd", student=student, loss={"alpha_cosine": 1, "temperature": 1})
     write_trial(sweep, "p", 22.0, 0, method="kd", student=student, loss={"normalize_hidden": True})
-    found = {r["variation"]: r for r in table([sweep], "section63")}
-    assert {k: (r["score"], r["less plain KD"].split(" ")[0]) for k, r in found.items()} == {
+    variations = {r["variation"]: r for r in table([sweep], "section63")}
+    assert {k: (r["score"], r["less plain KD"].split(" ")[0]) for k, r in variations.items()} == {
         "plain KD": ("28.00", ""),
         "no hidden loss": ("20.00", "-8.00"),
         "cosine 1, temperature 1": ("21.00", "-7.00"),
         "normalised hidden": ("22.00", "-6.00"),
     }
-    assert_interval(found["no hidden loss"]["less plain KD"], -8.0, 1, rows_of("n", 20.0) - rows_of("c", 28.0))
-    # All three have a better validation score than plain KD.
+    assert_interval(variations["no hidden loss"]["less plain KD"], -8.0, 1, rows_of("n", 20.0) - rows_of("c", 28.0))
+    # All three have a better validation score than plain KD
     assert row([sweep], "table5", teacher="BART", size="12-3", data="XSUM")["KD score"] == "28.00"
 
 
 def bleu_rows(short: float, long: float, length: int) -> np.ndarray:
-    """Two outputs whose n-gram precisions are `short` (of 10 words) and `long`, for every n; none is too short."""
+    """Two outputs with n-gram precisions `short` (10 words) and `long` (`length` words) and no brevity penalty."""
     totals = np.array([[10, 8, 6, 4], [length, length * 4 // 5, length * 3 // 5, length * 2 // 5]])
     counts = totals * np.array([[short], [long]])
     return np.concatenate([counts, totals, [[10, 10], [length, 10]]], axis=1).astype(np.int64)
 
 
-def test_bleu_is_of_all_rows_together_and_differences_agree_with_the_cells(tmp_path):
-    """By hand: fine-tuning (5 + 30) / 40 = 87.5 and (10 + 25) / 60 = 58.33, kd (10 + 15) / 40 = 62.5, teacher 100."""
+def test_bleu_is_computed_over_the_corpus_and_differences_agree_with_scores(tmp_path):
+    """By hand: sft (5 + 30) / 40 = 87.5 and (10 + 25) / 60 = 58.33, kd (10 + 15) / 40 = 62.5, teacher 100."""
     folder = tmp_path / "sweeps" / "bleu"
-    asked = {"teacher": "marian", "dataset": "wmt16_en_ro", "student": {"size": "6-3"}}
+    settings = {"teacher": "marian", "dataset": "wmt16_en_ro", "student": {"size": "6-3"}}
     for name, seed, method, score, rows in (
         ("a", 0, "sft", 87.5, bleu_rows(0.5, 1, 30)),
         ("b", 1, "sft", 100 * 35 / 60, bleu_rows(1, 0.5, 50)),
         ("c", 0, "kd", 62.5, bleu_rows(1, 0.5, 30)),
     ):
-        place = write_trial(folder, name, 0, seed, method=method, **asked)
-        result = json.loads((place / "result.json").read_text())
+        trial = write_trial(folder, name, 0, seed, method=method, **settings)
+        result = json.loads((trial / "result.json").read_text())
         result["test"] = {"bleu": score, "interval": [score, score]}
         result["copied"] = {"encoder": [0, 1, 2, 3, 4, 5], "decoder": [0, 2, 5]}
-        (place / "result.json").write_text(json.dumps(result))
-        np.savez(place / "rows.npz", test=rows)
+        (trial / "result.json").write_text(json.dumps(result))
+        np.savez(trial / "rows.npz", test=rows)
     teacher = {"name": "marian", "key": "k", "size": "6-6", "test": {"bleu": 100.0, "interval": [100, 100]}}
     (folder / "sweep.json").write_text(json.dumps({"name": "bleu", "metric": "bleu", "teacher": teacher}))
     np.savez(folder / "teacher_rows.npz", test=bleu_rows(1, 1, 30))
-    found = row([folder], "table5", teacher="Marian")
-    assert (found["SFT score"], found["KD score"], found["SFT score (paper)"]) == ("72.92", "62.50", "25.91")
-    assert parsed(found["KD - SFT"])[::3] == (-25.0, 1)  # seed 0 of both
-    assert parsed(row([folder], "table10", teacher="Marian")["Orig"])[::3] == (-27.08, 2)
+    cells = row([folder], "table5", teacher="Marian")
+    assert (cells["SFT score"], cells["KD score"], cells["SFT score (paper)"]) == ("72.92", "62.50", "25.91")
+    assert parse_difference(cells["KD - SFT"])[::3] == (-25.0, 1)  # seed 0 of both
+    assert parse_difference(row([folder], "table10", teacher="Marian")["Orig"])[::3] == (-27.08, 2)
 
 
-def test_layers_listed_one_by_one_are_the_spaced_ones_where_they_are_the_same(sweep):
+def test_explicit_layers_that_equal_the_spaced_ones_count_as_spaced(sweep):
     write_trial(sweep, "l", 25.0, 0, method="kd", student={"size": "12-6", "copied": {"decoder": [0, 2, 4, 7, 9, 11]}})
     write_trial(sweep, "m", 26.0, 0, method="pl", student={"size": "12-6", "copied": {"decoder": [0, 1, 2, 3, 4, 5]}})
-    found = row([sweep], "table5", teacher="BART", size="12-6", data="XSUM")
-    assert (found["KD score"], found["Pseudo score"]) == ("25.00", "")
+    cells = row([sweep], "table5", teacher="BART", size="12-6", data="XSUM")
+    assert (cells["KD score"], cells["Pseudo score"]) == ("25.00", "")
     assert {r["name"] for r in table([sweep], "table8") if r["layers copied"] == "0,1,2"} == {"SFT lo"}
 
 
-def test_a_students_end_in_repetition_is_told_and_counts_where_losses_are_compared(sweep):
-    found = row([sweep], "table8", **{"layers copied": "-"})
-    assert (found["seeds"], found["repetition"]) == ("2", "0.46")
+def test_collapsed_student_is_counted_and_included_in_loss_comparisons(sweep):
+    cells = row([sweep], "table8", **{"layers copied": "-"})
+    assert (cells["seeds"], cells["repetition"]) == ("2", "0.46")
     assert describe_sweeps(load_seed_groups([sweep])[0]) == [
-        "one: 9 trials: 8 done, 1 failed (1 collapsed); teacher bart; a full-depth copy of it differs by 2.0e-07 of "
-        "the largest logit; engine ctranslate2 fp32; machine EPYC (cpu, 1 threads); hosts here; versions "
+        "one: 9 trials: 8 done, 1 failed (1 collapsed); teacher bart; logits of a full-depth copy differ by at most "
+        "2.0e-07 of the largest logit; engine ctranslate2 fp32; machine EPYC (cpu, 1 threads); hosts here; versions "
         "raydistill 0.1.0, torch 2.13.0; seeds 0, 1; ended 2026-01-01 to 2026-01-02"
     ]
 
 
 def second_sweep(first: Path, name: str, change: dict | None = None) -> Path:
-    """Another sweep of the same teacher, which tried plain fine-tuning and kd by a better recipe."""
+    """Write another sweep of the same teacher, with sft and kd by a better recipe."""
     folder = first.parent / name
     write_trial(folder, "a", 28.5, student={"size": "12-3"})
     write_trial(folder, "b", 27.5, method="kd", student={"size": "12-3"})
@@ -269,33 +270,33 @@ def test_of_two_sweeps_each_has_a_row_and_no_row_has_figures_of_both(sweep):
         ("one", "12-12"): "teacher",
         ("two", "12-12"): "teacher",
     }
-    # Only the first compares starts: the second's fine-tuning is no row of Table 8.
+    # Only the first sweep compares initialisations, so that the second has no row in Table 8
     assert {r["sweep"] for r in table(both, "table8") if r["seeds"]} == {"one"}
 
 
-@pytest.mark.parametrize(("change", "what"), [({"key": "l"}, "teacher"), ({"data": {"test": "y"}}, "test split")])
-def test_sweeps_of_two_teachers_or_data_sets_of_one_name_are_not_reported_together(sweep, change, what):
+@pytest.mark.parametrize(("change", "difference"), [({"key": "l"}, "teacher"), ({"data": {"test": "y"}}, "test split")])
+def test_sweeps_with_different_teachers_or_data_of_one_name_are_rejected(sweep, change, difference):
     info = json.loads((sweep / "sweep.json").read_text())
     info["teacher"]["data"] = {"train": "w", "test": "x"}
     (sweep / "sweep.json").write_text(json.dumps(info))
     assert make_tables(*load_seed_groups([sweep, second_sweep(sweep, "two")]))
-    with pytest.raises(UserError, match=f"the {what} of one is not the other's; report them apart"):
+    with pytest.raises(UserError, match=f"have a different {difference}; make a report for each"):
         make_tables(*load_seed_groups([sweep, second_sweep(sweep, "three", change)]))
 
 
-def test_a_full_depth_student_does_not_take_the_teachers_row(sweep):
+def test_full_depth_student_and_teacher_have_separate_rows(sweep):
     write_trial(sweep, "z", 31.0, 0, student={"size": "12-12"})
     rows = {r["ours by"]: r["ROUGE-2"] for r in table([sweep], "table6") if r["size"] == "12-12"}
     assert rows == {"teacher": "30.00", "SFT on original, n = 1": "31.00"}
 
 
-def test_what_nobody_has_is_an_empty_cell(sweep):
-    ours = row([sweep], "table5", teacher="BART", data="CNN")
-    assert (ours["SFT score"], ours["KD - SFT"], ours["SFT score (paper)"]) == ("", "", "21.21")
+def test_missing_values_are_empty_cells(sweep):
+    cells = row([sweep], "table5", teacher="BART", data="CNN")
+    assert (cells["SFT score"], cells["KD - SFT"], cells["SFT score (paper)"]) == ("", "", "21.21")
     assert row([sweep], "table5", teacher="Pegasus", data="CNN")["KD score (paper)"] == ""
 
 
-def test_changing_one_stored_score_changes_its_cell_and_no_other(sweep):
+def test_changed_score_changes_only_its_cell(sweep):
     before = {t.name: t.rows for t in make_tables(*load_seed_groups([sweep]))}
     path = sweep / "trials" / "a" / "result.json"
     result = json.loads(path.read_text())
@@ -312,34 +313,34 @@ def test_changing_one_stored_score_changes_its_cell_and_no_other(sweep):
     assert changed == [("table5", "25.00", "25.50")]
 
 
-def test_a_trial_that_is_not_finished_is_in_no_score(sweep):
+def test_unfinished_trial_is_excluded_from_scores(sweep):
     (sweep / "trials" / "b" / "result.json").unlink()
     assert row([sweep], "table5", teacher="BART", data="XSUM")["SFT score"] == "24.00"
 
 
-def test_table_2_and_4_add_up_runs_and_passes(sweep):
+def test_tables_2_and_4_sum_hours_of_trials_and_teacher_passes(sweep):
     costs = {r["technique"]: r["device-hours"] for r in table([sweep], "table2") if r["data"] == "XSUM"}
     assert costs == {"SFT": "1.250", "Pseudo": "3.250", "KD": "1.500"}
-    theirs = {r["technique"]: r["paper: GPU hours"] for r in table([sweep], "table2") if r["data"] == "CNN"}
-    assert theirs == {"SFT": "2.5", "Pseudo": "19.0", "KD": "14.0"}
-    found = row([sweep], "table4", teacher="BART", data="XSUM")
-    assert (found["device-hours"], found["device-hours (paper)"]) == ("11.500", "787")  # 9 x 0.5 + 7
-    assert (found["experiments"], found["% of hours"], found["% of hours (paper)"]) == ("9", "100", "30")
+    paper = {r["technique"]: r["paper: GPU hours"] for r in table([sweep], "table2") if r["data"] == "CNN"}
+    assert paper == {"SFT": "2.5", "Pseudo": "19.0", "KD": "14.0"}
+    cells = row([sweep], "table4", teacher="BART", data="XSUM")
+    assert (cells["device-hours"], cells["device-hours (paper)"]) == ("11.500", "787")  # 9 x 0.5 + 7
+    assert (cells["experiments"], cells["% of hours"], cells["% of hours (paper)"]) == ("9", "100", "30")
 
 
-def test_a_pass_that_two_sweeps_read_is_counted_once(sweep):
-    """The second reads the first's label sets and encoder states, and made states of one layer (0.5 hours) more."""
+def test_shared_teacher_pass_is_counted_once(sweep):
+    """The second sweep shares label sets and encoder states, and computes states of one more layer (0.5 hours)."""
     first = json.loads((sweep / "sweep.json").read_text())["teacher"]["passes"]
     stores = {"encoder-1/states": 0.75, "decoder-1/layer-5": 0.5}
     other = second_sweep(sweep, "two", {"passes": {**first, "cache": 1.25, "stores": stores}})
-    found = row([sweep, other], "table4", teacher="BART", data="XSUM")
-    assert found["device-hours"] == "13.000"  # 11 x 0.5 + 7 + 0.5
+    cells = row([sweep, other], "table4", teacher="BART", data="XSUM")
+    assert cells["device-hours"] == "13.000"  # 11 x 0.5 + 7 + 0.5
 
 
-def test_the_quality_of_pseudo_labels_stands_under_table_10(sweep):
-    [found] = table([sweep], "table10_labels")
-    assert (found["teacher"], found["data"], found["label set"], found["rows"]) == ("BART", "XSUM", "own", "28999")
-    assert (found["ROUGE-1"], found["ROUGE-2"], found["ROUGE-L"], found["BLEU"]) == ("44.40", "21.25", "", "")
+def test_pseudo_label_quality_is_reported_after_table_10(sweep):
+    [cells] = table([sweep], "table10_labels")
+    assert (cells["teacher"], cells["data"], cells["label set"], cells["rows"]) == ("BART", "XSUM", "own", "28999")
+    assert (cells["ROUGE-1"], cells["ROUGE-2"], cells["ROUGE-L"], cells["BLEU"]) == ("44.40", "21.25", "", "")
 
 
 @pytest.mark.parametrize(
@@ -351,17 +352,17 @@ def test_the_quality_of_pseudo_labels_stands_under_table_10(sweep):
         ("facebook/bart-large-xsum@abc", "BART"),
     ],
 )
-def test_a_teacher_in_a_folder_is_called_by_its_last_part(teacher, name):
+def test_teacher_in_a_folder_is_named_by_the_last_part_of_its_path(teacher, name):
     assert published.teacher_name(teacher) == name
 
 
-def test_table_3_describes_the_corpus(sweep):
-    found = row([sweep], "table3", data="XSUM")
-    assert (found["training rows"], found["training rows (paper)"]) == ("29000", "204017")
-    assert (found["mean source words"], found["size (MB)"], found["size (MB) (paper)"]) == ("11.9", "3.9", "501")
+def test_table_3_has_corpus_statistics(sweep):
+    cells = row([sweep], "table3", data="XSUM")
+    assert (cells["training rows"], cells["training rows (paper)"]) == ("29000", "204017")
+    assert (cells["mean source words"], cells["size (MB)"], cells["size (MB) (paper)"]) == ("11.9", "3.9", "501")
 
 
-def test_best_by_size_takes_the_best_on_validation_of_all_methods(sweep):
+def test_best_by_size_selects_by_validation_over_all_methods(sweep):
     student = row([sweep], "table6", size="12-3")
     assert (student["ours by"], student["ROUGE-2"]) == ("SFT on original, n = 1", "10.00")
     assert (student["speed-up"], student["ROUGE-2 (paper)"]) == ("2.00", "22.40")
@@ -369,10 +370,10 @@ def test_best_by_size_takes_the_best_on_validation_of_all_methods(sweep):
     assert (teacher["ours by"], teacher["ROUGE-2"], teacher["ms for 32"]) == ("teacher", "30.00", "100")
 
 
-def test_table_8_is_by_what_the_decoder_started_from_seed_by_seed(sweep):
-    found = {r["layers copied"]: r for r in table([sweep], "table8") if r["size"] or r["layers copied"] == "9,10,11"}
+def test_table_8_compares_initialisations_seed_by_seed(sweep):
+    inits = {r["layers copied"]: r for r in table([sweep], "table8") if r["size"] or r["layers copied"] == "9,10,11"}
     columns = ("min loss", "min loss (paper)", "less spaced", "tenth of epoch", "tenth less spaced", "seeds")
-    assert {k: tuple(r[c] for c in columns) for k, r in found.items()} == {
+    assert {k: tuple(r[c] for c in columns) for k, r in by_layers.items()} == {
         "0,6,11": ("2.450 (2.400 to 2.500)", "2.14", "", "2.750 (2.740 to 2.760)", "", "2"),
         "9,10,11": ("", "2.18", "", "", "", ""),
         "0,1,2": ("2.600", "2.20", "+0.100, n = 1", "3.000", "+0.240, n = 1", "1"),
@@ -387,41 +388,45 @@ def test_table_8_is_by_what_the_decoder_started_from_seed_by_seed(sweep):
     }
 
 
-def test_table_10_is_less_the_teacher(sweep):
-    found = row([sweep], "table10", teacher="BART", data="XSUM")
-    cells = [found[name] for name in ("Orig", "PL", "Orig+PL", "Orig+PL+PL*")]
+def test_table_10_has_differences_to_the_teacher(sweep):
+    columns = row([sweep], "table10", teacher="BART", data="XSUM")
+    cells = [columns[name] for name in ("Orig", "PL", "Orig+PL", "Orig+PL+PL*")]
     assert [cell.split(" ")[0] for cell in cells] == ["-5.00", "-3.00", "-3.50", "-1.00"]
-    both = (rows_of("a", 24.0) + rows_of("b", 26.0)) / 2
-    assert_interval(cells[0], -5.0, 2, both - rows_of("teacher", 30.0))
-    assert (found["PL (paper)"], found["Orig+PL+PL* (paper)"]) == ("-0.9", "+0.1")
+    sft_rows = (rows_of("a", 24.0) + rows_of("b", 26.0)) / 2
+    assert_interval(cells[0], -5.0, 2, sft_rows - rows_of("teacher", 30.0))
+    assert (columns["PL (paper)"], columns["Orig+PL+PL* (paper)"]) == ("-0.9", "+0.1")
     (sweep / "teacher_rows.npz").unlink()
     assert row([sweep], "table10", teacher="BART", data="XSUM")["Orig"] == "-5.00, n = 2"
 
 
-def test_the_papers_figures_agree_with_each_other():
-    """Slips of copying show where the paper's own numbers can be worked out from each other."""
+def test_published_numbers_are_consistent():
+    """Detect typing errors in published numbers that can be computed from each other."""
     assert sum(hours for hours, _ in published.TABLE_4.values()) == 2631
     assert sum(runs for _, runs in published.TABLE_4.values()) == 287
-    for (teacher, size, data), found in published.TABLES_6_7.items():
+    for (teacher, size, data), result in published.TABLES_6_7.items():
         depth = {"BART": "12-12", "Pegasus": "16-16"}.get(teacher)
         if depth and size != depth:
             base = published.TABLES_6_7[teacher, depth, data].latency_ms
-            assert found.speedup == pytest.approx(base / found.latency_ms, abs=0.01), (teacher, size, data)
+            assert published_row.speedup == pytest.approx(base / published_row.latency_ms, abs=0.01), (
+                teacher,
+                size,
+                data,
+            )
 
 
-def test_the_command_prints_and_writes_everything(sweep, tmp_path):
+def test_command_prints_and_writes_all_tables_and_figures(sweep, tmp_path):
     done = last_json(command(tmp_path / "outputs", "report", "one", "--json"))
-    place = Path(done["folder"])
-    assert place == tmp_path / "outputs" / "reports" / "one"
-    with (place / "table5.csv").open() as file:
-        by_place = {(r["teacher"], r["data"]): r for r in csv.DictReader(file)}
-    assert by_place["BART", "XSUM"]["KD score"] == "28.00"
-    text = (place / "report.md").read_text()
+    folder = Path(done["folder"])
+    assert folder == tmp_path / "outputs" / "reports" / "one"
+    with (folder / "table5.csv").open() as file:
+        by_key = {(r["teacher"], r["data"]): r for r in csv.DictReader(file)}
+    assert by_key["BART", "XSUM"]["KD score"] == "28.00"
+    text = (folder / "report.md").read_text()
     for n in range(2, 11):
         assert f"## Table {n}: " in text
     for name in ("figure1.png", "figure2.png"):
-        assert (place / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"({name})" in text
-    refused = command(tmp_path / "outputs", "report", "nothing")
-    assert refused.returncode == 2
-    assert "no such sweep" in refused.stderr
+    rejected = command(tmp_path / "outputs", "report", "nothing")
+    assert rejected.returncode == 2
+    assert "no such sweep" in rejected.stderr

@@ -1,6 +1,6 @@
-"""Headless Chromium: MLflow's own UI from the experiment to the chosen checkpoint, and the page with the front.
+"""MLflow's UI and the report's page in headless Chromium.
 
-Screenshots are kept in the folder that RAYDISTILL_SCREENSHOTS names, where it is set.
+Screenshots are saved to the folder RAYDISTILL_SCREENSHOTS if the variable is set.
 """
 
 import os
@@ -45,20 +45,20 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def chosen(sweep: Path) -> tuple[Path, Selection]:
-    """A finished sweep, published and with its choice registered."""
+    """A finished and published sweep whose choice is registered."""
     make_student(sweep, "a", 0, 10.0)
     make_student(sweep, "b", 1, 60.0, "4-4")
     make_trial(sweep, "c", 2, 8.0)
     mlflow_runs.publish(sweep, finished=True)
-    found = load_selection(sweep)
-    key = str(found.chosen_keys["fast"])
-    mlflow_registry.register_choice(sweep, key, "fast", export_student(found, key))
-    return sweep, found
+    selection = load_selection(sweep)
+    key = str(selection.chosen_keys["fast"])
+    mlflow_registry.register_choice(sweep, key, "fast", export_student(selection, key))
+    return sweep, selection
 
 
 @pytest.fixture
 def ui(chosen: tuple[Path, Selection]) -> Iterator[str]:
-    """MLflow's UI on the sweep's store, on loopback."""
+    """The URL of MLflow's UI for the sweep's store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,7 +81,7 @@ def ui(chosen: tuple[Path, Selection]) -> Iterator[str]:
         server.wait(30)
 
 
-def shot(driver: Any, name: str) -> None:
+def save_screenshot(driver: Any, name: str) -> None:
     folder = os.environ.get("RAYDISTILL_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -91,41 +91,39 @@ def shot(driver: Any, name: str) -> None:
 def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     browser: Any, ui: str, chosen: tuple[Path, Selection]
 ) -> None:
-    _, found = chosen
+    _, selection = chosen
     client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
-    experiment = client.get_experiment_by_name(found.name).experiment_id
+    experiment = client.get_experiment_by_name(selection.name).experiment_id
     browser.get(f"{ui}/#/experiments/{experiment}/runs")
-    # The experiment has the same name, and links to itself above the table and beside it.
-    parent = browser.find_element("xpath", f"//a[contains(@href, '/runs/')][normalize-space()='{found.name}']")
-    shot(browser, "1-experiment")
-    parent.click()  # one: the sweep's run, with the choices in its description
-    student = found.student(str(found.chosen_keys["fast"]))
+    # Links to the experiment, which has the same name, are excluded by their URL
+    parent = browser.find_element("xpath", f"//a[contains(@href, '/runs/')][normalize-space()='{selection.name}']")
+    save_screenshot(browser, "1-experiment")
+    parent.click()  # first click: the sweep's run, with the choices in its description
+    student = selection.student(str(selection.chosen_keys["fast"]))
     link = browser.find_element("link text", student.label)
-    shot(browser, "2-sweep")
-    link.click()  # two: the chosen student's run, in a tab of its own
+    save_screenshot(browser, "2-sweep")
+    link.click()  # second click: the chosen student's run, in a new tab
     browser.switch_to.window(browser.window_handles[-1])
     artifacts = browser.find_element("xpath", "//*[@role='tab' and contains(., 'Artifacts')]")
-    artifacts.click()  # three: its files
+    artifacts.click()  # third click: the run's files
     browser.find_element("xpath", f"//*[contains(text(), '{student.key.replace(' ', '-')}')]")
-    shot(browser, "3-artifacts")
+    save_screenshot(browser, "3-artifacts")
 
 
-def test_the_page_shows_what_a_mark_is_and_asks_for_nothing_from_elsewhere(
-    browser: Any, chosen: tuple[Path, Selection]
-) -> None:
+def test_page_shows_tooltips_and_loads_nothing(browser: Any, chosen: tuple[Path, Selection]) -> None:
     from selenium.webdriver import ActionChains
 
-    folder, found = chosen
-    write_report(found)
+    folder, selection = chosen
+    write_report(selection)
     browser.get((folder / "front.html").as_uri())
     box = browser.find_element("id", "tooltip")
     assert not box.is_displayed()
-    mark = browser.find_element("css selector", '[id="student-a_b1"]')
-    ActionChains(browser).move_to_element(mark).perform()
+    marker = browser.find_element("css selector", '[id="student-a_b1"]')
+    ActionChains(browser).move_to_element(marker).perform()
     assert box.is_displayed()
     for text in ("4-1 kd (trial 0, 1 beam)", "decoder layers copied: 0", "ROUGE-2 10.00", "40.0 ms", "chosen for fast"):
         assert text in box.text
-    shot(browser, "4-front")
+    save_screenshot(browser, "4-front")
     ActionChains(browser).move_by_offset(0, 300).perform()
     assert not box.is_displayed()
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")

@@ -1,4 +1,4 @@
-"""deploy/: its server on a real PostgreSQL and moto's S3, a sweep published to it, and a database that goes away."""
+"""The MLflow server of deploy/ with a real PostgreSQL and moto's S3."""
 
 import json
 import os
@@ -22,12 +22,12 @@ def server(tmp_path_factory):
         pytest.importorskip(name)
     if why := missing_requirements():
         pytest.skip(why)
-    with mlflow_server(tmp_path_factory.mktemp("server")) as found:
-        yield found
+    with mlflow_server(tmp_path_factory.mktemp("server")) as running_server:
+        yield running_server
 
 
 @pytest.mark.cluster
-def test_nobody_comes_in_without_a_password_and_only_loopback_is_listened_on(server):
+def test_server_requires_a_password_and_listens_on_loopback_only(server):
     search = "/api/2.0/mlflow/experiments/search?max_results=1"
     for user in (None, (USER, "wrong-password"), ("nobody", server.hidden["user"])):
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -42,7 +42,7 @@ def test_nobody_comes_in_without_a_password_and_only_loopback_is_listened_on(ser
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_sweep_is_published_and_a_database_that_goes_away_loses_nothing(server, tmp_path):
+def test_nothing_is_lost_when_the_database_stops_during_a_sweep(server, tmp_path):
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher), "student": {"size": {"choice": ["2-2", "2-1"]}}}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
@@ -50,28 +50,28 @@ def test_a_sweep_is_published_and_a_database_that_goes_away_loses_nothing(server
     path = tmp_path / "deployed.yaml"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "name": "deployed", "run": run}))
     home = tmp_path / "outputs"
-    asked = ("sweep", path, "--set", f"tracking_uri={server.url}")
-    one = command(home, *asked, "--set", "search.trials=1", "--json", **server.login)
-    assert [(t["key"], "FINISHED") for t in last_json(one)["trials"]] == server.trials("deployed")
+    arguments = ("sweep", path, "--set", f"tracking_uri={server.url}")
+    first = command(home, *arguments, "--set", "search.trials=1", "--json", **server.login)
+    assert [(t["key"], "FINISHED") for t in last_json(first)["trials"]] == server.trials("deployed")
 
     server.database.stop()
-    away = command(home, *asked, "--set", "search.trials=4", "--json", **server.login)
-    assert len(last_json(away)["trials"]) == 4
-    assert "run the same command again to publish" in away.stderr
+    offline = command(home, *arguments, "--set", "search.trials=4", "--json", **server.login)
+    assert len(last_json(offline)["trials"]) == 4
+    assert "run the same command again to publish" in offline.stderr
     server.database.start()
 
-    again = command(home, *asked, "--set", "search.trials=4", "--json", **server.login)
-    found = last_json(again)
-    assert sorted((t["key"], "FINISHED") for t in found["trials"]) == server.trials("deployed")
-    read_back(server, home / "sweeps" / "deployed", found)
-    said = one.stdout + one.stderr + away.stdout + away.stderr + again.stdout + again.stderr
-    nothing_secret_is_left(server, home, said)
+    again = command(home, *arguments, "--set", "search.trials=4", "--json", **server.login)
+    result = last_json(again)
+    assert sorted((t["key"], "FINISHED") for t in result["trials"]) == server.trials("deployed")
+    assert_published_once(server, home / "sweeps" / "deployed", result)
+    output = "".join(done.stdout + done.stderr for done in (first, offline, again))
+    assert_no_secrets(server, home, output)
 
 
-def read_back(server, sweep, found):
-    """Every validation of every trial stands in PostgreSQL once, and every checkpoint in the bucket."""
+def assert_published_once(server, sweep, result):
+    """PostgreSQL holds every validation of every trial once, and the bucket every checkpoint."""
     objects = {item.key: item.size for item in server.bucket.objects.all()}
-    for trial in found["trials"]:
+    for trial in result["trials"]:
         query = (
             "select m.step, m.value from metrics m join tags t using (run_uuid) where t.key = 'raydistill.trial' "
             f"and t.value = '{trial['key']}' and m.key = 'val_loss' order by m.step, m.timestamp"
@@ -80,37 +80,37 @@ def read_back(server, sweep, found):
         lines = (sweep / "trials" / trial["key"] / "metrics.jsonl").read_text().splitlines()
         history = [(line["step"], line["val_loss"]) for line in map(json.loads, lines)]
         assert history == logged[: len(history)]
-        assert len(logged) == len(history) + 1  # and the best checkpoint's at the end
+        assert len(logged) == len(history) + 1  # plus the final value of the best checkpoint
         query = (
             "select r.artifact_uri from runs r join tags t using (run_uuid) "
             f"where t.key = 'raydistill.trial' and t.value = '{trial['key']}'"
         )
         [[uri]] = server.database.rows(query)
-        place = "mlflow/" + uri.removeprefix("mlflow-artifacts:/")
+        prefix = "mlflow/" + uri.removeprefix("mlflow-artifacts:/")
         weights = sweep / "trials" / trial["key"] / "best" / "model.safetensors"
-        assert objects[f"{place}/checkpoint/model.safetensors"] == weights.stat().st_size
+        assert objects[f"{prefix}/checkpoint/model.safetensors"] == weights.stat().st_size
     aliases = server.database.rows("select alias from registered_model_aliases where name = 'deployed'")
     assert aliases == [["any"]]
 
 
-def nothing_secret_is_left(server, home, said):
-    """No password in what was said, logged, dumped from the database or written: neither here nor in the bucket."""
+def assert_no_secrets(server, home, output):
+    """No password occurs in the output, the logs, a dump of the database, the local files or the bucket."""
     hidden = [*server.hidden.values(), *SECRETS.values()]
-    texts = {"output": said.encode(), "dump": server.database.run("pg_dump").encode()}
+    texts = {"output": output.encode(), "dump": server.database.run("pg_dump").encode()}
     texts |= {str(p): p.read_bytes() for folder in (home, server.logs) for p in folder.rglob("*") if p.is_file()}
     texts |= {item.key: item.get()["Body"].read() for item in server.bucket.objects.all()}
-    for where, content in texts.items():
-        assert not [value for value in hidden if value.encode() in content], where
+    for source, content in texts.items():
+        assert not [value for value in hidden if value.encode() in content], source
 
 
-def test_serve_says_which_secret_is_missing(tmp_path):
+def test_serve_script_names_a_missing_secret(tmp_path):
     env = {"PATH": os.environ["PATH"], "ARTIFACTS": "s3://b/m", "PGHOST": "h", "PGDATABASE": "d", "PGUSER": "u"}
     done = subprocess.run([DEPLOY / "serve.sh"], env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: PGPASSWORD is not set")
 
 
-def test_the_files_open_loopback_only_and_hold_no_secret():
+def test_deploy_files_publish_loopback_only_and_contain_no_secret():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     published = {name: service.get("ports", []) for name, service in compose["services"].items()}
     assert published == {"database": [], "mlflow": ["127.0.0.1:5000:5000"]}
@@ -120,8 +120,8 @@ def test_the_files_open_loopback_only_and_hold_no_secret():
     assert {name for name, value in example.items() if not value} >= {
         *("PGPASSWORD", "MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
     }
-    asked = (DEPLOY / "serve.sh").read_text().split("for name in ")[1].split(";")[0].split()
-    assert set(asked) <= set(example)
+    required = (DEPLOY / "serve.sh").read_text().split("for name in ")[1].split(";")[0].split()
+    assert set(required) <= set(example)
     pins = dict(line.split("==") for line in (DEPLOY / "requirements.txt").read_text().splitlines() if "==" in line)
     pinned = (DEPLOY.parent / "constraints.txt").read_text().splitlines()
     assert f"mlflow=={pins['mlflow[auth]']}" in pinned
