@@ -373,7 +373,7 @@ def test_best_by_size_selects_by_validation_over_all_methods(sweep):
 def test_table_8_compares_initialisations_seed_by_seed(sweep):
     inits = {r["layers copied"]: r for r in table([sweep], "table8") if r["size"] or r["layers copied"] == "9,10,11"}
     columns = ("min loss", "min loss (paper)", "less spaced", "tenth of epoch", "tenth less spaced", "seeds")
-    assert {k: tuple(r[c] for c in columns) for k, r in by_layers.items()} == {
+    assert {k: tuple(r[c] for c in columns) for k, r in inits.items()} == {
         "0,6,11": ("2.450 (2.400 to 2.500)", "2.14", "", "2.750 (2.740 to 2.760)", "", "2"),
         "9,10,11": ("", "2.18", "", "", "", ""),
         "0,1,2": ("2.600", "2.20", "+0.100, n = 1", "3.000", "+0.240, n = 1", "1"),
@@ -407,7 +407,7 @@ def test_published_numbers_are_consistent():
         depth = {"BART": "12-12", "Pegasus": "16-16"}.get(teacher)
         if depth and size != depth:
             base = published.TABLES_6_7[teacher, depth, data].latency_ms
-            assert published_row.speedup == pytest.approx(base / published_row.latency_ms, abs=0.01), (
+            assert result.speedup == pytest.approx(base / result.latency_ms, abs=0.01), (
                 teacher,
                 size,
                 data,
