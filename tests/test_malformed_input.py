@@ -362,7 +362,7 @@ def test_plans(holds, tmp_path):
         if plan is not None:
             for number in range(len(plan)):
                 plan.read_batch(number)
-            for window in range(len(plan.windows)):
+            for window in range(plan.num_windows):
                 plan.read_targets(window)
 
     def says(name, content):

@@ -1,8 +1,12 @@
-"""Counting of the workers that a cluster can hold."""
+"""The actor pool: how many workers a cluster can hold, and how errors and killed actors end a job."""
+
+import os
+import signal
 
 import pytest
 
-from raydistill.cluster.actor_pool import slots
+from raydistill.cluster.actor_pool import run_batches, slots
+from raydistill.core.errors import UserError
 
 
 def test_slots_are_counted_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12,3 +16,38 @@ def test_slots_are_counted_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slots("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
     assert [slots("cuda", threads) for threads in (2, 8)] == [4, 0]
     assert [slots("cuda", 1, share) for share in (1, 0.6, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 8, 12, 16, 16]
+
+
+def test_error_in_a_batch_stops_the_job(ray_here):
+    def make_function():
+        def run_batch(number):
+            if number == 2:
+                raise UserError("the disk is full")
+            return {"rows": 1.0}
+
+        return run_batch
+
+    done = []
+    with pytest.raises(UserError, match="the disk is full"):
+        run_batches(range(4), make_function, device="cpu", on_done=done.append)
+
+
+def test_error_while_an_actor_starts_stops_the_job_with_the_cause(ray_here):
+    def make_function():
+        raise RuntimeError("CUDA error: the real cause")
+
+    with pytest.raises(Exception, match="CUDA error: the real cause"):
+        run_batches(range(2), make_function, device="cpu", on_done=lambda facts: None)
+
+
+def test_batch_that_kills_its_actor_every_time_stops_the_job_with_a_remedy(ray_here):
+    def make_function():
+        def run_batch(number):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"rows": 1.0}
+
+        return run_batch
+
+    with pytest.raises(ConnectionError, match=r"lost and could not be restarted .* Run the same command again"):
+        run_batches(range(2), make_function, device="cpu", on_done=lambda facts: None)

@@ -13,13 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from raydistill.cluster.actor_pool import run_batches
 from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core.errors import UserError
 from raydistill.data.streaming import scan_split
 from raydistill.inference.decoding import resolve_decoding
 from raydistill.inference.engines import open_engine
-from raydistill.jobs.label_outputs import EngineRecord, check_same_engine, is_batch_complete, read_engine_record
 from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _slug, describe_job, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_manifest
@@ -105,19 +103,6 @@ def test_label_set_is_named_after_its_data():
     assert {name: _slug(name) for name in names} == names
 
 
-def test_io_error_deletes_no_batch(tmp_path, monkeypatch):
-    """A truncated file is deleted and written again; an I/O error says nothing about the file."""
-    path = tmp_path / "batch.parquet"
-    path.write_bytes(b"PAR1 truncated")
-    monkeypatch.setattr("pyarrow.parquet.read_metadata", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
-    with pytest.raises(OSError, match="I/O error"):
-        is_batch_complete(path)
-    assert path.is_file()
-    monkeypatch.undo()
-    assert not is_batch_complete(path)
-    assert not path.exists()
-
-
 def test_truncated_batch_is_labelled_again(ray_here, teacher_and_data, tmp_path, monkeypatch):
     uninterrupted = pseudolabel(make_job(teacher_and_data), tmp_path / "uninterrupted", verbose=False)
     expected = list(read_candidates(uninterrupted))
@@ -153,50 +138,6 @@ def test_model_that_ctranslate2_cannot_run_is_labelled_by_transformers_or_refuse
     strict = LabelJob(str(teacher), job.dataset, decoding=Decoding(beams=3, max_length=12), allow_fallback=False)
     with pytest.raises(UserError, match="padding row is not zero"):
         pseudolabel(strict, tmp_path / "labels", verbose=False)
-
-
-def test_error_in_a_batch_stops_the_job(ray_here):
-    def make():
-        def work(number):
-            if number == 2:
-                raise UserError("the disk is full")
-            return {"rows": 1.0}
-
-        return work
-
-    done = []
-    with pytest.raises(UserError, match="the disk is full"):
-        run_batches(range(4), make, device="cpu", on_done=done.append)
-
-
-def test_error_while_opening_the_teacher_stops_the_job_with_the_cause(ray_here):
-    def make():
-        raise RuntimeError("CUDA error: the real cause")
-
-    with pytest.raises(Exception, match="CUDA error: the real cause"):
-        run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
-
-
-def test_batch_that_kills_its_actor_every_time_stops_the_job_with_a_remedy(ray_here):
-    def make():
-        def work(number):
-            if number == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return {"rows": 1.0}
-
-        return work
-
-    with pytest.raises(ConnectionError, match=r"lost and could not be restarted .* Run the same command again"):
-        run_batches(range(2), make, device="cpu", on_done=lambda facts: None)
-
-
-def test_outputs_of_two_engines_are_not_mixed(tmp_path):
-    first = EngineRecord("ctranslate2 fp32", "")
-    check_same_engine(tmp_path, first)
-    check_same_engine(tmp_path, first)
-    with pytest.raises(UserError, match="written by ctranslate2 fp32, and this machine opens transformers fp32"):
-        check_same_engine(tmp_path, EngineRecord("transformers fp32", "no ctranslate2"))
-    assert read_engine_record(tmp_path) == first
 
 
 # Kills

@@ -223,7 +223,7 @@ def test_concurrent_curations_write_the_set_once(source_set, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: derive(source_set, max_copy_rate=0.9), range(4)))
     assert len(set(folders)) == 1
-    assert sorted(written) == ["dropped.parquet", "part-00000.parquet"]
+    assert sorted(written) == ["part-00000.parquet"]
     assert len(read_label_set(folders[0]).targets) == 4
 
 

@@ -259,7 +259,7 @@ def test_commands_report_the_keys_that_a_foreign_manifest_lacks(tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["raydistill", *words, "--root", str(folder.parent)])
     if command == "list":
         app(standalone_mode=False)
-        assert f"skipped: {folder}: manifest.json lacks teacher, " in capsys.readouterr().out
+        assert f"skipped: {folder}: manifest.json lacks device_hours, teacher, " in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match=r"foreign: manifest.json lacks .*metric.* `raydistill pseudolabel`"):
             app(standalone_mode=False)

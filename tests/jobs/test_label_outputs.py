@@ -1,0 +1,28 @@
+"""Outputs of batches: truncated files are deleted, and engines are not mixed."""
+
+import pytest
+
+from raydistill.core.errors import UserError
+from raydistill.jobs.label_outputs import EngineRecord, check_same_engine, is_batch_complete, read_engine_record
+
+
+def test_io_error_deletes_no_batch(tmp_path, monkeypatch):
+    """A truncated file is deleted and written again; an I/O error says nothing about the file."""
+    path = tmp_path / "batch.parquet"
+    path.write_bytes(b"PAR1 truncated")
+    monkeypatch.setattr("pyarrow.parquet.read_metadata", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(OSError, match="I/O error"):
+        is_batch_complete(path)
+    assert path.is_file()
+    monkeypatch.undo()
+    assert not is_batch_complete(path)
+    assert not path.exists()
+
+
+def test_outputs_of_two_engines_are_not_mixed(tmp_path):
+    first = EngineRecord("ctranslate2 fp32", "")
+    check_same_engine(tmp_path, first)
+    check_same_engine(tmp_path, first)
+    with pytest.raises(UserError, match="written by ctranslate2 fp32, and this machine opens transformers fp32"):
+        check_same_engine(tmp_path, EngineRecord("transformers fp32", "no ctranslate2"))
+    assert read_engine_record(tmp_path) == first
