@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from raydistill.cluster.start import ray_cluster
 from raydistill.jobs import teacher_cache
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import CacheRequest, build_teacher_cache, resolve_auto_precision, resolve_cache_mode
@@ -23,15 +22,11 @@ from tests.factories.workspace import make_world
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(ray_here, tmp_path_factory):
     """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
     root = tmp_path_factory.mktemp("workspace")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAYDISTILL_HOME", str(root / "outputs"))
     make_world(root)
-    with ray_cluster(2):
-        yield root
-    patch.undo()
+    return root
 
 
 def read_parts(root):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from raydistill.cluster.start import ray_cluster
 from raydistill.core.files import read_json
 from raydistill.jobs.teacher_cache import cache_group_key, resolve_auto_precision
 from raydistill.search import prepare
@@ -12,15 +11,11 @@ from tests.factories.workspace import make_world
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(ray_here, tmp_path_factory):
     """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
     root = tmp_path_factory.mktemp("workspace")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAYDISTILL_HOME", str(root / "outputs"))
     make_world(root)
-    with ray_cluster(2):
-        yield root
-    patch.undo()
+    return root
 
 
 def test_cache_mode_of_an_interrupted_build_is_kept_by_the_next_command(workspace, tmp_path, monkeypatch):
