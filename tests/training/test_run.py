@@ -58,7 +58,7 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
         assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
     assert sorted(p.name for p in folder.iterdir()) == [
-        *(".lock", "best", "metrics.jsonl", "input_fingerprints.json", "result.json", "rows.npz", "run.json")
+        *(".lock", "best", "input_fingerprints.json", "metrics.jsonl", "result.json", "rows.npz", "run.json")
     ]
 
     metadata = parse_json_file(folder / "best" / "raydistill.json")
