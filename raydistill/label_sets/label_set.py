@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -218,7 +219,6 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
     Raises:
         UserError: A part is damaged.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     def iter_lines() -> Iterator[tuple[str, str, int, float]]:
@@ -227,7 +227,7 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
                 for batch in file.iter_batches(columns=list(COLUMNS)):
                     yield from zip(*(batch.column(name).to_pylist() for name in COLUMNS), strict=True)
 
-    try:
+    with _corrupt_label_set_error(folder):
         for row_id, lines in groupby(iter_lines(), key=lambda line: line[0]):
             ranked = sorted(lines, key=lambda line: line[2])
             if not all(isinstance(text, str) for line in ranked for text in line[:2]):
@@ -235,8 +235,6 @@ def read_candidates(folder: Path) -> Iterator[tuple[str, list[Candidate]]]:
             if [rank for _, _, rank, _ in ranked] != list(range(len(ranked))):
                 raise ValueError(f"row {row_id!r} does not have each candidate once")
             yield row_id, [Candidate(target, float(score)) for _, target, _, score in ranked]
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise _corrupt_label_set_error(folder, error) from None
 
 
 def read_dropped(folder: Path) -> list[tuple[str, str]]:
@@ -245,19 +243,16 @@ def read_dropped(folder: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: The file is damaged.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not (folder / DROPPED_FILE).is_file():
         return []
-    try:
+    with _corrupt_label_set_error(folder):
         table = pq.read_table(folder / DROPPED_FILE, columns=["id", "reason"])
         rows = list(zip(table["id"].to_pylist(), table["reason"].to_pylist(), strict=True))
         if not all(isinstance(text, str) for row in rows for text in row):
             raise TypeError(f"{DROPPED_FILE}: ids and reasons must be strings")
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise _corrupt_label_set_error(folder, error) from None
-    return rows
+        return rows
 
 
 def find_label_set_folders(root: Path) -> list[Path]:
@@ -276,5 +271,12 @@ def list_label_sets(root: Path) -> tuple[list[tuple[Path, PseudolabelManifest]],
     return label_sets, errors
 
 
-def _corrupt_label_set_error(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder}: the label set is damaged ({error}); {CORRUPT_SET_REMEDY}")
+@contextmanager
+def _corrupt_label_set_error(folder: Path) -> Iterator[None]:
+    """A block that reads Parquet files of a label set: its errors become a UserError with the remedy."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{folder}: the label set is damaged ({error}); {CORRUPT_SET_REMEDY}") from None
