@@ -60,7 +60,7 @@ def measure(job: LabelJob, metric: str, cache: Path) -> list[dict[str, Any]]:
         texts = [""] * len(sources)
         texts[0::2], texts[1::2] = generate_batches(side, work, halves).texts
         scored = score(metric, texts, corpus.targets)
-        apart = paired_bootstrap(metric, scored.rows, wanted.rows)
+        apart = paired_bootstrap(metric, scored.row_stats, wanted.row_stats)
         different = _different(work, corpus, plain, texts)
         rows.append(
             {
@@ -97,12 +97,12 @@ def text_scores(work: GenerationTask, sources: list[str], targets: list[str]) ->
     """What `transformers` thinks of given texts: log-probability by (tokens, the end included) ** length penalty."""
     import torch
 
-    from raydistill.models import loading
+    from raydistill.models import loading, tokenization
 
     model = loading.load_model(work.checkpoint)
-    tokenizer = loading.load_tokenizer(work.checkpoint)
-    labels = loading.tokenize_targets(tokenizer, targets, work.beam.max_length)
-    inputs = loading.tokenize_sources(tokenizer, sources, work.max_source_tokens)
+    tokenizer = tokenization.load_tokenizer(work.checkpoint)
+    labels = tokenization.tokenize_targets(tokenizer, targets, work.beam.max_length)
+    inputs = tokenization.tokenize_sources(tokenizer, sources, work.max_source_tokens)
     scores = []
     for source, label in zip(inputs, labels, strict=True):
         wanted = torch.tensor([label])

@@ -27,7 +27,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from benchmarks.common import describe_machine, write_result
 from raydistill.core.console import ProgressBar
 from raydistill.core.paths import raydistill_home
-from raydistill.evaluation.latency import time_calls
+from raydistill.evaluation.latency import Repetition, time_calls
 from raydistill.paper.published import LAYER_COST_PERCENT
 from raydistill.results.tables import markdown_table
 
@@ -88,7 +88,7 @@ def time_shape(shape: Shape, asked: argparse.Namespace) -> float:
         if asked.device == "cuda":
             torch.cuda.synchronize()
 
-    return time_calls(call, asked.repeats, warmup=1, min_seconds=0.0).median_ms
+    return time_calls(call, Repetition(asked.repeats, min_seconds=0.0)).median_ms
 
 
 def regress(shapes: list[Shape], times: np.ndarray) -> tuple[dict[str, Coefficient], float]:

@@ -29,9 +29,9 @@ from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTr
 
 from benchmarks.common import describe_machine, write_result
 from raydistill.config.run import Loss, Student, Training
+from raydistill.core.machine import malloc_trim
 from raydistill.data.batching import Examples
-from raydistill.evaluation.latency import malloc_trim
-from raydistill.models import families, onednn_linear
+from raydistill.models import families
 from raydistill.models.freezing import FrozenParts, freeze
 from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.teacher_cache.builder import build_cache
@@ -43,7 +43,7 @@ from raydistill.training.prefetch import prefetch
 from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
-SIDES = ("naive", "shared", "ours-mkl", "ours", "trainer", "ours-sft")
+SIDES = ("naive", "shared", "ours", "trainer", "ours-sft")
 # Steps timed together: a GPU works while the next ones are prepared, and this script asks for no step's loss.
 BLOCK = {"cpu": 1, "cuda": 5}
 WARM_UP = 2
@@ -134,7 +134,6 @@ def synchronize(device: str) -> None:
 
 def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
     """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
-    onednn_linear.ENABLED = False  # torch's own layers
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     student.to(options.device).train()
     student.get_encoder().eval()
@@ -169,7 +168,6 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
     """Seconds, as of `time_steps`, of a step of Hugging Face's Seq2SeqTrainer; encoder and embeddings are frozen."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    onednn_linear.ENABLED = False  # torch's own layers
     _, student, _ = models(options.form, options.layers, options.size, options.device)
     gc.collect()
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -213,8 +211,6 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
 
 def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[list[float], dict[str, Any]]:
     """Seconds, as of `time_steps`, of a step of the product's own loop from `make_cache`'s stores; and what it says."""
-    if side == "ours-mkl":
-        onednn_linear.ENABLED = False  # torch's own layers: what the rest brings
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
     key, width = "random", student.config.d_model
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
@@ -261,7 +257,6 @@ def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[
 def make_cache(options: argparse.Namespace, precision: str) -> None:
     """The stores that `from_cache` reads."""
     teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    onednn_linear.patch_linear_layers(teacher)
     examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
     layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
     numbers = CacheDtypes(precision, precision)
@@ -344,7 +339,7 @@ def compare(options: argparse.Namespace) -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.cache_root) as cache:
         for precision in options.precisions:
-            for side in ("cache", *sides_on(options.device)):
+            for side in ("cache", *SIDES):
                 name = f"{side} {precision}"
                 found[name] = measured(options, side, precision, cache)
                 print(
@@ -360,11 +355,6 @@ def compare(options: argparse.Namespace) -> None:
         device=options.device,
         form=options.form,
     )
-
-
-def sides_on(device: str) -> list[str]:
-    """The sides that differ on a device: oneDNN is the CPU's."""
-    return [side for side in SIDES if device == "cpu" or side != "ours-mkl"]
 
 
 def measured(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
@@ -407,7 +397,6 @@ def as_markdown(found: dict[str, dict[str, Any]]) -> str:
 
 RATIOS = [
     ("KD: naive / ours", "naive", "ours", "seconds"),
-    ("KD: naive / ours without oneDNN's float32 products", "naive", "ours-mkl", "seconds"),
     ("KD: shared encoder / ours", "shared", "ours", "seconds"),
     ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds"),
     ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb"),

@@ -33,7 +33,7 @@ from raydistill.core.files import write_json_atomic
 from raydistill.evaluation.metrics import score
 from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
-from raydistill.models import families, onednn_linear
+from raydistill.models import families
 from raydistill.models.freezing import freeze, resolve_frozen_parts
 from raydistill.models.teacher import open_teacher
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
@@ -144,7 +144,6 @@ def released(run: Run, inputs: RunInputs) -> dict[str, float]:
     """One run: seconds and the test score of the checkpoint with the best validation."""
     torch.manual_seed(run.training.seed)
     torch.set_num_threads(THREADS)
-    onednn_linear.ENABLED = False  # plain torch layers: what loads and shrinks here is ours
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
     started = time.monotonic()

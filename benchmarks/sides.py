@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from raydistill.cluster.start import ENV_DEFAULTS
 from raydistill.data.streaming import scan_split, usable_rows
-from raydistill.inference.decoding import BeamSearchParams, CalibrationRows
+from raydistill.inference.decoding import BeamSearchParams, CalibrationRows, EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.jobs.pseudolabel import (
     CPU_BATCH_SIZES,
@@ -132,11 +132,13 @@ def our_engine(side: Side, work: GenerationTask) -> Write:
     engine = open_engine(
         work.checkpoint,
         "transformers" if side.engine == "transformers" else "ctranslate2",
-        device=side.device,
-        threads=side.threads,
-        precision=side.precision,
-        cache_dir=work.cache,
-        allow_fallback=False,
+        EngineOptions(
+            device=side.device,
+            threads=side.threads,
+            precision=side.precision,
+            cache_dir=work.cache,
+            allow_fallback=False,
+        ),
         calibration=CalibrationRows(work.sample, work.beam, work.max_source_tokens),
     )
 

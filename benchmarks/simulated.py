@@ -10,7 +10,7 @@ from typing import Any
 
 from raydistill.config.run import Run
 from raydistill.core.files import read_json, write_atomic, write_json_atomic
-from raydistill.inference.decoding import BeamSearchParams, Hypothesis
+from raydistill.inference.decoding import BeamSearchParams, EngineOptions, Hypothesis, Workload
 from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
@@ -40,16 +40,16 @@ class SimulatedEngine:
         written = [" ".join(text.split()[:WORDS]) for text in texts]
         return [[Hypothesis(text, -1.0, WORDS)] * n_best for text in written]
 
-    def make_benchmark_call(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
-        """As Engine.timed."""
-        return lambda: time.sleep(self.seconds_per_char * CHARS_PER_TOKEN * source_tokens * batch)
+    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
+        """As `Engine.make_benchmark_call`."""
+        return lambda: time.sleep(self.seconds_per_char * CHARS_PER_TOKEN * workload.source_tokens * workload.batch)
 
 
 def simulated_engine(
-    checkpoint: str | Path, kind: str, *, seconds_per_char: float, device: str, **_: Any
+    checkpoint: str | Path, kind: str, options: EngineOptions, *, seconds_per_char: float, **_: Any
 ) -> SimulatedEngine:
-    """An opener for the pseudo-label job, called as model.generate.open_engine is."""
-    return SimulatedEngine(seconds_per_char, device)
+    """An engine factory for the pseudo-label job, called like `open_engine`."""
+    return SimulatedEngine(seconds_per_char, options.device)
 
 
 def simulated_run(

@@ -23,6 +23,7 @@ from raydistill.config.run import Student
 from raydistill.core.console import print_progress
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
+from raydistill.inference.decoding import EngineOptions, Workload
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.saving import save_checkpoint
@@ -71,15 +72,13 @@ def time_size(
     """A size's timing: from the table of measurements, else measured and put there."""
     layers = plan_layers(families.num_layers(teacher.config), Student(size=size))
     source, output = lengths(case)
+    workload = Workload(source_tokens=source, output_tokens=output, batch=asked.batch, beams=case.beams)
     facts = latency.measurement_key(
         latency.hardware(asked.device, asked.threads),
-        latency.architecture_key(families.with_num_layers(teacher.config, *layers.size)),
+        families.architecture_key(families.with_num_layers(teacher.config, *layers.size)),
         asked.engine,
         asked.precision,
-        beams=case.beams,
-        batch=asked.batch,
-        source_tokens=source,
-        output_tokens=output,
+        workload,
     )
     table = raydistill_home() / "speedups.json"
     if found := latency.lookup(table, facts):
@@ -90,13 +89,15 @@ def time_size(
         engine = open_engine(
             place / "model",
             asked.engine,
-            device=asked.device,
-            threads=asked.threads,
-            precision=asked.precision,
-            cache_dir=place / "engine",
-            allow_fallback=False,
+            EngineOptions(
+                device=asked.device,
+                threads=asked.threads,
+                precision=asked.precision,
+                cache_dir=place / "engine",
+                allow_fallback=False,
+            ),
         )
-        timing = latency.measure(engine, source, output, asked.batch, case.beams, asked.repeats, min_seconds=0.0)
+        timing = latency.measure(engine, workload, latency.Repetition(asked.repeats, min_seconds=0.0))
     latency.record(table, facts, timing)
     return timing
 

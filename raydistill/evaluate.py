@@ -1,5 +1,7 @@
-"""`raydistill evaluate`: score and time a checkpoint, or two against each other."""
+"""`raydistill evaluate`: score and time a checkpoint, or compare two checkpoints."""
 
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +13,10 @@ from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
     from raydistill.config.run import Dataset, Run
+    from raydistill.data.corpus import Corpus
+    from raydistill.evaluation.scoring import EvaluationResult
+    from raydistill.inference.decoding import EngineOptions
+    from raydistill.inference.engines import EngineName
 
 app = make_app()
 
@@ -20,71 +26,107 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a known name")],
     against: Annotated[str | None, typer.Argument(help="a second checkpoint to compare with")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="a known name, a hub name, a file or a folder; default: what it was trained on")
+        str | None, typer.Option(help="a known name, a hub name, a file or a folder; default: the training data")
     ] = None,
     split: Annotated[str, typer.Option(help="which split")] = "test",
     metric: Annotated[
-        Literal["auto", "rouge2", "bleu"], typer.Option(help="auto: bleu where the data set translates")
+        Literal["auto", "rouge2", "bleu"], typer.Option(help="auto: bleu if the data set is a translation, else rouge2")
     ] = "auto",
-    beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's own")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's generation config")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
     engine: Annotated[
-        Literal["auto", "ctranslate2", "transformers"], typer.Option(help="auto: ctranslate2 where it loads the model")
+        Literal["auto", "ctranslate2", "transformers"],
+        typer.Option(help="auto: ctranslate2 if it supports the model, else transformers"),
     ] = "auto",
-    precision: Annotated[Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="of the engine")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all")] = None,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="auto: fp32 on a CPU, bf16 on a GPU")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")] = None,
     languages: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: as it was trained"),
+        typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: as in training"),
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one")] = "auto",
-    predictions: Annotated[Path | None, typer.Option(help="write what it wrote, one JSON object a row")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")] = "auto",
+    predictions: Annotated[Path | None, typer.Option(help="write the outputs to this file, one JSON per line")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end of stdout")] = False,
 ) -> None:
-    """Score a checkpoint on a split, with a 95 % bootstrap interval, and time it on real rows.
+    """Score a checkpoint on a split with a 95 % bootstrap interval, and time it on real rows.
 
-    With two checkpoints their difference is a paired bootstrap over the same rows.
+    A second checkpoint is compared with the first by a paired bootstrap over the same rows.
 
     Example: `raydistill evaluate outputs/sweeps/quickstart/trials/KEY/best --dataset demo`
     """
     from raydistill.config.presets import check_teacher
 
-    for name in (checkpoint, *([against] if against else [])):
+    names = [checkpoint, *([against] if against else [])]
+    for name in names:
         check_teacher(name)
-    about = resolve_dataset(checkpoint, dataset, metric) | {"languages": languages}
-    corpus = _load_corpus(about["dataset"], split, rows)
+    task = _resolve_task(checkpoint, dataset, metric)
+    corpus = _load_corpus(task.dataset, split, rows)
 
     import torch
 
     from raydistill.core.machine import available_cores
-    from raydistill.evaluation.metrics import paired_bootstrap
+    from raydistill.inference.decoding import EngineOptions
 
-    used = threads or len(available_cores())
-    names = [checkpoint, *([against] if against else [])]
-    place = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    found = [_evaluate_checkpoint(name, about, corpus, engine, precision, used, beams, place) for name in names]
-    header = ["checkpoint", f"{about['metric']} on {split} [95 %]", "ms per row", "engine", "params M"]
-    print_text(
-        format_table(header, [_table_row(*pair, about["metric"]) for pair in zip(names, found, strict=True)]), as_json
+    options = EngineOptions(
+        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+        threads=threads or len(available_cores()),
+        precision=precision,
+        languages=languages,
     )
-    for name, value in found[0]["metrics"].items():
-        print_text(f"  {name} {value:.2f}", as_json)
-    print_text(f"signature: {found[0]['signature']}", as_json)
-    comparison = None
-    if against:
-        c = paired_bootstrap(about["metric"], found[0]["rows"], found[1]["rows"])
-        comparison = {"difference": c.difference, "low": c.low, "high": c.high, "p": c.p}
-        verdict = "not distinguishable" if c.low <= 0 <= c.high else "distinguishable"
-        print_text(f"difference: {c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}], p {c.p:.3f}: {verdict}", as_json)
+    reports = [_evaluate_checkpoint(name, task, corpus, engine, options, beams) for name in names]
+    comparison = _compare(task.metric, *reports) if against else None
+    _print_reports(names, reports, comparison, f"{task.metric} on {split} [95 %]", as_json)
     if predictions:
-        _write_predictions(predictions, corpus, names, found)
+        _write_predictions(predictions, corpus, names, reports)
         print_text(f"predictions: {predictions}", as_json)
-    data = [{k: v for k, v in one.items() if k not in ("rows", "predictions")} for one in found]
-    print_json({"split": split, "checkpoints": dict(zip(names, data, strict=True)), "comparison": comparison}, as_json)
+    records = {name: report.to_json() for name, report in zip(names, reports, strict=True)}
+    print_json({"split": split, "checkpoints": records, "comparison": comparison}, as_json)
 
 
-def resolve_dataset(checkpoint: str, name: str | None, metric: str) -> dict[str, Any]:
-    """The data set and the metric: as asked, else as the checkpoint's card tells."""
+@dataclass(frozen=True)
+class EvaluationTask:
+    """A data set and the metric to score it with."""
+
+    dataset: "Dataset"
+    metric: str
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """The result of one checkpoint. `params_m`: millions of parameters; `engine`: name and precision."""
+
+    metric: str
+    result: "EvaluationResult"
+    ms_per_row: float
+    engine: str
+    params_m: float
+    beams: int
+    signature: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for `--json`."""
+        return {
+            "metrics": self.result.scores.metrics,
+            "interval": list(self.result.score_interval),
+            "repetition": self.result.repetition_rate,
+            "ms_per_row": self.ms_per_row,
+            "engine": self.engine,
+            "params_m": self.params_m,
+            "beams": self.beams,
+            "signature": self.signature,
+        }
+
+    def table_row(self, name: str) -> list[str]:
+        """Return the cells for the table of results."""
+        low, high = self.result.score_interval
+        score = f"{self.result.scores.metrics[self.metric]:.2f} [{low:.2f}, {high:.2f}]"
+        return [name, score, f"{self.ms_per_row:.2f}", self.engine, f"{self.params_m:.1f}"]
+
+
+def _resolve_task(checkpoint: str, name: str | None, metric: str) -> EvaluationTask:
+    """Return the requested data set and metric; the defaults are those of the checkpoint's training run."""
     from raydistill.config.presets import default_dataset, resolve_metric
     from raydistill.config.run import Dataset
 
@@ -94,41 +136,45 @@ def resolve_dataset(checkpoint: str, name: str | None, metric: str) -> dict[str,
         if name is None:
             raise UserError(f"{error}; give --dataset") from None
         run = None
-    wanted = name or (run.dataset.name if run else default_dataset(checkpoint))
-    if wanted is None:
-        raise UserError(f"{checkpoint}: say what to score it on with --dataset (a known name, a file or a folder)")
-    same = run is not None and run.dataset.name == wanted
-    dataset = run.dataset if run is not None and same else Dataset(name=wanted)
-    if metric == "auto" and run is not None and same and run.evaluation.metric != "auto":
+    dataset_name = name or (run.dataset.name if run else default_dataset(checkpoint))
+    if dataset_name is None:
+        raise UserError(f"{checkpoint}: give the data set to score it on with --dataset (a known name, file or folder)")
+    if run is None or run.dataset.name != dataset_name:
+        return EvaluationTask(Dataset(name=dataset_name), resolve_metric(dataset_name, metric))
+    if metric == "auto" and run.evaluation.metric != "auto":
         metric = run.evaluation.metric
-    return {"dataset": dataset, "metric": resolve_metric(wanted, metric)}
+    return EvaluationTask(run.dataset, resolve_metric(dataset_name, metric))
 
 
 def load_checkpoint_run(checkpoint: str) -> "Run | None":
-    """The run that made a checkpoint, from its card; None where there is none. A UserError where it is damaged."""
+    """Return the training run recorded in a checkpoint's metadata, or None if it has none.
+
+    Raises:
+        UserError: the metadata is damaged.
+    """
     from raydistill.config.run import Run
     from raydistill.core.files import CHECKPOINT_METADATA, read_json
 
     path = Path(checkpoint) / CHECKPOINT_METADATA
     try:
-        card = read_json(path) if path.is_file() else {}
-        return Run.model_validate(card["config"]) if "config" in card else None
+        metadata = read_json(path) if path.is_file() else {}
+        return Run.model_validate(metadata["config"]) if "config" in metadata else None
     except (ValueError, UserError) as error:
         raise UserError(f"{path}: damaged, or of another version ({error})") from None
 
 
 def training_languages(checkpoint: str, dataset: "Dataset") -> tuple[str, str] | None:
-    """A student's languages are those of the run that made it, whatever it is scored on."""
-    from raydistill.models.loading import resolve_languages
+    """Return the languages that a checkpoint was trained with, whatever data set it is scored on."""
+    from raydistill.models.tokenization import resolve_languages
 
     try:
         run = load_checkpoint_run(checkpoint)
-    except UserError:  # `--dataset` was given in its place
+    except UserError:  # damaged metadata is no error here, because --dataset replaces it
         run = None
     return resolve_languages(run.teacher, run.dataset) if run else resolve_languages(checkpoint, dataset)
 
 
-def _load_corpus(dataset: Any, split: str, rows: int | None) -> Any:
+def _load_corpus(dataset: "Dataset", split: str, rows: int | None) -> "Corpus":
     from raydistill.data.corpus import check_split, read_corpus
 
     check_split(dataset, split)
@@ -138,80 +184,88 @@ def _load_corpus(dataset: Any, split: str, rows: int | None) -> Any:
 
 def _evaluate_checkpoint(
     checkpoint: str,
-    task: dict[str, Any],
-    corpus: Any,
-    engine_kind: Any,
-    precision: str,
-    threads: int,
+    task: EvaluationTask,
+    corpus: "Corpus",
+    engine_name: "EngineName",
+    options: "EngineOptions",
     beams: int | None,
-    device: str,
-) -> dict[str, Any]:
-    """Everything about one checkpoint on the corpus."""
+) -> CheckpointReport:
+    """Score and time one checkpoint on the corpus."""
     from raydistill.config.presets import teacher_preset
     from raydistill.config.run import Decoding
-    from raydistill.evaluation.latency import count_parameters
     from raydistill.evaluation.metrics import signature
     from raydistill.evaluation.scoring import evaluate as score
     from raydistill.inference.decoding import resolve_decoding
     from raydistill.inference.engines import open_engine
-    from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint, resolve_max_tokens
+    from raydistill.models.families import count_parameters
+    from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint
+    from raydistill.models.tokenization import resolve_max_tokens
 
-    preset = teacher_preset(checkpoint, task["dataset"].name)
-    where = locate_checkpoint(checkpoint, task["dataset"].name)
-    config = load_config(where)
+    preset = teacher_preset(checkpoint, task.dataset.name)
+    location = locate_checkpoint(checkpoint, task.dataset.name)
+    config = load_config(location)
     beam = resolve_decoding(
         Decoding(beams=beams),
-        load_generation_config(where),
+        load_generation_config(location),
         preset.decoding if preset else None,
-        resolve_max_tokens("max_target_tokens", task["dataset"], preset, config),
+        resolve_max_tokens("max_target_tokens", task.dataset, preset, config),
     )
     print_progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
-    engine = open_engine(
-        where,
-        engine_kind,
-        device=device,
-        threads=threads,
-        precision=precision,
-        languages=task["languages"] or training_languages(checkpoint, task["dataset"]),
-        log=print_progress,
+    options = replace(options, languages=options.languages or training_languages(checkpoint, task.dataset))
+    engine = open_engine(location, engine_name, options, log=print_progress)
+    max_source_tokens = resolve_max_tokens("max_source_tokens", task.dataset, preset, config)
+    result = score(engine, corpus, task.metric, beam, max_source_tokens=max_source_tokens)
+    return CheckpointReport(
+        metric=task.metric,
+        result=result,
+        ms_per_row=1000 * result.seconds / len(corpus),
+        engine=f"{engine.name} {engine.precision}",
+        params_m=count_parameters(config) / 1e6,
+        beams=beam.beams,
+        signature=signature(task.metric),
     )
-    limit = resolve_max_tokens("max_source_tokens", task["dataset"], preset, config)
-    found = score(engine, corpus.sources, corpus.targets, task["metric"], beam, max_source_tokens=limit)
-    return {
-        "metrics": found.scored.metrics,
-        "interval": list(found.interval),
-        "repetition": found.repetition,
-        "rows": found.scored.rows,
-        "predictions": found.predictions,
-        "ms_per_row": 1000 * found.seconds / len(corpus),
-        "engine": f"{engine.name} {engine.precision}",
-        "params_m": count_parameters(config) / 1e6,
-        "beams": beam.beams,
-        "signature": signature(task["metric"]),
-    }
 
 
-def _table_row(name: str, result: dict[str, Any], metric: str) -> list[str]:
-    """One checkpoint's line of the table."""
-    low, high = result["interval"]
-    score = f"{result['metrics'][metric]:.2f} [{low:.2f}, {high:.2f}]"
-    return [name, score, f"{result['ms_per_row']:.2f}", result["engine"], f"{result['params_m']:.1f}"]
+def _compare(metric: str, first: CheckpointReport, second: CheckpointReport) -> dict[str, float]:
+    from raydistill.evaluation.metrics import paired_bootstrap
+
+    return asdict(paired_bootstrap(metric, first.result.scores.row_stats, second.result.scores.row_stats))
 
 
-def _write_predictions(path: Path, corpus: Any, names: list[str], results: list[dict[str, Any]]) -> None:
-    import json
+def _print_reports(
+    names: list[str],
+    reports: list[CheckpointReport],
+    comparison: dict[str, float] | None,
+    score_title: str,
+    as_json: bool,
+) -> None:
+    rows = [report.table_row(name) for name, report in zip(names, reports, strict=True)]
+    print_text(format_table(["checkpoint", score_title, "ms per row", "engine", "params M"], rows), as_json)
+    for name, value in reports[0].result.scores.metrics.items():
+        print_text(f"  {name} {value:.2f}", as_json)
+    print_text(f"signature: {reports[0].signature}", as_json)
+    if comparison:
+        low, high = comparison["low"], comparison["high"]
+        verdict = "not distinguishable" if low <= 0 <= high else "distinguishable"
+        print_text(
+            f"difference: {comparison['difference']:+.2f} [{low:+.2f}, {high:+.2f}], "
+            f"p {comparison['p_value']:.3f}: {verdict}",
+            as_json,
+        )
 
+
+def _write_predictions(path: Path, corpus: "Corpus", names: list[str], reports: list[CheckpointReport]) -> None:
     from raydistill.core.files import write_atomic
 
     lines = []
     for i, row_id in enumerate(corpus.ids):
-        outputs = {name: one["predictions"][i] for name, one in zip(names, results, strict=True)}
+        outputs = {name: report.result.predictions[i] for name, report in zip(names, reports, strict=True)}
         lines.append(json.dumps({"id": row_id, "target": corpus.targets[i], **outputs}, ensure_ascii=False))
     write_atomic(path, ("\n".join(lines) + "\n").encode())
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_app(app)
 
 

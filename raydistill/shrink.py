@@ -1,8 +1,8 @@
-"""`raydistill shrink`: make a student checkpoint, untrained."""
+"""`raydistill shrink`: create an untrained student checkpoint from a teacher's layers."""
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,10 @@ from raydistill._app import make_app, run_app
 from raydistill.config.run import Init
 from raydistill.core.console import print_json, print_text
 from raydistill.core.errors import UserError
+
+if TYPE_CHECKING:
+    from raydistill.config.run import Student
+    from raydistill.models.shrinking import LayerPlan
 
 app = make_app()
 
@@ -21,72 +25,84 @@ def shrink(
     output: Annotated[Path, typer.Option(help="the folder to write; must not exist")],
     copy: Annotated[str | None, typer.Option(help='decoder layers to copy, such as "0,6,11"')] = None,
     copy_encoder: Annotated[str | None, typer.Option(help="encoder layers to copy")] = None,
-    init: Annotated[Init, typer.Option(help="where --copy does not say")] = "spaced",
+    init: Annotated[Init, typer.Option(help="how to choose decoder layers without --copy")] = "spaced",
     copy_from: Annotated[
-        str | None, typer.Option(help="another checkpoint of the teacher's shape, whose decoder layers are copied")
+        str | None, typer.Option(help="a checkpoint of the teacher's architecture to copy the decoder layers from")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="which of a known teacher's checkpoints; default: its first")
+        str | None, typer.Option(help="data set that selects a known teacher's checkpoint; default: its first")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end of stdout")] = False,
 ) -> None:
     """Copy layers of a teacher into a smaller checkpoint that `from_pretrained` reads.
 
     Example: `raydistill shrink --teacher bart --size 12-3 --copy 0,6,11 --output bart-12-3`
     """
-    from pydantic import ValidationError
-
     from raydistill.config.presets import check_teacher, default_dataset
-    from raydistill.config.run import LayerChoice, Student
-    from raydistill.config.validation import format_validation_error
 
     if output.exists():
         raise UserError(f"--output {output}: exists already; give another folder, or delete it")
+    student = _parse_student(size, init, copy, copy_encoder, copy_from)
+    for name in (teacher, copy_from) if copy_from else (teacher,):
+        check_teacher(name)
+    plan, num_parameters = _create_student(
+        teacher, dataset or default_dataset(teacher) or "", student, dataset or "", output
+    )
+    metadata = {
+        "teacher": teacher,
+        "size": size,
+        "copied": plan.copied,
+        "copied_from": copy_from or teacher,
+        "supervised": plan.supervised,
+        "trained": False,
+    }
+    from raydistill.core.files import CHECKPOINT_METADATA, write_json_atomic
+
+    write_json_atomic(output / CHECKPOINT_METADATA, metadata)
+    params_m = num_parameters / 1e6
+    print_text(f"{output}: {size}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json)
+    print_json({**metadata, "params_m": params_m, "output": str(output)}, as_json)
+
+
+def _parse_student(
+    size: str, init: Init, copy: str | None, copy_encoder: str | None, copy_from: str | None
+) -> "Student":
+    from pydantic import ValidationError
+
+    from raydistill.config.validation import format_validation_error
+    from raydistill.config.run import LayerChoice, Student
+
     try:
         copied = LayerChoice(
             encoder=_parse_layers("--copy-encoder", copy_encoder), decoder=_parse_layers("--copy", copy)
         )
-        student = Student(size=size, init=init, copied=copied, copy_from=copy_from)
+        return Student(size=size, init=init, copied=copied, copy_from=copy_from)
     except ValidationError as error:
         raise UserError(format_validation_error(error, Student, "shrink", {})) from None
 
-    for name in (teacher, copy_from) if copy_from else (teacher,):
-        check_teacher(name)
-    from raydistill.core.files import CHECKPOINT_METADATA, write_json_atomic
-    from raydistill.models import families
-    from raydistill.models.loading import (
-        load_config,
-        load_model,
-        load_tokenizer,
-        locate_checkpoint,
-        set_target_language,
-    )
-    from raydistill.models.saving import save_checkpoint
-    from raydistill.models.shrinking import plan_layers
-    from raydistill.models.shrinking import shrink as make
 
-    where = locate_checkpoint(teacher, dataset or default_dataset(teacher) or "")
-    layers = plan_layers(families.num_layers(load_config(where)), student)
-    model, tokenizer = load_model(where), load_tokenizer(where)
+def _create_student(
+    teacher: str, teacher_dataset: str, student: "Student", copy_from_dataset: str, output: Path
+) -> tuple["LayerPlan", int]:
+    """Write the student to `output`; return its layer plan and its number of parameters.
+
+    The data sets select the checkpoints of the teacher and of `student.copy_from` if these are known names.
+    """
+    from raydistill.models import families
+    from raydistill.models.loading import load_config, load_model, locate_checkpoint
+    from raydistill.models.shrinking import plan_layers
+    from raydistill.models.shrinking import shrink as shrink_model
+    from raydistill.models.tokenization import load_tokenizer, set_target_language
+    from raydistill.models.saving import save_checkpoint
+
+    location = locate_checkpoint(teacher, teacher_dataset)
+    plan = plan_layers(families.num_layers(load_config(location)), student)
+    model, tokenizer = load_model(location), load_tokenizer(location)
     set_target_language(model, tokenizer)
-    made = make(
-        model, layers, decoder_from=load_model(locate_checkpoint(copy_from, dataset or "")) if copy_from else None
-    )
-    save_checkpoint(made, tokenizer, output)
-    card = {
-        "teacher": teacher,
-        "size": size,
-        "copied": layers.copied,
-        "copied_from": copy_from or teacher,
-        "supervised": layers.supervised,
-        "trained": False,
-    }
-    write_json_atomic(output / CHECKPOINT_METADATA, card)
-    parameters = sum(p.numel() for p in made.parameters())
-    print_text(
-        f"{output}: {size}, decoder layers {layers.decoder or 'random'}, {parameters / 1e6:.1f} M parameters", as_json
-    )
-    print_json({**card, "params_m": parameters / 1e6, "output": str(output)}, as_json)
+    donor = load_model(locate_checkpoint(student.copy_from, copy_from_dataset)) if student.copy_from else None
+    result = shrink_model(model, plan, decoder_from=donor)
+    save_checkpoint(result, tokenizer, output)
+    return plan, sum(p.numel() for p in result.parameters())
 
 
 def _parse_layers(option: str, text: str | None) -> list[int] | None:
@@ -98,7 +114,7 @@ def _parse_layers(option: str, text: str | None) -> list[int] | None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_app(app)
 
 

@@ -32,7 +32,7 @@ from raydistill.data.corpus import Row, inspect_corpus, read_corpus
 from raydistill.data.streaming import scan_split, usable_rows
 from raydistill.label_sets import label_set
 from raydistill.label_sets.batch_plan import make_plan, open_plan
-from raydistill.models import loading
+from raydistill.models import loading, tokenization
 from raydistill.results.selection import load_selection
 from raydistill.results.tables import result_tables
 from raydistill.search.study import StudySearch
@@ -482,7 +482,7 @@ def test_checkpoints(holds, tmp_path):
 
     def load():
         loading.load_generation_config(folder)
-        loading.load_tokenizer(folder)
+        tokenization.load_tokenizer(folder)
         loading.load_model(folder)
 
     def says(name, content):

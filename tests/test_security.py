@@ -1,4 +1,4 @@
-"""Malice: nothing of a checkpoint or a record is run, no path leaves its folder, no secret is seen."""
+"""Malicious input: no code of a checkpoint or record runs, no path leaves its folder, no secret is printed."""
 
 import json
 import re
@@ -15,14 +15,13 @@ from raydistill.config.space import read_space
 from raydistill.core.errors import UserError
 from raydistill.core.files import check_symlinks, read_json, safe_join, write_json_atomic
 from raydistill.core.secrets import redact, redact_nested
-from raydistill.models import loading
+from raydistill.models import loading, tokenization
 from raydistill.models.hub import weight_files
 from raydistill.results import records
 from raydistill.tracking import mlflow_runs, mlflow_store
-from tests.factories.models import save_tiny
+from tests.factories.models import Malicious, replace_by_pickle, save_tiny
 from tests.factories.sweeps import make_trial, runs_of
 from tests.factories.workspace import command
-from tests.models.test_loading import Malicious, pickle_instead
 
 
 @pytest.fixture
@@ -31,42 +30,42 @@ def bart(tmp_path):
     return tmp_path / "bart"
 
 
-# Nothing is run
+# No code runs
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt"])
-def test_a_pickle_beside_the_weights_is_never_opened(name, bart, tmp_path):
+def test_pickles_next_to_the_weights_are_never_opened(name, bart, tmp_path):
     torch.save({"x": Malicious(tmp_path / "was_run")}, bart / name)
     assert loading.load_model(bart).training is False
     assert not (tmp_path / "was_run").exists()
 
 
-def test_code_of_a_checkpoint_is_never_run(bart, tmp_path):
-    """`auto_map` names classes in a file of the checkpoint, which trust_remote_code would import."""
+def test_remote_code_of_a_checkpoint_never_runs(bart, tmp_path):
+    """`auto_map` names classes in a file of the checkpoint, which `trust_remote_code` would import."""
     marker = tmp_path / "was_run"
-    (bart / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Theirs: pass\n")
+    (bart / "custom.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Custom: pass\n")
     names = ("AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM", "AutoTokenizer")
     for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        data = {**json.loads((bart / file).read_text()), "auto_map": {name: "theirs.Theirs" for name in names}}
-        data["auto_map"]["AutoTokenizer"] = ["theirs.Theirs", "theirs.Theirs"]
-        data["custom_generate"] = "theirs.Theirs"
+        data = {**json.loads((bart / file).read_text()), "auto_map": {name: "custom.Custom" for name in names}}
+        data["auto_map"]["AutoTokenizer"] = ["custom.Custom", "custom.Custom"]
+        data["custom_generate"] = "custom.Custom"
         (bart / file).write_text(json.dumps(data))
     config = loading.load_config(bart)
     assert config.model_type == "bart"
     assert type(loading.load_model(bart)).__module__.startswith("transformers.models.bart")
-    assert type(loading.load_tokenizer(bart)).__module__.startswith("transformers.")
+    assert type(tokenization.load_tokenizer(bart)).__module__.startswith("transformers.")
     loading.load_generation_config(bart)
     assert not marker.exists()
 
 
-def test_a_model_type_of_its_own_is_refused(bart):
+def test_unknown_model_type_is_refused(bart):
     config = json.loads((bart / "config.json").read_text())
-    (bart / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": {}}))
-    with pytest.raises(UserError, match="model_type is 'theirs'"):
+    (bart / "config.json").write_text(json.dumps({**config, "model_type": "custom", "auto_map": {}}))
+    with pytest.raises(UserError, match="model_type is 'custom'"):
         loading.load_model(bart)
 
 
-def test_rows_that_are_a_pickle_are_refused_unread(tmp_path):
+def test_pickled_row_statistics_are_refused(tmp_path):
     marker = tmp_path / "was_run"
     np.savez(tmp_path / "rows.npz", validation=np.array([Malicious(marker)], dtype=object))
     with pytest.raises(UserError, match=r"rows\.npz: damaged"):
@@ -74,7 +73,7 @@ def test_rows_that_are_a_pickle_are_refused_unread(tmp_path):
     assert not marker.exists()
 
 
-# Nothing takes all the memory
+# No input exhausts memory
 
 
 @pytest.mark.parametrize(
@@ -88,14 +87,14 @@ def test_rows_that_are_a_pickle_are_refused_unread(tmp_path):
         {"max_position_embeddings": 10**10},
     ],
 )
-def test_a_config_larger_than_its_weights_is_refused_before_it_is_built(bart, changes):
+def test_config_larger_than_its_weights_is_refused_before_allocation(bart, changes):
     config = json.loads((bart / "config.json").read_text())
     (bart / "config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(UserError, match=r"no model of these families|asks for more than"):
         loading.load_model(bart)
 
 
-def test_rows_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
+def test_row_statistics_with_a_huge_unpacked_size_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_ROW_BYTES", 10**6)
     np.savez_compressed(tmp_path / "rows.npz", validation=np.zeros(10**6))
     assert (tmp_path / "rows.npz").stat().st_size < 10**4
@@ -107,7 +106,7 @@ def test_rows_that_unpack_without_end_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/../../out", "link", "link/x", "a\0b"])
-def test_what_leads_out_of_a_folder_is_told_from_what_does_not(tmp_path, name):
+def test_safe_join_refuses_paths_outside_the_folder(tmp_path, name):
     folder = tmp_path / "in"
     (folder / "a").mkdir(parents=True)
     (folder / "link").symlink_to(tmp_path)
@@ -117,17 +116,17 @@ def test_what_leads_out_of_a_folder_is_told_from_what_does_not(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "model/../model.safetensors", 3])
-def test_a_weight_index_names_shards_of_its_folder_only(bart, name):
+def test_weight_index_with_paths_outside_the_folder_is_refused(bart, name):
     (bart / "model.safetensors").rename(bart.parent / "model.safetensors")
     (bart / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(UserError, match=r"index\.json: damaged"):
         weight_files(bart)
 
 
-def test_a_pickled_checkpoint_with_a_link_to_elsewhere_is_not_copied(bart, tmp_path, monkeypatch):
+def test_pickled_checkpoint_with_an_external_link_is_not_copied(bart, tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
     (tmp_path / "private.txt").write_text("private")
-    pickle_instead(bart, loading.load_model(bart).state_dict())
+    replace_by_pickle(bart, loading.load_model(bart).state_dict())
     (bart / "notes.txt").symlink_to(tmp_path / "private.txt")
     with pytest.raises(UserError, match=r"notes\.txt: symbolic link to a file outside"):
         loading.load_model(bart)
@@ -135,23 +134,23 @@ def test_a_pickled_checkpoint_with_a_link_to_elsewhere_is_not_copied(bart, tmp_p
 
 
 @pytest.mark.parametrize("checkpoint", ["../../../private", "PRIVATE", "link"])
-def test_a_result_cannot_have_another_folder_published(sweep, checkpoint, tmp_path):
+def test_result_cannot_publish_another_folder(sweep, checkpoint, tmp_path):
     (tmp_path / "private").mkdir()
     folder = make_trial(sweep, "a", 0, 10.0)
     (folder / "link").symlink_to(tmp_path / "private")
-    asked = checkpoint.replace("PRIVATE", str(tmp_path / "private"))
-    write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "checkpoint": asked})
+    published = checkpoint.replace("PRIVATE", str(tmp_path / "private"))
+    write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "checkpoint": published})
     with pytest.raises(UserError, match="is outside"):
         mlflow_runs.publish(sweep)
 
 
-def test_a_record_cannot_name_a_folder_of_artifacts_elsewhere(sweep):
+def test_sweep_name_cannot_lead_to_another_artifact_folder(sweep):
     write_json_atomic(sweep / "sweep.json", {**read_json(sweep / "sweep.json"), "name": "../../elsewhere"})
     with pytest.raises(UserError, match=r"sweep\.json: damaged: name is"):
         mlflow_runs.publish(sweep)
 
 
-def test_a_saved_state_names_a_file_of_its_folder(tmp_path):
+def test_saved_state_with_a_file_outside_its_folder_is_refused(tmp_path):
     from raydistill.training.state import load_state
 
     (tmp_path / "run").mkdir()
@@ -160,7 +159,7 @@ def test_a_saved_state_names_a_file_of_its_folder(tmp_path):
         load_state(tmp_path / "run", None, None, None)
 
 
-def test_links_within_a_folder_are_fine(tmp_path):
+def test_links_within_a_folder_are_accepted(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "x").write_text("x")
     (tmp_path / "a").mkdir()
@@ -172,11 +171,11 @@ def test_links_within_a_folder_are_fine(tmp_path):
         check_symlinks(tmp_path / "a")
 
 
-# No secret is seen
+# No secret is printed
 
 
 @pytest.mark.parametrize(
-    ("text", "seen"),
+    ("text", "redacted"),
     [
         ("at http://user:pass@host:5000/x", "at http://***@host:5000/x"),
         ("http://token@host", "http://***@host"),
@@ -189,14 +188,14 @@ def test_links_within_a_folder_are_fine(tmp_path):
         ("", ""),
     ],
 )  # fmt: skip
-def test_credentials_in_addresses_are_masked(text, seen):
-    assert redact(text) == seen
+def test_credentials_in_urls_are_masked(text, redacted):
+    assert redact(text) == redacted
 
 
 @pytest.mark.parametrize(
     "name", ["HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY"]
 )
-def test_the_environments_secrets_are_masked(name, monkeypatch):
+def test_secrets_of_the_environment_are_masked(name, monkeypatch):
     monkeypatch.setenv(name, "tell-nobody")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-as-ever")
     assert redact("x tell-nobody, false-as-ever") == "x ***, false-as-ever"
@@ -214,48 +213,48 @@ PASSWORD = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), 
 
 
 @given(PASSWORD)
-def test_no_password_survives_in_an_address(password):
+def test_no_password_remains_in_a_url(password):
     assert redact(f"in http://u:{password}@host/x") == "in http://***@host/x"
 
 
-def test_what_workers_are_handed_is_no_secret(monkeypatch):
-    """Ray's dashboard shows the environment that a command asks for."""
+def test_forwarded_environment_contains_no_secret(monkeypatch):
+    """Ray's dashboard shows the environment that a command requests."""
     for name in FORWARDED_ENV:
         monkeypatch.setenv(name, "tell-everybody")
     assert redact("tell-everybody") == "tell-everybody"
 
 
-def test_a_password_in_a_space_is_refused_and_not_repeated(tmp_path):
+def test_password_in_a_space_is_refused_and_not_printed(tmp_path):
     home = tmp_path / "outputs"
     space = tmp_path / "space.yaml"
     head = "name: x\nrun: {teacher: demo, dataset: demo}\n"
     space.write_text(head + "tracking_uri: http://me:hunter22@127.0.0.1:9\n")
-    done = command(home, "sweep", space)
-    assert done.returncode == 2
-    assert "space.yaml:3: tracking_uri: contains a password or token" in done.stderr
-    assert "MLFLOW_TRACKING_PASSWORD" in done.stderr
+    first = command(home, "sweep", space)
+    assert first.returncode == 2
+    assert "space.yaml:3: tracking_uri: contains a password or token" in first.stderr
+    assert "MLFLOW_TRACKING_PASSWORD" in first.stderr
     space.write_text(head)
-    again = command(home, "sweep", space, "--set", "tracking_uri=http://me:hunter22@127.0.0.1:9", "--dry-run")
-    assert again.returncode == 2
-    assert "hunter22" not in done.stderr + done.stdout + again.stderr + again.stdout
+    second = command(home, "sweep", space, "--set", "tracking_uri=http://me:hunter22@127.0.0.1:9", "--dry-run")
+    assert second.returncode == 2
+    assert "hunter22" not in first.stderr + first.stdout + second.stderr + second.stdout
     assert not home.exists()
 
 
-def test_a_password_anywhere_in_a_space_is_found(tmp_path):
+def test_password_in_any_value_of_a_space_is_refused(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text("name: x\nrun:\n  teacher: {choice: [demo, 's3://K:S@b/t']}\n  dataset: demo\n")
     with pytest.raises(UserError, match=r"space\.yaml:3: run\.teacher\.choice\.1: contains a password"):
         read_space(path)
 
 
-def test_an_address_with_a_password_is_never_published_to(sweep):
+def test_tracking_uri_with_a_password_is_refused(sweep):
     for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
-        with pytest.raises(UserError, match="contains a password or token") as refused:
+        with pytest.raises(UserError, match="contains a password or token") as error:
             mlflow_runs.publish(sweep, uri)
-        assert "hunter22" not in str(refused.value)
+        assert "hunter22" not in str(error.value)
 
 
-def test_mlflow_is_given_no_secret_and_no_file_from_elsewhere(sweep, monkeypatch, tmp_path):
+def test_mlflow_receives_no_secret_and_no_external_file(sweep, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "tell-nobody")
     folder = make_trial(sweep, "a", 0, 10.0)
     write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", "labels": ["tell-nobody"]})

@@ -118,12 +118,19 @@ def corrupt_file_error(path: Path, remedy: str | None = None) -> Iterator[None]:
         raise UserError(f"{path}: damaged: {reason[:300]}. {remedy}") from None
 
 
-def check_schema(path: Path, record: dict[str, Any]) -> None:
-    """UserError if another version of raydistill wrote a record; `path` is the file of the record."""
+def check_schema(path: Path, record: dict[str, Any], remedy: str | None = None) -> None:
+    """Check that a record was written by this version of raydistill.
+
+    `path` names the file in the message. `remedy` replaces the default advice to delete the folder of the file.
+
+    Raises:
+        UserError: the record has another schema version.
+    """
     if record.get("schema") != SCHEMA_VERSION:
+        remedy = remedy or f"Move {path.parent} away or delete it, and run the command again to create it"
         raise UserError(
             f"{path}: schema version {record.get('schema', 1)}, but this version of raydistill reads {SCHEMA_VERSION}. "
-            f"Move {path.parent} away or delete it, and run the command again to create it"
+            f"{remedy}"
         )
 
 

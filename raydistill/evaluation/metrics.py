@@ -1,7 +1,7 @@
-"""ROUGE and BLEU by row, their confidence intervals, and paired comparisons.
+"""ROUGE and BLEU with bootstrap intervals and paired comparisons, and the detection of repetitive outputs.
 
-Everything is kept per row: a corpus score is then a mean (ROUGE) or a function of a sum (BLEU), and a
-bootstrap resamples rows without scoring any text again.
+Statistics are stored per row. A corpus score is a mean (ROUGE) or a function of a sum (BLEU) of rows, so a bootstrap
+resamples rows without scoring texts again.
 """
 
 import re
@@ -17,36 +17,36 @@ from raydistill.core.errors import UserError
 
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_LOG_OF_ZERO = -9999999999.0  # sacrebleu's stand-in for log 0
+_LOG_OF_ZERO = -9999999999.0  # sacrebleu's value for log 0
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of one list of outputs.
 
-    `metrics` are corpus scores by name; `rows` are the per-row statistics of `metric`: [rows] for ROUGE,
+    `metrics` are corpus scores by name; `row_stats` are the per-row statistics of `metric`: [rows] for ROUGE,
     [rows, 10] for BLEU.
     """
 
     metrics: dict[str, float]
-    rows: np.ndarray
+    row_stats: np.ndarray
     metric: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """First minus second: the difference, its 95 % interval, and a two-sided p for "no difference"."""
+    """A paired comparison, first minus second: difference, 95 % interval, and p-value of a two-sided test."""
 
     difference: float
     low: float
     high: float
-    p: float
+    p_value: float
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text: its lines where it has several, else split after . ! ? followed by a space.
+    """Return the sentences of a text: its lines if it has several, else the parts that end with . ! ? and a space.
 
-    It needs no download, and it splits abbreviations ("Mr. Smith"), alike on both sides of a comparison.
+    The rule needs no downloaded model. It splits after abbreviations ("Mr. Smith"), in outputs and references alike.
     """
     text = text.strip()
     parts = text.splitlines() if "\n" in text else _SENTENCE_END.split(text)
@@ -54,15 +54,18 @@ def split_sentences(text: str) -> list[str]:
 
 
 def lead_baseline(source: str, n: int = 1) -> str:
-    """The first `n` sentences: the baseline that any summariser must beat."""
+    """Return the first `n` sentences of a text, a common baseline for summarization."""
     return " ".join(split_sentences(source)[:n])
 
 
 def rouge_rows(predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
-    """F1 x 100 per row of rouge1, rouge2, rougeL and rougeLsum, each [rows]; the mean is the corpus score.
+    """Return F1 x 100 per row of rouge1, rouge2, rougeL and rougeLsum, each [rows]; the corpus score is the mean.
 
-    Google's rouge-score with Porter stemming. Its tokens are ASCII letters and digits only, so ROUGE says
-    nothing about text in other scripts. rougeLsum is over `split_sentences`.
+    Computed by Google's rouge-score with Porter stemming. Its tokens are ASCII letters and digits, so ROUGE is
+    meaningless for other scripts. rougeLsum uses the sentences of `split_sentences`.
+
+    Raises:
+        ValueError: the numbers of predictions and references differ.
     """
     _check_same_length(predictions, references)
     from rouge_score.rouge_scorer import RougeScorer
@@ -78,9 +81,12 @@ def rouge_rows(predictions: list[str], references: list[str]) -> dict[str, np.nd
 
 
 def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
-    """BLEU's sufficient statistics per row, int64 [rows, 10].
+    """Return BLEU's sufficient statistics per row, int64 [rows, 10].
 
-    Columns: matching n-grams for n = 1 to 4, n-grams for n = 1 to 4, output and reference length (13a).
+    Columns: matching n-grams for n = 1 to 4, n-grams for n = 1 to 4, output length, reference length; tokens by 13a.
+
+    Raises:
+        ValueError: the numbers of predictions and references differ.
     """
     _check_same_length(predictions, references)
     from sacrebleu.metrics.bleu import BLEU
@@ -90,16 +96,16 @@ def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
     scorer = BLEU(effective_order=True)  # changes a sentence's score, not its counts; silences a warning
     rows = np.zeros((len(predictions), 10), dtype=np.int64)
     for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        found = scorer.sentence_score(prediction, [reference])
-        rows[i] = [*found.counts, *found.totals, found.sys_len, found.ref_len]
-    # sacrebleu remembers 65,536 texts in each of its two tokenizers, under a scorer that nobody has any more: 60 MB.
+        bleu = scorer.sentence_score(prediction, [reference])
+        rows[i] = [*bleu.counts, *bleu.totals, bleu.sys_len, bleu.ref_len]
+    # Each of sacrebleu's two tokenizers caches up to 65,536 texts at module level: 60 MB.
     for tokenizer in (Tokenizer13a, TokenizerRegexp):
         tokenizer.__call__.cache_clear()
     return rows
 
 
 def corpus_bleu(rows: np.ndarray) -> float:
-    """Corpus BLEU of `bleu_rows` (13a, exp smoothing): exactly what `sacrebleu.corpus_bleu` gives."""
+    """Return the corpus BLEU of `bleu_rows` [rows, 10] (13a, exp smoothing), exactly as `sacrebleu.corpus_bleu`."""
     from sacrebleu.metrics.bleu import BLEU
 
     total = [int(value) for value in rows.sum(axis=0)]
@@ -107,7 +113,7 @@ def corpus_bleu(rows: np.ndarray) -> float:
 
 
 def signature(metric: str) -> str:
-    """All that is needed to get the same score again, in sacrebleu's form."""
+    """Return the settings and the version behind a score, in the form of sacrebleu's signatures."""
     if metric == "bleu":
         from sacrebleu.metrics.bleu import BLEU
 
@@ -119,7 +125,11 @@ def signature(metric: str) -> str:
 
 
 def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
-    """Score outputs with "rouge2" (all four ROUGEs are computed) or "bleu". UserError: there are none."""
+    """Score outputs with bleu or with a metric of `ROUGE_METRICS`; for ROUGE, all four scores are in `metrics`.
+
+    Raises:
+        UserError: there are no outputs, or the metric is unknown.
+    """
     if not predictions:
         raise UserError("there are no rows to score; check the split and dataset.validation_rows")
     if metric == "bleu":
@@ -132,7 +142,7 @@ def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
 
 
 class ScoreAccumulator:
-    """Corpus scores of rows that come in chunks: `score`'s metrics without holding the rows."""
+    """Accumulates the corpus scores of `score` over chunks of rows without storing the rows."""
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -140,24 +150,28 @@ class ScoreAccumulator:
         self.sums: dict[str, np.ndarray] = {}
 
     def add(self, predictions: list[str], references: list[str]) -> None:
-        """Score some more rows; none is none."""
+        """Add a chunk of rows; an empty chunk is ignored."""
         if not predictions:
             return
         bleu_only = self.metric == "bleu"
-        found = {"bleu": bleu_rows(predictions, references)} if bleu_only else rouge_rows(predictions, references)
-        for name, rows in found.items():
+        by_name = {"bleu": bleu_rows(predictions, references)} if bleu_only else rouge_rows(predictions, references)
+        for name, rows in by_name.items():
             self.sums[name] = self.sums.get(name, 0) + rows.sum(axis=0)
         self.count += len(predictions)
 
     def metrics(self) -> dict[str, float]:
-        """The scores of all rows so far; empty where there was none."""
+        """Return the scores of all rows so far by name; empty if there are no rows."""
         if self.metric == "bleu":
             return {name: corpus_bleu(total[None]) for name, total in self.sums.items()}
         return {name: float(total) / self.count for name, total in self.sums.items()}
 
 
 def rouge2_rows(predictions: list[str], references: list[str]) -> np.ndarray:
-    """ROUGE-2 alone, F1 x 100 per row, [rows]: a fraction of the time of `rouge_rows`."""
+    """Return ROUGE-2 F1 x 100 per row, [rows]; much faster than `rouge_rows`.
+
+    Raises:
+        ValueError: the numbers of predictions and references differ.
+    """
     _check_same_length(predictions, references)
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -167,12 +181,16 @@ def rouge2_rows(predictions: list[str], references: list[str]) -> np.ndarray:
 
 
 def corpus_score(metric: str, rows: np.ndarray) -> float:
-    """The corpus score of per-row statistics: the mean, or corpus BLEU."""
+    """Return the corpus score of per-row statistics: the mean of [rows], or corpus BLEU of [rows, 10]."""
     return corpus_bleu(rows) if metric == "bleu" else float(np.mean(rows))
 
 
 def bootstrap_interval(metric: str, rows: np.ndarray, seed: int = 0, n_resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile interval of the corpus score over resampled rows (Efron 1979; for BLEU: Koehn 2004)."""
+    """Return the 95 % percentile bootstrap interval of the corpus score (Efron 1979; for BLEU: Koehn 2004).
+
+    Raises:
+        ValueError: there are no rows.
+    """
     scores = _bootstrap_scores(metric, [rows], seed, n_resamples)[0]
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
@@ -181,10 +199,13 @@ def bootstrap_interval(metric: str, rows: np.ndarray, seed: int = 0, n_resamples
 def paired_bootstrap(
     metric: str, a_rows: np.ndarray, b_rows: np.ndarray, seed: int = 0, n_resamples: int = 1000
 ) -> Comparison:
-    """Compare two systems on the same rows: both are scored on each resample (Koehn 2004).
+    """Compare two systems on the same rows by paired bootstrap resampling (Koehn 2004).
 
-    p is twice the smaller share of resamples on either side of 0, each count plus one: never exactly 0.
-    ValueError where the two were not scored on the same number of rows.
+    Both systems are scored on each resample. The p-value is twice the smaller share of resamples on either side of 0,
+    with one added to count and total so that it is never 0.
+
+    Raises:
+        ValueError: the systems have different numbers of rows, or none.
     """
     return paired_bootstrap_over_seeds(metric, [a_rows], [b_rows], seed, n_resamples)
 
@@ -192,32 +213,37 @@ def paired_bootstrap(
 def paired_bootstrap_over_seeds(
     metric: str, a_runs: Sequence[np.ndarray], b_runs: Sequence[np.ndarray], seed: int = 0, n_resamples: int = 1000
 ) -> Comparison:
-    """`paired_bootstrap` where a side is several trainings of one system, and its score the mean of theirs.
+    """`paired_bootstrap` of systems that were trained with several seeds; the score of a system is the mean over seeds.
 
-    Each of a side is [rows] or [rows, 10]; at least one each. All are scored on each resample of the rows.
+    `a_runs` and `b_runs` hold per-row statistics, [rows] or [rows, 10], one array per seed and at least one. All
+    runs are scored on each resample of the rows.
+
+    Raises:
+        ValueError: the runs have different numbers of rows, or none.
     """
     lengths = sorted({len(rows) for rows in (*a_runs, *b_runs)})
     if len(lengths) > 1:
         raise ValueError(f"a paired comparison needs the same rows; got {' and '.join(map(str, lengths))}")
-    found = _bootstrap_scores(metric, [*a_runs, *b_runs], seed, n_resamples)
-    differences = np.mean(found[: len(a_runs)], axis=0) - np.mean(found[len(a_runs) :], axis=0)
+    scores = _bootstrap_scores(metric, [*a_runs, *b_runs], seed, n_resamples)
+    differences = np.mean(scores[: len(a_runs)], axis=0) - np.mean(scores[len(a_runs) :], axis=0)
     low, high = np.percentile(differences, [2.5, 97.5])
-    smaller = min(np.sum(differences <= 0), np.sum(differences >= 0))
-    p = min(1.0, 2 * (int(smaller) + 1) / (n_resamples + 1))
-    ours, theirs = (float(np.mean([corpus_score(metric, rows) for rows in side])) for side in (a_runs, b_runs))
-    return Comparison(ours - theirs, float(low), float(high), p)
+    smaller_side = min(np.sum(differences <= 0), np.sum(differences >= 0))
+    p_value = min(1.0, 2 * (int(smaller_side) + 1) / (n_resamples + 1))
+    a_score, b_score = (float(np.mean([corpus_score(metric, rows) for rows in runs])) for runs in (a_runs, b_runs))
+    return Comparison(a_score - b_score, float(low), float(high), p_value)
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether an output has collapsed into repetition.
+    """Return whether an output has collapsed into repetition.
 
-    Some 1- to 4-gram of words stands 4 or more times in a row, or under 30 % of 8 or more words are distinct.
+    This is the case if a 1- to 4-gram of words occurs 4 or more times in a row, or if the text has at least 8 words and
+    fewer than 30 % of them are distinct.
     """
     words = text.lower().split()
     if len(words) >= 8 and len(set(words)) < 0.3 * len(words):
         return True
     for n in range(1, 5):
-        run = 0  # how many words in a row equal the word n places before
+        run = 0  # consecutive words that equal the word n positions before
         for i in range(n, len(words)):
             run = run + 1 if words[i] == words[i - n] else 0
             if run >= 3 * n:
@@ -226,7 +252,7 @@ def is_repetitive(text: str) -> bool:
 
 
 def repetition_rate(predictions: list[str]) -> float:
-    """Share of outputs, 0 to 1, that have `is_repetitive` into repetition."""
+    """Return the share of repetitive outputs, 0 to 1; see `is_repetitive`."""
     return sum(map(is_repetitive, predictions)) / len(predictions) if predictions else 0.0
 
 
@@ -237,7 +263,7 @@ def _check_same_length(predictions: list[str], references: list[str]) -> None:
 
 @lru_cache(1)
 def _rouge_tokenizer() -> SimpleNamespace:
-    """rouge-score's own tokenizer; stems and texts are remembered, since each text is tokenized twice."""
+    """Return rouge-score's tokenizer with caches for stems and texts, since each text is tokenized twice."""
     from nltk.stem.porter import PorterStemmer
     from rouge_score import tokenize
 
@@ -246,9 +272,10 @@ def _rouge_tokenizer() -> SimpleNamespace:
 
 
 def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resamples: int) -> list[np.ndarray]:
-    """Each system's corpus scores, [samples], over the same resampled rows.
+    """Return the corpus scores of each system, [n_resamples], over the same resampled rows.
 
-    A resample is a vector of how often each row was drawn; times the rows' statistics it gives their sums.
+    A resample is represented by the number of times that each row was drawn. The product of these counts and the
+    statistics of the rows is the sum over the resample.
     """
     n = len(systems[0])
     if n == 0:
@@ -257,7 +284,7 @@ def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resam
     stacked = np.concatenate(columns, axis=1)
     rng = np.random.default_rng(seed)
     sums = np.empty((n_resamples, stacked.shape[1]))
-    chunk = max(1, 2_000_000 // n)  # bounds memory to some 50 MB
+    chunk = max(1, 2_000_000 // n)  # limits memory to about 50 MB
     for start in range(0, n_resamples, chunk):
         count = min(chunk, n_resamples - start)
         drawn = rng.integers(0, n, size=(count, n)) + np.arange(count)[:, None] * n
@@ -268,7 +295,7 @@ def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resam
 
 
 def _bleu_from_sums(sums: np.ndarray) -> np.ndarray:
-    """Corpus BLEU, [samples], of sums [samples, 10]; the formula of sacrebleu's `compute_bleu`."""
+    """Return the corpus BLEU, [samples], of summed statistics [samples, 10]; formula of sacrebleu's `compute_bleu`."""
     correct, total, length, reference = sums[:, :4], sums[:, 4:8], sums[:, 8], sums[:, 9]
     with np.errstate(divide="ignore", invalid="ignore"):
         smoothing = 2.0 ** np.cumsum((correct == 0) & (total > 0), axis=1)

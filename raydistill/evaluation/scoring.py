@@ -1,44 +1,65 @@
-"""A checkpoint's score on the rows of a corpus: generate with an engine, compare with the references."""
+"""Scores an engine on a corpus: generates texts and compares them with the references."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from raydistill.data.corpus import Corpus
 from raydistill.evaluation.metrics import Scores, bootstrap_interval, repetition_rate, score
 from raydistill.inference.decoding import BeamSearchParams, Engine
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
-    """Scores with their 95 % interval, the per-row statistics behind them, the texts, and how long writing took."""
+class ScoredOutputs:
+    """Scores with their 95 % bootstrap interval, and the share of outputs that repeat themselves (0 to 1)."""
 
-    scored: Scores
-    interval: tuple[float, float]
+    scores: Scores
+    score_interval: tuple[float, float]
+    repetition_rate: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult(ScoredOutputs):
+    """The scores of an engine on a corpus, its outputs, and the seconds that generation took."""
+
     predictions: list[str]
-    repetition: float
     seconds: float
 
     def summary(self) -> dict[str, float | list[float]]:
-        """What a result file holds."""
-        return {**self.scored.metrics, "interval": list(self.interval), "repetition": self.repetition}
+        """Return the fields for a result file."""
+        return {
+            **self.scores.metrics,
+            "interval": list(self.score_interval),
+            "repetition": self.repetition_rate,
+        }
+
+
+def score_outputs(metric: str, predictions: list[str], references: list[str]) -> ScoredOutputs:
+    """Score outputs with rouge2 or bleu.
+
+    Raises:
+        UserError: there are no outputs, or the metric is unknown.
+    """
+    scores = score(metric, predictions, references)
+    return ScoredOutputs(scores, bootstrap_interval(metric, scores.row_stats), repetition_rate(predictions))
 
 
 def evaluate(
     engine: Engine,
-    sources: Sequence[str],
-    references: Sequence[str],
+    corpus: Corpus,
     metric: str,
     beam: BeamSearchParams,
     *,
     max_source_tokens: int,
     batch_size: int = 32,
 ) -> EvaluationResult:
-    """Generate for every source and score against its reference; `metric` is rouge2 or bleu."""
+    """Generate a text for every source of the corpus and score it against its reference with rouge2 or bleu.
+
+    Raises:
+        UserError: the corpus has no rows, or the metric is unknown.
+    """
     started = time.monotonic()
-    found = engine.generate(list(sources), beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
+    results = engine.generate(list(corpus.sources), beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
     seconds = time.monotonic() - started
-    predictions = [hypotheses[0].text.strip() for hypotheses in found]
-    scored = score(metric, predictions, list(references))
-    return EvaluationResult(
-        scored, bootstrap_interval(metric, scored.rows), predictions, repetition_rate(predictions), seconds
-    )
+    predictions = [hypotheses[0].text.strip() for hypotheses in results]
+    scored = score_outputs(metric, predictions, list(corpus.targets))
+    return EvaluationResult(scored.scores, scored.score_interval, scored.repetition_rate, predictions, seconds)

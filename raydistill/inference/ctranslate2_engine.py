@@ -1,12 +1,14 @@
-"""The fast engine: CTranslate2, taken only for a model whose conversion has proved itself.
+"""The fast engine: CTranslate2, used only for models whose conversion has been validated.
 
-Where nothing binds it writes the texts of `generate()`. Where `min_length` or `no_repeat_ngram` binds, CTranslate2
-spreads the probability of what is forbidden over the rest and `generate()` does not, and some differ.
+Its texts equal those of `generate()` as long as neither `min_length` nor `no_repeat_ngram` is active. If one is,
+CTranslate2 redistributes the probability of the forbidden tokens to the others and `generate()` does not, so some texts
+differ.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +19,43 @@ from raydistill.core.files import write_json_atomic
 from raydistill.core.paths import raydistill_home
 from raydistill.inference import cublas
 from raydistill.inference.ctranslate2_conversion import (
+    ConvertedModel,
     CTranslate2Unavailable,
+    TokenPairs,
     ensure_converted,
     import_ctranslate2,
     max_logprob_diff,
     open_translator,
     target_prefix,
-    tokenize_and_clamp,
-    tokens_by_id,
     unsupported_reason,
 )
 from raydistill.inference.decoding import (
     BeamSearchParams,
     CalibrationRows,
+    EngineOptions,
     Hypothesis,
+    LogFunction,
     RowProgress,
+    Workload,
     clamp_to_positions,
     decode_text,
     generate_longest_first,
     random_inputs,
+    tokenize_and_clamp,
 )
-from raydistill.models import loading
+from raydistill.models import loading, tokenization
 
-LogFunction = Callable[[str], None]
-
-# Mean difference of log-probabilities per token on a real row: fp32 1e-4, int8 0.01 on a trained model; one whose
-# conversion is wrong differs by whole units.
+# Mean difference of log-probabilities per token on a calibration row: 1e-4 in fp32 and 0.01 in int8 for a trained
+# model. A wrong conversion differs by more than 1.
 ROW_LOGPROB_TOLERANCE = 0.3
-# Source tokens at once in CTranslate2 on a CPU. More leave its caches: BART-base, 300 tokens a row, int8, two processes
-# of one thread, wrote 6.0 rows/s with 8 rows at once and 4.6 with 20; fp32 3.0 and 3.1.
+# Source tokens per CTranslate2 batch on a CPU; larger batches exceed the CPU caches. BART-base, 300 tokens per row,
+# two processes of one thread: in int8 6.0 rows/s with 8 rows per batch and 4.6 with 20, in fp32 3.0 and 3.1.
 MAX_CPU_BATCH_TOKENS = 2_400
 COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 
 
 class CTranslate2Engine:
-    """A converted model. Made by `open_engine`, which has let it prove itself."""
+    """Generates with a converted model; `open_ctranslate2_engine` creates it after validation."""
 
     name = "ctranslate2"
 
@@ -61,18 +65,14 @@ class CTranslate2Engine:
         tokenizer: PreTrainedTokenizerBase,
         config: Any,
         generation_config: GenerationConfig,
-        *,
-        device: str,
-        threads: int,
-        precision: str,
+        options: EngineOptions,
     ) -> None:
-        self.translator = open_translator(folder, device, threads, COMPUTE_TYPES[precision])
         self.tokenizer, self.config, self.generation_config = tokenizer, config, generation_config
-        self.device, self.precision = device, precision
-        self.words = tokens_by_id(tokenizer)
-        self.ids = {word: i for i, word in enumerate(self.words)}
-        self.folder = folder
-        self.start = target_prefix(folder, self.words, config)
+        self.folder, self.device, self.precision = folder, options.device, options.precision
+        tokens = tokenization.tokens_by_id(tokenizer)
+        translator = open_translator(folder, options.device, options.threads, COMPUTE_TYPES[options.precision])
+        self.converted = ConvertedModel(translator, tokens, target_prefix(folder, tokens, config))
+        self.token_to_id = {token: i for i, token in enumerate(tokens)}
 
     def generate(
         self,
@@ -86,143 +86,148 @@ class CTranslate2Engine:
     ) -> list[list[Hypothesis]]:
         beam = clamp_to_positions(beam, n_best, self.config)
         rows = tokenize_and_clamp(self.tokenizer, texts, max_source_tokens, self.config)
-        budget = batch_size * max(1, round(sum(map(len, rows)) / max(1, len(rows))))
+        max_tokens = batch_size * max(1, round(sum(map(len, rows)) / max(1, len(rows))))
         if self.device == "cpu":
-            budget = min(budget, MAX_CPU_BATCH_TOKENS)
-        size = 8 * batch_size  # rows per call: between calls progress is told and Ctrl-C heard
+            max_tokens = min(max_tokens, MAX_CPU_BATCH_TOKENS)
+        rows_per_call = 8 * batch_size  # progress is reported and Ctrl-C handled between calls
         return generate_longest_first(
-            texts, rows, size, lambda call: self._translate(call, beam, n_best, max(budget, len(call[0]))), on_progress
+            texts,
+            rows,
+            rows_per_call,
+            lambda call: self._translate(call, beam, n_best, max(max_tokens, len(call[0]))),
+            on_progress,
         )
 
-    def make_benchmark_call(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
-        rows = random_inputs(self.tokenizer, self.config, source_tokens, batch)
-        sources = [[self.words[i] for i in row] for row in rows]
+    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
+        rows = random_inputs(self.tokenizer, self.config, workload)
+        sources = [self._to_tokens(row) for row in rows]
+        prefix = self.converted.target_prefix
 
         def call() -> None:
-            self.translator.translate_batch(
+            self.converted.translator.translate_batch(
                 sources,
-                [self.start] * batch if self.start else None,
-                beam_size=beams,
-                min_decoding_length=output_tokens,
-                max_decoding_length=output_tokens,
+                [prefix] * workload.batch if prefix else None,
+                beam_size=workload.beams,
+                min_decoding_length=workload.output_tokens,
+                max_decoding_length=workload.output_tokens,
                 max_input_length=0,
             )
 
         return call
 
+    def _to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.converted.tokens[i] for i in ids]
+
     def _translate(
         self, rows: list[list[int]], beam: BeamSearchParams, n_best: int, max_batch_tokens: int
     ) -> list[list[Hypothesis]]:
-        forced = [] if beam.forced_first is None else [self.words[beam.forced_first]]
-        prefix = [*self.start, *forced]
-        # generate() counts the start token; where the last token is forced to be the end, that one too.
-        outside = 1 if self.generation_config.forced_eos_token_id is None else 2
-        results = self.translator.translate_batch(
-            [[self.words[i] for i in row] for row in rows],
+        forced = [] if beam.forced_bos_token_id is None else self._to_tokens([beam.forced_bos_token_id])
+        prefix = [*self.converted.target_prefix, *forced]
+        # The lengths of generate() include the start token and, if the last token is forced to be the end token, that.
+        uncounted = 1 if self.generation_config.forced_eos_token_id is None else 2
+        results = self.converted.translator.translate_batch(
+            [self._to_tokens(row) for row in rows],
             [prefix] * len(rows) if prefix else None,
             batch_type="tokens",
             max_batch_size=max_batch_tokens,
             beam_size=beam.beams,
             num_hypotheses=n_best,
-            # generate() without early stopping goes on while a running beam may still win. 99.1 % of 4,000 outputs
-            # were the same with patience 1.5, 99.6 % with 2, which took a fifth longer, and 96 % with 1.
+            # Without early stopping, generate() continues while a running beam can still win. Of 4,000 outputs, 96 %
+            # were equal with patience 1, 99.1 % with 1.5 and 99.6 % with 2, which took 20 % longer than 1.5.
             patience=1 if beam.early_stopping or beam.beams == 1 else 1.5,
             length_penalty=beam.length_penalty,
             no_repeat_ngram_size=beam.no_repeat_ngram,
             min_decoding_length=max(0, beam.min_length - 1),
-            max_decoding_length=max(1, beam.max_length - outside),
+            max_decoding_length=max(1, beam.max_length - uncounted),
             max_input_length=0,
             return_scores=True,
         )
         return [
             [
-                Hypothesis(decode_text(self.tokenizer, [self.ids[word] for word in words]), score, len(words) + 1)
-                for words, score in zip(result.hypotheses, result.scores, strict=True)
+                Hypothesis(decode_text(self.tokenizer, [self.token_to_id[t] for t in tokens]), score, len(tokens) + 1)
+                for tokens, score in zip(result.hypotheses, result.scores, strict=True)
             ]
             for result in results
         ]
 
 
 def open_ctranslate2_engine(
-    checkpoint: str | Path,
-    device: str,
-    threads: int,
-    precision: str,
-    languages: loading.Languages | None,
-    cache_dir: Path | None,
-    log: LogFunction | None,
-    calibration: CalibrationRows | None,
+    checkpoint: str | Path, options: EngineOptions, log: LogFunction | None, calibration: CalibrationRows | None
 ) -> CTranslate2Engine:
-    """As `open_engine`; RefusedError says why this model cannot be decoded by CTranslate2, or not here and now."""
-    try:
-        ctranslate2 = import_ctranslate2()
-    except ImportError:
-        raise CTranslate2Unavailable("ctranslate2 is not installed") from None
-    kind = device.partition(":")[0]
-    if kind == "cuda" and ctranslate2.get_cuda_device_count() == 0:
-        raise CTranslate2Unavailable("this build of ctranslate2 sees no GPU")
-    if kind == "cuda":
-        _load_cublas()
-    if COMPUTE_TYPES[precision] not in (types := ctranslate2.get_supported_compute_types(kind)):
-        raise CTranslate2Unavailable(f"{precision} is not among its types on this {kind}: {', '.join(sorted(types))}")
+    """Return a CTranslate2 engine for a checkpoint; see `open_engine`. `options.precision` must not be auto.
+
+    Raises:
+        CTranslate2Unavailable: CTranslate2 cannot decode this model, or cannot be used on this machine or device.
+        UserError: the checkpoint cannot be loaded, or its conversion cannot be written.
+    """
+    _check_available(options)
     config = loading.load_config(checkpoint)
-    tokenizer = loading.load_tokenizer(checkpoint, languages)
-    generation = loading.load_generation_config(checkpoint)
-    loading.set_config_target_language(config, generation, tokenizer)
-    if reason := unsupported_reason(config, generation, tokenizer):
+    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages)
+    generation_config = loading.load_generation_config(checkpoint)
+    tokenization.set_config_target_language(config, generation_config, tokenizer)
+    if reason := unsupported_reason(config, generation_config, tokenizer):
         raise CTranslate2Unavailable(reason)
-    folder = ensure_converted(
-        checkpoint, tokenizer, (cache_dir or raydistill_home() / "cache" / "ctranslate2"), threads, log
-    )
+    cache_dir = options.cache_dir or raydistill_home() / "cache" / "ctranslate2"
+    folder = ensure_converted(checkpoint, tokenizer, cache_dir, options.threads, log)
+    logprob_diff = 0.0
     try:
-        engine = CTranslate2Engine(
-            folder, tokenizer, config, generation, device=device, threads=threads, precision=precision
-        )
-        if kind == "cuda":  # where cuBLAS cannot be loaded, it says so at the first call and not before
-            engine.make_benchmark_call(source_tokens=2, output_tokens=1, batch=1, beams=1)()
-        difference = (
-            0.0
-            if calibration is None
-            else _calibration_logprob_diff(engine, checkpoint, languages, calibration, threads)
-        )
-    except RuntimeError as error:  # a missing library, no memory left on the GPU
-        mend = "; `pip install nvidia-cublas-cu12` brings it" if "libcublas" in str(error) else ""
-        raise CTranslate2Unavailable(f"it failed on {device}: {error}{mend}") from None
-    if not difference <= ROW_LOGPROB_TOLERANCE:
+        engine = CTranslate2Engine(folder, tokenizer, config, generation_config, options)
+        if options.device != "cpu":  # cuBLAS is loaded by the first call, which fails if it is missing
+            engine.make_benchmark_call(Workload(source_tokens=2, output_tokens=1, batch=1, beams=1))()
+        if calibration is not None:
+            logprob_diff = _calibration_logprob_diff(engine, checkpoint, options, calibration)
+    except RuntimeError as error:  # a missing library, or not enough GPU memory
+        remedy = "; install it with `pip install nvidia-cublas-cu12`" if "libcublas" in str(error) else ""
+        raise CTranslate2Unavailable(f"it failed on {options.device}: {error}{remedy}") from None
+    if not logprob_diff <= ROW_LOGPROB_TOLERANCE:
         raise CTranslate2Unavailable(
-            f"on real rows its log-probabilities are off by up to {difference:.2g} per token ({precision})"
+            f"on real rows its log-probabilities are off by up to {logprob_diff:.2g} per token ({options.precision})"
         )
     return engine
 
 
-def _load_cublas() -> None:
+def _check_available(options: EngineOptions) -> None:
+    """Raise CTranslate2Unavailable if the library, the device, cuBLAS or the precision is not available."""
     try:
-        cublas.preload()
-    except OSError as error:
-        raise CTranslate2Unavailable(f"the installed nvidia-cublas-cu12 cannot be loaded: {error}") from None
+        ctranslate2 = import_ctranslate2()
+    except ImportError:
+        raise CTranslate2Unavailable("ctranslate2 is not installed") from None
+    device_type = options.device.partition(":")[0]
+    if device_type == "cuda":
+        if ctranslate2.get_cuda_device_count() == 0:
+            raise CTranslate2Unavailable("this build of ctranslate2 sees no GPU")
+        try:
+            cublas.preload()
+        except OSError as error:
+            raise CTranslate2Unavailable(f"the installed nvidia-cublas-cu12 cannot be loaded: {error}") from None
+    if COMPUTE_TYPES[options.precision] not in (types := ctranslate2.get_supported_compute_types(device_type)):
+        raise CTranslate2Unavailable(
+            f"{options.precision} is not among its types on this {device_type}: {', '.join(sorted(types))}"
+        )
 
 
 def _calibration_logprob_diff(
-    engine: CTranslate2Engine,
-    checkpoint: str | Path,
-    languages: loading.Languages | None,
-    calibration: CalibrationRows,
-    threads: int,
+    engine: CTranslate2Engine, checkpoint: str | Path, options: EngineOptions, calibration: CalibrationRows
 ) -> float:
-    """`disagreement` on what the engine writes for the sample, measured once and kept beside the conversion."""
-    asked = hashlib.sha256(repr((calibration, engine.precision, engine.device, languages)).encode()).hexdigest()[:16]
-    kept = engine.folder / f"rows-{asked}.json"
-    with FileLock(kept.with_suffix(".lock")):
-        if not kept.is_file():
+    """Return `max_logprob_diff` on the engine's outputs for the calibration rows; cached next to the conversion."""
+    key = {
+        "calibration": asdict(calibration),
+        "precision": options.precision,
+        "device": options.device,
+        "languages": options.languages,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = engine.folder / f"rows-{digest}.json"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
             texts = [text for text in calibration.texts if text.strip()]
-            written = engine.generate(texts, calibration.beam, max_source_tokens=calibration.max_source_tokens)
+            outputs = engine.generate(texts, calibration.beam, max_source_tokens=calibration.max_source_tokens)
             model = loading.load_model(checkpoint)
-            loading.set_target_language(model, engine.tokenizer)
-            longest = calibration.beam.max_length - 1  # without decoding's first token, which takes a position
-            labels = loading.tokenize_targets(engine.tokenizer, [h[0].text for h in written], longest)
+            tokenization.set_target_language(model, engine.tokenizer)
+            max_target_tokens = calibration.beam.max_length - 1  # the start token takes one position
+            targets = tokenization.tokenize_targets(engine.tokenizer, [h[0].text for h in outputs], max_target_tokens)
             sources = tokenize_and_clamp(engine.tokenizer, texts, calibration.max_source_tokens, engine.config)
-            found = max_logprob_diff(
-                engine.translator, engine.start, model, engine.tokenizer, sources, labels, threads=threads
-            )
-            write_json_atomic(kept, {"difference": found})
-        return float(json.loads(kept.read_text(encoding="utf-8"))["difference"])
+            pairs = TokenPairs(sources, targets)
+            logprob_diff = max_logprob_diff(engine.converted, model, engine.tokenizer, pairs, options.threads)
+            write_json_atomic(path, {"max_logprob_diff": logprob_diff})
+        return float(json.loads(path.read_text(encoding="utf-8"))["max_logprob_diff"])

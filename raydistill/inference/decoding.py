@@ -1,7 +1,9 @@
-"""What decoding is, whichever engine does it: the beam, its results, the engine's contract, and what engines share."""
+"""Decoding independent of the engine: search parameters, hypotheses, the `Engine` protocol and shared helpers."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -9,16 +11,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raydistill.config.run import Decoding
 from raydistill.core.errors import UserError
-from raydistill.models import loading
+from raydistill.models import families, tokenization
 
-RowProgress = Callable[[int, int], None]  # rows done, rows in all
+RowProgress = Callable[[int, int], None]  # rows done, rows in total
+LogFunction = Callable[[str], None]
 
 DEFAULT_NUM_BEAMS = 4
 
 
 @dataclass(frozen=True)
 class BeamSearchParams:
-    """Resolved decoding. Lengths are tokens counted as `generate()` does: the decoder's start token too."""
+    """Resolved decoding parameters. Lengths are in tokens and include the start token, as in `generate()`."""
 
     beams: int
     length_penalty: float
@@ -26,29 +29,59 @@ class BeamSearchParams:
     max_length: int
     no_repeat_ngram: int
     early_stopping: bool
-    forced_first: int | None
+    forced_bos_token_id: int | None
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text, its sum of log-probabilities divided by (tokens written, end included) ** length penalty, its tokens."""
+    """An output text, its score and its length in tokens, end token included.
+
+    The score is the sum of log-probabilities divided by (tokens, end token included) ** length penalty.
+    """
 
     text: str
     score: float
-    tokens: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """A few real rows and how they will be decoded: what a converted model has to prove itself on."""
+    """Source texts and the decoding used for them; a converted model is validated on these rows."""
 
     texts: tuple[str, ...]
     beam: BeamSearchParams
     max_source_tokens: int
 
 
+@dataclass(frozen=True)
+class Workload:
+    """A fixed-size decoding task for latency measurements: `batch` rows of exactly the given lengths in tokens."""
+
+    source_tokens: int
+    output_tokens: int
+    batch: int
+    beams: int
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of `open_engine`.
+
+    `precision` is auto, fp32, bf16, fp16 or int8; auto means fp32 on the CPU and bf16 on a GPU. `languages` are the
+    (source, target) languages of mBART and T5. `cache_dir` holds converted models (default: HOME/cache/ctranslate2).
+    With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by transformers.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    precision: str = "auto"
+    languages: tokenization.Languages | None = None
+    cache_dir: Path | None = None
+    allow_fallback: bool = True
+
+
 class Engine(Protocol):
-    """Writes texts. `name` is ctranslate2 or transformers, `precision` fp32, bf16, fp16 or int8."""
+    """Generates texts. `name` is ctranslate2 or transformers; `precision` is fp32, bf16, fp16 or int8."""
 
     name: str
     precision: str
@@ -66,15 +99,17 @@ class Engine(Protocol):
         n_best: int = 1,
         on_progress: RowProgress | None = None,
     ) -> list[list[Hypothesis]]:
-        """The `n_best` hypotheses of each text, best first, in the order of the texts.
+        """Return the `n_best` hypotheses of each text, best first, in the order of `texts`.
 
-        A blank text has one empty hypothesis (CTranslate2 reads none). Sources are cut to
-        `max_source_tokens`, or to the model's positions where those are fewer, and outputs to its
-        positions. ValueError where `n_best` is more than the beams.
+        A blank text has one empty hypothesis. Sources are truncated to `max_source_tokens` and to the positions of
+        the model, outputs to the positions of the model.
+
+        Raises:
+            ValueError: `n_best` exceeds the number of beams.
         """
 
-    def make_benchmark_call(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
-        """A call that reads `batch` made-up rows of `source_tokens` and writes exactly `output_tokens` each."""
+    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
+        """Return a function that decodes random rows of the workload's lengths."""
 
 
 def resolve_decoding(
@@ -83,9 +118,13 @@ def resolve_decoding(
     preset: Decoding | None,
     max_target_tokens: int,
 ) -> BeamSearchParams:
-    """What to decode with: asked, else the checkpoint's generation config, else the preset, else defaults.
+    """Return the decoding parameters: the requested value, else the checkpoint's, else the preset's, else a default.
 
-    The defaults are 4 beams, length penalty 1, and room for `max_target_tokens` after the start token.
+    The checkpoint's values are those of its generation config. The defaults are 4 beams, length penalty 1 and
+    `max_target_tokens` after the start token.
+
+    Raises:
+        UserError: the requested `min_length` exceeds `max_length`.
     """
     own = checkpoint.generation_config if isinstance(checkpoint, PreTrainedModel) else checkpoint
     own = own if own is not None else GenerationConfig()
@@ -108,7 +147,7 @@ def resolve_decoding(
         max_length=max_length,
         no_repeat_ngram=first(requested.no_repeat_ngram, own.no_repeat_ngram_size, preset.no_repeat_ngram, 0),
         early_stopping=own.early_stopping is True,
-        forced_first=own.forced_bos_token_id,
+        forced_bos_token_id=own.forced_bos_token_id,
     )
 
 
@@ -119,49 +158,86 @@ def generate_longest_first(
     generate_batch: Callable[[list[list[int]]], list[list[Hypothesis]]],
     on_progress: RowProgress | None,
 ) -> list[list[Hypothesis]]:
-    """What `generate_batch` makes of the tokenised texts, `batch_size` rows at a time, in the order of the texts.
+    """Call `generate_batch` on `batch_size` rows at a time and return the hypotheses in the order of `texts`.
 
-    What needs most memory comes first, so the first row of a call is its longest; blank texts are not written at all.
+    Long rows come first, because they need the most memory: the first row of each call is its longest. A blank text is
+    not decoded and has one empty hypothesis.
     """
-    found = [[Hypothesis("", 0.0)] for _ in texts]
+    results = [[Hypothesis("", 0.0)] for _ in texts]
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(token_ids[i]))
     for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        for i, hypotheses in zip(picked, generate_batch([token_ids[i] for i in picked]), strict=True):
-            found[i] = hypotheses
+        indices = order[start : start + batch_size]
+        for i, hypotheses in zip(indices, generate_batch([token_ids[i] for i in indices]), strict=True):
+            results[i] = hypotheses
         if on_progress is not None:
-            on_progress(start + len(picked), len(order))
-    return found
+            on_progress(start + len(indices), len(order))
+    return results
 
 
 def clamp_to_positions(beam: BeamSearchParams, n_best: int, config: Any) -> BeamSearchParams:
-    """The beam within the model's positions."""
+    """Return `beam` with its lengths limited to the positions of the model.
+
+    Raises:
+        ValueError: `n_best` exceeds the number of beams.
+    """
     if n_best > beam.beams:
         raise ValueError(f"n_best {n_best} is more than the {beam.beams} beams")
-    limit = loading.max_positions(config) or beam.max_length
-    longest = min(beam.max_length, limit)
-    return BeamSearchParams(**{**beam.__dict__, "max_length": longest, "min_length": min(beam.min_length, longest)})
+    limit = families.max_positions(config) or beam.max_length
+    max_length = min(beam.max_length, limit)
+    return replace(beam, max_length=max_length, min_length=min(beam.min_length, max_length))
 
 
-def fixed_length_params(output_tokens: int, beams: int) -> BeamSearchParams:
-    """Exactly `output_tokens` after the start token."""
-    return BeamSearchParams(beams, 1.0, output_tokens + 1, output_tokens + 1, 0, False, None)
+def fixed_length_params(workload: Workload) -> BeamSearchParams:
+    """Return parameters with which every output has exactly `workload.output_tokens` after the start token."""
+    length = workload.output_tokens + 1
+    return BeamSearchParams(workload.beams, 1.0, length, length, 0, False, None)
 
 
-def random_inputs(
-    tokenizer: PreTrainedTokenizerBase, config: Any, source_tokens: int, batch_size: int
+def random_inputs(tokenizer: PreTrainedTokenizerBase, config: Any, workload: Workload) -> list[list[int]]:
+    """Return the workload's batch of random source rows: ordinary tokens, then the end token, same at every call.
+
+    Raises:
+        ValueError: the model has fewer positions than the workload has source tokens.
+    """
+    limit = families.max_positions(config)
+    if limit is not None and workload.source_tokens > limit:
+        raise ValueError(f"{workload.source_tokens} source tokens are more than the model's {limit} positions")
+    vocab_size = min(config.vocab_size, len(tokenizer))
+    rows = random_token_rows(tokenizer, vocab_size, workload.batch, workload.source_tokens - 1)
+    return [[*row, config.eos_token_id] for row in rows]
+
+
+def random_token_rows(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, num_rows: int, length: int
 ) -> list[list[int]]:
-    """`batch_size` rows of ordinary tokens that end as a source does."""
-    limit = loading.max_positions(config)
-    if limit is not None and source_tokens > limit:
-        raise ValueError(f"{source_tokens} source tokens are more than the model's {limit} positions")
+    """Return rows of random token ids below `vocab_size`, special tokens excluded, same at every call."""
     special = set(tokenizer.all_special_ids)
-    words = min(config.vocab_size, len(tokenizer))
-    ordinary = [i for i in range(words) if i not in special]
-    draw = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(ordinary), (batch_size, source_tokens - 1), generator=draw).tolist()
-    return [[*[ordinary[i] for i in row], config.eos_token_id] for row in picks]
+    ordinary = [i for i in range(vocab_size) if i not in special]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(ordinary), (num_rows, length), generator=generator).tolist()
+    return [[ordinary[i] for i in row] for row in picks]
+
+
+def tokenize_and_clamp(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, config: Any
+) -> list[list[int]]:
+    """Return the token ids of source texts, truncated to `max_tokens` and to the positions of the model."""
+    limit = families.max_positions(config) or max_tokens
+    return tokenization.tokenize_sources(tokenizer, texts, min(max_tokens, limit))
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of token ids without special tokens and surrounding whitespace."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Set the number of CPU threads of torch inside the block; None leaves the number unchanged."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""A handed-over student as MLflow loads it: `mlflow.pyfunc.load_model(...)` and `mlflow models serve`."""
+"""Serves an exported student through MLflow: `mlflow.pyfunc.load_model(...)` and `mlflow models serve`."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ import torch
 from raydistill.config.run import Decoding
 from raydistill.core.files import CHECKPOINT_METADATA
 from raydistill.core.machine import available_cores
-from raydistill.inference.decoding import Engine, resolve_decoding
+from raydistill.inference.decoding import Engine, EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 
 
 class PyfuncStudent:
-    """Writes a text for each source, with the engine that serves best here and the decoding that was chosen."""
+    """Generates a text for each source with the decoding of the checkpoint's generation config."""
 
     def __init__(self, engine: Engine, max_source_tokens: int) -> None:
         self.engine = engine
@@ -22,29 +22,29 @@ class PyfuncStudent:
         self.beam = resolve_decoding(Decoding(), engine.generation_config, None, 128)
 
     def predict(self, sources: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """Sources as a list of texts, or a table whose first column holds them; returns a text each."""
+        """Return one text per source. `sources`: a text, a list of texts, or a table with the texts in column one."""
         texts = sources.iloc[:, 0].tolist() if hasattr(sources, "iloc") else _as_list(sources)
-        found = self.engine.generate(texts, self.beam, max_source_tokens=self.max_source_tokens)
-        return [hypotheses[0].text.strip() for hypotheses in found]
+        results = self.engine.generate(texts, self.beam, max_source_tokens=self.max_source_tokens)
+        return [hypotheses[0].text.strip() for hypotheses in results]
 
 
 def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStudent:
-    """What MLflow calls with the folder that holds the checkpoint, and `registry.SETTINGS` as a person changed them.
+    """MLflow's entry point: open the checkpoint in folder `path` with the `device` and `threads` of `settings`.
 
-    By default the engine, the device and the threads are those with which a sweep times its finalists: the run's
-    engine, a GPU where there is one, else all cores.
+    The defaults are those that a sweep uses to time its finalists: the engine of the run, a GPU if there is one, else
+    all CPU cores. MLflow requires this function name.
     """
     folder = Path(path)
-    card = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))
-    languages = tuple(card["languages"]) if card.get("languages") else None
-    kind = (card["config"].get("evaluation") or {}).get("engine", "auto")
+    metadata = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))
+    languages = tuple(metadata["languages"]) if metadata.get("languages") else None
+    engine_name = (metadata["config"].get("evaluation") or {}).get("engine", "auto")
     device, threads = _resolve_device_and_threads(**(settings or {}))
-    engine = open_engine(folder, kind, device=device, threads=threads, languages=languages)
-    return PyfuncStudent(engine, card["max_source_tokens"])
+    engine = open_engine(folder, engine_name, EngineOptions(device, threads, languages=languages))
+    return PyfuncStudent(engine, metadata["max_source_tokens"])
 
 
 def _resolve_device_and_threads(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:
-    """The device to serve on and its CPU threads; a ValueError where `threads` is no number."""
+    """Replace "auto" and "all"; raise ValueError if `threads` is not a number."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads == "all":

@@ -1,8 +1,4 @@
-"""The reference engine: `generate()` of `transformers`, which holds the source's keys and values once per row.
-
-`generate()` gives every beam of a row a copy of them, copies all at every token where beams change their order, and
-reads all. Here the beams of a row are so many queries of the same text.
-"""
+"""The reference engine: `generate()` of transformers without copies of the source's keys and values at every token."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -11,92 +7,55 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from raydistill.inference.ctranslate2_conversion import tokenize_and_clamp, torch_threads
 from raydistill.inference.decoding import (
     BeamSearchParams,
     Hypothesis,
     RowProgress,
+    Workload,
     clamp_to_positions,
     decode_text,
     fixed_length_params,
     generate_longest_first,
     random_inputs,
+    tokenize_and_clamp,
+    torch_threads,
 )
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# generate() tells a hypothesis's score only where it keeps the fp32 log-probabilities of the whole vocabulary at every
-# step: 39 GB for mBART (250,000 words), 128 rows of 5 beams and 61 tokens. What one call may keep, where it runs:
+# To return scores, generate() keeps the fp32 log-probabilities of the whole vocabulary for every step: 39 GB for mBART
+# (250,000 tokens), 128 rows, 5 beams and 61 tokens. The limit per call, by device:
 MAX_SCORE_BYTES = {"cpu": 2**30, "cuda": 2**34}
 
 
-SHARED_SOURCE_ATTENTION = "raydistill_shared_source"
-
-
 class _CrossAttentionCache(transformers.DynamicCache):
-    """Keys and values of the source, [rows, heads, tokens, head size]: of a row's beams, which are alike, the first."""
+    """Keys and values of the source, one copy per beam.
 
-    def __init__(self, beams: int) -> None:
-        super().__init__()
-        self.beams = beams
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states[:: self.beams], value_states[:: self.beams], layer_idx, *args, **kwargs)
+    All beams of a row have equal copies. Beam search changes the order of beams within a row only, so the copies need
+    no reordering; `DynamicCache` would copy them at every token.
+    """
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Leave them: beams change places within their row only."""
-
-
-def _shared_source_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """torch's attention, [rows * beams, queries, heads, head size]; `key` and `value` may be of rows only."""
-    beams = query.shape[0] // key.shape[0]
-    if beams == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    _, heads, queries, size = query.shape
-    folded = query.view(-1, beams, heads, queries, size).transpose(1, 2).flatten(2, 3)
-    mask = None if attention_mask is None else attention_mask[::beams, :, :1]  # of the source: alike for all queries
-    out, _ = sdpa_attention_forward(module, folded, key, value, mask, **{**kwargs, "is_causal": False})
-    return out.reshape(-1, queries, heads, size), None
-
-
-AttentionInterface.register(SHARED_SOURCE_ATTENTION, _shared_source_attention)
-AttentionMaskInterface.register(SHARED_SOURCE_ATTENTION, sdpa_mask)
+        """Do nothing."""
 
 
 @contextmanager
-def _generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """The model without dropout and, where it uses torch's attention, with a shared source; afterwards as it was."""
-    training, attention = model.training, model.config._attn_implementation
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Disable dropout inside the block."""
+    training = model.training
     model.eval()
-    if attention == "sdpa":
-        model.set_attn_implementation(SHARED_SOURCE_ATTENTION)
     try:
         yield
     finally:
-        model.set_attn_implementation(attention)
         model.train(training)
 
 
 class TransformersEngine:
-    """`generate()` of a loaded model, such as a student in training; the model is left in its mode."""
+    """Generates with a loaded model, such as a student in training; the model's train or eval mode is restored.
+
+    `threads`: CPU threads of torch; None leaves torch's number.
+    """
 
     name = "transformers"
 
@@ -129,9 +88,9 @@ class TransformersEngine:
             texts, rows, size, lambda batch: self._generate_batch(batch, settings, beam.length_penalty), on_progress
         )
 
-    def make_benchmark_call(self, source_tokens: int, output_tokens: int, batch: int, beams: int) -> Callable[[], None]:
-        rows = random_inputs(self.tokenizer, self.model.config, source_tokens, batch)
-        settings = self._generation_config(fixed_length_params(output_tokens, beams))
+    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
+        rows = random_inputs(self.tokenizer, self.model.config, workload)
+        settings = self._generation_config(fixed_length_params(workload))
 
         def call() -> None:
             self._call_generate(rows, settings)
@@ -141,41 +100,41 @@ class TransformersEngine:
         return call
 
     def _generation_config(self, beam: BeamSearchParams) -> GenerationConfig:
-        """The model's own generation config with the beam's values; nothing is sampled."""
+        """Return the model's generation config with the values of `beam` and without sampling."""
         settings = copy.deepcopy(self.generation_config)
-        searching = beam.beams > 1
+        beam_search = beam.beams > 1
         settings.update(
             do_sample=False,
             temperature=None,
             top_k=None,
             top_p=None,
             num_beams=beam.beams,
-            length_penalty=beam.length_penalty if searching else None,
-            early_stopping=beam.early_stopping if searching else None,
+            length_penalty=beam.length_penalty if beam_search else None,
+            early_stopping=beam.early_stopping if beam_search else None,
             min_length=beam.min_length,
             max_length=beam.max_length,
             min_new_tokens=None,
             max_new_tokens=None,
             no_repeat_ngram_size=beam.no_repeat_ngram,
-            forced_bos_token_id=beam.forced_first,
+            forced_bos_token_id=beam.forced_bos_token_id,
             return_dict_in_generate=True,
             output_scores=True,
-            output_logits=not searching,
+            output_logits=not beam_search,
         )
         return settings
 
     @torch.inference_mode()
     def _call_generate(self, rows: list[list[int]], settings: GenerationConfig) -> Any:
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
-        with torch_threads(self.threads if self.model.device.type == "cpu" else None), _generation_mode(self.model):
-            shared = self.model.config._attn_implementation == SHARED_SOURCE_ATTENTION
-            # Both grow with the decoder's depth; transformers 5.23 would make T5's as deep as its encoder.
-            source = _CrossAttentionCache(settings.num_beams if shared else 1)
+        with torch_threads(self.threads if self.model.device.type == "cpu" else None), _eval_mode(self.model):
+            # These caches grow with the decoder's layers. By default, transformers 5.23 gives T5's cache as many layers
+            # as the encoder has.
+            caches = transformers.EncoderDecoderCache(transformers.DynamicCache(), _CrossAttentionCache())
             return self.model.generate(  # type: ignore[operator]
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 generation_config=settings,
-                past_key_values=transformers.EncoderDecoderCache(transformers.DynamicCache(), source),
+                past_key_values=caches,
             )
 
     def _generate_batch(
@@ -189,26 +148,30 @@ class TransformersEngine:
             scores = out.sequences_scores.tolist()
         n = settings.num_return_sequences or 1
         padding = self.model.config.pad_token_id
-        made = [
+        hypotheses = [
             Hypothesis(decode_text(self.tokenizer, s), float(x), sum(token != padding for token in s[1:]))
             for s, x in zip(sequences, scores, strict=True)
         ]
-        return [made[i : i + n] for i in range(0, len(made), n)]
+        return [hypotheses[i : i + n] for i in range(0, len(hypotheses), n)]
 
 
 def _max_batch_rows(max_bytes: int, beam: BeamSearchParams, vocab_size: int) -> int:
-    """How many rows generate() may take at once, at least 1; beam search keeps scores, greedy search logits too."""
-    kept = beam.beams if beam.beams > 1 else 2
-    return max(1, max_bytes // (4 * kept * beam.max_length * vocab_size))
+    """Return the number of rows per call, at least 1, whose scores fit into `max_bytes`.
+
+    Beam search keeps one score per beam, step and token of the vocabulary; greedy search keeps scores and logits.
+    """
+    values_per_token = beam.beams if beam.beams > 1 else 2
+    return max(1, max_bytes // (4 * values_per_token * beam.max_length * vocab_size))
 
 
 def _greedy_scores(out: Any, eos_token_id: int, length_penalty: float) -> list[float]:
-    """Each row's scores as beam search counts them: a forced token adds to the length and not to the sum."""
+    """Return the score of each row as beam search defines it: a forced token adds to the length, not to the sum."""
     written = out.sequences[:, -len(out.logits) :]
-    steps = zip(out.logits, written.T, strict=True)  # one by one: together they would take their memory again
-    chosen = torch.stack([kept.float().log_softmax(-1).gather(-1, w[:, None])[:, 0] for kept, w in steps], dim=1)
-    allowed = torch.stack([kept.isfinite().sum(-1) for kept in out.scores], dim=1)
-    chosen = chosen.masked_fill(allowed == 1, 0.0)
+    steps = zip(out.logits, written.T, strict=True)  # step by step: one stacked tensor would double the memory
+    log_probs = [logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for logits, ids in steps]
+    chosen = torch.stack(log_probs, dim=1)
+    num_allowed = torch.stack([scores.isfinite().sum(-1) for scores in out.scores], dim=1)
+    chosen = chosen.masked_fill(num_allowed == 1, 0.0)
     ended_before = ((written == eos_token_id).cumsum(1) - (written == eos_token_id).long()) > 0
     lengths = (~ended_before).sum(1)
     return (chosen.masked_fill(ended_before, 0.0).sum(1) / lengths**length_penalty).tolist()

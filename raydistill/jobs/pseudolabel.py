@@ -180,13 +180,8 @@ def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
         UserError: The teacher cannot be used, or `n_best` is larger than the number of beams.
     """
     from raydistill.inference.decoding import resolve_decoding
-    from raydistill.models.loading import (
-        load_config,
-        load_generation_config,
-        locate_checkpoint,
-        resolve_languages,
-        resolve_max_tokens,
-    )
+    from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint
+    from raydistill.models.tokenization import resolve_languages, resolve_max_tokens
 
     preset = teacher_preset(job.teacher, job.dataset.name)
     checkpoint = locate_checkpoint(job.teacher, job.dataset.name)
@@ -229,7 +224,6 @@ def beam_search_params(description: LabelDescription) -> "tuple[BeamSearchParams
 def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
     """Fingerprints of the weights, and of configuration and tokenizer; the commit of a checkpoint from the hub."""
     from raydistill.models.hub import hub_commit
-    from raydistill.models.loading import settings_fingerprint, weights_fingerprint
 
     commit = hub_commit(checkpoint)
     fingerprints = {"fingerprint": weights_fingerprint(checkpoint), "settings": settings_fingerprint(checkpoint)}

@@ -1,4 +1,4 @@
-"""What differs between BART, Pegasus, mBART, Marian and T5: depth, encoder, decoder and output head by one name."""
+"""One interface to BART, Pegasus, mBART, Marian and T5: sizes, encoder, decoder, output head, parameter groups."""
 
 import contextlib
 import copy
@@ -8,17 +8,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+
+BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """Names of the keys of a family's config.json.
+
+    `cost` lists the keys, besides the numbers of layers, that decide the speed of a model. `decoder` lists those that
+    decide the shapes of a decoder layer.
+    """
+
+    encoder_layers: str
+    decoder_layers: str
+    encoder_ffn: str
+    decoder_ffn: str
+    cost: tuple[str, ...]
+    decoder: tuple[str, ...]
+
+
+_T5_KEYS = ConfigKeys(
+    encoder_layers="num_layers",
+    decoder_layers="num_decoder_layers",
+    encoder_ffn="d_ff",
+    decoder_ffn="d_ff",
+    cost=("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "vocab_size"),
+    decoder=("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj"),
+)
+_BART_KEYS = ConfigKeys(
+    encoder_layers="encoder_layers",
+    decoder_layers="decoder_layers",
+    encoder_ffn="encoder_ffn_dim",
+    decoder_ffn="decoder_ffn_dim",
+    cost=(
+        *("d_model", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads"),
+        *("decoder_attention_heads", "activation_function", "vocab_size"),
+    ),
+    decoder=("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function"),
+)
+CONFIG_KEYS = {**dict.fromkeys(("bart", "pegasus", "mbart", "marian"), _BART_KEYS), "t5": _T5_KEYS}
+FAMILIES = tuple(CONFIG_KEYS)
 
 
 @dataclass(frozen=True)
 class StackOutputs:
-    """A stack's outputs: `last` [batch, tokens, width]; `layers`, one such per layer, empty unless asked for.
+    """Outputs of an encoder or decoder stack.
 
-    `layers[l]` is the output of layer l (counted from 0); the last entry follows the final norm where the
-    form has one (Pegasus, mBART, T5), so it equals `last`. `attentions`, too only where asked for: of each decoder
-    layer the weights of its self-attention [batch, heads, tokens, tokens] and of its attention to the source
-    [batch, heads, tokens, source tokens].
+    `last_hidden_state`: [batch, tokens, width]. `layers`: the output of each layer, same shape, only if requested; the
+    last entry is taken after the final norm of the stack (Pegasus, mBART, T5), so it equals `last_hidden_state`.
+    `attentions`: for each decoder layer the weights of self-attention [batch, heads, tokens, tokens] and of
+    cross-attention [batch, heads, tokens, source tokens], only if requested.
     """
 
     last_hidden_state: Tensor
@@ -26,39 +67,69 @@ class StackOutputs:
     attentions: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
+# Configurations
+
+
 def num_layers(config: PretrainedConfig) -> tuple[int, int]:
-    """Encoder and decoder layers."""
-    if config.model_type == "t5":
-        return config.num_layers, config.num_decoder_layers
-    return config.encoder_layers, config.decoder_layers
+    """Return the numbers of encoder and decoder layers."""
+    keys = CONFIG_KEYS[config.model_type]
+    return getattr(config, keys.encoder_layers), getattr(config, keys.decoder_layers)
 
 
 def size_name(config: PretrainedConfig) -> str:
-    """ "12-3": encoder and decoder layers."""
+    """Return the size, such as "12-3": encoder layers, decoder layers."""
     return "-".join(map(str, num_layers(config)))
 
 
 def with_num_layers(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
-    """A copy of the config with other depths."""
+    """Return a copy of the config with other numbers of layers."""
     config = copy.deepcopy(config)
-    if config.model_type == "t5":
-        config.num_layers, config.num_decoder_layers = encoder, decoder
-    else:
-        config.encoder_layers, config.decoder_layers = encoder, decoder
+    keys = CONFIG_KEYS[config.model_type]
+    setattr(config, keys.encoder_layers, encoder)
+    setattr(config, keys.decoder_layers, decoder)
+    if config.model_type != "t5":
         config.num_hidden_layers = encoder
     return config
 
 
 def decoder_architecture(config: PretrainedConfig) -> dict[str, Any]:
-    """What two models must have in common for one's decoder layers to fit into the other's decoder."""
-    t5 = ("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "num_decoder_layers")
-    others = ("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function", "decoder_layers")
-    keys = t5 if config.model_type == "t5" else others
-    return {"model_type": config.model_type, **{key: getattr(config, key) for key in keys}}
+    """Return the settings in which two models must agree to exchange decoder layers."""
+    keys = CONFIG_KEYS[config.model_type]
+    names = (*keys.decoder, keys.decoder_layers)
+    return {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
+
+
+def architecture_key(config: PretrainedConfig) -> str:
+    """Return all settings that decide the speed of a model, as text: "marian 6-6 d_model=512 ..."."""
+    settings = [f"{name}={getattr(config, name)}" for name in CONFIG_KEYS[config.model_type].cost]
+    return " ".join([config.model_type, size_name(config), *settings])
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Return the number of parameters of a model with this config, tied weights once; allocates no weights."""
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def weights_mb(config: PretrainedConfig, precision: str = "fp32") -> float:
+    """Return the megabytes (10^6 bytes) of the parameters in fp32, bf16, fp16 or int8.
+
+    Activations and caches are not included. With int8, the few norms and biases that stay fp32 count as int8.
+    """
+    return count_parameters(config) * BYTES_PER_PARAMETER[precision] / 1e6
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Return the largest number of tokens that the model has positions for; None (T5) means no limit."""
+    return None if config.model_type == "t5" else int(config.max_position_embeddings)
+
+
+# Forward passes
 
 
 def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = False) -> StackOutputs:
-    """Encoder outputs for ids and mask [batch, tokens]."""
+    """Run the encoder on `ids` [batch, tokens] with the attention `mask` [batch, tokens]."""
     out = model.get_encoder()(input_ids=ids, attention_mask=mask, output_hidden_states=layers)
     return _to_stack_outputs(out)
 
@@ -66,7 +137,11 @@ def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = Fal
 def decode(
     model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False, attentions: bool = False
 ) -> StackOutputs:
-    """Decoder outputs for decoder input ids [batch, target tokens], reading `encoded` [batch, tokens, width]."""
+    """Run the decoder, teacher-forced and without its output head.
+
+    `ids`: decoder input ids [batch, target tokens]; `encoded`: encoder states [batch, tokens, width]; `mask`: the
+    attention mask of the source [batch, tokens].
+    """
     with _eager_attention(model) if attentions else contextlib.nullcontext():
         out = model.get_decoder()(
             input_ids=ids,
@@ -76,21 +151,21 @@ def decode(
             output_attentions=attentions,
             use_cache=False,
         )
-    found = _to_stack_outputs(out)
-    return (
-        replace(found, attentions=tuple(zip(out.attentions, out.cross_attentions, strict=True)))
-        if attentions
-        else found
-    )
+    result = _to_stack_outputs(out)
+    if not attentions:
+        return result
+    return replace(result, attentions=tuple(zip(out.attentions, out.cross_attentions, strict=True)))
 
 
 def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The decoder's masks as torch's attention reads them, [1, 1, targets, targets] and, `mask`, [batch, 1, 1, tokens].
+    """Return the decoder's masks as torch's attention reads them.
 
-    Of plain ones transformers asks in every pass whether they are all ones, and a GPU's answer comes only when all that
-    it was given before is done: the next step's work would not be prepared meanwhile.
+    Both are boolean: the causal mask [1, 1, targets, targets] and the source mask [batch, 1, 1, tokens].
+
+    Given a 2-D mask, transformers tests in each forward pass whether all of its values are one. On a GPU the test waits
+    for all kernels queued so far, so the next step would not be prepared in the meantime.
     """
-    if model.config._attn_implementation != "sdpa" or model.config.model_type == "t5":  # T5 adds its biases to them
+    if model.config._attn_implementation != "sdpa" or model.config.model_type == "t5":  # T5 adds its biases to masks
         return {"encoder_attention_mask": mask}
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     return {"attention_mask": causal[None, None], "encoder_attention_mask": mask.bool()[:, None, None, :]}
@@ -98,20 +173,20 @@ def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, T
 
 @contextlib.contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """A block in which attention is computed so that its weights can be returned: fused kernels never have them."""
-    fast = model.config._attn_implementation
+    """Use the attention implementation that returns its weights; fused kernels do not compute them."""
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(fast)
+        model.set_attn_implementation(implementation)
 
 
 def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | None = None) -> Tensor:
-    """Logits [..., vocabulary] of the decoder's last output [..., width], as the model's own forward makes them.
+    """Return the logits [..., vocabulary] of decoder outputs [..., width], as the model's own forward pass does.
 
-    BART and its kin add `final_logits_bias`; T5 with tied embeddings scales by width ** -0.5 first. `lm_head_weight`
-    [vocabulary, width] stands in for the output embedding: a copy of it in another precision.
+    BART, Pegasus, mBART and Marian add `final_logits_bias`; T5 with tied embeddings first scales by width ** -0.5.
+    `lm_head_weight` [vocabulary, width] replaces the output embedding, usually by a copy in another precision.
     """
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
@@ -125,31 +200,32 @@ def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | Non
     )
 
 
-def trainable_lm_head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """The output head's parameters that are trained."""
-    project: Any = model.lm_head
-    return [p for p in project.parameters() if p.requires_grad]
-
-
 def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """Decoder input ids for labels [batch, tokens] (-100: none), by the model's own rule."""
+    """Return the decoder input ids of labels [batch, tokens], where -100 is padding, by the model's own rule."""
     shift: Any = model.prepare_decoder_input_ids_from_labels
     return shift(labels)
 
 
+# Groups of parameters
+
+
+def trainable_lm_head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Return the trainable parameters of the output head."""
+    project: Any = model.lm_head
+    return [p for p in project.parameters() if p.requires_grad]
+
+
 def embedding_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Token and position embeddings (and with them the tied output head), each once."""
-    found: dict[int, torch.nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("shared.", "embed_tokens.", "embed_positions.", "lm_head.")):
-            found[id(parameter)] = parameter
-    return list(found.values())
+    """Return token and position embeddings, and thus the tied output head, each once."""
+    parts = ("shared.", "embed_tokens.", "embed_positions.", "lm_head.")
+    by_id = {id(p): p for name, p in model.named_parameters() if any(part in name for part in parts)}
+    return list(by_id.values())
 
 
 def encoder_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """The encoder's parameters without its embeddings."""
-    shared = {id(p) for p in embedding_parameters(model)}
-    return [p for p in model.get_encoder().parameters() if id(p) not in shared]
+    """Return the parameters of the encoder without its embeddings."""
+    embeddings = {id(p) for p in embedding_parameters(model)}
+    return [p for p in model.get_encoder().parameters() if id(p) not in embeddings]
 
 
 def _to_stack_outputs(out: object) -> StackOutputs:

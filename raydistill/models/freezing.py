@@ -1,4 +1,4 @@
-"""Which parts of a student keep the teacher's weights: the embeddings and a fully copied encoder, by default."""
+"""Freezes parts of a student: by default the embeddings, and the encoder if all of it is a copy of the teacher's."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,10 @@ from raydistill.models.shrinking import LayerPlan
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """What stays as the teacher has it; `shared`: the student's encoder states are the teacher's."""
+    """Which parts of a student are not trained.
+
+    `encoder_shared`: the student's encoder states equal the teacher's, since encoder and embeddings are frozen copies.
+    """
 
     encoder: bool
     embeddings: bool
@@ -21,21 +24,26 @@ class FrozenParts:
 
 
 def resolve_frozen_parts(run: Run, layer_plan: LayerPlan | None) -> FrozenParts:
-    """What the run asks to freeze; by default, of a shrunk student, the embeddings and a fully copied encoder.
+    """Return the parts that the run freezes.
 
-    A student is shrunk where the run gives a `size`, be it the teacher's own; without one a teacher is fine-tuned.
+    The defaults for a shrunk student are frozen embeddings and, if the whole encoder is copied, a frozen encoder. A
+    student is shrunk if the run sets a `size`, even the teacher's own; without a size the teacher is fine-tuned.
     """
     shrunk = layer_plan is not None and run.student.size is not None
-    complete = layer_plan is not None and layer_plan.copies_full_encoder
+    full_encoder = layer_plan is not None and layer_plan.copies_full_encoder
     embeddings = run.training.freeze_embeddings
     encoder = run.training.freeze_encoder
     embeddings = shrunk if embeddings is None else embeddings
-    encoder = shrunk and complete if encoder is None else encoder
-    return FrozenParts(encoder, embeddings, encoder and embeddings and complete)
+    encoder = shrunk and full_encoder if encoder is None else encoder
+    return FrozenParts(encoder, embeddings, encoder and embeddings and full_encoder)
 
 
 def freeze(student: PreTrainedModel, frozen: FrozenParts) -> None:
-    """Freeze it; UserError where nothing is left to train."""
+    """Turn gradients off for the frozen parts, in place.
+
+    Raises:
+        UserError: no trainable parameter is left.
+    """
     for parameter in families.embedding_parameters(student) if frozen.embeddings else []:
         parameter.requires_grad_(False)
     for parameter in families.encoder_parameters(student) if frozen.encoder else []:
@@ -46,7 +54,7 @@ def freeze(student: PreTrainedModel, frozen: FrozenParts) -> None:
 
 
 def _keep_padding_row_zero(model: PreTrainedModel) -> None:
-    """Keep a zero padding row zero: CTranslate2 starts Marian's decoder from zero, whatever that row holds."""
+    """Keep a padding row of zeros at zero: CTranslate2 starts Marian's decoder from zeros, whatever the row holds."""
     for parameter in families.embedding_parameters(model):
         pad_id = model.config.pad_token_id
         if not parameter.requires_grad or pad_id >= len(parameter) or parameter[pad_id].any():

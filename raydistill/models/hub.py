@@ -1,8 +1,8 @@
-"""Where a checkpoint's files are: a folder here, or the hub's, and in which form its weights are.
+"""Resolves a checkpoint to a local folder, and converts pickled weights to safetensors.
 
-A checkpoint is a folder as `save_pretrained` writes it, or the hub's name of one; `owner/name@revision` is a
-revision of it. Models are loaded from safetensors only, since a pickled file can run code when it is opened. Old
-checkpoints that have nothing else are read once, as tensors and nothing but tensors, and kept as safetensors.
+A checkpoint is a folder written by `save_pretrained`, or a hub name, optionally with a revision: `owner/name@revision`.
+Models are loaded from safetensors only, because opening a pickle can run code. Checkpoints that have nothing else are
+read once with torch's restricted unpickler, which builds tensors only, and cached as safetensors.
 """
 
 import os
@@ -20,7 +20,7 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import check_symlinks, corrupt_file_error, read_json
 from raydistill.core.paths import raydistill_home
 
-# The hub's files that are needed: none from sub-folders, no other frameworks' weights.
+# Files to download: none from sub-folders, no weights of other frameworks.
 CONFIG_AND_TOKENIZER_PATTERNS = ["*.json", "*.model", "*.spm", "*.txt"]
 SAFETENSORS_PATTERN = "model*.safetensors"
 PICKLE_PATTERN = "pytorch_model*.bin"
@@ -28,66 +28,65 @@ HUB_TIMEOUT_S = 5.0  # seconds until the hub counts as unreachable
 
 
 def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint, fetched from the hub where it is not here yet.
+    """Return the local folder of a checkpoint, downloading it from the hub if it is not cached.
 
-    `weights=False` fetches only what the configuration and the tokenizer need. Where a checkpoint has only pickled
-    weights, the folder is that of its conversion (`convert_to_safetensors`). With HF_HUB_OFFLINE=1 only the cache is
-    read. Raises UserError: no such folder, not on the hub, the hub is out of reach.
+    With `weights=False` only the configuration and tokenizer files are downloaded. If a checkpoint has only pickled
+    weights, the folder of its conversion is returned (`convert_to_safetensors`). With HF_HUB_OFFLINE=1 only the cache
+    is read.
+
+    Raises:
+        UserError: the folder or hub name does not exist, the hub cannot be reached, or the pickled weights are refused.
     """
     folder = Path(checkpoint)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{checkpoint}: is a file; a checkpoint is a folder with config.json and model.safetensors")
-    name, _, revision = str(checkpoint).partition("@")
     from_hub = not folder.is_dir()
     if from_hub:
-        if not _is_valid_repo_id(name):
-            known = ", ".join([*TEACHERS, "demo"])
-            raise UserError(
-                f"{checkpoint}: no such folder, and not a hub name (owner/name); named teachers are {known}"
-            )
-        folder = _download_snapshot(
-            name,
-            revision or None,
-            [*CONFIG_AND_TOKENIZER_PATTERNS, SAFETENSORS_PATTERN] if weights else CONFIG_AND_TOKENIZER_PATTERNS,
-        )
+        folder = _download_checkpoint(checkpoint, SAFETENSORS_PATTERN if weights else None)
     if not weights or weight_files(folder):
         return folder
     if from_hub:
-        folder = _download_snapshot(name, revision or None, [*CONFIG_AND_TOKENIZER_PATTERNS, PICKLE_PATTERN])
+        folder = _download_checkpoint(checkpoint, PICKLE_PATTERN)
     return convert_to_safetensors(folder, checkpoint) if list(folder.glob(PICKLE_PATTERN)) else folder
 
 
 def hub_commit(checkpoint: str | Path) -> str | None:
-    """The hub's commit that a hub name stands for in the local cache ("main" moves on); None for a folder."""
+    """Return the commit that a hub name refers to in the local cache, since branches move; None for a folder."""
     return None if Path(checkpoint).is_dir() else resolve_checkpoint(checkpoint, weights=False).name
 
 
 def convert_to_safetensors(folder: Path, checkpoint: str | Path) -> Path:
-    """The folder under `home()/cache/safetensors` that holds a pickled checkpoint as safetensors; made once.
+    """Convert a pickled checkpoint once; return the folder below HOME/cache/safetensors that holds the conversion.
 
     The pickle is opened with `weights_only=True`, which builds tensors and plain containers and calls nothing else.
-    Raises UserError where it holds anything more, is damaged, or does not fit its config.json.
+
+    Raises:
+        UserError: the pickle holds anything else, is damaged, or does not fit config.json.
     """
-    pickled = sorted(folder.glob(PICKLE_PATTERN))
-    marks = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in pickled]
-    place = raydistill_home() / "cache" / "safetensors" / sha256(str(marks).encode()).hexdigest()[:16]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{place.name}.lock")):
-        if not place.is_dir():
+    pickles = sorted(folder.glob(PICKLE_PATTERN))
+    identity = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in pickles]
+    target = raydistill_home() / "cache" / "safetensors" / sha256(str(identity).encode()).hexdigest()[:16]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not target.is_dir():
             _check_no_external_links(folder)
-            for path in pickled:
+            for path in pickles:
                 _check_pickle(path)
-            making = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
             try:
-                _write_safetensors(folder, making, checkpoint)
-                making.rename(place)
+                _write_safetensors(folder, temporary, checkpoint)
+                temporary.rename(target)
             finally:
-                shutil.rmtree(making, ignore_errors=True)
-    return place
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
 
 
 def check_weights(folder: Path, checkpoint: str | Path) -> None:
-    """Raise a UserError where a folder's safetensors are absent, truncated or incomplete."""
+    """Check that the safetensors files of a folder exist and are not truncated.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     files = weight_files(folder)
     if not files:
         raise UserError(f"{checkpoint}: has neither model.safetensors nor pytorch_model.bin; copy the checkpoint again")
@@ -104,13 +103,17 @@ def check_weights(folder: Path, checkpoint: str | Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or the shards that its index lists."""
+    """Return the safetensors files of a folder: one file, or the shards that the index lists; [] if it has none.
+
+    Raises:
+        UserError: the index is damaged or lists files outside the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [p for p in [folder / "model.safetensors"] if p.is_file()]
     with corrupt_file_error(index, "Copy the checkpoint again"):
         names = set(read_json(index)["weight_map"].values())
-        # By its name alone a shard stays in the folder; the files of the hub's cache are links.
+        # The check is on the names, since the files of the hub's cache are links to another folder.
         if not all(
             isinstance(name, str) and fnmatch(name, SAFETENSORS_PATTERN) and Path(name).name == name for name in names
         ):
@@ -119,26 +122,38 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def safe_open(path: Path) -> Any:
-    """An open safetensors file, for use in a `with`."""
+    """Open a safetensors file as a context manager."""
     from safetensors import safe_open as open_file
 
     return open_file(path, framework="pt")
 
 
 def first_error_line(error: BaseException) -> str:
-    """An error's text, cut to a line."""
+    """Return the first line of an error message, at most 300 characters, or the error's type if it has none."""
     lines = str(error).strip().splitlines()
-    return f"{lines[0][:300]}" if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def check_no_missing_weights(info: dict[str, Any], checkpoint: str | Path) -> None:
+    """Check the loading info of `from_pretrained`, which initializes missing weights randomly.
+
+    Raises:
+        UserError: weights are missing.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{checkpoint}: the weights do not fit config.json: {len(missing)} are missing, such as {missing[0]}"
+        )
 
 
 def _check_no_external_links(folder: Path) -> None:
-    """UserError where a checkpoint to be copied holds links that lead out of it, or out of the hub's cache of it."""
+    """Raise UserError if a link in the checkpoint leads out of its folder and out of the hub's cache of it."""
     in_cache = folder.parent.name == "snapshots"
     check_symlinks(folder, folder.parents[1] / "blobs" if in_cache else None)
 
 
 def _check_pickle(path: Path) -> None:
-    """UserError where a file holds more than tensors. Nothing is called, and no data are read but the structure."""
+    """Raise UserError if a pickle holds more than tensors; neither code is run nor tensor data read."""
     import torch
 
     try:
@@ -146,15 +161,14 @@ def _check_pickle(path: Path) -> None:
     except Exception as error:
         raise UserError(
             f"{path}: refused: it is damaged, or holds more than tensors and could run code "
-            f"({first_error_line(error)}); "
-            f"use a revision of the checkpoint that has model.safetensors"
+            f"({first_error_line(error)}); use a revision of the checkpoint that has model.safetensors"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: refused: expected a mapping of names to tensors, as save_pretrained wrote it")
 
 
 def _write_safetensors(folder: Path, output_dir: Path, checkpoint: str | Path) -> None:
-    """Load a checked pickled checkpoint and save it in `output_dir` with its tokenizer and configs as they were."""
+    """Save a checked pickled checkpoint as safetensors in `output_dir` and copy its tokenizer and config files."""
     from transformers import AutoModelForSeq2SeqLM
 
     try:
@@ -163,10 +177,7 @@ def _write_safetensors(folder: Path, output_dir: Path, checkpoint: str | Path) -
         )
     except Exception as error:
         raise UserError(f"{checkpoint}: the pickled weights cannot be loaded: {first_error_line(error)}") from None
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{checkpoint}: the weights do not fit config.json: {len(missing)} are missing, such as {missing[0]}"
-        )
+    check_no_missing_weights(info, checkpoint)
     model.save_pretrained(output_dir)
     for pattern in CONFIG_AND_TOKENIZER_PATTERNS:
         for path in folder.glob(pattern):
@@ -182,6 +193,16 @@ def _is_valid_repo_id(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name
+
+
+def _download_checkpoint(checkpoint: str | Path, weights_pattern: str | None) -> Path:
+    """Return the cached snapshot of a hub name with config, tokenizer and, if a pattern is given, weight files."""
+    name, _, revision = str(checkpoint).partition("@")
+    if not _is_valid_repo_id(name):
+        known = ", ".join([*TEACHERS, "demo"])
+        raise UserError(f"{checkpoint}: no such folder, and not a hub name (owner/name); named teachers are {known}")
+    patterns = [*CONFIG_AND_TOKENIZER_PATTERNS, *([weights_pattern] if weights_pattern else [])]
+    return _download_snapshot(name, revision or None, patterns)
 
 
 def _download_snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -211,9 +232,9 @@ def _download_snapshot(name: str, revision: str | None, patterns: list[str]) -> 
         raise UserError(f"{name}: the hub has no revision {revision!r} of it") from None
     except (LocalEntryNotFoundError, OSError) as error:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            why = "HF_HUB_OFFLINE is set and it is not in the local cache"
+            reason = "HF_HUB_OFFLINE is set and it is not in the local cache"
         else:
-            why = f"it is not in the local cache and the hub cannot be reached ({first_error_line(error)})"
+            reason = f"it is not in the local cache and the hub cannot be reached ({first_error_line(error)})"
         raise UserError(
-            f"{name}: no such folder; {why}. Give a folder, or fetch it where there is a network: hf download {name}"
+            f"{name}: no such folder; {reason}. Give a folder, or fetch it where there is a network: hf download {name}"
         ) from None

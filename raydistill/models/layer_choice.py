@@ -1,10 +1,10 @@
-"""Which layers of a teacher a student copies and is taught by: the authors' tables, and a rule beyond them."""
+"""Chooses the teacher layers that a student copies and is supervised by: the paper's tables, else a formula."""
 
 from math import ceil, floor
 
 from raydistill.core.errors import UserError
 
-# Teacher depth -> student depth -> layers: the authors' table, which no formula gives (reference/README.md).
+# Teacher depth -> student depth -> layers, from the paper's released code (reference/README.md); no formula gives them.
 COPIED_LAYERS: dict[int, dict[int, list[int]]] = {
     12: {
         1: [0],
@@ -34,11 +34,16 @@ SUPERVISED_LAYERS: dict[int, dict[int, list[int]]] = {
 
 
 def layers_to_copy(teacher_depth: int, student_depth: int, init: str = "spaced") -> list[int]:
-    """Teacher layers (from 0) for a student of a depth from 1 to the teacher's.
+    """Return the teacher layers, counted from 0, that initialize the student's layers.
 
-    spaced: the authors' table, else round-half-up(i (L - 1) / (n - 1)), and layer 0 alone for one layer.
-    first, middle, last: so many layers in a row (the paper's lo, mid and hi: 0,1,2 / 5,6,7 / 9,10,11).
-    repeated: layer 0 again and again (the paper's 000).
+    For teacher depth L, student depth n and student layer i, `init` is one of:
+
+    - spaced: the paper's table, else round-half-up(i (L - 1) / (n - 1)), and layer 0 if n = 1;
+    - first, middle, last: n consecutive layers (the paper's lo, mid and hi; for 12 and 3: 0-2, 5-7, 9-11);
+    - repeated: layer 0 for each student layer (the paper's 000).
+
+    Raises:
+        UserError: the student depth is not between 1 and the teacher depth.
     """
     _check_depth(teacher_depth, student_depth)
     if init == "repeated":
@@ -61,7 +66,13 @@ def layers_to_copy(teacher_depth: int, student_depth: int, init: str = "spaced")
 
 
 def layers_to_supervise(teacher_depth: int, student_depth: int) -> list[int]:
-    """phi: the teacher layer whose output each student layer is taught; else ceil((i + 1) L / n) - 1."""
+    """Return phi: for each student layer, the teacher layer whose output the hidden loss compares it with.
+
+    The paper's table, else ceil((i + 1) L / n) - 1 for teacher depth L, student depth n and student layer i.
+
+    Raises:
+        UserError: the student depth is not between 1 and the teacher depth.
+    """
     _check_depth(teacher_depth, student_depth)
     listed = SUPERVISED_LAYERS.get(teacher_depth, {}).get(student_depth)
     return list(listed) if listed else [ceil((i + 1) * teacher_depth / student_depth) - 1 for i in range(student_depth)]

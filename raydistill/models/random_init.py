@@ -1,4 +1,4 @@
-"""A random start: a tokenizer built from the training split and a new model of BART or Marian form."""
+"""Builds a new, randomly initialized model of the BART or Marian architecture and trains its tokenizer."""
 
 import io
 import json
@@ -23,51 +23,56 @@ from raydistill.config.run import NewModel
 from raydistill.core.errors import UserError
 
 
-def build_tokenizer(start: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer of at most `start.vocab_size` tokens, saved into `folder` and loaded from there.
+def build_tokenizer(new_model: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
+    """Train a tokenizer of at most `new_model.vocab_size` tokens on `texts`, save it in `folder` and return it.
 
-    SentencePiece (unigram, one vocabulary for both sides) for the Marian form, byte-level BPE for BART's.
+    Marian models get a SentencePiece unigram model with one vocabulary for both sides, BART models byte-level BPE.
+
+    Raises:
+        UserError: SentencePiece cannot train a vocabulary of this size on the texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if start.form == "marian":
-        return _train_sentencepiece(start, texts, folder)
-    return _train_byte_level_bpe(start, texts, folder)
+    if new_model.form == "marian":
+        return _train_sentencepiece(new_model, texts, folder)
+    return _train_byte_level_bpe(new_model, texts, folder)
 
 
 def make_random_model(
-    start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float, seed: int
+    new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float, seed: int
 ) -> PreTrainedModel:
-    """A model with random weights, in eval mode, for a tokenizer made by `build_tokenizer`."""
+    """Return a model with random weights drawn with `seed`, in eval mode, for a tokenizer of `build_tokenizer`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (
-            _make_marian(start, tokenizer, dropout) if start.form == "marian" else _make_bart(start, tokenizer, dropout)
+            _make_marian(new_model, tokenizer, dropout)
+            if new_model.form == "marian"
+            else _make_bart(new_model, tokenizer, dropout)
         )
     return model.eval()
 
 
-def _make_bart(start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
+def _make_bart(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
     config = BartConfig(
         vocab_size=len(tokenizer),
-        init_std=start.d_model**-0.5 / 2,
+        init_std=new_model.d_model**-0.5 / 2,
         scale_embedding=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=tokenizer.eos_token_id,
         forced_eos_token_id=tokenizer.eos_token_id,
-        **_architecture_kwargs(start, dropout),
+        **_architecture_kwargs(new_model, dropout),
     )
     model = BartForConditionalGeneration(config)
     model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 
-def _make_marian(start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
+def _make_marian(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
     config = MarianConfig(
         vocab_size=len(tokenizer),
         decoder_vocab_size=len(tokenizer),
-        init_std=start.d_model**-0.5 / 2,
+        init_std=new_model.d_model**-0.5 / 2,
         scale_embedding=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -76,30 +81,30 @@ def _make_marian(start: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: f
         forced_eos_token_id=tokenizer.eos_token_id,
         activation_function="gelu",
         share_encoder_decoder_embeddings=True,
-        **_architecture_kwargs(start, dropout),
+        **_architecture_kwargs(new_model, dropout),
     )
     model = MarianMTModel(config)
     model.generation_config = GenerationConfig.from_model_config(config)
     return model
 
 
-def _architecture_kwargs(start: NewModel, dropout: float) -> dict[str, Any]:
+def _architecture_kwargs(new_model: NewModel, dropout: float) -> dict[str, Any]:
     return {
-        "d_model": start.d_model,
-        "encoder_layers": start.encoder_layers,
-        "decoder_layers": start.decoder_layers,
-        "encoder_attention_heads": start.heads,
-        "decoder_attention_heads": start.heads,
-        "encoder_ffn_dim": start.ffn_dim,
-        "decoder_ffn_dim": start.ffn_dim,
-        "max_position_embeddings": start.max_positions,
+        "d_model": new_model.d_model,
+        "encoder_layers": new_model.encoder_layers,
+        "decoder_layers": new_model.decoder_layers,
+        "encoder_attention_heads": new_model.heads,
+        "decoder_attention_heads": new_model.heads,
+        "encoder_ffn_dim": new_model.ffn_dim,
+        "decoder_ffn_dim": new_model.ffn_dim,
+        "max_position_embeddings": new_model.max_positions,
         "dropout": dropout,
         "attention_dropout": 0.0,
         "activation_dropout": 0.0,
     }
 
 
-def _train_byte_level_bpe(start: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
+def _train_byte_level_bpe(new_model: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
@@ -107,7 +112,7 @@ def _train_byte_level_bpe(start: NewModel, texts: Iterable[str], folder: Path) -
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=start.vocab_size,
+        vocab_size=new_model.vocab_size,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -123,22 +128,22 @@ def _train_byte_level_bpe(start: NewModel, texts: Iterable[str], folder: Path) -
         pad_token="<pad>",
         unk_token="<unk>",
         mask_token="<mask>",
-        model_max_length=start.max_positions,
+        model_max_length=new_model.max_positions,
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)
     return fast
 
 
-def _train_sentencepiece(start: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
+def _train_sentencepiece(new_model: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
     import sentencepiece
 
-    written = io.BytesIO()
+    model_proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
-            model_writer=written,
-            vocab_size=start.vocab_size,
+            model_writer=model_proto,
+            vocab_size=new_model.vocab_size,
             hard_vocab_limit=False,
             character_coverage=1.0,
             bos_id=-1,
@@ -149,11 +154,11 @@ def _train_sentencepiece(start: NewModel, texts: Iterable[str], folder: Path) ->
         )
     except RuntimeError as error:
         raise UserError(
-            f"SentencePiece could not make {start.vocab_size} pieces of the training text: {error}"
+            f"SentencePiece could not make {new_model.vocab_size} pieces of the training text: {error}"
         ) from None
     for name in ("source.spm", "target.spm"):
-        (folder / name).write_bytes(written.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+        (folder / name).write_bytes(model_proto.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto.getvalue())
     vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     vocabulary["<pad>"] = len(vocabulary)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -161,7 +166,7 @@ def _train_sentencepiece(start: NewModel, texts: Iterable[str], folder: Path) ->
         source_spm=str(folder / "source.spm"),
         target_spm=str(folder / "target.spm"),
         vocab=str(folder / "vocab.json"),
-        model_max_length=start.max_positions,
+        model_max_length=new_model.max_positions,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -1,4 +1,4 @@
-"""Which teacher layers a student copies and is supervised by, and the student made from them."""
+"""Creates students: plans which teacher layers are copied and which supervise, and copies the weights."""
 
 import copy
 import re
@@ -11,18 +11,20 @@ from raydistill.config.run import LayerChoice, Student, parse_size
 from raydistill.core.errors import UserError
 from raydistill.models import families
 from raydistill.models.layer_choice import layers_to_copy, layers_to_supervise
-from raydistill.models.onednn_linear import patch_linear_layers
 
 LAYER_NAME_PATTERN = re.compile(r"^((?:model\.)?(encoder|decoder)\.(?:layers|block))\.(\d+)\.(.+)$")
-MAX_RELATIVE_LOGIT_DIFF = (
-    1e-5  # of the largest logit; the same sums in the same order are the same numbers, so this is generous
-)
+# Relative to the largest logit. A correct copy computes the same sums in the same order, so any excess is an error.
+MAX_RELATIVE_LOGIT_DIFF = 1e-5
 T5_RELATIVE_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A student's layers: for each side, the teacher layer copied (None: random) and the one it is taught by."""
+    """For each student layer, the teacher layer that it copies and the teacher layer that supervises it.
+
+    Layers count from 0. `decoder` is None if the decoder layers are randomly initialized. `size` is the student's
+    numbers of encoder and decoder layers.
+    """
 
     encoder: list[int]
     decoder: list[int] | None
@@ -33,31 +35,30 @@ class LayerPlan:
 
     @property
     def copied(self) -> dict[str, list[int] | None]:
-        """As `raydistill.json` holds it."""
+        """The copied layers by side, as in `raydistill.json`."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     @property
     def supervised(self) -> dict[str, list[int]]:
-        """As `raydistill.json` holds it."""
+        """The supervising layers by side, as in `raydistill.json`."""
         return {"encoder": self.supervised_encoder, "decoder": self.supervised_decoder}
 
 
 def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
-    """The layers of a student of a teacher with (encoder, decoder) layers; UserError where one is out of range."""
+    """Return the layer plan of a student for a teacher with `teacher_layers` (encoder, decoder) layers.
+
+    Raises:
+        UserError: the student is deeper than the teacher, a layer is out of range, or the numbers of layers differ.
+    """
     try:
         encoder, decoder = parse_size(student.size) if student.size else teacher_layers
     except ValueError as error:
         raise UserError(str(error)) from None
-    for side, wanted, depth in (("encoder", encoder, teacher_layers[0]), ("decoder", decoder, teacher_layers[1])):
-        if wanted > depth:
-            raise UserError(
-                f"size {encoder}-{decoder}: the teacher has {depth} {side} layers, "
-                f"so a student can have 1 to {depth}, not {wanted}"
-            )
+    _check_depths((encoder, decoder), teacher_layers)
     _check_layers("copied", student.copied, teacher_layers)
     _check_layers("supervised", student.supervised, teacher_layers)
     from_encoder = student.copied.encoder or layers_to_copy(teacher_layers[0], encoder)
-    random = student.init == "random" and student.copied.decoder is None
+    random_decoder = student.init == "random" and student.copied.decoder is None
     from_decoder = student.copied.decoder or layers_to_copy(teacher_layers[1], decoder, student.init)
     if len(from_encoder) != encoder or len(from_decoder) != decoder:
         raise UserError(
@@ -65,7 +66,7 @@ def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
         )
     return LayerPlan(
         encoder=from_encoder,
-        decoder=None if random else from_decoder,
+        decoder=None if random_decoder else from_decoder,
         supervised_encoder=student.supervised.encoder or layers_to_supervise(teacher_layers[0], encoder),
         supervised_decoder=student.supervised.decoder or layers_to_supervise(teacher_layers[1], decoder),
         size=(encoder, decoder),
@@ -76,11 +77,14 @@ def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
 def shrink(
     teacher: PreTrainedModel, plan: LayerPlan, seed: int = 0, decoder_from: PreTrainedModel | None = None
 ) -> PreTrainedModel:
-    """A student in eval mode whose layers are copies of the teacher's; all else (embeddings, norms, head) is copied.
+    """Return a student in eval mode with copies of the planned layers and of the teacher's embeddings, norms and head.
 
-    Where `layers.decoder` is None the decoder layers keep a random start, drawn with `seed`. `decoder_from` is
-    another model of the teacher's shape whose decoder layers are copied instead (the paper's "From": Table 8). A
-    student of full depth equals its teacher, logit by logit.
+    If `plan.decoder` is None, the decoder layers are initialized randomly with `seed`. `decoder_from` is another model
+    of the same architecture whose decoder layers are copied instead ("From" in the paper's Table 8). A student of full
+    depth has exactly the teacher's logits.
+
+    Raises:
+        UserError: the decoder of `decoder_from` has another architecture.
     """
     if decoder_from is not None:
         check_same_decoder(teacher.config, decoder_from.config, str(decoder_from.config.name_or_path))
@@ -89,76 +93,93 @@ def shrink(
         torch.manual_seed(seed)
         student = type(teacher)(config)
     state = student.state_dict()
-    sources = {"encoder": plan.encoder, "decoder": plan.decoder}
-    theirs = teacher.state_dict()
-    others = theirs if decoder_from is None else decoder_from.state_dict()
+    layer_map = {"encoder": plan.encoder, "decoder": plan.decoder}
+    teacher_state = teacher.state_dict()
+    decoder_state = teacher_state if decoder_from is None else decoder_from.state_dict()
     for key in state:
-        wanted = _teacher_tensor_name(key, sources)
-        if wanted is not None:
-            state[key] = (others if _is_decoder_layer_name(key) else theirs)[wanted]
+        name = _teacher_tensor_name(key, layer_map)
+        if name is not None:
+            state[key] = (decoder_state if _is_decoder_layer_name(key) else teacher_state)[name]
     student.load_state_dict(state)
-    patch_linear_layers(student)  # as its teacher was when it was loaded
     torch.nn.Module.to(student, next(teacher.parameters()).dtype).eval()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 
 
 def check_full_depth_copy(teacher: PreTrainedModel, name: str) -> float:
-    """How far a copy of full depth is off the teacher's own logits, as a share of the largest (or of 1).
+    """Check that a full-depth copy of a teacher has the teacher's logits for one fixed input.
 
-    UserError where it is not the same model: then no student can be trusted. One made-up row of tokens in, all logits
-    compared; it is asked of every teacher that is trained from.
+    Returns:
+        The largest absolute difference of a logit, divided by the largest absolute logit or by 1 if that is larger.
+
+    Raises:
+        UserError: the difference is too large, so no student of this teacher would be correct.
     """
-    copy_of_all = shrink(teacher, plan_layers(families.num_layers(teacher.config), Student()))
+    student = shrink(teacher, plan_layers(families.num_layers(teacher.config), Student()))
     ids = torch.arange(1, 9)[None].remainder(teacher.config.vocab_size)
     with torch.inference_mode():
-        wanted, found = (
+        expected, actual = (
             model(input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids, use_cache=False).logits
-            for model in (teacher, copy_of_all)
+            for model in (teacher, student)
         )
-    apart = float((wanted - found).abs().max())
-    share = apart / max(1.0, float(wanted.abs().max()))
-    if not share <= MAX_RELATIVE_LOGIT_DIFF:
+    max_diff = float((expected - actual).abs().max())
+    relative_diff = max_diff / max(1.0, float(expected.abs().max()))
+    if not relative_diff <= MAX_RELATIVE_LOGIT_DIFF:
         raise UserError(
-            f"teacher {name}: a copy of full depth is off by {apart:.2g} in its logits; it cannot be shrunk"
+            f"teacher {name}: a copy of full depth is off by {max_diff:.2g} in its logits; it cannot be shrunk"
         )
-    return share
+    return relative_diff
 
 
 def check_same_decoder(teacher: PretrainedConfig, other: PretrainedConfig, name: str) -> None:
-    """UserError where decoder layers of `other`, called `name`, cannot take the place of the teacher's."""
-    wanted, found = families.decoder_architecture(teacher), families.decoder_architecture(other)
-    if wanted != found:
-        differ = ", ".join(f"{k} {found.get(k)} and not {v}" for k, v in wanted.items() if found.get(k) != v)
-        raise UserError(f"student.copy_from {name}: its decoder is not of the teacher's shape: {differ}")
+    """Check that the decoder layers of model `other`, called `name` in the message, fit into the teacher's decoder.
+
+    Raises:
+        UserError: the architectures differ.
+    """
+    expected, actual = families.decoder_architecture(teacher), families.decoder_architecture(other)
+    if expected != actual:
+        differences = ", ".join(
+            f"{key} {actual.get(key)} and not {value}" for key, value in expected.items() if actual.get(key) != value
+        )
+        raise UserError(f"student.copy_from {name}: its decoder architecture differs from the teacher's: {differences}")
 
 
 def _is_decoder_layer_name(key: str) -> bool:
-    """Whether a tensor belongs to a single decoder layer; T5's relative position bias is the stack's."""
+    """Return whether a tensor belongs to one decoder layer; T5's relative position bias belongs to the stack."""
     match = LAYER_NAME_PATTERN.match(key)
     return match is not None and match[2] == "decoder" and match[4] != T5_RELATIVE_BIAS
 
 
 def _teacher_tensor_name(key: str, layer_map: dict[str, list[int] | None]) -> str | None:
-    """The teacher's name of a student's tensor, or None where it stays random."""
+    """Return the teacher's name of a student tensor, or None if the tensor stays random."""
     match = LAYER_NAME_PATTERN.match(key)
     if not match:
         return key
     stack, side, layer, rest = match[1], match[2], int(match[3]), match[4]
-    # T5 keeps the relative position bias of all layers in its first one: it is the stack's, not the layer's.
+    # T5 stores the relative position bias of all layers in the first layer.
     if rest == T5_RELATIVE_BIAS:
         return f"{stack}.0.{rest}"
     layers = layer_map[side]
     return None if layers is None else f"{stack}.{layers[layer]}.{rest}"
 
 
-def _check_layers(field: str, choice: LayerChoice, teacher_layers: tuple[int, int]) -> None:
-    for side, layers, depth in (
-        ("encoder", choice.encoder, teacher_layers[0]),
-        ("decoder", choice.decoder, teacher_layers[1]),
-    ):
-        wrong = [layer for layer in layers or [] if not 0 <= layer < depth]
-        if wrong:
+def _check_depths(size: tuple[int, int], teacher_layers: tuple[int, int]) -> None:
+    for side, depth, limit in zip(("encoder", "decoder"), size, teacher_layers, strict=True):
+        if depth > limit:
             raise UserError(
-                f"{field}.{side}: layer {wrong[0]} is out of range; the teacher's {side} layers are 0 to {depth - 1}"
+                f"size {size[0]}-{size[1]}: the teacher has {limit} {side} layers, "
+                f"so a student can have 1 to {limit}, not {depth}"
+            )
+
+
+def _check_layers(field: str, choice: LayerChoice, teacher_layers: tuple[int, int]) -> None:
+    for side, layers, depth in zip(
+        ("encoder", "decoder"), (choice.encoder, choice.decoder), teacher_layers, strict=True
+    ):
+        out_of_range = [layer for layer in layers or [] if not 0 <= layer < depth]
+        if out_of_range:
+            raise UserError(
+                f"{field}.{side}: layer {out_of_range[0]} is out of range; "
+                f"the teacher's {side} layers are 0 to {depth - 1}"
             )

@@ -122,7 +122,8 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     """The same for one run; `cache` keeps what was read already."""
     from raydistill.config.presets import check_teacher, teacher_preset
     from raydistill.models import families
-    from raydistill.models.loading import load_config, locate_checkpoint, resolve_max_tokens
+    from raydistill.models.loading import load_config, locate_checkpoint
+    from raydistill.models.tokenization import resolve_max_tokens
 
     cache = {} if cache is None else cache
     data = str(run.dataset)

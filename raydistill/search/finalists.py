@@ -21,9 +21,10 @@ from raydistill.core.console import print_progress
 from raydistill.core.files import CHECKPOINT_METADATA, corrupt_file_error, read_json, write_json_atomic
 from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware, warn_background_load
 from raydistill.evaluation.serving import benchmark_serving
-from raydistill.inference.decoding import BeamSearchParams, Engine
+from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
 from raydistill.inference.engines import open_engine
-from raydistill.models.loading import load_config, locate_checkpoint, resolve_languages, resolve_max_tokens
+from raydistill.models.loading import load_config, locate_checkpoint
+from raydistill.models.tokenization import resolve_languages, resolve_max_tokens
 from raydistill.results.records import Trial, decoding_key, read_trials, rows_filename
 from raydistill.results.selection import load_selection, select_finalists
 from raydistill.results.served_students import SERVED_FILE, read_served
@@ -210,9 +211,9 @@ def serve_checkpoint(
         found = []
         for beam in beams:
             others = BackgroundLoad()
-            served = benchmark_serving(engine, corpus.sources, corpus.targets, metric, beam, limit)
+            served = benchmark_serving(engine, corpus, metric, beam, limit)
             decoding = {"beams": beam.beams, "length_penalty": beam.length_penalty}
-            write_row_statistics(folder / rows_filename(split, decoding), {split: served.scored.rows})
+            write_row_statistics(folder / rows_filename(split, decoding), {split: served.scores.row_stats})
             found.append({**decoding, **by, "rows": len(corpus), "others": others.mean_cores(), **served.summary()})
     return found
 
@@ -223,9 +224,11 @@ def _open_serving_engine(checkpoint: str, run: Run, device: str, threads: int, s
     engine = open_engine(
         checkpoint,
         run.evaluation.engine,
-        device=device,
-        threads=threads,
-        languages=resolve_languages(run.teacher, run.dataset),
-        cache_dir=scratch / "engine",
+        EngineOptions(
+            device=device,
+            threads=threads,
+            languages=resolve_languages(run.teacher, run.dataset),
+            cache_dir=scratch / "engine",
+        ),
     )
     return engine, resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(checkpoint))

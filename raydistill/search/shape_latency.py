@@ -10,12 +10,14 @@ from raydistill.config.run import Student
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
-from raydistill.inference.decoding import Engine
+from raydistill.inference.decoding import Engine, EngineOptions, Workload
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
 from raydistill.models.teacher import Teacher
+
+REPETITION = latency.Repetition(repeats=7, min_seconds=1.0)
 
 
 def time_shape(
@@ -37,12 +39,12 @@ def time_shape(
     """
     layers = plan_layers(families.num_layers(teacher.model.config), Student(size=size))
     config = families.with_num_layers(teacher.model.config, *layers.size)
-    parameters = latency.count_parameters(config)
+    parameters = families.count_parameters(config)
     table = raydistill_home() / "latency.json"
     lengths = {"source_tokens": teacher_record["tokens"]["source"], "output_tokens": teacher_record["tokens"]["output"]}
     name, precision = teacher_record["engine"].split()
     machine = latency.hardware(device, threads)
-    weights = {"params_m": parameters / 1e6, "memory_mb": latency.memory_mb(config, precision)}
+    weights = {"params_m": parameters / 1e6, "memory_mb": families.weights_mb(config, precision)}
     rows: list[dict[str, float]] = []
     before: float | None = None
     opened: Engine | None = None
@@ -51,17 +53,17 @@ def time_shape(
         for many in beams:
             found: dict[str, float] = {"others": 0.0}
             for cost, batch in LATENCY_BATCH_SIZES.items():
-                how = {"beams": many, "batch": batch, **lengths}
-                facts = latency.measurement_key(machine, latency.architecture_key(config), name, precision, **how)
+                workload = Workload(batch=batch, beams=many, **lengths)
+                facts = latency.measurement_key(machine, families.architecture_key(config), name, precision, workload)
                 timing = latency.lookup(table, facts)
                 if timing is None or (timing.noisy and remeasure_noisy):
                     if opened is None:
-                        before = latency.rss_mb(device)
+                        before = latency.used_memory_mb(device)
                         opened = _open_untrained_student(teacher, layers, engine, device, threads, scratch)
-                    timing = latency.measure(opened, repeats=7, min_seconds=1.0, rss_before_mb=before, **how)
+                    timing = latency.measure(opened, workload, REPETITION, memory_before_mb=before)
                     if (opened.name, opened.precision) == (name, precision):  # else CTranslate2 could not be used
                         latency.record(table, facts, timing)
-                found |= {cost: timing.median_ms, f"{cost}_low": timing.low_ms, f"{cost}_high": timing.high_ms}
+                found |= timing.as_costs(cost)
                 found["others"] = max(found["others"], timing.background_cores or 0.0)
                 if cost == "latency_ms" and timing.peak_mb is not None:
                     found["peak_mb"] = timing.peak_mb
@@ -79,14 +81,11 @@ def _open_untrained_student(
     return open_engine(
         scratch / "model",
         engine,
-        device=device,
-        threads=threads,
-        languages=teacher.languages,
-        cache_dir=scratch / "engine",
+        EngineOptions(device=device, threads=threads, languages=teacher.languages, cache_dir=scratch / "engine"),
     )
 
 
 def count_params_m(config: Any, size: str) -> float:
     """Millions of parameters of a shape of a teacher's configuration; nothing is allocated."""
     encoder, decoder = plan_layers(families.num_layers(config), Student(size=size)).size
-    return latency.count_parameters(families.with_num_layers(config, encoder, decoder)) / 1e6
+    return families.count_parameters(families.with_num_layers(config, encoder, decoder)) / 1e6

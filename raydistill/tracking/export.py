@@ -18,7 +18,8 @@ from raydistill.core.files import (
     write_json_atomic,
 )
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable, ensure_converted
-from raydistill.models.loading import load_config, load_tokenizer, resolve_languages, resolve_max_tokens
+from raydistill.models.loading import load_config
+from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.tracking.mlflow_registry import write_mlmodel

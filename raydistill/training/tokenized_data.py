@@ -12,6 +12,7 @@ from raydistill.config.label_sources import LabelSource, parse_labels
 from raydistill.config.presets import TeacherPreset, resolve_metric
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
+from raydistill.core.machine import malloc_trim
 from raydistill.data.batching import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.label_sets.label_set import read_label_set

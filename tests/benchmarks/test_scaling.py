@@ -15,7 +15,7 @@ from benchmarks.simulated import simulated_engine, simulated_run
 from benchmarks.simulated_nodes import Meter, cluster_nodes
 from benchmarks.timestamps import BatchEnd, rate
 from raydistill.config.run import Run
-from raydistill.inference.decoding import BeamSearchParams
+from raydistill.inference.decoding import BeamSearchParams, EngineOptions
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from tests.factories.workspace import environment
@@ -37,7 +37,7 @@ def test_what_the_head_used_between_two_moments() -> None:
 
 
 def test_the_engine_sleeps_in_proportion_to_the_characters() -> None:
-    engine = simulated_engine("teacher", "auto", seconds_per_char=0.01, device="cuda", threads=1, cache=None)
+    engine = simulated_engine("teacher", "auto", EngineOptions(device="cuda"), seconds_per_char=0.01)
     began = time.monotonic()
     written = engine.generate(
         ["a" * 6, "b c d e"],

@@ -50,7 +50,7 @@ def test_rouge_of_empty_output_is_zero() -> None:
 def test_rouge_corpus_score_is_the_mean_over_rows() -> None:
     scored = metrics.score("rouge2", ["a b c", "x y z"], ["a b c", "a b c"])
     assert scored.metrics == pytest.approx({"rouge1": 50, "rouge2": 50, "rougeL": 50, "rougeLsum": 50})
-    assert scored.rows.tolist() == [100, 0]
+    assert scored.row_stats.tolist() == [100, 0]
 
 
 def test_bleu_counts_by_hand() -> None:
@@ -116,9 +116,9 @@ def test_paired_bootstrap_uses_the_same_resamples() -> None:
     rows = np.random.default_rng(0).normal(20, 10, size=300)
     shifted = metrics.paired_bootstrap("rouge2", rows + 0.5, rows)  # far below either's own interval of +-1.1
     assert (shifted.difference, shifted.low, shifted.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert shifted.p == pytest.approx(2 / 1001)
+    assert shifted.p_value == pytest.approx(2 / 1001)
     same = metrics.paired_bootstrap("rouge2", rows, rows)
-    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="same rows"):
         metrics.paired_bootstrap("rouge2", rows, rows[1:])
 
@@ -126,7 +126,7 @@ def test_paired_bootstrap_uses_the_same_resamples() -> None:
 def test_paired_bootstrap_finds_no_difference_in_noise_at_the_promised_rate() -> None:
     rng = np.random.default_rng(1)
     ps = [
-        metrics.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), n_resamples=500).p
+        metrics.paired_bootstrap("rouge2", rng.normal(size=200), rng.normal(size=200), n_resamples=500).p_value
         for _ in range(200)
     ]
     assert 0.01 <= np.mean(np.array(ps) < 0.05) <= 0.10  # 5 %, and 2.2 standard errors of it

@@ -13,12 +13,11 @@ def lay_out_dataset(
     splits: dict[str, list[dict[str, Any]]],
     revision: str | None = None,
 ) -> Path:
-    """Write rows where `datasets.load_dataset(hub, config, split=...)` finds them without a network.
+    """Write rows so that `datasets.load_dataset(hub, config, split=...)` finds them without a network.
 
-    Set `HF_DATASETS_CACHE=cache_home` and `HF_HUB_OFFLINE=1` for the process that reads. Returns the folder written:
-    `cache_home/OWNER___NAME/CONFIG/0.0.0/HASH`, one Arrow file a split and `dataset_info.json`, as `datasets` 5
-    does.
-    Offline it takes the newest folder whatever the revision, which is only used here to make the hash.
+    The reading process needs `HF_DATASETS_CACHE=cache_home` and `HF_HUB_OFFLINE=1`. Returns the written folder,
+    `cache_home/OWNER___NAME/CONFIG/0.0.0/HASH`, with one Arrow file per split and `dataset_info.json`, as written by
+    `datasets` 5. Offline, `datasets` reads the newest folder whatever the revision; `revision` only changes the hash.
     """
     from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
     from datasets.arrow_writer import ArrowWriter
@@ -29,7 +28,7 @@ def lay_out_dataset(
     digest = f"{abs(hash_of(hub, config, revision)):040x}"
     folder = cache_home / f"{owner}___{snake}" / config / "0.0.0" / digest
     folder.mkdir(parents=True)
-    found = SplitDict(dataset_name=snake)
+    split_infos = SplitDict(dataset_name=snake)
     features = None
     for split, rows in splits.items():
         features = features or Dataset.from_list(rows).features
@@ -37,9 +36,14 @@ def lay_out_dataset(
             for row in rows:
                 writer.write(row)
             count, size = writer.finalize()
-        found.add(SplitInfo(name=split, num_bytes=size, num_examples=count, dataset_name=snake))
+        split_infos.add(SplitInfo(name=split, num_bytes=size, num_examples=count, dataset_name=snake))
     info = DatasetInfo(
-        features=features, builder_name="parquet", dataset_name=snake, config_name=config, version="0.0.0", splits=found
+        features=features,
+        builder_name="parquet",
+        dataset_name=snake,
+        config_name=config,
+        version="0.0.0",
+        splits=split_infos,
     )
     info.write_to_directory(str(folder))
     assert json.loads((folder / "dataset_info.json").read_text())["config_name"] == config
@@ -47,7 +51,7 @@ def lay_out_dataset(
 
 
 def hash_of(*parts: str | None) -> int:
-    """A number that is the same in every process, unlike `hash`."""
+    """Return a hash that is equal in every process, unlike `hash`."""
     import hashlib
 
     return int(hashlib.sha1("/".join(part or "" for part in parts).encode()).hexdigest(), 16)

@@ -1,4 +1,4 @@
-"""Small random models of the five families with working tokenizers, made on the spot, nothing downloaded."""
+"""Small random models of the five families with working tokenizers, created without downloads."""
 
 import hashlib
 import io
@@ -22,14 +22,14 @@ _WHEN = ("today", "in the morning", "before winter", "every second Sunday", "at 
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
-    """`n` simple English sentences, the same for the same seed."""
+    """Return `n` simple English sentences, determined by the seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(words: tuple[str, ...]) -> str:
         return words[int(torch.randint(len(words), (), generator=generator))]
 
-    made = [f"{pick(_WHO)} {pick(_DOES)} {pick(_WHAT)} {pick(_WHEN)}." for _ in range(n)]
-    return [s[0].upper() + s[1:] for s in made]
+    texts = [f"{pick(_WHO)} {pick(_DOES)} {pick(_WHAT)} {pick(_WHEN)}." for _ in range(n)]
+    return [s[0].upper() + s[1:] for s in texts]
 
 
 def save_tiny(
@@ -51,11 +51,10 @@ def save_tiny(
 ) -> Path:
     """Save a random model of a family (config, generation config, safetensors) and its tokenizer to `folder`.
 
-    All weights are random, biases and norms too, so that a mistake anywhere shows. `logits_bias`: a
-    non-zero `final_logits_bias` (not for t5). `padded_rows`: rows of the embedding beyond the tokenizer's
-    vocabulary. `marian_padding_row`: the scale of Marian's padding row (published models have zero).
-    `t5_gated`: the T5 1.1 form, gated and with an output head of its own. Texts of the languages `LANGUAGES`
-    for mbart.
+    All weights are random, including biases and norms, so that an error in any weight has an effect. `logits_bias`: use
+    a non-zero `final_logits_bias` (not for t5). `padded_rows`: additional rows of the embedding beyond the vocabulary.
+    `marian_padding_row`: scale of Marian's padding row (0 in published models). `t5_gated`: use the architecture of T5
+    1.1, with gated feed-forward layers and an untied output head. mBART is set to `LANGUAGES`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def save_tiny(
     vocab_size = len(tokenizer) + padded_rows
     config = _config(family, tokenizer, vocab_size, encoder_layers, decoder_layers, **_sizes(locals()))
     model = build(config, seed=seed, logits_bias=logits_bias, marian_padding_row=marian_padding_row)
-    if family == "bart":  # as facebook/bart-large-cnn has it
+    if family == "bart":  # as in facebook/bart-large-cnn
         model.generation_config.forced_bos_token_id = tokenizer.bos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -76,7 +75,7 @@ def build(
     logits_bias: bool = False,
     marian_padding_row: float = 0.0,
 ) -> PreTrainedModel:
-    """A random model of a config, in eval mode."""
+    """Return a random model of a config, in eval mode."""
     model: PreTrainedModel = transformers.AutoModelForSeq2SeqLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -87,7 +86,7 @@ def build(
             if weight.dim() == 1:
                 norm = "norm" in name and not name.endswith("bias")
                 weight.copy_(1 + 0.3 * noise if norm else 0.2 * noise)
-            else:  # large enough that what is read decides what is written, and not the biases alone
+            else:  # large enough that outputs depend on the source and not only on biases
                 embedding = any(part in name for part in ("shared", "embed", "relative"))
                 peaked = any(part in name for part in ("q_proj", "k_proj", "Attention.q", "Attention.k"))
                 scale = 0.7 if embedding else (4.0 if peaked else 2.0) * weight.shape[1] ** -0.5
@@ -105,25 +104,48 @@ def build(
     return model.eval()
 
 
-def lay_out_model(cache_home: Path, hub_name: str, folder: Path, revision: str = "main") -> str:
-    """Lay a model's folder out under `cache_home` as the hub's cache does; returns the commit hash.
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change values in a checkpoint's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
-    The files are in `blobs/`, each by its hash, and a snapshot holds relative links to them. `revision` is a commit
-    hash, or a name that points to a made-up one.
+
+class Malicious:
+    """An object whose pickle creates the file `marker` when it is loaded without protection."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def replace_by_pickle(folder: Path, state: dict[str, Any]) -> Path:
+    """Replace a checkpoint's safetensors by a pickle of `state`; return the path of the pickle."""
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
+
+
+def lay_out_model(cache_home: Path, hub_name: str, folder: Path, revision: str = "main") -> str:
+    """Copy a model's folder to `cache_home` in the layout of the hub's cache; return the commit hash.
+
+    The files are in `blobs/`, named by their hashes, and a snapshot holds relative links to them. `revision` is a
+    commit hash, or a branch that is given an artificial hash.
 
     Set `HF_HUB_CACHE` to `cache_home` (or `HF_HOME` to its parent, where it is named `hub`) and
-    `HF_HUB_OFFLINE=1`, before transformers is imported: then `from_pretrained(hub_name)` finds it.
+    `HF_HUB_OFFLINE=1` before transformers is imported; `from_pretrained(hub_name)` then loads the model.
     """
     sha = revision if len(revision) == 40 else hashlib.sha1(hub_name.encode()).hexdigest()
-    place = Path(cache_home) / f"models--{hub_name.replace('/', '--')}"
+    repo = Path(cache_home) / f"models--{hub_name.replace('/', '--')}"
     for name in ("refs", "blobs", f"snapshots/{sha}"):
-        (place / name).mkdir(parents=True, exist_ok=True)
+        (repo / name).mkdir(parents=True, exist_ok=True)
     if sha != revision:
-        (place / "refs" / revision).write_text(sha)
+        (repo / "refs" / revision).write_text(sha)
     for path in folder.iterdir():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        shutil.copy(path, place / "blobs" / digest)
-        link = place / "snapshots" / sha / path.name
+        shutil.copy(path, repo / "blobs" / digest)
+        link = repo / "snapshots" / sha / path.name
         link.unlink(missing_ok=True)
         link.symlink_to(Path("../../blobs") / digest)
     return sha
@@ -224,11 +246,11 @@ def _scored(head: list[str], pieces: list[tuple[str, float]], tail: list[str]) -
 
 
 def _pieces(folder: Path | None) -> list[tuple[str, float]]:
-    """A SentencePiece unigram vocabulary of the sentences, without its special pieces; kept where asked."""
-    made = io.BytesIO()
+    """Return a SentencePiece unigram vocabulary without special pieces; if `folder` is given, save source.spm in it."""
+    model_proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(300)),
-        model_writer=made,
+        model_writer=model_proto,
         vocab_size=120,
         character_coverage=1.0,
         hard_vocab_limit=False,
@@ -236,8 +258,8 @@ def _pieces(folder: Path | None) -> list[tuple[str, float]]:
         minloglevel=2,
     )
     if folder is not None:
-        (folder / "source.spm").write_bytes(made.getvalue())
-    spm = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+        (folder / "source.spm").write_bytes(model_proto.getvalue())
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model_proto.getvalue())
     return [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.get_piece_size())]
 
 

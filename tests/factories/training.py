@@ -14,7 +14,7 @@ from raydistill.data.batching import Examples
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelManifest
 from raydistill.models.freezing import FrozenParts, freeze
-from raydistill.models.loading import load_model, load_tokenizer, tokenize_sources, tokenize_targets
+from raydistill.models.loading import load_model
 from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout

@@ -16,7 +16,7 @@ import pytest
 from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core.errors import UserError
 from raydistill.data.streaming import scan_split
-from raydistill.inference.decoding import resolve_decoding
+from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _slug, describe_job, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan

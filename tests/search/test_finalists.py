@@ -214,13 +214,13 @@ def test_batches_have_32_rows_and_the_texts_are_those_of_an_evaluation(world):
             sizes.append(len(texts))
             return engine.generate(texts, beam, **settings)
 
-    served = benchmark_serving(Counted(), corpus.sources, corpus.targets, "rouge2", BEAM, 32)
+    served = benchmark_serving(Counted(), corpus, "rouge2", BEAM, 32)
     assert sizes == [32, 32, 1, *[1] * 8]  # each kind begins with a call that is not timed
     assert served.timings["latency_ms"].repeats == 1
     assert served.timings["latency_ms_b1"].repeats == 8
-    wanted = evaluate(engine, corpus.sources, corpus.targets, "rouge2", BEAM, max_source_tokens=32)
-    assert served.scored.metrics == wanted.scored.metrics
-    assert np.array_equal(served.scored.rows, wanted.scored.rows)
+    wanted = evaluate(engine, corpus, "rouge2", BEAM, max_source_tokens=32)
+    assert served.scores.metrics == wanted.scores.metrics
+    assert np.array_equal(served.scores.row_stats, wanted.scores.row_stats)
 
 
 def test_a_checkpoint_is_served_with_each_decoding_and_its_rows_are_kept(world, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydistill.config.run import Training
-from raydistill.inference.decoding import BeamSearchParams
+from raydistill.inference.decoding import BeamSearchParams, EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.training.optimizer_step import OptimizerStep
 from raydistill.training.workers import Worker
@@ -70,6 +70,6 @@ def test_reference_engine_writes_equal_texts_on_a_gpu(beams, tmp_path):
     sources, _ = text_pairs(8)
     texts = {}
     for device in ("cpu", "cuda"):
-        engine = open_engine(tmp_path / "t", "transformers", device=device, precision="fp32")
+        engine = open_engine(tmp_path / "t", "transformers", EngineOptions(device=device, precision="fp32"))
         texts[device] = [hypotheses[0].text for hypotheses in engine.generate(sources, beam, max_source_tokens=40)]
     assert texts["cpu"] == texts["cuda"]

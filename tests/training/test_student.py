@@ -51,3 +51,14 @@ def test_random_start_trains_a_new_model(workspace, form, tmp_path):
             assert not table.weight[best.config.pad_token_id].any()
     assert parse_json_file(folder / "best" / "raydistill.json")["teacher"] is None
     assert load_tokenizer(folder / "best").decode(load_tokenizer(folder / "best")("A dog").input_ids)
+
+
+def test_copy_from_initializes_the_decoder_layers(tmp_path):
+    teacher, other = save_tiny("bart", tmp_path / "t", seed=0), save_tiny("bart", tmp_path / "o", seed=1)
+    settings = {"name": "r", "teacher": str(teacher), "dataset": str(tmp_path)}
+    run = Run(**settings, student={"size": "2-1", "copy_from": str(other)})
+    student, _ = make_student(run, open_teacher(str(teacher), run.dataset))
+    name = "model.decoder.layers.0.fc1.weight"
+    assert torch.equal(student.state_dict()[name], load_model(other).state_dict()[name])
+    with pytest.raises(ValueError, match="random copies no decoder layer"):
+        Run(**settings, student={"size": "2-1", "copy_from": str(other), "init": "random"})

@@ -1,8 +1,11 @@
 """The tokenised pairs that a run trains on."""
 
+from raydistill.config.run import Dataset
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelManifest
 from raydistill.training.run import train
+from raydistill.models.teacher import open_teacher
+from tests.factories.models import save_tiny
 from tests.factories.training import make_run, no_report, read_metrics
 
 
@@ -16,3 +19,10 @@ def test_pl_student_learns_the_pseudo_labels(workspace, tmp_path):
     train(make_run(workspace, training=training), tmp_path / "sft", no_report)
     losses = {name: read_metrics(tmp_path / name)[-1]["loss_data"] for name in ("pl", "sft")}
     assert losses["pl"] < 0.8 * losses["sft"]
+
+
+def test_runs_with_different_numbers_of_rows_share_a_teacher(tmp_path):
+    folder = str(save_tiny("bart", tmp_path / "t"))
+    few, many = Dataset(name="a", train_rows=10), Dataset(name="a", train_rows=20)
+    assert open_teacher(folder, few) is open_teacher(folder, many)
+    assert open_teacher(folder, few).commit is None

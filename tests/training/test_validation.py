@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.models.loading import load_model
+from raydistill.models.tokenization import load_tokenizer
 from raydistill.training import validation
 from raydistill.training.run import train
 from tests.factories.training import make_run, no_report, parse_json_file, read_metrics

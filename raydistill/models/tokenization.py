@@ -1,0 +1,208 @@
+"""Loads and checks tokenizers, sets languages, resolves length limits, and turns texts into token ids."""
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from raydistill.config.presets import DATASETS, TeacherPreset, teacher_preset
+from raydistill.config.run import Dataset
+from raydistill.core.errors import UserError
+from raydistill.models.families import max_positions
+from raydistill.models.hub import first_error_line, resolve_checkpoint
+from raydistill.models.loading import load_config, load_generation_config
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+Languages = tuple[str, str]  # source, target
+
+
+def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint, checked against its embedding table.
+
+    `languages` are (source, target): codes such as ("en_XX", "ro_RO") for mBART, ("en", "ro") for T5; other families
+    ignore them. Without languages, mBART's target language is the one that the checkpoint's configuration starts with,
+    and T5's task is summarization.
+
+    Raises:
+        UserError: files are missing or unreadable, the vocabulary exceeds the embedding, or a language is unknown.
+    """
+    config = load_config(checkpoint)
+    folder = resolve_checkpoint(checkpoint, weights=False)
+    # If its files are missing, from_pretrained silently returns an empty tokenizer.
+    if config.model_type == "marian":
+        if missing := [name for name in MARIAN_FILES if not (folder / name).is_file()]:
+            raise UserError(f"{checkpoint}: the tokenizer's {', '.join(missing)} is missing; copy it there")
+    elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{checkpoint}: has no tokenizer files (one of {', '.join(TOKENIZER_FILES)})")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*sacremoses.*")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{checkpoint}: the tokenizer cannot be loaded: {first_error_line(error)}") from None
+    check_vocabulary(config, tokenizer, checkpoint)
+    tokenizer.source_prefix = source_prefix(config, languages)
+    if config.model_type == "mbart":
+        _set_mbart_languages(tokenizer, config, folder, languages, checkpoint)
+    return tokenizer
+
+
+def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, checkpoint: str | Path) -> None:
+    """Check that every token id has a row in the embedding table; the table may have more rows than tokens.
+
+    The <mask> of published BART models has no row. The tokenizer is then changed to read "<mask>" in a text as
+    ordinary characters.
+
+    Raises:
+        UserError: another token has no row.
+    """
+    num_rows = config.vocab_size
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= num_rows]
+    if not beyond:
+        return
+    if beyond != [tokenizer.mask_token]:
+        raise UserError(
+            f"{checkpoint}: the tokenizer knows {len(beyond)} tokens beyond the embedding's {num_rows} rows, such as "
+            f"{beyond[0]!r}; tokenizer and model do not belong together"
+        )
+    tokenizer.split_special_tokens = True
+
+
+# Languages and tasks
+
+
+def resolve_languages(teacher: str | None, dataset: Dataset) -> Languages | None:
+    """Return source and target language: the data set's, else the named teacher's, else the named data set's."""
+    if dataset.languages or teacher is None:
+        return dataset.languages
+    if preset := teacher_preset(teacher, dataset.name):
+        return preset.languages
+    return DATASETS[dataset.name].languages if dataset.name in DATASETS else None
+
+
+def source_prefix(config: PretrainedConfig, languages: Languages | None) -> str:
+    """Return T5's task prefix, such as "summarize: "; "" for other families and for configs without tasks.
+
+    The published T5 models were trained on many tasks and list their prefixes in `task_specific_params`, which
+    students inherit.
+
+    Raises:
+        UserError: the config lists tasks, but none for the languages.
+    """
+    tasks = getattr(config, "task_specific_params", None) or {}
+    if config.model_type != "t5":
+        return ""
+    task = f"translation_{languages[0][:2]}_to_{languages[1][:2]}" if languages else "summarization"
+    if languages and tasks and task not in tasks:
+        raise UserError(f"languages {', '.join(languages)}: no task {task}; this T5 knows {', '.join(sorted(tasks))}")
+    return str(tasks.get(task, {}).get("prefix", ""))
+
+
+def set_target_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make an mBART model generate the tokenizer's target language, in place; other families are not changed."""
+    set_config_target_language(model.config, model.generation_config, tokenizer)
+
+
+def set_config_target_language(
+    config: PretrainedConfig, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Set mBART's target language in both configurations, in place.
+
+    mBART-25 starts the decoder with the token of the language; mBART-50 forces it as the first token.
+    """
+    if config.model_type != "mbart" or getattr(tokenizer, "tgt_lang", None) is None:
+        return
+    token_id = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
+    key = "forced_bos_token_id" if _is_mbart50(tokenizer) else "decoder_start_token_id"
+    setattr(config, key, token_id)
+    setattr(generation_config, key, token_id)
+
+
+# Lengths and token ids
+
+
+def resolve_max_tokens(
+    field: Literal["max_source_tokens", "max_target_tokens"],
+    dataset: Dataset,
+    preset: TeacherPreset | None,
+    config: PretrainedConfig,
+) -> int:
+    """Return a length limit in tokens: the data set's, else the teacher's preset's, else the named data set's default.
+
+    The last resort is 512 source and 128 target tokens. Limits that the user did not set are cut to the positions of
+    the model.
+
+    Raises:
+        UserError: the data set's limit exceeds the positions of the model.
+    """
+    positions = max_positions(config)
+    requested = getattr(dataset, field)
+    if requested is not None:
+        if positions is not None and requested > positions:
+            raise UserError(f"dataset.{field} is {requested}, but the model has {positions} positions")
+        return int(requested)
+    default = 512 if field == "max_source_tokens" else 128
+    limit = getattr(preset or DATASETS.get(dataset.name), field, default)
+    return min(limit, positions) if positions else int(limit)
+
+
+def tokenize_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
+    """Return the token ids of each source text, truncated to `max_tokens` including special tokens.
+
+    The task prefix that `load_tokenizer` set for T5 comes first.
+    """
+    if not texts:
+        return []
+    prefix = getattr(tokenizer, "source_prefix", "")
+    texts = [prefix + text for text in texts]
+    encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def tokenize_targets(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
+    """Return the label ids of each target text, truncated to `max_tokens`; special tokens at the end are kept."""
+    if not texts:
+        return []
+    encoded = tokenizer(text_target=list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return all tokens in the order of their ids."""
+    by_id = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return [token for _, token in by_id]
+
+
+def _set_mbart_languages(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    folder: Path,
+    languages: Languages | None,
+    checkpoint: str | Path,
+) -> None:
+    """Set `src_lang` and `tgt_lang` of an mBART tokenizer; raise UserError if a language is unknown or missing."""
+    vocabulary = tokenizer.get_vocab()
+    for code in languages or ():
+        if code not in vocabulary or "_" not in code:
+            known = sorted(w for w in tokenizer.all_special_tokens if len(w) == 5 and w[2] == "_")
+            raise UserError(f"{checkpoint}: unknown language {code!r}; it knows {', '.join(known)}")
+    if languages:
+        tokenizer.src_lang, tokenizer.tgt_lang = languages
+    elif getattr(tokenizer, "tgt_lang", None) is None:
+        generation = load_generation_config(folder)
+        start = generation.forced_bos_token_id if _is_mbart50(tokenizer) else config.decoder_start_token_id
+        token = tokenizer.convert_ids_to_tokens(start) if start is not None else None
+        if token is None or token in (tokenizer.eos_token, tokenizer.bos_token):
+            raise UserError(
+                f"{checkpoint}: the checkpoint names no languages; set `languages: [en_XX, ro_RO]` in the data set, "
+                f"or give `--languages en_XX ro_RO`"
+            )
+        tokenizer.tgt_lang = token
+    # Only the setter of src_lang updates the special tokens of the source.
+    tokenizer.src_lang = tokenizer.src_lang
+
+
+def _is_mbart50(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return "MBart50" in type(tokenizer).__name__

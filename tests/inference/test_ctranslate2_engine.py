@@ -1,0 +1,95 @@
+"""The CTranslate2 engine: failures at run time, unsupported settings, and validation on calibration rows."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from raydistill.core.errors import UserError
+from raydistill.inference import ctranslate2_conversion, ctranslate2_engine
+from raydistill.inference.ctranslate2_engine import CTranslate2Engine
+from raydistill.inference.decoding import CalibrationRows, EngineOptions
+from raydistill.inference.engines import open_engine
+from raydistill.models import tokenization
+from tests.factories.engines import GREEDY, TEXTS, first_texts, open_ctranslate2
+from tests.factories.models import save_tiny
+
+
+def test_mbart_languages_share_one_conversion(tiny):
+    romanian = open_ctranslate2(tiny, "mbart", languages=("en_XX", "ro_RO"))
+    german = open_ctranslate2(tiny, "mbart", languages=("en_XX", "de_DE"))
+    reference = open_engine(tiny["mbart"], "transformers", EngineOptions(languages=("en_XX", "de_DE")))
+    texts = first_texts(german.generate(TEXTS, GREEDY, max_source_tokens=50))
+    assert texts == first_texts(reference.generate(TEXTS, GREEDY, max_source_tokens=50))
+    assert texts != first_texts(romanian.generate(TEXTS, GREEDY, max_source_tokens=50))
+
+
+@pytest.mark.parametrize("fails", ["opening", "first call"])
+def test_runtime_failure_of_ctranslate2_is_reported_with_its_message(tiny, monkeypatch, fails):
+    """Simulates a failure inside CTranslate2 such as a missing libcublas, which cannot happen on a CPU."""
+    ctranslate2_conversion.ensure_converted(
+        tiny["bart"], tokenization.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None
+    )
+    message = "Library libcublas.so.12 is not texts or cannot be loaded"
+    reason = f"it failed on cpu: {message}; install it with `pip install nvidia-cublas-cu12`"
+
+    def broken(*args, **kw):
+        raise RuntimeError(message)
+
+    if fails == "opening":
+        monkeypatch.setattr(ctranslate2_engine, "open_translator", broken)
+    else:
+        monkeypatch.setattr(CTranslate2Engine, "_translate", broken)
+    calibration = CalibrationRows(tuple(TEXTS[:2]), GREEDY, 50)
+    log: list[str] = []
+    engine = open_engine(
+        tiny["bart"], options=EngineOptions(cache_dir=tiny["cache"]), calibration=calibration, log=log.append
+    )
+    assert engine.name == "transformers"
+    assert log == [f"{tiny['bart']}: using transformers, since {reason}"]
+    with pytest.raises(UserError, match=f"CTranslate2 cannot be used: {reason}"):
+        open_ctranslate2(tiny, "bart", calibration=calibration)
+
+
+def test_unsupported_generation_config_is_an_error(tmp_path):
+    folder = save_tiny("bart", tmp_path / "m")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.3}))
+    with pytest.raises(UserError, match="sets repetition_penalty"):
+        open_engine(folder, "ctranslate2", EngineOptions(cache_dir=tmp_path / "cache", allow_fallback=False))
+
+
+def test_conversion_that_is_wrong_on_calibration_rows_is_an_error(tmp_path):
+    """The weights of a validated conversion are replaced by those of another model."""
+    cache = tmp_path / "cache"
+    folder, other = (save_tiny("bart", tmp_path / f"m{seed}", seed=seed) for seed in (0, 1))
+    calibration = CalibrationRows(tuple(TEXTS[:3]), GREEDY, 50)
+    correct = open_engine(
+        folder, "ctranslate2", EngineOptions(cache_dir=cache, allow_fallback=False), calibration=calibration
+    )
+    assert isinstance(correct, CTranslate2Engine)
+    int8 = open_engine(
+        folder, options=EngineOptions(precision="int8", cache_dir=cache, allow_fallback=False), calibration=calibration
+    )
+    assert int8.name == "ctranslate2"
+    wrong = open_engine(other, "ctranslate2", EngineOptions(cache_dir=cache, allow_fallback=False))
+    assert isinstance(wrong, CTranslate2Engine)
+    shutil.copy(wrong.folder / "model.bin", correct.folder / "model.bin")
+    for path in correct.folder.glob("rows-*"):
+        path.unlink()
+    with pytest.raises(UserError, match="on real rows its log-probabilities are off"):
+        open_engine(
+            folder, "ctranslate2", EngineOptions(cache_dir=cache, allow_fallback=False), calibration=calibration
+        )
+    assert open_engine(folder, options=EngineOptions(cache_dir=cache), calibration=calibration).name == "transformers"
+
+
+def test_calibration_with_outputs_up_to_the_last_position(tmp_path):
+    """Outputs that fill all positions are truncated by one token, because the start token needs a position."""
+    folder = save_tiny("bart", tmp_path / "model", max_positions=16)
+    calibration = CalibrationRows(tuple(TEXTS), replace(GREEDY, max_length=17), 16)
+    assert (
+        open_engine(folder, options=EngineOptions(cache_dir=tmp_path / "cache"), calibration=calibration).name
+        == "ctranslate2"
+    )

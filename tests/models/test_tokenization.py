@@ -1,0 +1,142 @@
+"""Tokenizers of the five families: truncation, languages, task prefixes, checks against the embedding."""
+
+import shutil
+
+import pytest
+
+from raydistill.config.run import Dataset
+from raydistill.core.errors import UserError
+from raydistill.models import loading, tokenization
+from raydistill.models.teacher import open_teacher
+from tests.factories.models import FAMILIES, edit_config, save_tiny, sentences
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_truncated_targets_keep_their_end_tokens(tiny, family):
+    tokenizer = tokenization.load_tokenizer(tiny[family])
+    texts = sentences(4, seed=1)
+    whole = tokenization.tokenize_targets(tokenizer, texts, 100)
+    cut = tokenization.tokenize_targets(tokenizer, texts, 6)
+    tail = 2 if family == "mbart" else 1  # mBART's targets end with </s> and the language
+    for long, short in zip(whole, cut, strict=True):
+        assert len(short) == 6 < len(long)
+        assert short[:-tail] == long[: 6 - tail]
+        assert short[-tail:] == long[-tail:]
+        assert short[-tail] == tokenizer.eos_token_id
+    assert tokenizer.batch_decode(whole, skip_special_tokens=True) == texts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenization_of_no_texts_and_of_an_empty_text(tiny, family):
+    tokenizer = tokenization.load_tokenizer(tiny[family])
+    for tokenize in (tokenization.tokenize_sources, tokenization.tokenize_targets):
+        assert tokenize(tokenizer, [], 9) == []
+        [ids] = tokenize(tokenizer, [""], 9)
+        assert tokenizer.eos_token_id in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == ""
+
+
+def test_mbart_languages_mark_source_and_target_and_start_the_decoder(tiny):
+    tokenizer = tokenization.load_tokenizer(tiny["mbart"], ("de_DE", "fr_XX"))
+    code = tokenizer.convert_tokens_to_ids
+    assert tokenization.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")
+    assert tokenization.tokenize_targets(tokenizer, ["a"], 9)[0][-1] == code("fr_XX")
+    assert tokenization.tokenize_sources(tokenizer, ["a"], 9)[0][-1] == code("de_DE")  # and back again
+    model = loading.load_model(tiny["mbart"])
+    tokenization.set_target_language(model, tokenizer)
+    assert model.config.decoder_start_token_id == code("fr_XX")
+    assert model.generation_config.decoder_start_token_id == code("fr_XX")
+
+
+def test_mbart_target_language_defaults_to_the_start_token_of_the_checkpoint(tiny):
+    tokenizer = tokenization.load_tokenizer(tiny["mbart"])
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
+
+
+def test_unknown_language_is_named_in_the_error(tiny):
+    with pytest.raises(UserError, match=r"unknown language 'xx_YY'; it knows .*ro_RO"):
+        tokenization.load_tokenizer(tiny["mbart"], ("en_XX", "xx_YY"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_tokenizer_is_an_error(tiny, family, tmp_path):
+    folder = tmp_path / family
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(tiny[family] / name, folder)
+    with pytest.raises(UserError, match="tokenizer"):
+        tokenization.load_tokenizer(folder)
+
+
+def test_tokenizer_larger_than_the_embedding_is_an_error(bart):
+    edit_config(bart, vocab_size=320)
+    with pytest.raises(UserError, match="knows 11 tokens beyond the embedding's 320 rows"):
+        tokenization.load_tokenizer(bart)
+
+
+def test_embedding_padded_beyond_the_tokenizer_is_accepted(tmp_path):
+    folder = save_tiny("t5", tmp_path, padded_rows=7)
+    rows = loading.load_model(folder).config.vocab_size
+    assert rows == len(tokenization.load_tokenizer(folder)) + 7
+
+
+def test_mask_token_without_an_embedding_row_is_read_as_characters(bart):
+    """facebook/bart-large-xsum and -cnn: 50264 rows, and <mask> is token 50264."""
+    rows = loading.load_config(bart).vocab_size - 1
+    edit_config(bart, vocab_size=rows)
+    [ids] = tokenization.tokenize_sources(tokenization.load_tokenizer(bart), ["a <mask> b"], 50)
+    assert max(ids) < rows
+
+
+def test_t5_uses_the_prefix_of_its_task_and_students_inherit_it(tiny, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny["t5"], folder)
+    tasks = {"summarization": {"prefix": "summarize: "}, "translation_en_to_ro": {"prefix": "to Romanian: "}}
+    edit_config(folder, task_specific_params=tasks)
+    plain = tokenization.load_tokenizer(tiny["t5"])
+    [expected] = tokenization.tokenize_sources(plain, ["summarize: the old man"], 99)
+    summarize = tokenization.load_tokenizer(folder)
+    assert tokenization.tokenize_sources(summarize, ["the old man"], 99) == [expected]
+    assert tokenization.tokenize_targets(summarize, ["the old man"], 99) == tokenization.tokenize_targets(
+        plain, ["the old man"], 99
+    )
+    translate = tokenization.load_tokenizer(folder, ("en", "ro"))
+    assert tokenization.tokenize_sources(translate, ["a"], 99) == tokenization.tokenize_sources(
+        plain, ["to Romanian: a"], 99
+    )
+    model = loading.load_model(folder)
+    model.save_pretrained(tmp_path / "student")
+    translate.save_pretrained(tmp_path / "student")
+    student = tokenization.load_tokenizer(tmp_path / "student")
+    assert tokenization.tokenize_sources(student, ["the old man"], 99) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "dataset", "expected"),
+    [
+        ("/a/folder", Dataset(name="mine"), None),
+        ("/a/folder", Dataset(name="mine", languages=["en_XX", "de_DE"]), ("en_XX", "de_DE")),
+        ("/a/folder", Dataset(name="wmt16_en_ro"), ("en_XX", "ro_RO")),
+        ("mbart", Dataset(name="mine"), ("en_XX", "ro_RO")),
+        ("t5", Dataset(name="wmt16_en_ro"), ("en", "ro")),
+        ("t5", Dataset(name="mine"), None),  # its first preset summarizes
+        ("t5", Dataset(name="mine", languages=["en", "de"]), ("en", "de")),
+    ],
+)
+def test_languages_of_the_data_set_precede_those_of_the_preset(teacher, dataset, expected):
+    assert tokenization.resolve_languages(teacher, dataset) == expected
+
+
+def test_teacher_by_path_uses_the_languages_of_the_data_set(tiny):
+    teacher = open_teacher(str(tiny["mbart"]), Dataset(name="mine", languages=("de_DE", "fr_XX")))
+    code = teacher.tokenizer.convert_tokens_to_ids
+    assert tokenization.tokenize_sources(teacher.tokenizer, ["a"], 9)[0][-1] == code("de_DE")
+    assert teacher.model.generation_config.decoder_start_token_id == code("fr_XX")
+
+
+def test_t5_without_a_task_for_the_languages_lists_its_tasks(tiny, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny["t5"], folder)
+    edit_config(folder, task_specific_params={"translation_en_to_ro": {"prefix": "to Romanian: "}})
+    with pytest.raises(UserError, match=r"no task translation_en_to_de; this T5 knows translation_en_to_ro"):
+        open_teacher(str(folder), Dataset(name="mine", languages=("en", "de")))

@@ -1,0 +1,37 @@
+"""The latency table of shapes."""
+
+import json
+
+from raydistill.config.run import Dataset
+from raydistill.search.shape_latency import time_shape
+from raydistill.models.teacher import open_teacher
+from tests.factories.models import save_tiny
+
+
+def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    teacher = open_teacher(str(save_tiny("bart", tmp_path / "m")), Dataset(name="demo"))
+    teacher_record = {"tokens": {"source": 5, "output": 3}, "engine": "transformers fp32"}
+
+    def timed(remeasure_noisy=True):
+        [row] = time_shape(teacher, "2-1", teacher_record, [1], "transformers", "cpu", 1, remeasure_noisy)
+        return row
+
+    assert timed()["latency_ms"] < 9e9
+    table = tmp_path / "home" / "latency.json"
+    for background_cores, again in ((0.2, False), (3.0, True)):
+        data = json.loads(table.read_text())
+        assert len(data["timings"]) == 2  # batches of 32 and of 1
+        for entry in data["timings"].values():
+            entry |= {"median_ms": 9e9, "background_cores": background_cores}
+        table.write_text(json.dumps(data))
+        assert timed(remeasure_noisy=False)["latency_ms"] == 9e9  # trials of a running sweep keep this timing
+        row = timed()
+        assert (row["latency_ms"] < 9e9) == again
+        if not again:
+            assert row["others"] == 0.2
+    assert all(entry["median_ms"] < 9e9 for entry in json.loads(table.read_text())["timings"].values())
+    # If the recorded engine cannot be used, the fallback's timing is not stored.
+    before = json.loads(table.read_text())
+    assert time_shape(teacher, "2-2", {**teacher_record, "engine": "ctranslate2 fp32"}, [1], "transformers", "cpu", 1)
+    assert json.loads(table.read_text()) == before
