@@ -46,7 +46,7 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: as in training"),
     ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if there is one")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if available")] = "auto",
     predictions: Annotated[Path | None, typer.Option(help="write the outputs to this file, one JSON per line")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end of stdout")] = False,
 ) -> None:
@@ -126,7 +126,7 @@ class CheckpointReport:
 
 
 def _resolve_task(checkpoint: str, name: str | None, metric: str) -> EvaluationTask:
-    """Return the requested data set and metric; the defaults are those of the checkpoint's training run."""
+    """Return the requested data set and metric; the default is the checkpoint's training run."""
     from raydistill.config.presets import default_dataset, resolve_metric
     from raydistill.config.run import Dataset
 

@@ -69,8 +69,8 @@ def _parse_student(
 ) -> "Student":
     from pydantic import ValidationError
 
-    from raydistill.config.validation import format_validation_error
     from raydistill.config.run import LayerChoice, Student
+    from raydistill.config.validation import format_validation_error
 
     try:
         copied = LayerChoice(

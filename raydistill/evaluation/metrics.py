@@ -46,7 +46,8 @@ class Comparison:
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of a text: its lines if it has several, else the parts that end with . ! ? and a space.
 
-    The rule needs no downloaded model. It splits after abbreviations ("Mr. Smith"), in outputs and references alike.
+    The rule needs no downloaded model. It also splits after abbreviations ("Mr. Smith"), in outputs as
+    in references.
     """
     text = text.strip()
     parts = text.splitlines() if "\n" in text else _SENTENCE_END.split(text)

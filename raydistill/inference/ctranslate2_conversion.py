@@ -1,7 +1,7 @@
 """Converts checkpoints to the CTranslate2 format, validates the result against transformers, and caches it.
 
-A converted model is used only if its log-probabilities of random targets agree with those of transformers. The cache
-key covers the weights, the configuration, the tokenizer and the versions of both libraries.
+A converted model is used only if its log-probabilities of random targets agree with transformers'. The cache key
+covers the weights, the configuration, the tokenizer and the versions of both libraries.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """The fast engine: CTranslate2, used only for models whose conversion has been validated.
 
-Its texts equal those of `generate()` as long as neither `min_length` nor `no_repeat_ngram` is active. If one is,
+It generates the same texts as `generate()` as long as neither `min_length` nor `no_repeat_ngram` is active. If one is,
 CTranslate2 redistributes the probability of the forbidden tokens to the others and `generate()` does not, so some texts
 differ.
 """

@@ -120,7 +120,7 @@ def resolve_decoding(
 ) -> BeamSearchParams:
     """Return the decoding parameters: the requested value, else the checkpoint's, else the preset's, else a default.
 
-    The checkpoint's values are those of its generation config. The defaults are 4 beams, length penalty 1 and
+    The checkpoint's values come from its generation config. The defaults are 4 beams, length penalty 1 and
     `max_target_tokens` after the start token.
 
     Raises:

@@ -31,8 +31,8 @@ class PyfuncStudent:
 def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStudent:
     """MLflow's entry point: open the checkpoint in folder `path` with the `device` and `threads` of `settings`.
 
-    The defaults are those that a sweep uses to time its finalists: the engine of the run, a GPU if there is one, else
-    all CPU cores. MLflow requires this function name.
+    The defaults equal the settings with which a sweep times its finalists: the engine of the run, on a GPU if one is
+    available, else on all CPU cores. MLflow requires this function name.
     """
     folder = Path(path)
     metadata = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 class ConfigKeys:
     """Names of the keys of a family's config.json.
 
-    `cost` lists the keys, besides the numbers of layers, that decide the speed of a model. `decoder` lists those that
-    decide the shapes of a decoder layer.
+    `cost` lists the keys that, together with the numbers of layers, decide the speed of a model. `decoder` lists the
+    keys that decide the shapes of a decoder layer.
     """
 
     encoder_layers: str

@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from raydistill.config.presets import DEMO_TEACHER_RUN, teacher_preset
-from raydistill.core.paths import raydistill_home
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 from raydistill.models.families import CONFIG_KEYS, FAMILIES
 from raydistill.models.hub import (
     check_no_missing_weights,

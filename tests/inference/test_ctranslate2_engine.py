@@ -61,7 +61,7 @@ def test_unsupported_generation_config_is_an_error(tmp_path):
 
 
 def test_conversion_that_is_wrong_on_calibration_rows_is_an_error(tmp_path):
-    """The weights of a validated conversion are replaced by those of another model."""
+    """The weights of a validated conversion are replaced by another model's."""
     cache = tmp_path / "cache"
     folder, other = (save_tiny("bart", tmp_path / f"m{seed}", seed=seed) for seed in (0, 1))
     calibration = CalibrationRows(tuple(TEXTS[:3]), GREEDY, 50)
