@@ -223,6 +223,7 @@ def beam_search_params(description: LabelDescription) -> "tuple[BeamSearchParams
 
 def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
     """Fingerprints of the weights, and of configuration and tokenizer; the commit of a checkpoint from the hub."""
+    from raydistill.models.fingerprints import settings_fingerprint, weights_fingerprint
     from raydistill.models.hub import hub_commit
 
     commit = hub_commit(checkpoint)
@@ -320,7 +321,7 @@ class Labeller:
     def __init__(self, task: LabelTask, plan: BatchPlan) -> None:
         job, teacher = task.job, task.description.teacher
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        from raydistill.inference.decoding import CalibrationRows
+        from raydistill.inference.decoding import CalibrationRows, EngineOptions
         from raydistill.inference.engines import open_engine
 
         if any(getattr(teacher, name) != value for name, value in _teacher_fingerprints(teacher.path).items()):
@@ -332,12 +333,14 @@ class Labeller:
         self._engine = (task.engine_factory or open_engine)(
             teacher.path,
             job.engine,
-            device=task.device,
-            threads=job.threads,
-            precision=job.pseudo.precision,
-            languages=task.languages,
-            cache_dir=task.work_dir.parent / ".engines",
-            allow_fallback=job.allow_fallback,
+            EngineOptions(
+                device=task.device,
+                threads=job.threads,
+                precision=job.pseudo.precision,
+                languages=task.languages,
+                cache_dir=task.work_dir.parent / ".engines",
+                allow_fallback=job.allow_fallback,
+            ),
             log=messages.append,
             calibration=CalibrationRows(tuple(sources), self._beam, self._max_source_tokens),
         )
@@ -364,7 +367,7 @@ class Labeller:
             "scores": [[float(h.score) for h in hypotheses] for hypotheses in outputs],
         }
         write_batch_output(self._work_dir, batch_number, columns, self._engine_name, device_seconds)
-        return {"rows": len(outputs), "tokens": sum(hypotheses[0].tokens for hypotheses in outputs)}
+        return {"rows": len(outputs), "tokens": sum(hypotheses[0].num_tokens for hypotheses in outputs)}
 
     @property
     def _num_devices(self) -> int:

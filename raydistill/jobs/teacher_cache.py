@@ -205,7 +205,9 @@ def _load_teacher(request: CacheRequest, device: str) -> "PreTrainedModel":
 def _load_inputs(request: CacheRequest) -> CacheInputs:
     """Tokenize the examples and read the configuration of the teacher."""
     from raydistill.config.presets import teacher_preset
-    from raydistill.models.loading import load_config, load_tokenizer, locate_checkpoint, resolve_languages, teacher_key
+    from raydistill.models.fingerprints import teacher_key
+    from raydistill.models.loading import load_config, locate_checkpoint
+    from raydistill.models.tokenization import load_tokenizer, resolve_languages
     from raydistill.training.tokenized_data import load_tokenized_data, make_examples
 
     first = request.runs[0]

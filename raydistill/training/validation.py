@@ -18,6 +18,7 @@ from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
+from raydistill.models.tokenization import Languages
 from raydistill.training.losses import OutputTargets, output_loss
 from raydistill.training.student import StudentSetup, set_generation_config
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split

@@ -16,6 +16,7 @@ from raydistill.label_sets.manifest import LabelManifest
 from raydistill.models.freezing import FrozenParts, freeze
 from raydistill.models.loading import load_model
 from raydistill.models.shrinking import plan_layers, shrink
+from raydistill.models.tokenization import load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states

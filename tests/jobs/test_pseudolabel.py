@@ -52,7 +52,7 @@ def test_every_row_of_every_shard_has_the_candidates_of_the_engine(ray_here, tea
     folder = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(n_best=2)), tmp_path, verbose=False)
     candidates_by_id = dict(read_candidates(folder))
     assert list(candidates_by_id) == [row["id"] for row in rows]
-    engine = open_engine(root / "teacher", cache_dir=tmp_path / "c")
+    engine = open_engine(root / "teacher", options=EngineOptions(cache_dir=tmp_path / "c"))
     beam = resolve_decoding(DECODING, engine.generation_config, None, 64)
     expected = engine.generate([row["source"] for row in rows], beam, max_source_tokens=64, n_best=2)
     for candidates, hypotheses in zip(candidates_by_id.values(), expected, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from raydistill.inference.ctranslate2_conversion import torch_threads
+from raydistill.inference.decoding import torch_threads
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes
 from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
