@@ -90,10 +90,10 @@ def _create_student(
     """
     from raydistill.models import families
     from raydistill.models.loading import load_config, load_model, locate_checkpoint
+    from raydistill.models.saving import save_checkpoint
     from raydistill.models.shrinking import plan_layers
     from raydistill.models.shrinking import shrink as shrink_model
     from raydistill.models.tokenization import load_tokenizer, set_target_language
-    from raydistill.models.saving import save_checkpoint
 
     location = locate_checkpoint(teacher, teacher_dataset)
     plan = plan_layers(families.num_layers(load_config(location)), student)

@@ -8,17 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from raydistill.config.presets import TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
 from raydistill.core.machine import malloc_trim
+from raydistill.models.fingerprints import teacher_key
 from raydistill.models.hub import hub_commit
-from raydistill.models.loading import (
-    Languages,
-    load_model,
-    load_tokenizer,
-    locate_checkpoint,
-    resolve_languages,
-    set_target_language,
-    teacher_key,
-)
+from raydistill.models.loading import load_model, locate_checkpoint
 from raydistill.models.shrinking import check_full_depth_copy
+from raydistill.models.tokenization import Languages, load_tokenizer, resolve_languages, set_target_language
 
 
 @dataclass(frozen=True)

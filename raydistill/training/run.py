@@ -167,13 +167,13 @@ def _score_and_write_result(active: ActiveRun, state: TrainingState) -> dict[str
     evaluations = validator.score(best, splits, validator.beam)
     if evaluations:
         write_row_statistics(
-            folder / "rows.npz", {split: evaluation.scored.rows for split, evaluation in evaluations.items()}
+            folder / "rows.npz", {split: evaluation.scores.row_stats for split, evaluation in evaluations.items()}
         )
     hours = active.worker.device_hours(state.seconds + time.monotonic() - started, active.run.training)
     validation = evaluations.get("validation")
-    if validation and (reason := collapse_reason(validation.repetition, active.inputs.teacher_repetition)):
+    if validation and (reason := collapse_reason(validation.repetition_rate, active.inputs.teacher_repetition)):
         # The losses of a run that took all its steps stay valid for tables of losses, which use the repetition.
-        metrics = {} if state.stopped else {"repetition": validation.repetition}
+        metrics = {} if state.stopped else {"repetition": validation.repetition_rate}
         return write_failed_result(folder, active.failed_result(reason, hours, metrics))
     write_json_atomic(best / CHECKPOINT_METADATA, _checkpoint_metadata(active, evaluations).to_json())
     result = _run_result(active, state, evaluations, hours).to_json()
@@ -200,7 +200,7 @@ def _run_result(
             "startup_s": active.startup_seconds,
             **active.inputs.costs,
         },
-        interval=validation.interval if validation else None,
+        interval=validation.score_interval if validation else None,
         test=test.summary() if test else None,
         steps=state.step,
         best_step=state.best_step,
@@ -230,8 +230,8 @@ def _best_metrics(state: TrainingState, validation: EvaluationResult | None, met
     at_best_step = next(metrics for metrics in state.history if metrics["step"] == state.best_step)
     best = {"score": at_best_step["score"], "val_loss": at_best_step["val_loss"]}
     if validation:
-        scores = validation.scored.metrics
-        best |= {**scores, "score": scores[metric], "repetition": validation.repetition}
+        scores = validation.scores.metrics
+        best |= {**scores, "score": scores[metric], "repetition": validation.repetition_rate}
     return best
 
 

@@ -13,11 +13,12 @@ from raydistill.core.files import atomic_dir
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models import families
 from raydistill.models.freezing import FrozenParts, resolve_frozen_parts
-from raydistill.models.loading import load_model, load_tokenizer, locate_checkpoint
+from raydistill.models.loading import load_model, locate_checkpoint
 from raydistill.models.random_init import build_tokenizer, make_random_model
 from raydistill.models.saving import safetensors_os_error
 from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
 from raydistill.models.teacher import Teacher, open_teacher
+from raydistill.models.tokenization import load_tokenizer
 from raydistill.training.tokenized_data import read_split
 from raydistill.training.workers import Worker
 

@@ -7,7 +7,7 @@ from raydistill.config.run import Run
 from raydistill.data.corpus import corpus_statistics
 from raydistill.evaluation.latency import hardware
 from raydistill.evaluation.metrics import lead_baseline, score, signature
-from raydistill.inference.decoding import resolve_decoding
+from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.teacher import open_teacher
@@ -28,7 +28,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
     preset_decoding = teacher.preset.decoding if teacher.preset else None
     beam = resolve_decoding(run.decoding, teacher.model.generation_config, preset_decoding, data.max_target_tokens)
     engine = open_engine(
-        teacher.location, run.evaluation.engine, device=device, threads=threads, languages=teacher.languages
+        teacher.location, run.evaluation.engine, EngineOptions(device, threads, languages=teacher.languages)
     )
     splits = [split for split in data.corpora if split != "train"]
     evaluations = score_splits(engine, data, splits, beam, run.evaluation.batch_size)
@@ -40,9 +40,9 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "commit": teacher.commit,
         "size": families.size_name(teacher.model.config),
         "metric": data.metric,
-        "metrics": validation.scored.metrics,
-        "interval": list(validation.interval),
-        "repetition": validation.repetition,
+        "metrics": validation.scores.metrics,
+        "interval": list(validation.score_interval),
+        "repetition": validation.repetition_rate,
         "test": test.summary() if test else None,
         "tokens": {"source": _mean_length(data.sources["train"]), "output": _mean_length(targets)},
         "beams": beam.beams,
@@ -52,7 +52,7 @@ def score_teacher(run: Run, device: str, threads: int) -> dict[str, Any]:
         "machine": hardware(device, threads),
         "data": data.fingerprints,
         "rows": {split: len(corpus) for split, corpus in data.corpora.items()},
-        "scored": {split: evaluation.scored.rows for split, evaluation in evaluations.items()},
+        "scored": {split: evaluation.scores.row_stats for split, evaluation in evaluations.items()},
         "corpus": corpus_statistics(data.corpora["train"]),
         "baseline": _lead_baseline(data),
     }

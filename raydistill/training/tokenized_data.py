@@ -12,18 +12,13 @@ from raydistill.config.label_sources import LabelSource, parse_labels
 from raydistill.config.presets import TeacherPreset, resolve_metric
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
-from raydistill.core.machine import malloc_trim
 from raydistill.data.batching import Examples
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 from raydistill.label_sets.label_set import read_label_set
 from raydistill.label_sets.mixing import select_targets
-from raydistill.models.loading import (
-    locate_checkpoint,
-    resolve_max_tokens,
-    teacher_key,
-    tokenize_sources,
-    tokenize_targets,
-)
+from raydistill.models.fingerprints import teacher_key
+from raydistill.models.loading import locate_checkpoint
+from raydistill.models.tokenization import resolve_max_tokens, tokenize_sources, tokenize_targets
 
 SPLITS = ("train", "validation", "test")
 

@@ -13,12 +13,11 @@ from raydistill.core.console import print_progress
 from raydistill.data.batching import bucket_by_length
 from raydistill.evaluation.metrics import signature
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
-from raydistill.inference.decoding import BeamSearchParams, Engine, resolve_decoding
+from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
-from raydistill.models.tokenization import Languages
 from raydistill.training.losses import OutputTargets, output_loss
 from raydistill.training.student import StudentSetup, set_generation_config
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split
@@ -74,8 +73,8 @@ class Validator:
         evaluation = self.score(folder, ["validation"], self.validation_beam()).get("validation")
         if evaluation is None:
             return {"val_loss": loss, "score": -loss}
-        metrics = evaluation.scored.metrics
-        return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": evaluation.repetition}
+        metrics = evaluation.scores.metrics
+        return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": evaluation.repetition_rate}
 
     def validation_beam(self) -> BeamSearchParams:
         """The decoding of validations during training: by default up to 2 beams, as in the paper's recipes."""
@@ -100,10 +99,12 @@ class Validator:
         engine = open_engine(
             folder,
             self.run.evaluation.engine,
-            device=self.device,
-            threads=self.run.training.threads,
-            languages=self.setup.teacher.languages if self.setup.teacher else None,
-            cache_dir=conversion_folder,
+            EngineOptions(
+                device=self.device,
+                threads=self.run.training.threads,
+                languages=self.setup.teacher.languages if self.setup.teacher else None,
+                cache_dir=conversion_folder,
+            ),
         )
         try:
             return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size)
@@ -149,8 +150,7 @@ def score_splits(
     return {
         split: evaluate(
             engine,
-            data.corpora[split].sources,
-            data.corpora[split].targets,
+            data.corpora[split],
             data.metric,
             beam,
             max_source_tokens=data.max_source_tokens,

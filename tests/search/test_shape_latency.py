@@ -3,8 +3,8 @@
 import json
 
 from raydistill.config.run import Dataset
-from raydistill.search.shape_latency import time_shape
 from raydistill.models.teacher import open_teacher
+from raydistill.search.shape_latency import time_shape
 from tests.factories.models import save_tiny
 
 

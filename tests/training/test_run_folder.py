@@ -12,8 +12,9 @@ import pytest
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
-from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.models.loading import load_model
 from raydistill.models.saving import save_checkpoint
+from raydistill.models.tokenization import load_tokenizer
 from raydistill.training import run_folder
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from raydistill.config.run import Dataset
-from raydistill.models.loading import load_model, load_tokenizer
+from raydistill.config.run import Dataset, Run
+from raydistill.models.loading import load_model
 from raydistill.models.teacher import open_teacher
+from raydistill.models.tokenization import load_tokenizer
 from raydistill.training.run import train
 from raydistill.training.student import make_student
+from tests.factories.models import save_tiny
 from tests.factories.training import make_run, no_report, parse_json_file
 
 

@@ -3,8 +3,8 @@
 from raydistill.config.run import Dataset
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelManifest
-from raydistill.training.run import train
 from raydistill.models.teacher import open_teacher
+from raydistill.training.run import train
 from tests.factories.models import save_tiny
 from tests.factories.training import make_run, no_report, read_metrics
 
