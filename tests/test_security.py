@@ -249,7 +249,7 @@ def test_password_in_any_value_of_a_space_is_refused(tmp_path):
 
 def test_tracking_uri_with_a_password_is_refused(sweep):
     for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
-        with pytest.raises(UserError, match="contains a password or token") as error:
+        with pytest.raises(UserError, match="a password or token") as error:
             mlflow_runs.publish(sweep, uri)
         assert "hunter22" not in str(error.value)
 

@@ -152,6 +152,6 @@ def test_pseudolabel_command_with_a_named_teacher_in_the_hub_cache(weights, tiny
     result = last_json(command(tmp_path / "outputs", *arguments, HF_HUB_CACHE=str(tmp_path / "hub")))
     assert result["rows"] == 12
     assert result["teacher"]["commit"] == preset.revision
-    assert result["teacher"]["where"] == f"{preset.hub}@{preset.revision}"
+    assert result["teacher"]["path"] == f"{preset.hub}@{preset.revision}"
     assert result["teacher"]["fingerprint"] == fingerprints.weights_fingerprint(tiny["pegasus"])
     assert (result["decoding"]["beams"], result["decoding"]["length_penalty"]) == (2, 0.6)
