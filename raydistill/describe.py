@@ -1,4 +1,4 @@
-"""Reads and checks a data set and prints its statistics: `python -m raydistill.describe DATA`."""
+"""Read and check a data set, and print statistics: `python -m raydistill.describe DATA`."""
 
 from collections import defaultdict
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from raydistill.data.corpus import (
     DUPLICATES_REMEDY,
     BadRow,
     Corpus,
+    DuplicateRow,
     corpus_statistics,
     inspect_corpus,
     split_names,
@@ -23,18 +24,18 @@ app = make_app()
 
 @app.command()
 def describe(
-    data: Annotated[str, typer.Argument(help="A known name, a file, a folder, or a hub name.")],
-    split: Annotated[str | None, typer.Option(help="One split; otherwise all that exist.")] = None,
-    source: Annotated[str | None, typer.Option(help="The column of the source (dots lead inwards).")] = None,
-    target: Annotated[str | None, typer.Option(help="The column of the target.")] = None,
-    id_column: Annotated[str | None, typer.Option("--id", help="The column of ids.")] = None,
-    config: Annotated[str | None, typer.Option(help="The hub data set's configuration.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
-    json: Annotated[bool, typer.Option(help="One JSON object on stdout; the tables go to stderr.")] = False,
+    data: Annotated[str, typer.Argument(help="A named data set, a file, a folder, or a hub name.")],
+    split: Annotated[str | None, typer.Option(help="Split to read; default: all splits.")] = None,
+    source: Annotated[str | None, typer.Option(help="Column of the source; dots address nested values.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column of the target.")] = None,
+    id_column: Annotated[str | None, typer.Option("--id", help="Column of the row id.")] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option(help="Skip rows that cannot be used.")] = False,
+    json: Annotated[bool, typer.Option(help="Print one JSON object on stdout, and the tables on stderr.")] = False,
 ) -> None:
-    """Read and check a data set, print its columns, words and bad rows.
+    """Read and check a data set, and print columns, word counts and bad rows.
 
-    Every row of every split is read. Ends with status 2 if a training run would refuse the data.
+    Every row of every split is read. The exit status is 2 if a training run would reject the data.
 
     Examples:
 
@@ -46,17 +47,17 @@ def describe(
         raise UserError("--target and --id also need --source")
     columns = Columns(source=source, target=target, id=id_column) if source is not None else None
     dataset = Dataset(name=data, config=config, columns=columns, skip_bad_rows=skip_bad_rows)
-    exist = split_names(dataset)
-    reports, faults = {}, []
-    for name in [split] if split else exist:
+    splits = split_names(dataset)
+    reports, problems = {}, []
+    for name in [split] if split else splits:
         corpus, duplicates = inspect_corpus(dataset, name, need_targets=target is not None or source is None)
         reports[name] = _split_record(corpus, duplicates)
         print_text(_format_split(name, corpus, duplicates), json)
-        faults += [] if skip_bad_rows else corpus.skipped
-        faults += duplicates
-    print_text(f"splits: {', '.join(exist)}", json)
-    usable = not faults and all(report["rows"] for report in reports.values())
-    print_json({"data": data, "splits": exist, "usable": usable, "described": reports}, json)
+        problems += [] if skip_bad_rows else corpus.skipped
+        problems += duplicates
+    print_text(f"splits: {', '.join(splits)}", json)
+    usable = not problems and all(report["rows"] for report in reports.values())
+    print_json({"data": data, "splits": splits, "usable": usable, "described": reports}, json)
     if not usable:
         raise UserError(_format_problems(data, reports, skip_bad_rows))
 
@@ -74,41 +75,39 @@ def _split_record(corpus: Corpus, duplicates: list[BadRow]) -> dict[str, Any]:
 
 
 def _format_split(split: str, corpus: Corpus, duplicates: list[BadRow]) -> str:
-    figures = corpus_statistics(corpus)
+    statistics = corpus_statistics(corpus)
     columns = corpus.columns
+    word_rows = [
+        (
+            side,
+            f"{statistics[f'{side}_words_mean']:.1f}",
+            *(str(statistics[f"{side}_words_{name}"]) for name in ("p50", "p95", "max")),
+        )
+        for side in ("source", "target")
+        if f"{side}_words_mean" in statistics
+    ]
     lines = [
-        f"{split}: {len(corpus)} rows, {_format_size(figures['bytes'])}, fingerprint {corpus.fingerprint}",
+        f"{split}: {len(corpus)} rows, {_format_size(statistics['bytes'])}, fingerprint {corpus.fingerprint}",
         f"columns: source {columns.source}, target {columns.target or '(none: unlabelled)'}, "
-        f"id {columns.id or '(none: rows are numbered)'}",
+        f"id {columns.id or '(none: row numbers)'}",
         f"first ids: {', '.join(corpus.ids[:3]) or '-'}",
         "",
-        format_table(
-            ("words", "mean", "median", "95 %", "max"),
-            [
-                (
-                    side,
-                    f"{figures[f'{side}_words_mean']:.1f}",
-                    *(str(figures[f"{side}_words_{what}"]) for what in ("p50", "p95", "max")),
-                )
-                for side in ("source", "target")
-                if f"{side}_words_mean" in figures
-            ],
-        ),
+        format_table(("words", "mean", "median", "95 %", "max"), word_rows),
         "",
     ]
-    for title, rows in (("bad rows", corpus.skipped), ("rows that repeat an id", duplicates)):
+    for title, rows in (("bad rows", corpus.skipped), ("rows with a repeated id", duplicates)):
         if rows:
             lines += [f"{title}: {len(rows)}", *_format_by_reason(rows), ""]
     return "\n".join(lines)
 
 
 def _format_by_reason(rows: list[BadRow], max_shown: int = 5) -> list[str]:
-    """Bad rows in groups, the largest first, each with where its first rows are."""
+    """Bad rows grouped by reason, largest group first, with the first rows of each group."""
     groups: dict[str, list[BadRow]] = defaultdict(list)
     for row in rows:
-        # "id 'x' is also that of ..." and "... at column 7" differ from row to row; the kind of fault does not.
-        kind = "id is not unique" if row.reason.startswith("id '") else row.reason.split(" at column ")[0]
-        groups[kind].append(row)
+        # The reasons of duplicates name the id, and reasons of JSON errors the column.
+        reason = "id is not unique" if isinstance(row, DuplicateRow) else row.reason.split(" at column ")[0]
+        groups[reason].append(row)
     lines = []
     for reason, group in sorted(groups.items(), key=lambda item: -len(item[1])):
         lines.append(f"  {len(group)} x {reason}")
@@ -118,35 +117,35 @@ def _format_by_reason(rows: list[BadRow], max_shown: int = 5) -> list[str]:
 
 
 def _format_problems(data: str, reports: dict[str, dict[str, Any]], skip_bad_rows: bool) -> str:
-    bad = sum(len(report["bad_rows"]) for report in reports.values())
-    repeated = sum(len(report["duplicate_ids"]) for report in reports.values())
+    num_bad = sum(len(report["bad_rows"]) for report in reports.values())
+    num_duplicates = sum(len(report["duplicate_ids"]) for report in reports.values())
     empty = [split for split, report in reports.items() if not report["rows"]]
     messages = []
-    if bad and not skip_bad_rows:
+    if num_bad and not skip_bad_rows:
         messages.append(
-            f"{bad} rows cannot be used; correct them, or skip them with --skip-bad-rows "
+            f"{num_bad} rows cannot be used; correct them, or skip them with --skip-bad-rows "
             "(in YAML dataset: {skip_bad_rows: true})"
         )
-    if repeated:
-        messages.append(f"{repeated} rows repeat an id; {DUPLICATES_REMEDY}")
+    if num_duplicates:
+        messages.append(f"{num_duplicates} rows repeat an id; {DUPLICATES_REMEDY}")
     if empty:
         messages.append(f"no usable row in {', '.join(empty)}")
     return f"{data}: " + "; ".join(messages)
 
 
 def _format_size(count: int) -> str:
-    for unit, one in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= one:
-            return f"{count / one:.1f} {unit}"
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command."""
     run_app(app)
 
 
 if __name__ == "__main__":
-    from raydistill.describe import main as run  # the real module, so that its classes exist once
+    from raydistill.describe import main as run  # import the module, so that its classes exist only once
 
     run()

@@ -293,7 +293,7 @@ def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
     pq.write_table(pa.table({"source": texts, "target": texts}), tmp_path / "x.parquet", compression="zstd",
                    use_dictionary=False)  # fmt: skip
     monkeypatch.setattr(readers, "MAX_COMPRESSION_RATIO", 10)
-    with pytest.raises(UserError, match="says that it unpacks to"):
+    with pytest.raises(UserError, match="declares an uncompressed size of"):
         read_all(tmp_path / "x.parquet")
 
 

@@ -308,7 +308,7 @@ class Evaluation(StrictModel):
     batch_size: int = Field(32, ge=1, description="rows per decoded batch")
     validation_beams: int | None = Field(None, ge=1, description="beams during training; default: 2")
     validation_length_penalty: float | None = Field(
-        None, description="length penalty during training; default: that of `decoding`"
+        None, description="length penalty during training; default: `decoding.length_penalty`"
     )
 
 
@@ -321,7 +321,7 @@ class Run(StrictModel):
     teacher: str | None = Field(
         None,
         description="the teacher to distil: a named teacher, a folder, or a hub name such as `owner/name@revision`. "
-        "Without `student.size`, this checkpoint is fine-tuned as it is. Exactly one of `teacher` and `start` is "
+        "Without `student.size`, the checkpoint itself is fine-tuned. Exactly one of `teacher` and `start` is "
         "required",
     )
     start: NewModel | None = None

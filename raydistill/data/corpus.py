@@ -1,10 +1,10 @@
-"""A corpus: pairs of source and target text, read from any supported place, checked row by row, fingerprinted."""
+"""Corpora of source and target texts: read from files, folders, the hub or the demo, with every row checked."""
 
 import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -17,13 +17,16 @@ from raydistill.core.errors import UserError
 from raydistill.data.columns import parse_record, resolve_columns
 from raydistill.data.readers import EXTENSIONS, RecordOrError, find_split_files, read_records
 
-_LOOK_AHEAD = 100  # objects that are looked at to find the columns
+_LOOK_AHEAD = 100  # records from which the columns are detected
 
-RowLocation = tuple[str, int]  # file (or hub name) and row from 1
+RowLocation = tuple[str, int]  # file (or hub name), and row number from 1
+DUPLICATES_REMEDY = (
+    "remove the repeated rows, name a column of unique ids (columns.id), or number the rows (columns.id: '')"
+)
 
 
 class Row(NamedTuple):
-    """A usable row and where it stands; `target` is "" where it is missing and not needed."""
+    """A usable row. `target` is "" if it is missing and not needed."""
 
     location: RowLocation
     id: str
@@ -33,7 +36,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used: `row` counts from 1, and is the line where the format has lines."""
+    """A row that cannot be used. `row` is counted from 1; it is the line number if the format has lines."""
 
     file: str
     row: int
@@ -43,14 +46,18 @@ class BadRow:
         return f"{self.file}:{self.row}: {self.reason}"
 
 
+class DuplicateRow(BadRow):
+    """A row whose id occurs in an earlier row."""
+
+
 class Fingerprint:
-    """What a corpus is known by, row after row: see `Corpus.fingerprint`."""
+    """Incremental computation of `Corpus.fingerprint`."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, *texts: str) -> None:
-        """One row: its id, source and target."""
+        """Add the id, source and target of a row."""
         for text in texts:
             data = text.encode("utf-8")
             self._digest.update(len(data).to_bytes(8, "big") + data)
@@ -62,7 +69,16 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Good rows of one split, in the file's order. Where not `labelled`, all `targets` are ""."""
+    """The usable rows of one split, in the order of the file.
+
+    Attributes:
+        name: name of the data set.
+        split: train, validation or test.
+        ids, sources, targets: the texts of row i.
+        columns: the columns that were read.
+        skipped: the rows that cannot be used.
+        labelled: whether all rows have targets; if not, all `targets` are "".
+    """
 
     name: str
     split: str
@@ -78,7 +94,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 over ids, sources and targets in order, whatever file they came from."""
+        """16 hex digits of a SHA-256 over ids, sources and targets in order; independent of the file format."""
         digest = Fingerprint()
         for row in zip(self.ids, self.sources, self.targets, strict=True):
             digest.add(*row)
@@ -92,10 +108,15 @@ class Corpus:
 def read_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -> Corpus:
     """Read and check one split.
 
-    `dataset.name` is a name of `config.presets.DATASETS`, a file, a folder of train/validation/test files, or a
-    hub name. A file alone is one split and answers to any split's name; compare `split_names` where that matters.
-    Without `need_targets` a corpus whose targets are missing or unusable is read as unlabelled.
-    UserError for anything wrong, bad rows too unless `dataset.skip_bad_rows`.
+    Args:
+        dataset: its name is one of `config.presets.DATASETS`, a file, a folder of train, validation and test files,
+            or a hub name.
+        split: train, validation or test. A single file is returned for any split; see `split_names`.
+        need_targets: if False, a corpus with missing or unusable targets is read as unlabelled.
+
+    Raises:
+        UserError: the data cannot be read, an id is repeated, or a row cannot be used (unless
+            `dataset.skip_bad_rows`).
     """
     corpus, duplicates = inspect_corpus(dataset, split, need_targets=need_targets)
     check_rows(dataset, split, len(corpus), corpus.skipped, duplicates)
@@ -110,29 +131,34 @@ def check_rows(
     duplicates: Sequence[BadRow],
     total_counts: tuple[int, int] | None = None,
 ) -> None:
-    """UserError where a split has bad rows that are not to be skipped, repeated ids, or no usable row.
+    """Raise UserError if a split has bad rows that must not be skipped, repeated ids, or no usable row.
 
-    `total_counts`: how many bad and repeated rows there are where only the first of them were kept.
+    Args:
+        dataset: the data set, for its name and `skip_bad_rows`.
+        split: the split.
+        num_usable: number of usable rows.
+        skipped: rows that cannot be used.
+        duplicates: rows with repeated ids.
+        total_counts: numbers of bad and of duplicate rows, if the two lists hold only the first ones.
     """
-    bad, repeats = total_counts or (len(skipped), len(duplicates))
+    num_skipped, num_duplicates = total_counts or (len(skipped), len(duplicates))
     if skipped and not dataset.skip_bad_rows:
         remedy = "correct them, or skip them with --skip-bad-rows (in YAML dataset: {skip_bad_rows: true})"
-        raise UserError(_format_bad_rows("rows that cannot be used", skipped, bad, remedy))
+        raise UserError(_format_bad_rows("rows that cannot be used", skipped, num_skipped, remedy))
     if duplicates:
-        raise UserError(_format_bad_rows("rows whose id is not unique", duplicates, repeats, DUPLICATES_REMEDY))
+        raise UserError(_format_bad_rows("rows whose id is not unique", duplicates, num_duplicates, DUPLICATES_REMEDY))
     if not num_usable:
         raise UserError(f"{dataset.name}: no usable row in the {split} split")
 
 
-DUPLICATES_REMEDY = (
-    "remove the repeated rows, name a column of unique ids (columns.id), or number the rows (columns.id: '')"
-)
-
-
 def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -> tuple[Corpus, list[BadRow]]:
-    """All good rows with the bad ones in `skipped`, and apart from them the rows that repeat an id.
+    """Read a split without an error for bad rows.
 
-    For reports: only what makes reading itself impossible is a UserError.
+    Returns:
+        The corpus, with unusable rows in `skipped`, and the rows with repeated ids.
+
+    Raises:
+        UserError: the file cannot be read at all.
     """
     columns, rows = open_rows(dataset, split, need_targets=need_targets)
     ids: dict[str, RowLocation] = {}
@@ -140,76 +166,93 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
     targets: list[str] = []
     skipped: list[BadRow] = []
     duplicates: list[BadRow] = []
-    labelled = columns.target is not None
-    for row in rows:
-        if len(ids) >= row_limit(dataset, split):
-            break
-        if isinstance(row, BadRow):
+    for row in classify_rows(rows, row_limit(dataset, split), lambda row: ids.setdefault(row.id, row.location)):
+        if isinstance(row, DuplicateRow):
+            duplicates.append(row)
+        elif isinstance(row, BadRow):
             skipped.append(row)
-        elif row.id in ids:
-            duplicates.append(duplicate_row(row, ids[row.id]))
         else:
-            ids[row.id] = row.location
             sources.append(row.source)
             targets.append(row.target)
-            labelled = labelled and bool(row.target)
+    labelled = columns.target is not None and all(targets)
     if not labelled:
         targets = [""] * len(ids)
     corpus = Corpus(dataset.name, split, list(ids), sources, targets, columns, skipped, labelled)
     return corpus, duplicates
 
 
+def classify_rows(
+    rows: Iterator[Row | BadRow], limit: float, first_location: Callable[[Row], RowLocation]
+) -> Iterator[Row | BadRow]:
+    """Yield rows up to `limit` usable ones; a usable row with a repeated id becomes a `DuplicateRow`.
+
+    Args:
+        rows: usable and bad rows.
+        limit: maximum number of usable rows.
+        first_location: records a row, and returns the location of the first row with its id.
+    """
+    count = 0
+    for row in rows:
+        if count >= limit:
+            return
+        if isinstance(row, Row):
+            first = first_location(row)
+            if first != row.location:
+                yield DuplicateRow(*row.location, f"duplicate id {row.id!r}, first seen at {first[0]}:{first[1]}")
+                continue
+            count += 1
+        yield row
+
+
 def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tuple[Columns, Iterator[Row | BadRow]]:
-    """The columns that are read, and the rows of a split one by one, good and bad, in the file's order."""
-    rows = _read_split_records(dataset, split)
-    ahead = _look_ahead(rows)
-    objects = [record for _, record in ahead if isinstance(record, dict)]
+    """The columns of a split, and an iterator over its rows, usable and bad, in the order of the file."""
+    records = _read_split_records(dataset, split)
+    first_records = _look_ahead(records)
+    objects = [record for _, record in first_records if isinstance(record, dict)]
     if not objects:
-        raise UserError(_unreadable_split_message(dataset, split, ahead))
+        raise UserError(_unreadable_split_message(dataset, split, first_records))
     columns = resolve_columns(_requested_columns(dataset), objects, dataset.name, need_targets)
 
-    def checked() -> Iterator[Row | BadRow]:
-        for index, (place, record) in enumerate(chain(ahead, rows)):
+    def parsed_rows() -> Iterator[Row | BadRow]:
+        for index, (location, record) in enumerate(chain(first_records, records)):
             row = parse_record(record, columns, index, need_targets)
-            yield BadRow(*place, row) if isinstance(row, str) else Row(place, *row)
+            yield BadRow(*location, row) if isinstance(row, str) else Row(location, *row)
 
-    return columns, checked()
+    return columns, parsed_rows()
 
 
 def row_limit(dataset: Dataset, split: str) -> float:
-    """How many usable rows of a split are read: as `train_rows` and its like say, else all."""
+    """Maximum number of usable rows of a split: `train_rows` and its equivalents, else infinity."""
     return getattr(dataset, f"{split}_rows", None) or math.inf
 
 
-def duplicate_row(row: Row, first_location: RowLocation) -> BadRow:
-    """A row whose id stood at `first_location` already."""
-    return BadRow(*row.location, f"id {row.id!r} is also that of {':'.join(map(str, first_location))}")
-
-
 def split_names(dataset: Dataset) -> list[str]:
-    """Which of train, validation and test exist. A file alone has one: what its name says, else train."""
-    place = _resolve_dataset(dataset)
-    if place == "demo":
+    """The existing splits among train, validation and test.
+
+    A single file is one split: the one in its name (`test.jsonl`), else train.
+    """
+    source = _resolve_dataset(dataset)
+    if source == "demo":
         return ["train", "validation", "test"]
-    if isinstance(place, Path):
-        return list(find_split_files(str(place)))
+    if isinstance(source, Path):
+        return list(find_split_files(str(source)))
     from raydistill.data.hub import hub_splits
 
-    there = hub_splits(*_hub_arguments(dataset))
-    return [split for split in ("train", "validation", "test") if split in there]
+    available = hub_splits(*_hub_arguments(dataset))
+    return [split for split in ("train", "validation", "test") if split in available]
 
 
 def check_split(dataset: Dataset, split: str) -> None:
-    """UserError where a data set does not have the split; a file alone answers to any."""
+    """UserError if a data set does not have the split; a single file is accepted for any split."""
     names = split_names(dataset)
     if split not in names and not Path(dataset.name).is_file():
-        raise UserError(f"{dataset.name}: there is no split {split!r}; it has {', '.join(names)}")
+        raise UserError(f"{dataset.name}: no split {split!r}; available: {', '.join(names)}")
 
 
 def corpus_statistics(corpus: Corpus) -> dict[str, Any]:
-    """Rows, words (split at white space) of sources and targets, and the text's size in bytes of UTF-8.
+    """Number of rows, words per row (split at white space) and bytes of UTF-8 text.
 
-    A percentile is the smallest count that so many per cent of the rows do not exceed.
+    Percentiles use the nearest-rank method.
     """
     result: dict[str, Any] = {"rows": len(corpus)}
     sides = {"source": corpus.sources} | ({"target": corpus.targets} if corpus.labelled else {})
@@ -225,23 +268,23 @@ def corpus_statistics(corpus: Corpus) -> dict[str, Any]:
     return result | {"bytes": size}
 
 
-def _look_ahead(rows: Iterator[tuple[RowLocation, RecordOrError]]) -> list[tuple[RowLocation, RecordOrError]]:
-    """The first rows, as many as it takes for some objects: one that cannot be read tells nothing of the columns."""
-    ahead = []
-    objects = 0
-    for place, record in rows:
-        ahead.append((place, record))
-        objects += isinstance(record, dict)
-        if objects == _LOOK_AHEAD:
+def _look_ahead(records: Iterator[tuple[RowLocation, RecordOrError]]) -> list[tuple[RowLocation, RecordOrError]]:
+    """The first records, up to `_LOOK_AHEAD` that are objects: records that cannot be parsed have no columns."""
+    first_records = []
+    num_objects = 0
+    for location, record in records:
+        first_records.append((location, record))
+        num_objects += isinstance(record, dict)
+        if num_objects == _LOOK_AHEAD:
             break
-    return ahead
+    return first_records
 
 
 def _unreadable_split_message(dataset: Dataset, split: str, rows: list[tuple[RowLocation, RecordOrError]]) -> str:
-    """What to say of a split without a single object; skipping its bad rows would leave nothing."""
+    """The message for a split without a single object."""
     if not rows:
         return f"{dataset.name}: the {split} split is empty"
-    bad = [BadRow(*place, str(record)) for place, record in rows]
+    bad = [BadRow(*location, str(record)) for location, record in rows]
     remedy = "correct them; the split has no other rows"
     if any("JSON" in row.reason for row in bad):
         remedy += " (expected one JSON object per line, or one array of objects)"
@@ -249,24 +292,24 @@ def _unreadable_split_message(dataset: Dataset, split: str, rows: list[tuple[Row
 
 
 def _resolve_dataset(dataset: Dataset) -> Path | str:
-    """`demo`, a path, or a hub name; UserError for a name that is none of these."""
+    """The string "demo", the path of a file or folder, or a hub name; UserError for any other name."""
     name = dataset.name
     if name in DATASETS:
         return DATASETS[name].hub
     path = Path(name).expanduser()
     if not name.strip():
         raise UserError(
-            f"the data set's name is empty; give one of {', '.join(DATASETS)}, a file, a folder or a hub name"
+            f"the name of the data set is empty; use one of {', '.join(DATASETS)}, a file, a folder or a hub name"
         )
-    # A mistyped path below a folder that exists is no hub name; asking the hub would only confuse.
-    below = "/" in name and path.parent.is_dir()
-    if below or path.exists() or name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")):
+    # A name below an existing folder is a mistyped path rather than a hub name.
+    has_parent_folder = "/" in name and path.parent.is_dir()
+    if has_parent_folder or path.exists() or name.endswith(EXTENSIONS) or name.startswith((".", "/", "~")):
         return path
     if re.fullmatch(r"[\w.\-]+/[\w.\-]+", name):
         return name
-    near = difflib.get_close_matches(name, list(DATASETS), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(DATASETS)}"
-    raise UserError(f"data set {name!r}: no such name, file or folder, and no hub name (owner/name); {hint}")
+    similar = difflib.get_close_matches(name, list(DATASETS), n=1)
+    hint = f"did you mean {similar[0]!r}?" if similar else f"known names: {', '.join(DATASETS)}"
+    raise UserError(f"data set {name!r}: not a known name, file, folder or hub name (owner/name); {hint}")
 
 
 def _hub_arguments(dataset: Dataset) -> tuple[str, str | None, str | None]:
@@ -283,18 +326,18 @@ def _requested_columns(dataset: Dataset) -> Columns | None:
 
 
 def _read_split_records(dataset: Dataset, split: str) -> Iterator[tuple[RowLocation, RecordOrError]]:
-    place = _resolve_dataset(dataset)
-    if place == "demo":
+    source = _resolve_dataset(dataset)
+    if source == "demo":
         from raydistill.data.demo import SPLIT_SIZES, demo_rows
 
         if split not in SPLIT_SIZES:
-            raise UserError(f"demo: no split {split!r}; it has {', '.join(SPLIT_SIZES)}")
+            raise UserError(f"demo: no split {split!r}; available: {', '.join(SPLIT_SIZES)}")
         yield from ((("demo", i), dict(row)) for i, row in enumerate(demo_rows(split), 1))
-    elif isinstance(place, Path):
-        found = find_split_files(str(place))
-        if split not in found and place.is_dir():
-            raise UserError(f"{place}: there is no {split} split; it has {', '.join(found)}")
-        for path in found.get(split) or next(iter(found.values())):
+    elif isinstance(source, Path):
+        files = find_split_files(str(source))
+        if split not in files and source.is_dir():
+            raise UserError(f"{source}: no split {split!r}; available: {', '.join(files)}")
+        for path in files.get(split) or next(iter(files.values())):
             yield from (((str(path), number), record) for number, record in read_records(path))
     else:
         from raydistill.data.hub import hub_rows

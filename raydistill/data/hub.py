@@ -1,4 +1,4 @@
-"""Rows of a data set on the Hugging Face hub, or of its copy in the cache. Code from the hub is never run."""
+"""Rows of data sets on the Hugging Face hub or in its local cache. Code from the hub is never run."""
 
 import contextlib
 import os
@@ -14,7 +14,12 @@ from raydistill.core.errors import UserError
 def hub_rows(
     repo_id: str, config: str | None, split: str, revision: str | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`(row, record)` of one split, counted from 1; UserError if it is not there or the hub out of reach."""
+    """Yield `(row, record)` of one split, rows counted from 1.
+
+    Raises:
+        UserError: the data set, configuration or split does not exist, or the hub is unreachable and the data set is
+            not in the cache.
+    """
     with _as_user_errors(repo_id, config), _offline_when_unreachable():
         from datasets import load_dataset
 
@@ -23,12 +28,12 @@ def hub_rows(
 
 
 def hub_splits(repo_id: str, config: str | None, revision: str | None) -> list[str]:
-    """Names of the splits, in the hub's order; UserError as in `hub_rows`."""
+    """Names of the splits in the order of the hub; UserError as in `hub_rows`."""
     with _as_user_errors(repo_id, config), _offline_when_unreachable():
         from datasets import load_dataset_builder
 
         splits = load_dataset_builder(repo_id, config, revision=revision).info.splits
-    # The card of a data set need not list its splits; then these are tried.
+    # The card of a data set need not list its splits; the usual names are assumed then.
     return list(splits) if splits else ["train", "validation", "test"]
 
 
@@ -43,38 +48,38 @@ def _as_user_errors(repo_id: str, config: str | None) -> Iterator[None]:
             f"{repo_id}: the Hugging Face hub cannot be reached and the data set is not in the cache "
             f"({_cache_dir()}). Check the name and the network "
             f"(HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}), "
-            "copy a filled cache there, or give a file or folder as the data set"
+            "copy the data set into the cache, or use a file or folder as the data set"
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
-        named = f"{repo_id} ({config})" if config else repo_id
+        name = f"{repo_id} ({config})" if config else repo_id
         raise UserError(
-            f"{named}: cannot be loaded from the Hugging Face hub: {error}. Check the name, `dataset.config` and "
-            "the split; for a private or gated data set set HF_TOKEN"
+            f"{name}: cannot be loaded from the Hugging Face hub: {error}. Check the name, `dataset.config` and "
+            "the split; set HF_TOKEN for a private or gated data set"
         ) from None
 
 
 @contextlib.contextmanager
 def _offline_when_unreachable() -> Iterator[None]:
-    """Without a way to the hub, ask the cache only: `datasets` alone would try for 23 s before it does."""
+    """Use the cache only if the hub is unreachable; `datasets` itself retries for 23 s before it does."""
     from datasets import config
     from datasets.utils import logging
 
-    before, verbosity = config.HF_HUB_OFFLINE, logging.get_verbosity()
-    if not before and not _is_reachable(config.HF_ENDPOINT):
-        print_progress(f"{config.HF_ENDPOINT} cannot be reached: looking in the cache only")
+    was_offline, verbosity = config.HF_HUB_OFFLINE, logging.get_verbosity()
+    if not was_offline and not _is_reachable(config.HF_ENDPOINT):
+        print_progress(f"{config.HF_ENDPOINT} is unreachable; using the local cache only")
         config.HF_HUB_OFFLINE = True
-    logging.set_verbosity_error()  # offline, every call would warn twice that it reads the cache
+    logging.set_verbosity_error()  # in offline mode, every call warns twice that it reads the cache
     try:
         yield
     finally:
-        config.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE = was_offline
         logging.set_verbosity(verbosity)
 
 
 def _is_reachable(endpoint: str) -> bool:
     proxies = ("https_proxy", "http_proxy", "all_proxy")
     if any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
-        return True  # only the proxy knows
+        return True  # only the proxy can tell
     parts = urlsplit(endpoint)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:

@@ -1,7 +1,7 @@
-"""Rows out of files: JSON, CSV, TSV, Parquet and pairs of .source/.target, most of them also gzipped.
+"""Readers of JSON, CSV, TSV, Parquet and pairs of .source and .target files; all but Parquet also with gzip.
 
-A reader yields `(row, record)`: the row is counted from 1 as an editor does (the line, where there are lines),
-and the record is an object, or a text that says why the row cannot be read.
+A reader yields `(row, record)`. The row is counted from 1; it is the line number if the format has lines. The record
+is a mapping, or a string with the reason why the row cannot be read.
 """
 
 import csv
@@ -29,22 +29,25 @@ SPLIT_ALIASES = {
     "test": ("test",),
 }
 INVALID_UTF8 = "invalid UTF-8"
-# Bounds on what is held at once, so that a damaged or malicious file cannot take the memory: characters of a line or a
-# CSV field, of an array of JSON objects, and bytes of a Parquet row group that unpacks to so many times its size.
+# Limits that protect the memory from corrupt and malicious files: characters of a line or a CSV field, characters of an
+# array of JSON objects, and the uncompressed bytes of a Parquet row group if its compression ratio is implausible.
 MAX_LINE_CHARS, MAX_ARRAY_CHARS = 2**26, 2**30
 MAX_ROW_GROUP_BYTES, MAX_COMPRESSION_RATIO = 2**32, 200
 TOO_LONG = "longer than {:,} characters"
 
 
 def known_extension(path: Path) -> str | None:
-    """The known extension that a file name ends in (".jsonl.gz"), or None."""
+    """The supported extension of a file name, such as ".jsonl.gz"; None if there is none."""
     return next((e for e in sorted(EXTENSIONS, key=len, reverse=True) if path.name.endswith(e)), None)
 
 
 def find_split_files(name: str) -> dict[str, list[Path]]:
-    """The files of each split of a file or folder; UserError where there are none or two sorts of one split.
+    """The files of each split of a file or folder.
 
-    A file alone is one split: the one that its name says (`test.jsonl`), else train.
+    A single file is one split: the one in its name (`test.jsonl`), else train.
+
+    Raises:
+        UserError: there are no files, the file type is not supported, or several files could be the same split.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -52,42 +55,43 @@ def find_split_files(name: str) -> dict[str, list[Path]]:
     if not path_exists(path):
         raise UserError(f"{path}: no such file or folder{_similar_name_hint(path)}")
     if not path.is_file():
-        raise UserError(f"{path}: neither a file nor a folder; write the rows into a file first")
+        raise UserError(f"{path}: neither a file nor a folder; write the rows to a file first")
     if known_extension(path) is None:
         raise UserError(
-            f"{path}: unknown kind of file; known are {', '.join(UNCOMPRESSED_EXTENSIONS)}, all but Parquet also .gz"
+            f"{path}: unsupported file type; supported: {', '.join(UNCOMPRESSED_EXTENSIONS)}, "
+            "all but .parquet also with .gz"
         )
     return {_split_from_name(path) or "train": [path]}
 
 
 def read_records(path: Path) -> NumberedRecords:
-    """The rows of one file. UserError if it is missing, empty of text, cut short or not what its name says."""
-    kind = (known_extension(path) or "").removesuffix(".gz")
+    """Yield the rows of one file; UserError if the file is missing, truncated or in another format."""
+    extension = (known_extension(path) or "").removesuffix(".gz")
     try:
-        if kind == ".parquet":
+        if extension == ".parquet":
             yield from _read_parquet(path)
-        elif kind in (".csv", ".tsv"):
-            yield from _read_csv(path, "," if kind == ".csv" else "\t")
-        elif kind in (".source", ".target"):
+        elif extension in (".csv", ".tsv"):
+            yield from _read_csv(path, "," if extension == ".csv" else "\t")
+        elif extension in (".source", ".target"):
             yield from _read_line_pairs(path)
         else:
             yield from _read_json(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); copy or download it again") from None
+        raise UserError(f"{path}: corrupt or truncated ({error}); copy or download it again") from None
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file") from None
 
 
 def _open_text(path: Path) -> TextIO:
-    # Wrong bytes become lone surrogates, so that one bad row does not hide the others; see `_is_utf8`.
-    # Only "\n" ends a line: other line breaks of Unicode may stand inside a text.
+    # Invalid bytes become lone surrogates, so that one bad row does not prevent the reading of others; see `is_utf8`.
+    # Only "\n" ends a line: texts may contain other line breaks of Unicode.
     if path.name.endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
 def _read_lines(file: TextIO) -> Iterator[str]:
-    """The lines of a file; of one that is too long only the beginning, and more of it than is allowed."""
+    """Yield the lines of a file; lines that are too long are cut to `MAX_LINE_CHARS` + 1 characters."""
     while line := file.readline(MAX_LINE_CHARS + 1):
         yield line
         while len(line) > MAX_LINE_CHARS and not line.endswith("\n"):
@@ -96,21 +100,13 @@ def _read_lines(file: TextIO) -> Iterator[str]:
                 return
 
 
-def _is_utf8(line: str) -> bool:
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _read_json(path: Path) -> NumberedRecords:
     with _open_text(path) as file:
         lines = _read_lines(file)
-        first = next((line for line in lines if line.strip()), "")
-        more = any(line.strip() for line in lines)
-    # A line that is a whole array, with other lines after it, is a bad row of a file of lines.
-    if first.lstrip().startswith("[") and not (more and _is_valid_json(first)):
+        first_line = next((line for line in lines if line.strip()), "")
+        has_more_lines = any(line.strip() for line in lines)
+    # A line with a complete array, followed by other lines, is a bad row of a file with one object per line.
+    if first_line.lstrip().startswith("[") and not (has_more_lines and _is_valid_json(first_line)):
         yield from _read_json_array(path)
         return
     with _open_text(path) as file:
@@ -130,16 +126,16 @@ def _is_valid_json(text: str) -> bool:
 def _parse_json_line(line: str) -> RecordOrError:
     if len(line) > MAX_LINE_CHARS:
         return TOO_LONG.format(MAX_LINE_CHARS)
-    if not _is_utf8(line):
+    if not is_utf8(line):
         return INVALID_UTF8
     try:
-        # with its line end, an error at the end of the line would be placed at the start of the next
+        # Without its line end: otherwise an error at the end of the line is reported for the next line.
         record = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         return f"invalid JSON: {error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"invalid JSON: {error}"
-    return record if isinstance(record, dict) else f"not a JSON object but {describe_type(record)}"
+    return record if isinstance(record, dict) else f"expected a JSON object, got {describe_type(record)}"
 
 
 def _read_json_array(path: Path) -> NumberedRecords:
@@ -147,7 +143,7 @@ def _read_json_array(path: Path) -> NumberedRecords:
         text = file.read(MAX_ARRAY_CHARS + 1)
     if len(text) > MAX_ARRAY_CHARS:
         raise UserError(f"{path}: an array {TOO_LONG.format(MAX_ARRAY_CHARS)}; write one object per line")
-    if not _is_utf8(text):
+    if not is_utf8(text):
         raise UserError(f"{path}: {INVALID_UTF8}; save the file as UTF-8")
     try:
         records = json.loads(text)
@@ -158,40 +154,39 @@ def _read_json_array(path: Path) -> NumberedRecords:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON: {error}") from None
     for number, record in enumerate(records, 1):
-        yield number, record if isinstance(record, dict) else f"not a JSON object but {describe_type(record)}"
+        yield number, record if isinstance(record, dict) else f"expected a JSON object, got {describe_type(record)}"
 
 
 def _read_csv(path: Path, delimiter: str) -> NumberedRecords:
-    csv.field_size_limit(MAX_LINE_CHARS)  # the default refuses documents over 128 KiB
+    csv.field_size_limit(MAX_LINE_CHARS)  # the default of 128 KiB is too low for documents
     with _open_text(path) as file:
         reader = csv.reader(_read_lines(file), delimiter=delimiter, strict=True)
-        at = 1
+        line = 1
         try:
             header = next(reader, [])
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
-                raise UserError(f"{path}:1: columns named twice: {', '.join(repeated)}")
-            at = reader.line_num + 1
+                raise UserError(f"{path}:1: duplicate columns: {', '.join(repeated)}")
+            line = reader.line_num + 1
             for fields in reader:
                 if fields:
-                    yield at, _parse_csv_fields(header, fields)
-                at = reader.line_num + 1
+                    yield line, _parse_csv_fields(header, fields)
+                line = reader.line_num + 1
         except csv.Error as error:
             hint = 'a quote within a quoted field is written twice ("")'
-            raise UserError(f"{path}:{at}: not valid CSV: {error}; {hint}") from None
+            raise UserError(f"{path}:{line}: not valid CSV: {error}; {hint}") from None
 
 
 def _parse_csv_fields(header: list[str], fields: list[str]) -> RecordOrError:
-    if not all(map(_is_utf8, fields)):
+    if not all(map(is_utf8, fields)):
         return INVALID_UTF8
     if len(fields) != len(header):
-        return f"{len(fields)} fields where the header has {len(header)}"
+        return f"{len(fields)} fields, but the header has {len(header)}"
     return dict(zip(header, fields, strict=True))
 
 
 def _read_line_pairs(path: Path) -> NumberedRecords:
-    kind = known_extension(path) or ""
-    stem = path.name.removesuffix(kind)
+    stem = path.name.removesuffix(known_extension(path) or "")
     source, target = path.with_name(stem + ".source"), path.with_name(stem + ".target")
     source, target = (
         p if p.exists() or not (gz := p.with_name(p.name + ".gz")).exists() else gz for p in (source, target)
@@ -210,8 +205,8 @@ def _read_line_pairs(path: Path) -> NumberedRecords:
             yield number, _line_error(*texts) or dict(zip(("source", "target"), texts, strict=True))
     if counts[0] != counts[1]:
         raise UserError(
-            f"{source} has {counts[0]} lines and {target} has {counts[1]}; line n of one belongs to line n of "
-            "the other, so the counts must be equal"
+            f"{source} has {counts[0]} lines and {target} has {counts[1]}; the numbers must be equal, because lines "
+            "are paired by number"
         )
 
 
@@ -222,7 +217,7 @@ def _read_source_lines(source: Path) -> NumberedRecords:
 
 
 def _line_error(*lines: str) -> str | None:
-    if not all(map(_is_utf8, lines)):
+    if not all(map(is_utf8, lines)):
         return INVALID_UTF8
     return TOO_LONG.format(MAX_LINE_CHARS) if max(map(len, lines)) > MAX_LINE_CHARS else None
 
@@ -245,17 +240,17 @@ def _read_parquet(path: Path) -> NumberedRecords:
         raise UserError(f"{path}: no such file") from None
     except (pa.ArrowException, *PARSE_ERRORS) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a whole Parquet file ({reason}); copy or download it again") from None
+        raise UserError(f"{path}: not a complete Parquet file ({reason}); copy or download it again") from None
 
 
 def _check_row_group_sizes(path: Path, metadata: Any) -> None:
-    """UserError where a row group says that it unpacks to far more than text ever does."""
+    """UserError if a row group declares an uncompressed size that is implausible for text."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
-        if group.total_byte_size > max(MAX_ROW_GROUP_BYTES, MAX_COMPRESSION_RATIO * packed):
+        compressed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        if group.total_byte_size > max(MAX_ROW_GROUP_BYTES, MAX_COMPRESSION_RATIO * compressed):
             raise UserError(
-                f"{path}: a row group of {packed:,} bytes says that it unpacks to {group.total_byte_size:,}; if that "
-                f"is right, write the file with smaller row groups"
+                f"{path}: a row group of {compressed:,} bytes declares an uncompressed size of "
+                f"{group.total_byte_size:,}; if this is correct, write the file with smaller row groups"
             )
 
 
@@ -268,53 +263,69 @@ def _batch_records(batch: Any) -> Iterator[RecordOrError]:
                 yield batch.slice(i, 1).to_pylist()[0]
             except UnicodeDecodeError:
                 yield INVALID_UTF8
-            except PARSE_ERRORS as error:  # such as a date in the year 300,000
+            except PARSE_ERRORS as error:  # for example a date in the year 300,000
                 yield f"a value that cannot be read ({error})"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a string can be encoded as UTF-8, that is, has no lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_TYPE_NAMES = {
+    **{bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "an array", dict: "an object"},
+    type(None): "null",
+}
+
+
 def describe_type(value: Any) -> str:
-    """What a value is, in words for a user."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), "a text" if isinstance(value, str) else type(value).__name__)
+    """The JSON type of a value, with an article, for messages."""
+    return _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def _split_from_name(path: Path) -> str | None:
     stem = path.name.removesuffix(known_extension(path) or "")
-    word = re.split(r"[.\-_]", stem)[0]
-    return next((split for split, names in SPLIT_ALIASES.items() if word in names), None)
+    return _split_by_alias(re.split(r"[.\-_]", stem)[0])
+
+
+def _split_by_alias(word: str) -> str | None:
+    return next((split for split, aliases in SPLIT_ALIASES.items() if word in aliases), None)
 
 
 _SHARD_PATTERN = re.compile(r"^(?P<word>[a-z]+)(?:[.\-_](?P<number>\d+)(?:-of-(?P<count>\d+))?)?$")
 
 
 def _find_split_files_in_folder(folder: Path) -> dict[str, list[Path]]:
-    found: dict[str, dict[tuple[str, str], list[tuple[int, Path]]]] = {}
+    """The files of each split, shards in order of their numbers."""
+    # split -> (name pattern, extension) -> numbered files. Files of one group belong together.
+    groups: dict[str, dict[tuple[str, str], list[tuple[int, Path]]]] = {}
     for path in sorted(folder.iterdir()):
-        kind = known_extension(path)
-        match = _SHARD_PATTERN.match(path.name.removesuffix(kind or ""))
-        split = next((s for s, names in SPLIT_ALIASES.items() if match and match["word"] in names), None)
-        if kind is None or match is None or split is None or kind.startswith(".target"):
+        extension = known_extension(path)
+        match = _SHARD_PATTERN.match(path.name.removesuffix(extension or ""))
+        split = _split_by_alias(match["word"]) if match else None
+        if extension is None or match is None or split is None or extension.startswith(".target"):
             continue
-        # Whole files and shards of one name and kind belong together; two such groups are ambiguous.
-        shards = found.setdefault(split, {}).setdefault((match["word"] + bool(match["number"]) * "-*", kind), [])
-        shards.append((int(match["number"] or 0), path))
+        pattern = match["word"] + bool(match["number"]) * "-*"
+        groups.setdefault(split, {}).setdefault((pattern, extension), []).append((int(match["number"] or 0), path))
         _check_all_shards_exist(path, match["count"])
-    if not found:
+    if not groups:
         names = ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")[:8]) or "nothing"
         raise UserError(
-            f"{folder}: no train, validation or test file here (it holds {names}); "
+            f"{folder}: no train, validation or test file in this folder (it contains {names}); "
             "expected names such as train.jsonl, validation.csv.gz, test.parquet or train.source with train.target"
         )
-    for split, groups in found.items():
-        if len(groups) > 1:
-            files = " and ".join(shards[0][1].name for shards in list(groups.values())[:2])
-            raise UserError(f"{folder}: {files} both look like the {split} split; leave only one here")
+    for split, split_groups in groups.items():
+        if len(split_groups) > 1:
+            files = " and ".join(shards[0][1].name for shards in list(split_groups.values())[:2])
+            raise UserError(f"{folder}: both {files} could be the {split} split; keep only one of them")
     return {
-        split: [path for _, path in sorted(next(iter(found[split].values())))]
+        split: [path for _, path in sorted(next(iter(groups[split].values())))]
         for split in SPLIT_ALIASES
-        if split in found
+        if split in groups
     }
 
 
@@ -323,13 +334,13 @@ def _check_all_shards_exist(path: Path, count: str | None) -> None:
         return
     width = len(count)
     for number in range(int(count)):
-        other = re.sub(r"\d+-of-", f"{number:0{width}d}-of-", path.name, count=1)
-        if not path.with_name(other).exists():
-            raise UserError(f"{path.parent}: {other} is missing (of {int(count)} parts)")
+        name = re.sub(r"\d+-of-", f"{number:0{width}d}-of-", path.name, count=1)
+        if not path.with_name(name).exists():
+            raise UserError(f"{path.parent}: {name} is missing ({int(count)} shards expected)")
 
 
 def _similar_name_hint(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f"; did you mean {path.parent / similar[0]}?" if similar else ""

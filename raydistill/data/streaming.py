@@ -1,4 +1,4 @@
-"""A split of any size, row by row: checked once, then read again as often as needed, never held in memory."""
+"""Splits that need not fit into memory: rows are checked in a first pass and read again in later passes."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -9,21 +9,29 @@ from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import (
     BadRow,
+    DuplicateRow,
     Fingerprint,
     Row,
     RowLocation,
     check_rows,
-    duplicate_row,
+    classify_rows,
     open_rows,
     row_limit,
 )
 
-_MAX_REPORTED_ROWS = 1000  # bad rows that are kept to be told of; more are only counted
+_MAX_REPORTED_ROWS = 1000  # bad rows to keep for the error message; further ones are only counted
 
 
 @dataclass(frozen=True)
 class SplitScan:
-    """What one reading of a split tells; `fingerprint` and `labelled` are those of `read_corpus`."""
+    """Result of the first pass over a split.
+
+    Attributes:
+        rows: number of usable rows.
+        fingerprint: as `Corpus.fingerprint`.
+        labelled: whether all usable rows have targets.
+        skipped: number of rows that cannot be used.
+    """
 
     rows: int
     fingerprint: str
@@ -32,37 +40,38 @@ class SplitScan:
 
 
 def scan_split(dataset: Dataset, split: str) -> SplitScan:
-    """Read and check every row, targets not needed; UserError as `read_corpus` raises it, in the same words.
+    """Read and check every row of a split; targets are not needed.
 
-    Ids are kept in a temporary file of SQLite's, so that memory does not grow with the data.
+    Ids are stored in a temporary SQLite file, so that memory does not grow with the data.
+
+    Raises:
+        UserError: as `read_corpus` without `need_targets`.
     """
     columns, rows = open_rows(dataset, split, need_targets=False)
-    with_targets, without = Fingerprint(), Fingerprint()
-    labelled, count, bad, repeats = columns.target is not None, 0, 0, 0
+    with_targets, without_targets = Fingerprint(), Fingerprint()
+    labelled, num_usable = columns.target is not None, 0
     skipped: list[BadRow] = []
     duplicates: list[BadRow] = []
-    seen = _SeenIds()
-    limit = row_limit(dataset, split)
-    for row in rows:
-        if count >= limit:
-            break
-        if isinstance(row, BadRow):
-            bad += 1
-            skipped += [row] if bad <= _MAX_REPORTED_ROWS else []
-        elif (first := seen.add(row)) is not None:
-            repeats += 1
-            duplicates += [duplicate_row(row, first)] if repeats <= _MAX_REPORTED_ROWS else []
+    num_skipped = num_duplicates = 0
+    for row in classify_rows(rows, row_limit(dataset, split), _DiskIds().first_location):
+        if isinstance(row, DuplicateRow):
+            num_duplicates += 1
+            duplicates += [row] if num_duplicates <= _MAX_REPORTED_ROWS else []
+        elif isinstance(row, BadRow):
+            num_skipped += 1
+            skipped += [row] if num_skipped <= _MAX_REPORTED_ROWS else []
         else:
-            count += 1
+            num_usable += 1
             labelled = labelled and bool(row.target)
             with_targets.add(row.id, row.source, row.target)
-            without.add(row.id, row.source, "")
-    check_rows(dataset, split, count, skipped, duplicates, (bad, repeats))
-    return SplitScan(count, (with_targets if labelled else without).value, labelled, bad)
+            without_targets.add(row.id, row.source, "")
+    check_rows(dataset, split, num_usable, skipped, duplicates, (num_skipped, num_duplicates))
+    fingerprint = with_targets if labelled else without_targets
+    return SplitScan(num_usable, fingerprint.value, labelled, num_skipped)
 
 
 def usable_rows(dataset: Dataset, split: str, scan: SplitScan) -> Iterator[Row]:
-    """The rows that `scan_split` counted; UserError where the data is not what it was then."""
+    """Yield the usable rows of a split in a later pass; UserError if the data has changed since the scan."""
     _, rows = open_rows(dataset, split, need_targets=False)
     good = (row for row in rows if isinstance(row, Row))
     fingerprint, count = Fingerprint(), 0
@@ -75,18 +84,18 @@ def usable_rows(dataset: Dataset, split: str, scan: SplitScan) -> Iterator[Row]:
         raise UserError(f"{dataset.name}: the {split} split changed while it was read; run the command again")
 
 
-class _SeenIds:
-    """The ids that were seen, each with its first place, on disk."""
+class _DiskIds:
+    """The ids of rows with the location of their first occurrence, on disk."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("")
+        self._database = sqlite3.connect("")  # an empty name makes a temporary file
         self._database.execute("pragma synchronous = off")
         self._database.execute("create table ids (id text primary key, file text, row integer) without rowid")
 
-    def add(self, row: Row) -> RowLocation | None:
-        """None for a new id, else where it stood first."""
-        new = self._database.execute("insert or ignore into ids values (?, ?, ?)", (row.id, *row.location)).rowcount
-        if new:
-            return None
+    def first_location(self, row: Row) -> RowLocation:
+        """Add the id of a row; the location of the first row with this id, which may be `row` itself."""
+        insert = "insert or ignore into ids values (?, ?, ?)"
+        if self._database.execute(insert, (row.id, *row.location)).rowcount:
+            return row.location
         file, number = self._database.execute("select file, row from ids where id = ?", (row.id,)).fetchone()
         return file, number

@@ -53,8 +53,8 @@ def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
     assert done.returncode == 2
     for text in ("train.jsonl:2: source: empty", "train.jsonl:3: invalid JSON", "train.jsonl:4: source: expected"):
         assert text in done.stdout
-    assert "train.jsonl:5: id 'g' is also that of" in done.stdout
-    assert "val.jsonl:1: target: expected a text, found null" in done.stdout
+    assert "train.jsonl:5: duplicate id 'g', first seen at" in done.stdout
+    assert "val.jsonl:1: target: expected a string, got null" in done.stdout
     assert "4 rows cannot be used" in done.stderr
     assert "1 rows repeat an id" in done.stderr
     assert "no usable row in validation" in done.stderr

@@ -1,0 +1,56 @@
+"""Data sets of the hub, read offline from the cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.factories.data_files import ROWS
+from tests.factories.hub_cache import lay_out_dataset
+
+READ_DATASETS = """
+import json, sys
+from raydistill.config.run import Dataset
+from raydistill.core.errors import UserError
+from raydistill.data.corpus import read_corpus, split_names
+for name, config, split in json.loads(sys.argv[1]):
+    dataset = Dataset(name=name, config=config)
+    try:
+        c = read_corpus(dataset, split)
+        print(json.dumps([split_names(dataset), c.ids, c.sources, c.targets]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def read_in_subprocess(cache: Path, requests: list) -> list:
+    env = {**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", READ_DATASETS, json.dumps(requests)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_data_sets_are_read_from_the_cache_without_network(tmp_path):
+    lay_out_dataset(tmp_path, "EdinburghNLP/xsum", None, {"train": ROWS, "test": ROWS[:1]}, "refs/convert/parquet")
+    article = {"article": "s", "highlights": "t", "id": "x1"}
+    lay_out_dataset(tmp_path, "abisee/cnn_dailymail", "3.0.0", {"validation": [article]})
+    lay_out_dataset(tmp_path, "wmt/wmt16", "ro-en", {"test": [{"translation": {"ro": "doi", "en": "two"}}]})
+    requests = [
+        ("xsum", None, "train"),
+        ("EdinburghNLP/xsum", None, "test"),
+        ("cnn_dailymail", None, "validation"),
+        ("wmt16_en_ro", None, "test"),
+        ("xsum", None, "validation"),
+        ("no/such", None, "train"),
+        ("abisee/cnn_dailymail", "1.0.0", "train"),
+    ]
+    xsum, by_hub_name, cnn, wmt, no_split, unknown, no_config = read_in_subprocess(tmp_path, requests)
+    assert xsum == [["train", "test"], ["a", "b", "c"], *([r[k] for r in ROWS] for k in ("document", "summary"))]
+    assert by_hub_name[1:] == [["a"], [ROWS[0]["document"]], [ROWS[0]["summary"]]]
+    assert cnn == [["validation"], ["x1"], ["s"], ["t"]]
+    assert wmt == [["test"], ["0"], ["two"], ["doi"]]
+    assert no_split.startswith("EdinburghNLP/xsum: cannot be loaded")
+    assert "validation" in no_split
+    assert "no/such: the Hugging Face hub cannot be reached and the data set is not in the cache" in unknown
+    assert no_config.startswith("abisee/cnn_dailymail (1.0.0): cannot be loaded")
