@@ -1,4 +1,4 @@
-"""`python -m docs_build` writes docs/reference/ and checks the documents; `make docs` then builds the site."""
+"""Write docs/reference/ and check the documents: `python -m docs_build`. `make docs` then builds the site."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Exit status 1 where a document breaks a rule."""
+    """Write the reference pages and print problems; exit status 1 if there are any."""
     modules = read_modules(ROOT / "raydistill")
     pages = {
         "settings.md": settings_page(),
@@ -26,10 +26,10 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")
-    found = problems(ROOT) + example_problems(documents(ROOT), ROOT)
-    for problem in found:
+    all_problems = problems(ROOT) + example_problems(documents(ROOT), ROOT)
+    for problem in all_problems:
         print(problem, file=sys.stderr)
-    sys.exit(1 if found else 0)
+    sys.exit(1 if all_problems else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks of the Markdown documents that the site builder does not make: line lengths, images, menu, named modules."""
+"""Checks of Markdown documents that the site builder lacks: line lengths, links, menu, module names."""
 
 import re
 import tomllib
@@ -12,20 +12,20 @@ LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def documents(root: Path) -> list[Path]:
-    """Every Markdown document that people write; generated records and pages are left out."""
+    """All Markdown documents except generated pages and benchmark records."""
     generated = {root / "docs" / "reference", root / "benchmarks" / "results"}
     folders = [root.glob("*.md"), (root / "docs").rglob("*.md"), (root / "benchmarks").rglob("*.md")]
-    found = {path for paths in folders for path in paths}
-    return sorted(path for path in found if path.parent not in generated)
+    paths = {path for matches in folders for path in matches}
+    return sorted(path for path in paths if path.parent not in generated)
 
 
 def problems(root: Path) -> list[str]:
-    """What is wrong with the documents, one sentence each; empty where nothing is."""
-    found = [problem for path in documents(root) for problem in _document(path, root)]
+    """The problems of the documents, one message each."""
+    messages = [problem for path in documents(root) for problem in _document(path, root)]
     lines = (root / "README.md").read_text(encoding="utf-8").count("\n")
     if lines > MAX_README_LINES:
-        found.append(f"README.md: {lines} lines, {MAX_README_LINES} at most")
-    return found + list(_menu(root)) + list(_packages(root))
+        messages.append(f"README.md: {lines} lines, {MAX_README_LINES} at most")
+    return messages + list(_menu(root)) + list(_packages(root))
 
 
 def _document(path: Path, root: Path) -> Iterator[str]:
@@ -54,7 +54,7 @@ def _links(line: str, path: Path, root: Path) -> Iterator[str]:
 
 
 def _modules(line: str, root: Path) -> Iterator[str]:
-    """Modules such as `training/loop.py` that a line names and the package does not have."""
+    """Messages for modules such as `training/loop.py` that a line names but that do not exist."""
     for path, package in MODULE.findall(line):
         if (root / "raydistill" / package).is_dir() and not (root / "raydistill" / path).is_file():
             yield f"no such module: raydistill/{path}"
@@ -71,9 +71,9 @@ def _menu(root: Path) -> Iterator[str]:
     config = tomllib.loads((root / "zensical.toml").read_text(encoding="utf-8"))
     listed = set(_pages(config["project"]["nav"]))
     docs = root / "docs"
-    there = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
-    yield from (f"docs/{page}: not in the menu of zensical.toml" for page in sorted(there - listed))
-    yield from (f"zensical.toml: no such page: docs/{page}" for page in sorted(listed - there))
+    existing = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    yield from (f"docs/{page}: not in the menu of zensical.toml" for page in sorted(existing - listed))
+    yield from (f"zensical.toml: no such page: docs/{page}" for page in sorted(listed - existing))
 
 
 def _pages(menu: list | dict | str) -> Iterator[str]:

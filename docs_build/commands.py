@@ -1,4 +1,4 @@
-"""The command reference, read from the typer applications that the commands run."""
+"""The command reference, generated from the typer applications of the commands."""
 
 import importlib
 import inspect
@@ -30,9 +30,9 @@ Progress goes to stderr and the result to stdout. With `--json`, stdout holds ex
 
 
 def commands_page() -> str:
-    """The whole page, in Markdown."""
+    """The page in Markdown."""
     parts = [INTRODUCTION]
-    rows = [[f"[`{name}`](#raydistill-{name})", cell(what)] for name, what in COMMANDS.items()]
+    rows = [[f"[`{name}`](#raydistill-{name})", cell(purpose)] for name, purpose in COMMANDS.items()]
     parts += [table(["command", "purpose"], rows), ""]
     for name in COMMANDS:
         command: Any = typer.main.get_command(importlib.import_module(f"raydistill.{name}").app)
@@ -67,7 +67,7 @@ def _usage(line: str) -> list[str]:
 
 
 def _prose(text: str) -> str:
-    """A docstring as Markdown; an indented block becomes a fenced one."""
+    """A docstring as Markdown; indented blocks become fenced blocks."""
     text = inspect.cleandoc(text).replace("\b\n", "")
     blocks = re.split(r"\n\n+", text)
     rendered = []
@@ -103,7 +103,7 @@ def _type(option: Any, annotation: Any) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A parameter's annotation in words; an optional parameter counts as one that is given."""
+    """The type of a parameter in words; `None` of optional parameters is ignored."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(code(str(value)) for value in arguments)

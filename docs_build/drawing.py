@@ -1,4 +1,4 @@
-"""The drawing of the package's imports: one box a package, in levels, as a static SVG file."""
+"""An SVG drawing of the imports between packages: one box per package, in levels."""
 
 from dataclasses import dataclass
 from html import escape
@@ -7,7 +7,7 @@ from itertools import pairwise
 from docs_build.modules import COMMANDS, Module, cycle_edges, levels, package_graph, reduced
 
 BOX_WIDTH, BOX_HEIGHT, GAP, LEVEL_HEIGHT, MARGIN = 150, 44, 22, 92, 24
-LANE_WIDTH = 26  # of an edge that passes a level between two boxes
+LANE_WIDTH = 26  # space for an edge that crosses a level between two boxes
 STYLE = """\
 <style>
   .box { fill: #eef2fb; stroke: #3f51b5; stroke-width: 1.2 }
@@ -22,7 +22,7 @@ STYLE = """\
 
 @dataclass
 class Slot:
-    """A place in a level: a package's box, or the lane of an edge that passes this level (`package` is empty)."""
+    """A slot of a level: the box of a package, or the lane of an edge that crosses the level (`package` is empty)."""
 
     package: str
     edge: tuple[str, str] | None = None
@@ -35,14 +35,14 @@ class Slot:
 
 
 def imports_svg(modules: list[Module]) -> str:
-    """The drawing. An arrow leads from a package to one that it imports, unless a longer path of arrows says so."""
+    """The drawing. An arrow points from a package to one that it imports, unless a longer path of arrows implies it."""
     graph = package_graph(modules)
     level = levels(graph)
-    edges = sorted((a, b) for a, wanted in reduced(graph).items() for b in wanted)
+    edges = sorted((a, b) for a, imported in reduced(graph).items() for b in imported)
     rows = _arranged(level, edges)
     width = max(_row_width(row) for row in rows) + 2 * MARGIN
     height = LEVEL_HEIGHT * (len(rows) - 1) + BOX_HEIGHT + 2 * MARGIN
-    _place(rows, width)
+    _set_positions(rows, width)
     parts = [_path(points, "edge") for points in _routes(rows, level, edges)]
     spots = {slot.package: (slot.x, _y(rows, n)) for n, row in enumerate(rows) for slot in row if slot.package}
     for a, b in sorted(cycle_edges(graph)):
@@ -60,7 +60,7 @@ def imports_svg(modules: list[Module]) -> str:
 
 
 def _arranged(level: dict[str, int], edges: list[tuple[str, str]]) -> list[list[Slot]]:
-    """Levels from the lowest to the highest, with lanes for edges that pass them, ordered to cross little."""
+    """Levels from the lowest to the highest, with lanes for crossing edges, ordered to reduce intersections."""
     rows: list[list[Slot]] = [[] for _ in range(max(level.values()) + 1)]
     for package in sorted(level):
         rows[level[package]].append(Slot(package))
@@ -80,15 +80,17 @@ def _sort(row: list[Slot], neighbours: list[Slot], edges: list[tuple[str, str]],
     position = {id(slot): i / max(1, len(neighbours) - 1) for i, slot in enumerate(neighbours)}
 
     def mean(slot: Slot, i: int) -> float:
-        mine = [e for e in edges if e == slot.edge or slot.package in (e[0], e[1])] if slot.package else [slot.edge]
-        found = []
-        for edge in mine:
+        own_edges = (
+            [e for e in edges if e == slot.edge or slot.package in (e[0], e[1])] if slot.package else [slot.edge]
+        )
+        positions = []
+        for edge in own_edges:
             assert edge is not None
             end = edge[0] if upwards else edge[1]
             if slot.package == end:
                 continue
-            found += [position[id(s)] for s in neighbours if s.edge == edge or s.package == end]
-        return sum(found) / len(found) if found else i / max(1, len(row) - 1)
+            positions += [position[id(s)] for s in neighbours if s.edge == edge or s.package == end]
+        return sum(positions) / len(positions) if positions else i / max(1, len(row) - 1)
 
     keys = {id(slot): mean(slot, i) for i, slot in enumerate(row)}
     row.sort(key=lambda slot: keys[id(slot)])
@@ -98,7 +100,7 @@ def _row_width(row: list[Slot]) -> float:
     return sum(slot.width for slot in row) + GAP * (len(row) - 1)
 
 
-def _place(rows: list[list[Slot]], width: float) -> None:
+def _set_positions(rows: list[list[Slot]], width: float) -> None:
     for row in rows:
         x = (width - _row_width(row)) / 2
         for slot in row:
@@ -127,7 +129,7 @@ def _routes(
 
 
 def _path(points: list[tuple[float, float]], kind: str) -> str:
-    """Smooth from point to point: vertical at each end of a segment."""
+    """A smooth path through points, vertical at each end of a segment."""
     text = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     for (x0, y0), (x1, y1) in pairwise(points):
         middle = (y0 + y1) / 2

@@ -1,4 +1,4 @@
-"""Checks of the examples in the documents: YAML files load, and commands have the options that they are shown with."""
+"""Checks of the examples in documents: YAML files are valid, and commands have the options in the examples."""
 
 import importlib
 import re
@@ -22,18 +22,18 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
 def example_problems(paths: list[Path], root: Path) -> list[str]:
-    """What is wrong with the examples of these documents, one sentence each."""
+    """The problems of the examples in `paths`, one message each."""
     options = {name: options_of(name) for name in COMMANDS}
-    found = []
+    messages = []
     for path in paths:
         name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
-        found += [f"{name}: an example does not load: {reason}" for reason in _yaml(text)]
-        found += [f"{name}: {reason}" for reason in _commands(text, options)]
-    return found
+        messages += [f"{name}: an example does not load: {reason}" for reason in _yaml(text)]
+        messages += [f"{name}: {reason}" for reason in _commands(text, options)]
+    return messages
 
 
 def options_of(name: str) -> set[str]:
-    """The options of a command and of its subcommands."""
+    """The options of a command and its subcommands, with dashes."""
     command: Any = typer.main.get_command(importlib.import_module(f"raydistill.{name}").app)
     members = [command, *getattr(command, "commands", {}).values()]
     return {

@@ -1,15 +1,15 @@
-"""Markdown of generated pages."""
+"""Markdown elements of generated pages."""
 
 from collections.abc import Sequence
 
 
 def code(text: str) -> str:
-    """Text as code."""
+    """Inline code."""
     return f"`{text}`"
 
 
 def cell(text: str) -> str:
-    """Text as one cell of a table: on one line, with escaped bars."""
+    """The text of a table cell: one line, with escaped bars."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

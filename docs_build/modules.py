@@ -1,4 +1,4 @@
-"""The module reference and the graph of packages, read from the source by its syntax tree: nothing is imported."""
+"""The module reference and the import graph of packages, from the syntax trees of the source files."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from docs_build.markdown import cell, code, table
 
 ROOT = "raydistill"
-COMMANDS = "commands"  # the modules at the top of the package
+COMMANDS = "commands"  # the modules at the top level of the package
 INTRODUCTION = """\
 # Module reference
 
@@ -19,7 +19,7 @@ INTRODUCTION = """\
 
 @dataclass
 class Module:
-    """A module: its path within the package, the first line of its docstring, the modules that it imports."""
+    """A module: its path in the package, the first paragraph of its docstring, and the modules that it imports."""
 
     path: str
     summary: str
@@ -48,7 +48,7 @@ def read_modules(folder: Path) -> list[Module]:
 
 
 def imported(tree: ast.Module, path: str, folder: Path) -> Iterator[str]:
-    """Paths of the package's modules that a module imports, also within functions; not for type checking only."""
+    """Paths of modules of the package that a module imports, also in functions; type-checking imports are ignored."""
     package = [ROOT, *path.split("/")[:-1]]
     for node in _runtime_nodes(tree):
         if isinstance(node, ast.Import):
@@ -58,8 +58,8 @@ def imported(tree: ast.Module, path: str, folder: Path) -> Iterator[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             parts = base + (node.module.split(".") if node.module else [])
             for alias in node.names:
-                found = list(_module_path([*parts, alias.name], folder))
-                yield from found or _module_path(parts, folder)
+                submodule = list(_module_path([*parts, alias.name], folder))
+                yield from submodule or _module_path(parts, folder)
 
 
 def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -81,35 +81,35 @@ def _module_path(parts: list[str], folder: Path) -> Iterator[str]:
 
 
 def package_graph(modules: list[Module]) -> dict[str, set[str]]:
-    """For each package the packages that it imports, itself excluded."""
+    """The packages that each package imports, without itself."""
     graph: dict[str, set[str]] = {}
     for module in modules:
-        wanted = graph.setdefault(module.package, set())
-        wanted |= {package_of(path) for path in module.imports} - {module.package}
+        imported_packages = graph.setdefault(module.package, set())
+        imported_packages |= {package_of(path) for path in module.imports} - {module.package}
     return graph
 
 
 def levels(graph: dict[str, set[str]]) -> dict[str, int]:
-    """The level of each package: 0 imports nothing, else one above the highest package that it imports.
+    """The level of each package: 0 without imports, else one above the highest imported package.
 
-    Edges that close a cycle are ignored; `cycle_edges` names them.
+    Edges of `cycle_edges` are ignored.
     """
     ignored = cycle_edges(graph)
-    found: dict[str, int] = {}
+    level_by_name: dict[str, int] = {}
 
     def level(name: str) -> int:
-        if name not in found:
+        if name not in level_by_name:
             below = [level(other) for other in graph[name] if (name, other) not in ignored]
-            found[name] = max(below, default=-1) + 1
-        return found[name]
+            level_by_name[name] = max(below, default=-1) + 1
+        return level_by_name[name]
 
     for name in graph:
         level(name)
-    return found
+    return level_by_name
 
 
 def cycle_edges(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
-    """Edges whose removal leaves the graph without a cycle: those that lead back in a depth-first walk."""
+    """Edges whose removal makes the graph acyclic: the back edges of a depth-first search."""
     state: dict[str, str] = {}
     back: set[tuple[str, str]] = set()
 
@@ -129,21 +129,21 @@ def cycle_edges(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph without edges that a longer path implies (its transitive reduction), cycles excluded."""
+    """The transitive reduction of the graph without `cycle_edges`."""
     ignored = cycle_edges(graph)
-    acyclic = {name: {other for other in wanted if (name, other) not in ignored} for name, wanted in graph.items()}
+    acyclic = {name: {other for other in imported if (name, other) not in ignored} for name, imported in graph.items()}
 
     def reachable(name: str) -> set[str]:
         return {name}.union(*(reachable(other) for other in acyclic[name]))
 
     return {
-        name: {other for other in wanted if not any(other in reachable(via) for via in wanted - {other})}
-        for name, wanted in acyclic.items()
+        name: {other for other in imported if not any(other in reachable(via) for via in imported - {other})}
+        for name, imported in acyclic.items()
     }
 
 
 def modules_page(modules: list[Module]) -> str:
-    """The whole page, in Markdown."""
+    """The page in Markdown."""
     graph = package_graph(modules)
     level = levels(graph)
     parts = [INTRODUCTION]
@@ -151,9 +151,9 @@ def modules_page(modules: list[Module]) -> str:
         title = f"{ROOT}/*.py: the commands" if package == COMMANDS else f"{ROOT}/{package}/"
         parts += [f"## {title}", ""]
         members = [m for m in modules if m.package == package]
-        about = next((m.summary for m in members if m.path == f"{package}/__init__.py"), "")
-        wanted = ", ".join(code(name) for name in sorted(graph[package], key=lambda n: (-level[n], n)))
-        parts += ([about, ""] if about else []) + [f"Imports {wanted or 'no other package'}.", ""]
+        summary = next((m.summary for m in members if m.path == f"{package}/__init__.py"), "")
+        imported_names = ", ".join(code(name) for name in sorted(graph[package], key=lambda n: (-level[n], n)))
+        parts += ([summary, ""] if summary else []) + [f"Imports {imported_names or 'no other package'}.", ""]
         rows = [[code(m.path.split("/", 1)[-1]), cell(m.summary)] for m in members if "__init__" not in m.path]
         parts += [table(["module", "content"], rows), ""]
     return "\n".join(parts)

@@ -1,6 +1,6 @@
-"""Hostile input: whatever stands in a file, a loader takes it or says what is wrong, where, and writes nothing.
+"""Malformed input: for any content of a file, a loader returns, or raises a UserError that names the file.
 
-Each property runs with a few examples in the quick suite and with many under `make slow`.
+A loader writes no files. Each property is tested with few examples by default and with many under `make slow`.
 """
 
 import contextlib
@@ -38,17 +38,17 @@ from raydistill.results.tables import result_tables
 from raydistill.search.study import StudySearch
 from raydistill.search.sweep import sweep_lock
 from raydistill.teacher_cache import store
-from tests.factories import workspace as world
+from tests.factories import workspace
 from tests.factories.label_sets import LABEL_ROWS, pseudolabel_manifest, write_labels
 from tests.factories.models import save_tiny
 from tests.factories.sweeps import RUN, make_trial
 
-MOST_SECONDS = 20.0  # of one file; a hang takes for ever
+MAX_SECONDS = 20.0  # per file; detects loaders that hang
 
 
 @pytest.fixture(params=["few", pytest.param("many", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def holds(request):
-    """Runs a property on values of its strategies."""
+def check_property(request):
+    """A function that tests a property on examples of strategies."""
 
     def run(check, *strategies, few=20, many=1500):
         examples = few if request.param == "few" else many
@@ -58,27 +58,29 @@ def holds(request):
     return run
 
 
-def accepts_or_says(load, folder, *, reads_only=True):
-    """Either `load()` returns, or a UserError names something in `folder`; nothing is left half written."""
-    before, started = tree(folder), time.monotonic()
+def assert_loads_or_user_error(load, folder, *, reads_only=True):
+    """`load()` returns or raises a UserError that names a path in `folder`, and creates no files."""
+    before, start = list_paths(folder), time.monotonic()
     try:
         load()
     except UserError as error:
         if str(folder) not in str(error):
             raise AssertionError("the file is not named") from error
-    assert time.monotonic() - started < MOST_SECONDS
+    assert time.monotonic() - start < MAX_SECONDS
     if reads_only:
-        assert tree(folder) == before
+        assert list_paths(folder) == before
 
 
-def tree(folder):
+def list_paths(folder):
     return {path for path in folder.rglob("*") if not path.name.endswith(".lock")}
 
 
-# What is made of a file
+# Corruption of files
 
 EDITS = st.lists(
-    st.tuples(st.sampled_from(["cut", "put", "zero", "repeat"]), st.floats(0, 1), st.binary(min_size=1, max_size=9)),
+    st.tuples(
+        st.sampled_from(["truncate", "overwrite", "zero", "repeat"]), st.floats(0, 1), st.binary(min_size=1, max_size=9)
+    ),
     min_size=1,
     max_size=4,
 )
@@ -95,61 +97,64 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-SPOTS = st.lists(st.tuples(st.integers(0, 10**6), VALUES | st.just("DELETE")), min_size=1, max_size=3)
-TEXTS = st.sampled_from(['{"a": 1e999}', "[" * 100_000, '{"rows": "\\ud800"}', "", "\0" * 99, "[]", "nul", "\ufeff{}"])
+CHANGES = st.lists(st.tuples(st.integers(0, 10**6), VALUES | st.just("DELETE")), min_size=1, max_size=3)
+JSON_TEXTS = st.sampled_from(
+    ['{"a": 1e999}', "[" * 100_000, '{"rows": "\\ud800"}', "", "\0" * 99, "[]", "nul", "\ufeff{}"]
+)
 
 
-def damaged(content, edits):
-    """Bytes cut off, overwritten, set to 0 or doubled at some places, each given as a share of the length."""
-    for kind, place, new in edits:
-        at = int(place * len(content))
-        if kind == "cut":
-            content = content[:at]
-        elif kind == "put":
-            content = content[:at] + new + content[at + len(new) :]
+def corrupt(content, edits):
+    """Truncate, overwrite, insert zeros or repeat bytes; positions are fractions of the length."""
+    for kind, fraction, new in edits:
+        position = int(fraction * len(content))
+        if kind == "truncate":
+            content = content[:position]
+        elif kind == "overwrite":
+            content = content[:position] + new + content[position + len(new) :]
         elif kind == "zero":
-            content = content[:at] + bytes(len(new)) + content[at:]
+            content = content[:position] + bytes(len(new)) + content[position:]
         else:
-            content = content[:at] + content[at // 2 :]
+            content = content[:position] + content[position // 2 :]
     return content
 
 
-def changed(data, spots):
-    """Nested data in which some values are others, or gone."""
+def modify(data, changes):
+    """A copy of nested data with some values replaced or deleted."""
     data = json.loads(json.dumps(data))
-    for number, value in spots:
-        places = list(_places(data))
-        if not places:
+    for number, value in changes:
+        locations = list(_locations(data))
+        if not locations:
             break
-        at, key = places[number % len(places)]
+        container, key = locations[number % len(locations)]
         if value == "DELETE":
-            del at[key]
+            del container[key]
         else:
-            at[key] = value
+            container[key] = value
     return data
 
 
-def _places(data):
+def _locations(data):
+    """Every (container, key) of nested data."""
     pairs = list(data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ())
     for key, value in pairs:
         yield data, key
-        yield from _places(value)
+        yield from _locations(value)
 
 
-def records(data):
-    """A JSON file as it might be: values changed, bytes damaged, or something else altogether."""
+def corrupt_json(data):
+    """A strategy for the content of a JSON file: other values, corrupt bytes, or other text."""
     content = json.dumps(data).encode()
     return (
-        st.builds(lambda spots: json.dumps(changed(data, spots)).encode(), SPOTS)
-        | st.builds(partial(damaged, content), EDITS)
-        | TEXTS.map(str.encode)
+        st.builds(lambda changes: json.dumps(modify(data, changes)).encode(), CHANGES)
+        | st.builds(partial(corrupt, content), EDITS)
+        | JSON_TEXTS.map(str.encode)
     )
 
 
-# Settings
+# Configuration
 
 
-def test_settings(holds, tmp_path):
+def test_run_and_space_files(check_property, tmp_path):
     paths = {"space": tmp_path / "space.yaml", "run": tmp_path / "run.yaml"}
     run = {"name": "r", "teacher": "demo", "dataset": {"name": "demo"}, "training": {"epochs": 1}}
     space = {"name": "s", "run": {**run, "method": {"choice": ["sft", "kd"]}}, "budgets": {"a": {"latency_ms": "50%"}}}
@@ -160,14 +165,14 @@ def test_settings(holds, tmp_path):
         data, lines = read_yaml(paths[kind])
         return validate(Run, data, paths[kind], lines)
 
-    def says(kind, edits, spots, encoding):
-        data = changed(space if kind == "space" else run, spots)
-        for content in (damaged(yaml.safe_dump(data).encode(encoding, "replace"), edits), json.dumps(data).encode()):
+    def check(kind, edits, changes, encoding):
+        data = modify(space if kind == "space" else run, changes)
+        for content in (corrupt(yaml.safe_dump(data).encode(encoding, "replace"), edits), json.dumps(data).encode()):
             paths[kind].write_bytes(content)
-            accepts_or_says(lambda: load(kind), tmp_path)
+            assert_loads_or_user_error(lambda: load(kind), tmp_path)
 
     encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"])
-    holds(says, st.sampled_from(["space", "run"]), EDITS, SPOTS, encodings, few=60)
+    check_property(check, st.sampled_from(["space", "run"]), EDITS, CHANGES, encodings, few=60)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +188,14 @@ def test_settings(holds, tmp_path):
     ],
     ids=["aliases of aliases", "deep", "deeper", "circle", "long", "apply", "new"],
 )  # fmt: skip
-def test_a_yaml_bomb_or_a_tag_that_calls_is_refused_at_once(text, tmp_path, monkeypatch):
+def test_yaml_bombs_and_executable_tags_are_rejected_quickly(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "space.yaml"
     path.write_text(text)
-    started = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(UserError, match=r"space\.yaml"):
         read_space(path)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - start < 10
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -199,17 +204,17 @@ def test_a_yaml_bomb_or_a_tag_that_calls_is_refused_at_once(text, tmp_path, monk
 PAIRS = [{"id": str(i), "source": f'ein Hund é {i}, "so"', "target": f"a dog {i}"} for i in range(5)]
 
 
-def data_file(path):
-    """A good file of the kind that its name says."""
+def data_file_content(path):
+    """Valid content of a data file with the format of its name."""
     lines = [json.dumps(row) for row in PAIRS]
     kind = path.name.split(".")[1]
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(PAIRS), path)
         return path.read_bytes()
     if kind in ("csv", "tsv"):
-        sign = "," if kind == "csv" else "\t"
+        delimiter = "," if kind == "csv" else "\t"
         fields = [[row[k].replace('"', '""') for k in row] for row in PAIRS]
-        lines = [sign.join(PAIRS[0]), *[sign.join(f'"{f}"' for f in row) for row in fields]]
+        lines = [delimiter.join(PAIRS[0]), *[delimiter.join(f'"{f}"' for f in row) for row in fields]]
     text = json.dumps(PAIRS, indent=1) if kind == "json" else "\n".join(lines)
     return gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode()
 
@@ -217,49 +222,51 @@ def data_file(path):
 def read_all(path):
     data = Dataset(name=str(path), skip_bad_rows=True)
     inspect_corpus(data, "train")
-    found = scan_split(data, "train")
-    assert len(list(usable_rows(data, "train", found))) == found.rows
-    assert len(read_corpus(data, "train", need_targets=False)) == found.rows
+    scan = scan_split(data, "train")
+    assert len(list(usable_rows(data, "train", scan))) == scan.rows
+    assert len(read_corpus(data, "train", need_targets=False)) == scan.rows
 
 
-def test_data_files(holds, tmp_path):
+def test_data_files(check_property, tmp_path):
     names = ["x.jsonl", "x.json", "x.csv", "x.tsv", "x.parquet", "x.source", "x.jsonl.gz", "x.csv.gz"]
-    whole = {name: data_file(tmp_path / name) for name in names}
+    valid = {name: data_file_content(tmp_path / name) for name in names}
     (tmp_path / "x.target").write_text("a\nb\nc\nd\ne\n")
 
-    def says(name, edits):
-        (tmp_path / name).write_bytes(damaged(whole[name], edits))
-        accepts_or_says(lambda: read_all(tmp_path / name), tmp_path)
+    def check(name, edits):
+        (tmp_path / name).write_bytes(corrupt(valid[name], edits))
+        assert_loads_or_user_error(lambda: read_all(tmp_path / name), tmp_path)
 
-    holds(says, st.sampled_from(names), EDITS, few=120, many=8000)
+    check_property(check, st.sampled_from(names), EDITS, few=120, many=8000)
 
 
-def test_data_of_any_shape(holds, tmp_path):
+def test_data_with_arbitrary_values_and_column_types(check_property, tmp_path):
     path, table = tmp_path / "x.jsonl", tmp_path / "x.parquet"
     rows = st.lists(st.dictionaries(st.sampled_from(["source", "target", "id", "translation", "a.b"]), VALUES))
 
-    def says(rows, as_list):
+    def check(rows, as_list):
         path.write_text(json.dumps(rows) if as_list else "\n".join(map(json.dumps, rows)))
-        accepts_or_says(lambda: read_all(path), tmp_path)
+        assert_loads_or_user_error(lambda: read_all(path), tmp_path)
 
-    holds(says, rows, st.booleans(), few=40)
+    check_property(check, rows, st.booleans(), few=40)
     kinds = [pa.int8(), pa.float16(), pa.binary(), pa.timestamp("s"), pa.date64(), pa.null(), pa.list_(pa.string())]
     kinds += [pa.dictionary(pa.int8(), pa.string()), pa.struct([("en", pa.string())]), pa.large_string(), pa.string()]
 
-    def says_columns(kinds, number):
+    def check_columns(kinds, number):
         arrays = [pa.array([None, None], pa.int64()).cast(pa.timestamp("s")).cast(kind, safe=False)
                   if pa.types.is_timestamp(kind) else pa.nulls(2, kind) for kind in kinds]  # fmt: skip
         if pa.types.is_timestamp(kinds[0]):
             arrays[0] = pa.array([number, 1], pa.int64()).cast(kinds[0])
         pq.write_table(pa.table(dict(zip(("source", "target", "id"), arrays, strict=True))), table)
-        accepts_or_says(lambda: read_all(table), tmp_path)
+        assert_loads_or_user_error(lambda: read_all(table), tmp_path)
 
-    holds(says_columns, st.lists(st.sampled_from(kinds), min_size=3, max_size=3), st.integers(-(2**50), 2**50), few=30)
+    check_property(
+        check_columns, st.lists(st.sampled_from(kinds), min_size=3, max_size=3), st.integers(-(2**50), 2**50), few=30
+    )
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.gz", "x.csv.gz", "x.source.gz"])
-def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
-    """40 MB of one letter out of 40 kB: with bounds of 100,000 characters little memory is ever taken."""
+def test_memory_is_bounded_for_a_very_long_line(name, tmp_path, monkeypatch):
+    """A file of 40 kB unpacks to one line of 40 MB; the limits are 100,000 characters."""
     import tracemalloc
 
     monkeypatch.setattr(readers, "MAX_LINE_CHARS", 100_000)
@@ -278,7 +285,7 @@ def test_a_line_that_never_ends_is_not_held(name, tmp_path, monkeypatch):
         tracemalloc.stop()
 
 
-def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
+def test_long_line_is_one_bad_row(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE_CHARS", 100)
     lines = [json.dumps({"source": "s", "target": "x" * n}) for n in (5, 500, 6)]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
@@ -287,9 +294,9 @@ def test_a_long_line_is_one_bad_row(tmp_path, monkeypatch):
     assert [(row.row, row.reason) for row in corpus.skipped] == [(2, "longer than 100 characters")]
 
 
-def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
+def test_parquet_bomb_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", 1_000_000)
-    texts = ["x" * 1000 + str(i) for i in range(4000)]  # 4 MB, which pack into next to nothing
+    texts = ["x" * 1000 + str(i) for i in range(4000)]  # 4 MB that compress to a few kB
     pq.write_table(pa.table({"source": texts, "target": texts}), tmp_path / "x.parquet", compression="zstd",
                    use_dictionary=False)  # fmt: skip
     monkeypatch.setattr(readers, "MAX_COMPRESSION_RATIO", 10)
@@ -297,65 +304,67 @@ def test_a_parquet_bomb_is_refused(tmp_path, monkeypatch):
         read_all(tmp_path / "x.parquet")
 
 
-def test_a_pipe_is_no_data_set(tmp_path):
+def test_pipe_is_rejected_as_a_data_set(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"x\.jsonl: neither a file nor a folder"):
         read_all(tmp_path / "x.jsonl")
 
 
-# What the product wrote itself
+# Files that raydistill writes
 
 
-def test_label_sets(holds, tmp_path, monkeypatch, capsys):
+def test_label_sets(check_property, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "set"
     manifest = pseudolabel_manifest(curation={"min_rouge2": 3}, dropped={"empty": 1})
     write_labels(folder, [*LABEL_ROWS, ("gone", "empty")], manifest)
-    whole = {name: (folder / name).read_bytes() for name in ("manifest.json", "part-00000.parquet", "dropped.parquet")}
+    valid = {name: (folder / name).read_bytes() for name in ("manifest.json", "part-00000.parquet", "dropped.parquet")}
 
     def load():
         label_set.list_label_sets(tmp_path)
-        for words in ("list", f"describe {folder} --json"):
-            command(monkeypatch, labels_command.app, f"{words} --root {tmp_path}")
+        for arguments in ("list", f"describe {folder} --json"):
+            run_command(monkeypatch, labels_command.app, f"{arguments} --root {tmp_path}")
         label_set.read_label_set(folder)
 
-    def says(name, content):
-        for other, kept in whole.items():
-            (folder / other).write_bytes(content if other == name else kept)
-        accepts_or_says(load, tmp_path)
+    def check(name, content):
+        for other, original in valid.items():
+            (folder / other).write_bytes(content if other == name else original)
+        assert_loads_or_user_error(load, tmp_path)
 
-    holds(says, st.just("manifest.json"), records({"schema": SCHEMA_VERSION, **manifest.to_json()}), few=60)
+    check_property(
+        check, st.just("manifest.json"), corrupt_json({"schema": SCHEMA_VERSION, **manifest.to_json()}), few=60
+    )
     for name in ("part-00000.parquet", "dropped.parquet"):
-        holds(says, st.just(name), st.builds(partial(damaged, whole[name]), EDITS), few=25)
+        check_property(check, st.just(name), st.builds(partial(corrupt, valid[name]), EDITS), few=25)
     tables = [{"id": [1], "target": ["x"], "rank": [0], "score": [0.0]}, {"id": ["a"], "target": [b"\xff"]}]
     tables += [{"id": ["a"], "target": [None], "rank": [0], "score": [0.0]}, {"id": ["a"], "reason": [["x"]]}]
     for table in tables:
         for name in ("part-00000.parquet", "dropped.parquet"):
             pq.write_table(pa.table(table), tmp_path / "other.parquet")
-            says(name, (tmp_path / "other.parquet").read_bytes())
+            check(name, (tmp_path / "other.parquet").read_bytes())
 
 
-def command(monkeypatch, app, words):
-    """A command as a user runs it: what it says instead of doing is an exit status of 2."""
-    monkeypatch.setattr("sys.argv", ["raydistill", *words.split()])
-    with pytest.raises(SystemExit) as left:
+def run_command(monkeypatch, app, arguments):
+    """Run a command; its exit status must be 0 or 2."""
+    monkeypatch.setattr("sys.argv", ["raydistill", *arguments.split()])
+    with pytest.raises(SystemExit) as caught:
         run_app(app)
-    assert left.value.code in (0, 2)
+    assert caught.value.code in (0, 2)
 
 
-def test_a_name_that_is_no_utf8_is_shown_all_the_same(tmp_path):
+def test_name_that_is_not_utf8_is_printed_with_escapes(tmp_path):
     home = tmp_path / "outputs"
     write_labels(home / "labels" / "set", LABEL_ROWS, pseudolabel_manifest())
     (home / "labels" / "set").rename(home / "labels" / os.fsdecode(b"set-\xff"))
-    done = world.command(home, "labels", "list")
+    done = workspace.command(home, "labels", "list")
     assert (done.returncode, done.stderr) == (0, "")
     assert "set-\\udcff" in done.stdout
 
 
-def test_plans(holds, tmp_path):
+def test_batch_plans(check_property, tmp_path):
     folder = tmp_path / "plan"
     rows = [Row(("x", i), str(i), "ein Hund " * (i + 1), "a dog") for i in range(7)]
     make_plan(iter(rows), folder, window_rows=4, batch_rows=2)
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    valid = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def load():
         plan = open_plan(folder)
@@ -365,18 +374,20 @@ def test_plans(holds, tmp_path):
             for window in range(plan.num_windows):
                 plan.read_targets(window)
 
-    def says(name, content):
-        for other, kept in whole.items():
-            (folder / other).write_bytes(content if other == name else kept)
-        accepts_or_says(load, tmp_path)
+    def check(name, content):
+        for other, original in valid.items():
+            (folder / other).write_bytes(content if other == name else original)
+        assert_loads_or_user_error(load, tmp_path)
 
-    holds(says, st.just("plan.json"), records(json.loads(whole["plan.json"])), few=60)
-    holds(says, st.just("window-00000.parquet"), st.builds(partial(damaged, whole["window-00000.parquet"]), EDITS))
+    check_property(check, st.just("plan.json"), corrupt_json(json.loads(valid["plan.json"])), few=60)
+    check_property(
+        check, st.just("window-00000.parquet"), st.builds(partial(corrupt, valid["window-00000.parquet"]), EDITS)
+    )
 
 
-def test_caches(holds, tmp_path, monkeypatch, capsys):
+def test_teacher_caches(check_property, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
-    about = {
+    info = {
         "schema": SCHEMA_VERSION,
         "width": 8,
         "lock_group": "encoder-a",
@@ -384,45 +395,47 @@ def test_caches(holds, tmp_path, monkeypatch, capsys):
         "teacher_key": "k",
         "data": "d",
     }
-    about |= {"storage_dtype": "bf16", "compute_dtype": "fp32"}
+    info |= {"storage_dtype": "bf16", "compute_dtype": "fp32"}
     folder = tmp_path / "cache" / "encoder-a"
     outside = tmp_path / "precious"
     outside.mkdir()
 
-    def says(about, manifest):
+    def check(info, manifest):
         (folder / "states").mkdir(parents=True, exist_ok=True)
         (folder / "states" / "part-000000.bin").write_bytes(b"12")
-        (folder / "about.json").write_bytes(about)
+        (folder / "about.json").write_bytes(info)
         (folder / "states" / "manifest.json").write_bytes(manifest)
-        command(monkeypatch, cache_command.app, "list")
-        accepts_or_says(lambda: store.read_device_seconds(folder / "states"), tmp_path)
-        accepts_or_says(
-            lambda: [store.remove(kept) for kept in store.list_stores(folder.parent)], tmp_path, reads_only=False
+        run_command(monkeypatch, cache_command.app, "list")
+        assert_loads_or_user_error(lambda: store.read_device_seconds(folder / "states"), tmp_path)
+        assert_loads_or_user_error(
+            lambda: [store.remove(info) for info in store.list_stores(folder.parent)], tmp_path, reads_only=False
         )
         assert {path.parent for path in tmp_path.rglob(".*.lock")} <= {folder.parent}
         assert outside.is_dir()
 
-    holds(says, records(about), records({"schema": SCHEMA_VERSION, "parts": 1, "device_seconds": 1.5}), few=60)
+    check_property(
+        check, corrupt_json(info), corrupt_json({"schema": SCHEMA_VERSION, "parts": 1, "device_seconds": 1.5}), few=60
+    )
 
 
-def test_studies(holds, tmp_path):
+def test_studies(check_property, tmp_path):
     space = Space.model_validate({"name": "s", "run": RUN, "search": {"sampler": "grid"}})
     first = StudySearch(space, tmp_path)
     for n in range(3):
         first.suggest(f"t{n}")
-    whole = (tmp_path / "study.log").read_bytes()
-    lines = [json.loads(line) for line in whole.splitlines()]
+    valid = (tmp_path / "study.log").read_bytes()
+    lines = [json.loads(line) for line in valid.splitlines()]
 
-    def says(content):
+    def check(content):
         (tmp_path / "study.log").write_bytes(content)
-        accepts_or_says(lambda: StudySearch(space, tmp_path), tmp_path, reads_only=False)
+        assert_loads_or_user_error(lambda: StudySearch(space, tmp_path), tmp_path, reads_only=False)
 
-    holds(says, st.builds(partial(damaged, whole), EDITS), few=15, many=300)
-    written = SPOTS.map(lambda spots: "".join(json.dumps(line) + "\n" for line in changed(lines, spots)).encode())
-    holds(says, written, few=15, many=300)
+    check_property(check, st.builds(partial(corrupt, valid), EDITS), few=15, many=300)
+    modified = CHANGES.map(lambda changes: "".join(json.dumps(line) + "\n" for line in modify(lines, changes)).encode())
+    check_property(check, modified, few=15, many=300)
 
 
-def test_sweeps(holds, tmp_path):
+def test_sweeps(check_property, tmp_path):
     sweep = tmp_path / "sweep"
     good = {
         "name": "mini",
@@ -438,63 +451,63 @@ def test_sweeps(holds, tmp_path):
     write_json_atomic(done / "served.json", {"decodings": [{**served, "interval": [9, 10], "test": None}]})
     paths = [done / name for name in ("result.json", "served.json", "run.json", "rows.npz")]
     paths += [running / "run.json", running / "metrics.jsonl", sweep / "sweep.json", sweep / "space.yaml"]
-    whole = {path: path.read_bytes() for path in paths}
+    valid = {path: path.read_bytes() for path in paths}
 
     def load():
-        found = load_selection(sweep)
-        result_tables(found)
-        for trial in found.trials:
+        selection = load_selection(sweep)
+        result_tables(selection)
+        for trial in selection.trials:
             assert trial.device_hours >= 0 or trial.metrics
             trial.history()
 
-    def says(path, content):
-        for other, kept in whole.items():
-            other.write_bytes(content if other == path else kept)
-        accepts_or_says(load, tmp_path)
+    def check(path, content):
+        for other, original in valid.items():
+            other.write_bytes(content if other == path else original)
+        assert_loads_or_user_error(load, tmp_path)
 
-    def goes_on(content):
+    def check_resume(content):
         (sweep / "space.yaml").write_bytes(content)
         with contextlib.suppress(UserError), sweep_lock(space, sweep):
             pass
 
     load()
     space = Space.model_validate({"name": "mini", "run": {"teacher": "bart", "dataset": "demo"}})
-    begun = yaml.safe_dump(space.model_dump(mode="json")).encode()
-    for content in (b"", b"name: mini\n", b"run: {}\n", begun.replace(b"run:", b"ran:"), b"search: [", b"[]"):
+    stored = yaml.safe_dump(space.model_dump(mode="json")).encode()
+    for content in (b"", b"name: mini\n", b"run: {}\n", stored.replace(b"run:", b"ran:"), b"search: [", b"[]"):
         (sweep / "space.yaml").write_bytes(content)
         with pytest.raises(UserError, match=r"space\.yaml"), sweep_lock(space, sweep):
             pass
-    holds(goes_on, st.builds(partial(damaged, begun), EDITS), few=15)
-    (sweep / "space.yaml").write_bytes(whole[sweep / "space.yaml"])
+    check_property(check_resume, st.builds(partial(corrupt, stored), EDITS), few=15)
+    (sweep / "space.yaml").write_bytes(valid[sweep / "space.yaml"])
     for path in paths:
         if path.suffix == ".json":
-            holds(says, st.just(path), records(read_json(path)), few=30)
+            check_property(check, st.just(path), corrupt_json(read_json(path)), few=30)
         else:
-            holds(says, st.just(path), st.builds(partial(damaged, whole[path]), EDITS), few=15)
-        path.write_bytes(whole[path])
+            check_property(check, st.just(path), st.builds(partial(corrupt, valid[path]), EDITS), few=15)
+        path.write_bytes(valid[path])
 
 
-def test_checkpoints(holds, tmp_path):
+def test_checkpoints(check_property, tmp_path):
     folder = tmp_path / "bart"
     save_tiny("bart", folder)
     names = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
-    whole = {name: (folder / name).read_bytes() for name in names}
+    valid = {name: (folder / name).read_bytes() for name in names}
 
     def load():
         loading.load_generation_config(folder)
         tokenization.load_tokenizer(folder)
         loading.load_model(folder)
 
-    def says(name, content):
-        for other, kept in whole.items():
-            (folder / other).write_bytes(content if other == name else kept)
-        accepts_or_says(load, tmp_path)
+    def check(name, content):
+        for other, original in valid.items():
+            (folder / other).write_bytes(content if other == name else original)
+        assert_loads_or_user_error(load, tmp_path)
 
     for name in names[:4]:
-        holds(says, st.just(name), records(json.loads(whole[name])), few=12, many=200)
-    holds(says, st.just(names[4]), st.builds(partial(damaged, whole[names[4]]), EDITS), few=12, many=200)
+        check_property(check, st.just(name), corrupt_json(json.loads(valid[name])), few=12, many=200)
+    check_property(check, st.just(names[4]), st.builds(partial(corrupt, valid[names[4]]), EDITS), few=12, many=200)
     (folder / "model.safetensors").unlink()
-    del whole["model.safetensors"]
+    del valid["model.safetensors"]
     index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
-    holds(says, st.just("model.safetensors.index.json"), records(index), few=12, many=200)
+    check_property(check, st.just("model.safetensors.index.json"), corrupt_json(index), few=12, many=200)
     shutil.rmtree(folder)

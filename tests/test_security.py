@@ -7,14 +7,11 @@ import sqlite3
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from raydistill.cluster.start import FORWARDED_ENV
-from raydistill.config.space import read_space
 from raydistill.core.errors import UserError
-from raydistill.core.files import check_symlinks, read_json, safe_join, write_json_atomic
-from raydistill.core.secrets import redact, redact_nested
+from raydistill.core.files import read_json, write_json_atomic
+from raydistill.core.secrets import redact
 from raydistill.models import loading, tokenization
 from raydistill.models.hub import weight_files
 from raydistill.results import records
@@ -105,16 +102,6 @@ def test_row_statistics_with_a_huge_unpacked_size_are_refused(tmp_path, monkeypa
 # No path leaves its folder
 
 
-@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/../../out", "link", "link/x", "a\0b"])
-def test_safe_join_refuses_paths_outside_the_folder(tmp_path, name):
-    folder = tmp_path / "in"
-    (folder / "a").mkdir(parents=True)
-    (folder / "link").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="is outside"):
-        safe_join(folder, name)
-    assert safe_join(folder, "a/b") == folder / "a" / "b"
-
-
 @pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "model/../model.safetensors", 3])
 def test_weight_index_with_paths_outside_the_folder_is_refused(bart, name):
     (bart / "model.safetensors").rename(bart.parent / "model.safetensors")
@@ -159,62 +146,7 @@ def test_saved_state_with_a_file_outside_its_folder_is_refused(tmp_path):
         load_state(tmp_path / "run", None, None, None)
 
 
-def test_links_within_a_folder_are_accepted(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "x").write_text("x")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "own").write_text("x")
-    (tmp_path / "a" / "within").symlink_to("own")
-    (tmp_path / "a" / "blob").symlink_to("../blobs/x")
-    check_symlinks(tmp_path / "a", tmp_path / "blobs")
-    with pytest.raises(UserError, match="blob: symbolic link to a file outside"):
-        check_symlinks(tmp_path / "a")
-
-
 # No secret is printed
-
-
-@pytest.mark.parametrize(
-    ("text", "redacted"),
-    [
-        ("at http://user:pass@host:5000/x", "at http://***@host:5000/x"),
-        ("http://token@host", "http://***@host"),
-        ("postgresql+psycopg2://me:p@ss/w:rd@db:5432/x?a=b", "postgresql+psycopg2://***@db:5432/x?a=b"),
-        ("http://h/?a=1&api_key=abc&b=2", "http://h/?a=1&api_key=***&b=2"),
-        ("s3://KEY:SECRET@bucket/path", "s3://***@bucket/path"),
-        ("https://b/x?X-Amz-Signature=ab&y=1", "https://b/x?X-Amz-Signature=***&y=1"),
-        ("http://h/#/runs?viewStateShareKey=raydistill", "http://h/#/runs?viewStateShareKey=raydistill"),
-        ("owner/model@main and http://host:5000/#/experiments/1", "owner/model@main and http://host:5000/#/experiments/1"),
-        ("", ""),
-    ],
-)  # fmt: skip
-def test_credentials_in_urls_are_masked(text, redacted):
-    assert redact(text) == redacted
-
-
-@pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "WANDB_API_KEY"]
-)
-def test_secrets_of_the_environment_are_masked(name, monkeypatch):
-    monkeypatch.setenv(name, "tell-nobody")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-as-ever")
-    assert redact("x tell-nobody, false-as-ever") == "x ***, false-as-ever"
-    assert redact_nested({"a": ["tell-nobody", 3], "b": {"c": "is tell-nobody"}}) == {
-        "a": ["***", 3],
-        "b": {"c": "is ***"},
-    }
-    monkeypatch.setenv(name, "short")
-    assert redact("a short word") == "a short word"
-
-
-PASSWORD = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), min_size=1).filter(
-    lambda text: "@" not in text
-)
-
-
-@given(PASSWORD)
-def test_no_password_remains_in_a_url(password):
-    assert redact(f"in http://u:{password}@host/x") == "in http://***@host/x"
 
 
 def test_forwarded_environment_contains_no_secret(monkeypatch):
@@ -238,13 +170,6 @@ def test_password_in_a_space_is_refused_and_not_printed(tmp_path):
     assert second.returncode == 2
     assert "hunter22" not in first.stderr + first.stdout + second.stderr + second.stdout
     assert not home.exists()
-
-
-def test_password_in_any_value_of_a_space_is_refused(tmp_path):
-    path = tmp_path / "space.yaml"
-    path.write_text("name: x\nrun:\n  teacher: {choice: [demo, 's3://K:S@b/t']}\n  dataset: demo\n")
-    with pytest.raises(UserError, match=r"space\.yaml:3: run\.teacher\.choice\.1: contains a password"):
-        read_space(path)
 
 
 def test_tracking_uri_with_a_password_is_refused(sweep):

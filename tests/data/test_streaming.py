@@ -38,7 +38,7 @@ def test_one_row_without_a_target_makes_the_split_unlabelled(tmp_path):
 def test_duplicate_ids_are_refused_with_both_locations(tmp_path):
     rows = [{"id": "a", "source": "x"}, {"id": "b", "source": "y"}, {"id": "a", "source": "z"}]
     with pytest.raises(
-        UserError, match=r"1 rows whose id is not unique.*\n.*jsonl:3: id 'a' is also that of .*jsonl:1"
+        UserError, match=r"1 rows whose id is not unique.*\n.*jsonl:3: duplicate id 'a', first seen at .*jsonl:1"
     ):
         scan_split(write_rows(tmp_path / "train.jsonl", rows), "train")
 
@@ -46,7 +46,9 @@ def test_duplicate_ids_are_refused_with_both_locations(tmp_path):
 def test_ids_must_be_unique_over_all_files_of_a_split(tmp_path):
     for n in (1, 2):
         write_rows(tmp_path / f"train-0000{n}.jsonl", [{"id": "same", "source": "x"}])
-    with pytest.raises(UserError, match=r"train-00002.jsonl:1: id 'same' is also that of .*train-00001.jsonl:1"):
+    with pytest.raises(
+        UserError, match=r"train-00002.jsonl:1: duplicate id 'same', first seen at .*train-00001.jsonl:1"
+    ):
         scan_split(Dataset(name=str(tmp_path)), "train")
 
 
