@@ -1,4 +1,4 @@
-"""The repository keeps its promises: README against --help, Makefile, spaces, pins."""
+"""Consistency of the repository: README and --help, documents, Makefile, search spaces and pinned versions."""
 
 import functools
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from docs_build import checks
+from docs_build.settings import settings_page
 from raydistill.__main__ import COMMANDS
 from raydistill.config.schema import json_schema
 from raydistill.config.space import read_space
@@ -26,7 +28,7 @@ LINES = re.findall(r"^(?:raydistill |python -m raydistill\.)([a-z]+\b[^#\n]*)", 
 
 
 @functools.lru_cache
-def _help(command: str) -> str:
+def help_text(command: str) -> str:
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     done = subprocess.run(
         [sys.executable, "-m", f"raydistill.{command}", "--help"],
@@ -40,35 +42,36 @@ def _help(command: str) -> str:
     return done.stdout
 
 
-def _name(text: str) -> str:
+def normalize_package_name(text: str) -> str:
+    """The normalised name of PEP 503."""
     return re.sub(r"[-_.]+", "-", text).lower()
 
 
-def test_the_readme_shows_every_command() -> None:
+def test_readme_names_every_command() -> None:
     assert {line.split()[0] for line in LINES} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if "--" in line])
-def test_a_documented_option_exists(line: str) -> None:
+def test_options_in_the_readme_exist(line: str) -> None:
     command = line.split()[0]
     for option in re.findall(r"(--[a-z][a-z-]*)", line):
-        assert re.search(rf"{option}(?![a-z-])", _help(command)), f"raydistill {command} has no {option}"
+        assert re.search(rf"{option}(?![a-z-])", help_text(command)), f"raydistill {command} has no {option}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself_with_an_example(command: str) -> None:
-    text = _help(command)
+def test_help_of_every_command_has_an_example(command: str) -> None:
+    text = help_text(command)
     assert "xample" in text or f"raydistill {command} " in text
     assert "--json" in text
 
 
-def test_the_readme_links_to_what_is_there() -> None:
+def test_links_in_the_readme_exist() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
-    absent = [link for link in links if not (ROOT / link).exists()]
-    assert absent == []
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert missing == []
 
 
-def test_the_readmes_space_is_one(tmp_path: Path) -> None:
+def test_space_in_the_readme_is_valid(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     spaces = [block for block in blocks if block.startswith("name:")]
     assert len(spaces) == 1
@@ -77,33 +80,41 @@ def test_the_readmes_space_is_one(tmp_path: Path) -> None:
     assert set(space.budgets) == {"fast", "half"}
 
 
-def test_the_makefile_has_what_is_promised() -> None:
+def test_documents_have_no_problems() -> None:
+    assert checks.problems(ROOT) == []
+
+
+def test_every_setting_has_a_description() -> None:
+    assert "| `training.learning_rate`\\* | number > 0 | `0.0003` | peak learning rate |" in settings_page()
+
+
+def test_makefile_has_the_documented_targets() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"help", "install", "quickstart", "test", "slow", "audit", "ui", "schema", "clean"} <= targets
+    assert {"help", "install", "quickstart", "test", "slow", "docs", "audit", "ui", "schema", "clean"} <= targets
     documents = [README, *(path.read_text(encoding="utf-8") for path in ROOT.glob("*.md"))]
-    named = {name for text in documents for name in re.findall(r"`make ([a-z]+)`", text)}
-    assert named <= targets
-    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "make test" in run
-    assert "make audit" in run
+    documented = {name for text in documents for name in re.findall(r"`make ([a-z]+)`", text)}
+    assert documented <= targets
+    ci_script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in ci_script
+    assert "make audit" in ci_script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_the_schema_for_editors_is_up_to_date() -> None:
-    written = json.loads((ROOT / "search_spaces" / "schema.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(json_schema())), "run `make schema`"
+def test_schema_for_editors_is_current() -> None:
+    schema = json.loads((ROOT / "search_spaces" / "schema.json").read_text(encoding="utf-8"))
+    assert schema == json.loads(json.dumps(json_schema())), "run `make schema`"
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.name)
-def test_every_space_loads(path: Path) -> None:
+def test_search_spaces_are_valid(path: Path) -> None:
     assert read_space(path).run
 
 
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
+    requirements = project["dependencies"] + [d for extra in project["optional-dependencies"].values() for d in extra]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "plain pins: no addresses, no local versions"
-    pinned = {_name(line.split("==")[0]) for line in lines}
-    named = {_name(re.split(r"[\[<>=~! ]", requirement)[0]) for requirement in wanted}
-    assert named - pinned == set()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "plain pins: no URLs, no local versions"
+    pinned = {normalize_package_name(line.split("==")[0]) for line in lines}
+    direct = {normalize_package_name(re.split(r"[\[<>=~! ]", requirement)[0]) for requirement in requirements}
+    assert direct - pinned == set()
