@@ -36,6 +36,7 @@ ROOMS = [
 ]
 # Library -> the rooms or files that may import it.
 ONLY_IN = {
+    "typer": {"commands"},
     "ray": {"commands", "search", "jobs", "cluster"},
     "optuna": {"search"},
     "mlflow": {"tracking"},

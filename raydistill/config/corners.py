@@ -103,6 +103,8 @@ class _CornerTrial(_BoundsTrial):
 
 
 class _RandomCornerTrial(_BoundsTrial):
+    """Selects choices and range bounds at random."""
+
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 

@@ -64,6 +64,7 @@ class Fingerprint:
 
     @property
     def value(self) -> str:
+        """16 hex digits."""
         return self._digest.hexdigest()[:16]
 
 

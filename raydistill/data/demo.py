@@ -60,6 +60,7 @@ class Vocabulary:
 
     @functools.cached_property
     def region_by_town(self) -> dict[str, str]:
+        """The region of each town."""
         return {town: region for region, towns in self.regions.items() for town in towns}
 
 
@@ -84,14 +85,14 @@ def _generate_splits() -> dict[str, tuple[tuple[str, str, str], ...]]:
     """All splits, cut from one stream of reports without repeated sources or targets."""
     vocabulary = load_vocabulary()
     rng = Random(_SEED)
-    seen: set[str] = set()
+    used_texts: set[str] = set()
     rows: list[tuple[str, str]] = []
     shortest, longest = SOURCE_WORDS_RANGE
     while len(rows) < sum(SPLIT_SIZES.values()):
         source, target = _generate_report(rng, vocabulary)
-        if source in seen or target in seen or not shortest <= len(source.split()) <= longest:
+        if {source, target} & used_texts or not shortest <= len(source.split()) <= longest:
             continue
-        seen |= {source, target}
+        used_texts |= {source, target}
         rows.append((source, target))
     splits, start = {}, 0
     for split, size in SPLIT_SIZES.items():

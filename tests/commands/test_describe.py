@@ -1,3 +1,5 @@
+"""The command `raydistill describe`."""
+
 import json
 import subprocess
 import sys
@@ -11,7 +13,7 @@ def run(*arguments: str, module: str = "raydistill.describe") -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_help_is_quick_and_has_an_example():
+def test_help_is_fast_and_has_an_example():
     start = time.monotonic()
     done = run("--help")
     assert time.monotonic() - start < 3  # about half a second on an idle machine
@@ -19,7 +21,7 @@ def test_help_is_quick_and_has_an_example():
     assert "python -m raydistill.describe demo" in done.stdout
 
 
-def test_neither_torch_nor_ray_is_imported(tmp_path):
+def test_no_heavy_library_is_imported(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", ROWS)
     code = (
         "import sys\nfrom raydistill.describe import main\n"
@@ -31,7 +33,7 @@ def test_neither_torch_nor_ray_is_imported(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_json_holds_the_figures(tmp_path):
+def test_json_has_the_statistics_of_each_split(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "test.jsonl", ROWS[:1])
     done = run(str(tmp_path), "--json")
@@ -39,13 +41,13 @@ def test_json_holds_the_figures(tmp_path):
     result = json.loads(done.stdout)
     assert result["splits"] == ["train", "test"]
     train = result["described"]["train"]
-    # 5, 7 and 4 words: U+2028 is white space too.
+    # The rows have 5, 7 and 4 words: U+2028 is white space.
     assert (train["rows"], train["source_words_max"], train["source_words_p50"]) == (3, 7, 5)
     assert train["columns"] == {"source": "document", "target": "summary", "id": "id"}
     assert "train: 3 rows" in done.stderr
 
 
-def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
+def test_all_problems_are_reported_at_once_with_status_2(tmp_path):
     rows = [GOOD, {"id": "x", "source": "", "target": "t"}, "{", {"id": "y", "source": 1, "target": "t"}, GOOD]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "val.jsonl", [{**GOOD, "target": None}])
@@ -61,13 +63,13 @@ def test_all_faults_are_told_in_one_go_with_status_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_repeated_ids_alone_are_a_fault(tmp_path):
+def test_repeated_ids_alone_give_status_2(tmp_path):
     done = run(str(write_jsonl(tmp_path / "x.jsonl", [GOOD, {**GOOD, "source": "other"}])), "--skip-bad-rows", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["usable"] is False
 
 
-def test_skipped_rows_are_no_fault(tmp_path):
+def test_skipped_rows_are_not_a_problem(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [GOOD, "{"])
     assert run(str(path)).returncode == 2
     done = run(str(path), "--skip-bad-rows")

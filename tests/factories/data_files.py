@@ -18,7 +18,7 @@ ROWS = [
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    """Write one JSON value per line; strings are written as they are. `.gz` files are compressed."""
+    """Write one JSON value per line; strings are written without encoding. `.gz` files are compressed."""
     text = "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
     data = text.encode("utf-8", "surrogateescape")
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
