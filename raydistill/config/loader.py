@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         node = _compose_within_limits(text)
         if node is not None:
             _collect_lines(node, (), lines, path)
-        data = yaml.safe_load(text)
+        data = _construct(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         location = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -59,8 +59,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
         if not equals or not all(key.split(".")):
             raise UserError(f"--set {override}: expected KEY=VALUE, for example --set search.trials=4")
         try:
-            _compose_within_limits(text)
-            value = yaml.safe_load(text)
+            value = _construct(_compose_within_limits(text))
         except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
         mapping = data
@@ -91,6 +90,11 @@ def _compose_within_limits(text: str) -> yaml.Node | None:
         elif isinstance(node, yaml.SequenceNode):
             pending += [(child, depth + 1) for child in node.value]
     return root
+
+
+def _construct(root: yaml.Node | None) -> Any:
+    """The data of a document; only plain YAML types are allowed."""
+    return yaml.SafeLoader("").construct_document(root) if root else None
 
 
 def _collect_lines(node: yaml.Node, key_path: KeyPath, lines: dict[KeyPath, int], path: Path) -> None:
