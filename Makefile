@@ -65,8 +65,8 @@ ui: $(STAMP) ## the MLflow UI of the local store, on http://127.0.0.1:5000
 	  echo "$$command" && exec $(BIN)/$$command
 
 schema: $(STAMP) ## write search_spaces/schema.json, which editors check space files with
-	@$(BIN)/python -m raydistill.config.schema > search_spaces/.schema.making
-	@mv search_spaces/.schema.making search_spaces/schema.json
+	@$(BIN)/python -m raydistill.config.schema > search_spaces/.schema.tmp
+	@mv search_spaces/.schema.tmp search_spaces/schema.json
 	@echo "search_spaces/schema.json"
 
 clean: ## delete .venv, builds and caches; outputs/ stays

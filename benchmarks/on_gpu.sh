@@ -19,7 +19,7 @@ part() { # NAME SECONDS COMMAND...
     timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
     echo "$name: status $? after $((SECONDS - begun)) s"
     tail -n "${TAIL:-4}" "$LOGS/$name.log" | cut -c-300
-    tar czf "$OUT/gpu.tgz.making" -C "$LOGS" . -C "$PWD/benchmarks" results && mv "$OUT/gpu.tgz.making" "$OUT/gpu.tgz"
+    tar czf "$OUT/gpu.tgz.tmp" -C "$LOGS" . -C "$PWD/benchmarks" results && mv "$OUT/gpu.tgz.tmp" "$OUT/gpu.tgz"
 }
 
 # CTranslate2's wheel asks for cuBLAS 12, which the extra `gpu` installs. Where only 13 is there, 13 answers under that

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import atomic_path, safe_join
+from raydistill.core.files import TEMPORARY_SUFFIX, atomic_path, safe_join
 from raydistill.core.paths import raydistill_home
 from raydistill.core.secrets import has_credentials, redact
 
@@ -33,8 +33,7 @@ COMPLETION_MARKERS = ("state.json", "manifest.json", "result.json")
 # Files that describe runs and sweeps, without the weights.
 RECORD_PATTERNS = ("*.json", "*.jsonl", "*.npz", "*.yaml", "study.log")
 CLOCK_TOLERANCE_NS = 10**9  # accepted difference between the clocks of two machines
-TEMPORARY_SUFFIX = ".making"
-LOCAL_SUFFIXES = (".lock", TEMPORARY_SUFFIX, ".tmp", ".ray", ".engine")  # names with these endings are not synced
+LOCAL_SUFFIXES = (".lock", TEMPORARY_SUFFIX, ".ray", ".engine")  # names with these endings are not synced
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ PARSE_ERRORS = (
 )
 # Version of the records in sweeps, runs, label sets and caches. Version 1 was written by raydistill 0.1 previews.
 SCHEMA_VERSION = 2
+TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written; they are not synced to a bucket
 CHECKPOINT_METADATA = "raydistill.json"  # next to the weights of a checkpoint: teacher, data and configuration
 
 
@@ -36,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A random suffix and not the process ID: on a shared folder, processes of two machines may have equal IDs.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.making")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         fsync(temporary)
@@ -51,7 +52,7 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
     All files are synced before. The temporary folder is removed when the block fails.
     """
-    temporary = folder.with_name(f".{folder.name}.making")
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         yield temporary

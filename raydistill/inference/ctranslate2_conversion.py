@@ -236,7 +236,7 @@ def _convert_into(folder: Path, checkpoint: str | Path, tokenizer: PreTrainedTok
     _remove_stale_temporaries(folder.parent)
     model = loading.load_model(checkpoint)
     tokenization.set_target_language(model, tokenizer)
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     output = temporary / "model"
     try:
         reason, logprob_diff = _convert_and_validate(model, tokenizer, output, threads)
@@ -259,7 +259,7 @@ def _convert_into(folder: Path, checkpoint: str | Path, tokenizer: PreTrainedTok
 
 def _remove_stale_temporaries(cache_dir: Path) -> None:
     """Remove temporary folders older than a day; they belong to processes that were killed."""
-    for path in cache_dir.glob(".making-*"):
+    for path in cache_dir.glob(".tmp-*"):
         if time.time() - path.stat().st_mtime > 86400:
             shutil.rmtree(path, ignore_errors=True)
 

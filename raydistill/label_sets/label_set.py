@@ -84,7 +84,7 @@ def write_label_set(
     """
     import pyarrow as pa
 
-    temporary = folder.with_name(f".{folder.name}.making")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     temporary.mkdir(parents=True)
     part_schema = pa.schema(zip(COLUMNS, (pa.string(), pa.string(), pa.int32(), pa.float64()), strict=True))

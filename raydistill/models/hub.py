@@ -72,7 +72,7 @@ def convert_to_safetensors(folder: Path, checkpoint: str | Path) -> Path:
             _check_no_external_links(folder)
             for path in pickles:
                 _check_pickle(path)
-            temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
             try:
                 _write_safetensors(folder, temporary, checkpoint)
                 temporary.rename(target)

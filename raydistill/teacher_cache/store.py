@@ -166,7 +166,7 @@ def read_record(store: Path) -> StoreRecord:
 
 def remove_partial_files(store: Path) -> None:
     """Delete temporary files of killed writers. The caller holds the lock of the store."""
-    for path in store.rglob(".*.making"):
+    for path in store.rglob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 

@@ -143,7 +143,7 @@ def _create_sqlite_store(path: Path) -> None:
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.is_file() and path.stat().st_size:
             return
-        for leftover in path.parent.glob(f".{path.name}.*.making*"):  # from a killed process; includes SQLite's journal
+        for leftover in path.parent.glob(f".{path.name}.*.tmp*"):  # from a killed process; includes SQLite's journal
             leftover.unlink()
         with atomic_path(path) as temporary:
             MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)

@@ -67,7 +67,7 @@ def save_state(folder: Path, state: TrainingState, student: PreTrainedModel, opt
     with safetensors_os_error(path), atomic_path(path) as temporary:
         save_file(tensors, temporary)
     write_state_file(folder, state)
-    for stale in [*folder.glob("state-*.safetensors"), *folder.glob(".state-*.making")]:
+    for stale in [*folder.glob("state-*.safetensors"), *folder.glob(".state-*.tmp")]:
         if stale != path:
             stale.unlink()
 

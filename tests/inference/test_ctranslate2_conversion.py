@@ -69,7 +69,7 @@ def test_concurrent_callers_convert_once(tmp_path, monkeypatch):
         )
     assert len(set(folders)) == len(conversions) == 1
     assert [path.name for path in cache.glob("[!.]*")] == [folders[0].name]
-    assert not list(cache.glob(".making-*"))
+    assert not list(cache.glob(".tmp-*"))
 
 
 def test_temporary_failures_are_not_cached(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_temporary_failures_are_not_cached(tmp_path, monkeypatch):
         with pytest.raises(error_type, match=message):
             ctranslate2_conversion.ensure_converted(folder, tokenizer, cache, 1, None)
         assert not list(cache.glob("[!.]*"))
-        assert not list(cache.glob(".making-*"))
+        assert not list(cache.glob(".tmp-*"))
     monkeypatch.undo()
     assert ctranslate2_conversion.ensure_converted(folder, tokenizer, cache, 1, None).is_dir()
 

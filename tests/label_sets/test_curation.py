@@ -160,7 +160,7 @@ def test_other_data_missing_originals_and_rules_that_drop_all_rows_are_refused(s
     with pytest.raises(UserError, match="drop every row"):
         derive(source_set, min_rouge2=50, max_copy_rate=0.0, max_length_ratio=0.1)
     assert [p.name for p in folder.parent.glob("[!.]*")] == [folder.name]
-    assert not list(folder.parent.glob(".*.making"))
+    assert not list(folder.parent.glob(".*.tmp"))
     bare = tmp_path / "bare.jsonl"
     bare.write_text("".join(json.dumps({"id": f"r{i}", "source": "s"}) + "\n" for i in range(4)))
     with pytest.raises(UserError, match="has no targets"):

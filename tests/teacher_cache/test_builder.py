@@ -30,7 +30,7 @@ def test_states_equal_those_of_each_row_alone_without_padding(teacher, tmp_path)
     padded = encoder_states.read_padded([1, 5])
     assert torch.equal(padded[0, : len(examples.sources[1])], encoder_states.read_flat([1]))
     assert not padded[0, len(examples.sources[1]) :].any()
-    assert not list(tmp_path.rglob("*.making"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_bf16_states_are_the_rounded_fp32_states(teacher, tmp_path):
@@ -82,7 +82,7 @@ def write_and_wait(array, number, vectors):
     if array.name == "layer-02":
         print(number, flush=True)
         if number == 1:
-            (array / ".part-000009.bin.1.making").write_bytes(b"half")
+            (array / ".part-000009.bin.1.tmp").write_bytes(b"half")
             time.sleep(60)
 
 
@@ -114,7 +114,7 @@ def test_killed_build_keeps_finished_parts_and_resumes_with_the_missing_ones(tea
     with torch_threads(1):
         build_cache(layout, teacher)
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert not list(root.rglob("*.making"))
+    assert not list(root.rglob("*.tmp"))
     uninterrupted = cache_layout(tmp_path / "uninterrupted", cache_examples())
     with torch_threads(1):
         build_cache(uninterrupted, teacher)

@@ -18,7 +18,7 @@ def test_local_store_can_be_created_after_a_kill_during_creation(tmp_path):
     code = f"from raydistill.tracking.mlflow_store import make_client; make_client('sqlite:///{file}')"
     worker = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
-    while not any(temporary.stat().st_size for temporary in tmp_path.glob(".mlflow.db.*.making")):
+    while not any(temporary.stat().st_size for temporary in tmp_path.glob(".mlflow.db.*.tmp")):
         assert time.monotonic() < deadline
         assert worker.poll() is None, "the process finished before it could be killed"
         time.sleep(0.01)
@@ -28,7 +28,7 @@ def test_local_store_can_be_created_after_a_kill_during_creation(tmp_path):
     client = mlflow_store.make_client(f"sqlite:///{file}")
     experiment_id = mlflow_store.get_or_create_experiment(client, "mine", f"sqlite:///{file}")
     assert client.get_experiment(experiment_id).name == "mine"
-    assert not list(tmp_path.glob(".*.making*"))
+    assert not list(tmp_path.glob(".*.tmp*"))
 
 
 def test_local_store_that_cannot_be_created_is_reported(tmp_path):
