@@ -28,7 +28,7 @@ import yaml
 from benchmarks.common import RESULTS, describe_machine, write_result
 from benchmarks.kd_step import kd_loss
 from raydistill.config.run import Run
-from raydistill.config.space import Space
+from raydistill.config.space import Space, corner_runs
 from raydistill.core.files import write_json_atomic
 from raydistill.evaluation.metrics import score
 from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
@@ -37,7 +37,6 @@ from raydistill.models import families
 from raydistill.models.freezing import freeze, resolve_frozen_parts
 from raydistill.models.teacher import open_teacher
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
-from raydistill.search.prepare import corner_runs
 from raydistill.training import optimizer_step
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train

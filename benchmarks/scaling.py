@@ -33,7 +33,7 @@ from raydistill.cluster.actor_pool import BatchFunction, BatchStats, run_batches
 from raydistill.config.run import Dataset, Decoding
 from raydistill.config.space import Space
 from raydistill.core.console import print_progress
-from raydistill.core.files import write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.data.demo import demo_rows
 from raydistill.jobs.pseudolabel import GPU_BATCH_CHARS, LabelJob, pseudolabel
 from raydistill.label_sets.label_set import read_manifest
@@ -41,6 +41,7 @@ from raydistill.results.tables import markdown_table
 from raydistill.search.early_stopping import peer_curves
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.progress import ProgressCallback
+from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 
 PARTS = ("labels", "batches", "trials", "train", "many")
@@ -149,12 +150,13 @@ def trials(place: Path, count: int, number: int, seconds: float, launcher: str) 
     space = endless_space(number, count, seconds, launcher)
     sweep = Path(tempfile.mkdtemp(dir=place))
     prepared = synthetic_sweep()
-    write_json_atomic(sweep / "sweep.json", {"teacher": prepared.teacher, "metric": "rouge2", "teacher_gpu_hours": 0.0})
+    record = {"schema": SCHEMA_VERSION, "teacher": prepared.teacher, "metric": "rouge2", "teacher_gpu_hours": 0.0}
+    write_json_atomic(sweep / "sweep.json", record)
     work = partial(simulated_run, seconds_per_step=SECONDS_PER_STEP)
     # Under Ray Train the trial's own function takes a tenth of a CPU beside its worker.
     with cluster_nodes(count, cpus=1 if launcher == "tune" else 2) as meter:
         began = time.time()
-        run_search(space, sweep, prepared, "cpu", [ProgressCallback(sweep, space.search, "rouge2")], work)
+        run_search(TrialContext(space, sweep, prepared, "cpu", work), [ProgressCallback(sweep, space.search, "rouge2")])
         ended = time.time()
     slept = sorted((read_sleep(path) for path in sweep.glob("trials/*/stamps.jsonl")), key=lambda one: one.began)
     assert len(slept) == number

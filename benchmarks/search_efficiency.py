@@ -32,7 +32,7 @@ from raydistill.core.console import print_progress
 from raydistill.results.records import Trial, read_sweep, read_trials
 from raydistill.results.tables import markdown_table
 from raydistill.search.early_stopping import Curve, should_stop_early, validation_curve, warmup_share
-from raydistill.search.study import StudySearch
+from raydistill.search.study import SweepStudy
 from raydistill.training.run import collapse_reason
 
 SHARES = (0.9, 0.95, 0.99)  # of the whole grid's hypervolume; fixed before the first replay
@@ -91,7 +91,7 @@ def recorded(trial: Trial, metric: str, latency: float, repetition: float | None
     seconds = tuple(3600 * line["gpu_hours"] for line in trial.history())
     finish = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
     score = trial.score(metric) if trial.scored else None
-    rows = {split: len(kept) for split in ("validation", "test") if (kept := trial.rows(split)) is not None}
+    rows = {split: len(kept) for split in ("validation", "test") if (kept := trial.row_statistics(split)) is not None}
     judged = finish * rows["validation"] / sum(rows.values()) if rows else finish
     collapsed = tuple(bool(collapse_reason(line.get("repetition", 0.0), repetition)) for line in trial.history())
     return Recorded(
@@ -102,7 +102,7 @@ def recorded(trial: Trial, metric: str, latency: float, repetition: float | None
 def read_grid(sweep: Path) -> dict[str, Recorded]:
     """The trials of a sweep that are over, by key, in the order in which they were begun."""
     info = read_sweep(sweep)
-    latency = {size: costs["latency_ms"] for size, costs in info["shapes"].items()}
+    latency = {size: costs["latency_ms"] for size, costs in info["shape_costs"].items()}
     over = [trial for trial in read_trials(sweep) if trial.status != "running"]
     repetition = info["teacher"]["repetition"]
     return {t.key: recorded(t, info["metric"], latency[t.size], repetition) for t in over}
@@ -144,12 +144,12 @@ def replay(
     seen: list[tuple[str, Curve]] = []
     seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="raydistill-replay-") as folder:
-        searcher = StudySearch(space, Path(folder), storage=InMemoryStorage())
+        study = SweepStudy(space, Path(folder), storage=InMemoryStorage())
         for number in map(str, range(len(grid))):
-            proposal = searcher.suggest(number)
-            if not isinstance(proposal, dict):
+            proposal = study.propose(number)
+            if proposal is None:
                 break
-            trial = grid[proposal["key"]]
+            trial = grid[proposal.key]
             rivals = [other for size, other in seen if size == trial.size]
             done, took, score = cut(trial, rivals, space.search)
             seconds += took
@@ -158,7 +158,7 @@ def replay(
                 seen.append((trial.size, trial.curve[:done]))
                 points.append(Point(seconds, score, trial.latency))
                 report |= {"status": "done", "score": score, "latency_ms": trial.latency}
-            searcher.on_trial_complete(number, report)
+            study.report(number, report)
             if enough(points):
                 break
     return points

@@ -1,4 +1,4 @@
-"""`raydistill sweep`: the whole search, from a space file to the front and the choice per budget."""
+"""`raydistill sweep`: a whole search, from a space file to the Pareto front and the choice for each budget."""
 
 from functools import partial
 from pathlib import Path
@@ -19,24 +19,24 @@ def sweep(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="print the plan and stop: trials, shapes, disk, what is there")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="print the plan and stop: trials, shapes, disk space, finished trials")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
-    """Search students of one teacher; ends with the quality/latency front and the best checkpoint per budget.
+    """Search students of one teacher: the front of quality against latency, and the best student for each budget.
 
-    The sweep lives in `outputs/sweeps/NAME`. Run again, whether killed or finished, it goes on under the same name.
+    Results are in `outputs/sweeps/NAME`. Run the same command again to resume a sweep that was killed, to retry failed
+    trials, or to add trials.
 
     Example: `raydistill sweep search_spaces/kd_xsum.yaml --set search.trials=12 --dry-run`
     """
+    from raydistill.config.presets import check_teacher
     from raydistill.config.space import read_space
 
     checked = read_space(space, settings)
     folder = raydistill_home() / "sweeps" / checked.name
-    from raydistill.config.presets import check_teacher
-
     _check_tracking(checked.tracking_uri, folder)
-    if isinstance(checked.run.get("teacher"), str) and not dry_run:
-        check_teacher(checked.run["teacher"])
     if dry_run:
         from raydistill.search.dry_run import describe_plan
 
@@ -44,16 +44,18 @@ def sweep(
         print_text(plan["text"], as_json)
         print_json({k: v for k, v in plan.items() if k != "text"}, as_json)
         return
+    if isinstance(checked.run.get("teacher"), str):
+        check_teacher(checked.run["teacher"])
     from raydistill.search.sweep import run_sweep
 
     result = run_sweep(checked, folder, partial(print_text, as_json=as_json))
     print_json(result, as_json)
-    if not result["whole"]:
+    if not result["complete"]:
         raise typer.Exit(1)
 
 
 def _check_tracking(uri: str | None, folder: Path) -> None:
-    """A store that does not answer is refused before a sweep begins; one that has begun goes on without it."""
+    """Refuse to start a sweep without its tracking server; a sweep that was started before continues without it."""
     from raydistill.tracking.mlflow_store import TrackingUnavailable, check_tracking
 
     try:
@@ -61,11 +63,11 @@ def _check_tracking(uri: str | None, folder: Path) -> None:
     except TrackingUnavailable as error:
         if not (folder / "space.yaml").is_file():
             raise
-        print_progress(f"{error} The sweep goes on; what is missing is published later")
+        print_progress(f"{error} The sweep continues and publishes later")
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_app(app)
 
 

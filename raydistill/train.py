@@ -85,9 +85,9 @@ def train_run(run: Any, folder: Path) -> dict[str, Any]:
         The content of result.json.
     """
     from raydistill.cluster.start import cluster_device, ray_cluster
+    from raydistill.jobs.run_inputs import prepare_run_inputs
     from raydistill.jobs.train import TrainJob, check_capacity, train_with_ray_train
-    from raydistill.search.dry_run import check_run
-    from raydistill.search.prepare import prepare_inputs
+    from raydistill.training.preflight import check_run
     from raydistill.training.run_folder import (
         CONFIG_FILE,
         FINGERPRINTS_FILE,
@@ -109,7 +109,7 @@ def train_run(run: Any, folder: Path) -> dict[str, Any]:
         device = cluster_device()
         check_capacity(run, device)
         print_progress(f"run {run.name}: method {run.method} on {device}, in {folder}")
-        inputs = prepare_inputs(run, device, folder)
+        inputs = prepare_run_inputs(run, device, folder)
         with MetricsFollower(folder):
             return train_with_ray_train(TrainJob(run, folder, inputs), device=device)
 

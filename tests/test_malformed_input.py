@@ -35,8 +35,8 @@ from raydistill.label_sets.batch_plan import make_plan, open_plan
 from raydistill.models import loading, tokenization
 from raydistill.results.selection import load_selection
 from raydistill.results.tables import result_tables
-from raydistill.search.study import StudySearch
-from raydistill.search.sweep import sweep_lock
+from raydistill.search.study import SweepStudy
+from raydistill.search.sweep_folder import sweep_lock
 from raydistill.teacher_cache import store
 from tests.factories import workspace
 from tests.factories.label_sets import LABEL_ROWS, pseudolabel_manifest, write_labels
@@ -420,15 +420,15 @@ def test_teacher_caches(check_property, tmp_path, monkeypatch, capsys):
 
 def test_studies(check_property, tmp_path):
     space = Space.model_validate({"name": "s", "run": RUN, "search": {"sampler": "grid"}})
-    first = StudySearch(space, tmp_path)
+    first = SweepStudy(space, tmp_path)
     for n in range(3):
-        first.suggest(f"t{n}")
+        first.propose(f"t{n}")
     valid = (tmp_path / "study.log").read_bytes()
     lines = [json.loads(line) for line in valid.splitlines()]
 
     def check(content):
         (tmp_path / "study.log").write_bytes(content)
-        assert_loads_or_user_error(lambda: StudySearch(space, tmp_path), tmp_path, reads_only=False)
+        assert_loads_or_user_error(lambda: SweepStudy(space, tmp_path), tmp_path, reads_only=False)
 
     check_property(check, st.builds(partial(corrupt, valid), EDITS), few=15, many=300)
     modified = CHANGES.map(lambda changes: "".join(json.dumps(line) + "\n" for line in modify(lines, changes)).encode())
@@ -438,6 +438,7 @@ def test_studies(check_property, tmp_path):
 def test_sweeps(check_property, tmp_path):
     sweep = tmp_path / "sweep"
     good = {
+        "schema": SCHEMA_VERSION,
         "name": "mini",
         "metric": "rouge2",
         "budgets": {"fast": {"latency_ms": "50%"}},

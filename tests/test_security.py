@@ -66,7 +66,7 @@ def test_pickled_row_statistics_are_refused(tmp_path):
     marker = tmp_path / "was_run"
     np.savez(tmp_path / "rows.npz", validation=np.array([Malicious(marker)], dtype=object))
     with pytest.raises(UserError, match=r"rows\.npz: damaged"):
-        records.read_rows(tmp_path / "rows.npz", "validation")
+        records.read_row_statistics(tmp_path / "rows.npz", "validation")
     assert not marker.exists()
 
 
@@ -96,7 +96,7 @@ def test_row_statistics_with_a_huge_unpacked_size_are_refused(tmp_path, monkeypa
     np.savez_compressed(tmp_path / "rows.npz", validation=np.zeros(10**6))
     assert (tmp_path / "rows.npz").stat().st_size < 10**4
     with pytest.raises(UserError, match="unpack to more than"):
-        records.read_rows(tmp_path / "rows.npz", "validation")
+        records.read_row_statistics(tmp_path / "rows.npz", "validation")
 
 
 # No path leaves its folder

@@ -1,6 +1,7 @@
 """The configuration of a sweep: a run in which values may be distributions, the search, and the budgets."""
 
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -212,3 +213,9 @@ def sampler_params(run: dict[str, Any], params: dict[str, Any]) -> dict[str, Any
 def make_run(space: Space, params: dict[str, Any], name: str) -> Run:
     """The run of one trial, from its values by dotted key."""
     return Run.model_validate(fill_run(space.run, params, name))
+
+
+def corner_runs(space: Space) -> list[Run]:
+    """The runs at the corners of the space, without duplicates: every choice and both ends of every range occur."""
+    runs = [make_run(space, params, space.name) for params in iter_corners(space.run)]
+    return list({json.dumps(run.model_dump(mode="json")): run for run in runs}.values())

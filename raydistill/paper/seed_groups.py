@@ -16,7 +16,7 @@ from raydistill.evaluation.metrics import Comparison, paired_bootstrap_over_seed
 from raydistill.models.layer_choice import layers_to_copy
 from raydistill.paper.published import PaperKey, data_name, teacher_name
 from raydistill.results.costs import end_to_end_hours, hours_by_artifact
-from raydistill.results.records import Trial, read_rows, read_sweep, read_trials
+from raydistill.results.records import Trial, read_row_statistics, read_sweep, read_trials
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Sweep:
         return {f"passes of {self.folder}": float(self.record.get("teacher_gpu_hours") or 0.0)}
 
     def teacher_rows(self) -> np.ndarray | None:
-        """The teacher's per-row statistics on test, as `read_rows` returns them."""
-        return read_rows(self.folder / "teacher_rows.npz", "test")
+        """The teacher's per-row statistics on test, as `read_row_statistics` returns them."""
+        return read_row_statistics(self.folder / "teacher_rows.npz", "test")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SeedGroup:
     @property
     def decoder_layers(self) -> tuple[int, ...]:
         """The decoder layers copied; () for a randomly initialised decoder."""
-        return tuple(self.completed[0].copied.get("decoder") or ())
+        return tuple(self.completed[0].copied_layers.get("decoder") or ())
 
     @property
     def decoder_source(self) -> str:
@@ -137,7 +137,7 @@ class SeedGroup:
 
         False if the size of the teacher is unknown.
         """
-        copied, depths = self.completed[0].copied, self.sweep.teacher_depths
+        copied, depths = self.completed[0].copied_layers, self.sweep.teacher_depths
         if depths is None or self.decoder_source != "teacher" or not copied.get("encoder"):
             return False
         sides = zip(("encoder", "decoder"), depths, strict=True)
@@ -188,7 +188,7 @@ class SeedGroup:
     @cached_property
     def test_rows(self) -> dict[int, np.ndarray]:
         """Per-row statistics on test by seed, for the trials that kept them."""
-        return {trial.seed: rows for trial in self.trials if (rows := trial.rows("test")) is not None}
+        return {trial.seed: rows for trial in self.trials if (rows := trial.row_statistics("test")) is not None}
 
 
 def load_seed_groups(folders: Iterable[Path]) -> tuple[list[Sweep], list[SeedGroup]]:

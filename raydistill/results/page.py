@@ -88,7 +88,7 @@ def make_tooltips(selection: Selection) -> dict[str, list[str]]:
 
 def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     lines = [student.label, f"method {student.method}, labels {student.labels or 'original'}"]
-    lines += [f"{side} layers copied: {' '.join(map(str, layers))}" for side, layers in student.copied.items()]
+    lines += [f"{side} layers copied: {' '.join(map(str, layers))}" for side, layers in student.copied_layers.items()]
     if student.decoding:
         lines.append(decoding_label(student.decoding))
     if (score := student.score(selection.metric)) is not None:

@@ -1,7 +1,7 @@
-"""What a sweep leaves in its folder: tables, figures, choices and MLflow come from it alone.
+"""The records in a sweep's folder, from which all tables, figures, choices and MLflow runs are derived.
 
-SWEEP/space.yaml  SWEEP/sweep.json
-SWEEP/trials/KEY/run.json  metrics.jsonl  rows.npz  best/  result.json (last: the trial is finished)
+SWEEP/space.yaml, SWEEP/sweep.json, and for each trial SWEEP/trials/KEY/run.json, metrics.jsonl, rows.npz, best/ and
+result.json. A trial writes result.json last: a trial that has one is finished.
 """
 
 import json
@@ -10,28 +10,44 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from raydistill.config.run import NAME_PATTERN
 from raydistill.config.space import COST_METRICS, check_bounds
 from raydistill.core.errors import UserError
-from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
+from raydistill.core.files import PARSE_ERRORS, check_schema, corrupt_file_error, read_json, safe_join
 from raydistill.core.paths import raydistill_home
 
-MAX_ROW_BYTES = 2**30  # of unpacked per-row statistics: ten numbers for each of 13 million rows
+MAX_ROW_BYTES = 2**30  # unpacked size of per-row statistics: ten numbers for each of 13 million rows
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as its folder tells it; `status` is "running", without a number, while there is no result.json.
+    """A trial as recorded in its folder, or a student: a trial served with one way of decoding.
 
-    A trial that was "stopped" early has a scored checkpoint like one that is "done". A finalist stands once per way of
-    `decoding` that it was served with: its key and label tell which, and its scores and costs are of that.
+    A finalist of the sweep has one student for each way of decoding. The student's key and label name the decoding,
+    and its scores and costs are those measured with that decoding.
 
-    `metrics` are on validation, `test` on the test split (with its "interval"), both with the contract's names.
-    `measured` says with which engine and precision, and on what, a finalist was timed.
+    Attributes:
+        key: name of the trial's folder; for a student, followed by the decoding.
+        folder: the trial's folder.
+        status: "done"; "stopped" (early, with a scored checkpoint); "failed"; or "running", which is any trial
+            without result.json, also one that was killed.
+        number: position in the order of proposals; None while the trial is running.
+        reason: why the trial failed or was stopped.
+        copied_layers: the teacher's layers that the student started from, by "encoder" and "decoder".
+        params: the values that the search chose.
+        metrics: scores on the validation split, and costs.
+        interval: 95 % confidence interval of the main metric on the validation split.
+        test: scores on the test split, with their "interval".
+        steps: optimizer steps.
+        signature: how the scores were computed, in the notation of the metric's library.
+        checkpoint: the best checkpoint; None if there is none.
+        decoding: beams and length penalty of a student; None for a trial.
+        measured_with: engine, precision and hardware of a student's timings.
     """
 
     key: str
@@ -41,9 +57,9 @@ class Trial:
     reason: str = ""
     method: str = ""
     size: str = ""
-    copied: dict[str, list[int]] = field(default_factory=dict)
+    copied_layers: dict[str, list[int]] = field(default_factory=dict)
     labels: str = ""
-    chosen: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     test: dict[str, Any] | None = None
@@ -52,24 +68,24 @@ class Trial:
     checkpoint: Path | None = None
     seed: int = 0
     decoding: dict[str, Any] | None = None
-    measured: str = ""
+    measured_with: str = ""
 
     @property
     def label(self) -> str:
-        """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key where there is no number."""
+        """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key if there is no number."""
         if self.number is None:
             return self.key
-        served = f", {decoding_label(self.decoding)}" if self.decoding else ""
-        return f"{self.size} {self.method} (trial {self.number}{served})"
+        decoding = f", {decoding_label(self.decoding)}" if self.decoding else ""
+        return f"{self.size} {self.method} (trial {self.number}{decoding})"
 
     @property
     def scored(self) -> bool:
-        """Whether there is a checkpoint with its score."""
+        """Whether the trial has a checkpoint and that checkpoint's scores."""
         return self.status in ("done", "stopped")
 
     @property
     def device_hours(self) -> float:
-        """What the trial has taken; of one under way, up to its last validation."""
+        """Device-hours of the trial; of a running trial, until its last validation."""
         if self.status != "running":
             return self.metrics.get("gpu_hours", 0.0)
         with corrupt_file_error(self.folder / "metrics.jsonl"):
@@ -79,145 +95,105 @@ class Trial:
         """The validation score."""
         return self.metrics.get(metric, self.metrics.get("score"))
 
-    def rows(self, split: str = "validation") -> np.ndarray | None:
-        """Per-row statistics of the main metric, [rows] or [rows, 10]; None where they were not kept."""
-        return read_rows(self.folder / rows_filename(split, self.decoding), split)
+    def row_statistics(self, split: str = "validation") -> np.ndarray | None:
+        """Per-row statistics of the main metric, [rows] or [rows, 10]; None if the trial has none."""
+        return read_row_statistics(self.folder / rows_filename(split, self.decoding), split)
 
     def history(self) -> list[dict[str, Any]]:
-        """One mapping per validation, in order. A torn last line, as a kill leaves it, is passed over."""
+        """The validations in order. An incomplete last line, which a kill can leave, is skipped.
+
+        Raises:
+            UserError: if another line is not a JSON mapping.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
         lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-        found = []
+        validations = []
         for i, line in enumerate(lines):
             if not line.strip():
                 continue
             try:
-                found.append(dict(json.loads(line).items()))
+                validations.append(dict(json.loads(line).items()))
             except (ValueError, AttributeError, RecursionError) as error:
                 if i == len(lines) - 1:
                     break
                 raise _corrupt_trial_error(path, f"line {i + 1}: {error}") from None
-        return found
+        return validations
 
     def run_config(self) -> dict[str, Any]:
-        """The resolved run, as a nested mapping."""
+        """The resolved run from run.json, as a nested mapping; empty if there is no run.json."""
         path = self.folder / "run.json"
         config = read_json(path) if path.exists() else {}
         return {name: value for name, value in config.items() if name != "schema"}
 
 
-def read_rows(path: Path, split: str) -> np.ndarray | None:
-    """Per-row statistics of a split, [rows] or [rows, 10]; None where they were not kept."""
-    if not path.exists():
-        return None
-    try:
-        with zipfile.ZipFile(path) as packed:
-            if sum(entry.file_size for entry in packed.infolist()) > MAX_ROW_BYTES:
-                raise ValueError("it would unpack to more than any sweep has rows for")
-        with np.load(path, allow_pickle=False) as arrays:
-            rows = np.asarray(arrays[split]) if split in arrays else None
-    except (*PARSE_ERRORS, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _corrupt_trial_error(path, str(error)) from None
-    if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
-        raise _corrupt_trial_error(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
-    return rows
-
-
-def read_sweep(sweep: Path) -> dict[str, Any]:
-    """The sweep's own record, sweep.json."""
-    path = sweep / "sweep.json"
-    if not path.exists():
-        raise UserError(f"{sweep}: no sweep.json; the sweep was not started or stopped before its first trial")
-    info = read_json(path)
-    with corrupt_file_error(path):
-        if not re.fullmatch(NAME_PATTERN, str(info.get("name", "unnamed"))):  # a folder of artifacts is called so
-            raise ValueError(f"name is {info['name']!r}")
-        if info.get("tracking_uri") is not None and not isinstance(info["tracking_uri"], str):
-            raise TypeError("tracking_uri is no text")
-        float(info.get("teacher_gpu_hours") or 0)
-        teacher = dict(info.get("teacher") or {})
-        to_floats(teacher.get("metrics") or {})
-        to_floats({name: value for name, value in (teacher.get("costs") or {}).items() if name in COST_METRICS})
-        for name, bounds in (info.get("budgets") or {}).items():
-            check_bounds(name, bounds)
-    return info
-
-
-def read_trials(sweep: Path) -> list[Trial]:
-    """Every trial that has begun, by number; one without result.json is "running" (or was killed)."""
-    found = []
-    for folder in sorted((sweep / "trials").glob("*/")):
-        if (folder / "result.json").exists():
-            found.append(_read_finished(folder))
-        elif (folder / "run.json").exists():
-            found.append(_read_running(folder))
-    return sorted(found, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
-
-
-def find_sweep(name_or_path: str) -> Path:
-    """A sweep's folder by path, or by name under `home()/sweeps`; a UserError names those that exist."""
-    sweeps = raydistill_home() / "sweeps"
-    for folder in (Path(name_or_path), sweeps / name_or_path):
-        if (folder / "sweep.json").exists() or (folder / "space.yaml").exists():
-            return folder.absolute()
-    known = sorted(p.parent.name for p in sweeps.glob("*/sweep.json"))
-    there = f"sweeps in {sweeps}: {', '.join(known)}" if known else f"there are no sweeps in {sweeps}"
-    raise UserError(f"{name_or_path}: no such sweep; {there}. Give a folder or a name")
-
-
-def device_hours(sweep: Path) -> float:
-    """What the sweep has taken so far: its trials, whatever became of them, and the teacher's passes, once."""
-    teacher = read_sweep(sweep).get("teacher_gpu_hours") or 0.0
-    return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
-
-
 def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics that have a value, as floats."""
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
+def parse_interval(interval: Any) -> tuple[float, float]:
+    """The two ends of an interval."""
+    low, high = interval
+    return float(low), float(high)
+
+
 def parse_test_scores(test: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Scores on the test split and their "interval"; None where there are none."""
+    """Scores on the test split and their "interval"; None if there are none."""
     if not test:
         return None
     scores = to_floats({name: value for name, value in test.items() if name != "interval"})
     return scores | ({"interval": list(parse_interval(test["interval"]))} if test.get("interval") else {})
 
 
-def parse_interval(interval: Any) -> tuple[float, float]:
-    low, high = interval
-    return float(low), float(high)
+class _TrialRecord(BaseModel):
+    """The keys of result.json that a `Trial` has; null means the default."""
+
+    status: Literal["done", "stopped", "failed"]
+    number: int | None = None
+    reason: str = ""
+    method: str = ""
+    size: str = ""
+    copied_layers: dict[str, list[int]] = Field({}, alias="copied")
+    labels: str = ""
+    params: dict[str, Any] = {}
+    metrics: Annotated[dict[str, float], BeforeValidator(to_floats)] = {}
+    interval: tuple[float, float] | None = None
+    test: Annotated[dict[str, Any] | None, BeforeValidator(parse_test_scores)] = None
+    steps: int = 0
+    signature: str = ""
+    checkpoint: str = "best"
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
+        layers = {side: numbers for side, numbers in (data.get("copied") or {}).items() if numbers is not None}
+        return {name: value for name, value in data.items() if value is not None} | {"copied": layers}
 
 
 def _read_finished(folder: Path) -> Trial:
     path = folder / "result.json"
     data = read_json(path)
-    if data.get("status") not in ("done", "stopped", "failed"):
-        raise _corrupt_trial_error(path, f"status is {data.get('status')!r}, not done, stopped or failed")
-    interval = data.get("interval")
     with corrupt_file_error(path):
-        checkpoint = safe_join(folder, str(data.get("checkpoint") or "best"))
+        record = _parse_trial_record(data)
+        checkpoint = safe_join(folder, record.checkpoint)
+        # A kill can come between the failure and the deletion of the failed run's checkpoint
+        has_checkpoint = checkpoint.is_dir() and record.status != "failed"
+        fields = {name: getattr(record, name) for name in _TrialRecord.model_fields}
         return Trial(
-            key=folder.name,
-            folder=folder,
-            status=data["status"],
-            number=None if data.get("number") is None else int(data["number"]),
-            reason=str(data.get("reason") or ""),
-            method=str(data.get("method") or ""),
-            size=str(data.get("size") or ""),
-            copied={side: [int(n) for n in ns] for side, ns in (data.get("copied") or {}).items() if ns is not None},
-            labels=str(data.get("labels") or ""),
-            chosen=dict(data.get("chosen") or {}),
-            metrics=to_floats(data.get("metrics") or {}),
-            interval=parse_interval(interval) if interval else None,
-            test=parse_test_scores(data.get("test")),
-            steps=int(data.get("steps") or 0),
-            signature=str(data.get("signature") or ""),
-            # A kill may have come before a failed run's checkpoint was deleted
-            checkpoint=checkpoint if checkpoint.is_dir() and data["status"] != "failed" else None,
-            seed=int(data.get("seed") or 0),
+            **{**fields, "key": folder.name, "folder": folder, "checkpoint": checkpoint if has_checkpoint else None}
         )
+
+
+def _parse_trial_record(data: dict[str, Any]) -> _TrialRecord:
+    """ValueError with one line for the first problem."""
+    try:
+        return _TrialRecord.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
 def _read_running(folder: Path) -> Trial:
@@ -234,23 +210,107 @@ def _read_running(folder: Path) -> Trial:
         )
 
 
+def read_trials(sweep: Path) -> list[Trial]:
+    """Every trial that was started: the finished ones by number, then those without result.json ("running")."""
+    trials = []
+    for folder in sorted((sweep / "trials").glob("*/")):
+        if (folder / "result.json").exists():
+            trials.append(_read_finished(folder))
+        elif (folder / "run.json").exists():
+            trials.append(_read_running(folder))
+    return sorted(trials, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
+
+
+def count_finished_trials(sweep: Path) -> int:
+    """The number of trials with a result. Reads names of files only."""
+    return len(list((sweep / "trials").glob("*/result.json")))
+
+
+def read_row_statistics(path: Path, split: str) -> np.ndarray | None:
+    """Per-row statistics of a split, [rows] or [rows, 10]; None if the file or the split is missing.
+
+    Raises:
+        UserError: if the file is damaged, or unpacks to more than `MAX_ROW_BYTES`.
+    """
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_ROW_BYTES:
+                raise ValueError("it would unpack to more than any sweep has rows for")
+        with np.load(path, allow_pickle=False) as arrays:
+            rows = np.asarray(arrays[split]) if split in arrays else None
+    except (*PARSE_ERRORS, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _corrupt_trial_error(path, str(error)) from None
+    if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
+        raise _corrupt_trial_error(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
+    return rows
+
+
+def read_sweep(sweep: Path) -> dict[str, Any]:
+    """The sweep's own record, sweep.json.
+
+    Raises:
+        UserError: if there is no record, if it is damaged, or if another version of raydistill wrote it.
+    """
+    path = sweep / "sweep.json"
+    if not path.exists():
+        raise UserError(f"{sweep}: no sweep.json; the sweep was not started or stopped before its first trial")
+    record = read_json(path)
+    check_schema(path, record)
+    with corrupt_file_error(path):
+        # The name becomes the name of a folder of artifacts
+        if not re.fullmatch(NAME_PATTERN, str(record.get("name", "unnamed"))):
+            raise ValueError(f"name is {record['name']!r}")
+        if record.get("tracking_uri") is not None and not isinstance(record["tracking_uri"], str):
+            raise TypeError("tracking_uri is not a string")
+        float(record.get("teacher_gpu_hours") or 0)
+        teacher = dict(record.get("teacher") or {})
+        to_floats(teacher.get("metrics") or {})
+        to_floats({name: value for name, value in (teacher.get("costs") or {}).items() if name in COST_METRICS})
+        for name, bounds in (record.get("budgets") or {}).items():
+            check_bounds(name, bounds)
+    return record
+
+
+def find_sweep(name_or_path: str) -> Path:
+    """The folder of a sweep, from its path or its name under `raydistill_home()/sweeps`.
+
+    Raises:
+        UserError: if there is no such sweep; the message names the sweeps that exist.
+    """
+    sweeps = raydistill_home() / "sweeps"
+    for folder in (Path(name_or_path), sweeps / name_or_path):
+        if (folder / "sweep.json").exists() or (folder / "space.yaml").exists():
+            return folder.absolute()
+    names = sorted(p.parent.name for p in sweeps.glob("*/sweep.json"))
+    existing = f"sweeps in {sweeps}: {', '.join(names)}" if names else f"there are no sweeps in {sweeps}"
+    raise UserError(f"{name_or_path}: no such sweep; {existing}. Give a folder or a name")
+
+
+def device_hours(sweep: Path) -> float:
+    """Device-hours of the sweep so far: all trials, whatever their status, and the teacher's passes."""
+    teacher = read_sweep(sweep).get("teacher_gpu_hours") or 0.0
+    return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
+
+
 def _corrupt_trial_error(path: Path, detail: str) -> UserError:
-    return UserError(f"{path}: damaged: {detail}. Delete {path.parent} to have it made again")
+    return UserError(f"{path}: damaged: {detail}. Delete {path.parent} and run the sweep again to repeat the trial")
 
 
 def decoding_key(decoding: dict[str, Any]) -> str:
-    """A way of decoding in a file's name: "b4-p0.6"; one beam has no length penalty."""
+    """A way of decoding as part of a file name: "b4-p0.6"; "b1" for one beam, which has no length penalty."""
     penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
     return f"b{decoding['beams']}{penalty}"
 
 
 def rows_filename(split: str, decoding: dict[str, Any] | None) -> str:
-    """The file of the per-row statistics: of a run's own scores, or of a split as it was served with a decoding."""
+    """The file of per-row statistics: of the trial's own scores, or of a split served with a way of decoding."""
     return f"rows-{split}-{decoding_key(decoding)}.npz" if decoding else "rows.npz"
 
 
 def decoding_label(decoding: dict[str, Any]) -> str:
-    """The same for people."""
+    """A way of decoding for tables and messages: "4 beams, length penalty 0.6"."""
     if decoding["beams"] == 1:
         return "1 beam"
     return f"{decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"

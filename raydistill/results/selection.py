@@ -64,7 +64,7 @@ class Selection:
         Before a student is served, its shape is timed with untrained weights at fixed output lengths.
         """
         engine = self.teacher.get("engine")
-        return student.measured or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
+        return student.measured_with or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
 
     def trial_key(self, key: str) -> str:
         """The key of the trial whose checkpoint the student with this key uses."""
@@ -133,5 +133,5 @@ def make_candidates(trials: list[Trial], metric: str) -> list[Candidate]:
         score = trial.score(metric)
         if trial.scored and score is not None:
             costs = {k: float(trial.metrics[k]) for k in COST_METRICS if trial.metrics.get(k) is not None}
-            candidates.append(Candidate(trial.key, float(score), trial.rows(), costs, trial.label))
+            candidates.append(Candidate(trial.key, float(score), trial.row_statistics(), costs, trial.label))
     return candidates

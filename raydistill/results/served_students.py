@@ -71,8 +71,8 @@ def impute_served_timing(trials: list[Trial], students: list[Trial]) -> list[Tri
             continue
         source = first_by_size[trial.size]
         timings = {name: value for name, value in source.metrics.items() if name in SHAPE_METRICS}
-        measured = f"{source.measured}, on {source.label}"
-        imputed.append(replace(trial, metrics={**trial.metrics, **timings}, measured=measured))
+        measured = f"{source.measured_with}, on {source.label}"
+        imputed.append(replace(trial, metrics={**trial.metrics, **timings}, measured_with=measured))
     return imputed
 
 
@@ -124,7 +124,7 @@ def _with_serving(trial: Trial, entry: dict[str, Any], is_default: bool) -> Tria
         interval=parse_interval(entry["interval"]),
         test=parse_test_scores(entry.get("test")) or (trial.test if is_default else None),
         decoding=decoding,
-        measured=_describe_setup(entry),
+        measured_with=_describe_setup(entry),
     )
 
 

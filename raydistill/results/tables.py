@@ -48,7 +48,7 @@ def trials_table(
         "size": lambda t: f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",
         "method": lambda t: t.method,
         "labels": lambda t: t.labels or "original",
-        "decoder from": lambda t: _format_layers(t.copied.get("decoder")),
+        "decoder from": lambda t: _format_layers(t.copied_layers.get("decoder")),
     }
     if any(map(_has_shrunk_encoder, trials)):
         columns["encoder from"] = _format_encoder
@@ -172,11 +172,11 @@ def _format_speedups(trial: Trial) -> str:
 
 
 def _format_encoder(trial: Trial) -> str:
-    return _format_layers(trial.copied.get("encoder")) if _has_shrunk_encoder(trial) else "all"
+    return _format_layers(trial.copied_layers.get("encoder")) if _has_shrunk_encoder(trial) else "all"
 
 
 def _has_shrunk_encoder(trial: Trial) -> bool:
-    layers = trial.copied.get("encoder")
+    layers = trial.copied_layers.get("encoder")
     return layers is not None and list(layers) != list(range(len(layers)))
 
 

@@ -1,8 +1,8 @@
-"""Early stopping of trials against others of their own shape: pure functions, decided from validation scores alone.
+"""Early stopping of trials by successive halving among trials of the same shape.
 
-Successive halving (Jamieson and Talwalkar, 2016; asynchronous: Li et al., 2020) keeps the better part of the trials at
-each of a few rungs. Over all trials it would stop every small student, since a small student scores less than a large
-one at every rung, and the front would lose its cheap end. So a trial is compared with trials of its own shape only.
+Asynchronous successive halving (Li et al., 2020, "A System for Massively Parallel Hyperparameter Tuning") keeps the
+better part of the trials at each of a few rungs. Halving over all trials would stop every small student, since a small
+student scores less than a large one at every rung, and the Pareto front would lose its cheap end.
 """
 
 import math
@@ -11,26 +11,23 @@ from pathlib import Path
 
 from raydistill.config.run import Training
 from raydistill.core.files import corrupt_file_error
-from raydistill.results.records import (
-    Trial,
-    read_trials,
-)
+from raydistill.results.records import Trial, read_trials
 
-Curve = Sequence[tuple[float, float]]  # (share of the run's steps done, validation score), in order
+Curve = Sequence[tuple[float, float]]  # (share of the run's steps, validation score), in order of steps
 
 
 def rungs(grace: float, reduction: int) -> list[float]:
-    """Shares of a run at which trials are compared: `grace`, then each `reduction` times further, below 1."""
-    found = []
+    """The shares of a run at which trials are compared: `grace` times powers of `reduction`, below 1."""
+    shares = []
     share = grace
     while share < 1:
-        found.append(share)
+        shares.append(share)
         share *= reduction
-    return found
+    return shares
 
 
 def best_score_at(curve: Curve, rung: float) -> float | None:
-    """The best score up to the first validation at or beyond `rung`; None for a curve that did not get there."""
+    """The best score up to the first validation at or beyond `rung`; None if the curve ends before the rung."""
     best = -math.inf
     for share, score in curve:
         best = max(best, score)
@@ -40,29 +37,38 @@ def best_score_at(curve: Curve, rung: float) -> float | None:
 
 
 def should_stop_early(curve: Curve, peers: Sequence[Curve], grace: float, reduction: int) -> str | None:
-    """Why a trial should stop, or None: it is not in the better 1/`reduction` of those that reached its last rung.
+    """Decide whether a trial should stop at its last rung.
 
-    Asked anew at every validation, so that a trial which had the rung for itself is compared with those that came
-    later. Ties go on, and so does the best.
+    The trial continues if it is in the better 1/`reduction` of the curves that reached the rung; ties continue. Ask at
+    every validation, since peers can reach the rung after the trial did.
+
+    Args:
+        curve: the trial's validation scores.
+        peers: those of other trials of the same shape.
+        grace: the first rung.
+        reduction: ratio of two rungs, and of the trials before and after a rung.
+
+    Returns:
+        The reason to stop, or None.
     """
-    passed = [rung for rung in rungs(grace, reduction) if best_score_at(curve, rung) is not None]
-    if not passed:
+    reached = [rung for rung in rungs(grace, reduction) if best_score_at(curve, rung) is not None]
+    if not reached:
         return None
-    mine = best_score_at(curve, passed[-1])
-    assert mine is not None
-    scores = [score for rival in peers if (score := best_score_at(rival, passed[-1])) is not None]
-    better = sum(score > mine for score in scores)
-    kept = math.ceil((len(scores) + 1) / reduction)
-    if better < kept:
+    own = best_score_at(curve, reached[-1])
+    assert own is not None
+    scores = [score for peer in peers if (score := best_score_at(peer, reached[-1])) is not None]
+    num_better = sum(score > own for score in scores)
+    num_kept = math.ceil((len(scores) + 1) / reduction)
+    if num_better < num_kept:
         return None
     return (
-        f"stopped early: {better} of {len(scores)} others of its shape were better after "
-        f"{100 * passed[-1]:.3g}% of the steps, and {kept} of {len(scores) + 1} go on"
+        f"stopped early: {num_better} of {len(scores)} others of its shape were better after "
+        f"{100 * reached[-1]:.3g}% of the steps, and {num_kept} of {len(scores) + 1} continue"
     )
 
 
 def peer_curves(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
-    """What early stopping asks of a trial: its curve, those of the others of its shape, the share of its warm-up."""
+    """The curve of a trial, the curves of the other trials of its shape, and the share of its warm-up."""
     trials = {trial.key: trial for trial in read_trials(sweep)}
     shape = requested_size(trials[key])
     others = [t for t in trials.values() if t.key != key and t.status != "failed" and requested_size(t) == shape]
@@ -70,7 +76,7 @@ def peer_curves(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
 
 
 def warmup_share(trial: Trial) -> float:
-    """Share of a trial's steps in which its learning rate rises; 0 before its first validation."""
+    """Share of a trial's steps in which the learning rate rises; 0 before the first validation."""
     with corrupt_file_error(trial.folder / "metrics.jsonl"):
         lines = [line for line in trial.history() if "progress" in line]
         total = round(lines[-1]["step"] / lines[-1]["progress"]) if lines else 0
@@ -81,7 +87,7 @@ def warmup_share(trial: Trial) -> float:
 
 
 def validation_curve(trial: Trial) -> Curve:
-    """(share of the steps done, score) of each validation; a run that ended by itself stays at its best."""
+    """The validation scores of a trial. A run that ended before its last step keeps its best score until the end."""
     with corrupt_file_error(trial.folder / "metrics.jsonl"):
         points = [(float(line["progress"]), float(line["score"])) for line in trial.history() if "progress" in line]
     if trial.status == "done" and points and points[-1][0] < 1:
@@ -90,6 +96,6 @@ def validation_curve(trial: Trial) -> Curve:
 
 
 def requested_size(trial: Trial) -> str:
-    """The size as the run names it: a trial under way has no other, and "" is the full teacher's."""
+    """The run's `student.size`, which running trials have too; an empty text for the teacher's size."""
     with corrupt_file_error(trial.folder / "run.json"):
         return str((trial.run_config().get("student") or {}).get("size") or "")

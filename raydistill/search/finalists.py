@@ -1,12 +1,11 @@
-"""After the search: its finalists as they would serve, each with several ways of decoding, timed on real rows.
+"""Serves the finalists of a search with several ways of decoding, and measures scores and latency on real rows.
 
-Nothing is trained. Fewer beams often cost nothing, so decoding is part of the choice: the front that `choose` looks at
-holds pairs of a checkpoint and a way of decoding.
+Nothing is trained. Decoding is part of the selection, since fewer beams often cost no quality: `choose` compares pairs
+of a checkpoint and a way of decoding.
 """
 
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,9 @@ from raydistill.results.selection import load_selection, select_finalists
 from raydistill.results.served_students import SERVED_FILE, read_served
 from raydistill.search.prepare import check_unchanged
 from raydistill.training.run_folder import write_row_statistics
+from raydistill.training.tokenized_data import read_split
 
-REMEASURE_REMEDY = "then delete the served.json files in the sweep's folder, and give the same command"
+REMEASURE_REMEDY = "then delete the served.json files in the sweep's folder, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -40,195 +40,220 @@ class PendingServing:
 
     folder: Path
     checkpoint: str
-    beams: list[BeamSearchParams]
+    decodings: list[BeamSearchParams]
+
+
+@dataclass(frozen=True)
+class ServingTask:
+    """A checkpoint to serve with some decodings on a split.
+
+    Attributes:
+        pending: checkpoint, decodings, and the folder of the per-row statistics.
+        run: a run of the sweep, which names data set and engine.
+        metric: the main metric.
+        split: the split to serve.
+    """
+
+    pending: PendingServing
+    run: Run
+    metric: str
+    split: str
+
+    def rows_path(self, decoding: dict[str, Any]) -> Path:
+        """The file of the per-row statistics of a decoding."""
+        return self.pending.folder / rows_filename(self.split, decoding)
+
+    def execute(self, device: str) -> list[dict[str, Any]]:
+        """`serve_checkpoint` on the machine that times everything, without other load of this cluster."""
+        outputs = [self.rows_path(asdict(decoding)) for decoding in self.pending.decodings]
+        inputs = [Path(self.pending.checkpoint)]
+        return run_exclusive(serve_checkpoint, self, device=device, input_paths=inputs, output_paths=outputs)
 
 
 def all_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
-    """Whether nothing is left for `serve_finalists` on this machine; looks at files only."""
-    here = local_hardware()
-    return not (find_unserved(space, sweep, teacher, here) or find_untested(sweep, teacher)) and _is_reference_hardware(
-        sweep, here
-    )
+    """Whether `serve_finalists` has nothing to do on this machine. Reads files only."""
+    machine = local_hardware()
+    pending = find_unserved(space, sweep, teacher, machine) or find_untested(sweep, teacher)
+    return not pending and _is_reference_hardware(sweep, machine)
 
 
 def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
-    """Serve the teacher and every finalist with each decoding of the space; what was served so before is kept.
+    """Serve the teacher and every finalist with each decoding of the space, as far as this has not been done.
 
-    `teacher` is the record of it in sweep.json. A sweep is judged by what one machine served: by this one's, once all
-    is there. UserError where teacher or data are not those of the sweep any more.
+    The sweep is then judged by what this machine served, since timings of two machines cannot be compared.
+
+    Args:
+        space: the sweep's space.
+        sweep: the sweep's folder.
+        teacher: the teacher's record from sweep.json.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: if the teacher or the data changed since the sweep was started.
     """
     machine = run_exclusive(hardware, device=device)
-    missing = find_unserved(space, sweep, teacher, machine)
-    if missing:
+    unserved = find_unserved(space, sweep, teacher, machine)
+    if unserved:
         run = _representative_run(space, sweep)
         check_unchanged(run, teacher, sweep)
         print_progress(
-            f"finalists: serving {len(missing)} checkpoints on real rows, one at a time, alone on the machine"
+            f"finalists: serving {len(unserved)} checkpoints on real rows, one at a time on an otherwise idle machine"
         )
-        others = []
-        for one in missing:
-            what = (one.folder, one.checkpoint, run, teacher["metric"], one.beams, "validation")
-            served = run_exclusive(serve_checkpoint, *what, device=device, **_sync_paths(*what))
-            merge_served(one.folder, served)
-            others += [entry["others"] for entry in served]
-        warn_background_load(max(others), REMEASURE_REMEDY)
+        background_cores = 0.0
+        for pending in unserved:
+            entries = ServingTask(pending, run, teacher["metric"], "validation").execute(device)
+            merge_served(pending.folder, entries)
+            background_cores = max(background_cores, *(entry["background_cores"] for entry in entries))
+        warn_background_load(background_cores, REMEASURE_REMEDY)
     if (sweep / SERVED_FILE).is_file() and not _is_reference_hardware(sweep, machine):
         write_json_atomic(sweep / SERVED_FILE, {**read_json(sweep / SERVED_FILE), "hardware": machine})
     score_on_test(space, sweep, teacher, device)
 
 
 def local_hardware() -> Hardware:
-    """What is known, before Ray is started, of where it would serve; nothing where RAY_ADDRESS names a cluster."""
+    """What is known of the serving hardware before Ray starts; empty if RAY_ADDRESS names a cluster."""
     if os.environ.get("RAY_ADDRESS"):
         return {}
-    found = hardware("cuda" if torch.cuda.is_available() else "cpu")
-    return {name: value for name, value in found.items() if name != "threads"}
+    machine = hardware("cuda" if torch.cuda.is_available() else "cpu")
+    return {name: value for name, value in machine.items() if name != "threads"}
 
 
 def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: Hardware) -> list[PendingServing]:
-    """The teacher and the finalists, as far as a decoding of theirs was not yet served on `machine` by this engine.
+    """The teacher and the finalists that lack a decoding on this machine with the installed engine.
 
-    `machine`: hardware as it is known; what it does not say is not compared.
+    Args:
+        space: the sweep's space.
+        sweep: the sweep's folder.
+        teacher: the teacher's record from sweep.json.
+        machine: hardware, as far as known; unknown properties are not compared.
     """
-    chosen = [trial for trial in select_finalists(sweep) if trial.checkpoint]
-    if not chosen:
+    finalists = [trial for trial in select_finalists(sweep) if trial.checkpoint]
+    if not finalists:
         return []
     run, search = _representative_run(space, sweep), space.search.decoding
-    where = locate_checkpoint(str(run.teacher), run.dataset.name)
-    wanted = [PendingServing(sweep, where, decoding_grid(BeamSearchParams(**teacher["decoding"]), search))]
-    for trial in chosen:
-        own = BeamSearchParams(**read_json(trial.folder / "best" / CHECKPOINT_METADATA)["decoding"])
-        wanted.append(PendingServing(trial.folder, str(trial.folder / "best"), decoding_grid(own, search)))
-    missing = []
-    for one in wanted:
-        known = {decoding_key(entry) for entry in read_served(one.folder) if _is_current(one.folder, entry, machine)}
-        missing.append(replace(one, beams=[beam for beam in one.beams if decoding_key(asdict(beam)) not in known]))
-    return [one for one in missing if one.beams]
-
-
-def _is_current(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
-    """Whether what was served is of this machine, and of its engine as it is installed now."""
-    with corrupt_file_error(folder / SERVED_FILE, "Delete this file to have it made again"):
-        same = entry.get("version") == engine_version(entry.get("engine", "none").split()[0])
-        return same and machine.items() <= entry["hardware"].items()
-
-
-def _is_reference_hardware(sweep: Path, machine: Hardware) -> bool:
-    """Whether the sweep is judged by what this machine served, if any did."""
-    there = read_json(sweep / SERVED_FILE).get("hardware") or {} if (sweep / SERVED_FILE).is_file() else machine
-    return machine.items() <= there.items()
-
-
-def merge_served(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """Add to what a folder's served.json tells, in the place of the same decodings on the same machine."""
-    before = (
-        read_json(folder / SERVED_FILE) if (folder / SERVED_FILE).is_file() else {"hardware": entries[0]["hardware"]}
-    )
-    replaced = {(decoding_key(one), str(one["hardware"])) for one in entries}
-    kept = [
-        one
-        for one in before.get("decodings", [])
-        if "hardware" in one and (decoding_key(one), str(one["hardware"])) not in replaced
-    ]
-    write_json_atomic(folder / SERVED_FILE, {**before, "decodings": [*kept, *entries]})
+    location = locate_checkpoint(str(run.teacher), run.dataset.name)
+    wanted = [PendingServing(sweep, location, decoding_grid(BeamSearchParams(**teacher["decoding"]), search))]
+    for trial in finalists:
+        wanted.append(
+            PendingServing(trial.folder, str(trial.folder / "best"), decoding_grid(_own_decoding(trial), search))
+        )
+    unserved = []
+    for pending in wanted:
+        entries = [e for e in read_served(pending.folder) if _is_current(pending.folder, e, machine)]
+        served = {decoding_key(entry) for entry in entries}
+        unserved.append(replace(pending, decodings=[d for d in pending.decodings if _key(d) not in served]))
+    return [pending for pending in unserved if pending.decodings]
 
 
 def find_untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
-    """The students as served that are on the front or chosen, and have no score on the test split, if there is one."""
+    """The students on the front or chosen that lack a score on the test split, if the data have a test split."""
     if "test" not in teacher["data"]:
         return []
-    found = load_selection(sweep)
-    wanted = {*found.front_keys, *(key for key in found.chosen_keys.values() if key)}
-    return [s for s in found.students if s.key in wanted and s.test is None and s.decoding and s.checkpoint]
-
-
-def _representative_run(space: Space, sweep: Path) -> Run:
-    """A run of the sweep: teacher, data and evaluation are the same in all."""
-    return next(make_run(space, trial.chosen, space.name) for trial in read_trials(sweep) if trial.scored)
+    selection = load_selection(sweep)
+    keys = {*selection.front_keys, *(key for key in selection.chosen_keys.values() if key)}
+    return [s for s in selection.students if s.key in keys and s.test is None and s.decoding and s.checkpoint]
 
 
 def decoding_grid(default: BeamSearchParams, search: DecodingSearch) -> list[BeamSearchParams]:
-    """The checkpoint's own decoding, then every other of the search, once each; one beam has no length penalty."""
-    found = [default]
+    """The default decoding, then every other combination of the search, without duplicates.
+
+    One beam is combined with one length penalty only, which has no effect there.
+    """
+    grid = {_key(default): default}
     for beams in search.beams:
         for penalty in search.length_penalty if beams > 1 else [default.length_penalty]:
-            beam = replace(default, beams=beams, length_penalty=penalty)
-            if decoding_key(asdict(beam)) not in {decoding_key(asdict(one)) for one in found}:
-                found.append(beam)
-    return found
+            decoding = replace(default, beams=beams, length_penalty=penalty)
+            grid.setdefault(_key(decoding), decoding)
+    return list(grid.values())
+
+
+def merge_served(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Add entries to a folder's served.json; they replace those of the same decoding and hardware."""
+    path = folder / SERVED_FILE
+    record = read_json(path) if path.is_file() else {"hardware": entries[0]["hardware"]}
+    replaced = {(decoding_key(entry), str(entry["hardware"])) for entry in entries}
+    kept = [
+        entry
+        for entry in record.get("decodings", [])
+        if "hardware" in entry and (decoding_key(entry), str(entry["hardware"])) not in replaced
+    ]
+    write_json_atomic(path, {**record, "decodings": [*kept, *entries]})
 
 
 def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
-    """Score on the test split what is on the final front or chosen and was not yet: for reporting, not for choosing."""
+    """Score the students of `find_untested` on the test split. These scores are reported; nothing is chosen by them."""
     for student in find_untested(sweep, teacher):
-        beam = BeamSearchParams(**read_json(student.folder / "best" / CHECKPOINT_METADATA)["decoding"])
-        beam = replace(beam, **(student.decoding or {}))
-        what = (
-            student.folder,
-            str(student.folder / "best"),
-            _representative_run(space, sweep),
-            teacher["metric"],
-            [beam],
-            "test",
-        )
-        [tested] = run_exclusive(serve_checkpoint, *what, device=device, **_sync_paths(*what))
+        decoding = replace(_own_decoding(student), **(student.decoding or {}))
+        pending = PendingServing(student.folder, str(student.folder / "best"), [decoding])
+        task = ServingTask(pending, _representative_run(space, sweep), teacher["metric"], "test")
+        [result] = task.execute(device)
         served = read_json(student.folder / SERVED_FILE)
-        for one in served["decodings"]:  # also those of other machines: scores are no timings
-            if decoding_key(one) == decoding_key(asdict(beam)):
-                one["test"] = {**tested["metrics"], "interval": tested["interval"]}
+        for entry in served["decodings"]:  # of all machines, since scores do not depend on the machine
+            if decoding_key(entry) == _key(decoding):
+                entry["test"] = {**result["metrics"], "interval": result["interval"]}
         write_json_atomic(student.folder / SERVED_FILE, served)
 
 
-def _sync_paths(
-    folder: Path, checkpoint: str, run: Run, metric: str, beams: Sequence[BeamSearchParams], split: str
-) -> dict[str, list[Path]]:
-    """What `serve_checkpoint` reads and writes, for machines that share no folder."""
-    return {"reads": [Path(checkpoint)], "writes": [folder / rows_filename(split, asdict(beam)) for beam in beams]}
+def serve_checkpoint(task: ServingTask, device: str, threads: int) -> list[dict[str, Any]]:
+    """Serve a checkpoint with each decoding. Call with `run_exclusive`, since load disturbs timings.
 
-
-def serve_checkpoint(
-    folder: Path,
-    checkpoint: str,
-    run: Run,
-    metric: str,
-    beams: Sequence[BeamSearchParams],
-    split: str,
-    device: str,
-    threads: int,
-) -> list[dict[str, Any]]:
-    """Scores and timings of a checkpoint with each decoding on a split, and by what; to be called `alone`.
-
-    Per-row statistics go into `folder`, a file per decoding.
+    Returns:
+        For each decoding an entry of served.json: scores, costs, engine, hardware and "background_cores". Per-row
+        statistics are written to `task.rows_path`.
     """
-    from raydistill.training.tokenized_data import read_split
-
-    corpus = read_split(run.dataset, split)
-    assert corpus is not None, split
+    corpus = read_split(task.run.dataset, task.split)
+    assert corpus is not None, task.split
+    entries = []
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:
-        engine, limit = _open_serving_engine(checkpoint, run, device, threads, Path(scratch))
-        by: dict[str, Any] = {"engine": f"{engine.name} {engine.precision}", "version": engine_version(engine.name)}
-        by["hardware"] = hardware(device, threads)
-        found = []
-        for beam in beams:
-            others = BackgroundLoad()
-            served = benchmark_serving(engine, corpus, metric, beam, limit)
-            decoding = {"beams": beam.beams, "length_penalty": beam.length_penalty}
-            write_row_statistics(folder / rows_filename(split, decoding), {split: served.scores.row_stats})
-            found.append({**decoding, **by, "rows": len(corpus), "others": others.mean_cores(), **served.summary()})
-    return found
+        engine, max_source_tokens = _open_serving_engine(task, device, threads, Path(scratch))
+        setup = {
+            "engine": f"{engine.name} {engine.precision}",
+            "version": engine_version(engine.name),
+            "hardware": hardware(device, threads),
+            "rows": len(corpus),
+        }
+        for params in task.pending.decodings:
+            load = BackgroundLoad()
+            served = benchmark_serving(engine, corpus, task.metric, params, max_source_tokens)
+            decoding = {"beams": params.beams, "length_penalty": params.length_penalty}
+            write_row_statistics(task.rows_path(decoding), {task.split: served.scores.row_stats})
+            entries.append({**decoding, **setup, "background_cores": load.mean_cores(), **served.summary()})
+    return entries
 
 
-def _open_serving_engine(checkpoint: str, run: Run, device: str, threads: int, scratch: Path) -> tuple[Engine, int]:
-    """The engine that would serve a checkpoint, and how many source tokens it reads."""
+def _open_serving_engine(task: ServingTask, device: str, threads: int, scratch: Path) -> tuple[Engine, int]:
+    """The engine that serves the checkpoint, and the number of source tokens that the model reads."""
+    run, checkpoint = task.run, task.pending.checkpoint
+    languages = resolve_languages(run.teacher, run.dataset)
+    options = EngineOptions(device=device, threads=threads, languages=languages, cache_dir=scratch / "engine")
+    engine = open_engine(checkpoint, run.evaluation.engine, options)
     preset = teacher_preset(str(run.teacher), run.dataset.name)
-    engine = open_engine(
-        checkpoint,
-        run.evaluation.engine,
-        EngineOptions(
-            device=device,
-            threads=threads,
-            languages=resolve_languages(run.teacher, run.dataset),
-            cache_dir=scratch / "engine",
-        ),
-    )
     return engine, resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(checkpoint))
+
+
+def _is_current(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
+    """Whether an entry of served.json is of this machine and of the installed version of its engine."""
+    with corrupt_file_error(folder / SERVED_FILE, "Delete this file and run the sweep again to create it"):
+        same_version = entry.get("version") == engine_version(entry.get("engine", "none").split()[0])
+        return same_version and machine.items() <= entry["hardware"].items()
+
+
+def _is_reference_hardware(sweep: Path, machine: Hardware) -> bool:
+    """Whether the sweep is judged by what this machine served, or nothing was served yet."""
+    if not (sweep / SERVED_FILE).is_file():
+        return True
+    return machine.items() <= (read_json(sweep / SERVED_FILE).get("hardware") or {}).items()
+
+
+def _representative_run(space: Space, sweep: Path) -> Run:
+    """A run of the sweep, for teacher, data set and evaluation, which all runs share."""
+    return next(make_run(space, trial.params, space.name) for trial in read_trials(sweep) if trial.scored)
+
+
+def _own_decoding(trial: Trial) -> BeamSearchParams:
+    """The decoding that a trial's checkpoint was validated with."""
+    return BeamSearchParams(**read_json(trial.folder / "best" / CHECKPOINT_METADATA)["decoding"])
+
+
+def _key(decoding: BeamSearchParams) -> str:
+    return decoding_key(asdict(decoding))

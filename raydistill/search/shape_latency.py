@@ -1,12 +1,16 @@
-"""The latency table of a space: each shape timed once, before anything is trained."""
+"""Costs of each shape of a space, measured on untrained students before any training.
 
-import shutil
+Latency and memory of a model do not depend on the values of its weights.
+"""
+
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from raydistill.config.run import Student
+from raydistill.config.run import Run, Student
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
@@ -14,78 +18,139 @@ from raydistill.inference.decoding import Engine, EngineOptions, Workload
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
 from raydistill.models.saving import save_checkpoint
-from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
-from raydistill.models.teacher import Teacher
+from raydistill.models.shrinking import plan_layers, shrink
+from raydistill.models.teacher import Teacher, open_teacher
 
+# Cost by name: latency_ms (batch of 32) and latency_ms_b1 with their _low and _high, peak_mb, params_m, memory_mb
+ShapeCosts = dict[str, float]
+EngineOption = Literal["auto", "ctranslate2", "transformers"]
+# An engine on an untrained student, and memory in MB in use before the engine was opened
+OpenedStudent = tuple[Engine, float | None]
 REPETITION = latency.Repetition(repeats=7, min_seconds=1.0)
+
+
+@dataclass(frozen=True)
+class ShapeTiming:
+    """How shapes are timed.
+
+    Attributes:
+        source_tokens: tokens read per row.
+        output_tokens: tokens written per row.
+        engine: name of the engine that serves the teacher.
+        precision: that engine's precision.
+        beams: numbers of beams to time with.
+        remeasure_noisy: whether to repeat known timings that other processes disturbed.
+    """
+
+    source_tokens: int
+    output_tokens: int
+    engine: str
+    precision: str
+    beams: tuple[int, ...]
+    remeasure_noisy: bool = True
+
+    @classmethod
+    def from_record(cls, teacher: dict[str, Any], beams: tuple[int, ...], remeasure_noisy: bool) -> "ShapeTiming":
+        """Timing with the engine and the mean lengths of the teacher's record."""
+        engine, precision = teacher["engine"].split()
+        return cls(teacher["tokens"]["source"], teacher["tokens"]["output"], engine, precision, beams, remeasure_noisy)
+
+
+def time_shapes(
+    run: Run, sizes: list[str], timing: ShapeTiming, device: str, threads: int
+) -> dict[str, list[ShapeCosts]]:
+    """Costs of each size, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings."""
+    assert run.teacher is not None
+    teacher = open_teacher(run.teacher, run.dataset)
+    engine = run.evaluation.engine
+    return {size: time_shape(teacher, size, timing, engine=engine, device=device, threads=threads) for size in sizes}
 
 
 def time_shape(
     teacher: Teacher,
     size: str,
-    teacher_record: dict[str, Any],
-    beams: Sequence[int],
-    engine: Literal["auto", "ctranslate2", "transformers"],
+    timing: ShapeTiming,
+    *,
+    engine: EngineOption,
     device: str,
     threads: int,
-    remeasure_noisy: bool = True,
-) -> list[dict[str, float]]:
-    """Milliseconds (batch of 32 and of 1: median, lowest, highest), parameters, weights and peak memory of one shape.
+) -> list[ShapeCosts]:
+    """Costs of one size for each of `timing.beams`, with the load of other processes as "background_cores".
 
-    One mapping for each number of beams, which also tells how many cores `others` kept busy at most.
-    `teacher_record` holds the
-    lengths in tokens to time with. The engine is the one that serves on this machine; what the table knows already is
-    not timed again, unless others disturbed it and it is to be timed `remeasure_noisy`.
+    Known timings are read from RAYDISTILL_HOME/latency.json, and new ones are added.
+
+    Args:
+        teacher: the model whose layers the student has.
+        size: encoder and decoder layers, such as "12-3".
+        timing: lengths, beams and the expected engine.
+        engine: the engine to open, if a timing is missing.
+        device: "cpu" or "cuda".
+        threads: CPU threads of the engine.
     """
     layers = plan_layers(families.num_layers(teacher.model.config), Student(size=size))
     config = families.with_num_layers(teacher.model.config, *layers.size)
-    parameters = families.count_parameters(config)
+    weights = {
+        "params_m": families.count_parameters(config) / 1e6,
+        "memory_mb": families.weights_mb(config, timing.precision),
+    }
+    architecture, machine = families.architecture_key(config), latency.hardware(device, threads)
+    make_key = partial(latency.measurement_key, machine, architecture, timing.engine, timing.precision)
+    with tempfile.TemporaryDirectory(prefix="raydistill-shape-", ignore_cleanup_errors=True) as scratch:
+
+        @cache
+        def open_student() -> OpenedStudent:
+            memory_before_mb = latency.used_memory_mb(device)
+            save_checkpoint(shrink(teacher.model, layers), teacher.tokenizer, Path(scratch) / "model")
+            cache_dir = Path(scratch) / "engine"
+            options = EngineOptions(device=device, threads=threads, languages=teacher.languages, cache_dir=cache_dir)
+            return open_engine(Path(scratch) / "model", engine, options), memory_before_mb
+
+        return [{**_time_beams(beams, timing, make_key, open_student), **weights} for beams in timing.beams]
+
+
+def _time_beams(
+    beams: int,
+    timing: ShapeTiming,
+    make_key: Callable[[Workload], dict[str, Any]],
+    open_student: Callable[[], OpenedStudent],
+) -> ShapeCosts:
+    """Latency with each batch size, and peak memory with the large one."""
+    costs = {"background_cores": 0.0}
+    for cost, batch in LATENCY_BATCH_SIZES.items():
+        workload = Workload(timing.source_tokens, timing.output_tokens, batch, beams)
+        result = _time_workload(workload, timing, make_key(workload), open_student)
+        costs |= result.as_costs(cost)
+        costs["background_cores"] = max(costs["background_cores"], result.background_cores or 0.0)
+        if cost == "latency_ms" and result.peak_mb is not None:
+            costs["peak_mb"] = result.peak_mb
+    return costs
+
+
+def _time_workload(
+    workload: Workload,
+    timing: ShapeTiming,
+    key: dict[str, Any],
+    open_student: Callable[[], OpenedStudent],
+) -> latency.Timing:
+    """A timing from the table under `key`, or a new one, which is added to the table."""
     table = raydistill_home() / "latency.json"
-    lengths = {"source_tokens": teacher_record["tokens"]["source"], "output_tokens": teacher_record["tokens"]["output"]}
-    name, precision = teacher_record["engine"].split()
-    machine = latency.hardware(device, threads)
-    weights = {"params_m": parameters / 1e6, "memory_mb": families.weights_mb(config, precision)}
-    rows: list[dict[str, float]] = []
-    before: float | None = None
-    opened: Engine | None = None
-    scratch = Path(tempfile.mkdtemp(prefix="raydistill-shape-"))
-    try:
-        for many in beams:
-            found: dict[str, float] = {"others": 0.0}
-            for cost, batch in LATENCY_BATCH_SIZES.items():
-                workload = Workload(batch=batch, beams=many, **lengths)
-                facts = latency.measurement_key(machine, families.architecture_key(config), name, precision, workload)
-                timing = latency.lookup(table, facts)
-                if timing is None or (timing.noisy and remeasure_noisy):
-                    if opened is None:
-                        before = latency.used_memory_mb(device)
-                        opened = _open_untrained_student(teacher, layers, engine, device, threads, scratch)
-                    timing = latency.measure(opened, workload, REPETITION, memory_before_mb=before)
-                    if (opened.name, opened.precision) == (name, precision):  # else CTranslate2 could not be used
-                        latency.record(table, facts, timing)
-                found |= timing.as_costs(cost)
-                found["others"] = max(found["others"], timing.background_cores or 0.0)
-                if cost == "latency_ms" and timing.peak_mb is not None:
-                    found["peak_mb"] = timing.peak_mb
-            rows.append({**found, **weights})
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return rows
-
-
-def _open_untrained_student(
-    teacher: Teacher, layers: LayerPlan, engine: Any, device: str, threads: int, scratch: Path
-) -> Engine:
-    """An engine on an untrained student of the shape: its weights' values do not change its speed."""
-    save_checkpoint(shrink(teacher.model, layers), teacher.tokenizer, scratch / "model")
-    return open_engine(
-        scratch / "model",
-        engine,
-        EngineOptions(device=device, threads=threads, languages=teacher.languages, cache_dir=scratch / "engine"),
-    )
+    known = latency.lookup(table, key)
+    if known is not None and not (known.noisy and timing.remeasure_noisy):
+        return known
+    engine, memory_before_mb = open_student()
+    result = latency.measure(engine, workload, REPETITION, memory_before_mb)
+    # Another engine is opened if CTranslate2 cannot be used; the key does not describe that engine's timings
+    if (engine.name, engine.precision) == (timing.engine, timing.precision):
+        latency.record(table, key, result)
+    return result
 
 
 def count_params_m(config: Any, size: str) -> float:
-    """Millions of parameters of a shape of a teacher's configuration; nothing is allocated."""
+    """Millions of parameters of a student of this size; allocates nothing.
+
+    Args:
+        config: the teacher's configuration.
+        size: encoder and decoder layers, such as "12-3".
+    """
     encoder, decoder = plan_layers(families.num_layers(config), Student(size=size)).size
     return families.count_parameters(families.with_num_layers(config, encoder, decoder)) / 1e6

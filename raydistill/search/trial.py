@@ -1,5 +1,6 @@
-"""One trial of a search: the run of a proposal, carried out in an actor of Tune or as a Ray Train job."""
+"""One trial of a sweep: trains the run of a proposal, in a Tune actor or as a Ray Train job."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,83 +9,93 @@ from ray import tune
 
 from raydistill.cluster import sync
 from raydistill.cluster.drain import DrainMonitor
-from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, make_run
 from raydistill.core.errors import TransientError, UserError
 from raydistill.jobs.train import Metrics, TrainFn, TrainJob, train_and_sync, train_with_ray_train
 from raydistill.search.early_stopping import peer_curves, should_stop_early
 from raydistill.search.prepare import PreparedSweep
-from raydistill.search.study import (
-    final_report,
-)
-from raydistill.training.inputs import RunInputs
+from raydistill.search.study import final_report
 from raydistill.training.run import train
 from raydistill.training.workers import Worker, set_torch_threads
 
 
-def tune_trial(
-    config: Metrics,
-    *,
-    space: Any,
-    sweep: str,
-    prepared: Any,
-    device: str,
-    train_in_actor: bool,
-    train_fn: TrainFn = train,
-) -> None:
-    """A trial: the function that Tune calls with what the search proposed.
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials of a sweep have in common.
 
-    `train_in_actor`: it trains here, in a reused actor that holds its CPUs and GPU; else it only waits for Ray
-    Train's job.
-    Tune starts it again as often as `search.retries` says, so Ray Train does not. What would be wrong again, such as a
-    want of memory, ends it at once, and the next command tries it anew.
+    Attributes:
+        space: the space that is searched.
+        sweep: the sweep's folder.
+        prepared: what was computed before the first trial.
+        device: "cpu" or "cuda".
+        train_fn: trains a run; another function than `train` serves to measure the search itself.
     """
-    import ray
 
-    run, folder, inputs = resolve_trial(space, Path(sweep), prepared, config)
-    cost = space.search.cost
-    stop = partial(early_stop_reason, folder, space.search) if space.search.stops_early else None
+    space: Space
+    sweep: Path
+    prepared: PreparedSweep
+    device: str
+    train_fn: TrainFn = train
 
-    def report(metrics: Metrics, where: Path | None) -> str | None:
-        tune.report({"step": metrics["step"], "score": metrics["score"], cost: inputs.costs.get(cost, 0.0)})
-        return stop() if stop else None
+    def make_job(self, config: dict[str, Any]) -> TrainJob:
+        """The training job of a proposal."""
+        run = make_run(self.space, config["params"], self.space.name)
+        folder = self.sweep / "trials" / config["key"]
+        inputs = self.prepared.inputs(run, {"number": config["number"], "params": config["params"]})
+        search = self.space.search
+        check_stop = partial(early_stop_reason, folder, search) if search.stops_early else None
+        return TrainJob(run, folder, inputs, self.train_fn, check_stop)
 
+
+def tune_trial(config: dict[str, Any], *, context: TrialContext, train_in_actor: bool) -> None:
+    """Train one trial and report its scores to Tune; this is Tune's trainable.
+
+    Tune restarts a trial whose process was lost, at most `search.retries` times, so Ray Train does not restart it. An
+    error that a restart would repeat, such as a lack of memory, ends the trial; the next command retries it.
+
+    Args:
+        config: a `Proposal` as a mapping.
+        context: what all trials have in common.
+        train_in_actor: whether to train in this process, a reused actor that holds the CPUs and the GPU of a trial;
+            otherwise this process only waits for a Ray Train job.
+    """
+    job = context.make_job(config)
+    cost = context.space.search.cost
     try:
-        if train_in_actor:
-            set_torch_threads(run.training.threads)
-            here = Worker(device=device, is_draining=DrainMonitor([ray.get_runtime_context().get_node_id()]))
-            result = train_and_sync(TrainJob(run, folder, inputs, train_fn), report, here)
-        else:
-            result = _run_train_job(TrainJob(run, folder, inputs, train_fn, stop), device)
+        result = _train_in_actor(job, context.device, cost) if train_in_actor else _train_on_ray(job, context.device)
     except TransientError:
         raise
     except UserError as error:
-        tune.report({"step": 0, "died": str(error)})
+        tune.report({"step": 0, "error_message": str(error)})
         return
     tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
 
 
-def _run_train_job(job: TrainJob, device: str) -> Metrics:
-    """A trial's Ray Train job, whose reports go to Tune too."""
+def _train_in_actor(job: TrainJob, device: str, cost: str) -> Metrics:
+    """Train in this process, with a report to Tune at every validation."""
+    import ray
+
+    def report(metrics: Metrics, folder: Path | None) -> str | None:
+        tune.report({"step": metrics["step"], "score": metrics["score"], cost: job.inputs.costs.get(cost, 0.0)})
+        return job.check_stop() if job.check_stop else None
+
+    set_torch_threads(job.run.training.threads)
+    node_id = ray.get_runtime_context().get_node_id()
+    return train_and_sync(job, report, Worker(device=device, is_draining=DrainMonitor([node_id])))
+
+
+def _train_on_ray(job: TrainJob, device: str) -> Metrics:
+    """Train as a Ray Train job whose reports go to Tune."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     return train_with_ray_train(job, device=device, retries=0, callbacks=[TuneReportCallback()])
 
 
 def early_stop_reason(folder: Path, search: Search) -> str | None:
-    """Why the trial in `folder` should stop now, by what it and the others of its shape have left on disk.
+    """Why the trial in `folder` should stop now, compared with the sweep's other trials of its shape; None if not.
 
-    Never for what it scored in its warm-up, where the learning rate that will be best is not ahead yet.
+    Scores of the warm-up do not count: the learning rate that is best in the end is not ahead yet.
     """
     sync.pull(folder.parent, patterns=["run.json", "metrics.jsonl", "result.json"])
-    own, others, warm_up = peer_curves(folder.parent.parent, folder.name)
-    return should_stop_early(own, others, max(search.grace, warm_up), search.reduction)
-
-
-def resolve_trial(
-    space: Space, sweep: Path, prepared: PreparedSweep, config: dict[str, Any]
-) -> tuple[Run, Path, RunInputs]:
-    """The run of a proposal, its folder, and what was prepared for it."""
-    run = make_run(space, config["chosen"], space.name)
-    note = {"number": config["number"], "chosen": config["chosen"]}
-    return run, sweep / "trials" / config["key"], prepared.inputs(run, note)
+    curve, peers, warmup = peer_curves(folder.parent.parent, folder.name)
+    return should_stop_early(curve, peers, max(search.grace, warmup), search.reduction)

@@ -383,7 +383,7 @@ def _log_params(client: Any, run: Any, trial: Trial) -> None:
     params = flatten_params(trial.run_config())
     if trial.size:
         params["size"] = trial.size
-    params |= {f"copied.{side}": json.dumps(layers) for side, layers in trial.copied.items()}
+    params |= {f"copied.{side}": json.dumps(layers) for side, layers in trial.copied_layers.items()}
     # MLflow parameters are immutable, and a running trial has fewer of them
     new = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in params.items() if name not in run.data.params]
     for i in range(0, len(new), BATCH_LIMITS["params"]):

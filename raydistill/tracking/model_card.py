@@ -57,7 +57,7 @@ def _origin_rows(student: Trial, checkpoint: dict[str, Any]) -> list[list[str]]:
     versions = ", ".join(f"{name} {version}" for name, version in (checkpoint.get("versions") or {}).items())
     return [
         ["data", f"{checkpoint['config']['dataset']['name']}, labels: {student.labels}"],
-        *[[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied.items()],
+        *[[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied_layers.items()],
         *[[f"{side} layers supervised", " ".join(map(str, layers))] for side, layers in supervised.items()],
         ["teacher's key", str(checkpoint.get("teacher_key"))],
         *([["teacher's commit", str(checkpoint["teacher_commit"])]] if checkpoint.get("teacher_commit") else []),

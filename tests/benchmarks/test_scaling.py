@@ -16,6 +16,7 @@ from benchmarks.simulated_nodes import Meter, cluster_nodes
 from benchmarks.timestamps import BatchEnd, rate
 from raydistill.config.run import Run
 from raydistill.inference.decoding import BeamSearchParams, EngineOptions
+from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from tests.factories.workspace import environment
@@ -73,7 +74,7 @@ def four_trials(gpus: float, sweep: Path) -> None:
     space.run["training"]["gpus"] = gpus
     work = partial(simulated_run, seconds_per_step=SECONDS_PER_STEP)
     with cluster_nodes(1, cpus=8, gpus=1):
-        run_search(space, sweep, synthetic_sweep(), "cuda", [], work)
+        run_search(TrialContext(space, sweep, synthetic_sweep(), "cuda", work), [])
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from benchmarks.simulated_nodes import OBJECT_STORE_BYTES, cluster_head
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.space import Space
 from raydistill.search.prepare import PreparedSweep
+from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from tests.factories.models import save_tiny
 from tests.factories.workspace import write_corpus
@@ -99,7 +100,7 @@ def test_a_trial_on_a_draining_node_is_saved_once_and_moves(
         first = cluster.add_node(num_cpus=2, object_store_memory=OBJECT_STORE_BYTES)
         PreemptionNotice.cluster, PreemptionNotice.node_id, PreemptionNotice.sent = cluster, first.node_id, False
         try:
-            run_search(space, sweep, prepared, "cpu", [PreemptionNotice()])
+            run_search(TrialContext(space, sweep, prepared, "cpu"), [PreemptionNotice()])
         finally:
             stop_watching.set()
             thread.join()

@@ -21,6 +21,7 @@ from raydistill.cluster.start import ray_cluster
 from raydistill.config.run import Run
 from raydistill.core.files import write_atomic, write_json_atomic
 from raydistill.jobs.train import TrainJob, train_with_ray_train
+from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
@@ -111,7 +112,8 @@ def sweep_while_nodes_change(sweep: Path) -> None:
     with cluster_head() as cluster:
         cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
         with ray_cluster():
-            run_search(space, sweep, synthetic_sweep(), "cpu", [NodeChanges(cluster)], partial(record_node, 8.0))
+            context = TrialContext(space, sweep, synthetic_sweep(), "cpu", partial(record_node, 8.0))
+            run_search(context, [NodeChanges(cluster)])
 
 
 @pytest.mark.slow

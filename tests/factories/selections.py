@@ -17,7 +17,7 @@ def make_finished_trial(key: str, number: int, size: str, method: str, score: fl
         number=number,
         method=method,
         size=size,
-        copied={"encoder": [0, 1], "decoder": [0, 5]},
+        copied_layers={"encoder": [0, 1], "decoder": [0, 5]},
         metrics={"rouge2": score, "latency_ms": latency_ms, "speedup": 2.0, "params_m": 12.34},
         interval=(score - 1, score + 1),
         test={"rouge2": score - 0.5, "interval": [score - 1.5, score + 0.5]},

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.core.files import write_json_atomic
+from raydistill.config.space import Space
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.results.records import decoding_key
 from raydistill.tracking import mlflow_store
 from tests.factories.models import save_tiny
@@ -35,10 +36,16 @@ KILL_SPACE: dict[str, Any] = {
 """A space of six short trials that lacks the teacher and the data set of `workspace.make_world`."""
 
 
+def make_space(**search: Any) -> Space:
+    """The space of `RUN` as a grid of six trials, with other settings of the search."""
+    return Space.model_validate({"name": "s", "run": RUN, "search": {"sampler": "grid", "trials": 6, **search}})
+
+
 def make_sweep(folder: Path) -> Path:
     """Write a sweep without trials, whose teacher takes 300 ms and whose budget `fast` allows half of that."""
     teacher = {"metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}}
-    record = {"name": folder.name, "metric": "rouge2", "teacher": teacher, "budgets": {"fast": {"latency_ms": "50%"}}}
+    record = {"schema": SCHEMA_VERSION, "name": folder.name, "metric": "rouge2", "teacher": teacher}
+    record["budgets"] = {"fast": {"latency_ms": "50%"}}
     write_json_atomic(folder / "sweep.json", record)
     (folder / "space.yaml").write_text(f"name: {folder.name}\nrun: {{}}\n")
     return folder

@@ -14,9 +14,11 @@ import pytest
 from benchmarks.scaling import endless_space, synthetic_sweep
 from raydistill.config.run import Run
 from raydistill.core.errors import TransientError, UserError
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.jobs.train import TrainJob, check_capacity, resolve_launcher, train_with_ray_train
 from raydistill.search.progress import ProgressCallback
-from raydistill.search.study import StudySearch
+from raydistill.search.study import SweepStudy
+from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from tests.factories.workspace import make_world
@@ -136,15 +138,15 @@ def test_only_transient_errors_are_retried(ray_here, world, tmp_path, error, att
 def test_a_trial_is_retried_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, attempts):
     """Ray Train adds no retries of its own. The next command may try a failed trial again."""
     space = endless_space(1, 1, 1.0, launcher, retries=1)
-    (tmp_path / "sweep.json").write_text("{}")
+    write_json_atomic(tmp_path / "sweep.json", {"schema": SCHEMA_VERSION})
     progress = ProgressCallback(tmp_path, space.search, "rouge2")
     failing = FailingTrain(error, tmp_path / "attempts")
-    stop_reason = run_search(space, tmp_path, synthetic_sweep(), "cpu", [progress], failing)
+    stop_reason = run_search(TrialContext(space, tmp_path, synthetic_sweep(), "cpu", failing), [progress])
     assert len(failing.attempts.read_text().splitlines()) == attempts
     assert not stop_reason.exhausted
-    [failure] = [line for line in capsys.readouterr().err.splitlines() if " died: " in line]
+    [failure] = [line for line in capsys.readouterr().err.splitlines() if " failed: " in line]
     assert failure.endswith(str(error))
-    assert StudySearch(space, tmp_path).finished == 0
+    assert SweepStudy(space, tmp_path).num_finished == 0
 
 
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):

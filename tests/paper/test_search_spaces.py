@@ -7,12 +7,11 @@ import pytest
 
 from raydistill.config.corners import resolve_point
 from raydistill.config.run import parse_size
-from raydistill.config.space import make_run, read_space
+from raydistill.config.space import corner_runs, make_run, read_space
 from raydistill.models.layer_choice import layers_to_copy
 from raydistill.paper import published
 from raydistill.paper.ablations import describe_loss
 from raydistill.search.dry_run import describe_plan
-from raydistill.search.prepare import corner_runs
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 TABLES = sorted(SPACES.glob("table*.yaml"))
@@ -37,7 +36,7 @@ def test_space_of_every_table_can_be_planned(path, offline, tmp_path):
     assert plan["trials"] == plan["combinations"]
     assert plan["rows"] > 200_000
     assert plan["teacher"] in ("bart", "pegasus", "marian", "mbart")
-    assert plan["expected_gpu_hours"] > 0
+    assert plan["expected_device_hours"] > 0
     assert "expected device-hours: about" in plan["text"]
 
 
@@ -57,7 +56,7 @@ def test_every_table_of_training_runs_has_its_spaces():
 )
 def test_expected_hours_follow_the_published_costs(name, hours, offline, tmp_path):
     plan = describe_plan(read_space(SPACES / f"{name}.yaml"), tmp_path)
-    assert plan["expected_gpu_hours"] == pytest.approx(hours)
+    assert plan["expected_device_hours"] == pytest.approx(hours)
 
 
 def paper_key(path):

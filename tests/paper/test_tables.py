@@ -10,6 +10,7 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
+from raydistill.core.files import SCHEMA_VERSION
 from raydistill.paper import published
 from raydistill.paper.seed_groups import load_seed_groups
 from raydistill.paper.tables import describe_sweeps, make_tables
@@ -115,7 +116,7 @@ def sweep(tmp_path) -> Path:
         "costs": {"latency_ms": 100.0, "params_m": 4.0},
         "corpus": {"rows": 29000, "source_words_mean": 11.9, "target_words_mean": 11.1, "bytes": 3_900_000},
     }
-    info = {"name": "one", "metric": "rouge2", "teacher": teacher, "teacher_gpu_hours": 7.0}
+    info = {"schema": SCHEMA_VERSION, "name": "one", "metric": "rouge2", "teacher": teacher, "teacher_gpu_hours": 7.0}
     info["versions"] = {"raydistill": "0.1.0", "torch": "2.13.0"}
     (folder / "sweep.json").write_text(json.dumps(info))
     np.savez(folder / "teacher_rows.npz", test=rows_of("teacher", 30.0))
@@ -211,7 +212,9 @@ def test_bleu_is_computed_over_the_corpus_and_differences_agree_with_scores(tmp_
         (trial / "result.json").write_text(json.dumps(result))
         np.savez(trial / "rows.npz", test=rows)
     teacher = {"name": "marian", "key": "k", "size": "6-6", "test": {"bleu": 100.0, "interval": [100, 100]}}
-    (folder / "sweep.json").write_text(json.dumps({"name": "bleu", "metric": "bleu", "teacher": teacher}))
+    (folder / "sweep.json").write_text(
+        json.dumps({"schema": SCHEMA_VERSION, "name": "bleu", "metric": "bleu", "teacher": teacher})
+    )
     np.savez(folder / "teacher_rows.npz", test=bleu_rows(1, 1, 30))
     cells = row([folder], "table5", teacher="Marian")
     assert (cells["SFT score"], cells["KD score"], cells["SFT score (paper)"]) == ("72.92", "62.50", "25.91")

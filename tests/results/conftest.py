@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.core.files import write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from tests.factories.sweeps import make_trial
 
 
@@ -13,7 +13,8 @@ from tests.factories.sweeps import make_trial
 def sweep(tmp_path: Path) -> Path:
     """Trials a (served with two decodings), b and c (not served), and d (failed, with HTML in its reason)."""
     teacher = {"name": "big", "size": "4-4", "metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}}
-    record = {"name": "mini", "metric": "rouge2", "teacher": teacher, "budgets": {"fast": {"latency_ms": "50%"}}}
+    record = {"schema": SCHEMA_VERSION, "name": "mini", "metric": "rouge2", "teacher": teacher}
+    record["budgets"] = {"fast": {"latency_ms": "50%"}}
     write_json_atomic(tmp_path / "sweep.json", record)
     make_trial(tmp_path, "a", 0, 10.0)
     make_trial(tmp_path, "b", 1, 12.0)

@@ -14,10 +14,10 @@ def test_records_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     (trial,) = records.read_trials(tmp_path)
     assert (trial.size, trial.score("rouge2"), trial.interval, trial.steps) == ("4-1", 10.0, (9.0, 11.0), 20)
     assert len(trial.history()) == 2
-    rows = trial.rows()
+    rows = trial.row_statistics()
     assert rows is not None
     assert rows.tolist() == [10.0] * 20
-    assert trial.rows("test") is None
+    assert trial.row_statistics("test") is None
     (folder / "result.json").write_text('{"status": "do')
     with pytest.raises(UserError, match=r"a/result.json: damaged"):
         records.read_trials(tmp_path)

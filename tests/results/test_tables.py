@@ -28,7 +28,7 @@ def test_rows_are_sorted_by_cost_with_failed_trials_last() -> None:
 
 
 def test_a_shrunk_encoder_adds_a_column() -> None:
-    shrunk = Trial("e", Path("e"), "done", size="2-2", copied={"encoder": [0, 3], "decoder": [0]})
+    shrunk = Trial("e", Path("e"), "done", size="2-2", copied_layers={"encoder": [0, 3], "decoder": [0]})
     header, rows = trials_table([shrunk], [], {}, "rouge2")
     assert rows[0][header.index("encoder from")] == "0 3"
 

@@ -1,10 +1,22 @@
 """Estimates of `raydistill sweep --dry-run`."""
 
+import json
+
 import pytest
 
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
-from raydistill.search.dry_run import estimate_cache_bytes
+from raydistill.core.files import SCHEMA_VERSION
+from raydistill.models.loading import load_config
+from raydistill.search.dry_run import (
+    DatasetSize,
+    describe_stopping,
+    estimate_cache_bytes,
+    estimate_infeasible_sizes,
+)
+from raydistill.search.shape_latency import count_params_m
+from tests.factories.models import save_tiny
+from tests.factories.sweeps import make_space
 
 
 def test_cache_of_xsum_at_full_size_takes_about_170_gb_of_encoder_states():
@@ -15,7 +27,7 @@ def test_cache_of_xsum_at_full_size_takes_about_170_gb_of_encoder_states():
     run = Run.model_validate(
         {"name": "r", "teacher": "bart", "dataset": "xsum", "method": "kd", "student": {"size": "12-3"}}
     )
-    data = {"rows": rows, "source": source, "target": target}
+    data = DatasetSize(rows, source, target, "")
     encoder, decoder = estimate_cache_bytes([run], BartConfig(), data)
     assert 160e9 < encoder < 180e9
     assert decoder == pytest.approx(3 * encoder * target / source, rel=1e-3)  # layers 3, 7 and 11
@@ -23,3 +35,28 @@ def test_cache_of_xsum_at_full_size_takes_about_170_gb_of_encoder_states():
     assert estimate_cache_bytes([off], BartConfig(), data) == (0, 0)
     shrunk = run.model_copy(update={"student": run.student.model_copy(update={"size": "6-3"})})
     assert estimate_cache_bytes([shrunk], BartConfig(), data) == (0, decoder)
+
+
+def test_the_plan_names_infeasible_sizes_by_parameters_and_by_costs_once_measured(tmp_path):
+    config = load_config(save_tiny("bart", tmp_path / "teacher"))
+    between = (count_params_m(config, "2-1") + count_params_m(config, "2-3")) / 2
+    budgets = {"small": {"params_m": between}, "share": {"params_m": "1%"}}
+    space = make_space().model_copy(update={"budgets": budgets})
+    infeasible, remark = estimate_infeasible_sizes(space, ["2-1", "2-3", "full"], config, tmp_path)
+    assert infeasible == ["2-3", "full"]  # the teacher has 2-3 layers
+    assert "by their parameters" in remark
+    costs = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
+    fewest_beams = {"2-1": {"latency_ms": 30.0}, "2-3": {"latency_ms": 55.0}}
+    record = {"schema": SCHEMA_VERSION, "shape_costs": costs, "shape_costs_fewest_beams": fewest_beams}
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    fast = space.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
+    # 60 % of 90 ms is 54 ms
+    assert estimate_infeasible_sizes(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")
+    assert estimate_infeasible_sizes(fast, ["2-1"], config, tmp_path) == ([], "")
+
+
+def test_the_plan_says_when_trials_stop():
+    plan = describe_stopping(make_space(sampler="tpe", max_device_hours=3))
+    assert "after 12.5% of its steps, if it is not in the better 1/3 of its shape" in plan
+    assert "no trial starts after 3 device-hours" in plan
+    assert describe_stopping(make_space()) == "no trial is stopped early"  # the table of a grid is complete

@@ -1,4 +1,4 @@
-"""Stopping per shape, decided on made-up curves; nothing is trained."""
+"""Early stopping per shape on invented curves; nothing is trained."""
 
 import itertools
 
@@ -21,33 +21,33 @@ def test_rungs_are_powers_of_the_reduction():
     assert rungs(0.1, 3) == pytest.approx([0.1, 0.3, 0.9])
 
 
-def test_the_best_so_far_counts_and_only_of_curves_that_got_there():
+def test_the_best_score_so_far_counts_for_curves_that_reached_the_rung():
     assert best_score_at(curve(3, 1), 0.5) == 3
     assert best_score_at(curve(3), 0.5) is None
     assert best_score_at([(0.3, 1.0), (0.6, 2.0)], 0.25) == 1
 
 
-def test_before_the_first_rung_and_alone_nothing_stops():
+def test_no_trial_stops_before_the_first_rung_or_without_peers():
     assert should_stop_early([(0.1, 0.0)], [curve(9)], 0.25, 2) is None
     assert should_stop_early(curve(0), [], 0.25, 2) is None
 
 
-def test_the_worse_half_stops_and_ties_go_on():
-    rivals = [curve(9), curve(8), curve(1)]
-    assert should_stop_early(curve(7), rivals, 0.25, 2) is not None  # third of four
-    assert should_stop_early(curve(8), rivals, 0.25, 2) is None
-    assert should_stop_early(curve(8.5), rivals, 0.25, 2) is None
-    assert should_stop_early(curve(7), [curve(9), curve(1)], 0.25, 2) is None  # second of three: two go on
+def test_the_worse_half_stops_and_ties_continue():
+    peers = [curve(9), curve(8), curve(1)]
+    assert should_stop_early(curve(7), peers, 0.25, 2) is not None  # third of four
+    assert should_stop_early(curve(8), peers, 0.25, 2) is None
+    assert should_stop_early(curve(8.5), peers, 0.25, 2) is None
+    assert should_stop_early(curve(7), [curve(9), curve(1)], 0.25, 2) is None  # second of three: two continue
 
 
-def test_a_trial_is_measured_again_when_rivals_come_later():
+def test_a_trial_is_compared_with_peers_that_reach_the_rung_later():
     own = [*curve(5), (0.3, 5.0)]  # beyond the first rung, not yet at the second
     assert should_stop_early(own, [], 0.25, 2) is None
     assert "1 of 1 others" in str(should_stop_early(own, [curve(6)], 0.25, 2))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(2, 4))
-def test_the_best_of_a_shape_is_never_stopped_and_enough_go_on(scores: list[int], reduction: int):
+def test_the_best_of_a_shape_is_never_stopped_and_enough_trials_continue(scores: list[int], reduction: int):
     curves = [curve(score) for score in scores]
     stopped = [
         should_stop_early(own, curves[:i] + curves[i + 1 :], 0.25, reduction) is not None
@@ -60,24 +60,24 @@ def test_the_best_of_a_shape_is_never_stopped_and_enough_go_on(scores: list[int]
 SHAPES = {"12-6": (20.0, 60.0), "12-3": (14.0, 35.0), "12-1": (8.0, 20.0)}  # score at the end, latency
 
 
-def run_out(per_shape: bool) -> list[Candidate]:
-    """Six trials of each shape, one after the other; a stopped one keeps the score that it had. The finished ones."""
-    over: list[tuple[str, list[tuple[float, float]]]] = []
+def run_all(per_shape: bool) -> list[Candidate]:
+    """Run six trials of each shape in sequence, and return those that were not stopped early."""
+    ended: list[tuple[str, list[tuple[float, float]]]] = []
     finished = []
     for quality, size in itertools.product(range(6), SHAPES):
         end, latency = SHAPES[size]
         full = curve(*[share * (end + 0.1 * ((quality * 5) % 6)) for share in QUARTERS])
-        rivals = [c for other, c in over if other == size or not per_shape]
-        done = next((n for n in range(1, 5) if should_stop_early(full[:n], rivals, 0.25, 2)), 4)
-        over.append((size, full[:done]))
+        peers = [c for other, c in ended if other == size or not per_shape]
+        done = next((n for n in range(1, 5) if should_stop_early(full[:n], peers, 0.25, 2)), 4)
+        ended.append((size, full[:done]))
         if done == 4:
             finished.append(Candidate(f"{size} {quality}", full[-1][1], None, {"latency_ms": latency}))
     return finished
 
 
-def test_halving_over_all_trials_loses_the_cheap_end_of_the_front_and_per_shape_keeps_it():
-    over_all = pareto_front(run_out(per_shape=False), "latency_ms")
-    finished = run_out(per_shape=True)
+def test_halving_per_shape_keeps_the_cheap_end_of_the_front_and_halving_over_all_trials_does_not():
+    over_all = pareto_front(run_all(per_shape=False), "latency_ms")
+    finished = run_all(per_shape=True)
     per_shape = pareto_front(finished, "latency_ms")
     assert {c.key.split()[0] for c in over_all} == {"12-6"}
     assert [c.key.split()[0] for c in per_shape] == ["12-1", "12-3", "12-6"]

@@ -1,4 +1,4 @@
-"""The end of a sweep: students and the table first, whatever the disk or the tracking server do then."""
+"""The end of a sweep: students and the table come first, so that no full disk or tracking server costs them."""
 
 import os
 import signal
@@ -27,66 +27,67 @@ TEACHER: dict[str, Any] = {"name": "big", "size": "4-4", "test": None, "baseline
 
 @pytest.fixture
 def prepared(sweep: Path) -> PreparedSweep:
-    """What the sweep was prepared with; its tracking server is not there."""
+    """The preparation of the sweep, whose tracking server is down."""
     info = read_json(sweep / "sweep.json")
     costs = {**info["teacher"]["costs"], "params_m": 9.0}
     teacher = {**TEACHER, **info["teacher"], "costs": costs}
     write_json_atomic(
-        sweep / "sweep.json", {**info, "teacher": teacher, "tracking_uri": "http://127.0.0.1:9", "ended": {"why": ""}}
+        sweep / "sweep.json",
+        {**info, "teacher": teacher, "tracking_uri": "http://127.0.0.1:9", "stop": {"message": "", "exhausted": False}},
     )
     return PreparedSweep(teacher, {}, {})
 
 
-def test_without_a_server_the_students_are_there_and_the_table_is_told_first(
+def test_without_a_server_students_are_exported_and_the_table_is_printed_first(
     sweep: Path, prepared: PreparedSweep
 ) -> None:
     make_student(sweep, "a", 0, 10.0)
-    told: list[str] = []
-    result = export_and_publish(load_selection(sweep), prepared, told.append)
+    printed: list[str] = []
+    result = export_and_publish(load_selection(sweep), prepared, printed.append)
     assert result["exports"] == {"fast": str(sweep / "exports" / "a-b1")}
     assert (sweep / "exports" / "a-b1" / "model.safetensors").is_file()
-    assert "sweep mini: 1 trials: 1 done" in told[0]
-    assert f"chosen students: {sweep / 'exports'}" in told[0]
-    assert "MLflow: the tracking server http://127.0.0.1:9 does not answer" in told[1]
-    assert result["whole"]
+    assert "sweep mini: 1 trials: 1 done" in printed[0]
+    assert f"chosen students: {sweep / 'exports'}" in printed[0]
+    assert "MLflow: the tracking server http://127.0.0.1:9 does not answer" in printed[1]
+    assert result["complete"]
 
 
-def test_what_was_under_way_when_its_shape_lost_its_budget_is_left_and_not_waited_for(
+def test_a_trial_whose_size_lost_its_budget_is_abandoned_and_not_counted_as_failed(
     sweep: Path, prepared: PreparedSweep
 ) -> None:
-    """Else the command would ask for ever to be given again, and end with status 1."""
+    """Otherwise the command would end with status 1 and ask to be rerun for ever."""
     make_student(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 9.0, status=None)
     prepared = replace(prepared, shape_costs_fewest_beams={"4-1": {"params_m": 3.0}})
-    told: list[str] = []
-    for bound, died in ((1.0, []), (9.0, ["b"])):
+    printed: list[str] = []
+    for bound, failed in ((1.0, []), (9.0, ["b"])):
         info = read_json(sweep / "sweep.json")
         write_json_atomic(sweep / "sweep.json", {**info, "budgets": {"small": {"params_m": bound}}})
-        result = export_and_publish(load_selection(sweep), prepared, told.append)
-        assert (result["died"], result["whole"]) == (died, not died)
-    assert "1 trials are left half-way (b): no budget admits their shape any more" in told[0]
-    assert "1 trials died (b): run the same command" in told[2]
+        result = export_and_publish(load_selection(sweep), prepared, printed.append)
+        assert (result["failed"], result["complete"]) == (failed, not failed)
+    assert "1 trial abandoned, since no budget admits the size any more: b" in printed[0]
+    assert "1 trial failed; rerun the command to retry: b" in printed[2]
 
 
-def test_a_full_disk_and_a_lost_checkpoint_leave_the_table(sweep: Path, prepared: PreparedSweep) -> None:
+def test_a_full_disk_or_a_lost_checkpoint_does_not_suppress_the_table(sweep: Path, prepared: PreparedSweep) -> None:
     folder = make_student(sweep, "a", 0, 10.0)
     for file in (folder / "best").iterdir():
         file.unlink()
     (folder / "best").rmdir()
-    told: list[str] = []
-    result = export_and_publish(load_selection(sweep), prepared, told.append)
-    assert "fast: a b1 is not exported" in told[0]
-    assert "its checkpoint was deleted" in told[0]
-    assert (result["exports"], result["whole"]) == ({}, False)
+    printed: list[str] = []
+    result = export_and_publish(load_selection(sweep), prepared, printed.append)
+    assert "fast: a b1 is not exported" in printed[0]
+    assert "the checkpoint was deleted" in printed[0]
+    assert (result["exports"], result["complete"]) == ({}, False)
     (sweep / "front.html").unlink()
     (sweep / "front.html").mkdir()  # cannot be written
     with pytest.raises(IsADirectoryError):
-        export_and_publish(load_selection(sweep), prepared, told.append)
-    assert "sweep mini: 1 trials: 1 done" in told[2]
+        export_and_publish(load_selection(sweep), prepared, printed.append)
+    assert "sweep mini: 1 trials: 1 done" in printed[2]
 
 
 def serve(port: int, folder: Path) -> subprocess.Popen[bytes]:
-    """A real MLflow server on loopback, once it answers; its store is in `folder`."""
+    """Start an MLflow server on loopback with its store in `folder`, and wait until it answers."""
     arguments = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--port", str(port), "--workers", "1"]
     arguments += ["--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1"]
     server = subprocess.Popen(
@@ -107,15 +108,15 @@ def serve(port: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """As a machine that goes down takes its server with it, workers and all."""
+    """Kill the server with its workers, as the loss of its machine does."""
     os.killpg(server.pid, signal.SIGKILL)
     server.wait(30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_server_that_is_down_in_the_middle_and_on_resume_loses_nothing(tmp_path: Path) -> None:
-    """Stopped once a trial is over, down for the rest and for a second command, back for a third."""
+def test_nothing_is_lost_while_the_tracking_server_is_down(tmp_path: Path) -> None:
+    """The server stops after the first trial, is down during a second command, and is back for a third."""
     teacher, data = make_world(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -153,18 +154,18 @@ def test_a_server_that_is_down_in_the_middle_and_on_resume_loses_nothing(tmp_pat
 
     again = command(home, "sweep", path, "--json")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "The sweep goes on" in again.stderr
+    assert "The sweep continues" in again.stderr
 
     server = serve(port, tmp_path)
     try:
-        found = last_json(command(home, "sweep", path, "--json"))
+        summary = last_json(command(home, "sweep", path, "--json"))
         client = make_client(f"http://127.0.0.1:{port}")
         experiment = client.get_experiment_by_name("killed").experiment_id
         runs = client.search_runs([experiment], "tags.`raydistill.trial` != ''")
-        assert sorted(r.data.tags["raydistill.trial"] for r in runs) == sorted(t["key"] for t in found["trials"])
+        assert sorted(r.data.tags["raydistill.trial"] for r in runs) == sorted(t["key"] for t in summary["trials"])
         assert {r.info.status for r in runs} == {"FINISHED"}
-        for one in runs:
-            assert len(client.get_metric_history(one.info.run_id, "val_loss")) >= 12  # every validation, and the end
+        for run in runs:
+            assert len(client.get_metric_history(run.info.run_id, "val_loss")) >= 12  # every validation, and the end
         assert client.get_model_version_by_alias("killed", "any").source
     finally:
         stop(server)

@@ -1,4 +1,4 @@
-"""Serving finalists: which, with which decodings, and that what is written and timed is what would be served."""
+"""Serving of finalists: which checkpoints with which decodings, and that scores and times are those of serving."""
 
 import json
 from dataclasses import asdict
@@ -10,7 +10,7 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Search, Space
-from raydistill.core.files import write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.data.corpus import read_corpus
 from raydistill.evaluation.scoring import evaluate
 from raydistill.evaluation.serving import benchmark_serving
@@ -22,28 +22,36 @@ from raydistill.results.records import decoding_key
 from raydistill.results.selection import load_selection, select_finalists
 from raydistill.results.served_students import read_served
 from raydistill.results.tables import trials_table
-from raydistill.search.finalists import decoding_grid, find_unserved, find_untested, merge_served, serve_checkpoint
+from raydistill.search.finalists import (
+    PendingServing,
+    ServingTask,
+    decoding_grid,
+    find_unserved,
+    find_untested,
+    merge_served,
+    serve_checkpoint,
+)
 from raydistill.search.study import StopReason
-from raydistill.search.sweep import search_stop_reason
+from raydistill.search.sweep_folder import search_stop_reason
 from tests.factories.sweeps import make_trial
 from tests.factories.workspace import make_world
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
 
 
-def test_every_decoding_once_the_own_first_and_no_penalty_for_one_beam():
-    found = decoding_grid(BEAM, DecodingSearch(beams=[1, 4], length_penalty=[0.6, 1.0]))
-    assert [(beam.beams, beam.length_penalty) for beam in found] == [(4, 1.0), (1, 1.0), (4, 0.6)]
-    assert all(beam.max_length == 12 for beam in found)
+def test_the_grid_has_each_decoding_once_the_default_first_and_one_penalty_for_one_beam():
+    results = decoding_grid(BEAM, DecodingSearch(beams=[1, 4], length_penalty=[0.6, 1.0]))
+    assert [(beam.beams, beam.length_penalty) for beam in results] == [(4, 1.0), (1, 1.0), (4, 0.6)]
+    assert all(beam.max_length == 12 for beam in results)
     assert decoding_grid(BEAM, DecodingSearch(beams=[], length_penalty=[])) == [BEAM]
 
 
 def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
-    """a and b are the front of latency, c of parameters, d of device-hours, e is chosen, f is nothing.
+    """a and b are on the front of latency, c of parameters, d of device-hours, e is chosen, f is neither.
 
-    No budget bounds parameters or device-hours alone: that is for a later `choose`.
+    No budget bounds parameters or device-hours alone, but a later `choose` may.
     """
-    info = {"name": "m", "metric": "rouge2", "teacher": {"costs": {}}}
+    info = {"schema": SCHEMA_VERSION, "name": "m", "metric": "rouge2", "teacher": {"costs": {}}}
     info["budgets"] = {"both": {"params_m": 2.5, "latency_ms": 55}}
     write_json_atomic(tmp_path / "sweep.json", info)
     for number, (key, score, latency, params, hours) in enumerate(
@@ -65,95 +73,105 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
 
 
 def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict]:
-    """A sweep of one finished trial, of which nothing was served, and the teacher's record."""
+    """A space whose sweep has one finished trial and nothing served, and the teacher's record."""
     space = Space.model_validate(
         {"name": "m", "run": {"teacher": str(teacher), "dataset": {"name": str(data)}}, "search": {"trials": 1}}
     )
     record = {"costs": {}, "decoding": asdict(BEAM), "data": {"validation": "v", "test": "t"}, "metric": "rouge2"}
-    info = {"name": "m", "metric": "rouge2", "teacher": record, "budgets": {}}
+    info = {"schema": SCHEMA_VERSION, "name": "m", "metric": "rouge2", "teacher": record, "budgets": {}}
     write_json_atomic(folder / "sweep.json", {**info, "decoding": space.search.decoding.model_dump()})
     card = make_trial(folder, "a", 0, 10.0) / "best" / "raydistill.json"
     write_json_atomic(card, {"decoding": asdict(BEAM)})
     return space, record
 
 
-HERE = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
-BY = {"engine": "transformers fp32", "version": version("transformers")}
+MACHINE = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
+ENGINE = {"engine": "transformers fp32", "version": version("transformers")}
 
 
-def serve_by_hand(folder: Path, beams: list[BeamSearchParams], hardware: dict | None = None, **more: object) -> None:
+def serve_by_hand(folder: Path, beams: list[BeamSearchParams], hardware: dict | None = None, **changes: object) -> None:
     entries = [
         {"beams": b.beams, "length_penalty": b.length_penalty, "metrics": {"rouge2": 1.0}, "interval": [0, 2]}
-        | {"costs": {"latency_ms": 5.0 * b.beams}, **BY, "hardware": hardware or HERE, **more}
+        | {"costs": {"latency_ms": 5.0 * b.beams}, **ENGINE, "hardware": hardware or MACHINE, **changes}
         for b in beams
     ]
     merge_served(folder, entries)
 
 
-def test_what_is_left_to_serve_is_seen_from_the_files(world, tmp_path):
-    """After the last trial, after a kill in between, and for a decoding that was asked for later."""
+def test_unserved_checkpoints_are_found_from_the_files(world, tmp_path):
+    """After the last trial, after a kill in between, and for a decoding that is added later."""
     space, teacher = finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
     assert search_stop_reason(space, tmp_path) == StopReason()
-    assert [one.folder for one in find_unserved(space, tmp_path, teacher, HERE)] == [tmp_path, student]
+    assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [tmp_path, student]
     beams = decoding_grid(BEAM, space.search.decoding)
     serve_by_hand(tmp_path, beams)
-    assert [one.folder for one in find_unserved(space, tmp_path, teacher, HERE)] == [student]
+    assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [student]
     serve_by_hand(student, beams)
-    assert find_unserved(space, tmp_path, teacher, HERE) == []
-    assert [one.key for one in find_untested(tmp_path, teacher)] == ["a b1"]  # equal scores: one beam is the cheapest
+    assert find_unserved(space, tmp_path, teacher, MACHINE) == []
+    assert [entry.key for entry in find_untested(tmp_path, teacher)] == [
+        "a b1"
+    ]  # equal scores: one beam is the cheapest
     assert find_untested(tmp_path, {**teacher, "data": {"validation": "v"}}) == []
-    more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))})
-    assert find_unserved(more, tmp_path, teacher, HERE) == []  # without a length penalty there is nothing new
-    more = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
-    left = find_unserved(more, tmp_path, teacher, HERE)
-    assert [one.folder for one in left] == [tmp_path, student]
-    assert {beam.beams for one in left for beam in one.beams} == {3}
+    changes = space.model_copy(
+        update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))}
+    )
+    assert find_unserved(changes, tmp_path, teacher, MACHINE) == []  # three beams need a length penalty
+    changes = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
+    left = find_unserved(changes, tmp_path, teacher, MACHINE)
+    assert [entry.folder for entry in left] == [tmp_path, student]
+    assert {beam.beams for entry in left for beam in entry.decodings} == {3}
 
 
-def test_timings_are_of_one_machine_and_engine_and_those_of_others_are_kept(world, tmp_path):
+def test_timings_of_another_machine_or_engine_do_not_count_and_are_kept(world, tmp_path):
     space, teacher = finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
     beams = decoding_grid(BEAM, space.search.decoding)
     for folder in (tmp_path, student):
         serve_by_hand(folder, beams)
-    there = {**HERE, "name": "b"}
-    known = {"kind": "cpu", "name": "a"}  # before Ray is started, less is known
+    other_machine = {**MACHINE, "name": "b"}
+    known = {"kind": "cpu", "name": "a"}  # less is known before Ray starts
     assert find_unserved(space, tmp_path, teacher, {}) == find_unserved(space, tmp_path, teacher, known) == []
-    assert [one.beams for one in find_unserved(space, tmp_path, teacher, there)] == [beams, beams]
+    assert [entry.decodings for entry in find_unserved(space, tmp_path, teacher, other_machine)] == [beams, beams]
     for folder in (tmp_path, student):
-        serve_by_hand(folder, beams, there, costs={"latency_ms": 50.0})
-    for machine in (HERE, there):
+        serve_by_hand(folder, beams, other_machine, costs={"latency_ms": 50.0})
+    for machine in (MACHINE, other_machine):
         assert find_unserved(space, tmp_path, teacher, machine) == []
-    assert {one.metrics["latency_ms"] for one in load_selection(tmp_path).students} == {
+    assert {entry.metrics["latency_ms"] for entry in load_selection(tmp_path).students} == {
         20.0,
         5.0,
         10.0,
-    }  # still of the first
+    }  # still of the first machine
     served = json.loads((tmp_path / "served.json").read_text())
-    write_json_atomic(tmp_path / "served.json", {**served, "hardware": there})
-    assert {one.metrics["latency_ms"] for one in load_selection(tmp_path).students} == {50.0}
+    write_json_atomic(tmp_path / "served.json", {**served, "hardware": other_machine})
+    assert {entry.metrics["latency_ms"] for entry in load_selection(tmp_path).students} == {50.0}
     serve_by_hand(student, beams, version="0.1")
-    assert [one.folder for one in find_unserved(space, tmp_path, teacher, HERE)] == [student]
+    assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [student]
     assert len(read_served(student)) == 2 * len(beams)
 
 
-def test_a_speed_up_is_over_the_teachers_own_decoding_and_over_the_same(world, tmp_path):
+def test_speedup_is_relative_to_the_teachers_own_decoding_and_to_the_same_decoding(world, tmp_path):
     finished_sweep(tmp_path, *world)
     student = tmp_path / "trials" / "a"
     beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
     serve_by_hand(tmp_path, beams)  # 20 ms with its own four beams, 5 ms with one
     serve_by_hand(student, beams, costs={"latency_ms": 2.5})
-    found = {one.decoding["beams"]: one.metrics for one in load_selection(tmp_path).students}
-    assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in found.items()} == {4: (8, 8), 1: (8, 2)}
+    results = {entry.decoding["beams"]: entry.metrics for entry in load_selection(tmp_path).students}
+    assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in results.items()} == {4: (8, 8), 1: (8, 2)}
     header, rows = trials_table(load_selection(tmp_path).students, [], {}, "rouge2")
     assert [row[header.index("speed-up (same decoding)")] for row in rows] == ["8.00x (8.00x)", "8.00x (2.00x)"]
 
 
-def test_students_of_one_shape_and_as_many_beams_are_as_fast_as_their_median(world, tmp_path):
-    """Table, front, choice and picture: 100.0 and 99.5 ms are no difference, whatever the length penalty, and 40 is."""
+def test_latency_of_a_size_and_number_of_beams_is_the_median_of_its_students(world, tmp_path):
+    """In the table, front, choice and figure: 99.5, 100.0 and 107.0 ms are pooled, and 40 ms of one beam are not."""
     _, record = finished_sweep(tmp_path, *world)
-    info = {"name": "m", "metric": "rouge2", "teacher": record, "budgets": {"fast": {"latency_ms": "50%"}}}
+    info = {
+        "schema": SCHEMA_VERSION,
+        "name": "m",
+        "metric": "rouge2",
+        "teacher": record,
+        "budgets": {"fast": {"latency_ms": "50%"}},
+    }
     write_json_atomic(tmp_path / "sweep.json", info)
     make_trial(tmp_path, "b", 1, 10.1)
     longer = BeamSearchParams(4, 0.6, 0, 12, 0, False, None)
@@ -168,32 +186,32 @@ def test_students_of_one_shape_and_as_many_beams_are_as_fast_as_their_median(wor
         folder = tmp_path / "trials" / key
         serve_by_hand(folder, [beam], metrics={"rouge2": score}, costs={"latency_ms": ms})
         np.savez(folder / f"rows-validation-{decoding_key(asdict(beam))}.npz", validation=np.full(20, score))
-    found = load_selection(tmp_path)
-    assert {one.key: one.metrics["latency_ms"] for one in found.students} == {
+    results = load_selection(tmp_path)
+    assert {entry.key: entry.metrics["latency_ms"] for entry in results.students} == {
         **{key: 100.0 for key in ("a b4-p1", "b b4-p1", "b b4-p0.6")},
         "b b1": 40.0,
     }
-    assert found.front_keys == ["b b1", "b b4-p0.6"]
-    assert found.chosen_keys == {"fast": "b b4-p0.6"}
-    assert {one.metrics["speedup"] for one in found.students} == {3.0, 7.5}
-    assert found.student("b b4-p0.6").metrics["latency_ms_unpooled"] == 107.0
-    assert "latency_ms_unpooled" not in found.student("b b1").metrics
-    told = ", ".join(make_tooltips(found)[marker_id("b b4-p0.6")])
-    assert "100.0 ms for a batch of 32, 107.0 ms in its own measurement" in told
+    assert results.front_keys == ["b b1", "b b4-p0.6"]
+    assert results.chosen_keys == {"fast": "b b4-p0.6"}
+    assert {entry.metrics["speedup"] for entry in results.students} == {3.0, 7.5}
+    assert results.student("b b4-p0.6").metrics["latency_ms_unpooled"] == 107.0
+    assert "latency_ms_unpooled" not in results.student("b b1").metrics
+    tooltip = ", ".join(make_tooltips(results)[marker_id("b b4-p0.6")])
+    assert "100.0 ms for a batch of 32, 107.0 ms in its own measurement" in tooltip
 
 
-def test_a_search_that_cannot_go_on_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
+def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
     space, _ = finished_sweep(tmp_path, *world)
-    more = space.model_copy(update={"search": Search(trials=9)})
-    assert search_stop_reason(more, tmp_path) is None
+    changes = space.model_copy(update={"search": Search(trials=9)})
+    assert search_stop_reason(changes, tmp_path) is None
     info = json.loads((tmp_path / "sweep.json").read_text())
-    write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "all tried", "exhausted": True}})
-    assert search_stop_reason(more, tmp_path) == StopReason("all tried", exhausted=True)
-    assert search_stop_reason(more.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
+    write_json_atomic(tmp_path / "sweep.json", {**info, "stop": {"message": "all tried", "exhausted": True}})
+    assert search_stop_reason(changes, tmp_path) == StopReason("all tried", exhausted=True)
+    assert search_stop_reason(changes.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
     fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
-    assert search_stop_reason(more.model_copy(update={"search": fewer}), tmp_path) is None
-    write_json_atomic(tmp_path / "sweep.json", {**info, "ended": {"why": "one hour is used up", "exhausted": False}})
-    assert search_stop_reason(more, tmp_path) is None
+    assert search_stop_reason(changes.model_copy(update={"search": fewer}), tmp_path) is None
+    write_json_atomic(tmp_path / "sweep.json", {**info, "stop": {"message": "one hour is used up", "exhausted": False}})
+    assert search_stop_reason(changes, tmp_path) is None
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +219,8 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_batches_have_32_rows_and_the_texts_are_those_of_an_evaluation(world):
-    """8 rows: one batch of 32, filled up, and 8 single rows; scores are of the 8."""
+def test_serving_times_batches_of_32_and_scores_the_texts_of_an_evaluation(world):
+    """8 rows are timed as one padded batch of 32 and as 8 single rows, and the scores are of the 8 rows."""
     teacher, data = world
     run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": {"name": str(data)}})
     corpus = read_corpus(run.dataset, "validation")
@@ -215,29 +233,31 @@ def test_batches_have_32_rows_and_the_texts_are_those_of_an_evaluation(world):
             return engine.generate(texts, beam, **settings)
 
     served = benchmark_serving(Counted(), corpus, "rouge2", BEAM, 32)
-    assert sizes == [32, 32, 1, *[1] * 8]  # each kind begins with a call that is not timed
+    assert sizes == [32, 32, 1, *[1] * 8]  # each batch size starts with a warm-up call
     assert served.timings["latency_ms"].repeats == 1
     assert served.timings["latency_ms_b1"].repeats == 8
-    wanted = evaluate(engine, corpus, "rouge2", BEAM, max_source_tokens=32)
-    assert served.scores.metrics == wanted.scores.metrics
-    assert np.array_equal(served.scores.row_stats, wanted.scores.row_stats)
+    expected = evaluate(engine, corpus, "rouge2", BEAM, max_source_tokens=32)
+    assert served.scores.metrics == expected.scores.metrics
+    assert np.array_equal(served.scores.row_stats, expected.scores.row_stats)
 
 
-def test_a_checkpoint_is_served_with_each_decoding_and_its_rows_are_kept(world, tmp_path):
+def test_a_checkpoint_is_served_with_each_decoding_and_row_statistics_are_written(world, tmp_path):
     teacher, data = world
     settings = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
     run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})
     beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
-    found = serve_checkpoint(tmp_path, str(teacher), run, "bleu", beams, "validation", "cpu", 1)
-    assert [one["beams"] for one in found] == [4, 1]
-    four, one = (decoding["costs"] for decoding in found)
-    assert one["latency_ms"] < four["latency_ms"]
+    results = serve_checkpoint(
+        ServingTask(PendingServing(tmp_path, str(teacher), beams), run, "bleu", "validation"), "cpu", 1
+    )
+    assert [entry["beams"] for entry in results] == [4, 1]
+    four, entry = (decoding["costs"] for decoding in results)
+    assert entry["latency_ms"] < four["latency_ms"]
     assert four["latency_ms_low"] <= four["latency_ms"] <= four["latency_ms_high"]
-    for served in found:
+    for served in results:
         assert served["rows"] == 8
         assert served["hardware"]["threads"] == 1
         assert served["engine"].split()[0] in ("ctranslate2", "transformers")
         assert served["version"] == version(served["engine"].split()[0])
     for name in ("b4-p1", "b1"):
-        with np.load(tmp_path / f"rows-validation-{name}.npz") as kept:
-            assert kept["validation"].shape == (8, 10)
+        with np.load(tmp_path / f"rows-validation-{name}.npz") as rows:
+            assert rows["validation"].shape == (8, 10)

@@ -1,51 +1,13 @@
-"""Preparation of a sweep: decisions about the teacher cache are made once and kept over a restart."""
+"""Which sizes a sweep does not train, because no budget admits them."""
 
-import pytest
-
-from raydistill.core.files import read_json
-from raydistill.jobs.teacher_cache import cache_group_key, resolve_auto_precision
-from raydistill.search import prepare
-from raydistill.teacher_cache import store
-from tests.factories.teacher_cache import cached_run
-from tests.factories.workspace import make_world
+from raydistill.search.prepare import PreparedSweep, find_infeasible_sizes
+from tests.factories.sweeps import make_space
 
 
-@pytest.fixture(scope="module")
-def workspace(ray_here, tmp_path_factory):
-    """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
-    root = tmp_path_factory.mktemp("workspace")
-    make_world(root)
-    return root
-
-
-def test_cache_mode_of_an_interrupted_build_is_kept_by_the_next_command(workspace, tmp_path, monkeypatch):
-    """Caching pays for 1,000 epochs and never for one: the second command must keep the decision of the first."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "build_teacher_cache", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare.prepare_inputs(cached_run(workspace, "sft", epochs=1000), "cpu", tmp_path)
-    run = cached_run(workspace, "sft", epochs=1)
-    decided = read_json(tmp_path / "cache.json")["groups"][cache_group_key(run)]
-    inputs = prepare.prepare_inputs(run, "cpu", tmp_path)
-    assert inputs.cache_mode == "encoder"
-    built = read_json(tmp_path / "cache.json")["groups"][cache_group_key(run)]
-    sizes = {"bytes": built.pop("bytes"), "device_seconds": built.pop("device_seconds")}
-    assert built.items() <= decided.items()
-    [info] = store.list_stores(inputs.cache_root)
-    assert (info.arrays, info.size_bytes) == (["states"], sizes["bytes"])
-    assert sizes["device_seconds"].keys() == {f"{info.folder.name}/states"}
-    assert inputs.store_folders == (info.folder,)
-
-
-def test_compute_dtype_of_auto_precision_is_asked_of_a_worker_once(workspace, tmp_path, monkeypatch):
-    calls, record_path = [], tmp_path / "cache.json"
-    monkeypatch.setattr(prepare, "run_exclusive", lambda function, device: calls.append((function, device)) or "bf16")
-    run = cached_run(workspace, "sft", precision="auto")
-    assert prepare._resolve_compute_dtype([cached_run(workspace, "sft")], "cuda", record_path) is None
-    for _ in range(2):
-        assert prepare._resolve_compute_dtype([run], "cuda", record_path) == "bf16"
-    assert calls == [(resolve_auto_precision, "cuda")]
+def test_a_size_is_infeasible_only_if_it_exceeds_the_budget_with_the_fewest_beams_too():
+    costs = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
+    fewest_beams = {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}}
+    prepared = PreparedSweep({"size": "2-3", "costs": costs["2-3"]}, costs, fewest_beams)
+    for bound, infeasible in ((90, set()), (45, set()), ("50%", set()), (44, {"2-3"}), ("40%", {"2-3"})):
+        space = make_space().model_copy(update={"budgets": {"fast": {"latency_ms": bound}}})
+        assert find_infeasible_sizes(space, prepared) == infeasible

@@ -1,21 +1,24 @@
-"""The latency table of shapes."""
+"""Costs of shapes: measured once, and again only if other processes disturbed the measurement."""
 
 import json
+from dataclasses import replace
 
 from raydistill.config.run import Dataset
 from raydistill.models.teacher import open_teacher
-from raydistill.search.shape_latency import time_shape
+from raydistill.search.shape_latency import ShapeTiming, time_shape
 from tests.factories.models import save_tiny
+
+TIMING = ShapeTiming(5, 3, "transformers", "fp32", beams=(1,))
 
 
 def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
     teacher = open_teacher(str(save_tiny("bart", tmp_path / "m")), Dataset(name="demo"))
-    teacher_record = {"tokens": {"source": 5, "output": 3}, "engine": "transformers fp32"}
+    options = {"engine": "transformers", "device": "cpu", "threads": 1}
 
     def timed(remeasure_noisy=True):
-        [row] = time_shape(teacher, "2-1", teacher_record, [1], "transformers", "cpu", 1, remeasure_noisy)
-        return row
+        [costs] = time_shape(teacher, "2-1", replace(TIMING, remeasure_noisy=remeasure_noisy), **options)
+        return costs
 
     assert timed()["latency_ms"] < 9e9
     table = tmp_path / "home" / "latency.json"
@@ -26,12 +29,12 @@ def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monke
             entry |= {"median_ms": 9e9, "background_cores": background_cores}
         table.write_text(json.dumps(data))
         assert timed(remeasure_noisy=False)["latency_ms"] == 9e9  # trials of a running sweep keep this timing
-        row = timed()
-        assert (row["latency_ms"] < 9e9) == again
+        costs = timed()
+        assert (costs["latency_ms"] < 9e9) == again
         if not again:
-            assert row["others"] == 0.2
+            assert costs["background_cores"] == 0.2
     assert all(entry["median_ms"] < 9e9 for entry in json.loads(table.read_text())["timings"].values())
-    # If the recorded engine cannot be used, the fallback's timing is not stored.
+    # If the expected engine cannot be used, the fallback's timing is not stored
     before = json.loads(table.read_text())
-    assert time_shape(teacher, "2-2", {**teacher_record, "engine": "ctranslate2 fp32"}, [1], "transformers", "cpu", 1)
+    assert time_shape(teacher, "2-2", replace(TIMING, engine="ctranslate2"), **options)
     assert json.loads(table.read_text()) == before

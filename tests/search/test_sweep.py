@@ -1,4 +1,4 @@
-"""Whole commands on real Ray, as a user runs them: the demo, the paper's KD search, and a sweep that is killed."""
+"""Whole commands on Ray, as a user runs them: the demo, the paper's KD search, and a sweep that is killed."""
 
 import json
 import os
@@ -34,63 +34,63 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["--set", "run.training.max_steps=3", "--set", "search.concurrent=2"]
 
 
-def counted(teacher: Path, size: str) -> float:
-    """Millions of parameters of a student."""
+def params_m(teacher: Path, size: str) -> float:
+    """Millions of parameters of a student of this size."""
     return shape_latency.count_params_m(load_config(teacher), size)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The quickstart with fewer steps and rows: train, then sweep, then what comes after."""
+    """The quickstart with fewer steps and rows. The tests of this file use the sweep one after the other."""
     home = tmp_path_factory.mktemp("demo") / "outputs"
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as logs:  # a short name
-        yield *demo_sweep(home, logs), Path(logs)
+        yield *run_demo_sweep(home, logs), Path(logs)
 
 
-def demo_sweep(home, logs):
-    """The folder, what the two commands ended with, and the arguments of the second; Ray logs into `logs`."""
+def run_demo_sweep(home, logs):
+    """The home, the JSON of `train` and `sweep`, and the arguments of `sweep`; Ray logs into `logs`."""
     small = ["--set", "dataset.train_rows=400", "--set", "training.max_steps=30", "--set", "dataset.validation_rows=40"]
     teacher = command(home, "train", "demo", *small, "--set", "dataset.test_rows=40", "--json", RAY_TMPDIR=logs)
     rows = [f"run.dataset.{split}_rows={n}" for split, n in (("train", 400), ("validation", 40), ("test", 40))]
     settings = [part for row in rows for part in ("--set", row)]
     arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *SHORT, *settings, "--set", "search.trials=4"]
-    found = command(home, *arguments, "--json", RAY_TMPDIR=logs)
-    return home, last_json(teacher), last_json(found), arguments
+    summary = command(home, *arguments, "--json", RAY_TMPDIR=logs)
+    return home, last_json(teacher), last_json(summary), arguments
 
 
 def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
-    home, teacher, found, *_ = demo
+    home, teacher, summary, *_ = demo
     assert teacher["status"] == "done"
-    assert [t["status"] for t in found["trials"]] == ["done"] * 4
-    assert {t["method"] for t in found["trials"]} == {"sft", "kd", "pl"}
-    finalists = found["finalists"]
-    assert {t["key"] for t in finalists if t["front"]} == set(found["front"]) <= {t["key"] for t in found["trials"]}
-    places = [(t["metrics"]["rouge2"], t["metrics"]["latency_ms"]) for t in finalists]
-    for one, (score, latency) in zip(finalists, places, strict=True):
-        beaten = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in places)
-        assert one["front"] != beaten
-    served = json.loads((Path(found["sweep"]) / "served.json").read_text())
-    theirs = served["decodings"][0]["costs"]["latency_ms"]
+    assert [t["status"] for t in summary["trials"]] == ["done"] * 4
+    assert {t["method"] for t in summary["trials"]} == {"sft", "kd", "pl"}
+    finalists = summary["finalists"]
+    assert {t["key"] for t in finalists if t["front"]} == set(summary["front"]) <= {t["key"] for t in summary["trials"]}
+    points = [(t["metrics"]["rouge2"], t["metrics"]["latency_ms"]) for t in finalists]
+    for entry, (score, latency) in zip(finalists, points, strict=True):
+        beaten = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in points)
+        assert entry["front"] != beaten
+    served = json.loads((Path(summary["sweep"]) / "served.json").read_text())
+    teacher_ms = served["decodings"][0]["costs"]["latency_ms"]
     for budget, share in (("fast", 0.6), ("fastest", 0.45)):
-        key, decoding = found["choices"][budget], found["decodings"][budget]
-        fitting = [t for t in finalists if t["metrics"]["latency_ms"] <= share * theirs]
+        key, decoding = summary["choices"][budget], summary["decodings"][budget]
+        fitting = [t for t in finalists if t["metrics"]["latency_ms"] <= share * teacher_ms]
         assert (key is None) == (not fitting)
         assert not fitting or (key, decoding) in [(t["key"], t["decoding"]) for t in fitting]
-    for key, place in found["exports"].items():
-        assert found["choices"][key] in place
-        assert (Path(place) / "model.safetensors").is_file()
-    for trial in found["trials"]:
+    for key, path in summary["exports"].items():
+        assert summary["choices"][key] in path
+        assert (Path(path) / "model.safetensors").is_file()
+    for trial in summary["trials"]:
         assert trial["interval"][0] <= trial["metrics"]["rouge2"] <= trial["interval"][1]
         assert trial["metrics"]["latency_ms"] > trial["metrics"]["latency_ms_b1"] > 0
         assert trial["metrics"]["gpu_hours"] > 0
-    sweep = Path(found["sweep"])
+    sweep = Path(summary["sweep"])
     assert (sweep / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "ROUGE-2" in (sweep / "table.md").read_text()
     assert len(mlflow_children(home)) == 4
     assert {status for _, status in mlflow_children(home)} == {"FINISHED"}
 
 
-def test_no_secret_of_the_environment_is_in_anything_that_a_sweep_left(demo):
+def test_a_sweep_writes_no_secret_of_the_environment_to_any_file(demo):
     home, *_, logs = demo
     left = [path for folder in (home, logs) for path in folder.rglob("*") if path.is_file()]
     assert {path.name for path in left} >= {"mlflow.db", "run.json", "raydistill.json", "study.log", "sweep.json"}
@@ -100,17 +100,17 @@ def test_no_secret_of_the_environment_is_in_anything_that_a_sweep_left(demo):
         assert not [name for name, value in SECRETS.items() if value.encode() in content], path
 
 
-def test_larger_shapes_cost_more_and_speedup_is_against_the_teacher(demo):
-    found = demo[2]
-    by_size = {t["size"]: t["metrics"] for t in found["trials"]}
-    teacher = found["teacher"]["costs"]
+def test_larger_shapes_cost_more_and_speedup_is_relative_to_the_teacher(demo):
+    summary = demo[2]
+    by_size = {t["size"]: t["metrics"] for t in summary["trials"]}
+    teacher = summary["teacher"]["costs"]
     assert by_size["2-3"]["params_m"] > by_size["2-2"]["params_m"]
     for metrics in by_size.values():
         assert metrics["params_m"] < teacher["params_m"]
         assert metrics["speedup"] == pytest.approx(teacher["latency_ms"] / metrics["latency_ms"])
 
 
-def test_a_layer_that_the_teacher_does_not_have_is_refused_before_anything_starts(demo):
+def test_a_layer_that_the_teacher_lacks_is_refused_before_anything_starts(demo):
     home = demo[0]
     space = ROOT / "search_spaces" / "quickstart.yaml"
     done = command(home, "sweep", space, "--set", "name=deep", "--set", "run.student.size=2-9", "--set", "points=[]")
@@ -119,26 +119,26 @@ def test_a_layer_that_the_teacher_does_not_have_is_refused_before_anything_start
     assert not (home / "sweeps" / "deep").exists()
 
 
-def test_the_same_command_again_starts_nothing_and_says_the_same(demo):
-    home, _, found, arguments, _ = demo
-    results = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}
+def test_a_finished_sweep_runs_no_trial_again_and_prints_the_same_front(demo):
+    home, _, summary, arguments, _ = demo
+    results = {p: p.stat().st_mtime_ns for p in Path(summary["sweep"]).glob("trials/*/result.json")}
     again = last_json(command(home, *arguments, "--json"))
-    assert again["front"] == found["front"]
+    assert again["front"] == summary["front"]
     assert {p: p.stat().st_mtime_ns for p in results} == results
     assert len(mlflow_children(home)) == 4
 
 
-def test_finalists_that_a_kill_kept_from_being_served_are_served_by_the_same_command(demo):
-    """All trials are over, as a kill while finalists are served leaves it; one decoding more is asked for, too."""
-    home, _, found, arguments, _ = demo
-    sweep = Path(found["sweep"])
+def test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command(demo):
+    """All trials are finished, as after a kill while finalists are served; the command adds one decoding."""
+    home, _, summary, arguments, _ = demo
+    sweep = Path(summary["sweep"])
     results = {p: p.stat().st_mtime_ns for p in sweep.glob("trials/*/result.json")}
     for served in sweep.rglob("served.json"):
         served.unlink()
     again = last_json(command(home, *arguments, "--set", "search.decoding.beams=[1,2,3,4]", "--json"))
     before, after = (
-        {(f["key"], f["decoding"]["beams"], f["decoding"]["length_penalty"]) for f in one["finalists"]}
-        for one in (found, again)
+        {(f["key"], f["decoding"]["beams"], f["decoding"]["length_penalty"]) for f in entry["finalists"]}
+        for entry in (summary, again)
     )
     assert before < after
     assert {beams for _, beams, _ in after - before} == {3}
@@ -148,35 +148,37 @@ def test_finalists_that_a_kill_kept_from_being_served_are_served_by_the_same_com
 
 
 def test_more_trials_under_the_same_name_are_added(demo):
-    """With a smaller micro-batch too, as after a want of memory: that changes nothing that a trial comes to."""
-    home, _, found, arguments, _ = demo
-    before = {p: p.stat().st_mtime_ns for p in Path(found["sweep"]).glob("trials/*/result.json")}
+    """Also with a smaller micro-batch, as after a lack of memory, since that setting does not change results."""
+    home, _, summary, arguments, _ = demo
+    before = {p: p.stat().st_mtime_ns for p in Path(summary["sweep"]).glob("trials/*/result.json")}
     assert len(before) == 4
     smaller = ["--set", "run.training.micro_tokens=4096"]
     more = last_json(command(home, *arguments, "--set", "search.trials=5", *smaller, "--json"))
     assert len(more["trials"]) == 5
-    assert {t["key"] for t in found["trials"]} < {t["key"] for t in more["trials"]}
+    assert {t["key"] for t in summary["trials"]} < {t["key"] for t in more["trials"]}
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    [added] = [t for t in more["trials"] if t["key"] not in {old["key"] for old in found["trials"]}]
+    [added] = [t for t in more["trials"] if t["key"] not in {old["key"] for old in summary["trials"]}]
     assert added["status"] in ("done", "stopped")
-    assert added["chosen"] not in [t["chosen"] for t in found["trials"]]
+    assert added["params"] not in [t["params"] for t in summary["trials"]]
 
 
 def test_another_space_under_the_same_name_is_refused(demo):
     home, _, _, arguments, _ = demo
     refused = command(home, *arguments, "--set", "run.training.learning_rate=0.5")
     assert refused.returncode == 2
-    assert "begun with another run" in refused.stderr
+    assert "started with another run" in refused.stderr
 
 
-def test_choose_evaluate_shrink_and_pseudolabel_work_on_what_the_sweep_left(demo, tmp_path):
-    home, _, found, *_ = demo
+def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, tmp_path):
+    home, _, summary, *_ = demo
     [best] = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
-    told = json.loads((Path(found["sweep"]) / "trials" / best["key"] / "served.json").read_text())["decodings"]
-    assert best["score"] in [one["metrics"]["rouge2"] for one in told if one["beams"] == best["decoding"]["beams"]]
+    served = json.loads((Path(summary["sweep"]) / "trials" / best["key"] / "served.json").read_text())["decodings"]
+    assert best["score"] in [
+        entry["metrics"]["rouge2"] for entry in served if entry["beams"] == best["decoding"]["beams"]
+    ]
     assert best["costs"]["params_m"] <= 100
     assert GenerationConfig.from_pretrained(best["checkpoint"]).num_beams == best["decoding"]["beams"]
-    checkpoint = Path(found["sweep"]) / "trials" / found["front"][0] / "best"
+    checkpoint = Path(summary["sweep"]) / "trials" / summary["front"][0] / "best"
     card = json.loads((checkpoint / "raydistill.json").read_text())
     assert set(card) >= {"teacher", "size", "copied", "supervised", "config", "data", "scores", "versions"}
     scored = last_json(command(home, "evaluate", checkpoint, "--rows", "20", "--json"))
@@ -184,12 +186,12 @@ def test_choose_evaluate_shrink_and_pseudolabel_work_on_what_the_sweep_left(demo
     assert 0 <= only["metrics"]["rouge2"] <= 100
     paired = last_json(command(home, "evaluate", checkpoint, "demo", "--dataset", "demo", "--rows", "20", "--json"))
     assert paired["comparison"]["low"] <= paired["comparison"]["difference"] <= paired["comparison"]["high"]
-    made = tmp_path / "made"
+    output = tmp_path / "made"
     shrunk = last_json(
-        command(home, "shrink", "--teacher", "demo", "--size", "2-2", "--copy", "1,3", "--output", made, "--json")
+        command(home, "shrink", "--teacher", "demo", "--size", "2-2", "--copy", "1,3", "--output", output, "--json")
     )
     assert shrunk["copied"]["decoder"] == [1, 3]
-    assert (made / "model.safetensors").is_file()
+    assert (output / "model.safetensors").is_file()
     labels = last_json(
         command(home, "pseudolabel", "--teacher", "demo", "--split", "test", "--output", tmp_path / "l", "--json")
     )
@@ -197,7 +199,7 @@ def test_choose_evaluate_shrink_and_pseudolabel_work_on_what_the_sweep_left(demo
     assert labels["quality"]["rouge2"] >= 0
 
 
-def xsum_world(folder: Path) -> dict[str, str]:
+def make_xsum_caches(folder: Path) -> dict[str, str]:
     """A tiny random 12-12 BART and rows of XSUM's format in hub caches, under the real names."""
     model = save_tiny("bart", folder / "bart", encoder_layers=12, decoder_layers=12, dropout=0.0)
     lay_out_model(folder / "hub", "facebook/bart-large-xsum", model)
@@ -215,37 +217,37 @@ def xsum_world(folder: Path) -> dict[str, str]:
 
 
 def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
-    env = xsum_world(tmp_path)
+    env = make_xsum_caches(tmp_path)
     home = tmp_path / "outputs"
     space = ROOT / "search_spaces" / "kd_xsum.yaml"
     few = ["--set", "search.trials=3", "--set", "search.decoding.beams=[1]"]
     done = command(home, "sweep", space, *SHORT, *few, "--json", **env)
-    found = last_json(done)
-    # How long so tiny a 12-6 takes is chance: where it is beyond both budgets, it is not trained, and that is said.
-    trained = {t["size"] for t in found["trials"]}
-    told = re.search(r"no budget admits ([^:]+):", done.stderr)
-    barred = set(told[1].split(", ")) if told else set()
-    assert trained | barred == {"12-6", "12-3", "12-1"}
-    assert not trained & barred
-    assert all(t["method"] == "kd" for t in found["trials"])
-    # Three steps of a random student on eight rows: some write one word over and over, and are failed for it.
-    assert "done" in {t["status"] for t in found["trials"]}
-    for trial in found["trials"]:
+    summary = last_json(done)
+    # The time of such a tiny 12-6 varies: if it exceeds both budgets, the size is not trained, and a message says so
+    trained = {t["size"] for t in summary["trials"]}
+    served = re.search(r"no budget admits ([^:]+):", done.stderr)
+    infeasible = set(served[1].split(", ")) if served else set()
+    assert trained | infeasible == {"12-6", "12-3", "12-1"}
+    assert not trained & infeasible
+    assert all(t["method"] == "kd" for t in summary["trials"])
+    # After three steps of a random student on eight rows, some trials repeat one word and fail
+    assert "done" in {t["status"] for t in summary["trials"]}
+    for trial in summary["trials"]:
         assert trial["status"] == "done" or "collapsed" in trial["reason"]
-    assert {t["chosen"]["loss.alpha_hidden"] for t in found["trials"]} == {3}
-    asked = ["--within", "params_m=100", "--name", "any"]
-    [chosen] = last_json(command(home, "choose", "kd_xsum", *asked, "--json", **env))["choices"]
+    assert {t["params"]["loss.alpha_hidden"] for t in summary["trials"]} == {3}
+    arguments = ["--within", "params_m=100", "--name", "any"]
+    [chosen] = last_json(command(home, "choose", "kd_xsum", *arguments, "--json", **env))["choices"]
     with sqlite3.connect(home / "mlflow.db") as store:
         aliases = dict(
             store.execute("select alias, version from registered_model_aliases where name = 'kd_xsum'").fetchall()
         )
     assert chosen["registered"]["uri"] == "models:/kd_xsum@any"
     assert str(aliases["any"]) == chosen["registered"]["version"]
-    assert chosen["key"] in {t["key"] for t in found["trials"] if t["status"] == "done"}
+    assert chosen["key"] in {t["key"] for t in summary["trials"] if t["status"] == "done"}
 
 
-def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path):
-    """SIGKILL at the driver with trials over and others under way (test_kills.py does it twenty times)."""
+def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
+    """SIGKILL to the driver while some trials are finished and others run (test_kills.py repeats this twenty times)."""
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
@@ -272,24 +274,24 @@ def test_a_sweep_that_is_killed_goes_on_and_no_trial_is_lost_or_doubled(tmp_path
     before = {p: p.stat().st_mtime_ns for p in trials.glob("*/result.json")}
     assert len(before) < 6
     wait_for_ray_to_end(home)
-    found = last_json(command(home, "sweep", path, "--json"))
-    assert len(found["trials"]) == 6
-    assert {t["status"] for t in found["trials"]} == {"done"}
-    assert len({(t["method"], t["size"]) for t in found["trials"]}) == 6
-    assert len({t["key"] for t in found["trials"]}) == 6
+    summary = last_json(command(home, "sweep", path, "--json"))
+    assert len(summary["trials"]) == 6
+    assert {t["status"] for t in summary["trials"]} == {"done"}
+    assert len({(t["method"], t["size"]) for t in summary["trials"]}) == 6
+    assert len({t["key"] for t in summary["trials"]}) == 6
     assert {p: p.stat().st_mtime_ns for p in before} == before
     children = mlflow_children(home)
-    assert sorted(key for key, _ in children) == sorted(t["key"] for t in found["trials"])
+    assert sorted(key for key, _ in children) == sorted(t["key"] for t in summary["trials"])
     for history in trials.glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
         assert steps == sorted(set(steps))
 
 
-@pytest.mark.slow  # the decision itself is tested in test_stopping.py
-def test_trials_that_fall_behind_their_shape_stop_early_and_shapes_without_a_budget_are_not_trained(tmp_path):
+@pytest.mark.slow  # the decision is tested in test_early_stopping.py
+def test_trials_worse_than_their_peers_stop_early_and_infeasible_sizes_are_not_trained(tmp_path):
     """On real Ray, one at a time. A learning rate of nearly 0 cannot keep up; 2-3 has more parameters than allowed."""
     teacher, data = make_world(tmp_path)
-    small, large = counted(teacher, "2-1"), counted(teacher, "2-3")
+    small, large = params_m(teacher, "2-1"), params_m(teacher, "2-3")
     space = {
         "name": "stopping",
         "run": {
@@ -311,11 +313,11 @@ def test_trials_that_fall_behind_their_shape_stop_early_and_shapes_without_a_bud
     path = tmp_path / "stopping.yaml"
     path.write_text(yaml.safe_dump(space))
     done = command(tmp_path / "outputs", "sweep", path, "--json")
-    found = last_json(done)
+    summary = last_json(done)
     assert "no budget admits 2-3" in done.stderr
-    by_rate = {t["chosen"]["training.learning_rate"]: t for t in found["trials"]}
+    by_rate = {t["params"]["training.learning_rate"]: t for t in summary["trials"]}
     assert {rate: t["status"] for rate, t in by_rate.items()} == {1e-2: "done", 1e-9: "stopped"}
-    assert {t["size"] for t in found["trials"]} == {"2-1"}
+    assert {t["size"] for t in summary["trials"]} == {"2-1"}
     histories = {
         rate: (tmp_path / "outputs/sweeps/stopping/trials" / t["key"] / "metrics.jsonl").read_text().splitlines()
         for rate, t in by_rate.items()
@@ -325,8 +327,8 @@ def test_trials_that_fall_behind_their_shape_stop_early_and_shapes_without_a_bud
     assert {status for _, status in mlflow_children(tmp_path / "outputs")} == {"FINISHED"}
 
 
-def test_what_can_be_known_at_once_is_said_in_two_seconds_with_status_2(tmp_path):
-    """No Ray, no torch: a wrong space, a tracking server that is not there, a teacher that is not trained."""
+def test_invalid_input_is_refused_at_once_with_status_2(tmp_path):
+    """An invalid space, a server that is down, a teacher that is not trained: neither Ray nor torch is loaded."""
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: x\nrun:\n  teacher: demo\n  dataset: demo\n  loss: {alpha_hiden: 3}\n")
     cases = [

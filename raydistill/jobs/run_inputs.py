@@ -1,0 +1,202 @@
+"""Creates the inputs that runs share, before the first run starts: label sets and the teacher cache."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raydistill.cluster.exclusive import run_exclusive
+from raydistill.config.label_sources import parse_labels
+from raydistill.config.run import Decoding, Run
+from raydistill.core.files import SCHEMA_VERSION, check_schema, read_json, write_json_atomic
+from raydistill.core.paths import raydistill_home
+from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
+from raydistill.jobs.teacher_cache import (
+    CacheRequest,
+    build_teacher_cache,
+    cache_group_key,
+    resolve_auto_precision,
+    resolve_cache_mode,
+)
+from raydistill.label_sets.label_set import read_manifest
+from raydistill.teacher_cache.policy import CacheMode
+from raydistill.training.inputs import LabelFolders, RunInputs, run_label_folders
+
+
+@dataclass(frozen=True)
+class PreparedCache:
+    """The teacher cache of some runs.
+
+    Attributes:
+        root: the folder of all stores.
+        modes: what `teacher_cache: auto` stands for, by the runs' `cache_group_key`.
+        compute_dtype: what `precision: auto` stands for on the workers; None if no run asks.
+        store_hours: device-hours by array of a store. Another sweep may read the same stores.
+    """
+
+    root: Path | None = None
+    modes: dict[str, CacheMode] = field(default_factory=dict)
+    compute_dtype: str | None = None
+    store_hours: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def store_folders(self) -> tuple[Path, ...]:
+        """The folders of the stores."""
+        return tuple(sorted({self.root / store.partition("/")[0] for store in self.store_hours})) if self.root else ()
+
+    def mode_for(self, run: Run) -> CacheMode:
+        """What `teacher_cache: auto` stands for in a run."""
+        return self.modes.get(cache_group_key(run), "off")
+
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """The inputs that runs share.
+
+    Attributes:
+        label_folders: folders of the label sets that teachers wrote, by `label_key` and source.
+        label_hours: device-hours of every label set that is trained on, by `label_key` and name.
+        cache: the teacher cache.
+    """
+
+    label_folders: LabelFolders = field(default_factory=dict)
+    label_hours: dict[str, dict[str, float]] = field(default_factory=dict)
+    cache: PreparedCache = PreparedCache()
+
+    def for_run(self, run: Run) -> RunInputs:
+        """The inputs of one of the runs."""
+        return RunInputs(
+            label_folders=run_label_folders(self.label_folders, run),
+            cache_root=self.cache.root,
+            cache_mode=self.cache.mode_for(run),
+            compute_dtype=self.cache.compute_dtype,
+            store_folders=self.cache.store_folders,
+        )
+
+
+def prepare_run_inputs(run: Run, device: str, folder: Path) -> RunInputs:
+    """Create the inputs of a run that is not part of a sweep; `folder` is the run's."""
+    if run.teacher is None:
+        return RunInputs()
+    return prepare_shared_inputs([run], device, folder / "cache.json", run.training.epochs).for_run(run)
+
+
+def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total_epochs: float) -> SharedInputs:
+    """Create the label sets and the teacher cache of some runs, as far as they are missing.
+
+    Args:
+        runs: runs with a teacher.
+        device: "cpu" or "cuda".
+        record_path: the file that records how the cache was decided, so that a resumed sweep decides the same.
+        total_epochs: training epochs over all trials.
+    """
+    compute_dtype = _resolve_compute_dtype(runs, device, record_path)
+    label_folders, label_hours = _make_label_sets(runs, device)
+    cache = _make_teacher_cache(runs, label_folders, device, record_path, total_epochs, compute_dtype)
+    return SharedInputs(label_folders, label_hours, cache)
+
+
+def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[str, dict[str, Any]]:
+    """Teacher, rows and scores against the original targets of every label set that is trained on, by name."""
+    descriptions = {}
+    for run in runs:
+        chosen = [part.folder for part in parse_labels(run.resolved_labels) if part.folder]
+        for folder in [*label_folders[run.label_key].values(), *chosen]:
+            manifest = read_manifest(Path(folder))
+            descriptions[Path(folder).name] = {
+                "teacher": manifest.teacher_name,
+                "rows": manifest.rows,
+                "quality": manifest.quality,
+            }
+    return descriptions
+
+
+def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> str | None:
+    """What `precision: auto` stands for on the workers; None if no run that reads the cache asks.
+
+    A worker answers, since this machine may have no GPU. The answer is kept, since it is part of the stores' keys.
+    """
+    if not any(run.training.precision == "auto" for group in _group_runs(runs).values() for run in group):
+        return None
+    record = _read_cache_record(record_path)
+    if "precision" not in record:
+        record["precision"] = run_exclusive(resolve_auto_precision, device=device)
+        write_json_atomic(record_path, record)
+    return str(record["precision"])
+
+
+def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
+    """Folders of the label sets that teachers wrote, and device-hours of all label sets; both by `label_key`.
+
+    A curated set counts as the set that it was made from, since it took no pass of its own.
+    """
+    label_folders: LabelFolders = {}
+    hours: dict[str, dict[str, float]] = {}
+    for run in runs:
+        if run.label_key in hours:
+            continue
+        parts = parse_labels(run.resolved_labels)
+        written = {part.spec: _make_label_set(run, part.other_teacher, device) for part in parts if part.is_pseudo}
+        label_folders[run.label_key] = written
+        hours[run.label_key] = {}
+        for folder in [*written.values(), *[part.folder for part in parts if part.folder]]:
+            manifest = read_manifest(Path(folder))
+            hours[run.label_key][manifest.source_label_set or Path(folder).name] = manifest.device_hours
+    return label_folders, hours
+
+
+def _make_label_set(run: Run, other_teacher: str | None, device: str) -> str:
+    """The folder of the label set of the run's teacher, or of another teacher with that teacher's own decoding."""
+    teacher, decoding = (other_teacher, Decoding()) if other_teacher else (run.teacher, run.decoding)
+    assert teacher is not None
+    settings = run.evaluation
+    job = LabelJob(
+        teacher, run.dataset, decoding=decoding, engine=settings.engine, pseudo=run.pseudo, metric=settings.metric
+    )
+    return str(pseudolabel(job, raydistill_home() / "labels", device))
+
+
+def _make_teacher_cache(
+    runs: list[Run],
+    label_folders: LabelFolders,
+    device: str,
+    record_path: Path,
+    total_epochs: float,
+    compute_dtype: str | None,
+) -> PreparedCache:
+    """Build the teacher cache that the runs share, as far as it is missing.
+
+    The record gets each decision before the pass and the pass's costs after it.
+    """
+    root = raydistill_home() / "cache"
+    record = _read_cache_record(record_path)
+    run_groups = _group_runs(runs)
+    for name, group in run_groups.items():
+        request = CacheRequest(group, label_folders, root, device, compute_dtype)
+        if name not in record["groups"]:
+            mode, reason = resolve_cache_mode(request, total_epochs)
+            record["groups"][name] = {"mode": mode, "reason": reason, "bytes": 0, "device_seconds": {}}
+            write_json_atomic(record_path, record)
+        stats = build_teacher_cache(request, record["groups"][name]["mode"])
+        record["groups"][name] |= {"bytes": stats.bytes, "device_seconds": stats.device_seconds}
+        write_json_atomic(record_path, record)
+    entries = {name: record["groups"][name] for name in run_groups}
+    hours = {store: seconds / 3600 for entry in entries.values() for store, seconds in entry["device_seconds"].items()}
+    return PreparedCache(root, {name: entry["mode"] for name, entry in entries.items()}, compute_dtype, hours)
+
+
+def _read_cache_record(path: Path) -> dict[str, Any]:
+    """The record of earlier decisions and passes, cache.json; an empty one if there is none."""
+    if not path.is_file():
+        return {"schema": SCHEMA_VERSION, "groups": {}}
+    record = read_json(path)
+    check_schema(path, record)
+    return record
+
+
+def _group_runs(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs that can share a pass of the teacher, by `cache_group_key`; without the runs that read no cache."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.teacher is not None and run.training.teacher_cache != "off":
+            groups.setdefault(cache_group_key(run), []).append(run)
+    return groups

@@ -1,0 +1,124 @@
+"""The state of a sweep in its folder: the lock, the space that the sweep was started with, and sweep.json."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from filelock import FileLock, Timeout
+
+from raydistill.cluster import sync
+from raydistill.config.loader import read_yaml
+from raydistill.config.run import RUNTIME_ONLY_FIELDS
+from raydistill.config.space import Space
+from raydistill.core.errors import UserError
+from raydistill.core.files import SCHEMA_VERSION, corrupt_file_error, write_atomic, write_json_atomic
+from raydistill.results.records import count_finished_trials, device_hours, read_sweep
+from raydistill.search.prepare import PreparedSweep
+from raydistill.search.study import StopReason
+from raydistill.tracking.mlflow_store import default_tracking_uri
+
+
+@contextlib.contextmanager
+def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
+    """Hold the sweep's folder for this process, and write the space to SWEEP/space.yaml.
+
+    Raises:
+        UserError: if another process holds the folder, or if its trials are of another space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder}: another process is running this sweep; wait for it, or end it first") from None
+    try:
+        sync.pull(folder, patterns=sync.RECORD_PATTERNS)
+        path = folder / "space.yaml"
+        if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
+            _check_same_space(path, space)
+        content = yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomic(path, content.encode())
+        yield
+    finally:
+        lock.release()
+
+
+def _check_same_space(path: Path, space: Space) -> None:
+    """Check that a space has the run, points, sampler and cost of the space in a file."""
+    recorded, current = read_yaml(path)[0], space.model_dump(mode="json")
+    with corrupt_file_error(path, "Delete this file, if the sweep was started with the same space"):
+        same_run = without_runtime_fields(recorded["run"]) == without_runtime_fields(current["run"])
+        changed = [] if same_run else ["run"]
+        changed += ["points"] if recorded.get("points") != current["points"] else []
+        changed += [f"search.{k}" for k in ("sampler", "cost") if recorded["search"][k] != current["search"][k]]
+    if changed:
+        raise UserError(
+            f"{path.parent}: this sweep was started with another {' and '.join(changed)}, and trials of different "
+            f"spaces cannot be compared. Give the space another name (--set name=...), or delete the folder"
+        )
+
+
+def without_runtime_fields(run: dict[str, Any]) -> dict[str, Any]:
+    """The `run` section of a space without the settings that do not change results; these may change on resume."""
+    sections = {
+        name: {k: v for k, v in run.get(name, {}).items() if k not in settings}
+        for name, settings in RUNTIME_ONLY_FIELDS.items()
+    }
+    return {name: value for name, value in (run | sections).items() if value != {}}
+
+
+def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
+    """Why no trial remains to be run; None if trials remain. The reason has no message if all trials are finished."""
+    if not (folder / "sweep.json").is_file():
+        return None
+    if count_finished_trials(folder) >= space.search.trials:
+        return StopReason()
+    limit = space.search.max_device_hours
+    if limit is not None and device_hours(folder) >= limit:
+        return StopReason(f"the search's {limit:g} device-hours are used up")
+    record = read_sweep(folder)
+    previous = StopReason(**record.get("stop", {}))
+    # Other budgets or fewer beams may admit shapes that were infeasible before
+    same = record["budgets"] == space.budgets and record.get("decoding") == space.search.decoding.model_dump()
+    return previous if previous.exhausted and same else None
+
+
+def write_sweep_record(
+    space: Space,
+    folder: Path,
+    prepared: PreparedSweep,
+    status: Literal["running", "finished"],
+    stop_reason: StopReason | None = None,
+) -> None:
+    """Write sweep.json: what tables, selection and MLflow need in addition to the trials."""
+    teacher = prepared.teacher
+    write_json_atomic(
+        folder / "sweep.json",
+        {
+            "schema": SCHEMA_VERSION,
+            "name": space.name,
+            "status": status,
+            "stop": asdict(stop_reason or StopReason()),
+            "metric": teacher["metric"],
+            "teacher": teacher,
+            "teacher_gpu_hours": teacher["teacher_gpu_hours"],
+            "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
+            "baseline": teacher["baseline"],
+            "shape_costs": prepared.shape_costs,
+            "shape_costs_fewest_beams": prepared.shape_costs_fewest_beams,
+            "budgets": space.budgets,
+            "decoding": space.search.decoding.model_dump(),
+            "tracking_uri": space.tracking_uri or default_tracking_uri(),
+            "versions": {name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
+        },
+    )
+
+
+def load_prepared(folder: Path) -> PreparedSweep:
+    """What sweep.json keeps of a sweep's preparation: enough to serve and to select, not to train."""
+    record = read_sweep(folder)
+    return PreparedSweep(record["teacher"], record["shape_costs"], record["shape_costs_fewest_beams"])

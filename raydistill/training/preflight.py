@@ -1,0 +1,60 @@
+"""Checks of runs before anything starts, from configurations and names of splits alone."""
+
+from typing import Any
+
+from raydistill.config.label_sources import parse_labels
+from raydistill.config.presets import check_teacher, teacher_preset
+from raydistill.config.run import Run
+from raydistill.config.space import Space, corner_runs
+from raydistill.core.errors import UserError
+from raydistill.data.corpus import split_names
+
+
+def check_space(space: Space) -> None:
+    """`check_run` for the runs at the corners of a space."""
+    cache: dict[str, Any] = {}
+    for run in corner_runs(space):
+        check_run(run, cache)
+
+
+def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
+    """Check that the run's data set has the splits, and the teacher the layers and positions, that the run needs.
+
+    Args:
+        run: the run to check.
+        cache: keeps split names and teacher configurations between calls.
+
+    Raises:
+        UserError: if the run cannot be trained.
+    """
+    from raydistill.models import families
+    from raydistill.models.loading import load_config, locate_checkpoint
+    from raydistill.models.shrinking import check_same_decoder, plan_layers
+    from raydistill.models.tokenization import resolve_max_tokens
+
+    cache = {} if cache is None else cache
+    data = str(run.dataset)
+    if data not in cache:
+        cache[data] = split_names(run.dataset)
+        missing = [split for split in ("train", "validation") if split not in cache[data]]
+        if missing:
+            raise UserError(
+                f"{run.dataset.name}: training needs a train and a validation split; "
+                f"there is no {' and no '.join(missing)}"
+            )
+    for part in parse_labels(run.resolved_labels):
+        if part.other_teacher:
+            check_teacher(part.other_teacher)
+    if run.teacher is None:
+        return
+    name = f"{run.teacher} {run.dataset.name}"
+    if name not in cache:
+        cache[name] = load_config(locate_checkpoint(run.teacher, run.dataset.name))
+    plan_layers(families.num_layers(cache[name]), run.student)
+    if other := run.student.copy_from:
+        if other not in cache:
+            cache[other] = load_config(locate_checkpoint(other, run.dataset.name))
+        check_same_decoder(cache[name], cache[other], other)
+    preset = teacher_preset(run.teacher, run.dataset.name)
+    resolve_max_tokens("max_source_tokens", run.dataset, preset, cache[name])
+    resolve_max_tokens("max_target_tokens", run.dataset, preset, cache[name])

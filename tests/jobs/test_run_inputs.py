@@ -1,0 +1,60 @@
+"""The inputs that runs share: decisions about the teacher cache are made once and kept over a restart."""
+
+import pytest
+
+from raydistill.core.errors import UserError
+from raydistill.core.files import read_json
+from raydistill.jobs import run_inputs
+from raydistill.jobs.teacher_cache import cache_group_key, resolve_auto_precision
+from raydistill.teacher_cache import store
+from tests.factories.teacher_cache import cached_run
+from tests.factories.workspace import make_world
+
+
+@pytest.fixture(scope="module")
+def workspace(ray_here, tmp_path_factory):
+    """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
+    root = tmp_path_factory.mktemp("workspace")
+    make_world(root)
+    return root
+
+
+def test_cache_mode_of_an_interrupted_build_is_kept_by_the_next_command(workspace, tmp_path, monkeypatch):
+    """Caching pays for 1,000 epochs and never for one: the second command must keep the decision of the first."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_inputs, "build_teacher_cache", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_inputs.prepare_run_inputs(cached_run(workspace, "sft", epochs=1000), "cpu", tmp_path)
+    run = cached_run(workspace, "sft", epochs=1)
+    decided = read_json(tmp_path / "cache.json")["groups"][cache_group_key(run)]
+    inputs = run_inputs.prepare_run_inputs(run, "cpu", tmp_path)
+    assert inputs.cache_mode == "encoder"
+    built = read_json(tmp_path / "cache.json")["groups"][cache_group_key(run)]
+    sizes = {"bytes": built.pop("bytes"), "device_seconds": built.pop("device_seconds")}
+    assert built.items() <= decided.items()
+    [info] = store.list_stores(inputs.cache_root)
+    assert (info.arrays, info.size_bytes) == (["states"], sizes["bytes"])
+    assert sizes["device_seconds"].keys() == {f"{info.folder.name}/states"}
+    assert inputs.store_folders == (info.folder,)
+
+
+def test_compute_dtype_of_auto_precision_is_asked_of_a_worker_once(workspace, tmp_path, monkeypatch):
+    calls, record_path = [], tmp_path / "cache.json"
+    monkeypatch.setattr(
+        run_inputs, "run_exclusive", lambda function, device: calls.append((function, device)) or "bf16"
+    )
+    run = cached_run(workspace, "sft", precision="auto")
+    assert run_inputs._resolve_compute_dtype([cached_run(workspace, "sft")], "cuda", record_path) is None
+    for _ in range(2):
+        assert run_inputs._resolve_compute_dtype([run], "cuda", record_path) == "bf16"
+    assert calls == [(resolve_auto_precision, "cuda")]
+
+
+def test_cache_record_of_another_schema_version_is_refused(workspace, tmp_path):
+    (tmp_path / "cache.json").write_text('{"groups": {}}')
+    with pytest.raises(UserError, match=r"cache\.json: schema version 1"):
+        run_inputs.prepare_run_inputs(cached_run(workspace, "sft", epochs=1), "cpu", tmp_path)
