@@ -61,7 +61,7 @@ audit: ## look the pinned versions up in PyPI's advisories (pip-audit); says so 
 	fi
 
 ui: $(STAMP) ## the MLflow UI of the local store, on http://127.0.0.1:5000
-	@command=$$($(BIN)/python -c 'from raydistill.tracking.mlflow_runs import ui_command; print(ui_command())') && \
+	@command=$$($(BIN)/python -c 'from raydistill.tracking.mlflow_store import ui_command; print(ui_command())') && \
 	  echo "$$command" && exec $(BIN)/$$command
 
 schema: $(STAMP) ## write search_spaces/schema.json, which editors check space files with

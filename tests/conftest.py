@@ -19,7 +19,7 @@ def ray_here(tmp_path_factory):
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the sweep "mini", without trials, in a home of its own."""
+    """The folder of the sweep "mini", without trials, in a temporary home."""
     home = tmp_path / "home"
     monkeypatch.setenv("RAYDISTILL_HOME", str(home))
     return make_sweep(home / "sweeps" / "mini")

@@ -27,7 +27,9 @@ def read_served(folder: Path) -> list[dict[str, Any]]:
     if not (folder / SERVED_FILE).is_file():
         return []
     served = read_json(folder / SERVED_FILE)
-    with corrupt_file_error(folder / SERVED_FILE, "Delete this file; the same command measures again"):
+    with corrupt_file_error(
+        folder / SERVED_FILE, "Delete this file and run the command again to repeat the measurement"
+    ):
         common: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
         return [{**common, **entry} for entry in served["decodings"]]
 

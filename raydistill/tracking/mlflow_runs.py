@@ -35,7 +35,7 @@ from raydistill.tracking.mlflow_store import (
     ui_command,
 )
 
-# The same for every decoding of a checkpoint
+# Metrics of a checkpoint that do not depend on the decoding
 DECODING_INDEPENDENT_METRICS = ("val_loss", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours")
 FINAL_METRICS = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "speedup"),

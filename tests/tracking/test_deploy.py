@@ -20,8 +20,8 @@ from tests.factories.workspace import SECRETS, command, last_json, make_world
 def server(tmp_path_factory):
     for name in MODULES:
         pytest.importorskip(name)
-    if why := missing_requirements():
-        pytest.skip(why)
+    if reason := missing_requirements():
+        pytest.skip(reason)
     with mlflow_server(tmp_path_factory.mktemp("server")) as running_server:
         yield running_server
 

@@ -111,13 +111,13 @@ def test_duplicate_runs_are_deleted(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
     parent = mlflow_runs.publish(sweep).parent_run_id
     client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
-    kept = runs_of(sweep)["a"]
-    tags = {k: kept.data.tags[k] for k in ("raydistill.sweep", "raydistill.trial", "mlflow.parentRunId")}
+    original = runs_of(sweep)["a"]
+    tags = {k: original.data.tags[k] for k in ("raydistill.sweep", "raydistill.trial", "mlflow.parentRunId")}
     for duplicate_tags in (tags, {"raydistill.sweep": tags["raydistill.sweep"]}):
-        client.create_run(kept.info.experiment_id, tags=duplicate_tags)
+        client.create_run(original.info.experiment_id, tags=duplicate_tags)
     mlflow_runs.publish(sweep)
     after = runs_of(sweep)
-    assert {key: run.info.run_id for key, run in after.items()} == {"": parent, "a": kept.info.run_id}
+    assert {key: run.info.run_id for key, run in after.items()} == {"": parent, "a": original.info.run_id}
 
 
 def test_served_metrics_are_logged_once_per_decoding_after_the_trial_finished(sweep: Path) -> None:
