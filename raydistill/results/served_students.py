@@ -27,9 +27,7 @@ def read_served(folder: Path) -> list[dict[str, Any]]:
     if not (folder / SERVED_FILE).is_file():
         return []
     served = read_json(folder / SERVED_FILE)
-    with corrupt_file_error(
-        folder / SERVED_FILE, "Delete this file and run the command again to measure again"
-    ):
+    with corrupt_file_error(folder / SERVED_FILE, "Delete this file and run the command again to measure again"):
         common: dict[str, Any] = {name: served[name] for name in ("engine", "hardware") if name in served}
         return [{**common, **entry} for entry in served["decodings"]]
 

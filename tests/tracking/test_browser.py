@@ -4,10 +4,7 @@ Screenshots are saved to the folder RAYDISTILL_SCREENSHOTS if the variable is se
 """
 
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 from raydistill.tracking.export import export_student
 from tests.factories.sweeps import make_student, make_trial
+from tests.factories.workspace import background, free_port
 
 pytestmark = pytest.mark.browser
 FLAGS = (
@@ -57,28 +55,13 @@ def chosen(sweep: Path) -> tuple[Path, Selection]:
 
 
 @pytest.fixture
-def ui(chosen: tuple[Path, Selection]) -> Iterator[str]:
+def ui(chosen: tuple[Path, Selection], tmp_path: Path) -> Iterator[str]:
     """The URL of MLflow's UI for the sweep's store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = mlflow_store.ui_command().replace("5000", str(port)).split()
-    server = subprocess.Popen(
-        [sys.executable, "-m", *command, "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the server ended"
-                time.sleep(0.5)
+    command = [sys.executable, "-m", *mlflow_store.ui_command().replace("5000", str(port)).split(), "--workers", "1"]
+    with background(command, tmp_path / "mlflow_ui.log", lambda: urllib.request.urlopen(f"{url}/health").close()):
         yield url
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def save_screenshot(driver: Any, name: str) -> None:
