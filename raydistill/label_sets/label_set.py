@@ -18,7 +18,14 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from raydistill.core.errors import UserError
-from raydistill.core.files import SCHEMA_VERSION, check_schema, corrupt_file_error, read_json, write_json_atomic
+from raydistill.core.files import (
+    SCHEMA_VERSION,
+    TEMPORARY_SUFFIX,
+    check_schema,
+    corrupt_file_error,
+    read_json,
+    write_json_atomic,
+)
 from raydistill.label_sets.manifest import LabelManifest, PseudolabelManifest
 
 MANIFEST = "manifest.json"
@@ -84,7 +91,7 @@ def write_label_set(
     """
     import pyarrow as pa
 
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     temporary.mkdir(parents=True)
     part_schema = pa.schema(zip(COLUMNS, (pa.string(), pa.string(), pa.int32(), pa.float64()), strict=True))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from raydistill.core.errors import UserError
 from raydistill.core.files import (
     SCHEMA_VERSION,
+    TEMPORARY_SUFFIX,
     check_schema,
     corrupt_file_error,
     read_json,
@@ -166,7 +167,7 @@ def read_record(store: Path) -> StoreRecord:
 
 def remove_partial_files(store: Path) -> None:
     """Delete temporary files of killed writers. The caller holds the lock of the store."""
-    for path in store.rglob(".*.tmp"):
+    for path in store.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
