@@ -1,0 +1,1 @@
+"""Benchmarks that compare raydistill with the obvious alternatives; README.md lists them."""

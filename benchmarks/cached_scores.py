@@ -1,4 +1,4 @@
-"""Students from the cache and students with a live teacher: the same scores, but for noise; three seeds on Multi30k.
+"""Scores of KD students trained from the teacher cache and with a live teacher, on Multi30k with several seeds.
 
     python -m benchmarks.cached_scores --teacher ../shared/teachers/multi30k-marian-6-6 \
         --data ../shared/data/multi30k_en_de --train-rows 4000
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import describe_machine, write_result
+from benchmarks.common import BenchmarkResult, describe_machine
 from raydistill.config.run import Run
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
 
 
-def run_of(options: argparse.Namespace, seed: int, cache: str) -> Run:
-    """A KD student of 6-2."""
+def make_run(options: argparse.Namespace, seed: int, cache: str) -> Run:
+    """A run that trains a 6-2 student by KD."""
     return Run.model_validate(
         {
             "name": f"seed-{seed}-{cache}",
@@ -57,56 +57,62 @@ def run_of(options: argparse.Namespace, seed: int, cache: str) -> Run:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Train both for each seed; writes benchmarks/results/cached_scores.md."""
+    """Train with and without the cache for each seed, and write benchmarks/results/cached_scores.md."""
     torch.set_num_threads(os.cpu_count() or 1)
     machine = describe_machine()
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(dir=options.work) as place:
+    with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+        inputs = RunInputs(cache_root=Path(scratch) / "cache")
         for seed in range(options.seeds):
             for cache in ("full", "off"):
-                started = time.monotonic()
-                run = run_of(options, seed, cache)
-                result = train(
-                    run, Path(place) / run.name, lambda m, f: None, RunInputs(cache_root=Path(place) / "cache")
+                start = time.monotonic()
+                run = make_run(options, seed, cache)
+                result = train(run, Path(scratch) / run.name, lambda metrics, folder: None, inputs)
+                rows.append(
+                    {
+                        "seed": seed,
+                        "cache": cache,
+                        "seconds": time.monotonic() - start,
+                        "val_loss": result["metrics"]["val_loss"],
+                        "bleu": result["test"]["bleu"],
+                    }
                 )
-                seconds = time.monotonic() - started
-                metrics = result["metrics"]
-                found = {"val_loss": metrics["val_loss"], "bleu": result["test"]["bleu"]}
-                rows.append({"seed": seed, "cache": cache, "seconds": seconds, **found})
                 print(json.dumps(rows[-1]), file=sys.stderr)
-    write_result("cached_scores", "Cached and uncached students", as_markdown(rows), rows, machine)
+    title = "Students trained from the cache and with a live teacher"
+    BenchmarkResult("cached_scores", title, as_markdown(rows), rows, machine).write()
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """Scores by seed, and the mean difference beside the spread between seeds."""
-    by = {cache: [row for row in rows if row["cache"] == cache] for cache in ("full", "off")}
+    """A table of scores by seed, and the mean difference with the standard deviation between seeds."""
+    cached = [row for row in rows if row["cache"] == "full"]
+    live = [row for row in rows if row["cache"] == "off"]
     lines = [
         "| seed | cached: BLEU | validation loss | live: BLEU | validation loss |",
         "|---|---|---|---|---|",
     ]
-    for a, b in zip(by["full"], by["off"], strict=True):
+    for a, b in zip(cached, live, strict=True):
         lines.append(f"| {a['seed']} | {a['bleu']:.2f} | {a['val_loss']:.4f} | {b['bleu']:.2f} | {b['val_loss']:.4f} |")
-    for what in ("bleu", "val_loss"):
-        gaps = [a[what] - b[what] for a, b in zip(by["full"], by["off"], strict=True)]
-        spread = statistics.stdev([row[what] for row in by["off"]]) if len(gaps) > 1 else float("nan")
+    for measure in ("bleu", "val_loss"):
+        gaps = [a[measure] - b[measure] for a, b in zip(cached, live, strict=True)]
+        spread = statistics.stdev([row[measure] for row in live]) if len(gaps) > 1 else float("nan")
         lines += [
             "",
-            f"{what}: cached less live {statistics.mean(gaps):+.4f} on average ({min(gaps):+.4f} to {max(gaps):+.4f}); "
-            f"standard deviation between seeds, live: {spread:.4f}.",
+            f"{measure}: cached minus live {statistics.mean(gaps):+.4f} on average ({min(gaps):+.4f} to "
+            f"{max(gaps):+.4f}); standard deviation between seeds with a live teacher: {spread:.4f}.",
         ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--teacher", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--train-rows", type=int, default=4000)
-    parser.add_argument("--score-rows", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", help="a folder for what is made; default: the system's for temporary files")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="the teacher's folder")
+    parser.add_argument("--data", required=True, help="the folder of the data set")
+    parser.add_argument("--train-rows", type=int, default=4000, help="default: 4000")
+    parser.add_argument("--score-rows", type=int, default=500, help="rows of validation and of test; default: 500")
+    parser.add_argument("--epochs", type=int, default=2, help="default: 2")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds; default: 3")
+    parser.add_argument("--work", help="folder for temporary files; default: the system's")
     compare(parser.parse_args())
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: on which machine it ran, and where its result goes."""
+"""Functions shared by all benchmarks: the description of the machine, and the result files."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ PACKAGES = ("torch", "transformers", "ctranslate2", "ray")
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """What a figure depends on: processor, cores, memory, versions, the commit, and how busy the machine was."""
+    """Everything that timings depend on: processor, cores, memory, versions, commit, and the load before the start."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = hardware(device)
+    processor = hardware(device)
     return {
-        "processor": found["name"],
-        "cores": found["cores"],
+        "processor": processor["name"],
+        "cores": processor["cores"],
         "memory_gib": round(memory / 2**30, 1),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -34,29 +35,42 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def write_result(
-    name: str,
-    title: str,
-    markdown: str,
-    data: Any,
-    machine: dict[str, Any],
-    results: Path = RESULTS,
-    device: str = "cpu",
-    form: str = "",
-) -> Path:
-    """Write NAME.md into `results` and, with the same figures and more, NAME.json; returns the first.
+def device_suffix(device: str, *parts: str) -> str:
+    """The suffix of result files: empty for the CPU, otherwise the device and `parts`, joined by underscores."""
+    return "" if device == "cpu" else "_".join((device, *parts))
 
-    The command is the one that is running. `machine` is `describe_machine()` as it was before the work. Of another
-    `device` the files are NAME_DEVICE, or NAME_DEVICE_FORM.
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The result of a benchmark.
+
+    Attributes:
+        name: the module's name.
+        title: the heading of the Markdown file.
+        markdown: the tables and text.
+        data: the figures, as written to the JSON file.
+        machine: what `describe_machine` returned before the benchmark started.
+        suffix: appended to the names of the files, see `device_suffix`.
     """
-    date = time.strftime("%Y-%m-%d")
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
-    facts = ", ".join(f"{key} {value}" for key, value in machine.items())
-    text = f"# {title}\n\n{date}: {facts}.\n\n    {command}\n\n{markdown.strip()}\n"
-    stem = name if device == "cpu" else "_".join(part for part in (name, device, form) if part)
-    write_json_atomic(results / f"{stem}.json", {"date": date, "command": command, "machine": machine, "data": data})
-    write_atomic(results / f"{stem}.md", text.encode())
-    return results / f"{stem}.md"
+
+    name: str
+    title: str
+    markdown: str
+    data: Any
+    machine: dict[str, Any]
+    suffix: str = ""
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """Write NAME.md and NAME.json, with the command that is running, to `folder`; return the first path."""
+        date = time.strftime("%Y-%m-%d")
+        command = shlex.join(["python", "-m", f"benchmarks.{self.name}", *sys.argv[1:]])
+        machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
+        text = f"# {self.title}\n\n{date}: {machine}.\n\n    {command}\n\n{self.markdown.strip()}\n"
+        stem = f"{self.name}_{self.suffix}" if self.suffix else self.name
+        record = {"date": date, "command": command, "machine": self.machine, "data": self.data}
+        write_json_atomic(folder / f"{stem}.json", record)
+        write_atomic(folder / f"{stem}.md", text.encode())
+        return folder / f"{stem}.md"
 
 
 def _version(package: str) -> str:
@@ -67,7 +81,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The short commit, with a + where the working tree differs from it; "unknown" outside of git."""
+    """The short commit, with a + if the working tree differs from it; "unknown" outside of git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

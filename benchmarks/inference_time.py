@@ -1,12 +1,12 @@
-"""Which dimension of a BART costs time: one forward pass of many random shapes, and a linear regression (section 6.4).
+"""Cost of each dimension of a BART: forward passes of many random shapes, and a linear regression (section 6.4).
 
-The paper timed 12,000 shapes on a GPU in half precision and found a decoder layer to add 8 % and an encoder layer 4 %,
-and width and feed-forward size next to nothing. Shapes are drawn evenly; the paper does not say from where.
+The paper timed 12,000 shapes on a GPU in half precision: a decoder layer adds 8 %, an encoder layer 4 %, width and
+feed-forward size next to nothing. Shapes are drawn uniformly here; the paper does not give their distribution.
 
     python -m benchmarks.inference_time --configs 500           # two CPU threads: about 40 minutes
     python -m benchmarks.inference_time --configs 12000 --device cuda
 
-Every timing is kept as it is made, so that the same command goes on where a killed one was.
+Each timing is saved at once; the same command resumes an interrupted benchmark.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from scipy import stats
 from transformers import BartConfig, BartForConditionalGeneration
 
-from benchmarks.common import describe_machine, write_result
+from benchmarks.common import BenchmarkResult, describe_machine, device_suffix
 from raydistill.core.console import ProgressBar
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation.latency import Repetition, time_calls
@@ -35,14 +35,14 @@ LAYERS = range(1, 13)
 WIDTHS = (256, 512, 768, 1024)
 FFNS = (1024, 2048, 3072, 4096)
 HEAD_WIDTH = 64
-# What one step of each regressor is, in the regression and in words.
+# The step of each regressor, as a description and as a number.
 UNITS = {"encoder": "a layer", "decoder": "a layer", "ffn": "1,000 wider", "width": "100 wider"}
 SCALES = {"encoder": 1.0, "decoder": 1.0, "ffn": 1000.0, "width": 100.0}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A BART's dimensions: layers of encoder and decoder, feed-forward size, width."""
+    """Dimensions of a BART: encoder layers, decoder layers, feed-forward size and width."""
 
     encoder: int
     decoder: int
@@ -52,21 +52,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Coefficient:
-    """What one step of a dimension adds to the time, in per cent of the mean time, with its 95 % interval."""
+    """Increase of the time by one step of a dimension, in percent of the mean time, with the 95 % interval."""
 
     percent: float
     low: float
     high: float
 
 
-def draw(seed: int, number: int) -> Shape:
-    """The shape of a number: the same whenever it is asked, so that a run that goes on draws the rest."""
+def draw_shape(seed: int, number: int) -> Shape:
+    """The random shape with a number; it depends on nothing else, so that a resumed benchmark draws the same shapes."""
     rng = random.Random(f"{seed}:{number}")
     return Shape(rng.choice(LAYERS), rng.choice(LAYERS), rng.choice(FFNS), rng.choice(WIDTHS))
 
 
-def time_shape(shape: Shape, asked: argparse.Namespace) -> float:
-    """Milliseconds of a forward pass of a randomly initialised BART, the median."""
+def time_shape(shape: Shape, options: argparse.Namespace) -> float:
+    """Median milliseconds of a forward pass of a randomly initialised BART."""
     config = BartConfig(
         d_model=shape.width,
         encoder_layers=shape.encoder,
@@ -76,78 +76,90 @@ def time_shape(shape: Shape, asked: argparse.Namespace) -> float:
         encoder_attention_heads=shape.width // HEAD_WIDTH,
         decoder_attention_heads=shape.width // HEAD_WIDTH,
     )
-    dtype = torch.float16 if asked.device == "cuda" else torch.float32
-    with torch.device(asked.device):
+    dtype = torch.float16 if options.device == "cuda" else torch.float32
+    with torch.device(options.device):
         model = torch.nn.Module.to(BartForConditionalGeneration(config), dtype).eval()
-        source = torch.randint(4, config.vocab_size, (asked.batch, asked.source))
-        target = torch.randint(4, config.vocab_size, (asked.batch, asked.target))
+        source = torch.randint(4, config.vocab_size, (options.batch, options.source))
+        target = torch.randint(4, config.vocab_size, (options.batch, options.target))
 
     def call() -> None:
         with torch.inference_mode():
             model(input_ids=source, decoder_input_ids=target, use_cache=False)
-        if asked.device == "cuda":
+        if options.device == "cuda":
             torch.cuda.synchronize()
 
-    return time_calls(call, Repetition(asked.repeats, min_seconds=0.0)).median_ms
+    return time_calls(call, Repetition(options.repeats, min_seconds=0.0)).median_ms
 
 
 def regress(shapes: list[Shape], times: np.ndarray) -> tuple[dict[str, Coefficient], float]:
-    """Least squares of the time on all dimensions and a constant; coefficients by dimension, and R squared.
+    """Least-squares regression of the time on all dimensions and a constant.
 
-    Intervals are of Student's t with standard errors that allow for larger spread at larger shapes (HC1: White 1980
-    with MacKinnon and White's (1985) correction for degrees of freedom). ValueError for fewer shapes than unknowns.
+    Intervals use Student's t with heteroscedasticity-consistent standard errors (HC1: White 1980, with the correction
+    for degrees of freedom of MacKinnon and White 1985), because larger shapes have a larger spread.
+
+    Args:
+        shapes: the shapes.
+        times: their times in milliseconds, shape (len(shapes),).
+
+    Returns:
+        The coefficients by dimension, and R squared.
+
+    Raises:
+        ValueError: there are fewer distinct shapes than unknowns.
     """
-    columns = [np.array([getattr(s, name) for s in shapes]) / SCALES[name] for name in SCALES]
+    columns = [np.array([getattr(shape, name) for shape in shapes]) / SCALES[name] for name in SCALES]
     design = np.column_stack([np.ones(len(shapes)), *columns])
-    free = len(shapes) - design.shape[1]
-    if free < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
-        raise ValueError(f"{len(shapes)} shapes are too few, or too much alike, to tell the dimensions apart")
+    degrees_of_freedom = len(shapes) - design.shape[1]
+    if degrees_of_freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
+        raise ValueError(f"{len(shapes)} shapes are too few, or too similar, to separate the dimensions")
     inverse = np.linalg.inv(design.T @ design)
-    found = inverse @ design.T @ times
-    residuals = times - design @ found
-    covariance = inverse @ (design.T * residuals**2 @ design) @ inverse * len(shapes) / free
-    spread = stats.t.ppf(0.975, free) * np.sqrt(np.diag(covariance))
+    solution = inverse @ design.T @ times
+    residuals = times - design @ solution
+    covariance = inverse @ (design.T * residuals**2 @ design) @ inverse * len(shapes) / degrees_of_freedom
+    half_widths = stats.t.ppf(0.975, degrees_of_freedom) * np.sqrt(np.diag(covariance))
     scale = 100 / times.mean()
     coefficients = {
-        name: Coefficient(scale * value, scale * (value - wide), scale * (value + wide))
-        for name, value, wide in zip(SCALES, found[1:], spread[1:], strict=True)
+        name: Coefficient(scale * value, scale * (value - half_width), scale * (value + half_width))
+        for name, value, half_width in zip(SCALES, solution[1:], half_widths[1:], strict=True)
     }
     return coefficients, 1 - float(residuals @ residuals) / float(((times - times.mean()) ** 2).sum())
 
 
 def read_timings(path: Path) -> dict[int, float]:
-    """Milliseconds by the shape's number; a torn last line, as a kill leaves it, is passed over."""
-    found: dict[int, float] = {}
+    """Milliseconds by the shape's number; an incomplete last line of a killed benchmark is skipped."""
+    timings: dict[int, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-            found[int(row["number"])] = float(row["ms"])
+            timings[int(row["number"])] = float(row["ms"])
         except (ValueError, KeyError):
             continue
-    return found
+    return timings
 
 
-def time_missing(path: Path, asked: argparse.Namespace) -> dict[int, float]:
-    """Time the shapes that the file lacks, each kept at once; returns all that were asked for."""
-    found = read_timings(path)
-    missing = [n for n in range(asked.configs) if n not in found]
+def time_missing(path: Path, options: argparse.Namespace) -> dict[int, float]:
+    """Time the shapes that are missing in the file and append them; return milliseconds by number for all shapes."""
+    timings = read_timings(path)
+    missing = [n for n in range(options.configs) if n not in timings]
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar = ProgressBar("shapes", asked.configs, asked.configs - len(missing))
+    bar = ProgressBar("shapes", options.configs, options.configs - len(missing))
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n")  # so that a torn line stays alone
+        file.write("\n")  # end an incomplete line
         for number in missing:
-            shape = draw(asked.seed, number)
-            found[number] = time_shape(shape, asked)
-            file.write(json.dumps({"number": number, **asdict(shape), "ms": found[number]}) + "\n")
+            shape = draw_shape(options.seed, number)
+            timings[number] = time_shape(shape, options)
+            file.write(json.dumps({"number": number, **asdict(shape), "ms": timings[number]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            bar.advance(1, f"{found[number]:.0f} ms")
+            bar.advance(1, f"{timings[number]:.0f} ms")
     bar.close()
-    return {n: found[n] for n in range(asked.configs)}
+    return {n: timings[n] for n in range(options.configs)}
 
 
-def markdown(coefficients: dict[str, Coefficient], fit: float, times: np.ndarray, asked: argparse.Namespace) -> str:
-    """The table of coefficients and what it is of."""
+def as_markdown(
+    coefficients: dict[str, Coefficient], r_squared: float, times: np.ndarray, options: argparse.Namespace
+) -> str:
+    """The table of coefficients, with a description of the benchmark."""
     rows = [
         [
             f"{name}: {UNITS[name]}",
@@ -156,47 +168,48 @@ def markdown(coefficients: dict[str, Coefficient], fit: float, times: np.ndarray
         ]
         for name, c in coefficients.items()
     ]
-    about = (
-        f"{asked.configs} shapes (1 to 12 layers a side, widths {WIDTHS}, feed-forward {FFNS}), {asked.source} source "
-        f"and {asked.target} target tokens, batch {asked.batch}, one forward pass, median of {asked.repeats}. Mean "
-        f"{times.mean():.0f} ms, median {statistics.median(times):.0f} ms. Linear regression, R squared {fit:.3f}; "
-        f"coefficients in per cent of the mean time with 95 % intervals. The paper's are on a GPU in half precision."
+    description = (
+        f"{options.configs} shapes (1 to 12 layers on each side, widths {WIDTHS}, feed-forward {FFNS}), "
+        f"{options.source} source and {options.target} target tokens, batch {options.batch}, one forward pass, median "
+        f"of {options.repeats}. Mean {times.mean():.0f} ms, median {statistics.median(times):.0f} ms. Linear "
+        f"regression, R squared {r_squared:.3f}; coefficients in percent of the mean time with 95 % intervals. The "
+        f"paper's coefficients are from a GPU in half precision."
     )
-    return f"{about}\n\n{markdown_table(['dimension', 'ours', 'the paper'], rows)}"
+    return f"{description}\n\n{markdown_table(['dimension', 'ours', 'the paper'], rows)}"
 
 
 def main() -> None:
-    """The command."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", type=int, default=500)
+    parser.add_argument("--configs", type=int, default=500, help="number of shapes; default: 500")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--source", type=int, default=128, help="source tokens")
-    parser.add_argument("--target", type=int, default=32, help="target tokens")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    torch.manual_seed(asked.seed)
-    machine = describe_machine(asked.device)
-    about = (
-        f"{asked.device}-{asked.threads}-b{asked.batch}-{asked.source}-{asked.target}-r{asked.repeats}-s{asked.seed}"
-    )
-    path = raydistill_home() / "inference_time" / f"{about}.jsonl"
-    started = time.monotonic()
-    times = time_missing(path, asked)
-    values = np.array([times[n] for n in range(asked.configs)])
-    coefficients, fit = regress([draw(asked.seed, n) for n in range(asked.configs)], values)
-    text = markdown(coefficients, fit, values, asked)
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--batch", type=int, default=1, help="rows per batch; default: 1")
+    parser.add_argument("--source", type=int, default=128, help="source tokens; default: 128")
+    parser.add_argument("--target", type=int, default=32, help="target tokens; default: 32")
+    parser.add_argument("--repeats", type=int, default=5, help="calls per shape; default: 5")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    machine = describe_machine(options.device)
+    setting = f"{options.device}-{options.threads}-b{options.batch}-{options.source}-{options.target}"
+    path = raydistill_home() / "inference_time" / f"{setting}-r{options.repeats}-s{options.seed}.jsonl"
+    start = time.monotonic()
+    timings = time_missing(path, options)
+    times = np.array([timings[n] for n in range(options.configs)])
+    shapes = [draw_shape(options.seed, n) for n in range(options.configs)]
+    coefficients, r_squared = regress(shapes, times)
+    text = as_markdown(coefficients, r_squared, times, options)
     print(text)
     data: dict[str, Any] = {
         "coefficients": {name: asdict(c) for name, c in coefficients.items()},
-        "r_squared": fit,
-        "seconds": time.monotonic() - started,
-        "timings": [{**asdict(draw(asked.seed, n)), "ms": ms} for n, ms in times.items()],
+        "r_squared": r_squared,
+        "seconds": time.monotonic() - start,
+        "timings": [{**asdict(shapes[n]), "ms": ms} for n, ms in timings.items()],
     }
-    write_result("inference_time", "Inference time by a BART's dimensions", text, data, machine, device=asked.device)
+    title = "Inference time by a BART's dimensions"
+    BenchmarkResult("inference_time", title, text, data, machine, device_suffix(options.device)).write()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""What a training step costs: KD naive, KD with a shared encoder, KD from the cache; SFT by the Trainer and by us.
+"""Time and memory of a training step: KD with a live teacher, with a shared encoder, from the cache; SFT of two kinds.
 
-BART-large to 12-3 (or Pegasus-large to 16-4) with random weights, sources of 400 tokens and targets of 25. Every side
-has its loader, its reading from disk and its optimiser, and but for a GPU a process of its own. Needs torch,
-transformers and, for the Trainer, accelerate; neither Ray nor MLflow.
+The student is 12-3 of BART-large (or 16-4 of Pegasus-large) with random weights; sources have 400 tokens and targets
+25. Every side includes its data loader, its reading from disk and its optimiser. On a CPU every side has its own
+process. Requires torch, transformers and, for the Trainer, accelerate; neither Ray nor MLflow.
+
+naive     KD that runs teacher and student in full
+shared    KD that runs the encoder once for teacher and student
+ours      KD of this package, from the teacher cache
+trainer   SFT with Hugging Face's Seq2SeqTrainer
+ours-sft  SFT of this package, with encoder states from the cache
 
     python -m benchmarks.kd_step                       # two threads, batch 4: about 12 minutes
-    python -m benchmarks.kd_step --device cuda --batch 64 --form pegasus
+    python -m benchmarks.kd_step --device cuda --batch 64 --family pegasus
 """
 
 import argparse
@@ -19,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTrainedModel
 
-from benchmarks.common import describe_machine, write_result
+from benchmarks.common import BenchmarkResult, describe_machine, device_suffix
 from raydistill.config.run import Loss, Student, Training
 from raydistill.core.machine import malloc_trim
 from raydistill.data.batching import Examples
@@ -44,41 +51,65 @@ from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
 SIDES = ("naive", "shared", "ours", "trainer", "ours-sft")
-# Steps timed together: a GPU works while the next ones are prepared, and this script asks for no step's loss.
-BLOCK = {"cpu": 1, "cuda": 5}
-WARM_UP = 2
+# Steps per measurement. A GPU works asynchronously, and this script reads no step's loss.
+STEPS_PER_MEASUREMENT = {"cpu": 1, "cuda": 5}
+WARMUP_MEASUREMENTS = 2
+LEARNING_RATE = 3e-4
+RATIOS = [
+    ("KD: naive / ours", "naive", "ours", "seconds"),
+    ("KD: shared encoder / ours", "shared", "ours", "seconds"),
+    ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds"),
+    ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb"),
+]
+FORWARDED_OPTIONS = ("device", "threads", "batch", "source", "target", "family", "layers", "size", "steps", "profile")
 
 
-def models(form: str, layers: int, size: str, device: str) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
-    """A random teacher and a student of it, dropout 0, with encoder and embeddings frozen."""
+@dataclass
+class Models:
+    """A teacher with random weights, its student with frozen encoder and embeddings, and the copied layers."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    layout: Any
+
+    @property
+    def cached_layers(self) -> list[int]:
+        """The teacher's decoder layers that the KD loss reads: the supervised ones and the last one."""
+        last = families.num_layers(self.teacher.config)[1] - 1
+        return sorted({*self.layout.supervised_decoder, last})
+
+
+def make_models(options: argparse.Namespace) -> Models:
+    """Create teacher and student without dropout."""
     config = (
-        BartConfig(dropout=0.0, encoder_layers=layers, decoder_layers=layers)
-        if form == "bart"
+        BartConfig(dropout=0.0, encoder_layers=options.layers, decoder_layers=options.layers)
+        if options.family == "bart"
         else PegasusConfig(vocab_size=96103, encoder_layers=16, decoder_layers=16, dropout=0.0)
     )
     torch.manual_seed(0)
-    with torch.device(device):  # random weights of this size take a CPU many seconds
+    with torch.device(options.device):  # random weights of this size take a CPU many seconds
         teacher = AutoModelForSeq2SeqLM.from_config(config).eval().requires_grad_(False)
-    layout = plan_layers(families.num_layers(config), Student(size=size))
-    assert layout.copies_full_encoder, f"{size}: a student whose encoder is not the teacher's reads no encoder states"
+    layout = plan_layers(families.num_layers(config), Student(size=options.size))
+    assert layout.copies_full_encoder, f"{options.size}: the cache holds encoder states of the teacher's whole encoder"
     student = shrink(teacher, layout)
     freeze(student, FrozenParts(True, True, True))
-    return teacher, student, layout
+    return Models(teacher, student, layout)
 
 
-def pairs(rows: int, source: int, target: int, vocabulary: int) -> Examples:
-    """Random tokens."""
-    draw = torch.Generator().manual_seed(1)
-    sources = torch.randint(5, vocabulary, (rows, source), generator=draw).tolist()
-    targets = torch.randint(5, vocabulary, (rows, target), generator=draw).tolist()
+def make_examples(options: argparse.Namespace, vocabulary_size: int) -> Examples:
+    """Sixteen batches of random tokens."""
+    rows = options.batch * 16
+    generator = torch.Generator().manual_seed(1)
+    sources = torch.randint(5, vocabulary_size, (rows, options.source), generator=generator).tolist()
+    targets = torch.randint(5, vocabulary_size, (rows, options.target), generator=generator).tolist()
     return Examples(sources, targets, list(range(rows)))
 
 
-# The baselines: each the obvious way, well written
+# The baselines: the obvious implementations, without avoidable costs
 
 
-def loader(examples: Examples, batch: int, device: str, pad_id: int) -> Iterator[dict[str, Tensor]]:
-    """Random batches through torch's DataLoader, padded, without end."""
+def iter_batches(examples: Examples, batch_size: int, device: str, pad_id: int) -> Iterator[dict[str, Tensor]]:
+    """Endless padded random batches from torch's DataLoader: input_ids, attention_mask (B, S) and labels (B, T)."""
 
     def collate(rows: list[int]) -> dict[str, Tensor]:
         pad_rows = torch.nn.utils.rnn.pad_sequence
@@ -88,89 +119,104 @@ def loader(examples: Examples, batch: int, device: str, pad_id: int) -> Iterator
 
     rows: Any = list(range(len(examples)))
     while True:
-        for found in torch.utils.data.DataLoader(rows, batch, shuffle=True, collate_fn=collate):
-            yield {name: tensor.to(device) for name, tensor in found.items()}
+        for batch in torch.utils.data.DataLoader(rows, batch_size, shuffle=True, collate_fn=collate):
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def kd_loss(ours: Any, theirs: Any, labels: Tensor, phi: list[int], how: Loss = LOSS) -> Tensor:
-    """CE, KL and hidden loss from two models' outputs."""
-    real = labels != -100
-    temperature = how.temperature
-    logits = ours.logits[real].float()
-    ce = F.cross_entropy(logits, labels[real])
+def kd_loss(student_output: Any, teacher_output: Any, labels: Tensor, phi: list[int], loss: Loss = LOSS) -> Tensor:
+    """Cross-entropy, KL divergence and hidden loss from the outputs of two models.
+
+    Args:
+        student_output: with logits (B, T, V) and decoder_hidden_states.
+        teacher_output: like `student_output`.
+        labels: (B, T), -100 for padding.
+        phi: the teacher's decoder layer for each decoder layer of the student.
+        loss: coefficients and temperature.
+
+    Returns:
+        The weighted sum, a scalar.
+    """
+    mask = labels != -100
+    temperature = loss.temperature
+    logits = student_output.logits[mask].float()
+    cross_entropy = F.cross_entropy(logits, labels[mask])
     kl = F.kl_div(
         F.log_softmax(logits / temperature, -1),
-        F.log_softmax(theirs.logits[real].float() / temperature, -1),
+        F.log_softmax(teacher_output.logits[mask].float() / temperature, -1),
         reduction="batchmean",
         log_target=True,
     )
     hidden = torch.zeros((), device=labels.device)
-    for n, t in enumerate(phi):
-        pair = [out[real].float() for out in (ours.decoder_hidden_states[n + 1], theirs.decoder_hidden_states[t + 1])]
-        if how.normalize_hidden:
+    for student_layer, teacher_layer in enumerate(phi):
+        pair = [
+            student_output.decoder_hidden_states[student_layer + 1][mask].float(),
+            teacher_output.decoder_hidden_states[teacher_layer + 1][mask].float(),
+        ]
+        if loss.normalize_hidden:
             pair = [F.layer_norm(states, states.shape[-1:]) for states in pair]
         hidden = hidden + F.mse_loss(*pair)
-    return how.alpha_data * ce + how.alpha_logits * temperature**2 * kl + how.alpha_hidden * hidden
+    return loss.alpha_data * cross_entropy + loss.alpha_logits * temperature**2 * kl + loss.alpha_hidden * hidden
 
 
 def time_steps(call: Callable[[], Any], count: int, device: str) -> list[float]:
-    """Seconds of each of `count` steps, on a GPU the mean of each `BLOCK`, after those of the warm-up."""
-    each = BLOCK[device]
+    """Seconds per step of `count` steps, one value per measurement, after the measurements of the warm-up."""
+    steps = STEPS_PER_MEASUREMENT[device]
     seconds = []
-    for _ in range(WARM_UP + count // each):
-        begun = time.perf_counter()
-        for _ in range(each):
+    for _ in range(WARMUP_MEASUREMENTS + count // steps):
+        start = time.perf_counter()
+        for _ in range(steps):
             call()
         synchronize(device)
-        seconds.append((time.perf_counter() - begun) / each)
-    return seconds[WARM_UP:]
+        seconds.append((time.perf_counter() - start) / steps)
+    return seconds[WARMUP_MEASUREMENTS:]
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def baseline(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
-    """A KD step that runs the teacher: `naive` all of both models, `shared` the encoder once for both."""
-    teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    student.to(options.device).train()
+def make_baseline_step(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
+    """A KD step with a live teacher: "naive" runs both models in full, "shared" runs the encoder once for both."""
+    models = make_models(options)
+    student = models.student.to(options.device).train()
     student.get_encoder().eval()
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.0, fused=True)
-    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
-    batches = loader(examples, options.batch, options.device, student.config.pad_token_id)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    examples = make_examples(options, student.config.vocab_size)
+    batches = iter_batches(examples, options.batch, options.device, student.config.pad_token_id)
 
-    def call() -> Tensor:
+    def step() -> Tensor:
         batch = next(batches)
-        labels = batch.pop("labels")  # given them, transformers would work out a cross-entropy that nobody uses
+        labels = batch.pop("labels")  # with labels, transformers would compute a cross-entropy that is not used
         batch["decoder_input_ids"] = families.shift_right(student, labels)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(options.device, torch.bfloat16, enabled=precision == "bf16"):
-            more: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
+            arguments: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
             if side == "shared":
                 with torch.no_grad():
-                    encoded = student.get_encoder()(batch["input_ids"], batch["attention_mask"])
-                more["encoder_outputs"] = encoded
+                    encoder_outputs = student.get_encoder()(batch["input_ids"], batch["attention_mask"])
+                arguments["encoder_outputs"] = encoder_outputs
             with torch.no_grad():
-                theirs = teacher(**batch, **more)
-            loss = kd_loss(student(**batch, **more), theirs, labels, layout.supervised_decoder)
+                teacher_output = models.teacher(**batch, **arguments)
+            student_output = student(**batch, **arguments)
+            loss = kd_loss(student_output, teacher_output, labels, models.layout.supervised_decoder)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         return loss.detach()
 
-    return call
+    return step
 
 
-def trainer(options: argparse.Namespace, precision: str) -> list[float]:
-    """Seconds, as of `time_steps`, of a step of Hugging Face's Seq2SeqTrainer; encoder and embeddings are frozen."""
+def time_trainer(options: argparse.Namespace, precision: str) -> list[float]:
+    """Seconds per step, as from `time_steps`, of Seq2SeqTrainer with frozen encoder and embeddings."""
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    _, student, _ = models(options.form, options.layers, options.size, options.device)
+    student = make_models(options).student
     gc.collect()
-    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
+    examples = make_examples(options, student.config.vocab_size)
     rows = [{"input_ids": s, "labels": t} for s, t in zip(examples.sources, examples.targets, strict=True)]
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -178,12 +224,11 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     ends: list[float] = []
-    each = BLOCK[options.device]
-    count = each * WARM_UP + options.steps
+    steps = STEPS_PER_MEASUREMENT[options.device]
 
-    class Clock(TrainerCallback):
+    class StepTimer(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % each == 0:
+            if state.global_step % steps == 0:
                 synchronize(options.device)
                 ends.append(time.perf_counter())
 
@@ -191,10 +236,10 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
         arguments = Seq2SeqTrainingArguments(
             folder,
             per_device_train_batch_size=options.batch,
-            max_steps=count,
+            max_steps=steps * WARMUP_MEASUREMENTS + options.steps,
             bf16=precision == "bf16",
             use_cpu=options.device == "cpu",
-            learning_rate=3e-4,
+            learning_rate=LEARNING_RATE,
             optim="adamw_torch_fused",
             max_grad_norm=1.0,
             report_to=[],
@@ -202,131 +247,135 @@ def trainer(options: argparse.Namespace, precision: str) -> list[float]:
             logging_strategy="no",
             disable_tqdm=True,
         )
-        Seq2SeqTrainer(student, arguments, collate, rows, callbacks=[Clock()]).train()
-    return [(after - before) / each for before, after in itertools.pairwise(ends)][WARM_UP - 1 :]
+        Seq2SeqTrainer(student, arguments, collate, rows, callbacks=[StepTimer()]).train()
+    return [(after - before) / steps for before, after in itertools.pairwise(ends)][WARMUP_MEASUREMENTS - 1 :]
 
 
-# Ours
+# This package
 
 
-def from_cache(side: str, options: argparse.Namespace, precision: str) -> tuple[list[float], dict[str, Any]]:
-    """Seconds, as of `time_steps`, of a step of the product's own loop from `make_cache`'s stores; and what it says."""
-    teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    key, width = "random", student.config.d_model
-    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
-    method: Any = "sft" if side == "ours-sft" else "kd"
-    autocast = torch.bfloat16 if precision == "bf16" else None
-    layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
-    wanted = [(examples, layers)] if method == "kd" else []
-    work = CacheLayout(Path(options.cache), key, examples, width, True, wanted, CacheDtypes(precision, precision))
-    del teacher  # as `train` releases it: all that a step reads of it is in the stores
+def _cache_layout(options: argparse.Namespace, models: Models, precision: str, decoder_states: bool) -> CacheLayout:
+    examples = make_examples(options, models.student.config.vocab_size)
+    requested_layers = [(examples, models.cached_layers)] if decoder_states else []
+    dtypes = CacheDtypes(precision, precision)
+    width = models.student.config.d_model
+    return CacheLayout(Path(options.cache), "random", examples, width, True, requested_layers, dtypes)
+
+
+def make_cache(options: argparse.Namespace, precision: str) -> None:
+    """Build the stores that `time_from_cache` reads."""
+    models = make_models(options)
+    build_cache(_cache_layout(options, models, precision, decoder_states=True), models.teacher)
+
+
+def make_distillation_step(
+    options: argparse.Namespace, method: Any, precision: str, autocast_dtype: torch.dtype | None
+) -> DistillationStep:
+    """The product's step, which reads the stores that `make_cache` has built."""
+    models = make_models(options)
+    cache = _cache_layout(options, models, precision, decoder_states=method == "kd")
+    student, layout = models.student, models.layout
+    del models  # `train` also releases the teacher: all that a step needs from it is in the stores
     malloc_trim()
     student.to(options.device)
-    head: Any = student.lm_head
-    supervision = DistillationStep(
+    lm_head: Any = student.lm_head
+    step = DistillationStep(
         student,
         None,
-        examples,
+        make_examples(options, student.config.vocab_size),
         method,
         LOSS,
         layout,
         encoder_shared=True,
         lm_head_shared=True,
-        cached_encoder_states=open_encoder_states(work),
-        cached_decoder_states=open_decoder_states(work) if wanted else {},
-        lm_head_weight=None if autocast is None else head.weight.detach().to(autocast),
+        cached_encoder_states=open_encoder_states(cache),
+        cached_decoder_states=open_decoder_states(cache) if method == "kd" else {},
+        lm_head_weight=None if autocast_dtype is None else lm_head.weight.detach().to(autocast_dtype),
     )
-    settings = Training(batch_size=options.batch, learning_rate=3e-4, precision="fp32" if autocast is None else "bf16")
-    step = OptimizerStep.create(supervision, settings, Worker(device=options.device))
     student.train()
     student.get_encoder().eval()
-    forget_peak(options.device)
-    with prefetch(step.iter_inputs(0, sys.maxsize)) as feed:
+    return step
 
-        def call() -> Tensor:
-            return step.run(next(feed))["loss"]
 
-        begun = time.perf_counter()
-        seconds = time_steps(call, options.steps, options.device)
-        facts: dict[str, Any] = {"data_wait": feed.wait_seconds / (time.perf_counter() - begun), "loss": float(call())}
+def time_from_cache(side: str, options: argparse.Namespace, precision: Any) -> tuple[list[float], dict[str, Any]]:
+    """Seconds per step, as from `time_steps`, of the product's training loop, and further figures."""
+    autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+    distillation = make_distillation_step(options, "sft" if side == "ours-sft" else "kd", precision, autocast_dtype)
+    settings = Training(batch_size=options.batch, learning_rate=LEARNING_RATE, precision=precision)
+    optimizer_step = OptimizerStep.create(distillation, settings, Worker(device=options.device))
+    reset_peak_memory(options.device)
+    with prefetch(optimizer_step.iter_inputs(0, sys.maxsize)) as feed:
+
+        def step() -> Tensor:
+            return optimizer_step.run(next(feed))["loss"]
+
+        start = time.perf_counter()
+        seconds = time_steps(step, options.steps, options.device)
+        wait_share = feed.wait_seconds / (time.perf_counter() - start)
+        figures: dict[str, Any] = {"data_wait": wait_share, "loss": float(step())}
         if options.profile:
-            facts["profile"] = profile(call, options.device)
-        return seconds, facts
+            figures["profile"] = profile_step(step, options.device)
+        return seconds, figures
 
 
-def make_cache(options: argparse.Namespace, precision: str) -> None:
-    """The stores that `from_cache` reads."""
-    teacher, student, layout = models(options.form, options.layers, options.size, options.device)
-    examples = pairs(options.batch * 16, options.source, options.target, student.config.vocab_size)
-    layers = sorted({*layout.supervised_decoder, families.num_layers(teacher.config)[1] - 1})
-    numbers = CacheDtypes(precision, precision)
-    build_cache(
-        CacheLayout(
-            Path(options.cache), "random", examples, student.config.d_model, True, [(examples, layers)], numbers
-        ),
-        teacher,
-    )
-
-
-# One side in its process, and all of them
+# One side in its process, and all sides
 
 
 def run_side(options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a step, the range, and the peak memory while the steps ran, in MB."""
+    """Median, fastest and slowest step in seconds, and the peak memory during the steps in MB."""
     torch.set_num_threads(options.threads)
-    forget_peak(options.device)
-    precision = options.precision
-    facts: dict[str, Any] = {}
+    reset_peak_memory(options.device)
+    figures: dict[str, Any] = {}
     if options.side == "cache":
-        make_cache(options, precision)
+        make_cache(options, options.precision)
         return {}
     if options.side in ("naive", "shared"):
-        call = baseline(options.side, options, precision)
-        forget_peak(options.device)
-        seconds = time_steps(call, options.steps, options.device)
-        facts["loss"] = float(call())
+        step = make_baseline_step(options.side, options, options.precision)
+        reset_peak_memory(options.device)
+        seconds = time_steps(step, options.steps, options.device)
+        figures["loss"] = float(step())
         if options.profile:
-            facts["profile"] = profile(call, options.device)
+            figures["profile"] = profile_step(step, options.device)
     elif options.side == "trainer":
-        seconds = trainer(options, precision)
+        seconds = time_trainer(options, options.precision)
     else:
-        seconds, facts = from_cache(options.side, options, precision)
+        seconds, figures = time_from_cache(options.side, options, options.precision)
     return {
         "seconds": statistics.median(seconds),
         "fastest": min(seconds),
         "slowest": max(seconds),
-        "peak_mb": peak_mb(options.device),
-        **facts,
+        "peak_mb": peak_memory_mb(options.device),
+        **figures,
     }
 
 
-def profile(call: Callable[[], Any], device: str) -> str:
-    """torch's table of where the time of one step goes, and where it waited for the GPU."""
+def profile_step(step: Callable[[], Any], device: str) -> str:
+    """torch's profile of one step as a table; on a GPU also warn about every synchronisation."""
     if device == "cuda":
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            call()
+            step()
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
-    with torch.profiler.profile(activities=activities) as found:
-        call()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
         synchronize(device)
-    return found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
+    return profile.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15)
 
 
-def forget_peak(device: str) -> None:
-    """Start to count the peak anew: what loading took is not a step's."""
+def reset_peak_memory(device: str) -> None:
+    """Restart the count of peak memory, so that loading is not included."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mb(device: str) -> float:
-    """The largest memory since `reset_peak_rss`: of the GPU, or resident of this process (mapped files count)."""
+def peak_memory_mb(device: str) -> float:
+    """Peak memory since `reset_peak_memory`: of the GPU, or resident in this process, including mapped files."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status").read_text()
@@ -334,101 +383,86 @@ def peak_mb(device: str) -> float:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """All sides, each in its own process, and the table of the ratios."""
+    """Run all sides and write the table of their ratios."""
     machine = describe_machine(options.device)
-    found: dict[str, dict[str, Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.cache_root) as cache:
         for precision in options.precisions:
             for side in ("cache", *SIDES):
                 name = f"{side} {precision}"
-                found[name] = measured(options, side, precision, cache)
-                print(
-                    f"{name}: {json.dumps({k: v for k, v in found[name].items() if k != 'profile'})}", file=sys.stderr
-                )
-    write_result(
-        "kd_step",
-        f"A training step: {options.form} {options.size}, {options.source} source and {options.target} target tokens, "
-        f"batch {options.batch}, {options.device}",
-        as_markdown(found),
-        found,
-        machine,
-        device=options.device,
-        form=options.form,
+                figures[name] = measure_side(options, side, precision, cache)
+                shown = {key: value for key, value in figures[name].items() if key != "profile"}
+                print(f"{name}: {json.dumps(shown)}", file=sys.stderr)
+    title = (
+        f"A training step: {options.family} {options.size}, {options.source} source and {options.target} target "
+        f"tokens, batch {options.batch}, {options.device}"
     )
+    suffix = device_suffix(options.device, options.family)
+    BenchmarkResult("kd_step", title, as_markdown(figures), figures, machine, suffix).write()
 
 
-def measured(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
-    """One side's figures, from a process of its own; on a GPU, whose memory torch counts, from this one."""
+def measure_side(options: argparse.Namespace, side: str, precision: str, cache: str) -> dict[str, Any]:
+    """One side's figures, from its own process, or on a GPU, whose memory torch counts, from this process."""
     if options.device == "cuda":
-        found = run_side(argparse.Namespace(**vars(options) | {"side": side, "precision": precision, "cache": cache}))
+        side_options = {**vars(options), "side": side, "precision": precision, "cache": cache}
+        figures = run_side(argparse.Namespace(**side_options))
         gc.collect()
         torch.cuda.empty_cache()
-        return found
-    given = [f"--{name}={getattr(options, name)}" for name in PASSED_ON]
-    command = [sys.executable, "-m", "benchmarks.kd_step", *given, f"--side={side}", f"--precision={precision}"]
+        return figures
+    forwarded = [f"--{name}={getattr(options, name)}" for name in FORWARDED_OPTIONS]
+    command = [sys.executable, "-m", "benchmarks.kd_step", *forwarded, f"--side={side}", f"--precision={precision}"]
     done = subprocess.run([*command, f"--cache={cache}"], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def as_markdown(found: dict[str, dict[str, Any]]) -> str:
-    """Every side's step, and the ratios that the project promises."""
-    rows = ["| side | s a step, median | range | peak MB | data wait |", "|---|---|---|---|---|"]
-    for name, facts in found.items():
-        if facts:
-            wait = f"{100 * facts['data_wait']:.1f} %" if "data_wait" in facts else ""
+def as_markdown(figures: dict[str, dict[str, Any]]) -> str:
+    """A table of the sides, a table of `RATIOS`, and the profiles."""
+    rows = ["| side | s per step, median | range | peak MB | waiting for data |", "|---|---|---|---|---|"]
+    for name, side in figures.items():
+        if side:
+            wait = f"{100 * side['data_wait']:.1f} %" if "data_wait" in side else ""
             rows.append(
-                f"| {name} | {facts['seconds']:.3f} | {facts['fastest']:.3f} to {facts['slowest']:.3f} "
-                f"| {facts['peak_mb']:.0f} | {wait} |"
+                f"| {name} | {side['seconds']:.3f} | {side['fastest']:.3f} to {side['slowest']:.3f} "
+                f"| {side['peak_mb']:.0f} | {wait} |"
             )
 
-    def ratio(a: str, b: str, what: str = "seconds") -> str:
-        return f"{found[a][what] / found[b][what]:.2f}"
+    def ratio(a: str, b: str, measure: str = "seconds") -> str:
+        return f"{figures[a][measure] / figures[b][measure]:.2f}"
 
-    precisions = list(dict.fromkeys(name.split()[1] for name in found))
+    precisions = list(dict.fromkeys(name.split()[1] for name in figures))
     rows += ["", f"| ratio | {' | '.join(precisions)} |", f"|---|{'---|' * len(precisions)}"]
-    for text, a, b, what in RATIOS:
-        if all(f"{side} {p}" in found for side in (a, b) for p in precisions):
-            rows.append(f"| {text} | {' | '.join(ratio(f'{a} {p}', f'{b} {p}', what) for p in precisions)} |")
+    for text, a, b, measure in RATIOS:
+        if all(f"{side} {p}" in figures for side in (a, b) for p in precisions):
+            rows.append(f"| {text} | {' | '.join(ratio(f'{a} {p}', f'{b} {p}', measure) for p in precisions)} |")
     if len(precisions) > 1:
         rows.append(f"| KD: naive in fp32 / ours in bf16 | | {ratio('naive fp32', 'ours bf16')} |")
-    tables = [f"{name}:\n\n```\n{facts['profile']}\n```" for name, facts in found.items() if "profile" in facts]
-    return "\n".join(rows) + "\n\n" + "\n\n".join(tables)
-
-
-RATIOS = [
-    ("KD: naive / ours", "naive", "ours", "seconds"),
-    ("KD: shared encoder / ours", "shared", "ours", "seconds"),
-    ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds"),
-    ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb"),
-]
-PASSED_ON = ("device", "threads", "batch", "source", "target", "form", "layers", "size", "steps", "profile")
+    profiles = [f"{name}:\n\n```\n{side['profile']}\n```" for name, side in figures.items() if "profile" in side]
+    return "\n".join(rows) + "\n\n" + "\n\n".join(profiles)
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--source", type=int, default=400)
-    parser.add_argument("--target", type=int, default=25)
-    parser.add_argument("--form", default="bart", choices=["bart", "pegasus"])
-    parser.add_argument("--layers", type=int, default=12, help="of each stack of the teacher (bart)")
-    parser.add_argument(
-        "--size", help="of the student: a whole encoder, and by default 3 (bart) or 4 (pegasus) decoder layers"
-    )
-    parser.add_argument("--steps", type=int, help="measured steps, after those of the warm-up; default: 5, on a GPU 40")
-    parser.add_argument("--profile", type=int, default=0, help="1: torch's profile of a step of each side")
-    parser.add_argument("--cache-root", help="a folder on the disk to read from; default: the system's for temporary")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--batch", type=int, default=4, help="rows per batch; default: 4")
+    parser.add_argument("--source", type=int, default=400, help="source tokens; default: 400")
+    parser.add_argument("--target", type=int, default=25, help="target tokens; default: 25")
+    parser.add_argument("--family", default="bart", choices=["bart", "pegasus"])
+    parser.add_argument("--layers", type=int, default=12, help="layers of a BART teacher's encoder and decoder")
+    parser.add_argument("--size", help="of the student, with the teacher's whole encoder; default: 12-3 or 16-4")
+    parser.add_argument("--steps", type=int, help="measured steps, after the warm-up; default: 5, on a GPU 40")
+    parser.add_argument("--profile", type=int, default=0, help="1: add torch's profile of a step of each side")
+    parser.add_argument("--cache-root", help="folder for the cache; default: the system's for temporary files")
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--side", choices=["cache", *SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.steps = options.steps or {"cpu": 5, "cuda": 40}[options.device]
-    if options.steps < BLOCK[options.device]:
-        parser.error(f"--steps: on a GPU {BLOCK['cuda']} are timed together; ask for as many at least")
-    options.size = options.size or {"bart": f"{options.layers}-3", "pegasus": "16-4"}[options.form]
+    if options.steps < STEPS_PER_MEASUREMENT[options.device]:
+        parser.error(f"--steps: give at least {STEPS_PER_MEASUREMENT['cuda']} on a GPU, where they are timed together")
+    options.size = options.size or {"bart": f"{options.layers}-3", "pegasus": "16-4"}[options.family]
     if options.side:
         print(json.dumps(run_side(options)))
     else:

@@ -1,4 +1,4 @@
-"""BART and Pegasus at published sizes with random weights, and rows of made-up words: speed needs no download."""
+"""BART and Pegasus of published sizes with random weights, and rows of invented words: speed needs no download."""
 
 import json
 from pathlib import Path
@@ -14,29 +14,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-VOCABULARY = 50_265
-PEGASUS_VOCABULARY = 96_103
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
-# As in the published configurations: layers of encoder and of decoder, width, heads, feed-forward width.
+VOCABULARY_SIZE = 50_265
+PEGASUS_VOCABULARY_SIZE = 96_103
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+# Of the published configurations: layers of the encoder and of the decoder, width, heads, feed-forward width.
 SIZES = {"base": (6, 768, 12, 3072), "large": (12, 1024, 16, 4096)}
 
 
 def save_bart(size: str, folder: Path) -> Path:
-    """Save a random BART of a published size and a tokenizer of one token per made-up word to `folder`."""
+    """Save a random BART of a published size, with a tokenizer of one token per invented word, to `folder`."""
     torch.manual_seed(0)
-    model = BartForConditionalGeneration(_bart(size))
+    model = BartForConditionalGeneration(_bart_config(size))
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder)
-    _tokenizer(VOCABULARY, SPECIAL).save_pretrained(folder)
+    word_tokenizer(VOCABULARY_SIZE, SPECIAL_TOKENS).save_pretrained(folder)
     return folder
 
 
-def large(form: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """The configuration of BART-large or Pegasus-large (16-16), and a tokenizer of one token per made-up word."""
-    if form == "bart":
-        return _bart("large"), _tokenizer(VOCABULARY, SPECIAL)
+def large_config(family: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
+    """The configuration of BART-large or Pegasus-large (16-16), and a tokenizer of one token per invented word."""
+    if family == "bart":
+        return _bart_config("large"), word_tokenizer(VOCABULARY_SIZE, SPECIAL_TOKENS)
     config = PegasusConfig(
-        vocab_size=PEGASUS_VOCABULARY,
+        vocab_size=PEGASUS_VOCABULARY_SIZE,
         d_model=1024,
         encoder_layers=16,
         decoder_layers=16,
@@ -51,13 +51,13 @@ def large(form: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
         eos_token_id=1,
         decoder_start_token_id=0,
     )
-    return config, _tokenizer(PEGASUS_VOCABULARY, ["<pad>", "</s>", "<s>", "<unk>"])
+    return config, word_tokenizer(PEGASUS_VOCABULARY_SIZE, ["<pad>", "</s>", "<s>", "<unk>"])
 
 
-def _bart(size: str) -> BartConfig:
+def _bart_config(size: str) -> BartConfig:
     layers, width, heads, ffn = SIZES[size]
     return BartConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         d_model=width,
         encoder_layers=layers,
         decoder_layers=layers,
@@ -69,27 +69,25 @@ def _bart(size: str) -> BartConfig:
     )
 
 
-def save_rows(file: Path, count: int, shortest: int, longest: int) -> Path:
-    """Write `count` JSON lines whose sources have `shortest` to `longest` tokens, evenly spread, special ones too."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = torch.randint(shortest - 2, longest - 1, (count,), generator=draw).tolist()
+def save_rows(file: Path, count: int, min_tokens: int, max_tokens: int) -> Path:
+    """Write `count` JSON lines whose sources have `min_tokens` to `max_tokens` tokens, with two special tokens."""
+    generator = torch.Generator().manual_seed(0)
+    num_words = VOCABULARY_SIZE - len(SPECIAL_TOKENS) - 1
+    lengths = torch.randint(min_tokens - 2, max_tokens - 1, (count,), generator=generator).tolist()
     with file.open("w", encoding="utf-8") as out:
         for i, length in enumerate(lengths):
-            words = torch.randint(len(_words()), (length,), generator=draw).tolist()
+            words = torch.randint(num_words, (length,), generator=generator).tolist()
             row = {"id": str(i), "source": " ".join(f"w{word}" for word in words), "target": "w0"}
             out.write(json.dumps(row) + "\n")
     return file
 
 
-def _words() -> range:
-    return range(VOCABULARY - len(SPECIAL) - 1)
-
-
-def _tokenizer(vocabulary: int, special: list[str]) -> PreTrainedTokenizerFast:
-    words = [*special, *(f"w{i}" for i in range(vocabulary - len(special) - 1)), "<mask>"]
+def word_tokenizer(vocabulary_size: int, special_tokens: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary holds the special tokens, the words w0, w1, ... and <mask>."""
+    words = [*special_tokens, *(f"w{i}" for i in range(vocabulary_size - len(special_tokens) - 1)), "<mask>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    first, last = special.index("<s>"), special.index("</s>")
+    first, last = special_tokens.index("<s>"), special_tokens.index("</s>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", first), ("</s>", last)]
     )

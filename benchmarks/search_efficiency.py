@@ -1,9 +1,9 @@
-"""Device-time that this search needs to the hypervolume of random full-length search, replayed over a trained grid.
+"""Device time that the search needs to reach a share of a grid's hypervolume, compared with random full-length search.
 
-A sweep with `sampler: grid` and `stopping: off` trains every combination once and keeps every validation. Searches are
-then replayed over it, one trial at a time: what a search proposes is looked up instead of trained, and it is charged
-the device-time that it took, up to the validation at which it was stopped. `--live SEED` also carries out one pair of
-real sweeps, this search and random full-length search, in fresh homes.
+A sweep with `sampler: grid` and `stopping: off` trains every combination once and records every validation. Searches
+are then replayed over the records, one trial at a time: a proposal is looked up instead of trained, and costs the
+device time of the recorded trial up to the validation at which the search stops it. `--live SEED` also runs one pair of
+real sweeps in empty homes: this search and random full-length search.
 
     raydistill sweep benchmarks/spaces/search_demo.yaml
     python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 300 --live 0
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from optuna.storages import InMemoryStorage
 
-from benchmarks.common import describe_machine, write_result
+from benchmarks.common import BenchmarkResult, describe_machine
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
 from raydistill.core.console import print_progress
@@ -35,307 +35,387 @@ from raydistill.search.early_stopping import Curve, should_stop_early, validatio
 from raydistill.search.study import SweepStudy
 from raydistill.training.run import collapse_reason
 
-SHARES = (0.9, 0.95, 0.99)  # of the whole grid's hypervolume; fixed before the first replay
-MAIN = 0.95
+SHARES = (0.9, 0.95, 0.99)  # of the grid's hypervolume; chosen before the first replay
+MAIN_SHARE = 0.95
 SEARCHES = {
     "this search": {"sampler": "tpe", "stopping": "per_shape"},
     "TPE, full length": {"sampler": "tpe", "stopping": "off"},
     "random, stopped per shape": {"sampler": "random", "stopping": "per_shape"},
     "random, full length": {"sampler": "random", "stopping": "off"},
 }
-# The product's own: a grid that stopped nothing made no use of those in its file, which may be of an earlier release.
-RUNGS = Search().model_dump(include={"grace", "reduction"})
+# The current defaults: the grid's space file may be of an earlier release, and the grid did not use its values.
+STOPPING_SETTINGS = Search().model_dump(include={"grace", "reduction"})
 OURS, BASELINE = "this search", "random, full length"
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A trained trial: its curve, device-seconds from its start to the end of each validation, what it came to.
+class RecordedTrial:
+    """A trained trial of the grid.
 
-    `finish` are the device-seconds after the last validation, in which the best checkpoint was scored on validation and
-    test; `judged` is the part of them for validation, which is all that a stopped trial is scored on. `score` is None
-    for a trial that failed. `collapsed` says of each validation whether the outputs then would count as a failure.
-    `warmup_share` is a share of the steps.
+    Attributes:
+        size: the student's size.
+        curve: progress and score of each validation.
+        seconds: device-seconds from the start to the end of each validation.
+        scoring_seconds: device-seconds after the last validation, in which the best checkpoint is scored on validation
+            and test.
+        validation_scoring_seconds: the part of `scoring_seconds` for validation, which a stopped trial needs too.
+        score: the final score; None for a failed trial.
+        latency_ms: the latency of the student's shape.
+        collapsed: for each validation, whether the outputs would count as a failure.
+        warmup: the share of the steps that are warm-up.
     """
 
     size: str
     curve: Curve
     seconds: tuple[float, ...]
-    finish: float
-    judged: float
+    scoring_seconds: float
+    validation_scoring_seconds: float
     score: float | None
-    latency: float
+    latency_ms: float
     collapsed: tuple[bool, ...]
-    warm_up: float = 0.0
+    warmup: float = 0.0
 
     @property
-    def whole(self) -> float:
-        """Device-seconds of the trial at full length."""
-        return (self.seconds[-1] if self.seconds else 0.0) + self.finish
+    def total_seconds(self) -> float:
+        """Device-seconds of the whole trial."""
+        return (self.seconds[-1] if self.seconds else 0.0) + self.scoring_seconds
 
 
 @dataclass(frozen=True)
-class Point:
-    """A trial that is over: device-seconds of the search up to its end, and what it found."""
+class SearchPoint:
+    """A finished trial of a search: device-seconds of the search until its end, its score and latency."""
 
     seconds: float
     score: float
-    latency: float
+    latency_ms: float
 
 
-def recorded(trial: Trial, metric: str, latency: float, repetition: float | None = None) -> Recorded:
-    """A trial that is over, charged with its start-up, training, validations and final scoring.
+def record_trial(
+    trial: Trial, metric: str, latency_ms: float, teacher_repetition: float | None = None
+) -> RecordedTrial:
+    """Convert a finished trial, with the device time of start-up, training, validations and final scoring.
 
-    `repetition` is the teacher's, which failures are told by.
+    `teacher_repetition` is the repetition in the teacher's outputs, with which a student's is compared.
     """
-    seconds = tuple(3600 * line["gpu_hours"] for line in trial.history())
-    finish = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
-    score = trial.score(metric) if trial.scored else None
-    rows = {split: len(kept) for split in ("validation", "test") if (kept := trial.row_statistics(split)) is not None}
-    judged = finish * rows["validation"] / sum(rows.values()) if rows else finish
-    collapsed = tuple(bool(collapse_reason(line.get("repetition", 0.0), repetition)) for line in trial.history())
-    return Recorded(
-        trial.size, validation_curve(trial), seconds, finish, judged, score, latency, collapsed, warmup_share(trial)
+    history = trial.history()
+    seconds = tuple(3600 * line["gpu_hours"] for line in history)
+    scoring_seconds = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
+    rows = {
+        split: len(values) for split in ("validation", "test") if (values := trial.row_statistics(split)) is not None
+    }
+    validation_share = rows["validation"] / sum(rows.values()) if rows else 1.0
+    return RecordedTrial(
+        size=trial.size,
+        curve=validation_curve(trial),
+        seconds=seconds,
+        scoring_seconds=scoring_seconds,
+        validation_scoring_seconds=scoring_seconds * validation_share,
+        score=trial.score(metric) if trial.scored else None,
+        latency_ms=latency_ms,
+        collapsed=tuple(bool(collapse_reason(line.get("repetition", 0.0), teacher_repetition)) for line in history),
+        warmup=warmup_share(trial),
     )
 
 
-def read_grid(sweep: Path) -> dict[str, Recorded]:
-    """The trials of a sweep that are over, by key, in the order in which they were begun."""
+def read_grid(sweep: Path) -> dict[str, RecordedTrial]:
+    """The finished trials of a sweep, by key, in the order of their start."""
     info = read_sweep(sweep)
-    latency = {size: costs["latency_ms"] for size, costs in info["shape_costs"].items()}
-    over = [trial for trial in read_trials(sweep) if trial.status != "running"]
+    latency_ms = {size: costs["latency_ms"] for size, costs in info["shape_costs"].items()}
+    finished = [trial for trial in read_trials(sweep) if trial.status != "running"]
     repetition = info["teacher"]["repetition"]
-    return {t.key: recorded(t, info["metric"], latency[t.size], repetition) for t in over}
+    return {t.key: record_trial(t, info["metric"], latency_ms[t.size], repetition) for t in finished}
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area that (score, latency) points dominate, up to the reference: a score below, a latency above them."""
-    area, best = 0.0, reference[0]
-    for score, latency in sorted(points, key=lambda point: (point[1], -point[0])):
-        if latency < reference[1] and score > best:
-            area += (score - best) * (reference[1] - latency)
-            best = score
+    """The area that (score, latency) points dominate, bounded by a reference point of low score and high latency."""
+    area, best_score = 0.0, reference[0]
+    for score, latency_ms in sorted(points, key=lambda point: (point[1], -point[0])):
+        if latency_ms < reference[1] and score > best_score:
+            area += (score - best_score) * (reference[1] - latency_ms)
+            best_score = score
     return area
 
 
-def cut(trial: Recorded, rivals: Sequence[Curve], search: Any) -> tuple[int, float, float | None]:
-    """How many validations a trial gets to do, and the device-seconds and the score that this comes to.
+def points_hypervolume(points: Sequence[SearchPoint], reference: tuple[float, float]) -> float:
+    """`hypervolume` of a search's points."""
+    return hypervolume([(point.score, point.latency_ms) for point in points], reference)
 
-    A trial that is stopped is charged the full one's scoring on validation, by its share of the rows that were scored.
-    Whether it failed is told by its best validation up to then, as the product does.
+
+def truncate_trial(trial: RecordedTrial, peer_curves: Sequence[Curve], search: Any) -> tuple[int, float, float | None]:
+    """Apply early stopping to a recorded trial.
+
+    A stopped trial costs the whole trial's scoring on validation, in proportion to the rows. As in the product, a trial
+    has failed if the outputs of its best validation had collapsed.
+
+    Returns:
+        The number of validations, the device-seconds and the score; the score is None for a failed trial.
     """
     if search.stops_early:
-        grace = max(search.grace, trial.warm_up)
-        for done in range(1, len(trial.seconds)):
-            if should_stop_early(trial.curve[:done], rivals, grace, search.reduction):
-                scores = [score for _, score in trial.curve[:done]]
+        grace = max(search.grace, trial.warmup)
+        for count in range(1, len(trial.seconds)):
+            if should_stop_early(trial.curve[:count], peer_curves, grace, search.reduction):
+                scores = [score for _, score in trial.curve[:count]]
                 best = scores.index(max(scores))
-                return done, trial.seconds[done - 1] + trial.judged, None if trial.collapsed[best] else scores[best]
-    return len(trial.curve), trial.whole, trial.score
+                seconds = trial.seconds[count - 1] + trial.validation_scoring_seconds
+                return count, seconds, None if trial.collapsed[best] else scores[best]
+    return len(trial.curve), trial.total_seconds, trial.score
 
 
 def replay(
     space: Space,
-    grid: dict[str, Recorded],
-    enough: Callable[[Sequence[Point]], bool] = lambda points: False,
-) -> list[Point]:
-    """One search over the grid, until what it found is `enough`, or to the end of the grid or of the search's ideas."""
-    points: list[Point] = []
-    seen: list[tuple[str, Curve]] = []
-    seconds = 0.0
+    grid: dict[str, RecordedTrial],
+    is_enough: Callable[[Sequence[SearchPoint]], bool] = lambda points: False,
+) -> list[SearchPoint]:
+    """Replay one search over the grid until `is_enough(points)`, or until the search or the grid is exhausted."""
+    points: list[SearchPoint] = []
+    curves: list[tuple[str, Curve]] = []
+    total_seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="raydistill-replay-") as folder:
         study = SweepStudy(space, Path(folder), storage=InMemoryStorage())
-        for number in map(str, range(len(grid))):
-            proposal = study.propose(number)
+        for trial_id in map(str, range(len(grid))):
+            proposal = study.propose(trial_id)
             if proposal is None:
                 break
             trial = grid[proposal.key]
-            rivals = [other for size, other in seen if size == trial.size]
-            done, took, score = cut(trial, rivals, space.search)
-            seconds += took
+            peer_curves = [curve for size, curve in curves if size == trial.size]
+            num_validations, seconds, score = truncate_trial(trial, peer_curves, space.search)
+            total_seconds += seconds
             report: dict[str, Any] = {"finished": True, "status": "failed"}
             if score is not None:
-                seen.append((trial.size, trial.curve[:done]))
-                points.append(Point(seconds, score, trial.latency))
-                report |= {"status": "done", "score": score, "latency_ms": trial.latency}
-            study.report(number, report)
-            if enough(points):
+                curves.append((trial.size, trial.curve[:num_validations]))
+                points.append(SearchPoint(total_seconds, score, trial.latency_ms))
+                report |= {"status": "done", "score": score, "latency_ms": trial.latency_ms}
+            study.report(trial_id, report)
+            if is_enough(points):
                 break
     return points
 
 
-def seconds_to(points: Sequence[Point], target: float, reference: tuple[float, float]) -> float:
-    """Device-seconds until a search's hypervolume has reached `target`; infinite where it never does."""
-    for n in range(1, len(points) + 1):
-        if hypervolume([(p.score, p.latency) for p in points[:n]], reference) >= target:
-            return points[n - 1].seconds
+def seconds_to(points: Sequence[SearchPoint], target: float, reference: tuple[float, float]) -> float:
+    """Device-seconds until a search's hypervolume reaches `target`; infinity if it never does."""
+    for count in range(1, len(points) + 1):
+        if points_hypervolume(points[:count], reference) >= target:
+            return points[count - 1].seconds
     return math.inf
 
 
-def compare(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the medians, with its 95 % interval over the seeds (both resampled).
+def ratio_of_medians(ours: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float]:
+    """Ratio of the medians over seeds, with its 95 % bootstrap interval (2,000 draws, both sides resampled).
 
-    Infinite where half of ours never got there; 0 where half of theirs did not.
+    The ratio is infinite if half of ours are infinite, and 0 if half of the baseline's are.
     """
     rng = np.random.default_rng(0)
-    draws = [np.median(rng.choice(np.asarray(values), (2000, len(values))), axis=1) for values in (ours, theirs)]
+    draws = [np.median(rng.choice(np.asarray(values), (2000, len(values))), axis=1) for values in (ours, baseline)]
     low, high = np.percentile(_ratio(*draws), [2.5, 97.5], method="inverted_cdf")
-    return float(_ratio(np.median(ours), np.median(theirs))), float(low), float(high)
+    return float(_ratio(np.median(ours), np.median(baseline))), float(low), float(high)
 
 
-def _ratio(ours: Any, theirs: Any) -> Any:
+def _ratio(ours: Any, baseline: Any) -> Any:
     with np.errstate(invalid="ignore"):
-        return np.where(np.isinf(ours), np.inf, ours / theirs)
+        return np.where(np.isinf(ours), np.inf, ours / baseline)
 
 
 def replay_all(
-    space: Space, grid: dict[str, Recorded], seeds: int, enough: Callable[[Sequence[Point]], bool]
-) -> dict[str, list[list[Point]]]:
-    """Every search with every seed, each until it has found `enough`."""
-    found: dict[str, list[list[Point]]] = {}
+    space: Space,
+    grid: dict[str, RecordedTrial],
+    seeds: int,
+    is_enough: Callable[[Sequence[SearchPoint]], bool],
+) -> dict[str, list[list[SearchPoint]]]:
+    """Replay each of `SEARCHES` with every seed, each until `is_enough(points)`."""
+    replays: dict[str, list[list[SearchPoint]]] = {}
     for name, changes in SEARCHES.items():
-        asked = {**changes, **RUNGS, "trials": len(grid)}
-        searches = [space.search.model_copy(update={**asked, "seed": n}) for n in range(seeds)]
-        found[name] = [replay(space.model_copy(update={"search": s, "points": []}), grid, enough) for s in searches]
+        settings = {**changes, **STOPPING_SETTINGS, "trials": len(grid)}
+        searches = [space.search.model_copy(update={**settings, "seed": seed}) for seed in range(seeds)]
+        spaces = [space.model_copy(update={"search": search, "points": []}) for search in searches]
+        replays[name] = [replay(seeded_space, grid, is_enough) for seeded_space in spaces]
         print_progress(f"{name}: {seeds} replays")
-    return found
+    return replays
 
 
-def rows_of(
-    found: dict[str, list[list[Point]]], share: float, target: float, reference: tuple[float, float], passes: float
-) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """The table's rows, and the same with more digits, for one share of the grid's hypervolume.
+@dataclass(frozen=True)
+class Target:
+    """The scale on which searches are compared.
 
-    `passes` are the device-seconds of the teacher's passes, which every search needs alike before its first trial.
+    Attributes:
+        grid_hypervolume: the hypervolume of all trials of the grid.
+        reference: score and latency of the reference point.
+        pass_seconds: device-seconds of the teacher's passes, which every search needs before its first trial.
     """
-    times = {name: [seconds_to(points, target, reference) for points in runs] for name, runs in found.items()}
-    rows, data = [], []
+
+    grid_hypervolume: float
+    reference: tuple[float, float]
+    pass_seconds: float
+
+
+def compare_searches(
+    replays: dict[str, list[list[SearchPoint]]], share: float, target: Target
+) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """Compare the device time until the searches reach a share of the grid's hypervolume.
+
+    Returns:
+        The rows of the table, and a record with all digits for each row.
+    """
+    hypervolume_target = share * target.grid_hypervolume
+    times = {
+        name: [seconds_to(points, hypervolume_target, target.reference) for points in runs]
+        for name, runs in replays.items()
+    }
+    with_passes = {name: [seconds + target.pass_seconds for seconds in values] for name, values in times.items()}
+    rows, records = [], []
     for name, values in times.items():
-        alone = compare(values, times[BASELINE])
-        whole = compare([t + passes for t in values], [t + passes for t in times[BASELINE]])
-        quartiles = " / ".join(_shown(q, 0) for q in np.percentile(values, [25, 50, 75], method="inverted_cdf"))
-        there = sum(map(math.isfinite, values)) / len(values)
-        mark = f"{share:.0%}{' (main)' if share == MAIN else ''}"
-        rows.append([mark, name, quartiles, _with_interval(alone), _with_interval(whole), f"{there:.0%}"])
-        data.append(
+        ratio = ratio_of_medians(values, times[BASELINE])
+        ratio_with_passes = ratio_of_medians(with_passes[name], with_passes[BASELINE])
+        quartiles = np.percentile(values, [25, 50, 75], method="inverted_cdf")
+        reached = sum(map(math.isfinite, values)) / len(values)
+        rows.append(
+            [
+                f"{share:.0%}{' (main)' if share == MAIN_SHARE else ''}",
+                name,
+                " / ".join(_format_number(value, 0) for value in quartiles),
+                _format_interval(ratio),
+                _format_interval(ratio_with_passes),
+                f"{reached:.0%}",
+            ]
+        )
+        records.append(
             {
-                **{"share": share, "search": name, "got_there": there, "seconds": _finite(values)},
-                **{"ratio": _finite(alone), "ratio_with_passes": _finite(whole)},
+                "share": share,
+                "search": name,
+                "reached": reached,
+                "seconds": _finite_or_none(values),
+                "ratio": _finite_or_none(ratio),
+                "ratio_with_passes": _finite_or_none(ratio_with_passes),
             }
         )
-    return rows, data
+    return rows, records
 
 
-def _shown(value: float, digits: int) -> str:
+def _format_number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "never"
 
 
-def _with_interval(found: tuple[float, float, float]) -> str:
-    ratio, low, high = (_shown(value, 2) for value in found)
-    return f"{ratio} [{low}, {high}]"
+def _format_interval(ratio: tuple[float, float, float]) -> str:
+    value, low, high = (_format_number(number, 2) for number in ratio)
+    return f"{value} [{low}, {high}]"
 
 
-def _finite(values: Iterable[float]) -> list[float | None]:
-    """As JSON has it: null for what is infinite."""
+def _finite_or_none(values: Iterable[float]) -> list[float | None]:
+    """The values for JSON, with None for infinity."""
     return [value if math.isfinite(value) else None for value in values]
 
 
-def live(sweep: Path, seed: int, trials: int) -> dict[str, list[Point]]:
-    """This search and random full-length search as real sweeps over the grid's space, each in a fresh home.
+def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[SearchPoint]]:
+    """Run this search and the baseline as real sweeps over the grid's space, each in an empty home.
 
-    One trial at a time, as in the replays. The shapes' latencies are the grid's, so that hypervolumes compare.
+    Trials run one at a time, as in the replays. The latencies of the shapes are the grid's, so that hypervolumes are
+    comparable.
     """
-    found = {}
+    points_by_search = {}
     for name in (OURS, BASELINE):
         with tempfile.TemporaryDirectory(prefix="raydistill-live-") as folder:
-            place = Path(folder)
-            _furnish(place, sweep.absolute().parents[1])
-            changes = {**SEARCHES[name], **RUNGS, "seed": seed, "trials": trials, "concurrent": 1}
+            home = Path(folder)
+            _copy_inputs(sweep.absolute().parents[1], home)
+            changes = {**SEARCHES[name], **STOPPING_SETTINGS, "seed": seed, "trials": trials, "concurrent": 1}
             settings = [f"search.{key}={json.dumps(value)}" for key, value in changes.items()]
             settings += ["points=[]", "budgets={}", "tracking_uri=null"]
             command = [sys.executable, "-m", "raydistill.sweep", str(sweep / "space.yaml")]
             command += [part for setting in settings for part in ("--set", setting)]
             subprocess.run(command, env={**os.environ, "RAYDISTILL_HOME": folder}, stdout=sys.stderr, check=True)
             seconds, points = 0.0, []
-            for trial in read_grid(place / "sweeps" / sweep.name).values():
-                seconds += trial.whole
-                score = -math.inf if trial.score is None else trial.score  # a failed one has its price and no more
-                points.append(Point(seconds, score, trial.latency))
-            found[name] = points
-    return found
+            for trial in read_grid(home / "sweeps" / sweep.name).values():
+                seconds += trial.total_seconds
+                score = -math.inf if trial.score is None else trial.score  # a failed trial costs time and adds nothing
+                points.append(SearchPoint(seconds, score, trial.latency_ms))
+            points_by_search[name] = points
+    return points_by_search
 
 
-def _furnish(place: Path, home: Path) -> None:
-    """A fresh home with nothing but the demo's teacher, where the grid had it, and the measured latencies."""
-    shutil.copy(home / "latency.json", place)
-    if (teacher := home / "runs" / DEMO_TEACHER_RUN).is_dir():
-        shutil.copytree(teacher, place / "runs" / DEMO_TEACHER_RUN)
+def _copy_inputs(grid_home: Path, home: Path) -> None:
+    """Copy the measured latencies and, if the grid used it, the demo's teacher to an empty home."""
+    shutil.copy(grid_home / "latency.json", home)
+    if (teacher := grid_home / "runs" / DEMO_TEACHER_RUN).is_dir():
+        shutil.copytree(teacher, home / "runs" / DEMO_TEACHER_RUN)
 
 
 def live_rows(
-    found: dict[str, list[Point]], whole: float, reference: tuple[float, float]
+    points_by_search: dict[str, list[SearchPoint]], target: Target
 ) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """The live pair's table, and the same with more digits."""
-    rows, data = [], []
-    for name, points in found.items():
-        times = [seconds_to(points, share * whole, reference) for share in SHARES]
-        reached = hypervolume([(p.score, p.latency) for p in points], reference) / whole
-        rows.append(
-            [name, str(len(points)), f"{points[-1].seconds:.0f}", f"{reached:.1%}", *(_shown(t, 0) for t in times)]
-        )
-        each = [_finite((p.seconds, p.score, p.latency)) for p in points]
-        data.append({"live": name, "points": each, "reached": reached, "seconds": _finite(times)})
-    return rows, data
+    """The table rows of the live sweeps, and a record with all digits for each row."""
+    rows, records = [], []
+    for name, points in points_by_search.items():
+        times = [seconds_to(points, share * target.grid_hypervolume, target.reference) for share in SHARES]
+        reached = points_hypervolume(points, target.reference) / target.grid_hypervolume
+        total = f"{points[-1].seconds:.0f}"
+        rows.append([name, str(len(points)), total, f"{reached:.1%}", *(_format_number(t, 0) for t in times)])
+        values = [_finite_or_none((point.seconds, point.score, point.latency_ms)) for point in points]
+        records.append({"live": name, "points": values, "reached": reached, "seconds": _finite_or_none(times)})
+    return rows, records
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("sweep", type=Path, help="folder of the finished grid sweep")
-    parser.add_argument("--seeds", type=int, default=300)
-    parser.add_argument("--live", type=int, metavar="SEED", help="also carry out one pair of real sweeps")
-    parser.add_argument("--live-trials", type=int, help="how many trials each has; default: a third of the grid")
-    options = parser.parse_args()
-    if any(trial.status == "stopped" for trial in read_trials(options.sweep)):
-        parser.error(f"{options.sweep}: some of its trials were stopped early; train a grid with stopping: off")
+    """Run the command line."""
+    options = _parse_arguments()
     machine = describe_machine()
-    info, grid = read_sweep(options.sweep), read_grid(options.sweep)
-    passes = 3600 * float(info["teacher_gpu_hours"])
-    reference = (info["teacher"]["metrics"][info["metric"]] / 2, info["teacher"]["costs"]["latency_ms"])
-    whole = hypervolume([(t.score, t.latency) for t in grid.values() if t.score is not None], reference)
-    found = replay_all(
+    grid, target = read_grid(options.sweep), make_target(options.sweep)
+    enough = max(SHARES) * target.grid_hypervolume
+    replays = replay_all(
         read_space(options.sweep / "space.yaml"),
         grid,
         options.seeds,
-        lambda points: hypervolume([(p.score, p.latency) for p in points], reference) >= max(SHARES) * whole,
+        lambda points: points_hypervolume(points, target.reference) >= enough,
     )
-    parts = [rows_of(found, share, share * whole, reference, passes) for share in SHARES]
-    header = ["of the grid's hypervolume", "search", "device-seconds (quartiles)", "of random's"]
-    header += ["with the teacher's passes", "got there"]
-    text = about(options, grid, reference, passes) + markdown_table(header, [row for rows, _ in parts for row in rows])
-    data = [d for _, part in parts for d in part]
+    rows, records = [], []
+    for share in SHARES:
+        share_rows, share_records = compare_searches(replays, share, target)
+        rows += share_rows
+        records += share_records
+    header = ["share of the grid's hypervolume", "search", "device-seconds (quartiles)", "ratio to random"]
+    header += ["ratio with the teacher's passes", "reached"]
+    text = describe_grid(options, grid, target) + markdown_table(header, rows)
     if options.live is not None:
-        pair = live(options.sweep, options.live, options.live_trials or len(grid) // 3)
-        rows, more = live_rows(pair, whole, reference)
-        header = ["live", "trials", "device-seconds in all", "of the grid's hypervolume"]
+        live = run_live_sweeps(options.sweep, options.live, options.live_trials or len(grid) // 3)
+        rows, live_records = live_rows(live, target)
+        header = ["live", "trials", "device-seconds in total", "share of the grid's hypervolume"]
         text += "\n\n" + markdown_table([*header, *(f"device-seconds to {share:.0%}" for share in SHARES)], rows)
-        data += more
-    place = write_result("search_efficiency", "Search efficiency", text, data, machine)
-    print(place.read_text(encoding="utf-8"))
+        records += live_records
+    path = BenchmarkResult("search_efficiency", "Search efficiency", text, records, machine).write()
+    print(path.read_text(encoding="utf-8"))
 
 
-def about(options: argparse.Namespace, grid: dict[str, Recorded], reference: tuple[float, float], passes: float) -> str:
-    """What the figures are of."""
+def make_target(sweep: Path) -> Target:
+    """The hypervolume of a finished grid; the reference point is half the teacher's score and the teacher's latency."""
+    info, grid = read_sweep(sweep), read_grid(sweep)
+    reference = (info["teacher"]["metrics"][info["metric"]] / 2, info["teacher"]["costs"]["latency_ms"])
+    scored = [(trial.score, trial.latency_ms) for trial in grid.values() if trial.score is not None]
+    return Target(hypervolume(scored, reference), reference, 3600 * float(info["teacher_gpu_hours"]))
+
+
+def describe_grid(options: argparse.Namespace, grid: dict[str, RecordedTrial], target: Target) -> str:
+    """A paragraph about the grid and how trials are charged."""
     failed = sum(trial.score is None for trial in grid.values())
+    score, latency_ms = target.reference
     return (
         f"Grid: {options.sweep.name}, {len(grid)} trials ({failed} failed) of {len({t.size for t in grid.values()})} "
-        f"shapes, {sum(t.whole for t in grid.values()):.0f} device-seconds in all, start-up, validations and final "
-        f"scoring counted; the teacher's passes took {passes:.0f}, the same for every search. {options.seeds} seeds. "
-        f"Reference point: half the teacher's score ({reference[0]:.2f}) and its latency ({reference[1]:.1f} ms). A "
-        f"stopped trial is charged the full one's scoring on validation, and none on test. Trials are compared from "
-        f"{RUNGS['grace']:.3g} of their steps on, and the better 1/{RUNGS['reduction']} goes on. A replay that never "
-        f"gets there counts as infinitely long.\n\n"
+        f"shapes, {sum(t.total_seconds for t in grid.values()):.0f} device-seconds in total with start-up, validations "
+        f"and final scoring; the teacher's passes took {target.pass_seconds:.0f}, the same for every search. "
+        f"{options.seeds} seeds. Reference point: half the teacher's score ({score:.2f}) and the teacher's latency "
+        f"({latency_ms:.1f} ms). A stopped trial costs the whole trial's scoring on validation, and none on test. "
+        f"Trials are compared after {STOPPING_SETTINGS['grace']:.3g} of their steps, and the better "
+        f"1/{STOPPING_SETTINGS['reduction']} continue. A replay that never reaches the share counts as infinitely "
+        f"long.\n\n"
     )
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="folder of a finished sweep over a grid")
+    parser.add_argument("--seeds", type=int, default=300, help="replays per search; default: 300")
+    parser.add_argument("--live", type=int, metavar="SEED", help="also run one pair of real sweeps with this seed")
+    parser.add_argument("--live-trials", type=int, help="trials of each real sweep; default: a third of the grid")
+    options = parser.parse_args()
+    if any(trial.status == "stopped" for trial in read_trials(options.sweep)):
+        parser.error(f"{options.sweep}: some trials were stopped early; train a grid with stopping: off")
+    return options
 
 
 if __name__ == "__main__":

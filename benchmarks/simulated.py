@@ -1,10 +1,11 @@
-"""What stands in for the GPU work where the cluster around it is measured: sleeps in proportion to the work."""
+"""Replacements for GPU work in measurements of the cluster: they sleep in proportion to the work."""
 
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from raydistill.training.loop import ReportFn
 from raydistill.training.run_folder import check_same_config, run_lock
 from raydistill.training.workers import Worker
 
-WORDS = 25  # of a text that the engine writes
-CHECKS = 5  # validations of a trial
+OUTPUT_WORDS = 25  # per text that the engine writes
+VALIDATIONS = 5  # per trial
+SLEEP_FILE = "sleep.json"  # in a trial's folder
 
 
 @dataclass
 class SimulatedEngine:
-    """An engine that writes the first words of a source, and takes `seconds_per_char` of it; see `simulated_engine`."""
+    """An engine that returns the first words of each source after sleeping `seconds_per_char` per character."""
 
     seconds_per_char: float
     device: str
@@ -35,20 +37,20 @@ class SimulatedEngine:
     def generate(
         self, texts: list[str], beam: BeamSearchParams, *, n_best: int = 1, **_: Any
     ) -> list[list[Hypothesis]]:
-        """As Engine.generate; all candidates of a row are alike."""
+        """See `Engine.generate`; all `n_best` candidates of a row are equal."""
         time.sleep(self.seconds_per_char * sum(map(len, texts)))
-        written = [" ".join(text.split()[:WORDS]) for text in texts]
-        return [[Hypothesis(text, -1.0, WORDS)] * n_best for text in written]
+        outputs = [" ".join(text.split()[:OUTPUT_WORDS]) for text in texts]
+        return [[Hypothesis(text, -1.0, OUTPUT_WORDS)] * n_best for text in outputs]
 
     def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
-        """As `Engine.make_benchmark_call`."""
+        """See `Engine.make_benchmark_call`."""
         return lambda: time.sleep(self.seconds_per_char * CHARS_PER_TOKEN * workload.source_tokens * workload.batch)
 
 
 def simulated_engine(
     checkpoint: str | Path, kind: str, options: EngineOptions, *, seconds_per_char: float, **_: Any
 ) -> SimulatedEngine:
-    """An engine factory for the pseudo-label job, called like `open_engine`."""
+    """Open a `SimulatedEngine`, with the parameters of `inference.engines.open_engine`."""
     return SimulatedEngine(seconds_per_char, options.device)
 
 
@@ -61,11 +63,12 @@ def simulated_run(
     *,
     seconds_per_step: float,
 ) -> dict[str, Any]:
-    """A run as training.run.train leaves one, of `training.max_steps` steps that are slept.
+    """Sleep instead of training `training.max_steps` steps, and write the files of `training.run.train`.
 
-    It writes no checkpoint. Its score is made up. When it began and ended goes to stamps.jsonl in its folder.
+    No checkpoint is written, and the scores are synthetic. Process id, start, end and seconds of sleep are written to
+    `SLEEP_FILE` in `folder`.
     """
-    began = time.time()
+    start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     steps = run.training.max_steps
     assert steps is not None
@@ -74,17 +77,17 @@ def simulated_run(
         if (folder / "result.json").is_file():
             return read_json(folder / "result.json")
         history: list[dict[str, Any]] = []
-        for check in range(1, CHECKS + 1):
-            time.sleep(seconds_per_step * steps / CHECKS)
-            share = check / CHECKS
-            score = 20 * share - abs(3 + _magnitude(run.training.learning_rate))
-            hours = (time.time() - began) / 3600
-            history.append({"step": round(steps * share), "progress": share, "score": score, "gpu_hours": hours})
+        for validation in range(1, VALIDATIONS + 1):
+            time.sleep(seconds_per_step * steps / VALIDATIONS)
+            progress = validation / VALIDATIONS
+            score = 20 * progress - abs(3 + log10(run.training.learning_rate or 1.0))
+            hours = (time.time() - start) / 3600
+            history.append({"step": round(steps * progress), "progress": progress, "score": score, "gpu_hours": hours})
             write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
             if report(history[-1], folder):
                 break
-        stamp = [os.getpid(), began, time.time(), seconds_per_step * history[-1]["step"]]
-        write_atomic(folder / "stamps.jsonl", json.dumps(stamp).encode())
+        sleep = [os.getpid(), start, time.time(), seconds_per_step * history[-1]["step"]]
+        write_atomic(folder / SLEEP_FILE, json.dumps(sleep).encode())
         result = {
             "key": folder.name,
             "status": "done",
@@ -96,9 +99,3 @@ def simulated_run(
         }
         write_json_atomic(folder / "result.json", result)
     return result
-
-
-def _magnitude(rate: float | None) -> float:
-    from math import log10
-
-    return log10(rate or 1.0)

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on one machine, and what its head uses."""
+"""A Ray cluster of several nodes on one machine, with a meter of its head's CPU time and the cluster's memory."""
 
 import os
 import secrets
@@ -17,108 +17,114 @@ from raydistill.cluster.start import ENV_DEFAULTS, ray_cluster
 
 OBJECT_STORE_BYTES = 100_000_000
 SAMPLE_SECONDS = 0.25
-HEAD = ("driver", "gcs", "rest of the head")
-TOKEN = secrets.token_hex(32)  # one for the process: Ray reads it once
+HEAD_PROCESSES = ("driver", "gcs", "rest of the head")
+TOKEN = secrets.token_hex(32)  # one per process, because Ray reads the token once
 
 
 @dataclass
 class Meter:
-    """CPU seconds of the head's processes so far, and resident GiB of the whole cluster, by the clock."""
+    """Samples of the head's CPU time and the cluster's memory.
 
-    at: list[float] = field(default_factory=list)
-    cpu: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in HEAD})
-    gib: list[float] = field(default_factory=list)
+    Attributes:
+        times: seconds since the epoch.
+        cpu_seconds: CPU seconds used until then, for each of `HEAD_PROCESSES`.
+        memory_gib: unshared resident memory of all processes of the cluster, in GiB.
+    """
 
-    def between(self, begin: float, end: float) -> dict[str, float]:
-        """CPU seconds that each of `HEAD` used between two moments of the clock."""
-        ends = {name: np.interp([begin, end], self.at, used) for name, used in self.cpu.items()}
-        return {name: float(late - early) for name, (early, late) in ends.items()}
+    times: list[float] = field(default_factory=list)
+    cpu_seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in HEAD_PROCESSES})
+    memory_gib: list[float] = field(default_factory=list)
+
+    def cpu_between(self, start: float, end: float) -> dict[str, float]:
+        """CPU seconds that each of `HEAD_PROCESSES` used between two times."""
+        totals = {name: np.interp([start, end], self.times, used) for name, used in self.cpu_seconds.items()}
+        return {name: float(after - before) for name, (before, after) in totals.items()}
 
 
 @contextmanager
 def cluster_nodes(count: int, *, cpus: int = 1, gpus: int = 0) -> Iterator[Meter]:
-    """A head without CPUs and `count` nodes that offer so much each, joined as the commands join a cluster.
+    """Context with a Ray cluster of a head without CPUs and `count` nodes, which this process has joined.
 
-    What they offer is only said to Ray: more CPUs than there are, and GPUs where there are none.
+    `cpus` and `gpus` per node are only reported to Ray: they may exceed the machine's.
     """
-    with cluster_head() as started:
+    with cluster_head() as cluster:
         for _ in range(count):
-            started.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
-        with ray_cluster(), _metered(started) as meter:
+            cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=OBJECT_STORE_BYTES)
+        with ray_cluster(), _running_meter(cluster) as meter:
             yield meter
 
 
 @contextmanager
 def cluster_head() -> Iterator[Cluster]:
-    """A head without CPUs, to which nodes may be added. RAY_ADDRESS names it; it asks for a token.
+    """Context with a Ray head without CPUs, to which nodes can be added.
 
-    It and its nodes end with the block.
+    RAY_ADDRESS names the head, which requires a token. The head and its nodes end with the context.
     """
-    mine = {**ENV_DEFAULTS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    kept = {name: os.environ.get(name) for name in (*mine, "RAY_ADDRESS")}
-    os.environ.update(mine)
-    Config.initialize("")  # Ray has read the environment when it was imported
-    started = Cluster()
+    environ = {**ENV_DEFAULTS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    saved = {name: os.environ.get(name) for name in (*environ, "RAY_ADDRESS")}
+    os.environ.update(environ)
+    Config.initialize("")  # read the environment again, which Ray did when it was imported
+    cluster = Cluster()
     try:
-        # No port is named for the dashboard, so that it takes the next where another Ray has its own.
-        started.add_node(
+        # No port is set for the dashboard, so that the next free one is used if another Ray runs on this machine.
+        cluster.add_node(
             num_cpus=0, include_dashboard=True, dashboard_port=None, object_store_memory=OBJECT_STORE_BYTES
         )
-        os.environ["RAY_ADDRESS"] = started.address
-        yield started
+        os.environ["RAY_ADDRESS"] = cluster.address
+        yield cluster
     finally:
-        started.shutdown()
-        for name, value in kept.items():
+        cluster.shutdown()
+        for name, value in saved.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
 
 @contextmanager
-def _metered(started: Cluster) -> Iterator[Meter]:
-    meter, over = Meter(), threading.Event()
+def _running_meter(cluster: Cluster) -> Iterator[Meter]:
+    meter, stop = Meter(), threading.Event()
 
-    def watch() -> None:
+    def sample_until_stopped() -> None:
         while True:
-            _sample(meter, started)
-            if over.wait(SAMPLE_SECONDS):
-                _sample(meter, started)
+            _sample(meter, cluster)
+            if stop.wait(SAMPLE_SECONDS):
+                _sample(meter, cluster)
                 return
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=sample_until_stopped, daemon=True)
+    thread.start()
     try:
         yield meter
     finally:
-        over.set()
-        watcher.join()
+        stop.set()
+        thread.join()
 
 
-def _sample(meter: Meter, started: Cluster) -> None:
-    me = psutil.Process()
-    assert started.head_node is not None
-    used = {"driver": sum(me.cpu_times()[:2]), "gcs": 0.0, "rest of the head": 0.0}
-    for kind, infos in started.head_node.all_processes.items():
+def _sample(meter: Meter, cluster: Cluster) -> None:
+    driver = psutil.Process()
+    assert cluster.head_node is not None
+    used = {"driver": sum(driver.cpu_times()[:2]), "gcs": 0.0, "rest of the head": 0.0}
+    for kind, infos in cluster.head_node.all_processes.items():
         for info in infos:
             name = "gcs" if kind == "gcs_server" else "rest of the head"
-            used[name] += _cpu(info.process.pid)
-    meter.at.append(time.time())
+            used[name] += _cpu_seconds(info.process.pid)
+    meter.times.append(time.time())
     for name, seconds in used.items():
-        # A process that has ended takes its seconds with it; what was used stays used.
-        meter.cpu[name].append(max([seconds, *meter.cpu[name][-1:]]))
-    meter.gib.append(sum(map(_unshared, [me, *me.children(recursive=True)])) / 2**30)
+        # The CPU time of a process that has ended is no longer visible; the total must not fall.
+        meter.cpu_seconds[name].append(max([seconds, *meter.cpu_seconds[name][-1:]]))
+    meter.memory_gib.append(sum(map(_unshared_bytes, [driver, *driver.children(recursive=True)])) / 2**30)
 
 
-def _cpu(pid: int) -> float:
-    """CPU seconds of a process and of what it started: agents, and Ray's own actors that need no CPU to be placed."""
+def _cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process and its children: agents, and Ray's own actors that occupy no CPU."""
     try:
         process = psutil.Process(pid)
-        return float(sum(sum(one.cpu_times()[:2]) for one in [process, *process.children(recursive=True)]))
+        return float(sum(sum(each.cpu_times()[:2]) for each in [process, *process.children(recursive=True)]))
     except psutil.Error:
         return 0.0
 
 
-def _unshared(process: psutil.Process) -> float:
+def _unshared_bytes(process: psutil.Process) -> float:
     try:
         memory = process.memory_info()
         return float(memory.rss - memory.shared)

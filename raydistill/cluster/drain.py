@@ -7,10 +7,10 @@ DRAIN_POLL_S = 5.0
 
 
 class DrainMonitor:
-    """Callable that tells whether one of the given nodes is being drained.
+    """Callable that returns whether one of the given nodes is being drained.
 
     Ray schedules no new work on a draining node, so that a run that raises `Preempted` is restarted on another node.
-    A draining node stays in Ray's list until it is gone.
+    A draining node stays in Ray's list until it is removed.
 
     Args:
         node_ids: Ray's ids of the nodes to watch.

@@ -101,7 +101,7 @@ def test_pull_does_not_overwrite_a_newer_local_file(use_machine: UseMachine) -> 
 
 
 def test_push_does_not_overwrite_a_file_that_another_machine_pushed_later(use_machine: UseMachine) -> None:
-    """As by a driver that restarts a trial whose worker has meanwhile continued on another machine."""
+    """As by a driver that restarts a trial whose worker has continued on another machine."""
     sync.push(write(use_machine("one") / "t/state.json", "100"))
     other = use_machine("other") / "t"
     sync.pull(other)

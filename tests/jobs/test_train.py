@@ -136,7 +136,7 @@ def test_only_transient_errors_are_retried(ray_here, world, tmp_path, error, att
     ],
 )
 def test_a_trial_is_retried_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, attempts):
-    """Ray Train adds no retries of its own. The next command may try a failed trial again."""
+    """Ray Train adds no further retries. The next command may try a failed trial again."""
     space = endless_space(1, 1, 1.0, launcher, retries=1)
     write_json_atomic(tmp_path / "sweep.json", {"schema": SCHEMA_VERSION})
     progress = ProgressCallback(tmp_path, space.search, "rouge2")
