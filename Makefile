@@ -1,4 +1,4 @@
-# `make` alone lists the targets. Everything is installed into .venv and nothing outside this folder is touched.
+# `make` without a target lists the targets. Everything is installed into .venv, nothing outside of this folder.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)) python3)
 VENV := .venv
@@ -14,7 +14,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 	@echo "Start with: make quickstart"
 
-install: $(STAMP) ## make .venv and install the pinned versions (once; again when pyproject.toml or constraints.txt change)
+install: $(STAMP) ## create .venv with the pinned versions; repeated if pyproject.toml or constraints.txt changes
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -22,26 +22,26 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "error: $(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
-	@echo "[install] $$($(PYTHON) --version): making $(VENV)"
+	@echo "[install] $$($(PYTHON) --version): creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "[install] installing the versions of constraints.txt: a few minutes, longer where torch must be downloaded"
+	@echo "[install] installing the versions of constraints.txt: a few minutes, longer if torch must be downloaded"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $(STAMP)
 	@echo "[install] done"
 
-quickstart: $(STAMP) ## install, train the demo's teacher, and sweep its students (the main job, on the embedded demo)
+quickstart: $(STAMP) ## install, train the demo's teacher, and run the demo's sweep
 	@echo "[1/2] training the demo's teacher: python -m raydistill.train demo"
 	@$(BIN)/python -m raydistill.train demo
-	@echo "[2/2] the sweep: python -m raydistill.sweep search_spaces/quickstart.yaml"
+	@echo "[2/2] running the sweep: python -m raydistill.sweep search_spaces/quickstart.yaml"
 	@$(BIN)/python -m raydistill.sweep search_spaces/quickstart.yaml
 
-test: $(STAMP) docs ## install, then ruff, mypy, the documentation and the tests that need no GPU, root or browser
+test: $(STAMP) docs ## install, then run ruff, mypy, the documentation checks and the tests without GPU, root or browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-slow: $(STAMP) ## the tests that take minutes
+slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 docs: $(STAMP) ## check the documents and build the documentation site strictly into build/site
@@ -49,9 +49,9 @@ docs: $(STAMP) ## check the documents and build the documentation site strictly 
 	@$(BIN)/zensical build --strict --clean
 	@echo "build/site/index.html"
 
-# pip-audit has a venv of its own. Without its advisories it would find nothing and say so: hence the question first,
-# for a page that every package has, and --strict, by which a package that was not looked up is an error.
-audit: ## look the pinned versions up in PyPI's advisories (pip-audit); says so where they cannot be reached
+# pip-audit has a separate venv. Without access to the advisories it would report no vulnerabilities. Therefore the
+# connection is checked first, and --strict makes a package that could not be looked up an error.
+audit: ## check the pinned versions for known vulnerabilities (pip-audit); needs access to pypi.org
 	@if ! $(PYTHON) -c 'import urllib.request as r; r.urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=10)' 2>/dev/null; then \
 	  echo "audit: NOT DONE, the advisories of pypi.org cannot be reached from here"; \
 	else \
@@ -60,15 +60,15 @@ audit: ## look the pinned versions up in PyPI's advisories (pip-audit); says so 
 	  $(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt; \
 	fi
 
-ui: $(STAMP) ## the MLflow UI of the local store, on http://127.0.0.1:5000
+ui: $(STAMP) ## start the MLflow UI of the local store on http://127.0.0.1:5000
 	@command=$$($(BIN)/python -c 'from raydistill.tracking.mlflow_store import ui_command; print(ui_command())') && \
 	  echo "$$command" && exec $(BIN)/$$command
 
-schema: $(STAMP) ## write search_spaces/schema.json, which editors check space files with
+schema: $(STAMP) ## write search_spaces/schema.json, with which editors check space files
 	@$(BIN)/python -m raydistill.config.schema > search_spaces/.schema.tmp
 	@mv search_spaces/.schema.tmp search_spaces/schema.json
 	@echo "search_spaces/schema.json"
 
-clean: ## delete .venv, builds and caches; outputs/ stays
+clean: ## delete .venv, builds and caches, but not outputs/
 	rm -rf $(VENV) $(AUDIT) build dist .cache docs/reference/*.md docs/reference/*.svg *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find raydistill tests -name __pycache__ -type d -prune -exec rm -rf {} +

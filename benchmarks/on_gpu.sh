@@ -1,10 +1,11 @@
 #!/bin/bash
-# Every measurement that needs a GPU, each with a time limit, the results and logs packed into OUT/gpu.tgz after each.
+# All measurements that need a GPU, each with a time limit. After each part, results and logs are packed into
+# OUT/gpu.tgz.
 #
 #     OUT=/tmp/out bash benchmarks/on_gpu.sh                     # all parts
 #     OUT=/tmp/out bash benchmarks/on_gpu.sh steps engines      # some
 #
-# `shared` below is the folder with data and teachers (SHARED). Parts but `ray` need no Ray and no MLflow.
+# SHARED is the folder with data and teachers. All parts except `ray` work without Ray and MLflow.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:?a folder for the results}
@@ -14,31 +15,31 @@ PY=${PYTHON:-python3}
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 
 part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 begun=$SECONDS
+    local name=$1 limit=$2 start=$SECONDS
     shift 2
     timeout -k 5 "$limit" "$@" >"$LOGS/$name.log" 2>&1
-    echo "$name: status $? after $((SECONDS - begun)) s"
+    echo "$name: status $? after $((SECONDS - start)) s"
     tail -n "${TAIL:-4}" "$LOGS/$name.log" | cut -c-300
     tar czf "$OUT/gpu.tgz.tmp" -C "$LOGS" . -C "$PWD/benchmarks" results && mv "$OUT/gpu.tgz.tmp" "$OUT/gpu.tgz"
 }
 
-# CTranslate2's wheel asks for cuBLAS 12, which the extra `gpu` installs. Where only 13 is there, 13 answers under that
-# name: it has all the functions that CTranslate2 calls, and every conversion proves itself before it is used.
+# CTranslate2's wheel requires cuBLAS 12, which the extra `gpu` installs. If only cuBLAS 13 is installed, it is linked
+# under the name of 12: it has all functions that CTranslate2 calls, and every conversion is validated before use.
 cublas() {
     ldconfig -p | grep -q libcublas.so.12 && return
     "$PY" -c 'from raydistill.inference.cublas import preload; raise SystemExit(preload() is None)' && return
-    local found
-    found=$(find / -name 'libcublas.so.13' -not -path '/proc/*' 2>/dev/null | head -1)
-    [ -n "$found" ] || return
-    mkdir -p /tmp/cublas12 && ln -sf "$found" /tmp/cublas12/libcublas.so.12
-    export LD_LIBRARY_PATH=/tmp/cublas12:$(dirname "$found"):${LD_LIBRARY_PATH:-}
-    echo "CTranslate2 is given $found"
+    local library
+    library=$(find / -name 'libcublas.so.13' -not -path '/proc/*' 2>/dev/null | head -1)
+    [ -n "$library" ] || return
+    mkdir -p /tmp/cublas12 && ln -sf "$library" /tmp/cublas12/libcublas.so.12
+    export LD_LIBRARY_PATH=/tmp/cublas12:$(dirname "$library"):${LD_LIBRARY_PATH:-}
+    echo "CTranslate2 uses $library"
 }
 
 steps() {
-    local form
-    for form in bart pegasus; do
-        part "kd_step_$form" 120 "$PY" -m benchmarks.kd_step --device cuda --batch 64 --form $form --steps 40 \
+    local family
+    for family in bart pegasus; do
+        part "kd_step_$family" 120 "$PY" -m benchmarks.kd_step --device cuda --batch 64 --family $family --steps 40 \
             --precisions bf16 --profile 1 --threads 8 --cache-root "${FAST_DISK:-/tmp}"
     done
 }
@@ -58,7 +59,7 @@ shapes() {
     part inference_time 120 "$PY" -m benchmarks.inference_time --device cuda --configs "${CONFIGS:-200}" --repeats 5
 }
 
-# One trial per method under Ray Train on the GPU, three at a time.
+# One trial per method with Ray Train on the GPU, three at a time.
 ray() {
     part ray_sweep 300 "$PY" -m raydistill.sweep benchmarks/spaces/gpu_methods.yaml \
         --set "run.dataset.name=$SHARED/data/multi30k_en_de" --set "run.teacher=$SHARED/teachers/multi30k-marian-6-6" \
@@ -68,6 +69,6 @@ ray() {
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 cublas
-for name in "${@:-tests steps engines shapes ray}"; do
-    for one in $name; do $one; done
+for names in "${@:-tests steps engines shapes ray}"; do
+    for name in $names; do $name; done
 done
