@@ -331,7 +331,7 @@ def as_markdown(data: dict[str, Any]) -> str:
         "",
         *_time_table(data),
         "",
-        f"Teacher cache: {'; '.join(group['keep'] + ': ' + group['why'] for group in groups)}.",
+        f"Teacher cache: {'; '.join(group['mode'] + ': ' + group['reason'] for group in groups)}.",
         "",
         f"Seconds per trial outside of its run (Ray, search): {ours['around_a_trial_s']:.1f}, which is "
         f"{100 * ours['around_a_trial_s'] / 300:.1f} % of a trial of 5 minutes. Seconds from a run's start to its "
