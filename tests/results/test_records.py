@@ -38,3 +38,9 @@ def test_unknown_sweep_error_lists_the_existing_sweeps(tmp_path: Path, monkeypat
     assert records.find_sweep(str(sweep)) == sweep
     with pytest.raises(UserError, match=r"minni: no such sweep; sweeps in .*: mini"):
         records.find_sweep("minni")
+
+
+def test_sweep_record_of_another_schema_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"name": "old"}')
+    with pytest.raises(UserError, match=r"sweep\.json: schema version 1, but"):
+        records.read_sweep(tmp_path)
