@@ -1,0 +1,126 @@
+"""The vocabulary of the project: plain technical English, in code and in documents.
+
+The first version used a private idiom that a new reader had to learn. This test fails where a banned word returns.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Word -> what to write instead.
+WORDS = {
+    "anew": "again",
+    "beside": "next to, in addition to",
+    "told": "reported",
+    "tells": "reports, says",
+    "taken up": "resumed, retried",
+    "take up": "resume, retry",
+    "goes on": "resumes, continues",
+    "go on": "resume, continue",
+    "going on": "resuming, continuing",
+    "went on": "resumed, continued",
+    "half-way": "unfinished, interrupted",
+    "hand over": "export",
+    "handed over": "exported",
+    "dear": "expensive",
+    "dearer": "more expensive",
+    "barred": "infeasible, excluded",
+    "died": "failed, was killed",
+    "is there already": "exists",
+    "what is there": "the existing files",
+    "is made up": "is a placeholder",
+    "the house": "the conventions, the layout",
+    "whence": "from where",
+    "taught": "supervised",
+}
+# A variable, a parameter or a function is named after the thing that it holds.
+NAMES = {"found", "place", "one", "told", "anew", "beside", "taught", "theirs", "barred", "held"}
+# Definitions of the first version, each of which has a name of the field now (DESIGN.md, section 1).
+DEFINITIONS = {
+    *{"UNFIT", "damage_told", "appearing", "making", "is_there", "PassingError", "Leaving", "Diverged", "TrackingDown"},
+    *{
+        "claim_origin",
+        "origin_of",
+        "HOW",
+        "Material",
+        "Supervision",
+        "from_leader",
+        "per_source",
+        "with_depths",
+        "quicken",
+    },
+    *{"made_up", "disagreement", "PROOF", "Others", "CALM", "facts_of", "held_mb", "tell_of_others", "room_for_actors"},
+    *{"Want", "Wanted", "Kept", "read_by", "take_up", "_settle", "Ending", "Begun", "WAITS", "STUCK", "GIVEN_UP"},
+    *{"Departures", "falls_behind", "rivals", "as_served", "on_one_clock"},
+}
+PATTERN = re.compile(rf"(?<![a-z])({'|'.join(sorted(WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+FOLDERS = ["raydistill", "tests", "benchmarks", "docs", "docs_build", "search_spaces", "cluster", "deploy"]
+SUFFIXES = {".py", ".md", ".yaml", ".sh", ".toml", ".j2", ".html", ".css"}
+# Text that is data, and records of earlier measurements.
+EXEMPT = [Path(__file__), ROOT / "raydistill/data/demo_sentences.yaml", *(ROOT / "benchmarks/results").glob("*")]
+
+
+def source_files():
+    """Every file that a person writes."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    files += [path for path in ROOT.glob("*") if path.suffix in SUFFIXES or path.name == "Makefile"]
+    return sorted(path for path in files if path not in EXEMPT and "docs/reference" not in path.as_posix())
+
+
+def banned_words(text):
+    """(line number, word) of each banned word in a text."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in PATTERN.finditer(line):
+            yield number, match.group(1).lower()
+
+
+def banned_names(text):
+    """(line number, name) of each banned variable, parameter, function or class that Python source defines."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+        else:
+            continue
+        if name in NAMES | DEFINITIONS:
+            yield node.lineno, name
+
+
+def test_no_banned_word_in_code_or_documents():
+    hits = [
+        f"{path.relative_to(ROOT)}:{line}: {word!r}; write {WORDS[word]}"
+        for path in source_files()
+        for line, word in banned_words(path.read_text(encoding="utf-8"))
+    ]
+    assert hits == [], "\n".join(hits)
+
+
+def test_no_banned_name_in_code():
+    hits = [
+        f"{path.relative_to(ROOT)}:{line}: {name!r}"
+        for path in source_files()
+        if path.suffix == ".py"
+        for line, name in banned_names(path.read_text(encoding="utf-8"))
+    ]
+    assert hits == [], "\n".join(hits)
+
+
+@pytest.mark.parametrize("text", ["# started anew", "The run goes on.", "damage_told(path)", "Beside it", "hand over"])
+def test_a_banned_word_is_detected(text):
+    assert len(list(banned_words(text))) == 1
+
+
+@pytest.mark.parametrize("text", ["dearth", "foretells", "besides"])
+def test_a_longer_word_is_not_banned(text):
+    assert list(banned_words(text)) == []
+
+
+@pytest.mark.parametrize("text", ["found = 1", "def f(place): ...", "for one in x: ...", "class Want: ..."])
+def test_a_banned_name_is_detected(text):
+    assert len(list(banned_names(text))) == 1
