@@ -23,7 +23,7 @@ app = make_app()
 
 
 @app.command()
-def describe(
+def describe(  # noqa: PLR0913
     data: Annotated[str, typer.Argument(help="A named data set, a file, a folder, or a hub name.")],
     split: Annotated[str | None, typer.Option(help="Split to read; default: all splits.")] = None,
     source: Annotated[str | None, typer.Option(help="Column of the source; dots address nested values.")] = None,

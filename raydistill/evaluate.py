@@ -22,7 +22,7 @@ app = make_app()
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0913
     checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a known name")],
     against: Annotated[str | None, typer.Argument(help="a second checkpoint to compare with")] = None,
     dataset: Annotated[

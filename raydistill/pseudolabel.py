@@ -18,7 +18,7 @@ app = make_app()
 
 
 @app.command()
-def pseudolabel(
+def pseudolabel(  # noqa: PLR0913
     teacher: Annotated[
         str, typer.Option(help="a known name (bart, pegasus, mbart, marian, t5, demo), a hub name or a path")
     ],

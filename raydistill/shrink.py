@@ -19,7 +19,7 @@ app = make_app()
 
 
 @app.command()
-def shrink(
+def shrink(  # noqa: PLR0913
     teacher: Annotated[str, typer.Option(help="a known name, a hub name or a path")],
     size: Annotated[str, typer.Option(help='encoder and decoder layers, such as "12-3"')],
     output: Annotated[Path, typer.Option(help="the folder to write; must not exist")],

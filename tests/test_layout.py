@@ -141,9 +141,9 @@ def test_a_violation_is_detected(file, module):
 
 
 def test_imports_inside_functions_are_seen():
-    found = set(imports())
-    assert ("evaluation/metrics.py", "rouge_score.rouge_scorer.RougeScorer") in found
-    assert ("cluster/exclusive.py", "raydistill.cluster.start.largest_node") in found
+    imported = set(imports())
+    assert ("evaluation/metrics.py", "rouge_score.rouge_scorer.RougeScorer") in imported
+    assert ("cluster/exclusive.py", "raydistill.cluster.start.largest_node") in imported
 
 
 def python(code, *arguments, **environment):
@@ -205,10 +205,10 @@ def test_training_works_with_torch_and_transformers_alone(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     done = python(BARE, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["loaded"] == []
-    assert found["result"]["status"] == "done"
-    assert found["result"]["metrics"]["score"] == -found["result"]["metrics"]["val_loss"]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["loaded"] == []
+    assert printed["result"]["status"] == "done"
+    assert printed["result"]["metrics"]["score"] == -printed["result"]["metrics"]["val_loss"]
     assert "rouge_score is not installed" in done.stderr
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
 

@@ -104,11 +104,11 @@ def test_a_small_simulation_scales_from_one_node_to_two(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "scaling.json").read_text())["data"]
-    one, two = results["labels"]
-    assert (one["workers"], two["workers"], two["rows"]) == (1, 2, pytest.approx(2 * one["rows"], abs=1))
-    for record in (one, two):
+    first, second = results["labels"]
+    assert (first["workers"], second["workers"], second["rows"]) == (1, 2, pytest.approx(2 * first["rows"], abs=1))
+    for record in (first, second):
         assert record["rows_per_second"] == pytest.approx(record["ideal"], rel=0.2)
-    assert two["rows_per_second"] > 1.6 * one["rows_per_second"]
+    assert second["rows_per_second"] > 1.6 * first["rows_per_second"]
     assert results["batches"]["per_second"] > 5
     for launcher in ("trials", "train"):
         assert [len(record["sleeps"]) for record in results[launcher]] == [r["trials"] for r in results[launcher]]
