@@ -41,7 +41,7 @@ def test_bounds_are_parsed_and_invalid_ones_rejected() -> None:
         with pytest.raises(UserError, match="--within"):
             parse_bounds([text])
     for text in ("latency_ms=inf", "latency_ms=1e999", "params_m=inf%"):
-        with pytest.raises(UserError, match=r"which bounds nothing; leave .* out instead"):
+        with pytest.raises(UserError, match=r"which bounds nothing; remove .* instead"):
             parse_bounds([text])
     for text in ("latency_ms=nan", "latency_ms=-inf", "latency_ms=nan%"):
         with pytest.raises(UserError, match="expected a number above 0"):
