@@ -251,7 +251,7 @@ def _convert_into(folder: Path, checkpoint: str | Path, tokenizer: PreTrainedTok
     except OSError as error:
         raise UserError(
             f"{folder}: the conversion of {checkpoint} for CTranslate2 could not be written ({error}); free some disk "
-            f"and run again, or use engine transformers"
+            f"space and run the same command again, or use engine transformers"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

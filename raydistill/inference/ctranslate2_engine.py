@@ -178,10 +178,11 @@ def open_ctranslate2_engine(
             logprob_diff = _calibration_logprob_diff(engine, checkpoint, options, calibration)
     except RuntimeError as error:  # a missing library, or not enough GPU memory
         remedy = "; install it with `pip install nvidia-cublas-cu12`" if "libcublas" in str(error) else ""
-        raise CTranslate2Unavailable(f"it failed on {options.device}: {error}{remedy}") from None
+        raise CTranslate2Unavailable(f"CTranslate2 failed on {options.device}: {error}{remedy}") from None
     if not logprob_diff <= ROW_LOGPROB_TOLERANCE:
         raise CTranslate2Unavailable(
-            f"on real rows its log-probabilities are off by up to {logprob_diff:.2g} per token ({options.precision})"
+            f"the log-probabilities of its converted model are off by up to {logprob_diff:.2g} per token on real rows "
+            f"({options.precision})"
         )
     return engine
 
@@ -202,7 +203,7 @@ def _check_available(options: EngineOptions) -> None:
             raise CTranslate2Unavailable(f"the installed nvidia-cublas-cu12 cannot be loaded: {error}") from None
     if COMPUTE_TYPES[options.precision] not in (types := ctranslate2.get_supported_compute_types(device_type)):
         raise CTranslate2Unavailable(
-            f"{options.precision} is not among its types on this {device_type}: {', '.join(sorted(types))}"
+            f"CTranslate2 does not support {options.precision} on this {device_type}, only {', '.join(sorted(types))}"
         )
 
 

@@ -194,7 +194,7 @@ def fixed_length_params(workload: Workload) -> BeamSearchParams:
 
 
 def random_inputs(tokenizer: PreTrainedTokenizerBase, config: Any, workload: Workload) -> list[list[int]]:
-    """Return the workload's batch of random source rows: ordinary tokens, then the end token, same at every call.
+    """Return the workload's batch of random source rows: ordinary tokens, then the end token; equal at every call.
 
     Raises:
         ValueError: the model has fewer positions than the workload has source tokens.
@@ -210,7 +210,7 @@ def random_inputs(tokenizer: PreTrainedTokenizerBase, config: Any, workload: Wor
 def random_token_rows(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, num_rows: int, length: int
 ) -> list[list[int]]:
-    """Return rows of random token ids below `vocab_size`, special tokens excluded, same at every call."""
+    """Return rows of random token ids below `vocab_size`, special tokens excluded; equal at every call."""
     special = set(tokenizer.all_special_ids)
     ordinary = [i for i in range(vocab_size) if i not in special]
     generator = torch.Generator().manual_seed(0)

@@ -49,7 +49,10 @@ def freeze(student: PreTrainedModel, frozen: FrozenParts) -> None:
     for parameter in families.encoder_parameters(student) if frozen.encoder else []:
         parameter.requires_grad_(False)
     if not any(p.requires_grad for p in student.parameters()):
-        raise UserError("nothing is left to train: encoder, embeddings and decoder are all frozen")
+        raise UserError(
+            "nothing is left to train: encoder, embeddings and decoder are all frozen; set training.freeze_encoder or "
+            "training.freeze_embeddings to false"
+        )
     _keep_padding_row_zero(student)
 
 

@@ -147,7 +147,7 @@ def check_no_missing_weights(info: dict[str, Any], checkpoint: str | Path) -> No
 
 
 def _check_no_external_links(folder: Path) -> None:
-    """Raise UserError if a link in the checkpoint leads out of its folder and out of the hub's cache of it."""
+    """Raise UserError if a link points outside the checkpoint's folder and outside its files in the hub's cache."""
     in_cache = folder.parent.name == "snapshots"
     check_symlinks(folder, folder.parents[1] / "blobs" if in_cache else None)
 
@@ -227,14 +227,22 @@ def _download_snapshot(name: str, revision: str | None, patterns: list[str]) -> 
     except GatedRepoError:
         raise UserError(f"{name}: the hub asks for a login; accept its terms and set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name}: neither a folder here nor a model on the hub (or a private one)") from None
+        raise UserError(
+            f"{name}: neither a folder nor a public model on the hub; check the name, or set HF_TOKEN for a private "
+            f"model"
+        ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{name}: the hub has no revision {revision!r} of it") from None
+        raise UserError(
+            f"{name}: the hub has no revision {revision!r} of this model; give a branch, tag or commit that exists"
+        ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            reason = "HF_HUB_OFFLINE is set and it is not in the local cache"
+            reason = "HF_HUB_OFFLINE is set and the checkpoint is not in the local cache"
         else:
-            reason = f"it is not in the local cache and the hub cannot be reached ({first_error_line(error)})"
+            reason = (
+                f"the checkpoint is not in the local cache and the hub cannot be reached ({first_error_line(error)})"
+            )
         raise UserError(
-            f"{name}: no such folder; {reason}. Give a folder, or fetch it where there is a network: hf download {name}"
+            f"{name}: no such folder; {reason}. Give a folder, or download the checkpoint with a network connection: "
+            f"hf download {name}"
         ) from None

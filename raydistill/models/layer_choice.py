@@ -4,7 +4,7 @@ from math import ceil, floor
 
 from raydistill.core.errors import UserError
 
-# Teacher depth -> student depth -> layers, from the paper's released code (reference/README.md); no formula gives them.
+# Teacher depth -> student depth -> layers, from the paper's released code; no formula gives them.
 COPIED_LAYERS: dict[int, dict[int, list[int]]] = {
     12: {
         1: [0],

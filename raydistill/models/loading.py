@@ -38,7 +38,7 @@ def locate_checkpoint(name: str, dataset: str) -> str:
     if name == "demo":
         folder = raydistill_home() / "runs" / DEMO_TEACHER_RUN / "best"
         if not folder.is_dir():
-            raise UserError(f"the demo teacher is not at {folder}; train it with `python -m raydistill.train demo`")
+            raise UserError(f"the demo teacher is not at {folder}; train it with `raydistill train demo`")
         return str(folder)
     preset = teacher_preset(name, dataset)
     return f"{preset.hub}@{preset.revision}" if preset else name

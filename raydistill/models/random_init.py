@@ -154,7 +154,8 @@ def _train_sentencepiece(new_model: NewModel, texts: Iterable[str], folder: Path
         )
     except RuntimeError as error:
         raise UserError(
-            f"SentencePiece could not make {new_model.vocab_size} pieces of the training text: {error}"
+            f"SentencePiece could not train {new_model.vocab_size} pieces on the training text: {error}; "
+            f"change start.vocab_size"
         ) from None
     for name in ("source.spm", "target.spm"):
         (folder / name).write_bytes(model_proto.getvalue())

@@ -23,7 +23,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 @contextmanager
 def safetensors_os_error(path: Path) -> Iterator[None]:
-    """A block in which an error of safetensors while writing `path`, such as a full disk, becomes an OSError."""
+    """Turn an error of safetensors while it writes `path`, such as a full disk, into an OSError."""
     try:
         yield
     except SafetensorError as error:

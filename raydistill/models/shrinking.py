@@ -126,7 +126,8 @@ def check_full_depth_copy(teacher: PreTrainedModel, name: str) -> float:
     relative_diff = max_diff / max(1.0, float(expected.abs().max()))
     if not relative_diff <= MAX_RELATIVE_LOGIT_DIFF:
         raise UserError(
-            f"teacher {name}: a copy of full depth is off by {max_diff:.2g} in its logits; it cannot be shrunk"
+            f"teacher {name}: the logits of a full-depth copy differ by {max_diff:.2g}, so this teacher "
+            f"cannot be shrunk"
         )
     return relative_diff
 

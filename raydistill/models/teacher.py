@@ -22,7 +22,7 @@ class Teacher:
     Attributes:
         location: Its folder, or its name and revision on the hub.
         tokenizer: Its tokenizer, with the languages of the data set.
-        key: Content key of weights, config and tokenizer.
+        key: Content key of the weights and of the settings that change a forward pass (`teacher_key`).
         preset: Its preset; None for a checkpoint without one.
         alignment_error: Largest difference of the logits of a full-depth copy, relative to the largest logit.
         languages: Source and target language; None where the model has none.

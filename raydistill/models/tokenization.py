@@ -30,12 +30,16 @@ def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -
     """
     config = load_config(checkpoint)
     folder = resolve_checkpoint(checkpoint, weights=False)
-    # If its files are missing, from_pretrained silently returns an empty tokenizer.
+    # If the tokenizer's files are missing, from_pretrained silently returns an empty tokenizer.
     if config.model_type == "marian":
         if missing := [name for name in MARIAN_FILES if not (folder / name).is_file()]:
-            raise UserError(f"{checkpoint}: the tokenizer's {', '.join(missing)} is missing; copy it there")
+            raise UserError(
+                f"{checkpoint}: the tokenizer's {', '.join(missing)} is missing; copy it into the checkpoint"
+            )
     elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{checkpoint}: has no tokenizer files (one of {', '.join(TOKENIZER_FILES)})")
+        raise UserError(
+            f"{checkpoint}: has no tokenizer files (one of {', '.join(TOKENIZER_FILES)}); save the tokenizer into it"
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*sacremoses.*")
@@ -187,7 +191,7 @@ def _set_mbart_languages(
     for code in languages or ():
         if code not in vocabulary or "_" not in code:
             known = sorted(w for w in tokenizer.all_special_tokens if len(w) == 5 and w[2] == "_")
-            raise UserError(f"{checkpoint}: unknown language {code!r}; it knows {', '.join(known)}")
+            raise UserError(f"{checkpoint}: unknown language {code!r}; the tokenizer knows {', '.join(known)}")
     if languages:
         tokenizer.src_lang, tokenizer.tgt_lang = languages
     elif getattr(tokenizer, "tgt_lang", None) is None:

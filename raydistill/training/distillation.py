@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: its tensors are read, the student runs on them, and the loss terms are computed.
+"""The loss of a micro-batch: read its tensors, run the student on them, and compute the loss terms.
 
 The teacher's states are read from the teacher cache, or computed by the teacher where the cache lacks them.
 """

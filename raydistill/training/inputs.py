@@ -27,7 +27,7 @@ def run_label_folders(labels: LabelFolders, run: Run) -> dict[str, Path]:
 class RunInputs:
     """Inputs of a run that are prepared before the run starts.
 
-    Args:
+    Attributes:
         label_folders: Folders of label sets by label source.
         cache_root: The folder of the teacher cache, None for no cache.
         cache_mode: The mode that `teacher_cache: auto` means.

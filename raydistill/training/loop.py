@@ -63,10 +63,10 @@ class StepCounts:
 def fit(
     step: OptimizerStep, folder: Path, validate: ValidateFn, report: ReportFn, started_at: float | None = None
 ) -> TrainingState:
-    """Train the student until its epochs are over, its score stops rising or `report` stops the run.
+    """Train the student until its epochs are finished, its score stops rising or `report` stops the run.
 
     After each validation the checkpoint with the best score stays in `folder`/checkpoint-STEP, metrics.jsonl and the
-    state are saved in `folder`, and `report` is called. A call on a folder with a saved state resumes from it.
+    state are saved in `folder`, and `report` is called. A call on a folder with a saved state resumes from that state.
 
     Args:
         step: Takes the optimiser steps.

@@ -4,8 +4,9 @@ The loss of a batch is (Shleifer and Rush 2020, "Pre-trained Summarization Disti
 
     L = alpha_data * CE + alpha_logits * KL + alpha_hidden * hidden
 
-and, where the run sets their weights, `+ alpha_attention * attention + alpha_cosine * cosine` (section 6.3 there).
-with T target tokens, layers l of the student and the teacher layer phi(l) that supervises l. CE and KL are in nats.
+and, where the run sets their weights, `+ alpha_attention * attention + alpha_cosine * cosine` (section 6.3).
+T is the number of target tokens, l a layer of the student, phi(l) the teacher layer that supervises l. CE and KL are in
+nats.
 
     CE        = -(1/T) sum_t log p_s(y_t | y_<t, x)                  cross-entropy with the label y_t
     KL        = tau^2 (1/T) sum_t KL(teacher_t || student_t)          both distributions at temperature tau

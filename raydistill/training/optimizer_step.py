@@ -154,11 +154,11 @@ def micro_batch_limits(settings: Training, worker: Worker, encoder_shared: bool)
 def attention_kernel(
     micro_batch: MicroBatch, device_type: str, autocast: torch.dtype | None
 ) -> AbstractContextManager[None]:
-    """A block in which attention uses the fastest kernel for training a micro-batch.
+    """A context in which attention uses the fastest kernel for training a micro-batch.
 
-    This is torch's own choice, except for sequences up to `MATH_ATTENTION_MAX_TOKENS` in bf16 on a CPU: the backward
-    pass of torch's flash kernel takes as long for a sentence as for a page there (13.2 ms against 2.3 ms of the math
-    kernel for 256 heads of 15 tokens on one core, docs/log.md).
+    This is torch's own choice, except for sequences up to `MATH_ATTENTION_MAX_TOKENS` in bf16 on a CPU: there the
+    backward pass of torch's flash kernel is not faster for short sequences than for long ones (256 heads of 15 tokens
+    on one core: 13.2 ms, and 2.3 ms with the math kernel; docs/log.md).
     """
     longest = max(micro_batch.labels.shape[1], micro_batch.source_mask.shape[1])
     if device_type == "cpu" and autocast is torch.bfloat16 and longest <= MATH_ATTENTION_MAX_TOKENS:

@@ -1,4 +1,4 @@
-"""One run, from config to checkpoint. Read this module first: it shows the order of all that a run does.
+"""One run, from config to checkpoint. Read this module first: it shows the steps of a run in their order.
 
 `train` locks the run's folder (run_folder.py), prepares the student (student.py), the data (tokenized_data.py) and the
 teacher states (teacher_states.py), trains (loop.py), and scores the best checkpoint (validation.py). The folder then
@@ -41,7 +41,8 @@ from raydistill.training.tokenized_data import load_tokenized_data, make_example
 from raydistill.training.validation import Validator
 from raydistill.training.workers import Worker
 
-# A student has collapsed if the share of its outputs that repeat themselves exceeds the teacher's share by more.
+# A student has collapsed if the share of its outputs that repeat themselves exceeds the teacher's share by more than
+# this.
 MAX_EXTRA_REPETITION = 0.5
 
 

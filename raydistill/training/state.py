@@ -86,7 +86,7 @@ def load_state(
     """Load the saved state, with the tensors of student and optimiser and the step of the learning-rate schedule.
 
     Raises:
-        UserError: A file is damaged or leads out of the folder.
+        UserError: A file is damaged, or state.json names a file outside the folder.
     """
     path = folder / STATE_FILE
     with corrupt_file_error(path, f"Delete {path} to start the run again"):

@@ -1,4 +1,4 @@
-"""The teacher's scores on the data of a run: what students are compared with."""
+"""The teacher's scores on the data of a run, with which students are compared."""
 
 from dataclasses import asdict
 from typing import Any

@@ -45,7 +45,7 @@ class Worker:
         return self.world_size * (settings.threads if self.device == "cpu" else settings.gpus)
 
     def device_hours(self, seconds: float, settings: Training) -> float:
-        """Hours of all devices together that the run holds them for `seconds`."""
+        """Device-hours of a run that holds its devices for `seconds`."""
         return seconds * self.num_devices(settings) / 3600
 
     def barrier(self) -> None:

@@ -33,7 +33,7 @@ def test_runtime_failure_of_ctranslate2_is_reported_with_its_message(tiny, monke
         tiny["bart"], tokenization.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None
     )
     message = "Library libcublas.so.12 is not texts or cannot be loaded"
-    reason = f"it failed on cpu: {message}; install it with `pip install nvidia-cublas-cu12`"
+    reason = f"CTranslate2 failed on cpu: {message}; install it with `pip install nvidia-cublas-cu12`"
 
     def broken(*args, **kw):
         raise RuntimeError(message)
@@ -75,7 +75,7 @@ def test_conversion_that_is_wrong_on_calibration_rows_is_an_error(tmp_path):
     shutil.copy(wrong.folder / "model.bin", correct.folder / "model.bin")
     for path in correct.folder.glob("rows-*"):
         path.unlink()
-    with pytest.raises(UserError, match="on real rows its log-probabilities are off"):
+    with pytest.raises(UserError, match="log-probabilities of its converted model are off"):
         open_engine(
             folder, "ctranslate2", EngineOptions(cache_dir=cache, allow_fallback=False), calibration=calibration
         )

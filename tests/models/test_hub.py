@@ -106,7 +106,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 def test_offline_uncached_model_fails_within_two_seconds(offline):
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set and it is not in the local cache"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set and the checkpoint is not in the local cache"):
         loading.load_model("facebook/bart-large-xsum")
     assert time.monotonic() - start < 2
 

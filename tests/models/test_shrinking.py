@@ -122,5 +122,5 @@ def test_teacher_whose_full_depth_copy_differs_is_an_error(tmp_path, monkeypatch
     folder = save_tiny("bart", tmp_path / "t")
     assert 0 <= open_teacher(str(folder), Dataset(name="a")).alignment_error <= 1e-5
     monkeypatch.setattr(shrinking, "layers_to_copy", lambda teacher, student, init="spaced": [0, *range(student - 1)])
-    with pytest.raises(UserError, match=r"a copy of full depth is off by \d"):
+    with pytest.raises(UserError, match=r"the logits of a full-depth copy differ by \d"):
         open_teacher(str(folder), Dataset(name="b"))

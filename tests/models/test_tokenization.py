@@ -54,7 +54,7 @@ def test_mbart_target_language_defaults_to_the_start_token_of_the_checkpoint(tin
 
 
 def test_unknown_language_is_named_in_the_error(tiny):
-    with pytest.raises(UserError, match=r"unknown language 'xx_YY'; it knows .*ro_RO"):
+    with pytest.raises(UserError, match=r"unknown language 'xx_YY'; the tokenizer knows .*ro_RO"):
         tokenization.load_tokenizer(tiny["mbart"], ("en_XX", "xx_YY"))
 
 
