@@ -95,7 +95,7 @@ def test_row_statistics_with_a_huge_unpacked_size_are_refused(tmp_path, monkeypa
     monkeypatch.setattr(records, "MAX_ROW_BYTES", 10**6)
     np.savez_compressed(tmp_path / "rows.npz", validation=np.zeros(10**6))
     assert (tmp_path / "rows.npz").stat().st_size < 10**4
-    with pytest.raises(UserError, match="unpack to more than"):
+    with pytest.raises(UserError, match="unpacks to more than"):
         records.read_row_statistics(tmp_path / "rows.npz", "validation")
 
 

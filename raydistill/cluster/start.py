@@ -25,7 +25,7 @@ ENV_DEFAULTS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Let actors of several trials start at the same time; StudySearch limits the number of trials.
+    # Let actors of several trials start at the same time; `StudySearcher` limits the number of trials.
     "TUNE_MAX_PENDING_TRIALS_PG": "32",
     # A trial that fails after its validations reports no score. The study records the failure; the sweep continues.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",

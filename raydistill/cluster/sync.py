@@ -146,7 +146,7 @@ class Storage:
         return not any(part.endswith(LOCAL_SUFFIXES) for part in path.relative_to(self.home).parts)
 
     def _local_path(self, remote: str) -> Path:
-        """The local path of an object; UserError if its name leads out of the home."""
+        """The local path of an object; UserError if its name is outside the home."""
         name = remote.removeprefix(f"{self.root}/")
         try:
             safe_join(self.home, name)

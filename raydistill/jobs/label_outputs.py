@@ -164,7 +164,9 @@ def _iter_window(
     planned = plan.read_targets(window)
     candidates = read_window_outputs(plan, work_dir, window, stats)
     if candidates.keys() != {row_id for row_id, _ in planned} or len(candidates) != len(planned):
-        raise UserError(f"{work_dir}: the outputs do not match the batch plan; delete the folder and run again")
+        raise UserError(
+            f"{work_dir}: the outputs do not match the batch plan; delete the folder and run the same command again"
+        )
     stats.add([candidates[row_id][0].target for row_id, _ in planned], [target for _, target in planned])
     yield from ((row_id, candidates.pop(row_id)) for row_id, _ in planned)
 
@@ -185,12 +187,17 @@ def read_window_outputs(plan: BatchPlan, work_dir: Path, window: int, stats: Lab
             table = pq.read_table(path)
             metadata = table.schema.metadata
             if metadata[b"engine"].decode() != engine:
-                raise UserError(f"{work_dir}: two engines wrote the outputs; delete the folder and run again")
+                raise UserError(
+                    f"{work_dir}: two engines wrote the outputs; delete the folder and run the same command again"
+                )
             stats.device_seconds += float(metadata[b"device_seconds"])
             stats.rows_per_host[metadata[b"host"].decode()] += len(table)
             columns = (table[name].to_pylist() for name in ("id", "targets", "scores"))
             for row_id, targets, scores in zip(*columns, strict=True):
                 if row_id in candidates:
-                    raise UserError(f"{work_dir}: row {row_id!r} was labelled twice; delete the folder and run again")
+                    raise UserError(
+                        f"{work_dir}: row {row_id!r} was labelled twice; delete the folder and run the same command "
+                        f"again"
+                    )
                 candidates[row_id] = [Candidate(*pair) for pair in zip(targets, scores, strict=True)]
     return candidates

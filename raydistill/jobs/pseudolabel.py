@@ -133,7 +133,7 @@ def pseudolabel(
     root.mkdir(parents=True, exist_ok=True)
     with _label_set_lock(root / f".{folder.name}.lock", folder):
         _build_label_set(LabelTask(job, description, folder, device, verbose, engine_factory), scan)
-    if rules == type(rules)():
+    if rules == type(rules)():  # no rules
         return folder
     curated = curate(folder, job.dataset, job.split, rules, job.resolved_metric)
     sync.push(curated)
@@ -237,7 +237,9 @@ def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
     sync.pull(folder, work_dir)
     if is_complete(folder):
         if not task.job.allow_fallback and (reason := read_pseudolabel_manifest(folder).engine_fallback_reason):
-            raise UserError(f"{folder}: complete, but not written by CTranslate2: {reason}")
+            raise UserError(
+                f"{folder}: complete, but written without CTranslate2: {reason}; allow this with --fallback"
+            )
         shutil.rmtree(work_dir, ignore_errors=True)  # left by a job that was killed before this last step
         if task.verbose:
             print_progress(f"pseudo-labels: already complete ({scan.rows} rows): {folder}")

@@ -29,7 +29,7 @@ class PreparedCache:
     Attributes:
         root: the folder of all stores.
         modes: what `teacher_cache: auto` stands for, by the runs' `cache_group_key`.
-        compute_dtype: what `precision: auto` stands for on the workers; None if no run asks.
+        compute_dtype: what `precision: auto` stands for on the workers; None if no run needs it.
         store_hours: device-hours by array of a store. Another sweep may read the same stores.
     """
 
@@ -86,7 +86,7 @@ def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total
     Args:
         runs: runs with a teacher.
         device: "cpu" or "cuda".
-        record_path: the file that records how the cache was decided, so that a resumed sweep decides the same.
+        record_path: the file that records how the cache was decided, so that a resumed sweep keeps the decision.
         total_epochs: training epochs over all trials.
     """
     compute_dtype = _resolve_compute_dtype(runs, device, record_path)
@@ -111,9 +111,10 @@ def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[st
 
 
 def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> str | None:
-    """What `precision: auto` stands for on the workers; None if no run that reads the cache asks.
+    """What `precision: auto` stands for on the workers; None if no run that reads the cache sets it.
 
-    A worker answers, since this machine may have no GPU. The answer is kept, since it is part of the stores' keys.
+    A worker determines the dtype, since this machine may have no GPU. The dtype is recorded, since the stores' keys
+    contain it.
     """
     if not any(run.training.precision == "auto" for group in _group_runs(runs).values() for run in group):
         return None

@@ -98,11 +98,11 @@ def train_with_ray_train(
     trainer = _make_trainer(job, device, retries, callbacks or [])
     sync.push(job.folder, *job.input_paths)
     try:
-        outcome: Any = trainer.fit()
+        fit_result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise _worker_error(error) from None
-    if outcome.return_value:
-        raise UserError(outcome.return_value)
+    if fit_result.return_value:
+        raise UserError(fit_result.return_value)
     sync.pull(job.folder)
     return read_json(job.folder / "result.json")
 

@@ -1,4 +1,4 @@
-"""The batch plan of a pseudo-label job: which rows form a batch, decided once, so that a resumed job uses it again.
+"""The batch plan of a pseudo-label job: which rows form a batch. It is written once, and a resumed job reads it again.
 
 A plan is a folder with a Parquet file per window of rows and a row group per batch. `plan.json` is written last. Rows
 are sorted by length within a window only, so that memory is bounded by the window.

@@ -184,7 +184,7 @@ def apply_rules(rows: Sequence[CurationRow], rules: Curation) -> list[Verdict]:
         scored = [(candidate, next(rouge2), next(agreement)) for candidate in pair.candidates]
         if rules.choose == "rouge2":
             scored.sort(key=lambda entry: -entry[1])
-        violated = [_first_violated_rule(rules, c.target, pair.row, near, agrees) for c, near, agrees in scored]
+        violated = [_first_violated_rule(rules, c.target, pair.row, rouge, agreed) for c, rouge, agreed in scored]
         best = violated.index("") if "" in violated else 0
         candidates = [scored[best][0], *(entry[0] for i, entry in enumerate(scored) if i != best)]
         verdicts.append(Verdict(candidates, violated[best]))

@@ -33,7 +33,7 @@ PART_ROWS = 50_000
 WRITE_BUFFER_ROWS = 2_000  # rows in memory before they are written, so that memory does not grow with a part
 COLUMNS = ("id", "target", "rank", "score")
 DROPPED_FILE = "dropped.parquet"
-CORRUPT_SET_REMEDY = "delete the folder and make it again"
+CORRUPT_SET_REMEDY = "delete the folder and make the label set again"
 
 Manifest = TypeVar("Manifest", bound=LabelManifest)
 
@@ -200,8 +200,8 @@ def _read_manifest_as(record_type: type[Manifest], folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{folder}: no complete label set (no {MANIFEST}); make one with `raydistill pseudolabel`, or run the "
-            f"command that started it again"
+            f"{folder}: no complete label set (no {MANIFEST}); make one with `raydistill pseudolabel`, or "
+            f"run the command that started this label set again"
         )
     record = read_json(path)
     check_schema(path, record)
@@ -280,7 +280,7 @@ def list_label_sets(root: Path) -> tuple[list[tuple[Path, PseudolabelManifest]],
 
 @contextmanager
 def _corrupt_label_set_error(folder: Path) -> Iterator[None]:
-    """A block that reads Parquet files of a label set: its errors become a UserError with the remedy."""
+    """Turn every error of a block that reads Parquet files of a label set into a UserError with the remedy."""
     import pyarrow as pa
 
     try:

@@ -1,4 +1,4 @@
-"""Device-hours of runs, including the teacher passes they need.
+"""Device-hours of runs, including the teacher passes that the runs need.
 
 A device is a GPU or a CPU core. A teacher pass computes a label set or the teacher cache. sweep.json records the passes
 as `{"labels": {label_key: {set name: hours}}, "cache": hours, "stores": {array name: hours}}`. Every pass is counted
@@ -46,7 +46,7 @@ def required_passes(trial: Trial, passes: TeacherPasses) -> TeacherPasses | None
 
 
 def end_to_end_hours(trial: Trial, passes: TeacherPasses | None) -> float | None:
-    """Device-hours of a trial and of all teacher passes it needs; None if either is unknown."""
+    """Device-hours of a trial and of all teacher passes that the trial needs; None if either is unknown."""
     hours = trial.metrics.get("gpu_hours")
     required = None if hours is None or passes is None else required_passes(trial, passes)
     return None if required is None or hours is None else hours + total_pass_hours(required)

@@ -188,7 +188,7 @@ def _read_finished(folder: Path) -> Trial:
 
 
 def _parse_trial_record(data: dict[str, Any]) -> _TrialRecord:
-    """ValueError with one line for the first problem."""
+    """Validate the content of result.json; a ValueError names the first problem in one line."""
     try:
         return _TrialRecord.model_validate(data)
     except ValidationError as error:
@@ -237,13 +237,13 @@ def read_row_statistics(path: Path, split: str) -> np.ndarray | None:
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_ROW_BYTES:
-                raise ValueError("it would unpack to more than any sweep has rows for")
+                raise ValueError(f"it unpacks to more than {MAX_ROW_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             rows = np.asarray(arrays[split]) if split in arrays else None
     except (*PARSE_ERRORS, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _corrupt_trial_error(path, str(error)) from None
     if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
-        raise _corrupt_trial_error(path, f"rows of numbers were expected, found {rows.dtype} of {rows.ndim} dimensions")
+        raise _corrupt_trial_error(path, f"expected rows of numbers, got {rows.dtype} in {rows.ndim} dimensions")
     return rows
 
 
@@ -255,7 +255,10 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
     """
     path = sweep / "sweep.json"
     if not path.exists():
-        raise UserError(f"{sweep}: no sweep.json; the sweep was not started or stopped before its first trial")
+        raise UserError(
+            f"{sweep}: no sweep.json; the sweep was not started, or was stopped before its first trial: "
+            f"run `raydistill sweep` again"
+        )
     record = read_json(path)
     check_schema(path, record)
     with corrupt_file_error(path):

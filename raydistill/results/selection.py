@@ -18,9 +18,9 @@ class Selection:
     """A sweep's trials, its Pareto front and the choice for each budget.
 
     `sweep` is the folder, `record` the content of sweep.json, `metric` the main score and `cost` the cost of the front.
-    Front and choices are made of `students`: the finalists as served, one per serving configuration, or every scored
-    trial if none is served yet. `front_keys` are keys of students. `teacher` holds the teacher's scores and costs,
-    measured like the students'. `bounds` are the resolved bounds by budget.
+    Front and choices are computed from `students`: the finalists as served, one per serving configuration, or every
+    scored trial if none is served yet. `front_keys` are keys of students. `teacher` holds the teacher's scores and
+    costs, measured like the students'. `bounds` are the resolved bounds by budget.
     """
 
     sweep: Path

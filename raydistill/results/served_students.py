@@ -80,7 +80,7 @@ def load_served_teacher(sweep: Path, sweep_record: dict[str, Any]) -> dict[str, 
     """The teacher's record from sweep.json, with its costs as served where these were measured.
 
     Latencies are medians over the teacher's decodings with the same number of beams. Once the teacher was served, the
-    record also holds the `hardware` that the sweep is judged by and, under `served`, the costs by decoding.
+    record also holds the `hardware` whose timings count and, under `served`, the costs by decoding.
     """
     teacher = dict(sweep_record.get("teacher") or {})
     if (sweep / SERVED_FILE).is_file():

@@ -73,7 +73,7 @@ def trials_table(
 def result_tables(selection: Selection) -> list[TextTable]:
     """The table of all trials with the search's measurements and, once they are served, a table of the finalists.
 
-    Both tables mark the front and the choices, which are made among the finalists once these are served.
+    Both tables mark the front and the choices, which are finalists once finalists are served.
     """
     chosen = selection.chosen_keys
     if not selection.has_served_students:

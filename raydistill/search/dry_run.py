@@ -117,7 +117,7 @@ def estimate_device_hours(runs: list[Run], trials: int) -> tuple[float | None, s
     if pairs <= set(TABLE_4):
         hours = sum(TABLE_4[pair][0] / TABLE_4[pair][1] for pair in pairs) / len(pairs)
         return trials * hours, f"{hours:.1f} a run, the mean of the paper's Table 4, on an Nvidia RTX 2080"
-    return None, "the paper has no such teacher and data"
+    return None, "the paper has no figures for this teacher and data"
 
 
 def labelling_passes(runs: list[Run]) -> set[tuple[str, str]]:

@@ -44,7 +44,7 @@ def should_stop_early(curve: Curve, peers: Sequence[Curve], grace: float, reduct
 
     Args:
         curve: the trial's validation scores.
-        peers: those of other trials of the same shape.
+        peers: validation scores of other trials of the same shape.
         grace: the first rung.
         reduction: ratio of two rungs, and of the trials before and after a rung.
 

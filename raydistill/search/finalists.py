@@ -80,7 +80,7 @@ def all_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
 def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
     """Serve the teacher and every finalist with each decoding of the space, as far as this has not been done.
 
-    The sweep is then judged by what this machine served, since timings of two machines cannot be compared.
+    Selection then uses the timings of this machine only, since timings of two machines cannot be compared.
 
     Args:
         space: the sweep's space.
@@ -132,13 +132,13 @@ def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: H
         return []
     run, search = _representative_run(space, sweep), space.search.decoding
     location = locate_checkpoint(str(run.teacher), run.dataset.name)
-    wanted = [PendingServing(sweep, location, decoding_grid(BeamSearchParams(**teacher["decoding"]), search))]
+    required = [PendingServing(sweep, location, decoding_grid(BeamSearchParams(**teacher["decoding"]), search))]
     for trial in finalists:
-        wanted.append(
+        required.append(
             PendingServing(trial.folder, str(trial.folder / "best"), decoding_grid(_own_decoding(trial), search))
         )
     unserved = []
-    for pending in wanted:
+    for pending in required:
         entries = [e for e in read_served(pending.folder) if _is_current(pending.folder, e, machine)]
         served = {decoding_key(entry) for entry in entries}
         unserved.append(replace(pending, decodings=[d for d in pending.decodings if _key(d) not in served]))
@@ -239,7 +239,7 @@ def _is_current(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
 
 
 def _is_reference_hardware(sweep: Path, machine: Hardware) -> bool:
-    """Whether the sweep is judged by what this machine served, or nothing was served yet."""
+    """Whether selection uses the timings of this machine, or nothing was served yet."""
     if not (sweep / SERVED_FILE).is_file():
         return True
     return machine.items() <= (read_json(sweep / SERVED_FILE).get("hardware") or {}).items()

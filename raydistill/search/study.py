@@ -30,7 +30,7 @@ from raydistill.results.records import device_hours
 
 # Consecutive proposals that were tried before or are infeasible, after which random combinations replace the sampler's
 MAX_DUPLICATES = 10
-# ... and after which the search ends, since random combinations are not new either
+# Consecutive proposals as above, after which the search ends, since random combinations are not new either
 MAX_REJECTIONS = 200
 CORRUPT_STUDY_REMEDY = "Delete this file to start a new study: finished trials are recognised by their folders"
 
@@ -331,7 +331,7 @@ def truncate_corrupt_tail(journal: Path) -> None:
 
 
 def _make_sampler(search: Search) -> optuna.samplers.BaseSampler:
-    """The sampler; a grid is a queue of initial points, for which any sampler does."""
+    """The sampler; a grid is a queue of initial points, for which any sampler works."""
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=search.seed)
     return optuna.samplers.TPESampler(seed=search.seed, multivariate=False)

@@ -119,7 +119,7 @@ def publish_periodically(folder: Path) -> Iterator[None]:
             try:
                 sync.pull(folder / "trials", patterns=sync.RECORD_PATTERNS)
                 publish(folder)
-            except Exception as error:  # whatever it is, hours of training must not be lost to it
+            except Exception as error:  # no error of MLflow may end hours of training
                 if not warned:
                     print_progress(f"  MLflow: {error} (the sweep continues and publishes what is missing at the end)")
                 warned = True
@@ -136,7 +136,7 @@ def publish_periodically(folder: Path) -> Iterator[None]:
 def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Callable[[str], None]) -> dict[str, Any]:
     """Export the chosen students and print the summary; then write the page and update MLflow.
 
-    In this order, so that neither a full disk nor a tracking server that is down costs a student or the table.
+    In this order, so that neither a full disk nor an unavailable tracking server loses a student or the table.
 
     Returns:
         `summary_record` with the sweep's folder, the exports, the keys of failed trials, and whether the sweep is

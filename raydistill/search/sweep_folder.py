@@ -34,7 +34,9 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{folder}: another process is running this sweep; wait for it, or end it first") from None
+        raise UserError(
+            f"{folder}: another process is running this sweep; wait until that process ends, or stop it"
+        ) from None
     try:
         sync.pull(folder, patterns=sync.RECORD_PATTERNS)
         path = folder / "space.yaml"
@@ -83,8 +85,8 @@ def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
     record = read_sweep(folder)
     previous = StopReason(**record.get("stop", {}))
     # Other budgets or fewer beams may admit shapes that were infeasible before
-    same = record["budgets"] == space.budgets and record.get("decoding") == space.search.decoding.model_dump()
-    return previous if previous.exhausted and same else None
+    unchanged = record["budgets"] == space.budgets and record.get("decoding") == space.search.decoding.model_dump()
+    return previous if previous.exhausted and unchanged else None
 
 
 def write_sweep_record(

@@ -28,7 +28,7 @@ class TrialContext:
         sweep: the sweep's folder.
         prepared: what was computed before the first trial.
         device: "cpu" or "cuda".
-        train_fn: trains a run; another function than `train` serves to measure the search itself.
+        train_fn: trains a run; benchmarks of the search replace `train` by a stub.
     """
 
     space: Space
@@ -94,7 +94,7 @@ def _train_on_ray(job: TrainJob, device: str) -> Metrics:
 def early_stop_reason(folder: Path, search: Search) -> str | None:
     """Why the trial in `folder` should stop now, compared with the sweep's other trials of its shape; None if not.
 
-    Scores of the warm-up do not count: the learning rate that is best in the end is not ahead yet.
+    Scores of the warm-up do not count: the learning rate that wins in the end need not lead yet.
     """
     sync.pull(folder.parent, patterns=["run.json", "metrics.jsonl", "result.json"])
     curve, peers, warmup = peer_curves(folder.parent.parent, folder.name)

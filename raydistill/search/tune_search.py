@@ -24,8 +24,8 @@ from raydistill.search.study import StopReason, SweepStudy
 from raydistill.search.trial import TrialContext, tune_trial
 
 RECOUNT_INTERVAL_S = 2.0
-# Resources of a trial that only waits for its Ray Train job: one byte, since Tune accepts no empty request, and a share
-# of a CPU would keep the last of as many trials as there are CPUs from its own worker.
+# Resources of a trial that only waits for its Ray Train job: one byte of memory, since Tune accepts no empty request. A
+# share of a CPU would be missing for a worker when the workers of all trials need every CPU.
 DRIVER_ONLY_RESOURCES = {"memory": 1.0}
 # Tune would pass the AWS keys of this process to its actors as a setting, which Ray's agent writes to a log that every
 # user can read. Actors on this machine inherit the environment, and other nodes have roles or keys of their own.
@@ -117,7 +117,7 @@ class StudySearcher(Searcher):
 
 
 class StartedTrials(Callback):
-    """Collects the keys of the trials that got an actor."""
+    """Collects the keys of the trials whose actor was started."""
 
     def __init__(self) -> None:
         self.keys: set[str] = set()

@@ -72,7 +72,7 @@ class CacheLayout:
     def encoder_store(self) -> Path:
         """The folder of the encoder states; its name is also the lock group of all stores of the layout."""
         layout = (store.FORMAT_VERSION, store.PART_TOKENS, store.WINDOW_ROWS)
-        dtypes = {"kept": self.dtypes.storage, "computed": self.dtypes.compute}  # names of version 1 keep the key
+        dtypes = {"kept": self.dtypes.storage, "computed": self.dtypes.compute}  # these names keep existing keys valid
         key = _content_key(layout, self.teacher_key, self.source_examples.sources_key, dtypes)
         return self.root / f"encoder-{key}"
 
@@ -148,7 +148,7 @@ class CacheLayout:
         if self.max_bytes is not None and total_bytes > self.max_bytes:
             raise UserError(
                 f"{self.root}: the teacher cache takes {total_bytes / 1e9:.3g} GB, more than training.cache_gb allows "
-                f"({self.max_bytes / 1e9:.3g}); raise it, or set training.teacher_cache to auto or off"
+                f"({self.max_bytes / 1e9:.3g}); raise training.cache_gb, or set training.teacher_cache to auto or off"
             )
         check_disk_space(self.root, self.missing_bytes())
         teacher, data = self.names
@@ -170,7 +170,7 @@ class CacheLayout:
         for array, size in self.array_sizes.items():
             if not store.is_complete(array):
                 if store.missing_parts(array, len(self.parts)):
-                    raise TransientError(f"{array.parent}: was removed during the build; run again")
+                    raise TransientError(f"{array.parent}: was removed during the build; run the same command again")
                 store.finish_array(array, len(self.parts), size)
 
     @property

@@ -1,4 +1,4 @@
-"""What to cache of a teacher: the states that runs read, and whether reading them is faster than computing them."""
+"""What to cache of a teacher: the states that runs read, and whether a cache is faster than recomputing them."""
 
 import os
 import time
@@ -100,8 +100,8 @@ def choose_mode(layout: CacheLayout, times: EpochTimes, available_bytes: float, 
     are cached if this is faster than computing them in each epoch, and if they fit into `available_bytes`.
     """
     encoder_bytes, decoder_bytes = _bytes_by_kind(layout)
-    encoder_pays = times.encoder * (epochs - 1) > times.read_encoder * epochs
-    decoder_pays = times.decoder * (epochs - 1) > times.read_decoder * epochs
+    encoder_cache_is_faster = times.encoder * (epochs - 1) > times.read_encoder * epochs
+    decoder_cache_is_faster = times.decoder * (epochs - 1) > times.read_decoder * epochs
     figures = (
         f"encoder states {_format_gb(encoder_bytes)}, recomputing an epoch {times.encoder:.1f} s, "
         f"reading {times.read_encoder:.1f} s; "
@@ -109,19 +109,22 @@ def choose_mode(layout: CacheLayout, times: EpochTimes, available_bytes: float, 
         f"reading {times.read_decoder:.1f} s; "
         f"{epochs:.3g} epochs in all; {_format_gb(available_bytes)} available"
     )
-    if layout.encoder and not encoder_pays:
-        return "off", f"reading the encoder states does not pay ({figures})"
+    if layout.encoder and not encoder_cache_is_faster:
+        return "off", f"a cache of the encoder states is not faster than recomputing them in every epoch ({figures})"
     if layout.encoder and encoder_bytes > available_bytes:
         return "off", f"the encoder states do not fit ({figures})"
     without_decoder: CacheMode = "encoder" if layout.encoder else "off"
     if not layout.label_sets:
         reason = f"no run reads decoder states ({figures})" if layout.encoder else "no run reads teacher states"
         return without_decoder, reason
-    if not decoder_pays:
-        return without_decoder, f"reading the decoder states does not pay ({figures})"
+    if not decoder_cache_is_faster:
+        return (
+            without_decoder,
+            f"a cache of the decoder states is not faster than recomputing them in every epoch ({figures})",
+        )
     if encoder_bytes + decoder_bytes > available_bytes:
         return without_decoder, f"the decoder states do not fit ({figures})"
-    return "full", f"it fits and pays ({figures})"
+    return "full", f"the states fit, and a cache is faster than recomputing them in every epoch ({figures})"
 
 
 def measure_epoch_times(layout: CacheLayout, teacher: PreTrainedModel) -> EpochTimes:

@@ -156,4 +156,4 @@ def map_part(part: PartFile) -> np.ndarray:
 
 
 def _corrupt_part_error(path: Path) -> UserError:
-    return UserError(f"{path}: is damaged or missing; delete {path.parents[1]} and run again")
+    return UserError(f"{path}: is damaged or missing; delete {path.parents[1]} and run the same command again")

@@ -18,7 +18,7 @@ def test_help_is_fast_and_has_an_example():
     done = run("--help")
     assert time.monotonic() - start < 3  # about half a second on an idle machine
     assert done.returncode == 0
-    assert "python -m raydistill.describe demo" in done.stdout
+    assert "raydistill describe demo" in done.stdout
 
 
 def test_no_heavy_library_is_imported(tmp_path):

@@ -97,9 +97,9 @@ def test_auto_mode_follows_the_measured_times(workspace, tmp_path, monkeypatch):
     kd = cached_run(workspace, "kd").model_copy(update={"labels": "original"})
     for times, auto_run, expected_mode, expected_reason in [
         (cheap_reads, run, "encoder", "no run reads decoder states"),
-        (cheap_reads, kd, "full", "it fits and pays"),
-        (replace(cheap_reads, read_decoder=4.0), kd, "encoder", "reading the decoder states does not pay"),
-        (replace(cheap_reads, read_encoder=10.0), kd, "off", "reading the encoder states does not pay"),
+        (cheap_reads, kd, "full", "the states fit, and a cache is faster"),
+        (replace(cheap_reads, read_decoder=4.0), kd, "encoder", "a cache of the decoder states is not faster"),
+        (replace(cheap_reads, read_encoder=10.0), kd, "off", "a cache of the encoder states is not faster"),
     ]:
         monkeypatch.setattr(teacher_cache, "run_exclusive", lambda *_, times=times, **options: times)
         mode, reason = resolve_cache_mode(CacheRequest([auto_run], {}, tmp_path / "cache", "cpu"), 100.0)

@@ -166,7 +166,7 @@ def test_damaged_set_is_refused_by_name(tmp_path, damage):
         no_rows = json.dumps({"schema": SCHEMA_VERSION, "teacher": "t"})
         texts = {"manifest": "{", "manifest without rows": no_rows, "manifest is a list": "[3]"}
         manifest.write_text(texts[damage])
-    with pytest.raises(UserError, match=r"/set(/manifest\.json)?: .*(damaged|make it again)"):
+    with pytest.raises(UserError, match=r"/set(/manifest\.json)?: .*(damaged|make the label set again)"):
         read_label_set(folder)
 
 

@@ -29,5 +29,5 @@ def test_keys_depend_on_teacher_sources_targets_and_dtypes(tmp_path):
 def test_store_that_was_removed_during_a_build_is_reported(tmp_path):
     layout = cache_layout(tmp_path, cache_examples())
     layout.prepare()
-    with pytest.raises(UserError, match="was removed during the build; run again"):
+    with pytest.raises(UserError, match="was removed during the build; run the same command again"):
         layout.finish()

@@ -1,4 +1,4 @@
-"""What is cached: the union of what runs read, what fits and pays, and the limit of disk space."""
+"""What is cached: the union of what runs read, what fits and is faster to read, and the limit of disk space."""
 
 from dataclasses import replace
 
@@ -30,13 +30,21 @@ TIMES = EpochTimes(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0
 @pytest.mark.parametrize(
     ("times", "available_bytes", "epochs", "encoder", "decoder", "mode", "reason"),
     [
-        (TIMES, 3e6, 5, True, True, "full", "it fits and pays"),
+        (TIMES, 3e6, 5, True, True, "full", "the states fit, and a cache is faster"),
         (TIMES, 2.2e6, 5, True, True, "encoder", "the decoder states do not fit"),
         (TIMES, 1e6, 5, True, True, "off", "the encoder states do not fit"),
-        (replace(TIMES, read_encoder=9.0), 3e6, 5, True, True, "off", "reading the encoder states does not pay"),
-        (replace(TIMES, read_decoder=4.0), 3e6, 5, True, True, "encoder", "reading the decoder states does not pay"),
-        (TIMES, 3e6, 1, True, True, "off", "reading the encoder states does not pay"),  # built for a single epoch
-        (TIMES, 1e6, 5, False, True, "full", "it fits and pays"),
+        (replace(TIMES, read_encoder=9.0), 3e6, 5, True, True, "off", "a cache of the encoder states is not faster"),
+        (
+            replace(TIMES, read_decoder=4.0),
+            3e6,
+            5,
+            True,
+            True,
+            "encoder",
+            "a cache of the decoder states is not faster",
+        ),
+        (TIMES, 3e6, 1, True, True, "off", "a cache of the encoder states is not faster"),  # built for a single epoch
+        (TIMES, 1e6, 5, False, True, "full", "the states fit, and a cache is faster"),
         (TIMES, 1e5, 5, False, True, "off", "the decoder states do not fit"),
         (TIMES, 3e6, 5, True, False, "encoder", "no run reads decoder states"),
     ],
