@@ -40,7 +40,7 @@ def choose(
         str | None, typer.Option(help="name of the budget, used as the alias in MLflow; without --within, a stored one")
     ] = None,
     register: Annotated[bool, typer.Option(help="register the choice in MLflow")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Choose the best student of a sweep within a budget, export it and register it in MLflow.
 
@@ -216,6 +216,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from raydistill.choose import main as real_main
+    from raydistill.choose import main as entry
 
-    real_main()
+    entry()

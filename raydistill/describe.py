@@ -1,4 +1,4 @@
-"""Read and check a data set, and print statistics: `python -m raydistill.describe DATA`."""
+"""`raydistill describe`: read and check a data set, and print statistics."""
 
 from collections import defaultdict
 from typing import Annotated, Any
@@ -24,14 +24,14 @@ app = make_app()
 
 @app.command()
 def describe(  # noqa: PLR0913
-    data: Annotated[str, typer.Argument(help="A named data set, a file, a folder, or a hub name.")],
-    split: Annotated[str | None, typer.Option(help="Split to read; default: all splits.")] = None,
-    source: Annotated[str | None, typer.Option(help="Column of the source; dots address nested values.")] = None,
-    target: Annotated[str | None, typer.Option(help="Column of the target.")] = None,
-    id_column: Annotated[str | None, typer.Option("--id", help="Column of the row id.")] = None,
-    config: Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")] = None,
-    skip_bad_rows: Annotated[bool, typer.Option(help="Skip rows that cannot be used.")] = False,
-    json: Annotated[bool, typer.Option(help="Print one JSON object on stdout, and the tables on stderr.")] = False,
+    data: Annotated[str, typer.Argument(help="a named data set, a hub name, a file or a folder")],
+    split: Annotated[str | None, typer.Option(help="split to read; default: all splits")] = None,
+    source: Annotated[str | None, typer.Option(help="column of the source; dots address nested values")] = None,
+    target: Annotated[str | None, typer.Option(help="column of the target")] = None,
+    id_column: Annotated[str | None, typer.Option("--id", help="column of the row id")] = None,
+    config: Annotated[str | None, typer.Option(help="configuration of a data set of the hub")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option(help="skip rows that cannot be used")] = False,
+    json: Annotated[bool, typer.Option(help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Read and check a data set, and print columns, word counts and bad rows.
 
@@ -39,9 +39,9 @@ def describe(  # noqa: PLR0913
 
     Examples:
 
-        python -m raydistill.describe demo
+        raydistill describe demo
 
-        python -m raydistill.describe news/ --split validation --source body --target headline
+        raydistill describe news/ --split validation --source body --target headline
     """
     if source is None and (target is not None or id_column is not None):
         raise UserError("--target and --id also need --source")

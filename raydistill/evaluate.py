@@ -23,10 +23,10 @@ app = make_app()
 
 @app.command()
 def evaluate(  # noqa: PLR0913
-    checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a known name")],
+    checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a named teacher such as bart")],
     against: Annotated[str | None, typer.Argument(help="a second checkpoint to compare with")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="a known name, a hub name, a file or a folder; default: the training data")
+        str | None, typer.Option(help="a named data set, a hub name, a file or a folder; default: the training data")
     ] = None,
     split: Annotated[str, typer.Option(help="which split")] = "test",
     metric: Annotated[
@@ -48,7 +48,7 @@ def evaluate(  # noqa: PLR0913
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if available")] = "auto",
     predictions: Annotated[Path | None, typer.Option(help="write the outputs to this file, one JSON per line")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end of stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Score a checkpoint on a split with a 95 % bootstrap interval, and time it on real rows.
 
@@ -138,7 +138,10 @@ def _resolve_task(checkpoint: str, name: str | None, metric: str) -> EvaluationT
         run = None
     dataset_name = name or (run.dataset.name if run else default_dataset(checkpoint))
     if dataset_name is None:
-        raise UserError(f"{checkpoint}: give the data set to score it on with --dataset (a known name, file or folder)")
+        raise UserError(
+            f"{checkpoint}: give the data set to score it on with --dataset (a named data set, a hub name, a file or a "
+            f"folder)"
+        )
     if run is None or run.dataset.name != dataset_name:
         return EvaluationTask(Dataset(name=dataset_name), resolve_metric(dataset_name, metric))
     if metric == "auto" and run.evaluation.metric != "auto":

@@ -20,10 +20,11 @@ app = make_app()
 @app.command()
 def pseudolabel(  # noqa: PLR0913
     teacher: Annotated[
-        str, typer.Option(help="a known name (bart, pegasus, mbart, marian, t5, demo), a hub name or a path")
+        str, typer.Option(help="a named teacher (bart, pegasus, mbart, marian, t5, demo), a hub name or a path")
     ],
     dataset: Annotated[
-        str | None, typer.Option(help="a known name, a hub name, a file or a folder; default: the one of the teacher")
+        str | None,
+        typer.Option(help="a named data set, a hub name, a file or a folder; default: the teacher's data set"),
     ] = None,
     split: Annotated[str, typer.Option(help="the split to label")] = "train",
     output: Annotated[Path | None, typer.Option(help="folder of the label sets; default: outputs/labels")] = None,
@@ -78,7 +79,9 @@ def pseudolabel(  # noqa: PLR0913
 
     name = dataset or default_dataset(teacher)
     if name is None:
-        raise UserError(f"--teacher {teacher}: name the data with --dataset (a known name, a file or a folder)")
+        raise UserError(
+            f"--teacher {teacher}: name the data with --dataset (a named data set, a hub name, a file or a folder)"
+        )
     if n_best > (beams or n_best):
         raise UserError(f"--n-best {n_best} is more than --beams {beams}")
     pseudo = PseudoLabeling(n_best=n_best, precision=precision, curation=parse_curation(keep or []))

@@ -20,7 +20,7 @@ app = make_app()
 
 @app.command()
 def shrink(  # noqa: PLR0913
-    teacher: Annotated[str, typer.Option(help="a known name, a hub name or a path")],
+    teacher: Annotated[str, typer.Option(help="a named teacher, a hub name or a path")],
     size: Annotated[str, typer.Option(help='encoder and decoder layers, such as "12-3"')],
     output: Annotated[Path, typer.Option(help="the folder to write; must not exist")],
     copy: Annotated[str | None, typer.Option(help='decoder layers to copy, such as "0,6,11"')] = None,
@@ -30,9 +30,10 @@ def shrink(  # noqa: PLR0913
         str | None, typer.Option(help="a checkpoint of the teacher's architecture to copy the decoder layers from")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="data set that selects a known teacher's checkpoint; default: its first")
+        str | None,
+        typer.Option(help="data set that selects a named teacher's checkpoint; default: the teacher's first data set"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end of stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Copy layers of a teacher into a smaller checkpoint that `from_pretrained` reads.
 
@@ -86,7 +87,7 @@ def _create_student(
 ) -> tuple["LayerPlan", int]:
     """Write the student to `output`; return its layer plan and its number of parameters.
 
-    The data sets select the checkpoints of the teacher and of `student.copy_from` if these are known names.
+    The data sets select the checkpoints of the teacher and of `student.copy_from` if these are named teachers.
     """
     from raydistill.models import families
     from raydistill.models.loading import load_config, load_model, locate_checkpoint

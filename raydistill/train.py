@@ -115,7 +115,7 @@ def train_run(run: Any, folder: Path) -> dict[str, Any]:
 
 
 class MetricsFollower:
-    """A block in which each new validation of the run in `folder` is printed as one line."""
+    """Context manager that prints each new validation of the run in `folder` as one line."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
@@ -136,7 +136,7 @@ class MetricsFollower:
     def _follow(self) -> None:
         while True:
             is_last = self.closed.wait(1.0)
-            with contextlib.suppress(UserError):  # the storage does not answer; the next iteration asks again
+            with contextlib.suppress(UserError):  # the storage is unavailable; the next iteration tries again
                 sync.pull(self.path)
             lines = self._read_lines()
             for line in lines[self.num_reported :]:
@@ -155,7 +155,7 @@ def _describe_validation(metrics: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     run_app(app)
 
 

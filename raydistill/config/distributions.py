@@ -16,7 +16,7 @@ Integer = int  # an alias, because `Distribution` has a field named `int`
 
 
 class SpaceError(ValueError):
-    """An invalid space. `key` is the dotted key of the space or of its run that is to blame."""
+    """An invalid space. `key` is the dotted key with the invalid value, in the space or in its run."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)

@@ -198,8 +198,8 @@ def check_teacher(name: str) -> None:
     """Validate the name of a teacher without loading a model.
 
     Raises:
-        UserError: the name is no known name, no existing path and no hub name (owner/name), or the teacher of the demo
-            is not trained yet.
+        UserError: the name is no named teacher, no existing path and no hub name (owner/name), or the demo teacher is
+            not trained yet.
     """
     if name == "demo":
         if not (raydistill_home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():

@@ -31,7 +31,7 @@ class Columns(StrictModel):
 
 
 class Dataset(StrictModel):
-    """A data set: a known name, a hub name, a file, or a folder of train, validation and test files."""
+    """A data set: a named data set, a hub name, a file, or a folder of train, validation and test files."""
 
     name: str = Field(
         description="a named data set, a hub name, a file, or a folder of train, validation and test files"

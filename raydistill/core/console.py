@@ -40,7 +40,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 class ProgressBar:
     """Progress of long work on stderr: a bar on a terminal, elsewhere a line from time to time.
 
-    `total` and the amounts passed to `advance` are in the same unit of work, which `note` need not mention.
+    `total` and the amounts passed to `advance` are in one unit of work; the notes may count in other units.
     """
 
     def __init__(self, label: str, total: float, initial: float = 0) -> None:

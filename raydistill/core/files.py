@@ -17,7 +17,7 @@ PARSE_ERRORS = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, MemoryError, OSError),
 )
-# Version of the records in sweeps, runs, label sets and caches. Version 1 was written by raydistill 0.1 previews.
+# Version of the records in sweeps, runs, label sets and caches. Version 1 was written before the first release.
 SCHEMA_VERSION = 2
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written; they are not synced to a bucket
 CHECKPOINT_METADATA = "raydistill.json"  # next to the weights of a checkpoint: teacher, data and configuration

@@ -310,7 +310,7 @@ def _resolve_dataset(dataset: Dataset) -> Path | str:
         return name
     similar = difflib.get_close_matches(name, list(DATASETS), n=1)
     hint = f"did you mean {similar[0]!r}?" if similar else f"known names: {', '.join(DATASETS)}"
-    raise UserError(f"data set {name!r}: not a known name, file, folder or hub name (owner/name); {hint}")
+    raise UserError(f"data set {name!r}: not a named data set, file, folder or hub name (owner/name); {hint}")
 
 
 def _hub_arguments(dataset: Dataset) -> tuple[str, str | None, str | None]:

@@ -60,7 +60,7 @@ def _as_user_errors(repo_id: str, config: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _offline_when_unreachable() -> Iterator[None]:
-    """Use the cache only if the hub is unreachable; `datasets` itself retries for 23 s before it does."""
+    """Use only the cache if the hub is unreachable; without this, `datasets` first tries the hub for 23 s."""
     from datasets import config
     from datasets.utils import logging
 
@@ -79,7 +79,7 @@ def _offline_when_unreachable() -> Iterator[None]:
 def _is_reachable(endpoint: str) -> bool:
     proxies = ("https_proxy", "http_proxy", "all_proxy")
     if any(os.environ.get(name) or os.environ.get(name.upper()) for name in proxies):
-        return True  # only the proxy can tell
+        return True  # only the proxy knows whether the hub is reachable
     parts = urlsplit(endpoint)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:

@@ -20,7 +20,7 @@ from raydistill.core.machine import available_cores, reset_peak_rss, rss_mb
 from raydistill.inference.decoding import Engine, Workload
 
 MAX_REPEATS = 1000
-# CPU cores that other processes may keep busy during a measurement; background services need less, a training more.
+# CPU cores that other processes may keep busy during a measurement. Background services need less, a training run more.
 MAX_BACKGROUND_CORES = 0.5
 
 Hardware = dict[str, str | int]
