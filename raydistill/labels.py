@@ -60,7 +60,12 @@ def list_(root: RootOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def describe(name: NameArgument, root: RootOption = None, rows: int = 3, as_json: JsonOption = False) -> None:
+def describe(
+    name: NameArgument,
+    root: RootOption = None,
+    rows: Annotated[int, typer.Option(help="number of rows to show")] = 3,
+    as_json: JsonOption = False,
+) -> None:
     """Show counts, quality, teacher and decoding of a label set, and its first rows."""
     from itertools import islice
 

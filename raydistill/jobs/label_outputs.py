@@ -100,7 +100,7 @@ def is_batch_complete(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, pa.ArrowInvalid) as error:
-        if getattr(error, "errno", None) is not None:  # an error of the disk says nothing about the file
+        if getattr(error, "errno", None) is not None:  # a disk error does not show that the file is truncated
             raise
         path.unlink()
         return False

@@ -81,7 +81,7 @@ def prepare_run_inputs(run: Run, device: str, folder: Path) -> RunInputs:
 
 
 def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total_epochs: float) -> SharedInputs:
-    """Create the label sets and the teacher cache of some runs, as far as they are missing.
+    """Create the label sets and the parts of the teacher cache that some runs need and that are missing.
 
     Args:
         runs: runs with a teacher.
@@ -128,7 +128,7 @@ def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> s
 def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
     """Folders of the label sets that teachers wrote, and device-hours of all label sets; both by `label_key`.
 
-    A curated set counts as the set that it was made from, since it took no pass of its own.
+    A curated set counts as the set that it was derived from, since curation needs no pass of the teacher.
     """
     label_folders: LabelFolders = {}
     hours: dict[str, dict[str, float]] = {}
@@ -164,9 +164,9 @@ def _make_teacher_cache(
     total_epochs: float,
     compute_dtype: str | None,
 ) -> PreparedCache:
-    """Build the teacher cache that the runs share, as far as it is missing.
+    """Build the missing parts of the teacher cache that the runs share.
 
-    The record gets each decision before the pass and the pass's costs after it.
+    Each decision is recorded before the teacher's pass, and the costs of the pass after it.
     """
     root = raydistill_home() / "cache"
     record = _read_cache_record(record_path)

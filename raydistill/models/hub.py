@@ -225,7 +225,7 @@ def _download_snapshot(name: str, revision: str | None, patterns: list[str]) -> 
             )
         )
     except GatedRepoError:
-        raise UserError(f"{name}: the hub asks for a login; accept its terms and set HF_TOKEN") from None
+        raise UserError(f"{name}: the model requires a login; accept its terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         raise UserError(
             f"{name}: neither a folder nor a public model on the hub; check the name, or set HF_TOKEN for a private "

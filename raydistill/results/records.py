@@ -298,7 +298,10 @@ def device_hours(sweep: Path) -> float:
 
 
 def _corrupt_trial_error(path: Path, detail: str) -> UserError:
-    return UserError(f"{path}: damaged: {detail}. Delete {path.parent} and run the sweep again to repeat the trial")
+    return UserError(
+        f"{path}: damaged: {detail}. Delete {path.parent} and the sweep's study.log, and run the sweep again to repeat "
+        f"the trial"
+    )
 
 
 def decoding_key(decoding: dict[str, Any]) -> str:

@@ -78,7 +78,7 @@ def all_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
 
 
 def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
-    """Serve the teacher and every finalist with each decoding of the space, as far as this has not been done.
+    """Serve the teacher and every finalist with each decoding of the space that is missing.
 
     Selection then uses the timings of this machine only, since timings of two machines cannot be compared.
 
@@ -125,7 +125,7 @@ def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: H
         space: the sweep's space.
         sweep: the sweep's folder.
         teacher: the teacher's record from sweep.json.
-        machine: hardware, as far as known; unknown properties are not compared.
+        machine: the known properties of the hardware; unknown properties are not compared.
     """
     finalists = [trial for trial in select_finalists(sweep) if trial.checkpoint]
     if not finalists:

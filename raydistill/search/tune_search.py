@@ -99,7 +99,7 @@ class StudySearcher(Searcher):
         self.max_concurrent = max_concurrent
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        """The next proposal; None while the cluster is full, upon which Tune asks again later."""
+        """The next proposal; None while the cluster is full: Tune then asks again later."""
         if self.study.num_running >= self.max_concurrent():
             return None
         proposal = self.study.propose(trial_id)

@@ -81,13 +81,13 @@ def make_cache_layout(
     first = runs[0][0]
     limits = [run.training.cache_gb * 1e9 for run, mode in runs if mode != "off" and run.training.cache_gb is not None]
     return CacheLayout(
-        root,
-        teacher_key,
-        next(iter(examples.values())),
-        teacher_config.d_model,
-        encoder,
-        [(examples[label_key], sorted(label_layers)) for label_key, label_layers in layers.items()],
-        CacheDtypes(first.training.cache_precision, compute_dtype),
+        root=root,
+        teacher_key=teacher_key,
+        source_examples=next(iter(examples.values())),
+        width=teacher_config.d_model,
+        encoder=encoder,
+        label_sets=[(examples[label_key], sorted(label_layers)) for label_key, label_layers in layers.items()],
+        dtypes=CacheDtypes(first.training.cache_precision, compute_dtype),
         names=(first.teacher or "", first.dataset.name),
         max_bytes=min(limits, default=None),
     )
@@ -107,7 +107,7 @@ def choose_mode(layout: CacheLayout, times: EpochTimes, available_bytes: float, 
         f"reading {times.read_encoder:.1f} s; "
         f"decoder states {_format_gb(decoder_bytes)}, recomputing {times.decoder:.1f} s, "
         f"reading {times.read_decoder:.1f} s; "
-        f"{epochs:.3g} epochs in all; {_format_gb(available_bytes)} available"
+        f"{epochs:.3g} epochs in total; {_format_gb(available_bytes)} available"
     )
     if layout.encoder and not encoder_cache_is_faster:
         return "off", f"a cache of the encoder states is not faster than recomputing them in every epoch ({figures})"

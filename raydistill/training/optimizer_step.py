@@ -186,7 +186,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 def make_optimizer(parameters: list[Parameter], settings: Training) -> torch.optim.Optimizer:
-    """Fused AdamW or Adafactor, as `training.optimizer` says."""
+    """Fused AdamW or Adafactor, selected by `training.optimizer`."""
     if settings.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(

@@ -33,12 +33,12 @@ def make_distillation_step(
     teacher, frozen = setup.teacher, setup.frozen_parts(run)
     autocast = autocast_dtype(run.training, worker)
     distillation = DistillationStep(
-        setup.student,
-        None,
-        examples,
-        run.method,
-        run.loss,
-        setup.layer_plan,
+        student=setup.student,
+        teacher=None,
+        examples=examples,
+        method=run.method,
+        loss=run.loss,
+        layer_plan=setup.layer_plan,
         encoder_shared=frozen.encoder_shared,
         lm_head_shared=frozen.embeddings and teacher is not None,
         lm_head_weight=frozen_lm_head_weight(setup.student, autocast),

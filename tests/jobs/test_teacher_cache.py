@@ -104,7 +104,7 @@ def test_auto_mode_follows_the_measured_times(workspace, tmp_path, monkeypatch):
         monkeypatch.setattr(teacher_cache, "run_exclusive", lambda *_, times=times, **options: times)
         mode, reason = resolve_cache_mode(CacheRequest([auto_run], {}, tmp_path / "cache", "cpu"), 100.0)
         assert (mode, reason.startswith(expected_reason)) == (expected_mode, True)
-        assert "100 epochs in all" in reason
+        assert "100 epochs in total" in reason
     assert build_teacher_cache(request, "off").bytes == 0
     assert not list((tmp_path / "cache").rglob("*.bin"))
     tiny_limit = CacheRequest([cached_run(workspace, "sft", cache_gb=1e-9)], {}, tmp_path / "cache", "cpu")
