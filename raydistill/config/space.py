@@ -91,7 +91,7 @@ class Space(StrictModel):
         max_length=100,
         description="name of the sweep, and of its folder `outputs/sweeps/NAME`; the same name resumes the sweep",
     )
-    description: str = Field("", description="free text, shown in MLflow")
+    description: str = Field("", description="free text for readers of the file")
     run: dict[str, Any] = Field(
         description="every key of a run file except `name` and `start`; values may be distributions"
     )
