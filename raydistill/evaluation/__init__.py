@@ -1,1 +1,1 @@
-
+"""Scores with bootstrap intervals, latency, and serving on real rows."""

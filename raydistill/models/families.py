@@ -1,4 +1,4 @@
-"""One interface to BART, Pegasus, mBART, Marian and T5: sizes, encoder, decoder, output head, parameter groups."""
+"""One interface to BART, Pegasus, mBART, Marian and T5: sizes, encoder, decoder, LM head, parameter groups."""
 
 import contextlib
 import copy
@@ -137,7 +137,7 @@ def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = Fal
 def decode(
     model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False, attentions: bool = False
 ) -> StackOutputs:
-    """Run the decoder, teacher-forced and without its output head.
+    """Run the decoder, teacher-forced and without the LM head.
 
     `ids`: decoder input ids [batch, target tokens]; `encoded`: encoder states [batch, tokens, width]; `mask`: the
     attention mask of the source [batch, tokens].
@@ -210,13 +210,13 @@ def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
 
 
 def trainable_lm_head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Return the trainable parameters of the output head."""
+    """Return the trainable parameters of the LM head."""
     project: Any = model.lm_head
     return [p for p in project.parameters() if p.requires_grad]
 
 
 def embedding_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Return token and position embeddings, and thus the tied output head, each once."""
+    """Return token and position embeddings, and thus the tied LM head, each once."""
     parts = ("shared.", "embed_tokens.", "embed_positions.", "lm_head.")
     by_id = {id(p): p for name, p in model.named_parameters() if any(part in name for part in parts)}
     return list(by_id.values())

@@ -1,0 +1,1 @@
+"""MLflow store, runs and registry; the export of a student and its model card."""

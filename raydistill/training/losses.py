@@ -186,7 +186,6 @@ class _OutputLoss(torch.autograd.Function):
                 for total, gradient in zip(gradients[1:], chunk_gradients[1:], strict=True):
                     total += gradient
         ctx.save_for_backward(*gradients)
-        ctx.parameters = len(lm_head_parameters)
         cross_entropy, divergence = sums.unbind()
         ctx.mark_non_differentiable(cross_entropy, divergence)
         return targets.ce_weight * cross_entropy + targets.kl_weight * divergence, cross_entropy, divergence
