@@ -203,7 +203,7 @@ def _load_teacher(request: CacheRequest, device: str) -> "PreTrainedModel":
 
 @lru_cache(maxsize=2)
 def _load_inputs(request: CacheRequest) -> CacheInputs:
-    """Tokenize the examples and read the configuration of the teacher."""
+    """Tokenise the examples and read the configuration of the teacher."""
     from raydistill.config.presets import teacher_preset
     from raydistill.models.fingerprints import teacher_key
     from raydistill.models.loading import load_config, locate_checkpoint

@@ -135,7 +135,7 @@ def first_error_line(error: BaseException) -> str:
 
 
 def check_no_missing_weights(info: dict[str, Any], checkpoint: str | Path) -> None:
-    """Check the loading info of `from_pretrained`, which initializes missing weights randomly.
+    """Check the loading info of `from_pretrained`, which initialises missing weights randomly.
 
     Raises:
         UserError: weights are missing.

@@ -34,7 +34,7 @@ SUPERVISED_LAYERS: dict[int, dict[int, list[int]]] = {
 
 
 def layers_to_copy(teacher_depth: int, student_depth: int, init: str = "spaced") -> list[int]:
-    """Return the teacher layers, counted from 0, that initialize the student's layers.
+    """Return the teacher layers, counted from 0, that initialise the student's layers.
 
     For teacher depth L, student depth n and student layer i, `init` is one of:
 

@@ -132,7 +132,7 @@ def _check_weight_shapes(info: dict[str, Any], checkpoint: str | Path) -> None:
 def _check_weights_size(config: PretrainedConfig, folder: Path, checkpoint: str | Path) -> None:
     """Raise UserError if config.json asks for more parameters than the weight files have bytes.
 
-    Without this check, `from_pretrained` would allocate and randomly initialize the missing weights.
+    Without this check, `from_pretrained` would allocate and randomly initialise the missing weights.
     """
     keys = CONFIG_KEYS[config.model_type]
     sides = ((keys.encoder_layers, keys.encoder_ffn), (keys.decoder_layers, keys.decoder_ffn))

@@ -1,4 +1,4 @@
-"""Builds a new, randomly initialized model of the BART or Marian architecture and trains its tokenizer."""
+"""Builds a new, randomly initialised model of the BART or Marian architecture and trains its tokenizer."""
 
 import io
 import json

@@ -22,7 +22,7 @@ T5_RELATIVE_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 class LayerPlan:
     """For each student layer, the teacher layer that it copies and the teacher layer that supervises it.
 
-    Layers count from 0. `decoder` is None if the decoder layers are randomly initialized. `size` is the student's
+    Layers count from 0. `decoder` is None if the decoder layers are randomly initialised. `size` is the student's
     numbers of encoder and decoder layers.
     """
 
@@ -79,7 +79,7 @@ def shrink(
 ) -> PreTrainedModel:
     """Return a student in eval mode with copies of the planned layers and of the teacher's embeddings, norms and head.
 
-    If `plan.decoder` is None, the decoder layers are initialized randomly with `seed`. `decoder_from` is another model
+    If `plan.decoder` is None, the decoder layers are initialised randomly with `seed`. `decoder_from` is another model
     of the same architecture whose decoder layers are copied instead ("From" in the paper's Table 8). A student of full
     depth has exactly the teacher's logits.
 

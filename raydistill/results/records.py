@@ -43,7 +43,7 @@ class Trial:
         metrics: scores on the validation split, and costs.
         interval: 95 % confidence interval of the main metric on the validation split.
         test: scores on the test split, with their "interval".
-        steps: optimizer steps.
+        steps: optimiser steps taken.
         signature: how the scores were computed, in the notation of the metric's library.
         checkpoint: the best checkpoint; None if there is none.
         decoding: beams and length penalty of a student; None for a trial.
