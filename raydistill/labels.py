@@ -63,7 +63,7 @@ def list_(root: RootOption = None, as_json: JsonOption = False) -> None:
 def describe(
     name: NameArgument,
     root: RootOption = None,
-    rows: Annotated[int, typer.Option(help="number of rows to show")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="number of rows to show")] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Show counts, quality, teacher and decoding of a label set, and its first rows."""
