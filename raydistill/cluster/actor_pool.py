@@ -160,9 +160,11 @@ def max_actors(device: str, threads: int) -> int:
     count = slots(device, threads)
     if not count:
         largest = max((int(resources.get("CPU", 0)) for resources in _alive_node_resources()), default=0)
+        needed = f"{threads} {'CPU' if threads == 1 else 'CPUs'}{' and a GPU' if device == 'cuda' else ''}"
+        # Only `raydistill pseudolabel` sets more than one CPU per teacher
+        remedy = "lower --threads" if threads > 1 else "start Ray with at least that on one machine"
         raise UserError(
-            f"no machine of the cluster has {threads} CPUs{' and a GPU' if device == 'cuda' else ''} for a teacher "
-            f"(the largest has {largest} CPUs); lower --threads"
+            f"no machine of the cluster has {needed} for a teacher (the largest has {largest} CPUs); {remedy}"
         )
     return count
 

@@ -68,7 +68,13 @@ def check_capacity(run: Run, device: str) -> None:
     capacity = slots(device, training.threads, training.gpus)
     if capacity < training.workers:
         gpu = "a GPU" if training.gpus == 1 else f"{training.gpus:g} of a GPU"
-        each = f"{training.threads} CPUs of one machine{f' and {gpu}' if device == 'cuda' else ''}"
+        cpus = f"{training.threads} {'CPU' if training.threads == 1 else 'CPUs'}"
+        each = f"{cpus} of one machine{f' and {gpu}' if device == 'cuda' else ''}"
+        if training.workers == 1:  # at most one GPU, so that any machine with a GPU and the CPUs has room
+            raise UserError(
+                f"the run needs {each}, and no machine of the cluster has that; lower training.threads, or add such "
+                f"a machine"
+            )
         raise UserError(
             f"{training.workers} workers need {each} each, and the cluster has room for {capacity}; "
             f"lower training.workers or training.threads"

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from raydistill.cluster.actor_pool import run_batches, slots
+from raydistill.cluster.actor_pool import max_actors, run_batches, slots
 from raydistill.core.errors import UserError
 
 
@@ -16,6 +16,17 @@ def test_slots_are_counted_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slots("cpu", threads) for threads in (1, 2, 4, 8)] == [16, 8, 4, 0]
     assert [slots("cuda", threads) for threads in (2, 8)] == [4, 0]
     assert [slots("cuda", 1, share) for share in (1, 0.6, 0.5, 0.3, 0.25, 0.1)] == [4, 4, 8, 12, 16, 16]
+
+
+def test_a_teacher_that_fits_no_machine_is_refused_with_a_setting_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only `raydistill pseudolabel` has --threads; a sweep and a cache use one CPU per teacher."""
+    resources = {"CPU": 4.0, "GPU": 0.0}
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": resources}])
+    with pytest.raises(UserError, match=r"has 8 CPUs for a teacher \(the largest has 4 CPUs\); lower --threads"):
+        max_actors("cpu", 8)
+    with pytest.raises(UserError, match=r"has 1 CPU and a GPU for a teacher .*; start Ray with at least that") as error:
+        max_actors("cuda", 1)
+    assert "--threads" not in str(error.value)
 
 
 def test_error_in_a_batch_stops_the_job(ray_here):

@@ -182,15 +182,17 @@ def test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint(ray_here, 
 
 
 def test_a_run_that_never_fits_the_cluster_is_refused(ray_here, world):
-    with pytest.raises(UserError, match="8 workers need 1 CPUs of one machine each, and the cluster has room for 2"):
+    with pytest.raises(UserError, match="8 workers need 1 CPU of one machine each, and the cluster has room for 2"):
         check_capacity(make_run(world, "big", workers=8), "cpu")
 
 
 def test_capacity_is_counted_per_machine(monkeypatch, world):
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}} for _ in range(4)]
     monkeypatch.setattr("ray.nodes", lambda: nodes)
-    with pytest.raises(UserError, match="1 workers need 8 CPUs of one machine each, and the cluster has room for 0"):
+    with pytest.raises(UserError, match=r"needs 8 CPUs of one machine, and no machine .*; lower training\.threads, or"):
         check_capacity(make_run(world, "wide", threads=8), "cpu")
+    with pytest.raises(UserError, match=r"2 workers need .* room for 0; lower training\.workers or training\.threads"):
+        check_capacity(make_run(world, "both", threads=8, workers=2), "cpu")
 
 
 def test_launcher_depends_on_device_workers_and_setting(world):
