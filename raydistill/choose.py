@@ -123,7 +123,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
     trial = selection.student(best.key)
     print_text(_format_choice(selection, item, best, trial), as_json)
     export_folder = _export_student(selection, best.key, item.budget)
-    print_text(_format_export(export_folder), as_json)
+    print_text(_format_export(export_folder, trial), as_json)
     registered = None
     if register and export_folder:
         registered = _register_student(selection, best.key, item.budget, export_folder, as_json)
@@ -173,13 +173,14 @@ def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate"
     return "\n".join(lines)
 
 
-def _format_export(export_folder: Path | None) -> str:
+def _format_export(export_folder: Path | None, trial: "Trial") -> str:
     from textwrap import indent
 
+    from raydistill.results.records import repeat_trial_remedy
     from raydistill.tracking.model_card import loading_example
 
     if export_folder is None:
-        return "  checkpoint: missing: it was deleted"
+        return f"  checkpoint: missing: it was deleted. {repeat_trial_remedy(trial.folder)}"
     return f"  checkpoint: {export_folder}\n  to load it:\n{indent(loading_example(str(export_folder)), '    ')}"
 
 

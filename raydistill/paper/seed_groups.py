@@ -18,6 +18,11 @@ from raydistill.paper.published import PaperKey, data_name, teacher_name
 from raydistill.results.costs import end_to_end_hours, hours_by_artifact
 from raydistill.results.records import Trial, read_row_statistics, read_sweep, read_trials
 
+DAMAGED_TEACHER_ROWS_REMEDY = (
+    "Delete this file: differences to the teacher are then without intervals. To score the teacher again, also delete "
+    "teacher.json and sweep.json in the same folder, and run the sweep again"
+)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -73,7 +78,7 @@ class Sweep:
 
     def teacher_rows(self) -> np.ndarray | None:
         """The teacher's per-row statistics on test, as `read_row_statistics` returns them."""
-        return read_row_statistics(self.folder / "teacher_rows.npz", "test")
+        return read_row_statistics(self.folder / "teacher_rows.npz", "test", DAMAGED_TEACHER_ROWS_REMEDY)
 
 
 @dataclass(frozen=True)

@@ -226,8 +226,13 @@ def count_finished_trials(sweep: Path) -> int:
     return len(list((sweep / "trials").glob("*/result.json")))
 
 
-def read_row_statistics(path: Path, split: str) -> np.ndarray | None:
+def read_row_statistics(path: Path, split: str, remedy: str | None = None) -> np.ndarray | None:
     """Per-row statistics of a split, [rows] or [rows, 10]; None if the file or the split is missing.
+
+    Args:
+        path: the file.
+        split: name of the split.
+        remedy: what the user can do about a damaged file; by default, repeat the trial in the file's folder.
 
     Raises:
         UserError: if the file is damaged, or unpacks to more than `MAX_ROW_BYTES`.
@@ -241,9 +246,10 @@ def read_row_statistics(path: Path, split: str) -> np.ndarray | None:
         with np.load(path, allow_pickle=False) as arrays:
             rows = np.asarray(arrays[split]) if split in arrays else None
     except (*PARSE_ERRORS, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _corrupt_trial_error(path, str(error)) from None
+        raise _corrupt_trial_error(path, str(error), remedy) from None
     if rows is not None and (rows.ndim not in (1, 2) or rows.dtype.kind not in "iuf"):
-        raise _corrupt_trial_error(path, f"expected rows of numbers, got {rows.dtype} in {rows.ndim} dimensions")
+        detail = f"expected rows of numbers, got {rows.dtype} in {rows.ndim} dimensions"
+        raise _corrupt_trial_error(path, detail, remedy)
     return rows
 
 
@@ -297,11 +303,13 @@ def device_hours(sweep: Path) -> float:
     return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
 
 
-def _corrupt_trial_error(path: Path, detail: str) -> UserError:
-    return UserError(
-        f"{path}: damaged: {detail}. Delete {path.parent} and the sweep's study.log, and run the sweep again to repeat "
-        f"the trial"
-    )
+def repeat_trial_remedy(folder: Path) -> str:
+    """What a user does about a trial that lost a file, as a sentence without its period."""
+    return f"Delete {folder} and the sweep's study.log, and run the sweep again to repeat the trial"
+
+
+def _corrupt_trial_error(path: Path, detail: str, remedy: str | None = None) -> UserError:
+    return UserError(f"{path}: damaged: {detail}. {remedy or repeat_trial_remedy(path.parent)}")
 
 
 def decoding_key(decoding: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from raydistill.core.files import (
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable, ensure_converted
 from raydistill.models.loading import load_config
 from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens
-from raydistill.results.records import Trial
+from raydistill.results.records import Trial, repeat_trial_remedy
 from raydistill.results.selection import Selection
 from raydistill.tracking.mlflow_registry import write_mlmodel
 from raydistill.tracking.model_card import render_model_card
@@ -42,7 +42,10 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
     """
     student = selection.student(key)
     if student.checkpoint is None:
-        raise UserError(f"{student.folder}: the checkpoint was deleted, so that the student cannot be exported")
+        raise UserError(
+            f"{student.folder}: the checkpoint was deleted, so that the student cannot be exported. "
+            f"{repeat_trial_remedy(student.folder)}"
+        )
     sync.pull(student.checkpoint)
     export_folder = selection.sweep / "exports" / key.replace(" ", "-")
     budgets = list(dict.fromkeys([*selection.budgets_of(key), *([budget] if budget else [])]))

@@ -398,6 +398,10 @@ def test_table_10_has_differences_to_the_teacher(sweep):
     sft_rows = (rows_of("a", 24.0) + rows_of("b", 26.0)) / 2
     assert_interval(cells[0], -5.0, 2, sft_rows - rows_of("teacher", 30.0))
     assert (columns["PL (paper)"], columns["Orig+PL+PL* (paper)"]) == ("-0.9", "+0.1")
+    (sweep / "teacher_rows.npz").write_bytes(b"PK damaged")
+    with pytest.raises(UserError, match=r"teacher_rows\.npz: damaged: .*\. Delete this file") as error:
+        row([sweep], "table10", teacher="BART", data="XSUM")
+    assert "study.log" not in str(error.value)
     (sweep / "teacher_rows.npz").unlink()
     assert row([sweep], "table10", teacher="BART", data="XSUM")["Orig"] == "-5.00, n = 2"
 

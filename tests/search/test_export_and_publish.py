@@ -77,7 +77,7 @@ def test_a_full_disk_or_a_lost_checkpoint_does_not_suppress_the_table(sweep: Pat
     printed: list[str] = []
     result = export_and_publish(load_selection(sweep), prepared, printed.append)
     assert "fast: a b1 is not exported" in printed[0]
-    assert "the checkpoint was deleted" in printed[0]
+    assert f"the checkpoint was deleted, so that the student cannot be exported. Delete {folder} and" in printed[0]
     assert (result["exports"], result["complete"]) == ({}, False)
     (sweep / "front.html").unlink()
     (sweep / "front.html").mkdir()  # cannot be written
