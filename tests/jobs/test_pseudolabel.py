@@ -21,6 +21,7 @@ from raydistill.inference.engines import open_engine
 from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _slug, describe_job, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_manifest
+from tests.factories.engines import has_avx512
 from tests.factories.models import save_tiny
 from tests.factories.workspace import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
 
@@ -72,7 +73,9 @@ def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(ra
     assert pseudolabel(make_job(teacher_and_data), tmp_path, verbose=False) == plain
     assert {p: p.stat().st_mtime_ns for p in plain.iterdir()} == before
     eight = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(precision="int8")), tmp_path, verbose=False)
-    assert read_pseudolabel_manifest(eight).engine == "ctranslate2 int8"
+    # Without AVX512, int8 products of this teacher saturate and its conversion fails the check against transformers.
+    expected = "ctranslate2 int8" if has_avx512() else "transformers fp32"
+    assert read_pseudolabel_manifest(eight).engine == expected
     curated = pseudolabel(
         make_job(teacher_and_data, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), tmp_path, verbose=False
     )
