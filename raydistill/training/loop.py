@@ -109,7 +109,7 @@ class TrainingLoop:
         """Take the remaining steps, with a validation after every `counts.per_validation` of them."""
         state, total = self.state, self.counts.total
         with prefetch(self.step.iter_inputs(state.step, total)) as inputs:
-            while state.step < total and not state.finished:
+            while state.step < total and not state.ended_early:
                 self._take_step(inputs)
                 if state.step % self.counts.per_validation == 0 or state.step == total:
                     self._validate()
@@ -174,7 +174,7 @@ class TrainingLoop:
         else:
             state.checks_since_best += 1
         if state.checks_since_best >= (self.settings.patience or self.settings.checks_per_epoch):
-            state.finished, state.reason = True, f"no better score in {state.checks_since_best} validations"
+            state.ended_early, state.reason = True, f"no better score in {state.checks_since_best} validations"
 
     def _save(self) -> None:
         lines = [json.dumps(metrics) + "\n" for metrics in self.state.history]
@@ -188,8 +188,8 @@ class TrainingLoop:
         """Report a validation; a reason to stop is saved, so that a run killed while it is scored stays stopped."""
         state = self.state
         reason = broadcast_metrics({"stop": self.report(metrics, self.folder)}, self.worker)["stop"]
-        if reason and not state.finished and state.step < self.counts.total:
-            state.finished, state.stopped, state.reason = True, True, reason
+        if reason and not state.ended_early and state.step < self.counts.total:
+            state.ended_early, state.stopped, state.reason = True, True, reason
             if self.worker.is_main_process:
                 write_state_file(self.folder, state)
 

@@ -27,7 +27,7 @@ class TrainingState:
         best_step: The step of the best score.
         checks_since_best: Validations since the best score.
         seconds: Time of the run, with start-up and validations.
-        finished: Whether the run ended before its last step.
+        ended_early: Whether the report callback or a lack of better scores ended the run.
         stopped: Whether the report callback ended the run.
         reason: Why the run ended early.
         history: The metrics of every validation, as metrics.jsonl holds them.
@@ -38,7 +38,7 @@ class TrainingState:
     best_step: int = 0
     checks_since_best: int = 0
     seconds: float = 0.0
-    finished: bool = False
+    ended_early: bool = False
     stopped: bool = False
     reason: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)

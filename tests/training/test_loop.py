@@ -16,6 +16,7 @@ from tests.factories.training import (
     fit_and_record,
     flat_weights,
     no_report,
+    parse_json_file,
     rising_scores,
     tiny_distillation,
 )
@@ -60,6 +61,9 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_checkpoint(pat
         validate=scripted_scores(distillation, scores),
     )[1]
     assert (len(state.history), state.best_step, state.best_score) == (checks, 2 * best, scores[best - 1])
+    assert (
+        state.ended_early == parse_json_file(tmp_path / "run" / "state.json")["ended_early"] == (checks < len(scores))
+    )
     checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
     assert [p.name for p in checkpoints] == [f"checkpoint-{2 * best}"]
     assert torch.equal(torch.load(checkpoints[0] / "weights.pt"), weights_at_validation[best - 1])
