@@ -35,7 +35,6 @@ from raydistill.inference.decoding import (
     EngineOptions,
     Hypothesis,
     LogFunction,
-    RowProgress,
     Workload,
     clamp_to_positions,
     decode_text,
@@ -82,20 +81,18 @@ class CTranslate2Engine:
         max_source_tokens: int,
         batch_size: int = 32,
         n_best: int = 1,
-        on_progress: RowProgress | None = None,
     ) -> list[list[Hypothesis]]:
         beam = clamp_to_positions(beam, n_best, self.config)
         rows = tokenize_and_clamp(self.tokenizer, texts, max_source_tokens, self.config)
         max_tokens = batch_size * max(1, round(sum(map(len, rows)) / max(1, len(rows))))
         if self.device == "cpu":
             max_tokens = min(max_tokens, MAX_CPU_BATCH_TOKENS)
-        rows_per_call = 8 * batch_size  # progress is reported and Ctrl-C handled between calls
+        rows_per_call = 8 * batch_size  # Ctrl-C is handled between calls
         return generate_longest_first(
             texts,
             rows,
             rows_per_call,
             lambda call: self._translate(call, beam, n_best, max(max_tokens, len(call[0]))),
-            on_progress,
         )
 
     def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:

@@ -13,7 +13,6 @@ from raydistill.config.run import Decoding
 from raydistill.core.errors import UserError
 from raydistill.models import families, tokenization
 
-RowProgress = Callable[[int, int], None]  # rows done, rows in total
 LogFunction = Callable[[str], None]
 
 DEFAULT_NUM_BEAMS = 4
@@ -97,7 +96,6 @@ class Engine(Protocol):
         max_source_tokens: int,
         batch_size: int = 32,
         n_best: int = 1,
-        on_progress: RowProgress | None = None,
     ) -> list[list[Hypothesis]]:
         """Return the `n_best` hypotheses of each text, best first, in the order of `texts`.
 
@@ -156,7 +154,6 @@ def generate_longest_first(
     token_ids: list[list[int]],
     batch_size: int,
     generate_batch: Callable[[list[list[int]]], list[list[Hypothesis]]],
-    on_progress: RowProgress | None,
 ) -> list[list[Hypothesis]]:
     """Call `generate_batch` on `batch_size` rows at a time and return the hypotheses in the order of `texts`.
 
@@ -169,8 +166,6 @@ def generate_longest_first(
         indices = order[start : start + batch_size]
         for i, hypotheses in zip(indices, generate_batch([token_ids[i] for i in indices]), strict=True):
             results[i] = hypotheses
-        if on_progress is not None:
-            on_progress(start + len(indices), len(order))
     return results
 
 

@@ -12,7 +12,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from raydistill.inference.decoding import (
     BeamSearchParams,
     Hypothesis,
-    RowProgress,
     Workload,
     clamp_to_positions,
     decode_text,
@@ -75,7 +74,6 @@ class TransformersEngine:
         max_source_tokens: int,
         batch_size: int = 32,
         n_best: int = 1,
-        on_progress: RowProgress | None = None,
     ) -> list[list[Hypothesis]]:
         beam = clamp_to_positions(beam, n_best, self.model.config)
         rows = tokenize_and_clamp(self.tokenizer, texts, max_source_tokens, self.model.config)
@@ -85,7 +83,7 @@ class TransformersEngine:
             batch_size, _max_batch_rows(MAX_SCORE_BYTES[self.model.device.type], beam, self.model.config.vocab_size)
         )
         return generate_longest_first(
-            texts, rows, size, lambda batch: self._generate_batch(batch, settings, beam.length_penalty), on_progress
+            texts, rows, size, lambda batch: self._generate_batch(batch, settings, beam.length_penalty)
         )
 
     def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:

@@ -50,14 +50,6 @@ class LabelSet:
     targets: dict[str, str]
     dropped_ids: frozenset[str] = frozenset()
 
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits of the sha256 of ids and targets, independent of their order."""
-        digest = hashlib.sha256()
-        for key in sorted(self.targets):
-            digest.update(f"{key}\0{self.targets[key]}\0".encode())
-        return digest.hexdigest()[:16]
-
 
 def label_set_key(teacher: str, data: str, decoding: dict[str, Any]) -> str:
     """The content key in the folder name of a label set: a hash of teacher, data and decoding settings."""

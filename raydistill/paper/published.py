@@ -162,6 +162,3 @@ TABLE_10: dict[PaperKey, LabelStrategyScores] = {
     ("Marian", "6-3", "EN-RO"): LabelStrategyScores(27.7, -1.8, -0.8, -1.8, None),
     ("mBART", "12-3", "EN-RO"): LabelStrategyScores(26.5, -0.8, -0.4, -0.6, None),
 }
-
-# Section 6.4: increase of latency per additional layer in per cent, over 12,000 BART shapes on a GPU in half precision.
-LAYER_COST_PERCENT = {"decoder": 8.0, "encoder": 4.0}

@@ -63,11 +63,6 @@ class RaggedArray:
             padded[position, : self.lengths[i]] = self._read_row(i)
         return self._to_tensor(padded)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return sum(part.nbytes for part in self.parts)
-
     def _read_row(self, i: int) -> np.ndarray:
         return map_part(self.parts[self.part_numbers[i]])[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 

@@ -32,7 +32,6 @@ from raydistill.tracking.mlflow_store import (
     get_or_create_experiment,
     make_client,
     translate_mlflow_errors,
-    ui_command,
 )
 
 # Metrics of a checkpoint that do not depend on the decoding
@@ -52,11 +51,10 @@ MAX_DESCRIPTION_CHARS = 8000
 
 @dataclass(frozen=True)
 class TrackedSweep:
-    """A published sweep: its parent run, the URL of its page, and the command that opens a local store."""
+    """A published sweep: its parent run and the URL of its page."""
 
     parent_run_id: str
     url: str
-    command: str
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def publish_locked(sweep: Path, tracking_uri: str | None, finished: bool) -> Tra
         view = _save_shared_view(client, experiment.experiment_id, selection.metric)
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     url = f"{base}/#/experiments/{experiment.experiment_id}/runs?{view}"
-    return TrackedSweep(parent.info.run_id, url, ui_command(uri))
+    return TrackedSweep(parent.info.run_id, url)
 
 
 @contextlib.contextmanager
