@@ -69,7 +69,7 @@ def parse_bounds(within: list[str]) -> dict[str, float | str]:
     """Parse `KEY=BOUND` texts.
 
     Raises:
-        UserError: a text has no key or bound, names an unknown cost, or bounds a cost twice.
+        UserError: A text has no key or bound, names an unknown cost, or bounds a cost twice.
     """
     bounds: dict[str, float | str] = {}
     for text in within:

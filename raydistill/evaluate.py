@@ -153,7 +153,7 @@ def load_checkpoint_run(checkpoint: str) -> "Run | None":
     """Return the training run recorded in a checkpoint's metadata, or None if it has none.
 
     Raises:
-        UserError: the metadata is damaged.
+        UserError: The metadata is damaged.
     """
     from raydistill.config.run import Run
     from raydistill.core.files import CHECKPOINT_METADATA, read_json

@@ -34,18 +34,18 @@ def run_batches(
     from the autoscaler. A batch whose actor is killed, or whose node leaves, is retried up to `MAX_TASK_RETRIES` times.
 
     Args:
-        batch_numbers: the batches to process.
-        make_function: called once in every actor, and again in a restarted actor. Returns the function that processes
+        batch_numbers: The batches to process.
+        make_function: Called once in every actor, and again in a restarted actor. Returns the function that processes
             the batch with a given number, writes its output atomically and returns statistics (always with the same
             keys).
         device: "cuda" gives each actor one GPU, "cpu" gives each actor `threads` CPUs.
-        on_done: called in this process with the statistics of each finished batch, in order of completion; the
+        on_done: Called in this process with the statistics of each finished batch, in order of completion; the
             batch's number is added under the key "batch".
         threads: CPUs per actor.
 
     Raises:
-        UserError: a batch raised a UserError or an OSError, or no node can hold an actor.
-        ConnectionError: actors were lost and could not be restarted, or this node left the cluster.
+        UserError: A batch raised a UserError or an OSError, or no node can hold an actor.
+        ConnectionError: Actors were lost and could not be restarted, or this node left the cluster.
     """
     import ray.data
     from ray.exceptions import RayError, RayTaskError
@@ -155,7 +155,7 @@ def max_actors(device: str, threads: int) -> int:
     """Number of actors that the cluster can hold at once: one per GPU, or one per `threads` CPUs of a node.
 
     Raises:
-        UserError: no node can hold an actor. Ray would wait forever without a message.
+        UserError: No node can hold an actor. Ray would wait forever without a message.
     """
     count = slots(device, threads)
     if not count:

@@ -22,8 +22,8 @@ def run_exclusive(
     While the machine is available, all exclusive tasks run on it, so that their timings are comparable.
 
     Args:
-        input_paths: files and folders that are copied to that machine first, if the machines share no folder.
-        output_paths: files and folders that are copied back afterwards.
+        input_paths: Files and folders that are copied to that machine first, if the machines share no folder.
+        output_paths: Files and folders that are copied back afterwards.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -43,7 +43,7 @@ def process_group(device: str) -> Iterator[None]:
     """Context in which the workers of this Ray Train run form a process group, if there are several.
 
     Args:
-        device: this worker's device; gloo is used on "cpu", NCCL on a GPU.
+        device: This worker's device; gloo is used on "cpu", NCCL on a GPU.
     """
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero

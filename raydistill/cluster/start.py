@@ -58,7 +58,7 @@ def ray_cluster(cpus: int | None = None) -> Iterator[None]:
         cpus: CPUs that a new cluster offers; by default, all CPUs of this machine.
 
     Raises:
-        UserError: no cluster answers at RAY_ADDRESS, or RAYDISTILL_STORAGE is invalid.
+        UserError: No cluster answers at RAY_ADDRESS, or RAYDISTILL_STORAGE is invalid.
     """
     sync.open_storage()  # report an invalid address before anything starts
     for name, value in ENV_DEFAULTS.items():

@@ -41,9 +41,9 @@ class Storage:
     """A folder of a pyarrow file system that mirrors a local folder.
 
     Attributes:
-        filesystem: the pyarrow.fs.FileSystem.
-        root: the folder in `filesystem`.
-        home: the local folder, RAYDISTILL_HOME.
+        filesystem: The pyarrow.fs.FileSystem.
+        root: The folder in `filesystem`.
+        home: The local folder, RAYDISTILL_HOME.
     """
 
     filesystem: Any
@@ -54,8 +54,8 @@ class Storage:
         """Download the file or folder `path`: files that are missing here, or newer in the storage.
 
         Args:
-            path: a path below `home`.
-            patterns: glob patterns of file names; by default all files.
+            path: A path below `home`.
+            patterns: Glob patterns of file names; by default all files.
         """
         patterns = list(patterns) or ["*"]
         remote = {
@@ -71,8 +71,8 @@ class Storage:
         """Upload the file or folder `path`: files that changed here and are not newer in the storage.
 
         Args:
-            path: a path below `home`.
-            mirror: also delete stored files that no longer exist here, such as replaced checkpoints.
+            path: A path below `home`.
+            mirror: Also delete stored files that no longer exist here, such as replaced checkpoints.
         """
         remote = self.list_files(path)
         candidates = path.rglob("*") if path.is_dir() else [path]
@@ -98,7 +98,7 @@ class Storage:
         """The stored files at or below `path`: pyarrow's FileInfo by local path.
 
         Raises:
-            TransientError: the storage does not answer.
+            TransientError: The storage does not answer.
         """
         from pyarrow.fs import FileSelector, FileType
 
@@ -189,7 +189,7 @@ def open_storage() -> Storage | None:
     """The storage that RAYDISTILL_STORAGE names; None without the variable.
 
     Raises:
-        UserError: the address contains a secret, is not readable or is a file.
+        UserError: The address contains a secret, is not readable or is a file.
     """
     address = os.environ.get(STORAGE_ENV)
     return _open_uri(address, raydistill_home()) if address else None

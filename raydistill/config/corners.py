@@ -40,14 +40,14 @@ def resolve_point(run: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     """Complete a point of the space.
 
     Args:
-        run: the run section of a space.
-        point: values by dotted key.
+        run: The run section of a space.
+        point: Values by dotted key.
 
     Returns:
         Values by dotted key; parameters that `point` omits have their first choice or lower bound.
 
     Raises:
-        SpaceError: a value is outside its distribution, or a key has no active distribution.
+        SpaceError: A value is outside its distribution, or a key has no active distribution.
     """
     params = suggest_params(run, _PointTrial(run, point))
     unknown = set(point) - set(params)

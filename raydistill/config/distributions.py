@@ -71,9 +71,9 @@ class SearchParameter:
     """A distribution of a run.
 
     Attributes:
-        key: dotted key in the run.
-        sampler_name: the name of the parameter in the sampler: `key`, or `key@i` for case i of several.
-        distribution: the distribution of the values.
+        key: Dotted key in the run.
+        sampler_name: The name of the parameter in the sampler: `key`, or `key@i` for case i of several.
+        distribution: The distribution of the values.
     """
 
     key: str
@@ -122,7 +122,7 @@ def split_parameters(run: dict[str, Any]) -> tuple[dict[str, Any], list[SearchPa
     """Split a run into fixed values by dotted key, and parameters sorted so that `when` names earlier ones only.
 
     Raises:
-        SpaceError: a distribution is invalid, or `when` conditions name unknown keys or are circular.
+        SpaceError: A distribution is invalid, or `when` conditions name unknown keys or are circular.
     """
     fixed: dict[str, Any] = {}
     parameters: list[SearchParameter] = []
@@ -134,7 +134,7 @@ def suggest_params(run: dict[str, Any], trial: TrialLike) -> dict[str, Any]:
     """Let `trial` suggest a value for each parameter whose `when` is true; returns values by dotted key.
 
     Raises:
-        SpaceError: as `split_parameters`, and if two cases of one key are active.
+        SpaceError: As `split_parameters`, and if two cases of one key are active.
     """
     fixed, parameters = split_parameters(run)
     values = dict(fixed)

@@ -12,7 +12,7 @@ class LabelSource(NamedTuple):
     Attributes:
         spec: `original`; `pseudo` (labels of the run's teacher); `pseudo@TEACHER` (labels of another teacher);
             or the folder of a label set.
-        weight: how often an epoch repeats the rows of the source; a fraction selects a share of the rows.
+        weight: How often an epoch repeats the rows of the source; a fraction selects a share of the rows.
     """
 
     spec: str
@@ -38,7 +38,7 @@ def parse_labels(labels: str) -> list[LabelSource]:
     """Parse label sources such as `original+pseudo*0.5+outputs/labels/SET`.
 
     Raises:
-        ValueError: a source is malformed or repeated, or a weight is not in (0, MAX_SOURCE_WEIGHT].
+        ValueError: A source is malformed or repeated, or a weight is not in (0, MAX_SOURCE_WEIGHT].
     """
     sources = []
     for text in labels.split("+"):

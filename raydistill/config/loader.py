@@ -19,7 +19,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         The data, and the line (counted from 1) of each key path.
 
     Raises:
-        UserError: the file is missing, not UTF-8, too large, not a YAML mapping, or it repeats a key or uses a tag
+        UserError: The file is missing, not UTF-8, too large, not a YAML mapping, or it repeats a key or uses a tag
             such as `!!python/object`.
     """
     try:
@@ -51,7 +51,7 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     """Apply overrides such as `training.epochs=3` to a copy of the data; the values are parsed as YAML.
 
     Raises:
-        UserError: an override has no `=`, an empty key, or an invalid value.
+        UserError: An override has no `=`, an empty key, or an invalid value.
     """
     data = yaml.safe_load(yaml.safe_dump(data))
     for override in overrides:

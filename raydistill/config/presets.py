@@ -15,14 +15,14 @@ class DatasetPreset:
     """A named data set.
 
     Attributes:
-        hub: repository on the Hugging Face hub.
-        config: configuration of the hub data set.
-        revision: revision of the repository; default: its main branch.
-        columns: column names; default: detected.
-        metric: the score of the task.
-        max_source_tokens, max_target_tokens: lengths after truncation.
-        languages: source and target language codes, for mBART.
-        paper_stats: training rows, mean source words and mean target words in Table 3 of the paper.
+        hub: Repository on the Hugging Face hub.
+        config: Configuration of the hub data set.
+        revision: Revision of the repository; default: its main branch.
+        columns: Column names; default: detected.
+        metric: The score of the task.
+        max_source_tokens, max_target_tokens: Lengths after truncation.
+        languages: Source and target language codes, for mBART.
+        paper_stats: Training rows, mean source words and mean target words in Table 3 of the paper.
     """
 
     hub: str
@@ -41,11 +41,11 @@ class TeacherPreset:
     """A named teacher for one data set.
 
     Attributes:
-        hub: repository on the Hugging Face hub.
-        revision: revision of the repository.
-        decoding: beam search settings.
-        max_source_tokens, max_target_tokens: lengths after truncation.
-        languages: source and target language codes, for mBART and T5.
+        hub: Repository on the Hugging Face hub.
+        revision: Revision of the repository.
+        decoding: Beam search settings.
+        max_source_tokens, max_target_tokens: Lengths after truncation.
+        languages: Source and target language codes, for mBART and T5.
     """
 
     hub: str
@@ -173,7 +173,7 @@ def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
     For a data set without a name, this is the preset of the teacher's first data set.
 
     Raises:
-        UserError: there is no checkpoint of the teacher that is fine-tuned on the named data set.
+        UserError: There is no checkpoint of the teacher that is fine-tuned on the named data set.
     """
     if teacher not in TEACHERS:
         return None
@@ -198,7 +198,7 @@ def check_teacher(name: str) -> None:
     """Validate the name of a teacher without loading a model.
 
     Raises:
-        UserError: the name is no named teacher, no existing path and no hub name (owner/name), or the demo teacher is
+        UserError: The name is no named teacher, no existing path and no hub name (owner/name), or the demo teacher is
             not trained yet.
     """
     if name == "demo":

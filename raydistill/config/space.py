@@ -142,11 +142,11 @@ def read_space(path: Path, overrides: list[str] | None = None) -> Space:
     """Read and validate a space file.
 
     Args:
-        path: the YAML file.
+        path: The YAML file.
         overrides: `KEY=VALUE` strings, see `apply_overrides`.
 
     Raises:
-        UserError: the file, a corner of the space, or a point is invalid; names file, line and key.
+        UserError: The file, a corner of the space, or a point is invalid; names file, line and key.
     """
     data, lines = read_yaml(path)
     if "dataset" in data and "run" not in data:
@@ -165,7 +165,7 @@ def check_run_space(space: Space, path: Path | str, lines: dict[KeyPath, int]) -
     """Validate every corner of the run section, every point, and that a grid has choices only.
 
     Raises:
-        UserError: names `path`, and the line from `lines` where possible.
+        UserError: The space is invalid; the message names `path`, and the line from `lines` where possible.
     """
     try:
         _, parameters = split_parameters(space.run)

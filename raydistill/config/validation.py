@@ -17,13 +17,13 @@ def validate(model: type[Model], data: Any, path: Path | str, lines: dict[KeyPat
     """Validate data as a pydantic model.
 
     Args:
-        model: the model class.
-        data: the data of the file.
-        path: the file, named in messages.
-        lines: the line of each key path, from `read_yaml`.
+        model: The model class.
+        data: The data of the file.
+        path: The file, named in messages.
+        lines: The line of each key path, from `read_yaml`.
 
     Raises:
-        UserError: the data is invalid, or holds a URL with credentials, which would be copied into run records,
+        UserError: The data is invalid, or holds a URL with credentials, which would be copied into run records,
             checkpoints and MLflow.
     """
     for key_path in find_credentials(data):

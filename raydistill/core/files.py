@@ -106,8 +106,8 @@ def corrupt_file_error(path: Path, remedy: str | None = None) -> Iterator[None]:
     """Turn every error of a block that parses a file into a UserError.
 
     Args:
-        path: the file, named in the message.
-        remedy: what the user can do; default: delete the folder of the file and run the command again.
+        path: The file, named in the message.
+        remedy: What the user can do; default: delete the folder of the file and run the command again.
     """
     try:
         yield
@@ -125,7 +125,7 @@ def check_schema(path: Path, record: dict[str, Any], remedy: str | None = None) 
     `path` names the file in the message. `remedy` replaces the default advice to delete the folder of the file.
 
     Raises:
-        UserError: the record has another schema version.
+        UserError: The record has another schema version.
     """
     if record.get("schema") != SCHEMA_VERSION:
         remedy = remedy or f"Move {path.parent} away or delete it, and run the command again to create it"

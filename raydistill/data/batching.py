@@ -79,10 +79,10 @@ def split_by_tokens(
     The order of examples is kept: examples of one batch have similar lengths already.
 
     Args:
-        batch: indices of examples.
-        examples: the examples.
-        max_tokens: maximum of (`source_weight` * padded source tokens + padded target tokens).
-        source_weight: cost of a source token relative to a target token.
+        batch: Indices of examples.
+        examples: The examples.
+        max_tokens: Maximum of (`source_weight` * padded source tokens + padded target tokens).
+        source_weight: Cost of a source token relative to a target token.
     """
     micro_batches: list[list[int]] = []
     source_length = target_length = 0

@@ -27,13 +27,13 @@ def resolve_columns(
     """Determine the columns to read, from the first of `records` that has them.
 
     Args:
-        requested: columns from the configuration; None: detect known names.
-        records: the first records of the data set.
-        dataset_name: named in the message.
-        need_targets: whether a target column is required.
+        requested: Columns from the configuration; None: detect known names.
+        records: The first records of the data set.
+        dataset_name: Named in the message.
+        need_targets: Whether a target column is required.
 
     Raises:
-        UserError: no record has the columns. The message lists the existing columns and the YAML that names columns.
+        UserError: No record has the columns. The message lists the existing columns and the YAML that names columns.
     """
     for record in records:
         columns = _match_requested(record, requested, need_targets) if requested else _match_known(record, need_targets)
@@ -55,10 +55,10 @@ def parse_record(record: RecordOrError, columns: Columns, index: int, need_targe
     """The `(id, source, target)` of a record, or the reason why the record cannot be used.
 
     Args:
-        record: a record, or an error of the reader, which is returned.
-        columns: the columns to read.
-        index: the id if there is no id column.
-        need_targets: if False, an unusable target becomes "".
+        record: A record, or an error of the reader, which is returned.
+        columns: The columns to read.
+        index: The id if there is no id column.
+        need_targets: If False, an unusable target becomes "".
     """
     if isinstance(record, str):
         return record

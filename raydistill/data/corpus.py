@@ -73,12 +73,12 @@ class Corpus:
     """The usable rows of one split, in the order of the file.
 
     Attributes:
-        name: name of the data set.
-        split: train, validation or test.
-        ids, sources, targets: the texts of row i.
-        columns: the columns that were read.
-        skipped: the rows that cannot be used.
-        labelled: whether all rows have targets; if not, all `targets` are "".
+        name: Name of the data set.
+        split: "train", "validation" or "test".
+        ids, sources, targets: The texts of row i.
+        columns: The columns that were read.
+        skipped: The rows that cannot be used.
+        labelled: Whether all rows have targets; if not, all `targets` are "".
     """
 
     name: str
@@ -110,13 +110,13 @@ def read_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -> C
     """Read and check one split.
 
     Args:
-        dataset: its name is one of `config.presets.DATASETS`, a file, a folder of train, validation and test files,
+        dataset: Its name is one of `config.presets.DATASETS`, a file, a folder of train, validation and test files,
             or a hub name.
-        split: train, validation or test. A single file is returned for any split; see `split_names`.
-        need_targets: if False, a corpus with missing or unusable targets is read as unlabelled.
+        split: "train", "validation" or "test". A single file is returned for any split; see `split_names`.
+        need_targets: If False, a corpus with missing or unusable targets is read as unlabelled.
 
     Raises:
-        UserError: the data cannot be read, an id is repeated, or a row cannot be used (unless
+        UserError: The data cannot be read, an id is repeated, or a row cannot be used (unless
             `dataset.skip_bad_rows`).
     """
     corpus, duplicates = inspect_corpus(dataset, split, need_targets=need_targets)
@@ -135,12 +135,12 @@ def check_rows(
     """Raise UserError if a split has bad rows that must not be skipped, repeated ids, or no usable row.
 
     Args:
-        dataset: the data set, for its name and `skip_bad_rows`.
-        split: the split.
-        num_usable: number of usable rows.
-        skipped: rows that cannot be used.
-        duplicates: rows with repeated ids.
-        total_counts: numbers of bad and of duplicate rows, if the two lists hold only the first ones.
+        dataset: The data set, for its name and `skip_bad_rows`.
+        split: The split.
+        num_usable: Number of usable rows.
+        skipped: Rows that cannot be used.
+        duplicates: Rows with repeated ids.
+        total_counts: Numbers of bad and of duplicate rows, if the two lists hold only the first ones.
     """
     num_skipped, num_duplicates = total_counts or (len(skipped), len(duplicates))
     if skipped and not dataset.skip_bad_rows:
@@ -159,7 +159,7 @@ def inspect_corpus(dataset: Dataset, split: str, *, need_targets: bool = True) -
         The corpus, with unusable rows in `skipped`, and the rows with repeated ids.
 
     Raises:
-        UserError: the file cannot be read at all.
+        UserError: The file cannot be read at all.
     """
     columns, rows = open_rows(dataset, split, need_targets=need_targets)
     ids: dict[str, RowLocation] = {}
@@ -188,9 +188,9 @@ def classify_rows(
     """Yield rows up to `limit` usable ones; a usable row with a repeated id becomes a `DuplicateRow`.
 
     Args:
-        rows: usable and bad rows.
-        limit: maximum number of usable rows.
-        first_location: records a row, and returns the location of the first row with its id.
+        rows: Usable and bad rows.
+        limit: Maximum number of usable rows.
+        first_location: Records a row, and returns the location of the first row with its id.
     """
     count = 0
     for row in rows:

@@ -30,12 +30,12 @@ class EventTemplate:
     """One kind of event.
 
     Attributes:
-        name: a name for readers of the YAML file.
-        subjects: values of the placeholder `subject`.
-        sentences: the wordings of each of the three sentences.
-        summaries: wordings of the summary; wording i belongs to wording i of the first sentence, so that each report
+        name: A name for readers of the YAML file.
+        subjects: Values of the placeholder `subject`.
+        sentences: The wordings of each of the three sentences.
+        summaries: Wordings of the summary; wording i belongs to wording i of the first sentence, so that each report
             has exactly one correct summary.
-        distractors: sentences about other events of this kind.
+        distractors: Sentences about other events of this kind.
     """
 
     name: str

@@ -17,7 +17,7 @@ def hub_rows(
     """Yield `(row, record)` of one split, rows counted from 1.
 
     Raises:
-        UserError: the data set, configuration or split does not exist, or the hub is unreachable and the data set is
+        UserError: The data set, configuration or split does not exist, or the hub is unreachable and the data set is
             not in the cache.
     """
     with _as_user_errors(repo_id, config), _offline_when_unreachable():

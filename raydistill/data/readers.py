@@ -47,7 +47,7 @@ def find_split_files(name: str) -> dict[str, list[Path]]:
     A single file is one split: the one in its name (`test.jsonl`), else train.
 
     Raises:
-        UserError: there are no files, the file type is not supported, or several files could be the same split.
+        UserError: There are no files, the file type is not supported, or several files could be the same split.
     """
     path = Path(name).expanduser()
     if path.is_dir():

@@ -27,10 +27,10 @@ class SplitScan:
     """Result of the first pass over a split.
 
     Attributes:
-        rows: number of usable rows.
-        fingerprint: as `Corpus.fingerprint`.
-        labelled: whether all usable rows have targets.
-        skipped: number of rows that cannot be used.
+        rows: Number of usable rows.
+        fingerprint: As `Corpus.fingerprint`.
+        labelled: Whether all usable rows have targets.
+        skipped: Number of rows that cannot be used.
     """
 
     rows: int
@@ -45,7 +45,7 @@ def scan_split(dataset: Dataset, split: str) -> SplitScan:
     Ids are stored in a temporary SQLite file, so that memory does not grow with the data.
 
     Raises:
-        UserError: as `read_corpus` without `need_targets`.
+        UserError: As `read_corpus` without `need_targets`.
     """
     columns, rows = open_rows(dataset, split, need_targets=False)
     with_targets, without_targets = Fingerprint(), Fingerprint()

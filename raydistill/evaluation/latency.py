@@ -180,7 +180,7 @@ def lookup(table: Path, measurement: dict[str, Any]) -> Timing | None:
     """Return the timing stored under these conditions, or None if there is none or the table is damaged.
 
     Raises:
-        UserError: the table was written by another version of raydistill.
+        UserError: The table was written by another version of raydistill.
     """
     entry = _read_entries(table).get(entry_name(measurement))
     try:
@@ -195,7 +195,7 @@ def record(table: Path, measurement: dict[str, Any], timing: Timing) -> None:
     Several processes may store timings at the same time; the file is replaced as a whole.
 
     Raises:
-        UserError: the table was written by another version of raydistill.
+        UserError: The table was written by another version of raydistill.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {**asdict(timing), "host": platform.node(), "measured_at": now, "measurement": measurement}
@@ -230,8 +230,8 @@ def warn_background_load(cores: float, remedy: str) -> None:
     """Print a warning if other processes kept more than `MAX_BACKGROUND_CORES` cores busy during a measurement.
 
     Args:
-        cores: busy cores, on average (`BackgroundLoad.mean_cores`).
-        remedy: how to repeat the measurement, as the end of the sentence "End those processes; ...".
+        cores: Busy cores, on average (`BackgroundLoad.mean_cores`).
+        remedy: How to repeat the measurement, as the end of the sentence "End those processes; ...".
     """
     if cores > MAX_BACKGROUND_CORES:
         print_progress(

@@ -66,7 +66,7 @@ def rouge_rows(predictions: list[str], references: list[str]) -> dict[str, np.nd
     meaningless for other scripts. rougeLsum uses the sentences of `split_sentences`.
 
     Raises:
-        ValueError: the numbers of predictions and references differ.
+        ValueError: The numbers of predictions and references differ.
     """
     _check_same_length(predictions, references)
     from rouge_score.rouge_scorer import RougeScorer
@@ -87,7 +87,7 @@ def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
     Columns: matching n-grams for n = 1 to 4, n-grams for n = 1 to 4, output length, reference length; tokens by 13a.
 
     Raises:
-        ValueError: the numbers of predictions and references differ.
+        ValueError: The numbers of predictions and references differ.
     """
     _check_same_length(predictions, references)
     from sacrebleu.metrics.bleu import BLEU
@@ -129,7 +129,7 @@ def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
     """Score outputs with bleu or with a metric of `ROUGE_METRICS`; for ROUGE, all four scores are in `metrics`.
 
     Raises:
-        UserError: there are no outputs, or the metric is unknown.
+        UserError: There are no outputs, or the metric is unknown.
     """
     if not predictions:
         raise UserError("there are no rows to score; check the split and dataset.validation_rows")
@@ -171,7 +171,7 @@ def rouge2_rows(predictions: list[str], references: list[str]) -> np.ndarray:
     """Return ROUGE-2 F1 x 100 per row, [rows]; much faster than `rouge_rows`.
 
     Raises:
-        ValueError: the numbers of predictions and references differ.
+        ValueError: The numbers of predictions and references differ.
     """
     _check_same_length(predictions, references)
     from rouge_score.rouge_scorer import RougeScorer
@@ -190,7 +190,7 @@ def bootstrap_interval(metric: str, rows: np.ndarray, seed: int = 0, n_resamples
     """Return the 95 % percentile bootstrap interval of the corpus score (Efron 1979; for BLEU: Koehn 2004).
 
     Raises:
-        ValueError: there are no rows.
+        ValueError: There are no rows.
     """
     scores = _bootstrap_scores(metric, [rows], seed, n_resamples)[0]
     low, high = np.percentile(scores, [2.5, 97.5])
@@ -206,7 +206,7 @@ def paired_bootstrap(
     with one added to count and total so that it is never 0.
 
     Raises:
-        ValueError: the systems have different numbers of rows, or none.
+        ValueError: The systems have different numbers of rows, or none.
     """
     return paired_bootstrap_over_seeds(metric, [a_rows], [b_rows], seed, n_resamples)
 
@@ -220,7 +220,7 @@ def paired_bootstrap_over_seeds(
     runs are scored on each resample of the rows.
 
     Raises:
-        ValueError: the runs have different numbers of rows, or none.
+        ValueError: The runs have different numbers of rows, or none.
     """
     lengths = sorted({len(rows) for rows in (*a_runs, *b_runs)})
     if len(lengths) > 1:

@@ -37,7 +37,7 @@ def score_outputs(metric: str, predictions: list[str], references: list[str]) ->
     """Score outputs with rouge2 or bleu.
 
     Raises:
-        UserError: there are no outputs, or the metric is unknown.
+        UserError: There are no outputs, or the metric is unknown.
     """
     scores = score(metric, predictions, references)
     return ScoredOutputs(scores, bootstrap_interval(metric, scores.row_stats), repetition_rate(predictions))
@@ -55,7 +55,7 @@ def evaluate(
     """Generate a text for every source of the corpus and score it against its reference with rouge2 or bleu.
 
     Raises:
-        UserError: the corpus has no rows, or the metric is unknown.
+        UserError: The corpus has no rows, or the metric is unknown.
     """
     started = time.monotonic()
     results = engine.generate(list(corpus.sources), beam, max_source_tokens=max_source_tokens, batch_size=batch_size)

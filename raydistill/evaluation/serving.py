@@ -36,7 +36,7 @@ def benchmark_serving(
     that every batch has 32 rows. The device should do nothing else.
 
     Raises:
-        UserError: the corpus has no rows, or the metric is unknown.
+        UserError: The corpus has no rows, or the metric is unknown.
     """
     predictions: list[str] = []
     timings = {}

@@ -188,8 +188,8 @@ def ensure_converted(
     One process at a time converts a checkpoint. A permanent failure is cached, too.
 
     Raises:
-        CTranslate2Unavailable: the model cannot be converted, or the converted model is wrong.
-        UserError: the conversion cannot be written.
+        CTranslate2Unavailable: The model cannot be converted, or the converted model is wrong.
+        UserError: The conversion cannot be written.
     """
     folder = cache_dir / _conversion_key(checkpoint)
     if not _is_complete(folder):
@@ -320,7 +320,7 @@ def import_ctranslate2() -> Any:
     The default is AVX512 on Intel CPUs only. On an AMD EPYC, AVX512 made fp32 5 % and int8 15 % faster.
 
     Raises:
-        ImportError: ctranslate2 is not installed.
+        ImportError: CTranslate2 is not installed.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         os.environ.setdefault("CT2_FORCE_CPU_ISA", "AVX512")

@@ -155,7 +155,7 @@ def open_ctranslate2_engine(
 
     Raises:
         CTranslate2Unavailable: CTranslate2 cannot decode this model, or cannot be used on this machine or device.
-        UserError: the checkpoint cannot be loaded, or its conversion cannot be written.
+        UserError: The checkpoint cannot be loaded, or its conversion cannot be written.
     """
     _check_available(options)
     config = loading.load_config(checkpoint)

@@ -17,7 +17,7 @@ def preload() -> Path | None:
     library that is already loaded under this name.
 
     Raises:
-        OSError: a library file exists but cannot be loaded.
+        OSError: A library file exists but cannot be loaded.
     """
     nvidia = importlib.util.find_spec("nvidia")  # a namespace package: every NVIDIA wheel adds its own folder
     for location in nvidia.submodule_search_locations or [] if nvidia else []:

@@ -122,7 +122,7 @@ def resolve_decoding(
     `max_target_tokens` after the start token.
 
     Raises:
-        UserError: the requested `min_length` exceeds `max_length`.
+        UserError: The requested `min_length` exceeds `max_length`.
     """
     own = checkpoint.generation_config if isinstance(checkpoint, PreTrainedModel) else checkpoint
     own = own if own is not None else GenerationConfig()
@@ -192,7 +192,7 @@ def random_inputs(tokenizer: PreTrainedTokenizerBase, config: Any, workload: Wor
     """Return the workload's batch of random source rows: ordinary tokens, then the end token; equal at every call.
 
     Raises:
-        ValueError: the model has fewer positions than the workload has source tokens.
+        ValueError: The model has fewer positions than the workload has source tokens.
     """
     limit = families.max_positions(config)
     if limit is not None and workload.source_tokens > limit:

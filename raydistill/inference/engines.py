@@ -31,7 +31,7 @@ def open_engine(
     also agree with transformers on the log-probabilities of what it generates for these rows.
 
     Raises:
-        UserError: the precision is unknown or not supported, the checkpoint cannot be loaded, or CTranslate2 cannot
+        UserError: The precision is unknown or not supported, the checkpoint cannot be loaded, or CTranslate2 cannot
             decode it and `options.allow_fallback` is false.
     """
     options = _resolve_precision(checkpoint, options or EngineOptions())

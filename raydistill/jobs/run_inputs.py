@@ -27,10 +27,10 @@ class PreparedCache:
     """The teacher cache of some runs.
 
     Attributes:
-        root: the folder of all stores.
-        modes: what `teacher_cache: auto` stands for, by the runs' `cache_group_key`.
-        compute_dtype: what `precision: auto` stands for on the workers; None if no run needs it.
-        store_hours: device-hours by array of a store. Another sweep may read the same stores.
+        root: The folder of all stores.
+        modes: What `teacher_cache: auto` stands for, by the runs' `cache_group_key`.
+        compute_dtype: What `precision: auto` stands for on the workers; None if no run needs it.
+        store_hours: Device-hours by array of a store. Another sweep may read the same stores.
     """
 
     root: Path | None = None
@@ -53,9 +53,9 @@ class SharedInputs:
     """The inputs that runs share.
 
     Attributes:
-        label_folders: folders of the label sets that teachers wrote, by `label_key` and source.
-        label_hours: device-hours of every label set that is trained on, by `label_key` and name.
-        cache: the teacher cache.
+        label_folders: Folders of the label sets that teachers wrote, by `label_key` and source.
+        label_hours: Device-hours of every label set that is trained on, by `label_key` and name.
+        cache: The teacher cache.
     """
 
     label_folders: LabelFolders = field(default_factory=dict)
@@ -84,10 +84,10 @@ def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total
     """Create the label sets and the parts of the teacher cache that some runs need and that are missing.
 
     Args:
-        runs: runs with a teacher.
+        runs: Runs with a teacher.
         device: "cpu" or "cuda".
-        record_path: the file that records how the cache was decided, so that a resumed sweep keeps the decision.
-        total_epochs: training epochs over all trials.
+        record_path: The file that records how the cache was decided, so that a resumed sweep keeps the decision.
+        total_epochs: Training epochs over all trials.
     """
     compute_dtype = _resolve_compute_dtype(runs, device, record_path)
     label_folders, label_hours = _make_label_sets(runs, device)

@@ -30,11 +30,11 @@ class TrainJob:
     """A run with everything that a launcher needs to execute it.
 
     Attributes:
-        run: the run's settings.
-        folder: the run's folder.
-        inputs: label sets, teacher cache and costs that were prepared for the run.
-        train_fn: what each worker executes: `training.run.train`, or a function with its signature and output files.
-        check_stop: called in the main worker after each validation; returns a reason to stop the run, or None.
+        run: The run's settings.
+        folder: The run's folder.
+        inputs: Label sets, teacher cache and costs that were prepared for the run.
+        train_fn: What each worker executes: `training.run.train`, or a function with its signature and output files.
+        check_stop: Called in the main worker after each validation; returns a reason to stop the run, or None.
     """
 
     run: Run
@@ -53,7 +53,7 @@ def resolve_launcher(run: Run, device: str) -> str:
     """The run's launcher, "tune" or "train"; `auto` is "tune" for a run on a CPU with one worker, else "train".
 
     Raises:
-        UserError: the launcher is "tune" and the run has several workers.
+        UserError: The launcher is "tune" and the run has several workers.
     """
     if run.training.launcher != "auto":
         if run.training.launcher == "tune" and run.training.workers > 1:
@@ -87,17 +87,17 @@ def train_with_ray_train(
     """Execute a run as a Ray Train job. Failed workers are restarted and resume from the run's folder.
 
     Args:
-        job: the run. Its folder must be visible to every node, or lie below the home of a shared storage.
+        job: The run. Its folder must be visible to every node, or lie below the home of a shared storage.
         device: "cuda" or "cpu".
-        retries: how often failed workers are restarted.
+        retries: How often failed workers are restarted.
         callbacks: Ray Train callbacks.
 
     Returns:
         The content of the run's result.json.
 
     Raises:
-        UserError: the run cannot succeed by a retry.
-        OSError, RuntimeError: a worker failed more than `retries` times.
+        UserError: The run cannot succeed by a retry.
+        OSError, RuntimeError: A worker failed more than `retries` times.
     """
     from ray.train.v2.api.exceptions import TrainingFailedError
 

@@ -19,7 +19,7 @@ def weights_fingerprint(model: str | Path | PreTrainedModel) -> str:
     A model and the folder that its `save_pretrained` writes have equal fingerprints. The dtype is part of it.
 
     Raises:
-        UserError: the checkpoint does not exist, or its weights are missing or damaged.
+        UserError: The checkpoint does not exist, or its weights are missing or damaged.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_iter_tensors(model)):
@@ -35,7 +35,7 @@ def teacher_key(checkpoint: str | Path) -> str:
     Names, library versions, the dtype at loading and the settings of `generate()` are not part of it.
 
     Raises:
-        UserError: the checkpoint does not exist, or its files are missing or damaged.
+        UserError: The checkpoint does not exist, or its files are missing or damaged.
     """
     config = {
         key: value for key, value in load_config(checkpoint).to_dict().items() if key not in _non_forward_config_keys()
@@ -48,7 +48,7 @@ def settings_fingerprint(checkpoint: str | Path) -> str:
     """Return 16 hex digits of a SHA-256 over a checkpoint's configuration, generation config and tokenizer files.
 
     Raises:
-        UserError: the checkpoint does not exist.
+        UserError: The checkpoint does not exist.
     """
     names = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
     names |= {"added_tokens.json", "merges.txt", *TOKENIZER_FILES, *MARIAN_FILES}

@@ -42,7 +42,7 @@ def freeze(student: PreTrainedModel, frozen: FrozenParts) -> None:
     """Turn gradients off for the frozen parts, in place.
 
     Raises:
-        UserError: no trainable parameter is left.
+        UserError: No trainable parameter is left.
     """
     for parameter in families.embedding_parameters(student) if frozen.embeddings else []:
         parameter.requires_grad_(False)

@@ -35,7 +35,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     is read.
 
     Raises:
-        UserError: the folder or hub name does not exist, the hub cannot be reached, or the pickled weights are refused.
+        UserError: The folder or hub name does not exist, the hub cannot be reached, or the pickled weights are refused.
     """
     folder = Path(checkpoint)
     if folder.exists() and not folder.is_dir():
@@ -61,7 +61,7 @@ def convert_to_safetensors(folder: Path, checkpoint: str | Path) -> Path:
     The pickle is opened with `weights_only=True`, which builds tensors and plain containers and calls nothing else.
 
     Raises:
-        UserError: the pickle holds anything else, is damaged, or does not fit config.json.
+        UserError: The pickle holds anything else, is damaged, or does not fit config.json.
     """
     pickles = sorted(folder.glob(PICKLE_PATTERN))
     identity = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in pickles]
@@ -85,7 +85,7 @@ def check_weights(folder: Path, checkpoint: str | Path) -> None:
     """Check that the safetensors files of a folder exist and are not truncated.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: A file is missing or damaged.
     """
     files = weight_files(folder)
     if not files:
@@ -106,7 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a folder: one file, or the shards that the index lists; [] if it has none.
 
     Raises:
-        UserError: the index is damaged or lists files outside the folder.
+        UserError: The index is damaged or lists files outside the folder.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
@@ -138,7 +138,7 @@ def check_no_missing_weights(info: dict[str, Any], checkpoint: str | Path) -> No
     """Check the loading info of `from_pretrained`, which initialises missing weights randomly.
 
     Raises:
-        UserError: weights are missing.
+        UserError: Weights are missing.
     """
     if missing := sorted(info["missing_keys"]):
         raise UserError(

@@ -43,7 +43,7 @@ def layers_to_copy(teacher_depth: int, student_depth: int, init: str = "spaced")
     - repeated: layer 0 for each student layer (the paper's 000).
 
     Raises:
-        UserError: the student depth is not between 1 and the teacher depth.
+        UserError: The student depth is not between 1 and the teacher depth.
     """
     _check_depth(teacher_depth, student_depth)
     if init == "repeated":
@@ -71,7 +71,7 @@ def layers_to_supervise(teacher_depth: int, student_depth: int) -> list[int]:
     The paper's table, else ceil((i + 1) L / n) - 1 for teacher depth L, student depth n and student layer i.
 
     Raises:
-        UserError: the student depth is not between 1 and the teacher depth.
+        UserError: The student depth is not between 1 and the teacher depth.
     """
     _check_depth(teacher_depth, student_depth)
     listed = SUPERVISED_LAYERS.get(teacher_depth, {}).get(student_depth)

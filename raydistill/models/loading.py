@@ -33,7 +33,7 @@ def locate_checkpoint(name: str, dataset: str) -> str:
     A named teacher becomes the hub name of its checkpoint for `dataset`, at a pinned revision.
 
     Raises:
-        UserError: the demo teacher is not trained yet, or the named teacher has no checkpoint for the data set.
+        UserError: The demo teacher is not trained yet, or the named teacher has no checkpoint for the data set.
     """
     if name == "demo":
         folder = raydistill_home() / "runs" / DEMO_TEACHER_RUN / "best"
@@ -48,7 +48,7 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
     """Return the checked configuration of a checkpoint without loading its weights.
 
     Raises:
-        UserError: config.json is missing, unreadable or implausible, or the model type is not in `FAMILIES`.
+        UserError: `config.json` is missing, unreadable or implausible, or the model type is not in `FAMILIES`.
     """
     folder = resolve_checkpoint(checkpoint, weights=False)
     path = folder / "config.json"
@@ -76,7 +76,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Pr
     """Return the model of a checkpoint on the CPU, in eval mode and in `dtype`.
 
     Raises:
-        UserError: the model type is not in `FAMILIES`, or the weights are missing, damaged or do not fit config.json.
+        UserError: The model type is not in `FAMILIES`, or the weights are missing, damaged or do not fit config.json.
     """
     config = load_config(checkpoint)
     folder = resolve_checkpoint(checkpoint)
@@ -108,7 +108,7 @@ def load_generation_config(checkpoint: str | Path) -> GenerationConfig:
     """Return the checkpoint's generation config, or one made from config.json; unset values are None.
 
     Raises:
-        UserError: generation_config.json cannot be used.
+        UserError: `generation_config.json` cannot be used.
     """
     folder = resolve_checkpoint(checkpoint, weights=False)
     if not (folder / "generation_config.json").is_file():

@@ -48,7 +48,7 @@ def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
     """Return the layer plan of a student for a teacher with `teacher_layers` (encoder, decoder) layers.
 
     Raises:
-        UserError: the student is deeper than the teacher, a layer is out of range, or the numbers of layers differ.
+        UserError: The student is deeper than the teacher, a layer is out of range, or the numbers of layers differ.
     """
     try:
         encoder, decoder = parse_size(student.size) if student.size else teacher_layers
@@ -84,7 +84,7 @@ def shrink(
     depth has exactly the teacher's logits.
 
     Raises:
-        UserError: the decoder of `decoder_from` has another architecture.
+        UserError: The decoder of `decoder_from` has another architecture.
     """
     if decoder_from is not None:
         check_same_decoder(teacher.config, decoder_from.config, str(decoder_from.config.name_or_path))
@@ -113,7 +113,7 @@ def check_full_depth_copy(teacher: PreTrainedModel, name: str) -> float:
         The largest absolute difference of a logit, divided by the largest absolute logit or by 1 if that is larger.
 
     Raises:
-        UserError: the difference is too large, so no student of this teacher would be correct.
+        UserError: The difference is too large, so no student of this teacher would be correct.
     """
     student = shrink(teacher, plan_layers(families.num_layers(teacher.config), Student()))
     ids = torch.arange(1, 9)[None].remainder(teacher.config.vocab_size)
@@ -136,7 +136,7 @@ def check_same_decoder(teacher: PretrainedConfig, other: PretrainedConfig, name:
     """Check that the decoder layers of model `other`, called `name` in the message, fit into the teacher's decoder.
 
     Raises:
-        UserError: the architectures differ.
+        UserError: The architectures differ.
     """
     expected, actual = families.decoder_architecture(teacher), families.decoder_architecture(other)
     if expected != actual:

@@ -26,7 +26,7 @@ def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -
     and T5's task is summarization.
 
     Raises:
-        UserError: files are missing or unreadable, the vocabulary exceeds the embedding, or a language is unknown.
+        UserError: Files are missing or unreadable, the vocabulary exceeds the embedding, or a language is unknown.
     """
     config = load_config(checkpoint)
     folder = resolve_checkpoint(checkpoint, weights=False)
@@ -60,7 +60,7 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     ordinary characters.
 
     Raises:
-        UserError: another token has no row.
+        UserError: Another token has no row.
     """
     num_rows = config.vocab_size
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= num_rows]
@@ -93,7 +93,7 @@ def source_prefix(config: PretrainedConfig, languages: Languages | None) -> str:
     students inherit.
 
     Raises:
-        UserError: the config lists tasks, but none for the languages.
+        UserError: The config lists tasks, but none for the languages.
     """
     tasks = getattr(config, "task_specific_params", None) or {}
     if config.model_type != "t5":
@@ -139,7 +139,7 @@ def resolve_max_tokens(
     the model.
 
     Raises:
-        UserError: the data set's limit exceeds the positions of the model.
+        UserError: The data set's limit exceeds the positions of the model.
     """
     positions = max_positions(config)
     requested = getattr(dataset, field)

@@ -200,7 +200,7 @@ def load_seed_groups(folders: Iterable[Path]) -> tuple[list[Sweep], list[SeedGro
     """Read sweeps and group their completed trials, in the order of the trials.
 
     Raises:
-        UserError: a folder holds no sweep, or a file is damaged.
+        UserError: A folder holds no sweep, or a file is damaged.
     """
     sweeps = [Sweep(folder, read_sweep(folder), read_trials(folder)) for folder in folders]
     groups: dict[tuple[Path, str], SeedGroup] = {}
@@ -230,7 +230,7 @@ def check_comparable(sweeps: Sequence[Sweep]) -> None:
     """Check that sweeps with one name for teacher and data set have the same teacher and data.
 
     Raises:
-        UserError: they differ, so that one table cannot show both.
+        UserError: They differ, so that one table cannot show both.
     """
     first_by_name: dict[tuple[str, str], Sweep] = {}
     for sweep in sweeps:

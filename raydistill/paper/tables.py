@@ -26,7 +26,7 @@ def make_tables(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]) -> li
     """All tables, in the paper's order.
 
     Raises:
-        UserError: sweeps share the name of a teacher or data set and differ in its content.
+        UserError: Sweeps share the name of a teacher or data set and differ in its content.
     """
     check_comparable(sweeps)
     datasets = dict.fromkeys(["XSUM", "CNN", *(sweep.dataset_name for sweep in sweeps if sweep.dataset_name)])

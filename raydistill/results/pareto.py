@@ -63,7 +63,7 @@ def resolve_bounds(bounds: dict[str, Any], teacher_costs: dict[str, float]) -> d
     """Convert bounds to numbers; "50%" is half of the teacher's cost.
 
     Raises:
-        UserError: a bound is a percentage of a cost that was not measured on the teacher.
+        UserError: A bound is a percentage of a cost that was not measured on the teacher.
     """
     numbers = {}
     for key, bound in bounds.items():
@@ -108,8 +108,8 @@ def pool_latency(costs: Sequence[dict[str, float]], groups: Sequence[Hashable]) 
     minimum and maximum. Other costs stay.
 
     Args:
-        costs: costs of each student.
-        groups: for each student, the key of its group; same length as `costs`.
+        costs: Costs of each student.
+        groups: For each student, the key of its group; same length as `costs`.
     """
     pooled: dict[tuple[Hashable, str], list[float]] = {}
     for own_costs, group in zip(costs, groups, strict=True):
@@ -145,9 +145,9 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
     validation rows, contains 0. Candidates are compared by the first bounded cost, or by `latency_ms` without bounds.
 
     Args:
-        candidates: scored students.
-        bounds: inclusive upper bounds by cost.
-        metric: name of the score, "rouge2" or "bleu".
+        candidates: Scored students.
+        bounds: Inclusive upper bounds by cost.
+        metric: Name of the score, "rouge2" or "bleu".
     """
     cost = next(iter(bounds), "latency_ms")
     within = feasible(candidates, bounds)

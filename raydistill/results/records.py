@@ -32,22 +32,22 @@ class Trial:
     and its scores and costs are those measured with that decoding.
 
     Attributes:
-        key: name of the trial's folder; for a student, followed by the decoding.
-        folder: the trial's folder.
+        key: Name of the trial's folder; for a student, followed by the decoding.
+        folder: The trial's folder.
         status: "done"; "stopped" (early, with a scored checkpoint); "failed"; or "running", which is any trial
             without result.json, also one that was killed.
-        number: position in the order of proposals; None while the trial is running.
-        reason: why the trial failed or was stopped.
-        copied_layers: the teacher's layers that the student started from, by "encoder" and "decoder".
-        params: the values that the search chose.
-        metrics: scores on the validation split, and costs.
+        number: Position in the order of proposals; None while the trial is running.
+        reason: Why the trial failed or was stopped.
+        copied_layers: The teacher's layers that the student started from, by "encoder" and "decoder".
+        params: The values that the search chose.
+        metrics: Scores on the validation split, and costs.
         interval: 95 % confidence interval of the main metric on the validation split.
-        test: scores on the test split, with their "interval".
-        steps: optimiser steps taken.
-        signature: how the scores were computed, in the notation of the metric's library.
-        checkpoint: the best checkpoint; None if there is none.
-        decoding: beams and length penalty of a student; None for a trial.
-        measured_with: engine, precision and hardware of a student's timings.
+        test: Scores on the test split, with their "interval".
+        steps: Optimiser steps taken.
+        signature: How the scores were computed, in the notation of the metric's library.
+        checkpoint: The best checkpoint; None if there is none.
+        decoding: Beams and length penalty of a student; None for a trial.
+        measured_with: Engine, precision and hardware of a student's timings.
     """
 
     key: str
@@ -103,7 +103,7 @@ class Trial:
         """The validations in order. An incomplete last line, which a kill can leave, is skipped.
 
         Raises:
-            UserError: if another line is not a JSON mapping.
+            UserError: Another line is not a JSON mapping.
         """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
@@ -230,12 +230,12 @@ def read_row_statistics(path: Path, split: str, remedy: str | None = None) -> np
     """Per-row statistics of a split, [rows] or [rows, 10]; None if the file or the split is missing.
 
     Args:
-        path: the file.
-        split: name of the split.
-        remedy: what the user can do about a damaged file; by default, repeat the trial in the file's folder.
+        path: The file.
+        split: Name of the split.
+        remedy: What the user can do about a damaged file; by default, repeat the trial in the file's folder.
 
     Raises:
-        UserError: if the file is damaged, or unpacks to more than `MAX_ROW_BYTES`.
+        UserError: The file is damaged, or unpacks to more than `MAX_ROW_BYTES`.
     """
     if not path.exists():
         return None
@@ -257,7 +257,7 @@ def read_sweep(sweep: Path) -> dict[str, Any]:
     """The sweep's own record, sweep.json.
 
     Raises:
-        UserError: if there is no record, if it is damaged, or if another version of raydistill wrote it.
+        UserError: There is no record, it is damaged, or another version of raydistill wrote it.
     """
     path = sweep / "sweep.json"
     if not path.exists():
@@ -286,7 +286,7 @@ def find_sweep(name_or_path: str) -> Path:
     """The folder of a sweep, from its path or its name under `raydistill_home()/sweeps`.
 
     Raises:
-        UserError: if there is no such sweep; the message names the sweeps that exist.
+        UserError: There is no such sweep; the message names the sweeps that exist.
     """
     sweeps = raydistill_home() / "sweeps"
     for folder in (Path(name_or_path), sweeps / name_or_path):

@@ -75,7 +75,7 @@ def load_selection(sweep: Path) -> Selection:
     """Read a sweep and compute its front by the space's cost and the choice for each stored budget.
 
     Raises:
-        UserError: the folder holds no sweep, or one of its files is damaged.
+        UserError: The folder holds no sweep, or one of its files is damaged.
     """
     record = read_sweep(sweep)
     trials = read_trials(sweep)

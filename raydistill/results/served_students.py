@@ -22,7 +22,7 @@ def read_served(folder: Path) -> list[dict[str, Any]]:
     Each entry also holds the file's `engine` and `hardware`. The list is empty if there is no such file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     if not (folder / SERVED_FILE).is_file():
         return []
@@ -40,8 +40,8 @@ def expand_by_serving(trials: list[Trial], teacher: dict[str, Any]) -> list[Tria
     its own decoding, `speedup_same_decoding` with the teacher under the student's decoding.
 
     Args:
-        trials: all trials of a sweep.
-        teacher: the teacher's record from `load_served_teacher`.
+        trials: All trials of a sweep.
+        teacher: The teacher's record from `load_served_teacher`.
     """
     students, groups = [], []
     for trial in trials:

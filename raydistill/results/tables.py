@@ -39,10 +39,10 @@ def trials_table(
     encoder layers and decoding appear only if some trial needs them.
 
     Args:
-        trials: trials of a sweep or students as served.
-        front_keys: keys of the trials on the front.
-        choices: key of the chosen trial by budget.
-        metric: name of the main score.
+        trials: Trials of a sweep or students as served.
+        front_keys: Keys of the trials on the front.
+        choices: Key of the chosen trial by budget.
+        metric: Name of the main score.
     """
     columns: dict[str, Callable[[Trial], str]] = {
         "size": lambda t: f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",

@@ -43,10 +43,10 @@ def should_stop_early(curve: Curve, peers: Sequence[Curve], grace: float, reduct
     every validation, since peers can reach the rung after the trial did.
 
     Args:
-        curve: the trial's validation scores.
-        peers: validation scores of other trials of the same shape.
-        grace: the first rung.
-        reduction: ratio of two rungs, and of the trials before and after a rung.
+        curve: The trial's validation scores.
+        peers: Validation scores of other trials of the same shape.
+        grace: The first rung.
+        reduction: Ratio of two rungs, and of the trials before and after a rung.
 
     Returns:
         The reason to stop, or None.

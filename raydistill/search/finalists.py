@@ -48,10 +48,10 @@ class ServingTask:
     """A checkpoint to serve with some decodings on a split.
 
     Attributes:
-        pending: checkpoint, decodings, and the folder of the per-row statistics.
-        run: a run of the sweep, which names data set and engine.
-        metric: the main metric.
-        split: the split to serve.
+        pending: Checkpoint, decodings, and the folder of the per-row statistics.
+        run: A run of the sweep, which names data set and engine.
+        metric: The main metric.
+        split: The split to serve.
     """
 
     pending: PendingServing
@@ -83,13 +83,13 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
     Selection then uses the timings of this machine only, since timings of two machines cannot be compared.
 
     Args:
-        space: the sweep's space.
-        sweep: the sweep's folder.
-        teacher: the teacher's record from sweep.json.
+        space: The sweep's space.
+        sweep: The sweep's folder.
+        teacher: The teacher's record from sweep.json.
         device: "cpu" or "cuda".
 
     Raises:
-        UserError: if the teacher or the data changed since the sweep was started.
+        UserError: The teacher or the data changed since the sweep was started.
     """
     machine = run_exclusive(hardware, device=device)
     unserved = find_unserved(space, sweep, teacher, machine)
@@ -122,10 +122,10 @@ def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: H
     """The teacher and the finalists that lack a decoding on this machine with the installed engine.
 
     Args:
-        space: the sweep's space.
-        sweep: the sweep's folder.
-        teacher: the teacher's record from sweep.json.
-        machine: the known properties of the hardware; unknown properties are not compared.
+        space: The sweep's space.
+        sweep: The sweep's folder.
+        teacher: The teacher's record from sweep.json.
+        machine: The known properties of the hardware; unknown properties are not compared.
     """
     finalists = [trial for trial in select_finalists(sweep) if trial.checkpoint]
     if not finalists:

@@ -27,11 +27,11 @@ class PreparedSweep:
     """What the trials of a sweep share: plain paths and numbers, which every trial receives.
 
     Attributes:
-        teacher: the teacher's scores, costs and properties, which sweep.json keeps.
-        shape_costs: costs of each shape with the teacher's own number of beams.
-        shape_costs_fewest_beams: costs of each shape with the fewest beams that a student may be served with. A shape
+        teacher: The teacher's scores, costs and properties, which sweep.json keeps.
+        shape_costs: Costs of each shape with the teacher's own number of beams.
+        shape_costs_fewest_beams: Costs of each shape with the fewest beams that a student may be served with. A shape
             that no budget admits even so is not trained.
-        shared: label sets and teacher cache.
+        shared: Label sets and teacher cache.
     """
 
     teacher: dict[str, Any]
@@ -64,7 +64,7 @@ def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
     """Check the teacher and the data against those that the sweep was started with.
 
     Raises:
-        UserError: if one of them has changed.
+        UserError: One of them has changed.
     """
     if changed := changed_inputs({"teacher": teacher["key"], "data": teacher["data"]}, input_fingerprints(run)):
         raise UserError(

@@ -18,11 +18,11 @@ class ProgressCallback(Callback):
     The progress of the search is read from the sweep's folder, so that a resumed search counts earlier trials too.
 
     Args:
-        sweep: the sweep's folder.
-        search: number of trials and limits of the search.
-        metric: the main metric.
-        setup_s: seconds that the command took before the search.
-        start_time: when the search started, by the monotonic clock; by default, now.
+        sweep: The sweep's folder.
+        search: Number of trials and limits of the search.
+        metric: The main metric.
+        setup_s: Seconds that the command took before the search.
+        start_time: When the search started, by the monotonic clock; by default, now.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class ProgressCallback(Callback):
         """Minutes until all trials are finished or a limit of the search is reached; None for lack of data.
 
         Args:
-            elapsed_s: seconds since the search started.
-            num_finished: finished trials, with those of earlier commands.
-            hours: device-hours, with those of earlier commands.
+            elapsed_s: Seconds since the search started.
+            num_finished: Finished trials, with those of earlier commands.
+            hours: Device-hours, with those of earlier commands.
         """
         new, remaining = num_finished - self.num_finished_before, self.search.trials - num_finished
         new_hours = hours - self.device_hours_before

@@ -34,12 +34,12 @@ class ShapeTiming:
     """How shapes are timed.
 
     Attributes:
-        source_tokens: tokens read per row.
-        output_tokens: tokens written per row.
-        engine: name of the engine that serves the teacher.
-        precision: that engine's precision.
-        beams: numbers of beams to time with.
-        remeasure_noisy: whether to repeat known timings that other processes disturbed.
+        source_tokens: Tokens read per row.
+        output_tokens: Tokens written per row.
+        engine: Name of the engine that serves the teacher.
+        precision: That engine's precision.
+        beams: Numbers of beams to time with.
+        remeasure_noisy: Whether to repeat known timings that other processes disturbed.
     """
 
     source_tokens: int
@@ -80,10 +80,10 @@ def time_shape(
     Known timings are read from RAYDISTILL_HOME/latency.json, and new ones are added.
 
     Args:
-        teacher: the model whose layers the student has.
-        size: encoder and decoder layers, such as "12-3".
-        timing: lengths, beams and the expected engine.
-        engine: the engine to open, if a timing is missing.
+        teacher: The model whose layers the student has.
+        size: Encoder and decoder layers, such as "12-3".
+        timing: Lengths, beams and the expected engine.
+        engine: The engine to open, if a timing is missing.
         device: "cpu" or "cuda".
         threads: CPU threads of the engine.
     """
@@ -149,8 +149,8 @@ def count_params_m(config: Any, size: str) -> float:
     """Millions of parameters of a student of this size; allocates nothing.
 
     Args:
-        config: the teacher's configuration.
-        size: encoder and decoder layers, such as "12-3".
+        config: The teacher's configuration.
+        size: Encoder and decoder layers, such as "12-3".
     """
     encoder, decoder = plan_layers(families.num_layers(config), Student(size=size)).size
     return families.count_parameters(families.with_num_layers(config, encoder, decoder)) / 1e6

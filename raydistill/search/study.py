@@ -67,16 +67,16 @@ class SweepStudy:
     study's Pareto front.
 
     Args:
-        space: the space to search.
-        sweep: the sweep's folder.
-        infeasible_sizes: values of `student.size` that must not be trained.
+        space: The space to search.
+        sweep: The sweep's folder.
+        infeasible_sizes: Values of `student.size` that must not be trained.
         storage: Optuna's storage of the study; by default, the journal SWEEP/study.log.
-        start_time: time of the monotonic clock from which `search.max_hours` counts; by default, now.
+        start_time: Time of the monotonic clock from which `search.max_hours` counts; by default, now.
 
     Attributes:
-        proposed_keys: keys of all trials that are finished or were proposed by this process.
-        failed_keys: keys of the trials that this process reported with an error.
-        stop_reason: why `propose` returned None.
+        proposed_keys: Keys of all trials that are finished or were proposed by this process.
+        failed_keys: Keys of the trials that this process reported with an error.
+        stop_reason: Why `propose` returned None.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class SweepStudy:
         """The next trial; None if the search is over, with the reason in `stop_reason`.
 
         Args:
-            trial_id: the name by which `report` refers to the trial.
+            trial_id: The name by which `report` refers to the trial.
         """
         num_rejected = 0
         while not (stop := self._find_stop_reason(num_rejected)).message:
@@ -156,8 +156,8 @@ class SweepStudy:
         """Record the end of a trial. Calls after the first for a trial are ignored.
 
         Args:
-            trial_id: the name given to `propose`.
-            result: the `final_report` of a finished run; anything else means that the trial was lost, and the next
+            trial_id: The name given to `propose`.
+            result: The `final_report` of a finished run; anything else means that the trial was lost, and the next
                 study proposes the trial again.
         """
         trial = self._running.pop(trial_id, None)
@@ -295,8 +295,8 @@ def final_report(result: dict[str, Any], cost: str) -> dict[str, Any]:
     """What the search learns of a finished run.
 
     Args:
-        result: the content of result.json.
-        cost: name of the cost metric to minimise.
+        result: The content of result.json.
+        cost: Name of the cost metric to minimise.
 
     Returns:
         The run's numeric metrics, "status" and "finished"; for a run with a checkpoint, also "score" and the cost.

@@ -14,10 +14,10 @@ def format_summary(selection: Selection, prepared: PreparedSweep, failed: list[s
     """Teacher, tables of trials and students, the choice for each budget, and the paths of figures and exports.
 
     Args:
-        selection: the sweep's trials, students and choices.
-        prepared: the teacher's record.
-        failed: keys of trials without a result, which the next command retries.
-        abandoned: keys of trials without a result whose shape no budget admits any more.
+        selection: The sweep's trials, students and choices.
+        prepared: The teacher's record.
+        failed: Keys of trials without a result, which the next command retries.
+        abandoned: Keys of trials without a result whose shape no budget admits any more.
     """
     metric = selection.metric
     message = selection.record["stop"]["message"]

@@ -47,15 +47,15 @@ def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[s
     """Run or resume a sweep.
 
     Args:
-        space: what to search.
-        folder: the sweep's folder.
-        echo: prints results; progress goes to stderr.
+        space: What to search.
+        folder: The sweep's folder.
+        echo: Prints results; progress goes to stderr.
 
     Returns:
         The summary that the command prints under `--json`.
 
     Raises:
-        UserError: if the space cannot be searched, differs from the one that the folder was started with, or if another
+        UserError: The space cannot be searched, differs from the one that the folder was started with, or another
             process is running the sweep.
     """
     start_time = time.monotonic()

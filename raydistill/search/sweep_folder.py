@@ -27,7 +27,7 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
     """Hold the sweep's folder for this process, and write the space to SWEEP/space.yaml.
 
     Raises:
-        UserError: if another process holds the folder, or if the trials in the folder are of another space.
+        UserError: Another process holds the folder, or the trials in the folder are of another space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)

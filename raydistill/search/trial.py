@@ -24,11 +24,11 @@ class TrialContext:
     """What all trials of a sweep have in common.
 
     Attributes:
-        space: the space that is searched.
-        sweep: the sweep's folder.
-        prepared: what was computed before the first trial.
+        space: The space that is searched.
+        sweep: The sweep's folder.
+        prepared: What was computed before the first trial.
         device: "cpu" or "cuda".
-        train_fn: trains a run; benchmarks of the search replace `train` by a stub.
+        train_fn: Trains a run; benchmarks of the search replace `train` by a stub.
     """
 
     space: Space
@@ -54,9 +54,9 @@ def tune_trial(config: dict[str, Any], *, context: TrialContext, train_in_actor:
     error that a restart would repeat, such as a lack of memory, ends the trial; the next command retries it.
 
     Args:
-        config: a `Proposal` as a mapping.
-        context: what all trials have in common.
-        train_in_actor: whether to train in this process, a reused actor that holds the CPUs and the GPU of a trial;
+        config: A `Proposal` as a mapping.
+        context: What all trials have in common.
+        train_in_actor: Whether to train in this process, a reused actor that holds the CPUs and the GPU of a trial;
             otherwise this process only waits for a Ray Train job.
     """
     job = context.make_job(config)

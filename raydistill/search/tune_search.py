@@ -38,15 +38,15 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
     """Run the trials that the sweep still lacks. Results are in the trials' folders and in SWEEP/study.log.
 
     Args:
-        context: space, folder and inputs of the trials.
+        context: Space, folder and inputs of the trials.
         callbacks: Tune's callbacks.
-        start_time: time of the monotonic clock from which `search.max_hours` counts; by default, now.
+        start_time: Time of the monotonic clock from which `search.max_hours` counts; by default, now.
 
     Returns:
         Why the search ended before all trials were run; without a message if all trials were run.
 
     Raises:
-        UserError: if no size of the space fits a budget, or if the cluster cannot hold a trial.
+        UserError: No size of the space fits a budget, or the cluster cannot hold a trial.
     """
     space = context.space
     infeasible = find_infeasible_sizes(space, context.prepared)
@@ -88,8 +88,8 @@ class StudySearcher(Searcher):
     """Tune's view of a `SweepStudy`.
 
     Args:
-        study: proposes the trials.
-        max_concurrent: how many trials may run at a time. Tune's own limit would be what the cluster can hold when the
+        study: Proposes the trials.
+        max_concurrent: How many trials may run at a time. Tune's own limit would be what the cluster can hold when the
             search starts.
     """
 

@@ -33,12 +33,12 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
     `ctranslate2/` if CTranslate2 supports the model. An export whose model card is up to date is kept.
 
     Args:
-        selection: the sweep.
-        key: key of the student.
-        budget: name of a budget that is not stored in the sweep, for the model card.
+        selection: The sweep.
+        key: Key of the student.
+        budget: Name of a budget that is not stored in the sweep, for the model card.
 
     Raises:
-        UserError: the student's checkpoint was deleted.
+        UserError: The student's checkpoint was deleted.
     """
     student = selection.student(key)
     if student.checkpoint is None:

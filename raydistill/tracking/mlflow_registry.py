@@ -45,15 +45,15 @@ def register_choice(
     first if the student's trial is not in MLflow yet.
 
     Args:
-        sweep: the sweep's folder.
-        student_key: key of the student in the sweep's `Selection`.
-        budget_name: the budget's name, from which the alias is made.
-        export_folder: the exported student, whose files become the version's artifacts.
-        tracking_uri: the store; by default the sweep's own, else the local one.
+        sweep: The sweep's folder.
+        student_key: Key of the student in the sweep's `Selection`.
+        budget_name: The budget's name, from which the alias is made.
+        export_folder: The exported student, whose files become the version's artifacts.
+        tracking_uri: The store; by default the sweep's own, else the local one.
 
     Raises:
-        UserError: the student has no checkpoint.
-        TrackingUnavailable: the store failed.
+        UserError: The student has no checkpoint.
+        TrackingUnavailable: The store failed.
     """
     with publish_lock(sweep):
         selection = load_selection(sweep)

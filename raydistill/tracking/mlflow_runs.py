@@ -117,12 +117,12 @@ def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False
     It is safe to repeat and to kill at any point. Checkpoints that another machine wrote are downloaded first.
 
     Args:
-        sweep: the sweep's folder.
-        tracking_uri: the store; by default the sweep's own, else the local one.
-        finished: whether the search is over, so that trials without a result count as killed.
+        sweep: The sweep's folder.
+        tracking_uri: The store; by default the sweep's own, else the local one.
+        finished: Whether the search is over, so that trials without a result count as killed.
 
     Raises:
-        TrackingUnavailable: the store failed; publishing again later logs everything that is missing.
+        TrackingUnavailable: The store failed; publishing again later logs everything that is missing.
     """
     with publish_lock(sweep):
         return publish_locked(sweep, tracking_uri, finished)
@@ -157,8 +157,8 @@ def publish_lock(sweep: Path) -> Iterator[None]:
     """Let only one process or thread publish a sweep at a time, since two would both create a trial's run.
 
     Raises:
-        TrackingUnavailable: the lock was not acquired within `LOCK_TIMEOUT_S`.
-        UserError: the folder holds no sweep.
+        TrackingUnavailable: The lock was not acquired within `LOCK_TIMEOUT_S`.
+        UserError: The folder holds no sweep.
     """
     read_sweep(sweep)  # the lock would create the folder of a sweep that does not exist
     lock = FileLock(sweep / ".publish.lock", timeout=LOCK_TIMEOUT_S)

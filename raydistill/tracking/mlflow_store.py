@@ -45,8 +45,8 @@ def check_tracking(uri: str | None) -> None:
     """Check within two seconds that a store can be used, without importing MLflow.
 
     Raises:
-        UserError: the URI can never work (MLflow no longer supports plain files) or contains credentials.
-        TrackingUnavailable: the server does not answer, or the local store cannot be written.
+        UserError: The URI can never work (MLflow no longer supports plain files) or contains credentials.
+        TrackingUnavailable: The server does not answer, or the local store cannot be written.
     """
     uri = uri or default_tracking_uri()
     if has_credentials(uri):
@@ -83,7 +83,7 @@ def make_client(uri: str) -> Any:
     """An `MlflowClient` for a store; a local store is created if it does not exist.
 
     Raises:
-        TrackingUnavailable: the local store cannot be created.
+        TrackingUnavailable: The local store cannot be created.
     """
     configure_mlflow()
     from mlflow import MlflowClient

@@ -76,7 +76,7 @@ class DistillationStep:
         student: The model that is trained.
         teacher: The frozen teacher; None where no teacher has to run.
         examples: The training pairs.
-        method: sft, kd or pl.
+        method: "sft", "kd" or "pl".
         loss: Coefficients and options of the loss terms.
         layer_plan: The teacher layers that supervise the student's layers; None for a random start.
         encoder_shared: The student's encoder and embeddings are the teacher's and frozen: encoder states come from

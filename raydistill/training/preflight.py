@@ -21,11 +21,11 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     """Check that the run's data set has the splits, and the teacher the layers and positions, that the run needs.
 
     Args:
-        run: the run to check.
-        cache: keeps split names and teacher configurations between calls.
+        run: The run to check.
+        cache: Keeps split names and teacher configurations between calls.
 
     Raises:
-        UserError: if the run cannot be trained.
+        UserError: The run cannot be trained.
     """
     from raydistill.models import families
     from raydistill.models.loading import load_config, locate_checkpoint

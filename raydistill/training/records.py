@@ -16,7 +16,7 @@ class RunIdentity:
     """What a run trains, as results and checkpoint metadata name it.
 
     Attributes:
-        method: sft, kd or pl.
+        method: "sft", "kd" or "pl".
         size: Encoder and decoder layers, such as "12-3".
         copied: The teacher layers copied, by side; None for a random start.
         labels: Source of the training targets, such as "original+pseudo".

@@ -40,7 +40,7 @@ class Validator:
         data: The run's data.
         beam: The decoding of the final scores.
         device: The device of losses and generation.
-        metric: rouge2 or bleu; `VALIDATION_LOSS` where the metric's library is missing: no text is generated then.
+        metric: "rouge2" or "bleu"; `VALIDATION_LOSS` where the metric's library is missing: no text is generated then.
     """
 
     run: Run
