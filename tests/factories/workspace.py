@@ -53,7 +53,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **SECRETS, **extra}
 
 
-def command(home: Path, *arguments: object, timeout: float = 280, **extra: str) -> subprocess.CompletedProcess[str]:
+def command(home: Path, *arguments: object, timeout: float = 560, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m raydistill.NAME ...` in the parent folder of `home`, which must be named outputs."""
     assert home.name == "outputs"
     return subprocess.run(
