@@ -136,8 +136,14 @@ def _check_weights_size(config: PretrainedConfig, folder: Path, checkpoint: str 
     """
     keys = CONFIG_KEYS[config.model_type]
     sides = ((keys.encoder_layers, keys.encoder_ffn), (keys.decoder_layers, keys.decoder_ffn))
-    feed_forward = sum(2 * getattr(config, layers) * getattr(config, width) for layers, width in sides)
-    num_parameters = config.d_model * (config.vocab_size + feed_forward)
+    try:
+        feed_forward = sum(2 * getattr(config, layers) * getattr(config, width) for layers, width in sides)
+        num_parameters = int(config.d_model * (config.vocab_size + feed_forward))
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"{checkpoint}: config.json: d_model, vocab_size, a number of layers or a feed-forward width is no number; "
+            f"copy the checkpoint again"
+        ) from None
     num_bytes = sum(path.stat().st_size for path in weight_files(folder))
     if num_parameters > num_bytes:
         raise UserError(

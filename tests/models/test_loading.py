@@ -22,6 +22,13 @@ def test_weights_that_do_not_fit_the_config_are_an_error(bart, changes, message)
         loading.load_model(bart)
 
 
+@pytest.mark.parametrize("key", ["d_model", "encoder_ffn_dim", "decoder_layers", "vocab_size"])
+def test_config_without_a_size_is_an_error(bart, key):
+    edit_config(bart, **{key: None})
+    with pytest.raises(UserError, match=r"config\.json"):
+        loading.load_model(bart)
+
+
 def test_damaged_or_missing_config_is_named_in_the_error(bart):
     (bart / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
@@ -37,7 +44,7 @@ def test_locate_checkpoint_of_named_teachers_paths_and_the_demo(tmp_path, monkey
     assert loading.locate_checkpoint("bart", "cnn_dailymail") == pinned
     assert loading.locate_checkpoint("bart", "xsum") == "facebook/bart-large-xsum@main"
     assert loading.locate_checkpoint("some/where", "xsum") == "some/where"
-    with pytest.raises(UserError, match=r"python -m raydistill\.train demo"):
+    with pytest.raises(UserError, match=r"raydistill train demo"):
         loading.locate_checkpoint("demo", "demo")
     best = tmp_path / "runs" / "demo-teacher" / "best"
     best.mkdir(parents=True)
