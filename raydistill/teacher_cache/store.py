@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 PART_TOKENS = 2**15
 WINDOW_ROWS = 20_000
+MAX_GROUP_BYTES = 240  # a file name has at most 255, with the dot and the suffix of the lock
 # numpy has no bfloat16, so the bits are stored as int16.
 STORAGE_DTYPES: dict[str, type[np.generic]] = {"bf16": np.int16, "fp32": np.float32}
 
@@ -200,10 +201,10 @@ def group_lock(root: Path, group: str) -> FileLock:
     """The lock of the process that builds the stores whose `lock_group` is `group`.
 
     Raises:
-        ValueError: `group` is not a file name.
+        ValueError: `group` is not a file name, or too long for one.
     """
-    if Path(group).name != group:
-        raise ValueError(f"invalid lock group {group!r}")
+    if Path(group).name != group or len(group.encode(errors="replace")) > MAX_GROUP_BYTES:
+        raise ValueError(f"invalid lock group {group[:80]!r}")
     root.mkdir(parents=True, exist_ok=True)
     return FileLock(root / f".{group}.lock")
 

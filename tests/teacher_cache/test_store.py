@@ -69,3 +69,9 @@ def test_store_of_another_schema_version_is_refused_with_the_remedy(teacher, tmp
     }[file]
     with pytest.raises(UserError, match=f"{path}: schema version 1, .* Move {path.parent} away or delete it"):
         read()
+
+
+@pytest.mark.parametrize("group", ["x" * 300, "../other", "a/b"])
+def test_a_lock_group_that_is_no_file_name_is_refused(tmp_path, group):
+    with pytest.raises(ValueError, match="invalid lock group"):
+        store.group_lock(tmp_path, group)
