@@ -50,7 +50,7 @@ def check_tracking(uri: str | None) -> None:
     """
     uri = uri or default_tracking_uri()
     if has_credentials(uri):
-        raise UserError(f"tracking_uri {redact(uri)}: holds a password or token; leave it out. {CREDENTIALS_HINT}")
+        raise UserError(f"tracking_uri {redact(uri)}: contains a password or token; remove it. {CREDENTIALS_HINT}")
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme in ("", "file"):
         raise UserError(
