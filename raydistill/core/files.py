@@ -20,6 +20,7 @@ PARSE_ERRORS = (
 # Version of the records in sweeps, runs, label sets and caches. Version 1 was written before the first release.
 SCHEMA_VERSION = 2
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written; they are not synced to a bucket
+OLD_SUFFIX = ".old"  # of folders that are being replaced or deleted; they are not synced either
 CHECKPOINT_METADATA = "raydistill.json"  # next to the weights of a checkpoint: teacher, data and configuration
 
 
@@ -33,7 +34,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; at the end of the block the file is synced and renamed to `path`.
 
-    If the block raises, the temporary file is removed and `path` is unchanged.
+    The folder is synced too, so that the new name outlives a power failure. If the block raises, the temporary file is
+    removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A random suffix and not the process ID: on a shared folder, processes of two machines may have equal IDs.
@@ -42,6 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         fsync(temporary)
         os.replace(temporary, path)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,6 +73,15 @@ def fsync(path: Path) -> None:
     """Flush a file to disk, so that no record on disk can refer to content that is not."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk: without it, a power failure may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json_atomic(path: Path, data: Any) -> None:

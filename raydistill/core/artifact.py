@@ -1,0 +1,305 @@
+"""Artifacts: folders that are complete or absent, never half written.
+
+An artifact is a folder with a manifest, FOLDER/manifest.json. The manifest is written last, after all other files are
+on disk. An artifact is created in one of two ways:
+
+    build   writes into a temporary folder next to FOLDER, which then replaces FOLDER
+    seal    completes a folder whose parts several processes wrote in place
+
+Temporary folders have random names and the suffix ".tmp"; a folder that is being replaced or deleted has the suffix
+".old". After a kill, `is_complete`, `open_artifact` and `build` finish an interrupted replacement, and `build` removes
+the folders that the killed process left. Names that start with a dot are never artifacts.
+
+The lock of FOLDER is the file .NAME.lock next to FOLDER. The system releases the lock when its owner dies. If the
+connection to a shared file system breaks, the system may give the lock to another process while the first one still
+runs; therefore `build` compares the generation of the artifact before it replaces the folder.
+"""
+
+import errno
+import json
+import os
+import platform
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import Field
+
+from raydistill.core.errors import TransientError, UserError
+from raydistill.core.files import OLD_SUFFIX, PARSE_ERRORS, TEMPORARY_SUFFIX, fsync, fsync_folder
+from raydistill.core.records import Record
+
+MANIFEST = "manifest.json"
+MAX_REPLACEMENTS = 10  # that other processes may finish while `is_complete` looks at a folder
+
+
+class Manifest(Record):
+    """The manifest of an artifact. Subclasses add the fields of their kind.
+
+    Attributes:
+        kind: What the artifact is, such as "checkpoint".
+        key: The content key: artifacts of one kind with equal keys are interchangeable. "" where the path is the key.
+        generation: How often the artifact was built under its path, from 1.
+        files: Bytes of every other file, by path relative to the folder; filled in by `seal` and `build`.
+    """
+
+    kind: str
+    key: str = ""
+    generation: int = 1
+    files: dict[str, int] = Field(default_factory=dict)
+
+
+ManifestType = TypeVar("ManifestType", bound=Manifest)
+
+
+class LockHeld(TransientError):
+    """Another process holds the lock of an artifact."""
+
+
+@contextmanager
+def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of an artifact. The lock is not reentrant.
+
+    Args:
+        folder: The artifact, which need not exist.
+        timeout: Seconds to wait for the lock; `math.inf` waits until the lock is free.
+        on_wait: Called once with a message before waiting for another process.
+
+    Raises:
+        LockHeld: Another process holds the lock for longer than `timeout`. The message names its host and process.
+    """
+    path = lock_path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file_lock = FileLock(path, on_acquired=_write_owner, preserve_lock_file=True)
+    try:
+        file_lock.acquire(timeout=0)
+    except Timeout:
+        message = f"{folder}: in use by {_read_owner(path)}"
+        if timeout > 0 and on_wait is not None:
+            on_wait(f"{message}; waiting")
+        try:
+            file_lock.acquire(timeout=-1 if timeout == float("inf") else timeout)
+        except Timeout:
+            raise LockHeld(f"{message}; wait until that process ends, or stop it") from None
+    try:
+        yield
+    finally:
+        os.truncate(path, 0)
+        file_lock.release()
+
+
+def lock_path(folder: Path) -> Path:
+    """The lock file of an artifact."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+@contextmanager
+def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes the artifact at the end of the block, and replaces an existing one.
+
+    A kill at any moment leaves the existing artifact, the new one, or none if there was none. If the block raises, the
+    temporary folder is deleted and an existing artifact is unchanged. The caller holds the lock of the artifact, or of
+    an artifact around it.
+
+    Args:
+        folder: The artifact. Parent folders are created.
+        make_manifest: Called after the block. `files` and `generation` of its result are replaced.
+
+    Raises:
+        TransientError: Another process replaced the artifact during the block, so that this process has lost the lock.
+        OSError: The disk is full, for example.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    generation = _generation(folder)
+    temporary = _sibling(folder, TEMPORARY_SUFFIX)
+    temporary.mkdir()
+    try:
+        yield temporary
+        seal(temporary, make_manifest().model_copy(update={"generation": generation + 1}))
+        if _generation(folder) != generation:
+            raise TransientError(f"{folder}: was written by another process meanwhile; run the same command again")
+        _publish(temporary, folder)
+    finally:
+        _delete(temporary)
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Complete a folder: sync all files and folders to disk, then write the manifest with the size of every file.
+
+    Raises:
+        OSError: The disk is full, for example.
+    """
+    sizes = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if name.endswith(TEMPORARY_SUFFIX) or path == folder / MANIFEST:
+                continue
+            fsync(path)
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+        fsync_folder(Path(parent))
+    manifest.model_copy(update={"files": dict(sorted(sizes.items()))}).write(folder / MANIFEST)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a complete artifact: its manifest exists. Finishes an interrupted replacement."""
+    for _ in range(MAX_REPLACEMENTS):
+        if (folder / MANIFEST).is_file():
+            return True
+        if not _finish_replacement(folder):
+            break
+    return (folder / MANIFEST).is_file()
+
+
+def open_artifact(folder: Path, manifest_type: type[ManifestType], kind: str) -> ManifestType:
+    """Read the manifest of a complete artifact and check that every file that the manifest lists has its size.
+
+    Raises:
+        UserError: The artifact is missing, incomplete, damaged, of another kind or of another schema version.
+    """
+    if not is_complete(folder):
+        raise UserError(f"{folder}: no complete {kind} (no {MANIFEST}); run the command that creates the {kind} again")
+    manifest = manifest_type.read(folder / MANIFEST)
+    if manifest.kind != kind:
+        raise UserError(f"{folder}: holds a {manifest.kind}, not a {kind}")
+    if damage := find_damage(folder, manifest):
+        remedy = manifest_type.remedy or f"Delete {folder} and run the command again"
+        raise UserError(f"{folder}: damaged: {damage}. {remedy}")
+    return manifest
+
+
+def find_damage(folder: Path, manifest: Manifest) -> str | None:
+    """The first file that is missing or has another size than the manifest says, as text; None if there is none."""
+    for name, size in manifest.files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Delete an artifact. A kill leaves either the artifact or nothing under its name. The caller holds the lock."""
+    remove_leftovers(folder)
+    if folder.exists():
+        old = _sibling(folder, OLD_SUFFIX)
+        os.rename(folder, old)
+        fsync_folder(folder.parent)
+        _delete(old)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Finish an interrupted replacement and delete the temporary folders of killed processes.
+
+    The caller holds the lock, so that no other process is building the artifact.
+    """
+    _finish_replacement(folder)
+    for path in _siblings(folder, TEMPORARY_SUFFIX, OLD_SUFFIX):
+        _delete(path)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Move a sealed temporary folder to its place. A kill between the two renames is repaired by the next access."""
+    old = _sibling(folder, OLD_SUFFIX)
+    replaces = folder.exists()
+    if replaces:
+        os.rename(folder, old)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if temporary.exists():
+            if replaces:
+                os.rename(old, folder)
+            raise
+        # else another process has finished the replacement
+    fsync_folder(folder.parent)
+    if replaces:
+        _delete(old)
+
+
+def _finish_replacement(folder: Path) -> bool:
+    """If the folder is missing, move a sealed temporary folder, which a kill left, to its place.
+
+    Returns:
+        Whether this process or, meanwhile, another one has changed what is at the place of the folder.
+    """
+    if folder.exists():
+        return (folder / MANIFEST).is_file()
+    for path in _siblings(folder, TEMPORARY_SUFFIX):
+        if not _is_sealed(path):
+            continue
+        try:
+            os.rename(path, folder)
+            fsync_folder(folder.parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EROFS, errno.EACCES):
+                raise  # the others: another process was faster, or this process may not write here
+        return True
+    return folder.exists()
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether a folder has a manifest and every file that the manifest lists, whatever the kind of artifact."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except PARSE_ERRORS:
+        return False
+
+
+def _delete(folder: Path) -> None:
+    """Delete a temporary folder, its manifest first, so that no kill leaves a manifest without its files."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _generation(folder: Path) -> int:
+    """The generation of the artifact in a folder; 0 if there is none or its manifest cannot be read."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_bytes())["generation"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return 0
+
+
+def _sibling(folder: Path, suffix: str) -> Path:
+    # A random part and not the process ID: on a shared folder, processes of two machines may have equal IDs.
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _siblings(folder: Path, *suffixes: str) -> list[Path]:
+    """The temporary and replaced folders of an artifact."""
+    try:
+        names = os.listdir(folder.parent)
+    except FileNotFoundError:
+        return []
+    prefix = f".{folder.name}."
+    return [
+        folder.with_name(name)
+        for name in sorted(names)
+        for suffix in suffixes
+        if name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix) + 8 + len(suffix)
+    ]
+
+
+def _write_owner(descriptor: int) -> None:
+    """Write who holds a lock into its file, for the message of `lock`."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} since {since}".encode(), 0)
+
+
+def _read_owner(path: Path) -> str:
+    for _ in range(10):  # the owner may have the lock and not yet have written its name
+        if owner := path.read_text(encoding="utf-8", errors="replace").strip():
+            return owner[:200]
+        time.sleep(0.01)
+    return "another process"

@@ -1,0 +1,318 @@
+"""Artifacts: complete or absent after a kill at any step, one writer at a time, clear errors for damaged folders."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld, Manifest
+from raydistill.core.errors import TransientError, UserError
+
+KIND = "test artifact"
+# Operations that change a folder, as Python's audit events name them. "open" is counted for writing only.
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.link", "os.chmod"}
+
+
+def make(folder: Path, text: str) -> None:
+    with artifact.build(folder, lambda: Manifest(kind=KIND, key=text)) as temporary:
+        (temporary / "inner").mkdir()
+        for name in ("a.txt", "inner/b.txt"):
+            (temporary / name).write_text(text)
+
+
+def content(folder: Path) -> str | None:
+    """The text of a whole artifact; None if there is none. Fails for anything in between."""
+    if not artifact.is_complete(folder):
+        assert not folder.exists()
+        return None
+    manifest = artifact.open_artifact(folder, Manifest, KIND)
+    texts = {(folder / name).read_text() for name in manifest.files}
+    assert texts == {manifest.key}
+    return manifest.key
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.parent.iterdir() if p not in (folder, artifact.lock_path(folder))]
+
+
+def run_killed_at(step: int, action, folder: Path) -> bool:
+    """Run `action` in a child process that ends before the change number `step`; whether the child reached it."""
+    child = os.fork()
+    if child == 0:
+        _die_at(step, folder)
+        try:
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 9)
+    return code == 9
+
+
+def _die_at(step: int, folder: Path) -> None:
+    """End this process like a SIGKILL does, before its change number `step` below the artifact's parent folder."""
+    count = 0
+
+    def change() -> None:
+        nonlocal count
+        count += 1
+        if count == step:
+            os._exit(9)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in CHANGES and str(args[0]).startswith(str(folder.parent)):
+            if event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                change()
+
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (change(), fsync(descriptor))[1]
+    sys.addaudithook(hook)
+
+
+def kill_at_every_step(action, prepare, folder: Path) -> list[str | None]:
+    """Kill `action` at each of its steps; the content of the artifact after each kill, and after a second attempt."""
+    found = []
+    step = 0
+    while True:
+        step += 1
+        for path in folder.parent.iterdir():
+            subprocess.run(["rm", "-rf", str(path)], check=True)
+        prepare()
+        killed = run_killed_at(step, action, folder)
+        found.append(content(folder))
+        if not killed:
+            return found
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_kill_at_any_step_of_a_build_leaves_the_old_or_the_new_artifact(old, tmp_path):
+    folder = tmp_path / "home" / "x"
+    folder.parent.mkdir()
+
+    def prepare():
+        if old:
+            make(folder, old)
+
+    found = kill_at_every_step(lambda: make(folder, "new"), prepare, folder)
+    assert len(found) > 15
+    assert found[0] == old
+    assert found[-1] == "new"
+    switch = found.index("new")
+    assert set(found[:switch]) == {old}
+    assert set(found[switch:]) == {"new"}
+
+
+@pytest.mark.parametrize("step", range(1, 40))
+def test_a_build_after_a_kill_succeeds_and_removes_what_the_kill_left(step, tmp_path):
+    folder = tmp_path / "x"
+    make(folder, "old")
+    run_killed_at(step, lambda: make(folder, "new"), folder)
+    with artifact.lock(folder):
+        make(folder, "newest")
+    assert content(folder) == "newest"
+    assert leftovers(folder) == []
+
+
+def test_a_kill_at_any_step_of_a_removal_leaves_the_artifact_or_nothing(tmp_path):
+    folder = tmp_path / "home" / "x"
+    folder.parent.mkdir()
+    found = kill_at_every_step(lambda: artifact.remove(folder), lambda: make(folder, "old"), folder)
+    assert found[0] == "old"
+    assert found[-1] is None
+    assert leftovers(folder) == []
+
+
+def test_a_kill_while_a_folder_is_sealed_leaves_it_incomplete_or_complete(tmp_path):
+    folder = tmp_path / "home" / "x"
+    folder.parent.mkdir()
+
+    def prepare():
+        folder.mkdir()
+        (folder / "a.txt").write_text("parts")
+
+    states = []
+    for step in range(1, 20):
+        for path in folder.parent.iterdir():
+            subprocess.run(["rm", "-rf", str(path)], check=True)
+        prepare()
+        killed = run_killed_at(step, lambda: artifact.seal(folder, Manifest(kind=KIND, key="parts")), folder)
+        states.append(content(folder) if artifact.is_complete(folder) else "incomplete")
+        if not killed:
+            break
+    assert states[0] == "incomplete"
+    assert states[-1] == "parts"
+    assert len(states) > 4
+
+
+def test_every_file_and_folder_is_synced_before_the_rename_that_publishes_it(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def log_fsync(descriptor):
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", str(a))), rename(a, b)))
+    folder = tmp_path / "x"
+    make(folder, "text")
+    temporary = next(path for kind, path in events if kind == "rename")
+    before = {path for kind, path in events[: events.index(("rename", temporary))] if kind == "fsync"}
+    names = ("", "/a.txt", "/inner", "/inner/b.txt")
+    assert {temporary + name for name in names} <= before
+    assert any(path.startswith(f"{temporary}/.manifest.json") for path in before)
+    assert events[-1] == ("fsync", str(tmp_path))
+
+
+def test_the_block_that_raises_leaves_the_old_artifact(tmp_path):
+    make(tmp_path / "x", "old")
+    with pytest.raises(RuntimeError), artifact.build(tmp_path / "x", lambda: Manifest(kind=KIND)) as temporary:
+        (temporary / "a.txt").write_text("half")
+        raise RuntimeError
+    assert content(tmp_path / "x") == "old"
+    assert leftovers(tmp_path / "x") == []
+
+
+def test_a_failing_rename_restores_the_old_artifact(tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+    make(folder, "old")
+    rename = os.rename
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        make(folder, "new")
+    assert content(folder) == "old"
+    assert leftovers(folder) == []
+
+
+def test_a_writer_that_lost_its_lock_does_not_replace_its_successors_artifact(tmp_path):
+    make(tmp_path / "x", "old")
+    with (
+        pytest.raises(TransientError, match="written by another process"),
+        artifact.build(tmp_path / "x", lambda: Manifest(kind=KIND, key="cut off")) as temporary,
+    ):
+        (temporary / "a.txt").write_text("cut off")
+        os.rename(temporary, tmp_path / "kept")  # a successor deletes temporary folders; this writer still has its own
+        make(tmp_path / "x", "successor")
+        os.rename(tmp_path / "kept", temporary)
+    assert content(tmp_path / "x") == "successor"
+
+
+def test_generations_count_the_builds(tmp_path):
+    for text in ("one", "two", "three"):
+        make(tmp_path / "x", text)
+    assert artifact.open_artifact(tmp_path / "x", Manifest, KIND).generation == 3
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from raydistill.core import artifact
+with artifact.lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def hold_lock(folder: Path, seconds: float) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"locked\n"
+    return process
+
+
+def test_a_held_lock_names_its_owner(tmp_path):
+    process = hold_lock(tmp_path / "x", 60)
+    try:
+        with pytest.raises(LockHeld) as error, artifact.lock(tmp_path / "x"):
+            pass
+        host = os.uname().nodename
+        assert f"{tmp_path / 'x'}: in use by process {process.pid} on {host} since 20" in str(error.value)
+        assert "wait until that process ends, or stop it" in str(error.value)
+    finally:
+        process.kill()
+        process.wait()
+    with artifact.lock(tmp_path / "x"):  # the system released the dead process's lock
+        pass
+
+
+def test_waiting_for_a_lock_says_so_once_and_ends_when_the_lock_is_free(tmp_path):
+    process = hold_lock(tmp_path / "x", 1)
+    messages: list[str] = []
+    with artifact.lock(tmp_path / "x", timeout=math.inf, on_wait=messages.append):
+        assert process.wait(timeout=5) == 0
+    assert len(messages) == 1
+    assert messages[0].endswith("; waiting")
+
+
+def test_a_timeout_ends_the_wait_for_a_lock(tmp_path):
+    process = hold_lock(tmp_path / "x", 60)
+    started = time.monotonic()
+    try:
+        with pytest.raises(LockHeld), artifact.lock(tmp_path / "x", timeout=0.3):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    assert time.monotonic() - started < 10
+
+
+def test_a_reader_never_sees_a_half_replaced_artifact(tmp_path):
+    folder = tmp_path / "x"
+    make(folder, "0")
+    done = threading.Event()
+    problems = []
+
+    def read():
+        while not done.is_set():
+            if not artifact.is_complete(folder):
+                problems.append("absent")
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        for i in range(1, 100):
+            make(folder, str(i))
+    finally:
+        done.set()
+        thread.join()
+    assert content(folder) == "99"
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
+        (lambda folder: (folder / "a.txt").write_text("longer than before"), "a.txt has 18 bytes instead of 4"),
+        (lambda folder: (folder / "manifest.json").unlink(), "no complete test artifact"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
+        (lambda folder: edit_manifest(folder, kind="label set"), "holds a label set, not a test artifact"),
+        (lambda folder: edit_manifest(folder, schema=1), "schema version 1"),
+        (lambda folder: edit_manifest(folder, color="red"), "color: Extra inputs are not permitted"),
+    ],
+)
+def test_a_damaged_artifact_is_an_error_that_names_the_folder(damage, message, tmp_path):
+    make(tmp_path / "x", "text")
+    damage(tmp_path / "x")
+    with pytest.raises(UserError, match=message) as error:
+        artifact.open_artifact(tmp_path / "x", Manifest, KIND)
+    assert str(tmp_path / "x") in str(error.value)
+
+
+def edit_manifest(folder: Path, **values) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
