@@ -179,11 +179,11 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
     """The first file that is missing or has another size than the manifest says, as text; None if there is none."""
     for name, size in manifest.files.items():
         try:
-            found = (folder / name).stat().st_size
+            size_now = (folder / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if size_now != size:
+            return f"{name} has {size_now} bytes instead of {size}"
     return None
 
 

@@ -68,18 +68,23 @@ def _die_at(step: int, folder: Path) -> None:
             os._exit(9)
 
     def hook(event: str, args: tuple) -> None:
-        if event in CHANGES and str(args[0]).startswith(str(folder.parent)):
-            if event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                change()
+        writes = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if event in CHANGES and writes and str(args[0]).startswith(str(folder.parent)):
+            change()
 
     fsync = os.fsync
-    os.fsync = lambda descriptor: (change(), fsync(descriptor))[1]
+
+    def counted_fsync(fd):
+        change()
+        fsync(fd)
+
+    os.fsync = counted_fsync
     sys.addaudithook(hook)
 
 
 def kill_at_every_step(action, prepare, folder: Path) -> list[str | None]:
     """Kill `action` at each of its steps; the content of the artifact after each kill, and after a second attempt."""
-    found = []
+    contents = []
     step = 0
     while True:
         step += 1
@@ -87,9 +92,9 @@ def kill_at_every_step(action, prepare, folder: Path) -> list[str | None]:
             subprocess.run(["rm", "-rf", str(path)], check=True)
         prepare()
         killed = run_killed_at(step, action, folder)
-        found.append(content(folder))
+        contents.append(content(folder))
         if not killed:
-            return found
+            return contents
 
 
 @pytest.mark.parametrize("old", ["old", None])
@@ -101,13 +106,13 @@ def test_a_kill_at_any_step_of_a_build_leaves_the_old_or_the_new_artifact(old, t
         if old:
             make(folder, old)
 
-    found = kill_at_every_step(lambda: make(folder, "new"), prepare, folder)
-    assert len(found) > 15
-    assert found[0] == old
-    assert found[-1] == "new"
-    switch = found.index("new")
-    assert set(found[:switch]) == {old}
-    assert set(found[switch:]) == {"new"}
+    contents = kill_at_every_step(lambda: make(folder, "new"), prepare, folder)
+    assert len(contents) > 15
+    assert contents[0] == old
+    assert contents[-1] == "new"
+    switch = contents.index("new")
+    assert set(contents[:switch]) == {old}
+    assert set(contents[switch:]) == {"new"}
 
 
 @pytest.mark.parametrize("step", range(1, 40))
@@ -124,9 +129,9 @@ def test_a_build_after_a_kill_succeeds_and_removes_what_the_kill_left(step, tmp_
 def test_a_kill_at_any_step_of_a_removal_leaves_the_artifact_or_nothing(tmp_path):
     folder = tmp_path / "home" / "x"
     folder.parent.mkdir()
-    found = kill_at_every_step(lambda: artifact.remove(folder), lambda: make(folder, "old"), folder)
-    assert found[0] == "old"
-    assert found[-1] is None
+    contents = kill_at_every_step(lambda: artifact.remove(folder), lambda: make(folder, "old"), folder)
+    assert contents[0] == "old"
+    assert contents[-1] is None
     assert leftovers(folder) == []
 
 
@@ -174,9 +179,14 @@ def test_every_file_and_folder_is_synced_before_the_rename_that_publishes_it(tmp
 
 def test_the_block_that_raises_leaves_the_old_artifact(tmp_path):
     make(tmp_path / "x", "old")
-    with pytest.raises(RuntimeError), artifact.build(tmp_path / "x", lambda: Manifest(kind=KIND)) as temporary:
-        (temporary / "a.txt").write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with artifact.build(tmp_path / "x", lambda: Manifest(kind=KIND)) as temporary:
+            (temporary / "a.txt").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert content(tmp_path / "x") == "old"
     assert leftovers(tmp_path / "x") == []
 
@@ -200,14 +210,16 @@ def test_a_failing_rename_restores_the_old_artifact(tmp_path, monkeypatch):
 
 def test_a_writer_that_lost_its_lock_does_not_replace_its_successors_artifact(tmp_path):
     make(tmp_path / "x", "old")
-    with (
-        pytest.raises(TransientError, match="written by another process"),
-        artifact.build(tmp_path / "x", lambda: Manifest(kind=KIND, key="cut off")) as temporary,
-    ):
-        (temporary / "a.txt").write_text("cut off")
-        os.rename(temporary, tmp_path / "kept")  # a successor deletes temporary folders; this writer still has its own
-        make(tmp_path / "x", "successor")
-        os.rename(tmp_path / "kept", temporary)
+
+    def write_cut_off():
+        with artifact.build(tmp_path / "x", lambda: Manifest(kind=KIND, key="cut off")) as temporary:
+            (temporary / "a.txt").write_text("cut off")
+            os.rename(temporary, tmp_path / "aside")  # the successor would delete it, and the write would fail earlier
+            make(tmp_path / "x", "successor")
+            os.rename(tmp_path / "aside", temporary)
+
+    with pytest.raises(TransientError, match="written by another process"):
+        write_cut_off()
     assert content(tmp_path / "x") == "successor"
 
 
