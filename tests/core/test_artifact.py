@@ -14,10 +14,14 @@ import pytest
 from raydistill.core import artifact
 from raydistill.core.artifact import LockHeld, Manifest
 from raydistill.core.errors import TransientError, UserError
+from tests.factories.kills import (
+    check_synced_before_publication,
+    kill_at_every_step,
+    record_syncs_and_renames,
+    run_killed_at,
+)
 
 KIND = "test artifact"
-# Operations that change a folder, as Python's audit events name them. "open" is counted for writing only.
-CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.link", "os.chmod"}
 
 
 def make(folder: Path, text: str) -> None:
@@ -42,61 +46,6 @@ def leftovers(folder: Path) -> list[str]:
     return [p.name for p in folder.parent.iterdir() if p not in (folder, artifact.lock_path(folder))]
 
 
-def run_killed_at(step: int, action, folder: Path) -> bool:
-    """Run `action` in a child process that ends before the change number `step`; whether the child reached it."""
-    child = os.fork()
-    if child == 0:
-        _die_at(step, folder)
-        try:
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 9)
-    return code == 9
-
-
-def _die_at(step: int, folder: Path) -> None:
-    """End this process like a SIGKILL does, before its change number `step` below the artifact's parent folder."""
-    count = 0
-
-    def change() -> None:
-        nonlocal count
-        count += 1
-        if count == step:
-            os._exit(9)
-
-    def hook(event: str, args: tuple) -> None:
-        writes = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if event in CHANGES and writes and str(args[0]).startswith(str(folder.parent)):
-            change()
-
-    fsync = os.fsync
-
-    def counted_fsync(fd):
-        change()
-        fsync(fd)
-
-    os.fsync = counted_fsync
-    sys.addaudithook(hook)
-
-
-def kill_at_every_step(action, prepare, folder: Path) -> list[str | None]:
-    """Kill `action` at each of its steps; the content of the artifact after each kill, and after a second attempt."""
-    contents = []
-    step = 0
-    while True:
-        step += 1
-        for path in folder.parent.iterdir():
-            subprocess.run(["rm", "-rf", str(path)], check=True)
-        prepare()
-        killed = run_killed_at(step, action, folder)
-        contents.append(content(folder))
-        if not killed:
-            return contents
-
-
 @pytest.mark.parametrize("old", ["old", None])
 def test_a_kill_at_any_step_of_a_build_leaves_the_old_or_the_new_artifact(old, tmp_path):
     folder = tmp_path / "home" / "x"
@@ -106,7 +55,7 @@ def test_a_kill_at_any_step_of_a_build_leaves_the_old_or_the_new_artifact(old, t
         if old:
             make(folder, old)
 
-    contents = kill_at_every_step(lambda: make(folder, "new"), prepare, folder)
+    contents = kill_at_every_step(lambda: make(folder, "new"), prepare, folder, content)
     assert len(contents) > 15
     assert contents[0] == old
     assert contents[-1] == "new"
@@ -129,7 +78,7 @@ def test_a_build_after_a_kill_succeeds_and_removes_what_the_kill_left(step, tmp_
 def test_a_kill_at_any_step_of_a_removal_leaves_the_artifact_or_nothing(tmp_path):
     folder = tmp_path / "home" / "x"
     folder.parent.mkdir()
-    contents = kill_at_every_step(lambda: artifact.remove(folder), lambda: make(folder, "old"), folder)
+    contents = kill_at_every_step(lambda: artifact.remove(folder), lambda: make(folder, "old"), folder, content)
     assert contents[0] == "old"
     assert contents[-1] is None
     assert leftovers(folder) == []
@@ -158,23 +107,10 @@ def test_a_kill_while_a_folder_is_sealed_leaves_it_incomplete_or_complete(tmp_pa
 
 
 def test_every_file_and_folder_is_synced_before_the_rename_that_publishes_it(tmp_path, monkeypatch):
-    events = []
-    fsync, rename = os.fsync, os.rename
-
-    def log_fsync(descriptor):
-        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", log_fsync)
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append(("rename", str(a))), rename(a, b)))
-    folder = tmp_path / "x"
-    make(folder, "text")
-    temporary = next(path for kind, path in events if kind == "rename")
-    before = {path for kind, path in events[: events.index(("rename", temporary))] if kind == "fsync"}
-    names = ("", "/a.txt", "/inner", "/inner/b.txt")
-    assert {temporary + name for name in names} <= before
-    assert any(path.startswith(f"{temporary}/.manifest.json") for path in before)
-    assert events[-1] == ("fsync", str(tmp_path))
+    events = record_syncs_and_renames(monkeypatch)
+    make(tmp_path / "x", "text")
+    assert sorted(p.name for p in (tmp_path / "x").rglob("*")) == ["a.txt", "b.txt", "inner", "manifest.json"]
+    check_synced_before_publication(events, tmp_path / "x")
 
 
 def test_the_block_that_raises_leaves_the_old_artifact(tmp_path):
