@@ -54,7 +54,7 @@ class Dataset(StrictModel):
 class NewModel(StrictModel):
     """The architecture of a randomly initialised model whose tokenizer is trained on the training split."""
 
-    form: Literal["bart", "marian"] = Field(description="model family")
+    family: Literal["bart", "marian"] = Field(description="model family")
     encoder_layers: int = Field(ge=1, description="number of encoder layers")
     decoder_layers: int = Field(ge=1, description="number of decoder layers")
     d_model: int = Field(128, ge=8, description="width; a multiple of `heads`")

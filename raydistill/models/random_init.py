@@ -32,7 +32,7 @@ def build_tokenizer(new_model: NewModel, texts: Iterable[str], folder: Path) -> 
         UserError: SentencePiece cannot train a vocabulary of this size on the texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if new_model.form == "marian":
+    if new_model.family == "marian":
         return _train_sentencepiece(new_model, texts, folder)
     return _train_byte_level_bpe(new_model, texts, folder)
 
@@ -45,7 +45,7 @@ def make_random_model(
         torch.manual_seed(seed)
         model = (
             _make_marian(new_model, tokenizer, dropout)
-            if new_model.form == "marian"
+            if new_model.family == "marian"
             else _make_bart(new_model, tokenizer, dropout)
         )
     return model.eval()

@@ -81,7 +81,7 @@ def best_by_size_table(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]
     name = {"XSUM": "table6", "CNN": "table7"}.get(dataset_name, f"table6_{dataset_name}")
     main_score = "BLEU" if metric == "bleu" else "ROUGE-2"
     columns = paired_headers("params (M)", "ms for 32", "speed-up", main_score, "ROUGE-L")
-    header = ["teacher", "size", SWEEP_COLUMN, "ours by", *columns]
+    header = ["teacher", "size", SWEEP_COLUMN, "our method", *columns]
     note = "The paper's times are on an Nvidia RTX 2080 (BART in mixed precision); ours are on the sweep's machine."
     return Table(name, f"{number}: best {dataset_name} results of each size across all methods", header, rows, note)
 

@@ -66,7 +66,7 @@ def test_run_of_a_trial_has_suggested_values_and_defaults_for_inactive_parameter
         (HEAD + 'budgets: {fast: {latency_ms: "nan%"}}\n', "latency_ms is 'nan%'"),
         (HEAD + 'budgets: {fast: {latency_ms: "inf%"}}\n', "latency_ms is 'inf%', which bounds nothing"),
         (HEAD + "budgets: {fast: {latency_ms: .inf}}\n", "latency_ms"),
-        (HEAD + "  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n", "a sweep trains students"),
+        (HEAD + "  start: {family: bart, encoder_layers: 1, decoder_layers: 1}\n", "a sweep trains students"),
         (HEAD + "  training: {batch_size: 4, accumulation: 8}\n", "batch_size 4 cannot be split"),
         (HEAD + "  student: {size: 2-1, copied: {decoder: [0, 1]}}\n", "copied.decoder lists 2"),
         (HEAD + "  decoding: {beams: {choice: [1, 4]}}\n", ":5: decoding.beams: must be the same for all trials"),
@@ -84,7 +84,7 @@ def test_run_of_a_trial_has_suggested_values_and_defaults_for_inactive_parameter
             "dataset.train_rows: must be the same for all trials",
         ),
         (
-            "name: s\nrun:\n  start: {form: bart, encoder_layers: 1, decoder_layers: 1}\n  dataset: d\n",
+            "name: s\nrun:\n  start: {family: bart, encoder_layers: 1, decoder_layers: 1}\n  dataset: d\n",
             ":3: start: a sweep trains students of a teacher; train a teacher first",
         ),
         (HEAD + "budgets: {a/b: {latency_ms: 3}, a-b: {latency_ms: 4}}\n", "have the same alias in MLflow, a-b"),

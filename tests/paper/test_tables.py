@@ -266,7 +266,7 @@ def test_of_two_sweeps_each_has_a_row_and_no_row_has_figures_of_both(sweep):
         "one": ("-5.00", "-3.00"),
         "two": ("-1.50", ""),
     }
-    rows = {(r["sweep"], r["size"]): r["ours by"] for r in table(both, "table6") if r["sweep"]}
+    rows = {(r["sweep"], r["size"]): r["our method"] for r in table(both, "table6") if r["sweep"]}
     assert rows == {
         ("one", "12-3"): "SFT on original, n = 1",
         ("two", "12-3"): "KD on original, n = 1",
@@ -289,7 +289,7 @@ def test_sweeps_with_different_teachers_or_data_of_one_name_are_rejected(sweep, 
 
 def test_full_depth_student_and_teacher_have_separate_rows(sweep):
     write_trial(sweep, "z", 31.0, 0, student={"size": "12-12"})
-    rows = {r["ours by"]: r["ROUGE-2"] for r in table([sweep], "table6") if r["size"] == "12-12"}
+    rows = {r["our method"]: r["ROUGE-2"] for r in table([sweep], "table6") if r["size"] == "12-12"}
     assert rows == {"teacher": "30.00", "SFT on original, n = 1": "31.00"}
 
 
@@ -367,10 +367,10 @@ def test_table_3_has_corpus_statistics(sweep):
 
 def test_best_by_size_selects_by_validation_over_all_methods(sweep):
     student = row([sweep], "table6", size="12-3")
-    assert (student["ours by"], student["ROUGE-2"]) == ("SFT on original, n = 1", "10.00")
+    assert (student["our method"], student["ROUGE-2"]) == ("SFT on original, n = 1", "10.00")
     assert (student["speed-up"], student["ROUGE-2 (paper)"]) == ("2.00", "22.40")
     teacher = row([sweep], "table6", size="12-12")
-    assert (teacher["ours by"], teacher["ROUGE-2"], teacher["ms for 32"]) == ("teacher", "30.00", "100")
+    assert (teacher["our method"], teacher["ROUGE-2"], teacher["ms for 32"]) == ("teacher", "30.00", "100")
 
 
 def test_table_8_compares_initialisations_seed_by_seed(sweep):

@@ -35,9 +35,9 @@ def test_configured_dropout_is_set_in_the_student_only(workspace, tmp_path):
     assert layer.self_attn.dropout == student.config.attention_dropout
 
 
-@pytest.mark.parametrize("form", ["bart", "marian"])
-def test_random_start_trains_a_new_model(workspace, form, tmp_path):
-    start = {"form": form, "encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "heads": 2, "ffn_dim": 32}
+@pytest.mark.parametrize("family", ["bart", "marian"])
+def test_random_start_trains_a_new_model(workspace, family, tmp_path):
+    start = {"family": family, "encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "heads": 2, "ffn_dim": 32}
     start |= {"vocab_size": 330, "max_positions": 64}
     run = make_run(workspace, teacher=None, student=None, start=start, training={"learning_rate": 0.01})
     folder = tmp_path / "run"
@@ -45,9 +45,9 @@ def test_random_start_trains_a_new_model(workspace, form, tmp_path):
     assert (result["status"], result["size"], result["copied"]) == ("done", "1-2", None)
     best, start_model = load_model(folder / "best"), load_model(folder / "start")
     for name, parameter in best.named_parameters():
-        if "embed_positions" not in name or form == "bart":
+        if "embed_positions" not in name or family == "bart":
             assert not torch.equal(parameter, dict(start_model.named_parameters())[name]), name
-    if form == "marian":
+    if family == "marian":
         tables: Any = (best.get_input_embeddings(), best.get_decoder().embed_tokens, best.lm_head)
         for table in tables:
             assert not table.weight[best.config.pad_token_id].any()
