@@ -180,7 +180,7 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
     for name, size in manifest.files.items():
         try:
             size_now = (folder / name).stat().st_size
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no file can have this name
             return f"{name} is missing"
         if size_now != size:
             return f"{name} has {size_now} bytes instead of {size}"

@@ -250,6 +250,7 @@ def test_a_reader_never_sees_a_half_replaced_artifact(tmp_path):
         (lambda folder: (folder / "manifest.json").write_text("{"), "damaged"),
         (lambda folder: edit_manifest(folder, kind="label set"), "holds a label set, not a test artifact"),
         (lambda folder: edit_manifest(folder, schema=1), "schema version 1"),
+        (lambda folder: edit_manifest(folder, files={"a\0": 4}), "a\0 is missing"),
         (lambda folder: edit_manifest(folder, color="red"), "color: Extra inputs are not permitted"),
     ],
 )
