@@ -68,13 +68,15 @@ def compare(options: argparse.Namespace) -> None:
                 start = time.monotonic()
                 run = make_run(options, seed, cache)
                 result = train(run, Path(scratch) / run.name, lambda metrics, folder: None, inputs)
+                assert result is not None
+                assert result.test is not None
                 rows.append(
                     {
                         "seed": seed,
                         "cache": cache,
                         "seconds": time.monotonic() - start,
-                        "val_loss": result["metrics"]["val_loss"],
-                        "bleu": result["test"]["bleu"],
+                        "val_loss": result.metrics["val_loss"],
+                        "bleu": result.test.metrics["bleu"],
                     }
                 )
                 print(json.dumps(rows[-1]), file=sys.stderr)

@@ -40,6 +40,7 @@ from raydistill.models.teacher import open_teacher
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.training import optimizer_step
 from raydistill.training.inputs import RunInputs
+from raydistill.training.records import RunResult
 from raydistill.training.run import train
 from raydistill.training.student import make_student
 from raydistill.training.tokenized_data import load_tokenized_data, make_examples
@@ -92,12 +93,12 @@ def run_sweep(space: Path, home: Path) -> dict[str, Any]:
     """Run `raydistill sweep`; return its seconds in total and by stage, and the results of its trials."""
     seconds, lines = _run_sweep_command(space, home)
     folder = home / "sweeps" / "kd_sweep"
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("trials/*/result.json"))]
+    results = [RunResult.read(path) for path in sorted(folder.glob("trials/*/result.json"))]
     start = min(path.stat().st_mtime for path in folder.glob("trials/*/run.json"))
     end = max(path.stat().st_mtime for path in folder.glob("trials/*/result.json"))
-    done = [result for result in results if result["status"] == "done"]
-    busy_seconds = sum(result["metrics"]["gpu_hours"] * 3600 for result in results)
-    names = {result["key"]: read_trial_name(folder / "trials" / result["key"]) for result in results}
+    done = [result for result in results if result.status == "done"]
+    busy_seconds = sum(result.metrics["gpu_hours"] * 3600 for result in results)
+    names = {result.key: read_trial_name(folder / "trials" / result.key) for result in results}
     return {
         "seconds": seconds,
         "latency_seconds": seconds_between(lines, "latency:", "teacher cache:"),
@@ -105,10 +106,10 @@ def run_sweep(space: Path, home: Path) -> dict[str, Any]:
         "cache": json.loads((folder / "cache.json").read_text()),
         "trials_seconds": end - start,
         "around_a_trial_s": (THREADS * (end - start) - busy_seconds) / len(results),
-        "startup_s": [result["metrics"]["startup_s"] for result in sorted(done, key=lambda result: result["number"])],
-        "scores": {names[result["key"]]: result["test"]["bleu"] for result in done},
+        "startup_s": [result.metrics["startup_s"] for result in sorted(done, key=lambda result: result.number or 0)],
+        "scores": {names[result.key]: result.test.metrics["bleu"] for result in done if result.test},
         "not_done": {
-            names[result["key"]]: f"{result['status']}: {result['reason']}" for result in results if result not in done
+            names[result.key]: f"{result.status}: {result.reason}" for result in results if result not in done
         },
     }
 
@@ -267,15 +268,17 @@ def time_single_run(request: dict[str, Any]) -> dict[str, Any]:
         validations: list[dict[str, Any]] = []
         result = train(run, Path(folder) / "run", lambda metrics, folder: validations.append(metrics), inputs)
         seconds = time.monotonic() - start
+    assert result is not None
+    assert result.test is not None
     return {
         "seconds": seconds,
         "before": start - warmup_start,
-        "steps": result["steps"],
+        "steps": result.steps,
         "step_ms": statistics.mean(validation["step_ms"] for validation in validations),
         "data_wait": max(validation["data_wait"] for validation in validations),
         "val_loss": validations[-1]["val_loss"],
-        "bleu": result["test"]["bleu"],
-        "startup_s": result["metrics"]["startup_s"],
+        "bleu": result.test.metrics["bleu"],
+        "startup_s": result.metrics["startup_s"],
     }
 
 

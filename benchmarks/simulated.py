@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.run import Run
-from raydistill.core.files import read_json, write_atomic, write_json_atomic
+from raydistill.core.files import write_atomic
 from raydistill.inference.decoding import BeamSearchParams, EngineOptions, Hypothesis, Workload
 from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
+from raydistill.training.records import RESULT_FILE, RunResult
 from raydistill.training.run_folder import check_same_config, run_lock
 from raydistill.training.workers import Worker
 
@@ -62,7 +63,7 @@ def simulated_run(
     worker: Worker | None = None,
     *,
     seconds_per_step: float,
-) -> dict[str, Any]:
+) -> RunResult:
     """Sleep instead of training `training.max_steps` steps, and write the files of `training.run.train`.
 
     No checkpoint is written, and the scores are synthetic. Process id, start, end and seconds of sleep are written to
@@ -74,8 +75,8 @@ def simulated_run(
     assert steps is not None
     with run_lock(folder):
         check_same_config(folder, run)
-        if (folder / "result.json").is_file():
-            return read_json(folder / "result.json")
+        if finished := RunResult.read_if_present(folder / RESULT_FILE):
+            return finished
         history: list[dict[str, Any]] = []
         for validation in range(1, VALIDATIONS + 1):
             time.sleep(seconds_per_step * steps / VALIDATIONS)
@@ -88,14 +89,15 @@ def simulated_run(
                 break
         sleep = [os.getpid(), start, time.time(), seconds_per_step * history[-1]["step"]]
         write_atomic(folder / SLEEP_FILE, json.dumps(sleep).encode())
-        result = {
-            "key": folder.name,
-            "status": "done",
-            "method": run.method,
-            "size": run.student.size,
-            **inputs.result_fields,
-            "metrics": {**inputs.costs, "score": history[-1]["score"], "gpu_hours": history[-1]["gpu_hours"]},
-            "steps": history[-1]["step"],
-        }
-        write_json_atomic(folder / "result.json", result)
+        result = RunResult(
+            key=folder.name,
+            status="done",
+            method=run.method,
+            size=run.student.size,
+            number=inputs.number,
+            params=inputs.params,
+            metrics={**inputs.costs, "score": history[-1]["score"], "gpu_hours": history[-1]["gpu_hours"]},
+            steps=history[-1]["step"],
+        )
+        result.write(folder / RESULT_FILE)
     return result

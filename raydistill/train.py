@@ -4,7 +4,7 @@ import contextlib
 import json
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from raydistill.cluster import sync
 from raydistill.core.console import format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
+
+if TYPE_CHECKING:
+    from raydistill.training.records import RunResult
 
 app = make_app()
 DEMO_RUN = Path(__file__).parent / "data" / "demo_teacher.yaml"
@@ -42,12 +45,12 @@ def train(
     folder = raydistill_home() / "runs" / config.name
     result = train_run(config, folder)
     print_text(format_table(["measure", config.name], metric_rows(result)), as_json)
-    if result["status"] == "failed":
-        print_text(f"the run failed: {result['reason']}", as_json)
-        print_json(result, as_json)
+    if not result.scored:
+        print_text(f"the run failed: {result.reason}", as_json)
+        print_json(result.to_json(), as_json)
         raise typer.Exit(1)
     print_text(f"checkpoint: {folder / 'best'}", as_json)
-    print_json({**result, "checkpoint": str(folder / "best")}, as_json)
+    print_json({**result.to_json(), "checkpoint": str(folder / "best")}, as_json)
 
 
 def load_run(path: Path, settings: list[str]) -> Any:
@@ -71,29 +74,28 @@ def load_run(path: Path, settings: list[str]) -> Any:
     return run
 
 
-def metric_rows(result: dict[str, Any]) -> list[list[str]]:
+def metric_rows(result: "RunResult") -> list[list[str]]:
     """The rows of the table of a result: validation metrics and costs, then test metrics."""
-    test = {f"test {name}": value for name, value in (result["test"] or {}).items() if name != "interval"}
-    metrics = {**result["metrics"], **test}
-    return [[name, f"{value:.4g}"] for name, value in metrics.items() if isinstance(value, int | float)]
+    test = {f"test {name}": value for name, value in result.test.metrics.items()} if result.test else {}
+    return [[name, f"{value:.4g}"] for name, value in {**result.metrics, **test}.items()]
 
 
-def train_run(run: Any, folder: Path) -> dict[str, Any]:
+def train_run(run: Any, folder: Path) -> "RunResult":
     """Prepare the inputs of a run and train it under Ray Train, with a line for every validation.
 
     Returns:
-        The content of result.json.
+        The run's result.
     """
     from raydistill.cluster.start import cluster_device, ray_cluster
     from raydistill.jobs.run_inputs import prepare_run_inputs
     from raydistill.jobs.train import TrainJob, check_capacity, train_with_ray_train
     from raydistill.training.preflight import check_run
+    from raydistill.training.records import RESULT_FILE, RunResult
     from raydistill.training.run_folder import (
         CONFIG_FILE,
         FINGERPRINTS_FILE,
         check_same_config,
         check_same_inputs,
-        read_result,
     )
     from raydistill.training.tokenized_data import input_fingerprints
 
@@ -101,7 +103,7 @@ def train_run(run: Any, folder: Path) -> dict[str, Any]:
         check_same_config(folder, run)
     if (folder / FINGERPRINTS_FILE).is_file():
         check_same_inputs(folder, input_fingerprints(run))
-    if result := read_result(folder):
+    if result := RunResult.read_if_present(folder / RESULT_FILE):
         print_progress(f"{folder}: this run is finished; nothing to train")
         return result
     check_run(run)

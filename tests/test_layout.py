@@ -194,7 +194,7 @@ run = Run(
     training={"epochs": 1, "batch_size": 4, "checks_per_epoch": 1, "precision": "fp32"},
 )
 result = train(run, root / "run", lambda metrics, folder: None)
-print(json.dumps({"result": result, "loaded": sorted(Blocked.names & set(sys.modules))}))
+print(json.dumps({"result": result.to_json(), "loaded": sorted(Blocked.names & set(sys.modules))}))
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sqlite3
 
 import numpy as np
@@ -17,7 +18,7 @@ from raydistill.models.hub import weight_files
 from raydistill.results import records
 from raydistill.tracking import mlflow_runs, mlflow_store
 from tests.factories.models import Malicious, replace_by_pickle, save_tiny
-from tests.factories.sweeps import make_trial, runs_of
+from tests.factories.sweeps import change_result, make_trial, runs_of
 from tests.factories.workspace import command
 
 
@@ -120,13 +121,11 @@ def test_pickled_checkpoint_with_an_external_link_is_not_copied(bart, tmp_path, 
     assert "private" not in "".join(p.read_text() for p in (tmp_path / "home").rglob("*.txt"))
 
 
-@pytest.mark.parametrize("checkpoint", ["../../../private", "PRIVATE", "link"])
-def test_result_cannot_publish_another_folder(sweep, checkpoint, tmp_path):
+def test_trial_cannot_publish_another_folder(sweep, tmp_path):
     (tmp_path / "private").mkdir()
     folder = make_trial(sweep, "a", 0, 10.0)
-    (folder / "link").symlink_to(tmp_path / "private")
-    published = checkpoint.replace("PRIVATE", str(tmp_path / "private"))
-    write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "checkpoint": published})
+    shutil.rmtree(folder / "best")
+    (folder / "best").symlink_to(tmp_path / "private")
     with pytest.raises(UserError, match="is outside"):
         mlflow_runs.publish(sweep)
 
@@ -183,7 +182,7 @@ def test_mlflow_receives_no_secret_and_no_external_file(sweep, monkeypatch, tmp_
     monkeypatch.setenv("HF_TOKEN", "tell-nobody")
     folder = make_trial(sweep, "a", 0, 10.0)
     write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", "labels": ["tell-nobody"]})
-    write_json_atomic(folder / "result.json", {**read_json(folder / "result.json"), "reason": "401: tell-nobody"})
+    change_result(folder, reason="401: tell-nobody")
     mlflow_runs.publish(sweep)
     run = runs_of(sweep)["a"]
     assert run.data.params["teacher"] == "http://***@host/t"

@@ -19,10 +19,14 @@ class ScoredOutputs:
 
 @dataclass(frozen=True)
 class EvaluationResult(ScoredOutputs):
-    """The scores of an engine on a corpus, its outputs, and the seconds that generation took."""
+    """The scores of an engine on a corpus, its outputs, and the seconds that generation took.
+
+    `engine` names the engine and its precision, such as "ctranslate2 fp32".
+    """
 
     predictions: list[str]
     seconds: float
+    engine: str
 
     def summary(self) -> dict[str, float | list[float]]:
         """Return the fields for a result file."""
@@ -62,4 +66,11 @@ def evaluate(
     seconds = time.monotonic() - started
     predictions = [hypotheses[0].text.strip() for hypotheses in results]
     scored = score_outputs(metric, predictions, list(corpus.targets))
-    return EvaluationResult(scored.scores, scored.score_interval, scored.repetition_rate, predictions, seconds)
+    return EvaluationResult(
+        scored.scores,
+        scored.score_interval,
+        scored.repetition_rate,
+        predictions,
+        seconds,
+        f"{engine.name} {engine.precision}",
+    )

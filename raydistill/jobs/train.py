@@ -14,15 +14,15 @@ from raydistill.cluster.actor_pool import slots, slots_per_node, worker_resource
 from raydistill.cluster.drain import DrainMonitor
 from raydistill.config.run import Run
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import read_json
 from raydistill.training.inputs import RunInputs, input_paths
 from raydistill.training.loop import Preempted, ReportFn
+from raydistill.training.records import RESULT_FILE, RunResult
 from raydistill.training.run import train
 from raydistill.training.workers import Worker, set_torch_threads
 
 Metrics = dict[str, Any]
 StopCheck = Callable[[], str | None]
-TrainFn = Callable[..., Metrics]
+TrainFn = Callable[..., RunResult | None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def check_capacity(run: Run, device: str) -> None:
 
 def train_with_ray_train(
     job: TrainJob, *, device: str = "cpu", retries: int = 2, callbacks: list[Any] | None = None
-) -> Metrics:
+) -> RunResult:
     """Execute a run as a Ray Train job. Failed workers are restarted and resume from the run's folder.
 
     Args:
@@ -93,7 +93,7 @@ def train_with_ray_train(
         callbacks: Ray Train callbacks.
 
     Returns:
-        The content of the run's result.json.
+        The run's result.
 
     Raises:
         UserError: The run cannot succeed by a retry.
@@ -110,7 +110,7 @@ def train_with_ray_train(
     if fit_result.return_value:
         raise UserError(fit_result.return_value)
     sync.pull(job.folder)
-    return read_json(job.folder / "result.json")
+    return RunResult.read(job.folder / RESULT_FILE)
 
 
 def _make_trainer(job: TrainJob, device: str, retries: int, callbacks: list[Any]) -> Any:
@@ -196,7 +196,7 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     return None
 
 
-def train_and_sync(job: TrainJob, report: ReportFn, worker: Worker) -> Metrics:
+def train_and_sync(job: TrainJob, report: ReportFn, worker: Worker) -> RunResult | None:
     """Execute a run in a worker on machines that may share no folder.
 
     Downloads the run's folder and inputs first. The main worker uploads the run's folder after every validation, at the

@@ -7,7 +7,7 @@ and one recipe; several sweeps have a row each.
 
 from collections.abc import Sequence
 
-from raydistill.core.files import corrupt_file_error, read_json
+from raydistill.core.files import corrupt_file_error
 from raydistill.paper.ablations import ablation_table
 from raydistill.paper.cells import Table, drop_sweep_column
 from raydistill.paper.cost_tables import corpus_table, effort_table, training_cost_table
@@ -20,6 +20,7 @@ from raydistill.paper.score_tables import (
 )
 from raydistill.paper.seed_groups import SeedGroup, Sweep, check_comparable
 from raydistill.results.tables import format_trial_counts
+from raydistill.training.records import RESULT_FILE, RunResult
 
 
 def make_tables(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]) -> list[Table]:
@@ -51,13 +52,13 @@ def describe_sweeps(sweeps: Sequence[Sweep]) -> list[str]:
 
 def _describe_run(sweep: Sweep) -> list[str]:
     """Teacher, alignment, engine, machine, versions, seeds and dates, as far as the sweep records them."""
-    results = [read_json(trial.folder / "result.json") for trial in sweep.trials if trial.status != "running"]
-    alignments = [result["alignment"] for result in results if result.get("alignment") is not None]
+    results = [RunResult.read(trial.folder / RESULT_FILE) for trial in sweep.trials if trial.status != "running"]
+    alignments = [result.alignment for result in results if result.alignment is not None]
     with corrupt_file_error(sweep.folder / "sweep.json"):
         hardware = dict(sweep.teacher.get("machine") or {})
         machine = f"{hardware['name']} ({hardware['kind']}, {hardware['threads']} threads)" if hardware else ""
         versions = dict(sweep.record.get("versions") or {})
-    days = sorted({str(result["ended_at"])[:10] for result in results if result.get("ended_at")})
+    days = sorted({result.ended_at[:10] for result in results if result.ended_at})
     facts = {
         "teacher": " at commit ".join(str(sweep.teacher[key]) for key in ("name", "commit") if sweep.teacher.get(key)),
         "logits of a full-depth copy differ by at most": (
@@ -65,7 +66,7 @@ def _describe_run(sweep: Sweep) -> list[str]:
         ),
         "engine": str(sweep.teacher.get("engine") or ""),
         "machine": machine,
-        "hosts": ", ".join(sorted({str(result["host"]) for result in results if result.get("host")})),
+        "hosts": ", ".join(sorted({result.host for result in results if result.host})),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "seeds": ", ".join(map(str, sorted({trial.seed for trial in sweep.trials}))),
         "ended": " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",

@@ -10,16 +10,16 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from raydistill.config.run import NAME_PATTERN
 from raydistill.config.space import COST_METRICS, check_bounds
 from raydistill.core.errors import UserError
 from raydistill.core.files import PARSE_ERRORS, check_schema, corrupt_file_error, read_json, safe_join
 from raydistill.core.paths import raydistill_home
+from raydistill.training.records import RESULT_FILE, RunResult
 
 MAX_ROW_BYTES = 2**30  # unpacked size of per-row statistics: ten numbers for each of 13 million rows
 
@@ -147,53 +147,37 @@ def parse_test_scores(test: dict[str, Any] | None) -> dict[str, Any] | None:
     return scores | ({"interval": list(parse_interval(test["interval"]))} if test.get("interval") else {})
 
 
-class _TrialRecord(BaseModel):
-    """The keys of result.json that a `Trial` has; null means the default."""
-
-    status: Literal["done", "stopped", "failed"]
-    number: int | None = None
-    reason: str = ""
-    method: str = ""
-    size: str = ""
-    copied_layers: dict[str, list[int]] = Field({}, alias="copied")
-    labels: str = ""
-    params: dict[str, Any] = {}
-    metrics: Annotated[dict[str, float], BeforeValidator(to_floats)] = {}
-    interval: tuple[float, float] | None = None
-    test: Annotated[dict[str, Any] | None, BeforeValidator(parse_test_scores)] = None
-    steps: int = 0
-    signature: str = ""
-    checkpoint: str = "best"
-    seed: int = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
-        layers = {side: numbers for side, numbers in (data.get("copied") or {}).items() if numbers is not None}
-        return {name: value for name, value in data.items() if value is not None} | {"copied": layers}
-
-
 def _read_finished(folder: Path) -> Trial:
-    path = folder / "result.json"
-    data = read_json(path)
-    with corrupt_file_error(path):
-        record = _parse_trial_record(data)
-        checkpoint = safe_join(folder, record.checkpoint)
-        # A kill can come between the failure and the deletion of the failed run's checkpoint
-        has_checkpoint = checkpoint.is_dir() and record.status != "failed"
-        fields = {name: getattr(record, name) for name in _TrialRecord.model_fields}
-        return Trial(
-            **{**fields, "key": folder.name, "folder": folder, "checkpoint": checkpoint if has_checkpoint else None}
-        )
+    result = RunResult.read(folder / RESULT_FILE)
+    with corrupt_file_error(folder / RESULT_FILE):
+        checkpoint = safe_join(folder, "best")
+    # A kill can come between the failure and the deletion of the failed run's checkpoint
+    has_checkpoint = result.scored and checkpoint.is_dir()
+    return Trial(
+        key=folder.name,
+        folder=folder,
+        status=result.status,
+        number=result.number,
+        reason=result.reason,
+        method=result.method,
+        size=result.size or "",
+        copied_layers={side: layers for side, layers in (result.copied or {}).items() if layers is not None},
+        labels=result.labels,
+        params=result.params,
+        metrics=result.metrics,
+        interval=result.interval,
+        test=_test_scores(result),
+        steps=result.steps,
+        signature=result.signature,
+        checkpoint=checkpoint if has_checkpoint else None,
+        seed=result.seed,
+    )
 
 
-def _parse_trial_record(data: dict[str, Any]) -> _TrialRecord:
-    """Validate the content of result.json; a ValueError names the first problem in one line."""
-    try:
-        return _TrialRecord.model_validate(data)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+def _test_scores(result: RunResult) -> dict[str, Any] | None:
+    if result.test is None:
+        return None
+    return result.test.metrics | ({"interval": list(result.test.interval)} if result.test.interval else {})
 
 
 def _read_running(folder: Path) -> Trial:
@@ -214,7 +198,7 @@ def read_trials(sweep: Path) -> list[Trial]:
     """Every trial that was started: the finished ones by number, then those without result.json ("running")."""
     trials = []
     for folder in sorted((sweep / "trials").glob("*/")):
-        if (folder / "result.json").exists():
+        if (folder / RESULT_FILE).exists():
             trials.append(_read_finished(folder))
         elif (folder / "run.json").exists():
             trials.append(_read_running(folder))
@@ -223,7 +207,7 @@ def read_trials(sweep: Path) -> list[Trial]:
 
 def count_finished_trials(sweep: Path) -> int:
     """The number of trials with a result. Reads names of files only."""
-    return len(list((sweep / "trials").glob("*/result.json")))
+    return len(list((sweep / "trials").glob(f"*/{RESULT_FILE}")))
 
 
 def read_row_statistics(path: Path, split: str, remedy: str | None = None) -> np.ndarray | None:

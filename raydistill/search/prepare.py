@@ -39,12 +39,13 @@ class PreparedSweep:
     shape_costs_fewest_beams: dict[str, ShapeCosts]
     shared: SharedInputs = field(default_factory=SharedInputs)
 
-    def inputs(self, run: Run, result_fields: dict[str, Any]) -> RunInputs:
-        """The inputs of a trial; `result_fields` are added to the trial's result.json."""
+    def inputs(self, run: Run, number: int, params: dict[str, Any]) -> RunInputs:
+        """The inputs of the trial with this number and these values of the search."""
         return replace(
             self.shared.for_run(run),
             costs=self.shape_costs.get(run.student.size or self.teacher["size"], {}),
-            result_fields=result_fields,
+            number=number,
+            params=params,
             teacher_repetition=self.teacher.get("repetition"),
         )
 

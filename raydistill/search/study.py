@@ -25,8 +25,9 @@ from raydistill.config.distributions import split_parameters, suggest_params
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
 from raydistill.config.space import Search, Space, make_run, sampler_params
 from raydistill.core.console import print_progress
-from raydistill.core.files import corrupt_file_error, read_json, safe_join, write_atomic
+from raydistill.core.files import corrupt_file_error, safe_join, write_atomic
 from raydistill.results.records import device_hours
+from raydistill.training.records import RESULT_FILE, RunResult
 
 # Consecutive proposals that were tried before or are infeasible, after which random combinations replace the sampler's
 MAX_DUPLICATES = 10
@@ -182,7 +183,7 @@ class SweepStudy:
         trials = study.get_trials()
         # From the folders too: the end of the journal may be lost
         self._numbers = {
-            path.parent.name: _read_trial_number(path) for path in (self.sweep / "trials").glob("*/result.json")
+            path.parent.name: _read_trial_number(path) for path in (self.sweep / "trials").glob(f"*/{RESULT_FILE}")
         }
         self._numbers |= {t.user_attrs["key"]: t.user_attrs["number"] for t in trials if "number" in t.user_attrs}
         self.proposed_keys = {t.user_attrs["key"] for t in trials if _is_finished(t) and "key" in t.user_attrs}
@@ -209,8 +210,9 @@ class SweepStudy:
 
     def _close_running(self, trial: FrozenTrial) -> None:
         """Close a trial that was running when the search was killed, by its result if there is one."""
-        path = safe_join(self.sweep / "trials", trial.user_attrs.get("key", "-")) / "result.json"
-        self._tell(trial.number, final_report(read_json(path), self.space.search.cost) if path.is_file() else {})
+        path = safe_join(self.sweep / "trials", trial.user_attrs.get("key", "-")) / RESULT_FILE
+        result = RunResult.read_if_present(path)
+        self._tell(trial.number, final_report(result, self.space.search.cost) if result else {})
 
     def _tell(self, trial: optuna.Trial | int, result: dict[str, Any]) -> None:
         """Tell Optuna how a trial ended: complete with a score, pruned for a failed run, failed for a lost trial."""
@@ -291,20 +293,19 @@ def trial_key(run: Run) -> str:
     return f"{run.method}-{run.student.size or 'full'}-{digest}"
 
 
-def final_report(result: dict[str, Any], cost: str) -> dict[str, Any]:
+def final_report(result: RunResult, cost: str) -> dict[str, Any]:
     """What the search learns of a finished run.
 
     Args:
-        result: The content of result.json.
+        result: The result of the run.
         cost: Name of the cost metric to minimise.
 
     Returns:
-        The run's numeric metrics, "status" and "finished"; for a run with a checkpoint, also "score" and the cost.
+        The run's metrics, "status" and "finished"; for a run with a checkpoint, also "score" and the cost.
     """
-    metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, int | float)}
-    report = {**metrics, "status": result["status"], "finished": True}
-    if result["status"] in ("done", "stopped"):
-        report |= {"score": metrics["score"], cost: metrics.get(cost, 0.0)}
+    report = {**result.metrics, "status": result.status, "finished": True}
+    if result.scored:
+        report |= {"score": result.metrics["score"], cost: result.metrics.get(cost, 0.0)}
     return report
 
 
@@ -351,6 +352,5 @@ def _is_json_object(line: bytes) -> bool:
 
 def _read_trial_number(path: Path) -> int:
     """The number in a result.json; -1 if there is none."""
-    result = read_json(path)
-    with corrupt_file_error(path):
-        return int(result.get("number", -1))
+    number = RunResult.read(path).number
+    return -1 if number is None else number

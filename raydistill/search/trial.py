@@ -15,6 +15,7 @@ from raydistill.jobs.train import Metrics, TrainFn, TrainJob, train_and_sync, tr
 from raydistill.search.early_stopping import peer_curves, should_stop_early
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.study import final_report
+from raydistill.training.records import RunResult
 from raydistill.training.run import train
 from raydistill.training.workers import Worker, set_torch_threads
 
@@ -41,7 +42,7 @@ class TrialContext:
         """The training job of a proposal."""
         run = make_run(self.space, config["params"], self.space.name)
         folder = self.sweep / "trials" / config["key"]
-        inputs = self.prepared.inputs(run, {"number": config["number"], "params": config["params"]})
+        inputs = self.prepared.inputs(run, config["number"], config["params"])
         search = self.space.search
         check_stop = partial(early_stop_reason, folder, search) if search.stops_early else None
         return TrainJob(run, folder, inputs, self.train_fn, check_stop)
@@ -68,10 +69,10 @@ def tune_trial(config: dict[str, Any], *, context: TrialContext, train_in_actor:
     except UserError as error:
         tune.report({"step": 0, "error_message": str(error)})
         return
-    tune.report({"step": result.get("steps", 0), **final_report(result, cost)})
+    tune.report({"step": result.steps, **final_report(result, cost)})
 
 
-def _train_in_actor(job: TrainJob, device: str, cost: str) -> Metrics:
+def _train_in_actor(job: TrainJob, device: str, cost: str) -> RunResult:
     """Train in this process, with a report to Tune at every validation."""
     import ray
 
@@ -81,10 +82,12 @@ def _train_in_actor(job: TrainJob, device: str, cost: str) -> Metrics:
 
     set_torch_threads(job.run.training.threads)
     node_id = ray.get_runtime_context().get_node_id()
-    return train_and_sync(job, report, Worker(device=device, is_draining=DrainMonitor([node_id])))
+    result = train_and_sync(job, report, Worker(device=device, is_draining=DrainMonitor([node_id])))
+    assert result is not None  # this process is the run's only worker
+    return result
 
 
-def _train_on_ray(job: TrainJob, device: str) -> Metrics:
+def _train_on_ray(job: TrainJob, device: str) -> RunResult:
     """Train as a Ray Train job whose reports go to Tune."""
     from ray.tune.integration.ray_train import TuneReportCallback
 

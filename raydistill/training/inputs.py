@@ -33,7 +33,8 @@ class RunInputs:
         cache_mode: The mode that `teacher_cache: auto` means.
         compute_dtype: The dtype that `precision: auto` means, as measured on a worker.
         costs: Latency, memory and parameters of the student.
-        result_fields: Fields that are added to the result record.
+        number: Position in the order of proposals of a sweep, for the result.
+        params: The values that a sweep's search chose, for the result.
         teacher_repetition: The share of the teacher's outputs that are repetitive. If given, a student with far more
             repetition is a failed run.
         store_folders: The stores of the cache that were built for this run or its sweep.
@@ -44,6 +45,7 @@ class RunInputs:
     cache_mode: CacheMode = "full"
     compute_dtype: str | None = None
     costs: dict[str, float] = field(default_factory=dict)
-    result_fields: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None
+    params: dict[str, Any] = field(default_factory=dict)
     teacher_repetition: float | None = None
     store_folders: tuple[Path, ...] = ()

@@ -1,14 +1,18 @@
 """The records that a run leaves: its result (result.json) and the metadata of its checkpoint (raydistill.json)."""
 
-import platform
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from raydistill.config.run import Run
-from raydistill.core.files import SCHEMA_VERSION
-from raydistill.models.shrinking import LayerPlan
+from raydistill.core.records import Record
+
+if TYPE_CHECKING:
+    from raydistill.models.shrinking import LayerPlan
+
+RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class RunIdentity:
     labels: str
 
     @classmethod
-    def of(cls, run: Run, layer_plan: LayerPlan | None, model_size: str | None) -> "RunIdentity":
+    def of(cls, run: Run, layer_plan: "LayerPlan | None", model_size: str | None) -> "RunIdentity":
         """The identity of a run; `model_size` names the size of a model without a layer plan."""
         return cls(
             method=run.method,
@@ -38,100 +42,77 @@ class RunIdentity:
         )
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a run whose best checkpoint is scored.
+class SplitScores(BaseModel):
+    """The scores on a split: a number for each metric, which are further fields.
+
+    Attributes:
+        interval: 95 % confidence interval of the main metric.
+        engine: The engine that generated the texts, with its precision, such as "ctranslate2 fp32".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, float]
+    interval: tuple[float, float] | None = None
+    engine: str | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The scores by name."""
+        return dict(self.__pydantic_extra__)
+
+
+class RunResult(Record):
+    """The result of a run, result.json. The record is written last: a run that has one is finished.
 
     Attributes:
         key: Name of the run's folder.
-        stopped: Whether the report callback stopped the run early.
-        reason: Why the run ended.
-        identity: What the run trained.
-        extra_fields: Fields that the caller of the run adds, such as the trial's number.
+        status: "done"; "stopped" by the report callback, with a scored checkpoint; "failed", without a checkpoint: the
+            run diverged or collapsed.
+        reason: Why the run ended; for a failed run with the remedy.
+        method: "sft", "kd" or "pl".
+        size: Encoder and decoder layers, such as "12-3".
+        copied: The teacher layers copied, by side; None for a random start.
+        labels: Source of the training targets, such as "original+pseudo".
+        number: Position in the order of proposals of a sweep; None outside sweeps.
+        params: The values that a sweep's search chose.
         metrics: Validation scores and costs of the best checkpoint.
-        interval: Confidence interval of the validation score; None where no text is scored.
+        interval: 95 % confidence interval of the validation score; None where no text is scored.
         test: Test scores; None where the test split is not scored.
         steps: Optimiser steps taken.
         best_step: Step of the best checkpoint.
         signature: Metric library and options of the scores; "val_loss" where no text is scored.
+        engine: The engine of the scores, with its precision, such as "ctranslate2 fp32"; None where no text is scored.
         seed: Seed of training.
         alignment: Relative difference of the logits of a full-depth copy of the teacher; None without a teacher.
+        ended_at: Time of the end, in ISO format.
+        host: The machine of the main process.
     """
 
     key: str
-    stopped: bool
-    reason: str
-    identity: RunIdentity
-    extra_fields: dict[str, Any]
-    metrics: dict[str, float]
-    interval: tuple[float, float] | None
-    test: dict[str, Any] | None
-    steps: int
-    best_step: int
-    signature: str
-    seed: int
-    alignment: float | None
+    status: Literal["done", "stopped", "failed"]
+    reason: str = ""
+    method: str = ""
+    size: str | None = None
+    copied: dict[str, list[int] | None] | None = None
+    labels: str = ""
+    number: int | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    test: SplitScores | None = None
+    steps: int = 0
+    best_step: int | None = None
+    signature: str = ""
+    engine: str | None = None
+    seed: int = 0
+    alignment: float | None = None
+    ended_at: str = ""
+    host: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of result.json, with the current time and host."""
-        return {
-            "schema": SCHEMA_VERSION,
-            "key": self.key,
-            "status": "stopped" if self.stopped else "done",
-            "reason": self.reason,
-            **asdict(self.identity),
-            **self.extra_fields,
-            "metrics": self.metrics,
-            "interval": list(self.interval) if self.interval else None,
-            "test": self.test,
-            "steps": self.steps,
-            "best_step": self.best_step,
-            "signature": self.signature,
-            "checkpoint": "best",
-            "seed": self.seed,
-            "alignment": self.alignment,
-            "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": platform.node(),
-        }
-
-
-@dataclass(frozen=True)
-class FailedResult:
-    """The result of a run that diverged or collapsed; no checkpoint is kept.
-
-    Attributes:
-        key: Name of the run's folder.
-        reason: Why the run failed, and the remedy.
-        identity: What the run trained.
-        extra_fields: Fields that the caller of the run adds, such as the trial's number.
-        device_hours: Device-hours that the run took.
-        seed: Seed of training.
-        metrics: Metrics that are known nevertheless, of a run that failed after its last step.
-    """
-
-    key: str
-    reason: str
-    identity: RunIdentity
-    extra_fields: dict[str, Any]
-    device_hours: float
-    seed: int
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of result.json, with the current host."""
-        return {
-            "schema": SCHEMA_VERSION,
-            "key": self.key,
-            "status": "failed",
-            "reason": self.reason,
-            **asdict(self.identity),
-            **self.extra_fields,
-            "metrics": {**self.metrics, "gpu_hours": self.device_hours},
-            "interval": None,
-            "test": None,
-            "seed": self.seed,
-            "host": platform.node(),
-        }
+    @property
+    def scored(self) -> bool:
+        """Whether the run has a checkpoint with scores."""
+        return self.status != "failed"
 
 
 @dataclass(frozen=True)

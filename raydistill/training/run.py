@@ -6,11 +6,13 @@ holds the config, every validation, the checkpoint and, written last, the result
 run resumes the run.
 """
 
+import platform
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,16 +24,14 @@ from raydistill.models.freezing import freeze
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import NonFiniteLoss, ReportFn, fit
 from raydistill.training.optimizer_step import OptimizerStep
-from raydistill.training.records import CheckpointMetadata, FailedResult, RunIdentity, RunResult
+from raydistill.training.records import RESULT_FILE, CheckpointMetadata, RunIdentity, RunResult, SplitScores
 from raydistill.training.run_folder import (
-    RESULT_FILE,
     check_same_config,
     check_same_inputs,
-    delete_state,
+    delete_working_files,
     promote_best_checkpoint,
-    read_result,
     run_lock,
-    write_failed_result,
+    write_result,
     write_row_statistics,
 )
 from raydistill.training.state import TrainingState
@@ -48,7 +48,7 @@ MAX_EXTRA_REPETITION = 0.5
 
 def train(
     run: Run, folder: Path, report: ReportFn, inputs: RunInputs | None = None, worker: Worker | None = None
-) -> dict[str, Any]:
+) -> RunResult | None:
     """Carry out a run in a folder, or resume it.
 
     Args:
@@ -60,7 +60,7 @@ def train(
         worker: This data-parallel worker; by default the only one, on the CPU.
 
     Returns:
-        The content of result.json; empty on workers other than the main process.
+        The result; None on workers other than the main process.
 
     Raises:
         UserError: The user has to act: another run's folder, too little memory, unreadable data and others.
@@ -75,10 +75,11 @@ def train(
         started_at = time.monotonic()
         if worker.is_main_process:
             check_same_config(folder, run)
-        result = read_result(folder)
+        result = RunResult.read_if_present(folder / RESULT_FILE)
         if result is None:
-            active_run = _prepare(run, folder, inputs, worker, started_at)
-            result = _fit_and_score(active_run, report)
+            return _fit_and_score(_prepare(run, folder, inputs, worker, started_at), report)
+        if worker.is_main_process:
+            delete_working_files(folder, result)  # a kill can come between the result and the deletion
         return result
 
 
@@ -116,10 +117,23 @@ class ActiveRun:
         """What the run trains."""
         return RunIdentity.of(self.run, self.setup.layer_plan, self.setup.size)
 
-    def failed_result(self, reason: str, device_hours: float, metrics: dict[str, float] | None = None) -> FailedResult:
-        """The result if the run has failed."""
-        extra_fields, seed = self.inputs.result_fields, self.run.training.seed
-        return FailedResult(self.folder.name, reason, self.identity, extra_fields, device_hours, seed, metrics or {})
+    def result(
+        self, status: Literal["done", "stopped", "failed"], reason: str, metrics: dict[str, float], **fields: Any
+    ) -> RunResult:
+        """The result of the run; `fields` are those that only some runs have."""
+        return RunResult(
+            key=self.folder.name,
+            status=status,
+            reason=reason,
+            **asdict(self.identity),
+            number=self.inputs.number,
+            params=self.inputs.params,
+            metrics=metrics,
+            seed=self.run.training.seed,
+            ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=platform.node(),
+            **fields,
+        )
 
 
 def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_at: float) -> ActiveRun:
@@ -138,7 +152,7 @@ def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_
     return ActiveRun(run, folder, inputs, setup, step, validator, started_at, time.monotonic() - started_at)
 
 
-def _fit_and_score(active: ActiveRun, report: ReportFn) -> dict[str, Any]:
+def _fit_and_score(active: ActiveRun, report: ReportFn) -> RunResult | None:
     """Train the student, score its best checkpoint and write the result."""
     worker = active.worker
     try:
@@ -149,13 +163,16 @@ def _fit_and_score(active: ActiveRun, report: ReportFn) -> dict[str, Any]:
             f"training.gpus where runs share a GPU; the same command then resumes the run"
         ) from None
     except NonFiniteLoss as error:
+        if not worker.is_main_process:
+            return None
         hours = worker.device_hours(error.seconds, active.run.training)
-        failed = active.failed_result(str(error), hours)
-        return write_failed_result(active.folder, failed) if worker.is_main_process else {}
-    return _score_and_write_result(active, state) if worker.is_main_process else {}
+        result = active.result("failed", str(error), {"gpu_hours": hours})
+        write_result(active.folder, result)
+        return result
+    return _score_and_write_result(active, state) if worker.is_main_process else None
 
 
-def _score_and_write_result(active: ActiveRun, state: TrainingState) -> dict[str, Any]:
+def _score_and_write_result(active: ActiveRun, state: TrainingState) -> RunResult:
     """Score the best checkpoint with the run's decoding; write its metadata and, last, the result.
 
     A kill in between leaves the state: the next call scores the checkpoint again.
@@ -175,26 +192,23 @@ def _score_and_write_result(active: ActiveRun, state: TrainingState) -> dict[str
     if validation and (reason := collapse_reason(validation.repetition_rate, active.inputs.teacher_repetition)):
         # The losses of a run that took all its steps stay valid for tables of losses, which use the repetition.
         metrics = {} if state.stopped else {"repetition": validation.repetition_rate}
-        return write_failed_result(folder, active.failed_result(reason, hours, metrics))
-    write_json_atomic(best / CHECKPOINT_METADATA, _checkpoint_metadata(active, evaluations).to_json())
-    result = _run_result(active, state, evaluations, hours).to_json()
-    write_json_atomic(folder / RESULT_FILE, result)
-    delete_state(folder)
+        result = active.result("failed", reason, {**metrics, "gpu_hours": hours})
+    else:
+        write_json_atomic(best / CHECKPOINT_METADATA, _checkpoint_metadata(active, evaluations).to_json())
+        result = _scored_result(active, state, evaluations, hours)
+    write_result(folder, result)
     return result
 
 
-def _run_result(
+def _scored_result(
     active: ActiveRun, state: TrainingState, evaluations: dict[str, EvaluationResult], device_hours: float
 ) -> RunResult:
     validation, test = evaluations.get("validation"), evaluations.get("test")
     teacher = active.setup.teacher
-    return RunResult(
-        key=active.folder.name,
-        stopped=state.stopped,
-        reason=state.reason or "all epochs done",
-        identity=active.identity,
-        extra_fields=active.inputs.result_fields,
-        metrics={
+    return active.result(
+        "stopped" if state.stopped else "done",
+        state.reason or "all epochs done",
+        {
             **_best_metrics(state, validation, active.validator.metric),
             "params_m": sum(p.numel() for p in active.setup.student.parameters()) / 1e6,
             "gpu_hours": device_hours,
@@ -202,11 +216,11 @@ def _run_result(
             **active.inputs.costs,
         },
         interval=validation.score_interval if validation else None,
-        test=test.summary() if test else None,
+        test=_split_scores(test) if test else None,
         steps=state.step,
         best_step=state.best_step,
         signature=active.validator.signature,
-        seed=active.run.training.seed,
+        engine=validation.engine if validation else None,
         alignment=teacher.alignment_error if teacher else None,
     )
 
@@ -224,6 +238,10 @@ def _checkpoint_metadata(active: ActiveRun, evaluations: dict[str, EvaluationRes
         decoding=asdict(active.validator.beam),
         signature=active.validator.signature,
     )
+
+
+def _split_scores(evaluation: EvaluationResult) -> SplitScores:
+    return SplitScores.model_validate({**evaluation.summary(), "engine": evaluation.engine})
 
 
 def _best_metrics(state: TrainingState, validation: EvaluationResult | None, metric: str) -> dict[str, float]:

@@ -28,12 +28,11 @@ from raydistill.core.files import (
     read_json,
     write_json_atomic,
 )
-from raydistill.training.records import FailedResult
+from raydistill.training.records import RESULT_FILE, RunResult
 
 LOCK_TIMEOUT_S = 60.0
 CONFIG_FILE = "run.json"
 FINGERPRINTS_FILE = "input_fingerprints.json"
-RESULT_FILE = "result.json"
 
 
 @contextmanager
@@ -105,34 +104,19 @@ def changed_inputs(recorded: dict[str, Any], current: dict[str, Any]) -> list[st
     ]
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """The content of result.json; None while the run is not finished.
-
-    Raises:
-        UserError: The result has another schema version or is damaged.
-    """
-    path = folder / RESULT_FILE
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    check_schema(path, result)
-    return result
+def write_result(folder: Path, result: RunResult) -> None:
+    """Write the result of a run, then delete what a finished run does not need."""
+    result.write(folder / RESULT_FILE)
+    delete_working_files(folder, result)
 
 
-def write_failed_result(folder: Path, failed: FailedResult) -> dict[str, Any]:
-    """Write the result of a failed run and delete its state and checkpoints; returns the content of result.json."""
-    result = failed.to_json()
-    write_json_atomic(folder / RESULT_FILE, result)
-    delete_state(folder)
-    for checkpoint in [*folder.glob("checkpoint-*"), folder / "best"]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return result
-
-
-def delete_state(folder: Path) -> None:
-    """Delete the saved state of a finished run."""
+def delete_working_files(folder: Path, result: RunResult) -> None:
+    """Delete the saved state of a finished run, and the checkpoints of a failed run."""
     for path in [*folder.glob("state*"), *folder.glob(".state*")]:
         path.unlink()
+    if not result.scored:
+        for checkpoint in [*folder.glob("checkpoint-*"), folder / "best"]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def promote_best_checkpoint(folder: Path, best_step: int) -> Path:

@@ -58,14 +58,14 @@ def test_simulated_run_writes_the_files_of_a_run_and_is_not_repeated(tmp_path: P
         {"name": "r", "teacher": "t", "dataset": "d", "student": {"size": "2-1"}, "training": {"max_steps": 10}}
     )
     reported_steps: list[int] = []
-    inputs = RunInputs(costs={"latency_ms": 7.0}, result_fields={"number": 3})
+    inputs = RunInputs(costs={"latency_ms": 7.0}, number=3)
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         reported_steps.append(metrics["step"])
 
     result = simulated_run(run, tmp_path, report, inputs, seconds_per_step=0.01)
     assert reported_steps == [2, 4, 6, 8, 10]
-    assert (result["status"], result["number"], result["metrics"]["latency_ms"]) == ("done", 3, 7.0)
+    assert (result.status, result.number, result.metrics["latency_ms"]) == ("done", 3, 7.0)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     _, start, end, seconds = json.loads((tmp_path / SLEEP_FILE).read_text())
     assert seconds == pytest.approx(0.1)

@@ -27,10 +27,9 @@ from benchmarks.search_efficiency import (
 from raydistill.config.corners import iter_corners
 from raydistill.config.run import Run
 from raydistill.config.space import Space, make_run, read_space
-from raydistill.core.files import write_json_atomic
 from raydistill.results.records import read_trials
 from raydistill.search.study import trial_key
-from tests.factories.sweeps import make_trial
+from tests.factories.sweeps import change_result, make_trial
 from tests.factories.workspace import command, last_json, make_world
 
 
@@ -112,9 +111,7 @@ def test_recorded_seconds_include_startup_training_validations_and_scoring(tmp_p
         {"gpu_hours": 28 / 3600, "step": 20, "progress": 1.0, "score": 10.0, "repetition": 0.1},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = json.loads((folder / "result.json").read_text())
-    result["metrics"] |= {"gpu_hours": 36 / 3600}
-    write_json_atomic(folder / "result.json", result)
+    change_result(folder, metrics={"rouge2": 10.0, "rouge1": 20.0, "latency_ms": 100.0, "gpu_hours": 36 / 3600})
     (trial,) = read_trials(tmp_path)
     recorded = record_trial(trial, "rouge2", 7.0, teacher_repetition=0.0)
     # The run asks for 500 warm-up steps; at most half of its 20 steps count.

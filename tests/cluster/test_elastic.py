@@ -25,6 +25,7 @@ from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
+from raydistill.training.records import RESULT_FILE, RunResult
 from raydistill.training.workers import Worker
 
 BATCHES = 60
@@ -70,7 +71,7 @@ def test_batches_run_on_a_node_that_joins_and_survive_a_node_that_leaves(tmp_pat
 
 def record_node(
     seconds: float, run: Run, folder: Path, report: ReportFn, inputs: RunInputs, worker: Worker
-) -> dict[str, Any]:
+) -> RunResult:
     """A `train_fn` that sleeps and records each worker's node and times."""
     import ray
 
@@ -80,8 +81,9 @@ def record_node(
     node = ray.get_runtime_context().get_node_id()
     write_json_atomic(folder / f"worker{worker.rank}.json", {"node": node, "start": start, "end": time.time()})
     metrics = {**inputs.costs, "score": 1.0, "gpu_hours": 0.0}
-    result = {"key": folder.name, "status": "done", "metrics": metrics, "steps": 1, **inputs.result_fields}
-    write_json_atomic(folder / "result.json", result)
+    fields = {"number": inputs.number, "params": inputs.params, "metrics": metrics, "steps": 1}
+    result = RunResult.parse({"key": folder.name, "status": "done", **fields})
+    result.write(folder / RESULT_FILE)
     return result
 
 

@@ -11,6 +11,7 @@ from raydistill.config.space import Space
 from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.results.records import decoding_key
 from raydistill.tracking import mlflow_store
+from raydistill.training.records import RESULT_FILE, RunResult
 from tests.factories.models import save_tiny
 
 RUN: dict[str, Any] = {
@@ -67,34 +68,43 @@ def make_trial(sweep: Path, key: str, number: int, score: float, status: str | N
 
 
 def finish_trial(folder: Path, number: int, score: float, status: str = "done") -> None:
-    """Write result.json and, for a trial that is done, an empty checkpoint and the per-row scores."""
+    """Write the result and, for a trial that is done, an empty checkpoint and the per-row scores."""
     metrics = {"rouge2": score, "rouge1": 2 * score, "latency_ms": 10.0 * score, "params_m": 3.0}
     if status == "done":
         (folder / "best").mkdir()
         (folder / "best" / "raydistill.json").write_text("{}")
         np.savez(folder / "rows.npz", validation=np.full(20, score))
-    result = {
-        "key": folder.name,
-        "number": number,
-        "status": status,
-        "reason": "out of memory" if status == "failed" else "",
-        "method": "kd",
-        "size": "4-1",
-        "copied": {"encoder": [0, 1, 2, 3], "decoder": [0]},
-        "metrics": metrics if status == "done" else {},
-        "interval": [score - 1, score + 1] if status == "done" else None,
-        "test": {"rouge2": score - 0.5, "interval": [score - 2, score]} if status == "done" else None,
-        "steps": 20,
-    }
-    write_json_atomic(folder / "result.json", result)
+    write_result(
+        folder,
+        number=number,
+        status=status,
+        reason="out of memory" if status == "failed" else "",
+        method="kd",
+        size="4-1",
+        copied={"encoder": [0, 1, 2, 3], "decoder": [0]},
+        metrics=metrics if status == "done" else {},
+        interval=[score - 1, score + 1] if status == "done" else None,
+        test={"rouge2": score - 0.5, "interval": [score - 2, score]} if status == "done" else None,
+        steps=20,
+    )
+
+
+def write_result(folder: Path, **fields: Any) -> None:
+    """Write the result of a trial, by default with the status "done", and its folder if that is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    RunResult.parse({"key": folder.name, "status": "done", **fields}).write(folder / RESULT_FILE)
+
+
+def change_result(folder: Path, **fields: Any) -> None:
+    """Change fields of a trial's result."""
+    result = RunResult.read(folder / RESULT_FILE)
+    RunResult.parse({**result.model_dump(), **fields}).write(folder / RESULT_FILE)
 
 
 def make_student(sweep: Path, key: str, number: int, score: float, size: str = "4-1") -> Path:
     """Write a finished trial with a checkpoint that loads, served with its own four beams and with one beam."""
     folder = make_trial(sweep, key, number, score)
-    result = json.loads((folder / "result.json").read_text())
-    # Latency is pooled per size, so trials of different cost need different sizes
-    write_json_atomic(folder / "result.json", {**result, "size": size})
+    change_result(folder, size=size)  # latency is pooled per size, so trials of different cost need different sizes
     save_tiny("bart", folder / "best")
     path = folder / "best" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 20}))  # as training leaves the file

@@ -21,6 +21,7 @@ from raydistill.search.study import SweepStudy
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
+from raydistill.training.records import RESULT_FILE, RunResult
 from tests.factories.workspace import make_world
 
 HISTORY_KEYS = ("step", "loss", "val_loss", "score")
@@ -79,7 +80,7 @@ def train_under_tune(run, folder):
 def test_both_launchers_give_the_same_losses(ray_here, world, tmp_path):
     result = train_with_ray_train(TrainJob(make_run(world, "same"), tmp_path / "train", RunInputs()))
     results = train_under_tune(make_run(world, "same"), tmp_path / "tuned")
-    assert result["status"] == "done"
+    assert result.status == "done"
     assert_same_losses(history(tmp_path / "train"), history(tmp_path / "tuned"), 1e-6)
     assert results[0].metrics["step"] == history(tmp_path / "tuned")[-1]["step"]
 
@@ -93,7 +94,7 @@ def record_listeners(run, folder, report, inputs, worker):
     (folder / f"worker{worker.rank}.json").write_text(json.dumps([listening, dist.is_initialized()]))
     if worker.world_size > 1:
         dist.barrier()
-    (folder / "result.json").write_text("{}")
+    RunResult(key=folder.name, status="done").write(folder / RESULT_FILE)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -177,7 +178,7 @@ def test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint(ray_here, 
     killer.join(10)
     assert steps_at_kill
     assert steps_at_kill[0] < 72, "the run finished before its worker was killed"
-    assert result["status"] == "done"
+    assert result.status == "done"
     assert_same_losses(history(tmp_path / "untouched"), history(folder), 1e-6)
 
 

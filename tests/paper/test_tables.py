@@ -14,6 +14,7 @@ from raydistill.core.files import SCHEMA_VERSION
 from raydistill.paper import published
 from raydistill.paper.seed_groups import load_seed_groups
 from raydistill.paper.tables import describe_sweeps, make_tables
+from tests.factories.sweeps import change_result, write_result
 from tests.factories.workspace import command, last_json
 
 ROWS = 40
@@ -61,7 +62,7 @@ def write_trial(
         "ended_at": f"2026-01-0{1 + seed}T10:00:00+00:00",
         "host": "here",
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    write_result(folder, **result)
     return folder
 
 
@@ -77,7 +78,7 @@ def write_collapsed(sweep: Path, name: str, seed: int, losses: tuple[float, floa
         "metrics": {"repetition": 0.9, "gpu_hours": 0.5},
         "seed": seed,
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    write_result(folder, **result)
 
 
 @pytest.fixture
@@ -206,10 +207,8 @@ def test_bleu_is_computed_over_the_corpus_and_differences_agree_with_scores(tmp_
         ("c", 0, "kd", 62.5, bleu_rows(1, 0.5, 30)),
     ):
         trial = write_trial(folder, name, 0, seed, method=method, **settings)
-        result = json.loads((trial / "result.json").read_text())
-        result["test"] = {"bleu": score, "interval": [score, score]}
-        result["copied"] = {"encoder": [0, 1, 2, 3, 4, 5], "decoder": [0, 2, 5]}
-        (trial / "result.json").write_text(json.dumps(result))
+        test = {"bleu": score, "interval": [score, score]}
+        change_result(trial, test=test, copied={"encoder": [0, 1, 2, 3, 4, 5], "decoder": [0, 2, 5]})
         np.savez(trial / "rows.npz", test=rows)
     teacher = {"name": "marian", "key": "k", "size": "6-6", "test": {"bleu": 100.0, "interval": [100, 100]}}
     (folder / "sweep.json").write_text(
@@ -301,10 +300,7 @@ def test_missing_values_are_empty_cells(sweep):
 
 def test_changed_score_changes_only_its_cell(sweep):
     before = {t.name: t.rows for t in make_tables(*load_seed_groups([sweep]))}
-    path = sweep / "trials" / "a" / "result.json"
-    result = json.loads(path.read_text())
-    result["test"]["rouge2"] = 25.0
-    path.write_text(json.dumps(result))
+    change_result(sweep / "trials" / "a", test={"rouge2": 25.0, "rougeL": 34.0, "interval": [23, 25]})
     after = {t.name: t.rows for t in make_tables(*load_seed_groups([sweep]))}
     changed = [
         (name, old, new)

@@ -1,12 +1,11 @@
 """A sweep's folder with served, unserved and failed trials."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
-from tests.factories.sweeps import make_trial
+from tests.factories.sweeps import change_result, make_trial
 
 
 @pytest.fixture
@@ -19,8 +18,7 @@ def sweep(tmp_path: Path) -> Path:
     make_trial(tmp_path, "a", 0, 10.0)
     make_trial(tmp_path, "b", 1, 12.0)
     make_trial(tmp_path, "c", 2, 9.0)
-    failed = make_trial(tmp_path, "d", 3, 1.0, status="failed") / "result.json"
-    write_json_atomic(failed, {**json.loads(failed.read_text()), "reason": "</script><b>loss"})
+    change_result(make_trial(tmp_path, "d", 3, 1.0, status="failed"), reason="</script><b>loss")
     entries = [
         {
             "beams": beams,

@@ -33,7 +33,7 @@ from raydistill.search.finalists import (
 )
 from raydistill.search.study import StopReason
 from raydistill.search.sweep_folder import search_stop_reason
-from tests.factories.sweeps import make_trial
+from tests.factories.sweeps import change_result, make_trial
 from tests.factories.workspace import make_world
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
@@ -64,11 +64,10 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
             ("f", 6.0, 70.0, 5.0, 2.0),
         ]
     ):
-        path = make_trial(tmp_path, key, number, score) / "result.json"
-        result = json.loads(path.read_text())
-        result["metrics"] |= {"latency_ms": latency, "params_m": params, "gpu_hours": hours}
-        write_json_atomic(path, result)
-        np.savez(path.parent / "rows.npz", validation=np.full(20, score))
+        folder = make_trial(tmp_path, key, number, score)
+        costs = {"latency_ms": latency, "params_m": params, "gpu_hours": hours}
+        change_result(folder, metrics={"rouge2": score, **costs})
+        np.savez(folder / "rows.npz", validation=np.full(20, score))
     assert [trial.key for trial in select_finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
 
 

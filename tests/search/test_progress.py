@@ -10,6 +10,7 @@ import pytest
 from raydistill.config.space import Search
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.search.progress import ProgressCallback
+from tests.factories import sweeps
 
 
 def write_record(sweep: Path, teacher_hours: float) -> None:
@@ -17,9 +18,7 @@ def write_record(sweep: Path, teacher_hours: float) -> None:
 
 
 def write_result(sweep: Path, key: str, size: str, status: str, **metrics: float) -> None:
-    folder = sweep / "trials" / key
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"status": status, "size": size, "metrics": metrics}))
+    sweeps.write_result(sweep / "trials" / key, status=status, size=size, metrics=metrics)
 
 
 def test_a_finished_trial_is_followed_by_the_state_of_the_search(capsys, tmp_path):

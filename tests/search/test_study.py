@@ -15,7 +15,8 @@ from raydistill.config.space import Search, Space, make_run, read_space
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.search.study import Proposal, StopReason, SweepStudy, final_report, trial_key
-from tests.factories.sweeps import RUN, make_space
+from raydistill.training.records import RunResult
+from tests.factories.sweeps import RUN, make_space, write_result
 
 ROOT = Path(__file__).parents[2]
 DONE = {"finished": True, "status": "done", "score": 10.0, "latency_ms": 5.0}
@@ -126,8 +127,7 @@ def test_after_a_kill_running_trials_are_proposed_again_and_finished_ones_are_no
     first.report("a0", DONE)
     # The third trial had written its result when everything was killed, but was not reported
     folder = tmp_path / "trials" / unreported.key
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"status": "done", "metrics": {"score": 7.0, "latency_ms": 3.0}}))
+    write_result(folder, metrics={"score": 7.0, "latency_ms": 3.0})
 
     second = SweepStudy(make_space(), tmp_path)
     assert second.num_finished == 2
@@ -169,7 +169,7 @@ def test_a_lost_trial_is_retried_by_the_next_command(tmp_path):
 def test_a_stopped_trial_is_finished_with_its_score(tmp_path):
     study = SweepStudy(make_space(), tmp_path)
     study.propose("a")
-    stopped = {"status": "stopped", "metrics": {"score": 4.0, "latency_ms": 5.0}}
+    stopped = RunResult(key="a", status="stopped", metrics={"score": 4.0, "latency_ms": 5.0})
     study.report("a", final_report(stopped, "latency_ms"))
     assert SweepStudy(make_space(), tmp_path).num_finished == 1
     assert [trial.values for trial in load_optuna_study(tmp_path).best_trials] == [[4.0, 5.0]]
@@ -208,10 +208,8 @@ def test_no_trial_starts_after_max_device_hours(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"schema": SCHEMA_VERSION, "teacher_gpu_hours": 0.25}))
     for number, hours in enumerate((0.5, 0.5)):
         assert study.propose(str(number)) is not None
-        folder = tmp_path / "trials" / f"t{number}"
-        folder.mkdir(parents=True)
-        result = {"status": "failed" if number else "done", "metrics": {"gpu_hours": hours}}
-        (folder / "result.json").write_text(json.dumps(result))
+        status = "failed" if number else "done"
+        write_result(tmp_path / "trials" / f"t{number}", status=status, metrics={"gpu_hours": hours})
     assert study.propose("2") is None
     assert "device-hours are used up" in study.stop_reason.message
 
@@ -219,7 +217,7 @@ def test_no_trial_starts_after_max_device_hours(tmp_path):
 def test_a_failed_run_is_finished_and_never_on_the_studys_front(tmp_path):
     study = SweepStudy(make_space(), tmp_path)
     failed = study.propose("a")
-    study.report("a", final_report({"status": "failed", "metrics": {}}, "latency_ms"))
+    study.report("a", final_report(RunResult(key="a", status="failed"), "latency_ms"))
     second = SweepStudy(make_space(), tmp_path)
     assert second.num_finished == 1
     assert failed.key not in [p.key for p in propose_all(second, "b")]
@@ -293,9 +291,7 @@ def test_a_damaged_end_of_the_journal_is_cut_and_finished_trials_are_recognised_
         lengths.append(journal.stat().st_size)
         first.report(name, DONE)
         folder = tmp_path / "trials" / keys[-1]
-        folder.mkdir(parents=True)
-        result = {"status": "done", "number": len(keys) - 1, "metrics": {"score": 10.0, "latency_ms": 5.0}}
-        (folder / "result.json").write_text(json.dumps(result))
+        write_result(folder, number=len(keys) - 1, metrics={"score": 10.0, "latency_ms": 5.0})
     content = journal.read_bytes()
     cut = content.index(b"\n", lengths[0]) + 10  # in the second line after the first proposal
     damaged = content[:cut] + content[-30:]

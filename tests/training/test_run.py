@@ -41,22 +41,22 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
         label_folders={"pseudo": workspace / "labels"},
         cache_root=tmp_path / "cache",
         costs={"latency_ms": 5.0},
-        result_fields={"trial": 3},
+        number=3,
     )
     folder = tmp_path / "run"
     result = train(make_run(workspace, method), folder, lambda m, f: reports.append(m), inputs)
-    assert result == parse_json_file(folder / "result.json")
-    assert (result["status"], result["steps"], result["size"], result["trial"]) == ("done", 3, "2-1", 3)
-    assert result["metrics"]["latency_ms"] == 5.0
-    assert set(result["metrics"]) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
-    assert result["labels"] == {"pl": "pseudo"}.get(method, "original")
+    assert result.to_json() == parse_json_file(folder / "result.json")
+    assert (result.status, result.steps, result.size, result.number) == ("done", 3, "2-1", 3)
+    assert result.metrics["latency_ms"] == 5.0
+    assert set(result.metrics) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
+    assert result.labels == {"pl": "pseudo"}.get(method, "original")
     assert [m["step"] for m in reports] == [2, 3]
     assert {"step_ms", "data_wait", "validation_s"} <= set(reports[0])
     assert 0 <= reports[0]["data_wait"] <= 1
     assert reports == read_metrics(folder)
     with np.load(folder / "rows.npz") as rows:
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
-        assert rows["validation"].mean() == pytest.approx(result["metrics"]["rouge2"])
+        assert rows["validation"].mean() == pytest.approx(result.metrics["rouge2"])
     assert sorted(p.name for p in folder.iterdir()) == [
         *(".lock", "best", "input_fingerprints.json", "metrics.jsonl", "result.json", "rows.npz", "run.json")
     ]
@@ -69,7 +69,7 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
     assert metadata["config"] == make_run(workspace, method).model_dump(mode="json")
     assert parse_json_file(folder / "run.json") == {"schema": SCHEMA_VERSION, **metadata["config"]}
     assert set(metadata["data"]) == set(metadata["scores"]) | {"train"} == {"train", "validation", "test"}
-    assert metadata["scores"]["validation"]["rouge2"] == result["metrics"]["rouge2"]
+    assert metadata["scores"]["validation"]["rouge2"] == result.metrics["rouge2"]
     assert metadata["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
 
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "best")
@@ -107,11 +107,11 @@ def test_killed_run_resumes_to_the_same_checkpoint(workspace, tmp_path):
 
 def test_diverged_run_writes_a_failed_result_with_its_reason(workspace, tmp_path):
     run = make_run(workspace, training={"learning_rate": 1e30, "warmup_steps": 0, "epochs": 4, "schedule": "constant"})
-    result = train(run, tmp_path / "run", no_report, RunInputs(result_fields={"trial": 1}))
-    assert (result["status"], result["trial"], result["size"]) == ("failed", 1, "2-1")
-    assert list(result["metrics"]) == ["gpu_hours"]  # the device-hours count although the run failed
-    assert result["metrics"]["gpu_hours"] > 0
-    assert "is nan at step" in result["reason"] or "is inf at step" in result["reason"]
+    result = train(run, tmp_path / "run", no_report, RunInputs(number=1))
+    assert (result.status, result.number, result.size) == ("failed", 1, "2-1")
+    assert list(result.metrics) == ["gpu_hours"]  # the device-hours count although the run failed
+    assert result.metrics["gpu_hours"] > 0
+    assert "is nan at step" in result.reason or "is inf at step" in result.reason
     assert train(run, tmp_path / "run", no_report) == result
 
 
@@ -159,12 +159,12 @@ def test_stopped_run_scores_and_keeps_its_best_checkpoint(workspace, tmp_path):
     run = make_run(workspace, training={"epochs": 4})
     reasons = iter([None, "others are better"])
     result = train(run, tmp_path / "s", lambda metrics, folder: next(reasons), RunInputs())
-    assert (result["status"], result["reason"]) == ("stopped", "others are better")
+    assert (result.status, result.reason) == ("stopped", "others are better")
     lines = read_metrics(tmp_path / "s")
     assert len(lines) == 2
-    assert lines[-1]["step"] == result["steps"]
+    assert lines[-1]["step"] == result.steps
     assert 0 < lines[0]["progress"] < lines[1]["progress"] < 1
-    assert result["interval"][0] <= result["metrics"]["score"] <= result["interval"][1]
+    assert result.interval[0] <= result.metrics["score"] <= result.interval[1]
     assert (tmp_path / "s" / "best" / "model.safetensors").is_file()
     assert train(run, tmp_path / "s", no_report, RunInputs()) == result
 
@@ -211,15 +211,15 @@ def test_stopped_run_killed_while_scored_is_still_stopped(workspace, tmp_path, m
     monkeypatch.setattr(validation.Validator, "score", score)
     resumed = train(run, tmp_path / "run", fail_if_called, RunInputs())
     for name in ("status", "reason", "steps", "best_step", "interval", "test"):
-        assert resumed[name] == whole[name], name
+        assert getattr(resumed, name) == getattr(whole, name), name
     assert torch.equal(*(flat_weights(load_model(tmp_path / name / "best")) for name in ("whole", "run")))
 
 
 def test_collapsed_run_keeps_its_reason_and_hours_but_no_checkpoint(workspace, tmp_path):
     folder = tmp_path / "trials" / "run"
     result = train(make_run(workspace), folder, no_report, RunInputs(teacher_repetition=-1.0))
-    assert (result["status"], list(result["metrics"])) == ("failed", ["repetition", "gpu_hours"])
-    assert "collapsed" in result["reason"]
+    assert (result.status, list(result.metrics)) == ("failed", ["repetition", "gpu_hours"])
+    assert "collapsed" in result.reason
     assert not (folder / "best").exists()
     (folder / "best").mkdir()  # a kill before the deletion leaves the folder
     [trial] = read_trials(tmp_path)

@@ -74,7 +74,7 @@ def test_resume_with_another_teacher_or_other_data_is_rejected(workspace, tmp_pa
     with pytest.raises(UserError, match=f"inputs changed since this run was started: {part}"):
         train(run, tmp_path / "run", fail_if_called)
     path.write_text(json.dumps(recorded))
-    assert train(run, tmp_path / "run", no_report)["status"] == "done"
+    assert train(run, tmp_path / "run", no_report).status == "done"
 
 
 def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
     other_process = subprocess.Popen([sys.executable, "-c", hold_lock, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
     other_process.stdout.readline()
     threading.Timer(0.5, other_process.kill).start()
-    assert train(make_run(workspace), tmp_path, no_report)["status"] == "done"
+    assert train(make_run(workspace), tmp_path, no_report).status == "done"
     assert other_process.wait() == -signal.SIGKILL
 
 
@@ -112,7 +112,7 @@ def test_best_checkpoint_replaces_an_older_one(workspace, tmp_path):
     whole = train(run, tmp_path / "whole", no_report, RunInputs())
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "stale").touch()
-    assert train(run, tmp_path / "run", no_report, RunInputs())["best_step"] == whole["best_step"]
+    assert train(run, tmp_path / "run", no_report, RunInputs()).best_step == whole.best_step
     assert not (tmp_path / "run" / "best" / "stale").exists()
 
 

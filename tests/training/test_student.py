@@ -42,7 +42,7 @@ def test_random_start_trains_a_new_model(workspace, family, tmp_path):
     run = make_run(workspace, teacher=None, student=None, start=start, training={"learning_rate": 0.01})
     folder = tmp_path / "run"
     result = train(run, folder, no_report)
-    assert (result["status"], result["size"], result["copied"]) == ("done", "1-2", None)
+    assert (result.status, result.size, result.copied) == ("done", "1-2", None)
     best, start_model = load_model(folder / "best"), load_model(folder / "start")
     for name, parameter in best.named_parameters():
         if "embed_positions" not in name or family == "bart":

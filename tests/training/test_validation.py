@@ -15,10 +15,10 @@ from tests.factories.training import make_run, no_report, parse_json_file, read_
 def test_missing_metric_library_falls_back_to_validation_loss(workspace, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(validation, "METRIC_LIBRARIES", {"rouge2": "no_such_library"})
     result = train(make_run(workspace), tmp_path / "run", no_report)
-    metrics = result["metrics"]
+    metrics = result.metrics
     assert metrics["score"] == -metrics["val_loss"] == max(m["score"] for m in read_metrics(tmp_path / "run"))
     assert "rouge2" not in metrics
-    assert (result["test"], result["interval"], result["signature"]) == (None, None, "val_loss")
+    assert (result.test, result.interval, result.signature) == (None, None, "val_loss")
     assert "no_such_library is not installed" in capsys.readouterr().err
     assert load_model(tmp_path / "run" / "best")
 
