@@ -44,6 +44,7 @@ from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
+from raydistill.teacher_cache.store import DtypeName
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.optimizer_step import OptimizerStep
 from raydistill.training.prefetch import prefetch
@@ -254,7 +255,9 @@ def time_trainer(options: argparse.Namespace, precision: str) -> list[float]:
 # This package
 
 
-def _cache_layout(options: argparse.Namespace, models: Models, precision: str, decoder_states: bool) -> CacheLayout:
+def _cache_layout(
+    options: argparse.Namespace, models: Models, precision: DtypeName, decoder_states: bool
+) -> CacheLayout:
     examples = make_examples(options, models.student.config.vocab_size)
     requested_layers = [(examples, models.cached_layers)] if decoder_states else []
     dtypes = CacheDtypes(precision, precision)
@@ -262,14 +265,14 @@ def _cache_layout(options: argparse.Namespace, models: Models, precision: str, d
     return CacheLayout(Path(options.cache), "random", examples, width, True, requested_layers, dtypes)
 
 
-def make_cache(options: argparse.Namespace, precision: str) -> None:
+def make_cache(options: argparse.Namespace, precision: DtypeName) -> None:
     """Build the stores that `time_from_cache` reads."""
     models = make_models(options)
     build_cache(_cache_layout(options, models, precision, decoder_states=True), models.teacher)
 
 
 def make_distillation_step(
-    options: argparse.Namespace, method: Any, precision: str, autocast_dtype: torch.dtype | None
+    options: argparse.Namespace, method: Any, precision: DtypeName, autocast_dtype: torch.dtype | None
 ) -> DistillationStep:
     """The product's step, which reads the stores that `make_cache` has built."""
     models = make_models(options)

@@ -407,15 +407,15 @@ def test_teacher_caches(check_property, tmp_path, monkeypatch, capsys):
         (folder / "states" / "manifest.json").write_bytes(manifest)
         run_command(monkeypatch, cache_command.app, "list")
         assert_loads_or_user_error(lambda: store.read_device_seconds(folder / "states"), tmp_path)
+        assert_loads_or_user_error(lambda: store.open_array(folder / "states"), tmp_path)
         assert_loads_or_user_error(
             lambda: [store.remove(info) for info in store.list_stores(folder.parent)], tmp_path, reads_only=False
         )
         assert {path.parent for path in tmp_path.rglob(".*.lock")} <= {folder.parent}
         assert outside.is_dir()
 
-    check_property(
-        check, corrupt_json(info), corrupt_json({"schema": SCHEMA_VERSION, "parts": 1, "device_seconds": 1.5}), few=60
-    )
+    manifest = store.CacheManifest(kind=store.KIND, parts=1, bytes=2, device_seconds=1.5, files={"part-000000.bin": 2})
+    check_property(check, corrupt_json(info), corrupt_json(manifest.to_json()), few=60)
 
 
 def test_studies(check_property, tmp_path):

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,12 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def mark_used(path: Path) -> None:
+    """Set the time of the last use of a file, unless the file belongs to another user."""
+    with suppress(OSError):
+        os.utime(path)
 
 
 def write_json_atomic(path: Path, data: Any) -> None:

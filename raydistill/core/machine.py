@@ -6,10 +6,44 @@ import gc
 import os
 from pathlib import Path
 
+SYSTEM_ROOT = Path("/")  # of the files that Linux reports limits in
+
 
 def available_cores() -> set[int]:
     """Indices of the CPU cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def available_memory_bytes() -> int:
+    """Bytes of memory that this process may use.
+
+    This is the physical memory, or less where a container, a Slurm job or a systemd unit has a lower limit: the lowest
+    limit of the process's control group (version 1 or 2) and of the groups around.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in _memory_limit_files():
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def _memory_limit_files() -> list[Path]:
+    """The files that may hold a limit of this process's memory, whether or not they exist."""
+    groups = SYSTEM_ROOT / "sys" / "fs" / "cgroup"
+    files = []
+    with contextlib.suppress(OSError):
+        for line in (SYSTEM_ROOT / "proc" / "self" / "cgroup").read_text().splitlines():
+            hierarchy, _, rest = line.partition(":")
+            controllers, _, group = rest.partition(":")
+            if "memory" in controllers.split(","):  # version 1
+                top, name = groups / "memory", "memory.limit_in_bytes"
+            elif hierarchy == "0":  # version 2
+                top, name = groups, "memory.max"
+            else:
+                continue
+            folder = top / group.lstrip("/")
+            files += [parent / name for parent in (folder, *folder.parents) if parent.is_relative_to(top)]
+    return files
 
 
 def malloc_trim() -> None:

@@ -15,6 +15,7 @@ from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import BatchStats, run_batches
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.run import Run, Training
+from raydistill.core.artifact import MANIFEST
 from raydistill.core.console import print_progress
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache import store
@@ -81,7 +82,7 @@ class CacheInputs:
     examples: dict[str, Examples]
     teacher_key: str
     teacher_config: Any
-    compute_dtype: str
+    compute_dtype: store.DtypeName
 
 
 def cache_group_key(run: Run) -> str:
@@ -166,7 +167,7 @@ def _build_missing_parts(request: CacheRequest, mode: CacheMode, layout: CacheLa
 
 def _pull_manifests(layout: CacheLayout) -> None:
     """Copy the records of the stores from the storage, but not the parts, which may be many gigabytes."""
-    sync.pull(*layout.stores, patterns=[store.ABOUT_FILE, store.MANIFEST])
+    sync.pull(*layout.stores, patterns=[store.ABOUT_FILE, MANIFEST])
 
 
 def _make_part_function(request: CacheRequest, mode: CacheMode) -> Callable[[int], BatchStats]:
@@ -225,7 +226,7 @@ def _load_inputs(request: CacheRequest) -> CacheInputs:
     return CacheInputs(examples, teacher_key(checkpoint), config, compute_dtype)
 
 
-def _resolve_compute_dtype(training: Training, device: str, compute_dtype: str | None) -> str:
+def _resolve_compute_dtype(training: Training, device: str, compute_dtype: str | None) -> store.DtypeName:
     """The dtype of the teacher in training, "bf16" or "fp32"; `compute_dtype` is used for `precision: auto`."""
     from raydistill.training.optimizer_step import autocast_dtype
     from raydistill.training.workers import Worker

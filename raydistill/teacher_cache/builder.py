@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from raydistill.core import artifact
 from raydistill.data.batching import bucket_by_length
 from raydistill.models import families
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
@@ -59,7 +60,7 @@ def build_part(layout: CacheLayout, teacher: PreTrainedModel, number: int) -> di
     """
     started = time.monotonic()
     rows = layout.parts[number]
-    incomplete = [array for array in layout.array_sizes if not store.is_complete(array)]
+    incomplete = [array for array in layout.array_sizes if not artifact.is_complete(array)]
     lacking = [array for array in incomplete if not store.part_path(array, number).is_file()]
     vectors: PartVectors = {array: {} for array in lacking}
     is_encoder_stored = layout.encoder and layout.encoder_array not in lacking

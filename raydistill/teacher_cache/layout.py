@@ -6,15 +6,18 @@ layers can be added later. All arrays are divided into the same parts of sources
 
 import hashlib
 import json
+import math
 import shutil
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
+from raydistill.core import artifact
+from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache import store
@@ -28,8 +31,8 @@ MAX_DISK_FRACTION = 0.9
 class CacheDtypes:
     """The data types in which states are stored and computed, "bf16" or "fp32" each. Part of the key of a store."""
 
-    storage: str = "bf16"
-    compute: str = "fp32"
+    storage: store.DtypeName = "bf16"
+    compute: store.DtypeName = "fp32"
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,7 @@ class CacheLayout:
     def encoder_store(self) -> Path:
         """The folder of the encoder states; its name is also the lock group of all stores of the layout."""
         layout = (store.FORMAT_VERSION, store.PART_TOKENS, store.WINDOW_ROWS)
-        dtypes = {"kept": self.dtypes.storage, "computed": self.dtypes.compute}  # these names keep existing keys valid
-        key = _content_key(layout, self.teacher_key, self.source_examples.sources_key, dtypes)
+        key = _content_key(layout, self.teacher_key, self.source_examples.sources_key, asdict(self.dtypes))
         return self.root / f"encoder-{key}"
 
     @cached_property
@@ -127,16 +129,16 @@ class CacheLayout:
         return sum(
             size - store.parts_size_bytes(array)
             for array, size in self.array_sizes.items()
-            if not store.is_complete(array)
+            if not artifact.is_complete(array)
         )
 
     def is_incomplete(self) -> bool:
         """Whether an array is incomplete."""
-        return any(not store.is_complete(array) for array in self.array_sizes)
+        return any(not artifact.is_complete(array) for array in self.array_sizes)
 
-    def lock(self) -> FileLock:
-        """The lock of the process that builds the stores of this layout."""
-        return store.group_lock(self.root, self.encoder_store.name)
+    def lock(self) -> AbstractContextManager[None]:
+        """The lock of the process that builds the stores of this layout; waits until no other process holds it."""
+        return artifact.lock(self.encoder_store, math.inf, print_progress)
 
     def prepare(self) -> None:
         """Create the folders and records of the stores.
@@ -151,15 +153,22 @@ class CacheLayout:
                 f"({self.max_bytes / 1e9:.3g}); raise training.cache_gb, or set training.teacher_cache to auto or off"
             )
         check_disk_space(self.root, self.missing_bytes())
-        teacher, data = self.names
-        record = {
-            **{"teacher": teacher, "data": data, "teacher_key": self.teacher_key, "width": self.width},
-            **{"storage_dtype": self.dtypes.storage, "compute_dtype": self.dtypes.compute},
-            "lock_group": self.encoder_store.name,
-        }
+        record = self._make_record()
         for folder in self.stores:
-            store.write_record(folder, store.StoreRecord.model_validate(record))
+            record.write(folder / store.ABOUT_FILE)
             store.remove_partial_files(folder)
+
+    def _make_record(self) -> store.StoreRecord:
+        teacher, data = self.names
+        return store.StoreRecord(
+            teacher=teacher,
+            data=data,
+            teacher_key=self.teacher_key,
+            storage_dtype=self.dtypes.storage,
+            compute_dtype=self.dtypes.compute,
+            width=self.width,
+            lock_group=self.encoder_store.name,
+        )
 
     def finish(self) -> None:
         """Mark all arrays as complete.
@@ -168,7 +177,7 @@ class CacheLayout:
             TransientError: Parts were removed during the build.
         """
         for array, size in self.array_sizes.items():
-            if not store.is_complete(array):
+            if not artifact.is_complete(array):
                 if store.missing_parts(array, len(self.parts)):
                     raise TransientError(f"{array.parent}: was removed during the build; run the same command again")
                 store.finish_array(array, len(self.parts), size)
@@ -176,7 +185,7 @@ class CacheLayout:
     @property
     def device_seconds(self) -> dict[str, float]:
         """The device-seconds of each complete array by store and array ("encoder-KEY/states")."""
-        complete = (array for array in self.array_sizes if store.is_complete(array))
+        complete = (array for array in self.array_sizes if artifact.is_complete(array))
         return {f"{array.parent.name}/{array.name}": store.read_device_seconds(array) for array in complete}
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from raydistill.config.run import Run
+from raydistill.core.machine import available_memory_bytes
 from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.models import families
 from raydistill.models.freezing import resolve_frozen_parts
@@ -18,6 +19,7 @@ from raydistill.models.shrinking import plan_layers
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache.builder import teacher_autocast
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
+from raydistill.teacher_cache.store import DtypeName
 
 # What is cached: encoder and decoder states, encoder states only, or nothing.
 CacheMode = Literal["full", "encoder", "off"]
@@ -62,7 +64,7 @@ def make_cache_layout(
     teacher_key: str,
     teacher_config: Any,
     root: Path,
-    compute_dtype: str,
+    compute_dtype: DtypeName,
 ) -> CacheLayout:
     """The layout of everything that runs on one training split read.
 
@@ -134,8 +136,8 @@ def measure_epoch_times(layout: CacheLayout, teacher: PreTrainedModel) -> EpochT
     cache, which holds the arrays after the first epoch.
     """
     encoder_bytes, decoder_bytes = _bytes_by_kind(layout)
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    rate = measure_read_rate(layout.root, cold_cache=encoder_bytes + decoder_bytes > memory_bytes / 2)
+    cold_cache = encoder_bytes + decoder_bytes > available_memory_bytes() / 2
+    rate = measure_read_rate(layout.root, cold_cache)
     encoder_seconds, decoder_seconds = _time_teacher(layout, teacher)
     return EpochTimes(encoder_seconds, decoder_seconds, encoder_bytes / rate, decoder_bytes / rate)
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
+from raydistill.core.files import mark_used
 from raydistill.teacher_cache import store
 from raydistill.teacher_cache.layout import TORCH_DTYPES, CacheLayout, layer_array_name
 
@@ -22,7 +24,8 @@ MAX_MAPPED_PARTS = 32_768
 class PartFile:
     """A part on disk: `num_vectors` vectors of `width` numbers.
 
-    `mtime_ns` differs between a deleted part and its rebuilt version, so that `map_part` maps the new file.
+    `mtime_ns` is the time of the part, or of the manifest of its array. A deleted part and its rebuilt version differ
+    in this time, so that `map_part` maps the new file.
     """
 
     path: Path
@@ -101,7 +104,11 @@ def read_encoder_part(layout: CacheLayout, number: int) -> dict[int, Tensor]:
     """
     rows = layout.parts[number]
     lengths = [len(layout.sources[row]) for row in rows]
-    part = _check_part(store.part_path(layout.encoder_array, number), sum(lengths), layout)
+    path = store.part_path(layout.encoder_array, number)
+    status = path.stat() if path.is_file() else None
+    part = PartFile(path, sum(lengths), layout.width, layout.dtypes.storage, status.st_mtime_ns if status else 0)
+    if status is None or status.st_size != part.nbytes:
+        raise _corrupt_part_error(path)
     vectors = torch.from_numpy(map_part(part))
     vectors = vectors.view(torch.bfloat16) if layout.dtypes.storage == "bf16" else vectors
     return dict(zip(rows, vectors.split(lengths), strict=True))
@@ -109,7 +116,9 @@ def read_encoder_part(layout: CacheLayout, number: int) -> dict[int, Tensor]:
 
 def _open_array(array: Path, rows_by_part: list[list[int]], lengths: list[int], layout: CacheLayout) -> RaggedArray:
     """Open an array whose parts hold the rows `rows_by_part` of `lengths` vectors."""
-    store.mark_used(array.parent)
+    mark_used(array.parent / store.ABOUT_FILE)
+    manifest = store.open_array(array)
+    mtime_ns = (array / MANIFEST).stat().st_mtime_ns
     part_numbers, offsets = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     parts = []
     for number, rows in enumerate(rows_by_part):
@@ -117,17 +126,11 @@ def _open_array(array: Path, rows_by_part: list[list[int]], lengths: list[int], 
         for row in rows:
             part_numbers[row], offsets[row] = number, num_vectors
             num_vectors += lengths[row]
-        parts.append(_check_part(store.part_path(array, number), num_vectors, layout))
+        part = PartFile(store.part_path(array, number), num_vectors, layout.width, layout.dtypes.storage, mtime_ns)
+        if manifest.files.get(part.path.name) != part.nbytes:
+            raise _corrupt_part_error(part.path)
+        parts.append(part)
     return RaggedArray(parts, part_numbers, offsets, np.asarray(lengths), TORCH_DTYPES[layout.dtypes.storage])
-
-
-def _check_part(path: Path, num_vectors: int, layout: CacheLayout) -> PartFile:
-    """Describe a part; UserError if it is missing or has another size."""
-    status = path.stat() if path.is_file() else None
-    part = PartFile(path, num_vectors, layout.width, layout.dtypes.storage, status.st_mtime_ns if status else 0)
-    if status is None or status.st_size != part.nbytes:
-        raise _corrupt_part_error(path)
-    return part
 
 
 @lru_cache(maxsize=MAX_MAPPED_PARTS)

@@ -1,58 +1,73 @@
 """Ragged arrays on disk in parts, each written whole or not at all: the storage of the teacher cache.
 
-A store is a folder with `about.json` and a folder per array: `part-000000.bin` and so on, then `manifest.json`. A part
-holds the vectors of its rows one after another. `plan_parts` derives the rows of each part from the lengths of all
-rows, so the key of a store must cover the lengths.
+A store is a folder with `about.json` and a folder per array: `part-000000.bin` and so on. Several processes write the
+parts of an array, and the manifest seals the array as an artifact. A part holds the vectors of its rows one after
+another. `plan_parts` derives the rows of each part from the lengths of all rows, so the key of a store must cover the
+lengths.
 """
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, field_validator
 
+from raydistill.core import artifact
+from raydistill.core.artifact import MANIFEST, LockHeld, Manifest
 from raydistill.core.errors import UserError
-from raydistill.core.files import (
-    SCHEMA_VERSION,
-    TEMPORARY_SUFFIX,
-    check_schema,
-    corrupt_file_error,
-    read_json,
-    write_atomic,
-    write_json_atomic,
-)
+from raydistill.core.files import TEMPORARY_SUFFIX, write_atomic
+from raydistill.core.records import Record
 
 ABOUT_FILE = "about.json"
-MANIFEST = "manifest.json"
+KIND = "teacher cache"
 # Part of every key: another layout gives another store.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PART_TOKENS = 2**15
 WINDOW_ROWS = 20_000
 MAX_GROUP_BYTES = 240  # a file name has at most 255, with the dot and the suffix of the lock
+DtypeName = Literal["bf16", "fp32"]
 # numpy has no bfloat16, so the bits are stored as int16.
 STORAGE_DTYPES: dict[str, type[np.generic]] = {"bf16": np.int16, "fp32": np.float32}
 
 
-class StoreRecord(BaseModel):
+class StoreRecord(Record):
     """The content of `about.json`: teacher and data of a store, its data types, and the lock of its builder.
 
-    `width` is the size of a vector. `lock_group` names the lock that is held while the store is built.
+    `width` is the size of a vector. `lock_group` names the store whose lock is held while this store is built.
     """
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True)
 
     teacher: str
     data: str
     teacher_key: str
-    storage_dtype: Literal["bf16", "fp32"]
-    compute_dtype: Literal["bf16", "fp32"]
+    storage_dtype: DtypeName
+    compute_dtype: DtypeName
     width: int
     lock_group: str
+
+    @field_validator("lock_group")
+    @classmethod
+    def _check_lock_group(cls, group: str) -> str:
+        if Path(group).name != group or len(group.encode(errors="replace")) > MAX_GROUP_BYTES:
+            raise ValueError(f"invalid lock group {group[:80]!r}")
+        return group
+
+
+class CacheManifest(Manifest):
+    """The manifest of an array: the number and the bytes of its parts, and the device-seconds of building them."""
+
+    parts: int
+    bytes: int
+    device_seconds: float
+
+
+class PartTime(Record):
+    """The device-seconds of building a part, so that a resumed build reports the total."""
+
+    device_seconds: float
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ def write_part(array_dir: Path, number: int, vectors: np.ndarray) -> None:
 
 def missing_parts(array_dir: Path, num_parts: int) -> list[int]:
     """The numbers of the parts that are missing; none if the array is complete."""
-    if is_complete(array_dir):
+    if artifact.is_complete(array_dir):
         return []
     return [n for n in range(num_parts) if not part_path(array_dir, n).is_file()]
 
@@ -112,76 +127,47 @@ def parts_size_bytes(array_dir: Path) -> int:
 
 
 def write_part_time(array_dir: Path, number: int, device_seconds: float) -> None:
-    """Record the device-seconds of a part, so that a resumed build reports the total."""
-    write_json_atomic(part_time_path(array_dir, number), {"device_seconds": device_seconds})
+    """Record the device-seconds of a part."""
+    PartTime(device_seconds=device_seconds).write(part_time_path(array_dir, number))
 
 
 def finish_array(array_dir: Path, num_parts: int, size_bytes: int) -> None:
     """Mark an array as complete: write its manifest with the device-seconds of all parts."""
-    times = list(array_dir.glob("part-*.json"))
-    device_seconds = sum(_device_seconds_of(read_json(path), path) for path in times)
-    record = {"parts": num_parts, "bytes": size_bytes, "device_seconds": device_seconds}
-    write_json_atomic(array_dir / MANIFEST, {"schema": SCHEMA_VERSION, **record})
-    for path in times:
-        path.unlink()
+    device_seconds = sum(PartTime.read(path).device_seconds for path in array_dir.glob("part-*.json"))
+    key = f"{array_dir.parent.name}/{array_dir.name}"
+    artifact.seal(
+        array_dir,
+        CacheManifest(kind=KIND, key=key, parts=num_parts, bytes=size_bytes, device_seconds=device_seconds),
+    )
+
+
+def open_array(array_dir: Path) -> CacheManifest:
+    """Read the manifest of an array and check the size of every part.
+
+    Raises:
+        UserError: The array is incomplete, damaged or of another schema version.
+    """
+    return artifact.open_artifact(array_dir, CacheManifest, KIND)
 
 
 def read_device_seconds(array_dir: Path) -> float:
-    """The device-seconds of a complete array.
+    """The device-seconds of a complete array, whose parts may be on other machines.
 
     Raises:
         UserError: The manifest is damaged or of another schema version.
     """
-    path = array_dir / MANIFEST
-    record = read_json(path)
-    check_schema(path, record)
-    return _device_seconds_of(record, path)
-
-
-def _device_seconds_of(record: dict[str, Any], path: Path) -> float:
-    with corrupt_file_error(path):
-        return float(record["device_seconds"])
-
-
-def is_complete(array_dir: Path) -> bool:
-    """Whether an array is complete: its manifest exists."""
-    return (array_dir / MANIFEST).is_file()
-
-
-def write_record(store: Path, record: StoreRecord) -> None:
-    """Write `about.json`."""
-    write_json_atomic(store / ABOUT_FILE, {"schema": SCHEMA_VERSION, **record.model_dump()})
-
-
-def read_record(store: Path) -> StoreRecord:
-    """Read `about.json`.
-
-    Raises:
-        UserError: The file is missing, damaged or of another schema version.
-    """
-    path = store / ABOUT_FILE
-    record = read_json(path)
-    check_schema(path, record)
-    with corrupt_file_error(path):
-        return StoreRecord.model_validate(record)
+    return CacheManifest.read(array_dir / MANIFEST).device_seconds
 
 
 def remove_partial_files(store: Path) -> None:
-    """Delete temporary files of killed writers. The caller holds the lock of the store."""
+    """Delete what killed writers and an interrupted removal left. The caller holds the lock of the store."""
+    artifact.remove_leftovers(store)
     for path in store.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
-def mark_used(store: Path) -> None:
-    """Set the time of the last use of a store, unless it belongs to another user."""
-    try:
-        os.utime(store / ABOUT_FILE)
-    except OSError:
-        return
-
-
 def list_stores(root: Path) -> Iterator[StoreInfo]:
-    """Yield the stores under `root`, least recently used first, without symbolic links.
+    """Yield the stores under `root`, least recently used first, without symbolic links and hidden folders.
 
     Raises:
         UserError: A record is damaged or of another schema version.
@@ -189,38 +175,22 @@ def list_stores(root: Path) -> Iterator[StoreInfo]:
     stores = []
     for path in root.glob(f"*/{ABOUT_FILE}"):
         folder = path.parent
-        if folder.is_symlink():
+        if folder.is_symlink() or folder.name.startswith("."):
             continue
         size_bytes = sum(p.stat().st_size for p in folder.rglob("*.bin"))
         arrays = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
-        stores.append(StoreInfo(folder, read_record(folder), arrays, size_bytes, path.stat().st_mtime))
+        stores.append(StoreInfo(folder, StoreRecord.read(path), arrays, size_bytes, path.stat().st_mtime))
     yield from sorted(stores, key=lambda store: store.last_used)
 
 
-def group_lock(root: Path, group: str) -> FileLock:
-    """The lock of the process that builds the stores whose `lock_group` is `group`.
-
-    Raises:
-        ValueError: `group` is not a file name, or too long for one.
-    """
-    if Path(group).name != group or len(group.encode(errors="replace")) > MAX_GROUP_BYTES:
-        raise ValueError(f"invalid lock group {group[:80]!r}")
-    root.mkdir(parents=True, exist_ok=True)
-    return FileLock(root / f".{group}.lock")
-
-
 def remove(info: StoreInfo) -> None:
-    """Delete a store, its manifests first.
+    """Delete a store.
 
     Raises:
         UserError: The store is being built.
     """
-    with corrupt_file_error(info.folder / ABOUT_FILE):
-        lock = group_lock(info.folder.parent, info.record.lock_group)
     try:
-        with lock.acquire(timeout=0):
-            for manifest in info.folder.glob(f"*/{MANIFEST}"):
-                manifest.unlink()
-            shutil.rmtree(info.folder)
-    except Timeout:
-        raise UserError(f"{info.folder}: is being built; wait for the run that builds it, or stop that run") from None
+        with artifact.lock(info.folder.with_name(info.record.lock_group)):
+            artifact.remove(info.folder)
+    except LockHeld as error:
+        raise UserError(f"{info.folder}: is being built: {error}") from None

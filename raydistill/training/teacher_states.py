@@ -15,6 +15,7 @@ from raydistill.models.teacher import Teacher
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.policy import make_cache_layout
 from raydistill.teacher_cache.reader import RaggedArray, open_decoder_states, open_encoder_states
+from raydistill.teacher_cache.store import DtypeName
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.inputs import RunInputs
 from raydistill.training.optimizer_step import autocast_dtype
@@ -84,7 +85,7 @@ def _open_cached_states(
     mode = inputs.cache_mode if run.training.teacher_cache == "auto" else run.training.teacher_cache
     if inputs.cache_root is None or mode == "off":
         return None, {}
-    compute_dtype = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
+    compute_dtype: DtypeName = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
     examples_by_label = {run.label_key: examples}
     layout = make_cache_layout(
         [(run, mode)], examples_by_label, teacher.key, teacher.model.config, inputs.cache_root, compute_dtype

@@ -1,10 +1,12 @@
 """What is cached: the union of what runs read, what fits and is faster to read, and the limit of disk space."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
 from raydistill.config.run import Run
+from raydistill.core import machine
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache.layout import CacheLayout
@@ -16,6 +18,8 @@ from raydistill.teacher_cache.policy import (
     measure_read_rate,
 )
 from tests.factories.teacher_cache import cache_examples, cache_layout
+
+PHYSICAL_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def layout_of_2_4_mb(root, encoder=True, decoder=True):
@@ -66,6 +70,23 @@ def test_measured_times_grow_with_the_corpus(teacher, tmp_path):
     assert large.read_encoder > 5 * small.read_encoder
     assert measure_read_rate(tmp_path, cold_cache=True) > 1e6
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".probe")]
+
+
+@pytest.mark.parametrize(("limit", "reads_from_disk"), [(1_000, True), ("max", False)])
+def test_memory_limit_of_the_control_group_decides_where_states_are_read_from(
+    limit, reads_from_disk, teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(machine, "SYSTEM_ROOT", tmp_path / "system")
+    for name, text in {"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/memory.max": limit}.items():
+        path = tmp_path / "system" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{text}\n")
+    layout = cache_layout(tmp_path / "cache", cache_examples())
+    assert 500 < sum(layout.array_sizes.values()) < PHYSICAL_BYTES / 2
+    dropped = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: dropped.append(args))
+    measure_epoch_times(layout, teacher)
+    assert bool(dropped) == reads_from_disk
 
 
 def make_run(method, size, labels="original", **training):

@@ -49,5 +49,5 @@ def test_part_that_is_deleted_while_a_run_reads_it_is_reported(layout):
 def test_damaged_part_is_reported_with_the_folder_to_delete(fault, layout):
     part = next(layout.encoder_array.glob("*.bin"))
     part.unlink() if fault == "missing" else part.write_bytes(part.read_bytes()[:-4])
-    with pytest.raises(UserError, match=f"damaged or missing; delete {layout.encoder_store}"):
+    with pytest.raises(UserError, match=f"damaged: {part.name} .* Delete {layout.encoder_array} and run"):
         open_encoder_states(layout)

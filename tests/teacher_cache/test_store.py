@@ -71,7 +71,33 @@ def test_store_of_another_schema_version_is_refused_with_the_remedy(teacher, tmp
         read()
 
 
+def test_killed_removal_is_finished_by_the_next_build(teacher, tmp_path):
+    layout = cache_layout(tmp_path, cache_examples())
+    build_cache(layout, teacher)
+    layout.encoder_store.rename(tmp_path / f".{layout.encoder_store.name}.0123abcd.old")
+    assert [info.folder for info in store.list_stores(tmp_path)] == layout.decoder_stores
+    build_cache(layout, teacher)
+    assert not layout.is_incomplete()
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {layout.encoder_store, *layout.decoder_stores}
+
+
+def test_manifest_lists_the_bytes_of_every_part(teacher, tmp_path):
+    layout = cache_layout(tmp_path, cache_examples())
+    build_cache(layout, teacher)
+    for array, size in layout.array_sizes.items():
+        manifest = store.open_array(array)
+        assert (manifest.parts, manifest.bytes) == (len(layout.parts), size)
+        assert sum(n for name, n in manifest.files.items() if name.endswith(".bin")) == size
+    assert store.read_device_seconds(layout.encoder_array) > 0
+    assert store.read_device_seconds(layout.encoder_array) == store.open_array(layout.encoder_array).device_seconds
+
+
 @pytest.mark.parametrize("group", ["x" * 300, "../other", "a/b"])
 def test_a_lock_group_that_is_no_file_name_is_refused(tmp_path, group):
-    with pytest.raises(ValueError, match="invalid lock group"):
-        store.group_lock(tmp_path, group)
+    layout = cache_layout(tmp_path, cache_examples())
+    layout.prepare()
+    path = layout.encoder_store / "about.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "lock_group": group}))
+    with pytest.raises(UserError, match=f"{path}: damaged: lock_group: .*invalid lock group"):
+        list(store.list_stores(tmp_path))
