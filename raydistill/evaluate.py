@@ -155,15 +155,10 @@ def load_checkpoint_run(checkpoint: str) -> "Run | None":
     Raises:
         UserError: The metadata is damaged.
     """
-    from raydistill.config.run import Run
-    from raydistill.core.files import CHECKPOINT_METADATA, read_json
+    from raydistill.models.metadata import METADATA_FILE, CheckpointMetadata
 
-    path = Path(checkpoint) / CHECKPOINT_METADATA
-    try:
-        metadata = read_json(path) if path.is_file() else {}
-        return Run.model_validate(metadata["config"]) if "config" in metadata else None
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error})") from None
+    metadata = CheckpointMetadata.read_if_present(Path(checkpoint) / METADATA_FILE)
+    return metadata.config if metadata else None
 
 
 def training_languages(checkpoint: str, dataset: "Dataset") -> tuple[str, str] | None:

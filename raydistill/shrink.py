@@ -49,20 +49,20 @@ def shrink(  # noqa: PLR0913
     plan, num_parameters = _create_student(
         teacher, dataset or default_dataset(teacher) or "", student, dataset or "", output
     )
-    metadata = {
-        "teacher": teacher,
-        "size": size,
-        "copied": plan.copied,
-        "copied_from": copy_from or teacher,
-        "supervised": plan.supervised,
-        "trained": False,
-    }
-    from raydistill.core.files import CHECKPOINT_METADATA, write_json_atomic
+    from raydistill.models.metadata import CheckpointMetadata
 
-    write_json_atomic(output / CHECKPOINT_METADATA, metadata)
+    metadata = CheckpointMetadata(
+        teacher=teacher,
+        size=size,
+        copied=plan.copied,
+        copied_from=copy_from or teacher,
+        supervised=plan.supervised,
+        trained=False,
+    )
+    metadata.write_to(output)
     params_m = num_parameters / 1e6
     print_text(f"{output}: {size}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json)
-    print_json({**metadata, "params_m": params_m, "output": str(output)}, as_json)
+    print_json({**metadata.to_json(), "params_m": params_m, "output": str(output)}, as_json)
 
 
 def _parse_student(

@@ -21,7 +21,6 @@ PARSE_ERRORS = (
 SCHEMA_VERSION = 2
 TEMPORARY_SUFFIX = ".tmp"  # of files and folders that are being written; they are not synced to a bucket
 OLD_SUFFIX = ".old"  # of folders that are being replaced or deleted; they are not synced either
-CHECKPOINT_METADATA = "raydistill.json"  # next to the weights of a checkpoint: teacher, data and configuration
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -1,16 +1,15 @@
 """Serves an exported student through MLflow: `mlflow.pyfunc.load_model(...)` and `mlflow models serve`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raydistill.config.run import Decoding
-from raydistill.core.files import CHECKPOINT_METADATA
 from raydistill.core.machine import available_cores
 from raydistill.inference.decoding import Engine, EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
+from raydistill.models.metadata import CheckpointMetadata
 
 
 class PyfuncStudent:
@@ -35,12 +34,12 @@ def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStu
     available, else on all CPU cores. MLflow requires this function name.
     """
     folder = Path(path)
-    metadata = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))
-    languages = tuple(metadata["languages"]) if metadata.get("languages") else None
-    engine_name = (metadata["config"].get("evaluation") or {}).get("engine", "auto")
+    metadata = CheckpointMetadata.read_from(folder)
+    assert metadata.max_source_tokens is not None, "only exported students are served"
+    engine_name = metadata.config.evaluation.engine if metadata.config else "auto"
     device, threads = _resolve_device_and_threads(**(settings or {}))
-    engine = open_engine(folder, engine_name, EngineOptions(device, threads, languages=languages))
-    return PyfuncStudent(engine, metadata["max_source_tokens"])
+    engine = open_engine(folder, engine_name, EngineOptions(device, threads, languages=metadata.languages))
+    return PyfuncStudent(engine, metadata.max_source_tokens)
 
 
 def _resolve_device_and_threads(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:

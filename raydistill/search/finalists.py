@@ -17,12 +17,13 @@ from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, make_run
 from raydistill.core.console import print_progress
-from raydistill.core.files import CHECKPOINT_METADATA, corrupt_file_error, read_json, write_json_atomic
+from raydistill.core.files import corrupt_file_error, read_json, write_json_atomic
 from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware, warn_background_load
 from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.models.loading import load_config, locate_checkpoint
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import resolve_languages, resolve_max_tokens
 from raydistill.results.records import Trial, decoding_key, read_trials, rows_filename
 from raydistill.results.selection import load_selection, select_finalists
@@ -252,7 +253,7 @@ def _representative_run(space: Space, sweep: Path) -> Run:
 
 def _own_decoding(trial: Trial) -> BeamSearchParams:
     """The decoding that a trial's checkpoint was validated with."""
-    return BeamSearchParams(**read_json(trial.folder / "best" / CHECKPOINT_METADATA)["decoding"])
+    return BeamSearchParams(**CheckpointMetadata.read_from(trial.folder / "best").decoding or {})
 
 
 def _key(decoding: BeamSearchParams) -> str:

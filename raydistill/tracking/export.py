@@ -1,16 +1,13 @@
 """Export a student as one folder that transformers, CTranslate2 and MLflow can load."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import sync
 from raydistill.config.presets import teacher_preset
-from raydistill.config.run import Run
 from raydistill.core.errors import UserError
 from raydistill.core.files import (
-    CHECKPOINT_METADATA,
     atomic_dir,
     check_symlinks,
     read_json,
@@ -19,6 +16,7 @@ from raydistill.core.files import (
 )
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable, ensure_converted
 from raydistill.models.loading import load_config
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens
 from raydistill.results.records import Trial, repeat_trial_remedy
 from raydistill.results.selection import Selection
@@ -67,13 +65,14 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
 
 def _write_decoding(folder: Path, student: Trial) -> None:
     """Write the chosen decoding to generation_config.json and raydistill.json, so that every reader uses it."""
-    checkpoint_metadata = read_json(folder / CHECKPOINT_METADATA)
-    run = Run.model_validate(checkpoint_metadata["config"])
+    metadata = CheckpointMetadata.read_from(folder)
+    run = metadata.config
+    assert run is not None
     preset = teacher_preset(str(run.teacher), run.dataset.name)
-    checkpoint_metadata["max_source_tokens"] = resolve_max_tokens(
-        "max_source_tokens", run.dataset, preset, load_config(folder)
-    )
-    checkpoint_metadata["languages"] = resolve_languages(run.teacher, run.dataset)
+    changes: dict[str, Any] = {
+        "max_source_tokens": resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(folder)),
+        "languages": resolve_languages(run.teacher, run.dataset),
+    }
     if student.decoding:
         path = folder / "generation_config.json"
         generation: dict[str, Any] = read_json(path)
@@ -82,14 +81,13 @@ def _write_decoding(folder: Path, student: Trial) -> None:
             generation.pop("length_penalty")
             generation.pop("early_stopping", None)
         write_json_atomic(path, generation)
-        checkpoint_metadata["decoding"] |= student.decoding
-    write_json_atomic(folder / CHECKPOINT_METADATA, checkpoint_metadata)
+        changes["decoding"] = {**(metadata.decoding or {}), **student.decoding}
+    metadata.model_copy(update=changes).write_to(folder)
 
 
 def _add_ctranslate2_model(folder: Path) -> None:
     """Write the validated CTranslate2 conversion to `ctranslate2/`, if CTranslate2 supports the model."""
-    languages = json.loads((folder / CHECKPOINT_METADATA).read_text(encoding="utf-8"))["languages"]
-    tokenizer = load_tokenizer(folder, tuple(languages) if languages else None)
+    tokenizer = load_tokenizer(folder, CheckpointMetadata.read_from(folder).languages)
     scratch = folder.with_name(f"{folder.name}.ctranslate2")
     try:
         shutil.copytree(ensure_converted(folder, tokenizer, scratch, 1, None), folder / "ctranslate2")

@@ -1,11 +1,10 @@
 """The model card of an exported student: its origin, scores, costs, and how to load it."""
 
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
-from raydistill.core.files import CHECKPOINT_METADATA, read_json
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.pareto import COST_UNITS
 from raydistill.results.records import Trial, decoding_label
 from raydistill.results.selection import Selection
@@ -20,7 +19,7 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
     `budgets` are the names of the budgets that the student was chosen for.
     """
     assert student.checkpoint is not None
-    checkpoint = read_json(student.checkpoint / CHECKPOINT_METADATA)
+    checkpoint = CheckpointMetadata.read_from(student.checkpoint)
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -31,7 +30,7 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         student=student,
         budgets=budgets,
         task="translation" if selection.metric == "bleu" else "summarization",
-        teacher_name=checkpoint["teacher"],
+        teacher_name=checkpoint.teacher,
         teacher_size=selection.teacher.get("size", "size unknown"),
         teacher_score=(selection.teacher.get("metrics") or {}).get(selection.metric),
         properties=markdown_table(["", ""], properties),
@@ -52,22 +51,23 @@ def loading_example(folder: str) -> str:
     )
 
 
-def _origin_rows(student: Trial, checkpoint: dict[str, Any]) -> list[list[str]]:
-    supervised = checkpoint.get("supervised") or {}
-    versions = ", ".join(f"{name} {version}" for name, version in (checkpoint.get("versions") or {}).items())
+def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
+    assert checkpoint.config is not None
+    supervised = checkpoint.supervised or {}
+    versions = ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items())
     return [
-        ["data", f"{checkpoint['config']['dataset']['name']}, labels: {student.labels}"],
+        ["data", f"{checkpoint.config.dataset.name}, labels: {student.labels}"],
         *[[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied_layers.items()],
         *[[f"{side} layers supervised", " ".join(map(str, layers))] for side, layers in supervised.items()],
-        ["teacher's key", str(checkpoint.get("teacher_key"))],
-        *([["teacher's commit", str(checkpoint["teacher_commit"])]] if checkpoint.get("teacher_commit") else []),
-        *[[f"fingerprint of the {split} data", mark] for split, mark in (checkpoint.get("data") or {}).items()],
+        ["teacher's key", str(checkpoint.teacher_key)],
+        *([["teacher's commit", checkpoint.teacher_commit]] if checkpoint.teacher_commit else []),
+        *[[f"fingerprint of the {split} data", mark] for split, mark in checkpoint.data.items()],
         ["made with", versions],
     ]
 
 
-def _decoding_rows(student: Trial, checkpoint: dict[str, Any]) -> list[list[str]]:
-    decoding = {**(checkpoint.get("decoding") or {}), **(student.decoding or {})}
+def _decoding_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
+    decoding = {**(checkpoint.decoding or {}), **(student.decoding or {})}
     if not decoding:
         return []
     lengths = f"; {decoding['min_length']} to {decoding['max_length']} tokens" if "max_length" in decoding else ""

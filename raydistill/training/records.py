@@ -1,13 +1,13 @@
-"""The records that a run leaves: its result (result.json) and the metadata of its checkpoint (raydistill.json)."""
+"""The records in the folder of a run. The module imports no torch, so that results are read without it."""
 
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raydistill.config.run import Run
 from raydistill.core.records import Record
+from raydistill.models.metadata import SplitScores
 
 if TYPE_CHECKING:
     from raydistill.models.shrinking import LayerPlan
@@ -40,25 +40,6 @@ class RunIdentity:
             copied=layer_plan.copied if layer_plan else None,
             labels=run.resolved_labels,
         )
-
-
-class SplitScores(BaseModel):
-    """The scores on a split: a number for each metric, which are further fields.
-
-    Attributes:
-        interval: 95 % confidence interval of the main metric.
-        engine: The engine that generated the texts, with its precision, such as "ctranslate2 fp32".
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    __pydantic_extra__: dict[str, float]
-    interval: tuple[float, float] | None = None
-    engine: str | None = None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The scores by name."""
-        return dict(self.__pydantic_extra__)
 
 
 class RunResult(Record):
@@ -113,46 +94,3 @@ class RunResult(Record):
     def scored(self) -> bool:
         """Whether the run has a checkpoint with scores."""
         return self.status != "failed"
-
-
-@dataclass(frozen=True)
-class CheckpointMetadata:
-    """The origin of a checkpoint.
-
-    Attributes:
-        run: The run's config.
-        identity: What the run trained.
-        supervised: The teacher layers that supervise the student's layers, by side; None for a random start.
-        teacher_key: Content key of the teacher; None without a teacher.
-        teacher_commit: Commit of the teacher on the Hugging Face hub, where it comes from the hub.
-        data: Fingerprint of each split.
-        scores: Scores of each scored split.
-        decoding: The decoding of the scores.
-        signature: Metric library and options of the scores.
-    """
-
-    run: Run
-    identity: RunIdentity
-    supervised: dict[str, list[int]] | None
-    teacher_key: str | None
-    teacher_commit: str | None
-    data: dict[str, str]
-    scores: dict[str, dict[str, Any]]
-    decoding: dict[str, Any]
-    signature: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of raydistill.json, with the versions of the libraries."""
-        return {
-            "teacher": self.run.teacher,
-            "supervised": self.supervised,
-            "config": self.run.model_dump(mode="json"),
-            "versions": {name: version(name) for name in ("raydistill", "torch", "transformers")},
-            **asdict(self.identity),
-            "teacher_key": self.teacher_key,
-            "teacher_commit": self.teacher_commit,
-            "data": self.data,
-            "scores": self.scores,
-            "decoding": self.decoding,
-            "signature": self.signature,
-        }

@@ -18,13 +18,13 @@ import torch
 
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
-from raydistill.core.files import CHECKPOINT_METADATA, write_json_atomic
 from raydistill.evaluation.scoring import EvaluationResult
 from raydistill.models.freezing import freeze
+from raydistill.models.metadata import CheckpointMetadata, SplitScores, library_versions
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import NonFiniteLoss, ReportFn, fit
 from raydistill.training.optimizer_step import OptimizerStep
-from raydistill.training.records import RESULT_FILE, CheckpointMetadata, RunIdentity, RunResult, SplitScores
+from raydistill.training.records import RESULT_FILE, RunIdentity, RunResult
 from raydistill.training.run_folder import (
     check_same_config,
     check_same_inputs,
@@ -194,7 +194,7 @@ def _score_and_write_result(active: ActiveRun, state: TrainingState) -> RunResul
         metrics = {} if state.stopped else {"repetition": validation.repetition_rate}
         result = active.result("failed", reason, {**metrics, "gpu_hours": hours})
     else:
-        write_json_atomic(best / CHECKPOINT_METADATA, _checkpoint_metadata(active, evaluations).to_json())
+        _checkpoint_metadata(active, evaluations).write_to(best)
         result = _scored_result(active, state, evaluations, hours)
     write_result(folder, result)
     return result
@@ -228,13 +228,15 @@ def _scored_result(
 def _checkpoint_metadata(active: ActiveRun, evaluations: dict[str, EvaluationResult]) -> CheckpointMetadata:
     teacher, layer_plan = active.setup.teacher, active.setup.layer_plan
     return CheckpointMetadata(
-        run=active.run,
-        identity=active.identity,
+        teacher=active.run.teacher,
+        **asdict(active.identity),
+        config=active.run,
+        versions=library_versions(),
         supervised=layer_plan.supervised if layer_plan else None,
         teacher_key=teacher.key if teacher else None,
         teacher_commit=teacher.commit if teacher else None,
         data=active.validator.data.fingerprints,
-        scores={split: evaluation.summary() for split, evaluation in evaluations.items()},
+        scores={split: _split_scores(evaluation) for split, evaluation in evaluations.items()},
         decoding=asdict(active.validator.beam),
         signature=active.validator.signature,
     )

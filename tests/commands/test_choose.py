@@ -20,8 +20,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.choose import parse_bounds
 from raydistill.core.errors import UserError
-from raydistill.core.files import CHECKPOINT_METADATA, read_json, write_json_atomic
+from raydistill.core.files import read_json, write_json_atomic
 from raydistill.inference import mlflow_pyfunc
+from raydistill.models.metadata import METADATA_FILE
 from raydistill.results.selection import load_selection
 from raydistill.tracking import mlflow_store
 from raydistill.tracking.export import export_student
@@ -151,9 +152,10 @@ def test_commands_of_the_model_card_predict_and_serve(exported: Path, tmp_path: 
 def test_mlflow_uses_the_whole_machine_by_default(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
-    card = read_json(exported / CHECKPOINT_METADATA)
-    card["config"]["evaluation"] = {"engine": "transformers"}
-    write_json_atomic(exported / CHECKPOINT_METADATA, card)
+    path = exported / METADATA_FILE
+    metadata = read_json(path)
+    metadata["config"]["evaluation"]["engine"] = "transformers"
+    write_json_atomic(path, metadata)
 
     def engine(**settings: Any) -> tuple[str, str, int | None]:
         loaded = mlflow.pyfunc.load_model(str(exported), **settings)._model_impl.engine

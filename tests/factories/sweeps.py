@@ -9,6 +9,7 @@ import numpy as np
 
 from raydistill.config.space import Space
 from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.records import decoding_key
 from raydistill.tracking import mlflow_store
 from raydistill.training.records import RESULT_FILE, RunResult
@@ -72,7 +73,7 @@ def finish_trial(folder: Path, number: int, score: float, status: str = "done") 
     metrics = {"rouge2": score, "rouge1": 2 * score, "latency_ms": 10.0 * score, "params_m": 3.0}
     if status == "done":
         (folder / "best").mkdir()
-        (folder / "best" / "raydistill.json").write_text("{}")
+        CheckpointMetadata().write_to(folder / "best")
         np.savez(folder / "rows.npz", validation=np.full(20, score))
     write_result(
         folder,
@@ -115,7 +116,7 @@ def make_student(sweep: Path, key: str, number: int, score: float, size: str = "
         "supervised": {"decoder": [2]},
         "data": {"train": "f00d"},
     }
-    write_json_atomic(folder / "best" / "raydistill.json", metadata)
+    CheckpointMetadata.parse(metadata).write_to(folder / "best")
     served = []
     for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
         costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}

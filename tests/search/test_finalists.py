@@ -16,6 +16,7 @@ from raydistill.evaluation.scoring import evaluate
 from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.page import make_tooltips
 from raydistill.results.plots import marker_id
 from raydistill.results.records import decoding_key
@@ -79,8 +80,7 @@ def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict
     record = {"costs": {}, "decoding": asdict(BEAM), "data": {"validation": "v", "test": "t"}, "metric": "rouge2"}
     info = {"schema": SCHEMA_VERSION, "name": "m", "metric": "rouge2", "teacher": record, "budgets": {}}
     write_json_atomic(folder / "sweep.json", {**info, "decoding": space.search.decoding.model_dump()})
-    card = make_trial(folder, "a", 0, 10.0) / "best" / "raydistill.json"
-    write_json_atomic(card, {"decoding": asdict(BEAM)})
+    CheckpointMetadata(decoding=asdict(BEAM)).write_to(make_trial(folder, "a", 0, 10.0) / "best")
     return space, record
 
 

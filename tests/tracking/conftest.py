@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.tracking import mlflow_registry
 
 
@@ -15,7 +16,7 @@ def make_export() -> Callable[[Path, str], Path]:
     def write(sweep: Path, key: str) -> Path:
         folder = sweep / "exports" / key
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "raydistill.json").write_text("{}")
+        CheckpointMetadata().write_to(folder)
         (folder / "README.md").write_text("chosen for fast")
         mlflow_registry.write_mlmodel(folder)
         return folder
