@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.storages import InMemoryStorage
 
 from benchmarks.common import BenchmarkResult, describe_machine
 from raydistill.config.presets import DEMO_TEACHER_RUN
@@ -171,7 +170,7 @@ def replay(
     curves: list[tuple[str, Curve]] = []
     total_seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="raydistill-replay-") as folder:
-        study = SweepStudy(space, Path(folder), storage=InMemoryStorage())
+        study = SweepStudy(space, Path(folder))
         for trial_id in map(str, range(len(grid))):
             proposal = study.propose(trial_id)
             if proposal is None:

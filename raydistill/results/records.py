@@ -289,7 +289,7 @@ def device_hours(sweep: Path) -> float:
 
 def repeat_trial_remedy(folder: Path) -> str:
     """What a user does about a trial that lost a file, as a sentence without its period."""
-    return f"Delete {folder} and the sweep's study.log, and run the sweep again to repeat the trial"
+    return f"Delete {folder} and run the sweep again to repeat the trial"
 
 
 def _corrupt_trial_error(path: Path, detail: str, remedy: str | None = None) -> UserError:

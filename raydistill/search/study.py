@@ -1,7 +1,7 @@
 """The Optuna study of a sweep: which trial comes next, and what the sampler learns from the finished ones.
 
-The study's journal, SWEEP/study.log, and the trials' own results are the only state of a search. A search that was
-killed is resumed from them by a new process.
+The state of a search is SWEEP/proposals.json and the results in the trials' folders. Every command builds the study
+from them, in memory. The journal SWEEP/study.log is a copy of the finished trials for optuna-dashboard and never read.
 """
 
 import hashlib
@@ -10,40 +10,55 @@ import random
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+from pydantic import BaseModel, ConfigDict
 
 from raydistill.cluster import sync
 from raydistill.config.corners import MAX_CORNERS, iter_corners, resolve_point
 from raydistill.config.distributions import split_parameters, suggest_params
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
 from raydistill.config.space import Search, Space, make_run, sampler_params
-from raydistill.core.console import print_progress
-from raydistill.core.files import corrupt_file_error, safe_join, write_atomic
-from raydistill.results.records import device_hours
+from raydistill.core.files import corrupt_file_error
+from raydistill.core.records import Record
+from raydistill.results.records import device_hours, repeat_trial_remedy
 from raydistill.training.records import RESULT_FILE, RunResult
 
+PROPOSALS_FILE = "proposals.json"
 # Consecutive proposals that were tried before or are infeasible, after which random combinations replace the sampler's
 MAX_DUPLICATES = 10
 # Consecutive proposals as above, after which the search ends, since random combinations are not new either
 MAX_REJECTIONS = 200
-CORRUPT_STUDY_REMEDY = "Delete this file to start a new study: finished trials are recognised by their folders"
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A trial to run: its key, its number in the order of proposals, the student's size and the values chosen."""
+class Proposal(BaseModel):
+    """A trial to run.
+
+    Attributes:
+        key: Name of the trial's folder.
+        number: Position in the order of proposals, from 0.
+        params: The values that were chosen, by dotted key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     number: int
-    size: str
     params: dict[str, Any]
+
+
+class ProposalLog(Record):
+    """The content of SWEEP/proposals.json: all trials that were ever proposed."""
+
+    remedy: ClassVar[str | None] = "Delete this file: finished trials are recognised by their folders"
+
+    proposals: tuple[Proposal, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,9 @@ class StopReason:
 class SweepStudy:
     """An Optuna study that outlives the process, maximises the score and minimises `search.cost`.
 
-    No two trials have the same settings. A trial that was running when the sweep was killed is proposed again under the
-    same key, and resumes from its folder; a finished trial is never proposed again.
+    No two trials have the same settings. A proposed trial without a result, because it was killed, failed to run or its
+    folder was deleted, is proposed again under the same key and number, and resumes from its folder. A trial with a
+    result is never proposed again.
 
     A trial that was stopped early counts with the score of its best checkpoint. A failed run and a proposal of an
     infeasible size count as pruned, which TPE ranks below all others: an invented score and cost could be on the
@@ -71,13 +87,16 @@ class SweepStudy:
         space: The space to search.
         sweep: The sweep's folder.
         infeasible_sizes: Values of `student.size` that must not be trained.
-        storage: Optuna's storage of the study; by default, the journal SWEEP/study.log.
         start_time: Time of the monotonic clock from which `search.max_hours` counts; by default, now.
 
     Attributes:
-        proposed_keys: Keys of all trials that are finished or were proposed by this process.
-        failed_keys: Keys of the trials that this process reported with an error.
+        finished_keys: Keys of all trials with a result.
+        proposed_keys: Keys of all trials that are finished or were proposed by this study.
+        failed_keys: Keys of the trials that were reported to this study with an error.
         stop_reason: Why `propose` returned None.
+
+    Raises:
+        UserError: The proposals or the result of a trial cannot be read.
     """
 
     def __init__(
@@ -85,36 +104,28 @@ class SweepStudy:
         space: Space,
         sweep: Path,
         infeasible_sizes: Collection[str | None] = (),
-        storage: BaseStorage | None = None,
         start_time: float | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.space, self.sweep, self.infeasible_sizes = space, sweep, infeasible_sizes
         start_time = time.monotonic() if start_time is None else start_time
         self._deadline = start_time + 3600 * space.search.max_hours if space.search.max_hours else None
+        self.finished_keys: set[str] = set()
         self.proposed_keys: set[str] = set()
         self.failed_keys: set[str] = set()
         self.stop_reason = StopReason()
-        self._numbers: dict[str, int] = {}  # by key
         self._running: dict[str, optuna.Trial] = {}  # by the caller's id
-        journal = sweep / "study.log"
-        if storage is None:
-            truncate_corrupt_tail(journal)
-        with corrupt_file_error(journal, CORRUPT_STUDY_REMEDY):
-            self._study = optuna.create_study(
-                study_name=space.name,
-                storage=storage or JournalStorage(JournalFileBackend(str(journal))),
-                sampler=_make_sampler(space.search),
-                pruner=optuna.pruners.NopPruner(),
-                directions=["maximize", "minimize"],
-                load_if_exists=True,
-            )
-            self.reconcile()
+        create_study = partial(optuna.create_study, study_name=space.name, directions=["maximize", "minimize"])
+        self._study = create_study(sampler=_make_sampler(space.search))
+        self._journal = create_study(storage=_new_journal(sweep / "study.log"))
+        self._proposals = read_proposals(sweep)  # by key
+        self._add_results()
+        self._queue = self._make_queue()  # values to propose before the sampler's, by key
 
     @property
     def num_finished(self) -> int:
         """Number of finished trials."""
-        return sum(_is_finished(trial) for trial in self._study.get_trials(deepcopy=False))
+        return len(self.finished_keys)
 
     @property
     def num_remaining(self) -> int:
@@ -123,7 +134,7 @@ class SweepStudy:
 
     @property
     def num_running(self) -> int:
-        """Number of trials that were proposed by this process and not reported yet."""
+        """Number of trials that were proposed by this study and not reported yet."""
         return len(self._running)
 
     def propose(self, trial_id: str) -> Proposal | None:
@@ -134,8 +145,10 @@ class SweepStudy:
         """
         num_rejected = 0
         while not (stop := self._find_stop_reason(num_rejected)).message:
-            if num_rejected >= MAX_DUPLICATES and self.space.search.sampler != "grid":
-                self._enqueue_random()
+            if self._queue:
+                self._enqueue(self._queue.pop(next(iter(self._queue))))
+            elif num_rejected >= MAX_DUPLICATES:
+                self._enqueue(self._random_params())
             trial = self._study.ask()
             params = suggest_params(self.space.run, trial)
             run = make_run(self.space, params, self.space.name)
@@ -146,9 +159,7 @@ class SweepStudy:
             elif key in self.proposed_keys:
                 self._study.tell(trial, state=TrialState.FAIL)
             else:
-                return self._start(
-                    trial_id, trial, Proposal(key, self._number(key), run.student.size or "full", params)
-                )
+                return self._start(trial_id, trial, key, params)
             num_rejected += 1
         self.stop_reason = stop
         return None
@@ -164,64 +175,75 @@ class SweepStudy:
         trial = self._running.pop(trial_id, None)
         if trial is None:
             return
-        if not (result and result.get("finished")):
-            self.failed_keys.add(trial.user_attrs["key"])
-        self._tell(trial, result or {})
-        sync.push(self.sweep / "study.log")
+        key = trial.user_attrs["key"]
+        if result and result.get("finished"):
+            self.finished_keys.add(key)
+            self._journal.add_trial(self._study.tell(trial, **self._outcome(result)))
+        else:
+            self.failed_keys.add(key)
+            self._study.tell(trial, state=TrialState.FAIL)
 
-    def reconcile(self) -> None:
-        """Bring the study of a killed search into order: every trial is finished, failed or waiting.
+    def _add_results(self) -> None:
+        """Add the finished trials to the study, in the order of proposals."""
+        trials = []
+        for path in (self.sweep / "trials").glob(f"*/{RESULT_FILE}"):
+            key, result = path.parent.name, RunResult.read(path)
+            with corrupt_file_error(path, repeat_trial_remedy(path.parent)):
+                proposal = Proposal.model_validate({"key": key, "number": result.number, "params": result.params})
+                trials.append(self._finished_trial(proposal, final_report(result, self.space.search.cost)))
+            self._proposals[key] = proposal
+            self.finished_keys.add(key)
+        self.proposed_keys |= self.finished_keys
+        for trial in sorted(trials, key=lambda trial: trial.user_attrs["number"]):
+            self._study.add_trial(trial)
+            self._journal.add_trial(trial)
 
-        Trials that were running are closed by their results. Trials without a result, and the initial points that were
-        never proposed, are put into the queue. Initial points are recognised by their values, since a kill can come
-        while they are being enqueued, or between a proposal and the setting of its key.
-        """
-        study = self._study
-        self.failed_keys = set()
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            self._close_running(trial)
-        trials = study.get_trials()
-        # From the folders too: the end of the journal may be lost
-        self._numbers = {
-            path.parent.name: _read_trial_number(path) for path in (self.sweep / "trials").glob(f"*/{RESULT_FILE}")
-        }
-        self._numbers |= {t.user_attrs["key"]: t.user_attrs["number"] for t in trials if "number" in t.user_attrs}
-        self.proposed_keys = {t.user_attrs["key"] for t in trials if _is_finished(t) and "key" in t.user_attrs}
-        known = [t.params for t in trials if _is_finished(t)]
-        known += [t.system_attrs.get("fixed_params", {}) for t in trials if t.state == TrialState.WAITING]
-        lost = [t.params for t in trials if "key" in t.user_attrs and t.user_attrs["key"] not in self.proposed_keys]
-        points = [sampler_params(self.space.run, params) for params in self._initial_points()]
-        for values in [*lost, *points]:
-            if values not in known:
-                study.enqueue_trial(values)
-                known.append(values)
+    def _finished_trial(self, proposal: Proposal, report: dict[str, Any]) -> FrozenTrial:
+        fixed = FixedTrial(sampler_params(self.space.run, proposal.params))
+        suggest_params(self.space.run, fixed)  # sets `distributions`
+        attrs = {"key": proposal.key, "number": proposal.number}
+        return create_trial(
+            params=fixed.params, distributions=fixed.distributions, user_attrs=attrs, **self._outcome(report)
+        )
 
-    def _start(self, trial_id: str, trial: optuna.Trial, proposal: Proposal) -> Proposal:
-        self._running[trial_id] = trial
-        self.proposed_keys.add(proposal.key)
-        trial.set_user_attr("key", proposal.key)
+    def _outcome(self, report: dict[str, Any]) -> dict[str, Any]:
+        """How a finished trial counts in the study: its values, or pruned for a failed run."""
+        if "score" not in report:
+            return {"state": TrialState.PRUNED}
+        return {"state": TrialState.COMPLETE, "values": [report["score"], report[self.space.search.cost]]}
+
+    def _make_queue(self) -> dict[str, dict[str, Any]]:
+        """Values to propose before the sampler's, by key: unfinished trials, points and, for a grid, combinations."""
+        space = self.space
+        unfinished = [p.params for p in self._proposals.values() if p.key not in self.finished_keys]
+        with corrupt_file_error(self.sweep / PROPOSALS_FILE, ProposalLog.remedy):
+            candidates = [resolve_point(space.run, params) for params in unfinished]
+        candidates += [resolve_point(space.run, point) for point in space.points]
+        candidates += iter_corners(space.run) if space.search.sampler == "grid" else []
+        queue: dict[str, dict[str, Any]] = {}
+        for params in candidates:
+            run = make_run(space, params, space.name)
+            key = trial_key(run)
+            if run.student.size not in self.infeasible_sizes and key not in self.finished_keys:
+                queue.setdefault(key, params)
+        return queue
+
+    def _start(self, trial_id: str, trial: optuna.Trial, key: str, params: dict[str, Any]) -> Proposal:
+        """Write a proposal to disk, so that the trial is proposed again after a kill."""
+        number = 1 + max((proposal.number for proposal in self._proposals.values()), default=-1)
+        proposal = self._proposals.setdefault(key, Proposal(key=key, number=number, params=params))
+        path = self.sweep / PROPOSALS_FILE
+        ProposalLog(proposals=tuple(self._proposals.values())).write(path)
+        sync.push(path)
+        trial.set_user_attr("key", key)
         trial.set_user_attr("number", proposal.number)
-        sync.push(self.sweep / "study.log")
+        self._running[trial_id] = trial
+        self.proposed_keys.add(key)
         return proposal
 
-    def _number(self, key: str) -> int:
-        """The number of a key: the one it had before, else the next one."""
-        return self._numbers.setdefault(key, 1 + max(self._numbers.values(), default=-1))
-
-    def _close_running(self, trial: FrozenTrial) -> None:
-        """Close a trial that was running when the search was killed, by its result if there is one."""
-        path = safe_join(self.sweep / "trials", trial.user_attrs.get("key", "-")) / RESULT_FILE
-        result = RunResult.read_if_present(path)
-        self._tell(trial.number, final_report(result, self.space.search.cost) if result else {})
-
-    def _tell(self, trial: optuna.Trial | int, result: dict[str, Any]) -> None:
-        """Tell Optuna how a trial ended: complete with a score, pruned for a failed run, failed for a lost trial."""
-        if not result.get("finished"):
-            self._study.tell(trial, state=TrialState.FAIL)
-        elif "score" not in result:
-            self._study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self._study.tell(trial, [result["score"], result[self.space.search.cost]])
+    def _enqueue(self, params: dict[str, Any]) -> None:
+        """Let `ask` return these values next."""
+        self._study.enqueue_trial(sampler_params(self.space.run, params))
 
     def _find_stop_reason(self, num_rejected: int) -> StopReason:
         """Why no further trial starts, after `num_rejected` consecutive rejections; running trials are not affected."""
@@ -230,34 +252,29 @@ class SweepStudy:
             return StopReason(f"the {search.max_hours:g} hours of this run of the command are used up")
         if search.max_device_hours is not None and device_hours(self.sweep) >= search.max_device_hours:
             return StopReason(f"the search's {search.max_device_hours:g} device-hours are used up")
-        if search.sampler == "grid":
-            exhausted = not self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        else:  # not before MAX_DUPLICATES, since listing a large space takes seconds
-            exhausted = (
-                num_rejected >= MAX_DUPLICATES
-                and self._combinations_by_key is not None
-                and not self._untried_combinations()
+        if self._queue:
+            return StopReason()
+        # Not before MAX_DUPLICATES, since listing a large space takes seconds
+        if search.sampler == "grid" or (num_rejected >= MAX_DUPLICATES and self._untried_combinations() == []):
+            return StopReason("every combination of the space has had its trial", True)
+        if num_rejected >= MAX_REJECTIONS:
+            return StopReason(
+                f"{num_rejected} consecutive proposals had been tried before or are of sizes that no budget admits",
+                True,
             )
-            if num_rejected >= MAX_REJECTIONS and not exhausted:
-                return StopReason(
-                    f"{num_rejected} consecutive proposals had been tried before or are of sizes that no budget admits",
-                    True,
-                )
-        return StopReason("every combination of the space has had its trial", True) if exhausted else StopReason()
+        return StopReason()
 
-    def _enqueue_random(self) -> None:
-        """Enqueue a random combination, the same one for the same state of the study.
+    def _random_params(self) -> dict[str, Any]:
+        """A random combination, the same one for the same state of the study.
 
         TPE does not avoid proposals that were tried before; in a space of few choices it can repeat one for ever.
         """
         run = self.space.run
         rng = random.Random(f"{self.space.search.seed}:{len(self._study.get_trials(deepcopy=False))}")
-        if self._combinations_by_key is None:
-            sampler = optuna.samplers.RandomSampler(seed=rng.getrandbits(32))
-            params = suggest_params(run, optuna.create_study(sampler=sampler).ask())
-        else:
-            params = rng.choice(self._untried_combinations())
-        self._study.enqueue_trial(sampler_params(run, params))
+        if (untried := self._untried_combinations()) is not None:
+            return rng.choice(untried)
+        sampler = optuna.samplers.RandomSampler(seed=rng.getrandbits(32))
+        return suggest_params(run, optuna.create_study(sampler=sampler).ask())
 
     @cached_property
     def _combinations_by_key(self) -> dict[str, dict[str, Any]] | None:
@@ -271,16 +288,11 @@ class SweepStudy:
         runs = [(make_run(space, params, space.name), params) for params in combinations]
         return {trial_key(run): params for run, params in runs if run.student.size not in self.infeasible_sizes}
 
-    def _untried_combinations(self) -> list[dict[str, Any]]:
-        return [params for key, params in (self._combinations_by_key or {}).items() if key not in self.proposed_keys]
-
-    def _initial_points(self) -> list[dict[str, Any]]:
-        """The space's own points, followed by every combination for a grid."""
-        space = self.space
-        points = [resolve_point(space.run, point) for point in space.points]
-        if space.search.sampler == "grid":
-            points += [params for params in iter_corners(space.run) if params not in points]
-        return points
+    def _untried_combinations(self) -> list[dict[str, Any]] | None:
+        """The feasible combinations without a proposal; None if they cannot be listed."""
+        if self._combinations_by_key is None:
+            return None
+        return [params for key, params in self._combinations_by_key.items() if key not in self.proposed_keys]
 
 
 def trial_key(run: Run) -> str:
@@ -297,38 +309,41 @@ def final_report(result: RunResult, cost: str) -> dict[str, Any]:
     """What the search learns of a finished run.
 
     Args:
-        result: The result of the run.
+        result: The run's result.
         cost: Name of the cost metric to minimise.
 
     Returns:
         The run's metrics, "status" and "finished"; for a run with a checkpoint, also "score" and the cost.
+
+    Raises:
+        LookupError: A run with a checkpoint has no score or no cost.
     """
     report = {**result.metrics, "status": result.status, "finished": True}
     if result.scored:
-        report |= {"score": result.metrics["score"], cost: result.metrics.get(cost, 0.0)}
+        report |= {name: result.metrics[name] for name in ("score", cost)}
     return report
 
 
-def truncate_corrupt_tail(journal: Path) -> None:
-    """Cut a study's journal at its first damaged line, which a full disk can leave, and keep a copy as *.damaged.
+def read_proposals(sweep: Path) -> dict[str, Proposal]:
+    """The trials that were proposed in a sweep, by key.
 
-    The trials of the lost lines are recognised by their folders.
+    Raises:
+        UserError: SWEEP/proposals.json is damaged.
     """
-    if not journal.is_file():
-        return
-    content = journal.read_bytes()
-    intact_bytes = 0
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n") or not _is_json_object(line):
-            break
-        intact_bytes += len(line)
-    if intact_bytes < len(content):
-        copy = journal.with_suffix(".damaged")
-        write_atomic(copy, content)
-        write_atomic(journal, content[:intact_bytes])
-        print_progress(
-            f"{journal}: removed a damaged end; finished trials are recognised by their folders (copy: {copy})"
-        )
+    log = ProposalLog.read_if_present(sweep / PROPOSALS_FILE) or ProposalLog()
+    return {proposal.key: proposal for proposal in log.proposals}
+
+
+def has_deleted_trials(sweep: Path) -> bool:
+    """Whether the folder of a trial that was proposed is missing, which a study proposes again."""
+    return not read_proposals(sweep).keys() <= {path.name for path in (sweep / "trials").glob("*/")}
+
+
+def _new_journal(path: Path) -> JournalStorage:
+    """A new journal in place of that of an earlier command, whose lock a kill can leave too."""
+    for old in (path, *path.parent.glob(f"{path.name}.lock*")):
+        old.unlink(missing_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _make_sampler(search: Search) -> optuna.samplers.BaseSampler:
@@ -336,21 +351,3 @@ def _make_sampler(search: Search) -> optuna.samplers.BaseSampler:
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=search.seed)
     return optuna.samplers.TPESampler(seed=search.seed, multivariate=False)
-
-
-def _is_finished(trial: FrozenTrial) -> bool:
-    """Whether a trial has a result. Infeasible proposals are pruned too, but never get a key."""
-    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.PRUNED and "key" in trial.user_attrs)
-
-
-def _is_json_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _read_trial_number(path: Path) -> int:
-    """The number in a result.json; -1 if there is none."""
-    number = RunResult.read(path).number
-    return -1 if number is None else number

@@ -18,7 +18,7 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION, corrupt_file_error, write_atomic, write_json_atomic
 from raydistill.results.records import count_finished_trials, device_hours, read_sweep
 from raydistill.search.prepare import PreparedSweep
-from raydistill.search.study import StopReason
+from raydistill.search.study import StopReason, has_deleted_trials
 from raydistill.tracking.mlflow_store import default_tracking_uri
 
 
@@ -86,7 +86,7 @@ def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
     previous = StopReason(**record.get("stop", {}))
     # Other budgets or fewer beams may admit shapes that were infeasible before
     unchanged = record["budgets"] == space.budgets and record.get("decoding") == space.search.decoding.model_dump()
-    return previous if previous.exhausted and unchanged else None
+    return previous if previous.exhausted and unchanged and not has_deleted_trials(folder) else None
 
 
 def write_sweep_record(

@@ -11,11 +11,13 @@ from raydistill.cluster import sync
 from raydistill.cluster.drain import DrainMonitor
 from raydistill.config.space import Search, Space, make_run
 from raydistill.core.errors import TransientError, UserError
+from raydistill.core.files import corrupt_file_error
 from raydistill.jobs.train import Metrics, TrainFn, TrainJob, train_and_sync, train_with_ray_train
+from raydistill.results.records import repeat_trial_remedy
 from raydistill.search.early_stopping import peer_curves, should_stop_early
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.study import final_report
-from raydistill.training.records import RunResult
+from raydistill.training.records import RESULT_FILE, RunResult
 from raydistill.training.run import train
 from raydistill.training.workers import Worker, set_torch_threads
 
@@ -61,23 +63,24 @@ def tune_trial(config: dict[str, Any], *, context: TrialContext, train_in_actor:
             otherwise this process only waits for a Ray Train job.
     """
     job = context.make_job(config)
-    cost = context.space.search.cost
     try:
-        result = _train_in_actor(job, context.device, cost) if train_in_actor else _train_on_ray(job, context.device)
+        result = _train_in_actor(job, context.device) if train_in_actor else _train_on_ray(job, context.device)
+        with corrupt_file_error(job.folder / RESULT_FILE, repeat_trial_remedy(job.folder)):
+            report = final_report(result, context.space.search.cost)
     except TransientError:
         raise
     except UserError as error:
         tune.report({"step": 0, "error_message": str(error)})
         return
-    tune.report({"step": result.steps, **final_report(result, cost)})
+    tune.report({"step": result.steps, **report})
 
 
-def _train_in_actor(job: TrainJob, device: str, cost: str) -> RunResult:
+def _train_in_actor(job: TrainJob, device: str) -> RunResult:
     """Train in this process, with a report to Tune at every validation."""
     import ray
 
     def report(metrics: Metrics, folder: Path | None) -> str | None:
-        tune.report({"step": metrics["step"], "score": metrics["score"], cost: job.inputs.costs.get(cost, 0.0)})
+        tune.report({"step": metrics["step"], "score": metrics["score"]})
         return job.check_stop() if job.check_stop else None
 
     set_torch_threads(job.run.training.threads)

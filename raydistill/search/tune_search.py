@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
 
 
 def run_search(context: TrialContext, callbacks: list[Callback], start_time: float | None = None) -> StopReason:
-    """Run the trials that the sweep still lacks. Results are in the trials' folders and in SWEEP/study.log.
+    """Run the trials that the sweep still lacks. Results are in the trials' folders.
 
     Args:
         context: Space, folder and inputs of the trials.
@@ -51,7 +51,8 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
     space = context.space
     infeasible = find_infeasible_sizes(space, context.prepared)
     runs = [make_run(space, params, space.name) for params in iter_corners(space.run, limit=200)]
-    study = SweepStudy(space, context.sweep, infeasible, start_time=start_time)
+    make_study = partial(SweepStudy, space, context.sweep, infeasible, start_time=start_time)
+    study = make_study()
     if not study.num_remaining:
         return StopReason()
     _check_runs(runs, infeasible, context)
@@ -62,12 +63,12 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
     resources = max_worker_resources(runs, context.device) if in_actor else DRIVER_ONLY_RESOURCES
     trainable = tune.with_resources(trial, tune.PlacementGroupFactory([resources]))
     started = StartedTrials()
-    for _ in range(1 + space.search.retries):
+    for attempt in range(1 + space.search.retries):
+        # Tune does not retry a trial whose reused actor was lost together with its machine; a new study does
+        study = make_study() if attempt else study
         _run_tuner(trainable, StudySearcher(study, limit), reuse_actors=in_actor, callbacks=[started, *callbacks])
         if study.failed_keys <= started.keys:
             break
-        # Tune does not retry a trial whose reused actor was lost together with its machine
-        study.reconcile()
     # The next command retries failed trials, even if the space has no further combination
     num_failed = len(study.proposed_keys) - study.num_finished
     return replace(study.stop_reason, exhausted=study.stop_reason.exhausted and not num_failed)
@@ -103,7 +104,7 @@ class StudySearcher(Searcher):
         if self.study.num_running >= self.max_concurrent():
             return None
         proposal = self.study.propose(trial_id)
-        return asdict(proposal) if proposal else Searcher.FINISHED
+        return proposal.model_dump() if proposal else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Report the end of a trial to the study; an error means that its process was lost."""

@@ -207,7 +207,7 @@ def test_export_without_registration_uses_the_chosen_decoding_and_names_its_budg
     deleted = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
     assert deleted.returncode == 0, deleted.stderr
     assert json.loads(deleted.stdout)["choices"][0]["checkpoint"] is None
-    assert f"missing: it was deleted. Delete {sweep / 'trials' / 'a'} and the sweep's study.log" in deleted.stderr
+    assert f"missing: it was deleted. Delete {sweep / 'trials' / 'a'} and run the sweep again" in deleted.stderr
 
 
 def test_exit_status_is_2_with_the_nearest_miss_when_nothing_fits(sweep: Path) -> None:

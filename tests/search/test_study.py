@@ -1,8 +1,10 @@
 """The Optuna study of a sweep, on disk and without Ray: what is proposed, and what is resumed after a kill."""
 
 import json
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -14,7 +16,15 @@ from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, make_run, read_space
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
-from raydistill.search.study import Proposal, StopReason, SweepStudy, final_report, trial_key
+from raydistill.search.study import (
+    Proposal,
+    ProposalLog,
+    StopReason,
+    SweepStudy,
+    final_report,
+    has_deleted_trials,
+    trial_key,
+)
 from raydistill.training.records import RunResult
 from tests.factories.sweeps import RUN, make_space, write_result
 
@@ -31,6 +41,22 @@ def propose_all(study: SweepStudy, prefix: str = "a") -> list[Proposal]:
             return proposals
         proposals.append(proposal)
     raise AssertionError("the search does not end")
+
+
+def write_trial(sweep: Path, proposal: Proposal, status: str = "done", **metrics: float) -> RunResult:
+    """Write the result of a trial, as training does."""
+    folder = sweep / "trials" / proposal.key
+    write_result(folder, status=status, number=proposal.number, params=proposal.params, metrics=metrics)
+    return RunResult.read(folder / "result.json")
+
+
+def run_trial(study: SweepStudy, trial_id: str, status: str = "done", score: float = 10.0) -> Proposal:
+    """Propose a trial, write its result and report the result."""
+    proposal = study.propose(trial_id)
+    assert proposal is not None
+    metrics = {"score": score, "latency_ms": 5.0} if status != "failed" else {}
+    study.report(trial_id, final_report(write_trial(study.sweep, proposal, status, **metrics), "latency_ms"))
+    return proposal
 
 
 def load_optuna_study(sweep: Path) -> optuna.Study:
@@ -54,10 +80,15 @@ def test_tpe_proposes_no_settings_twice_and_a_small_space_ends(tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_sampler_without_new_proposals_is_replaced_by_random_ones_until_the_last_combination(tmp_path, sampler):
+def test_a_sampler_without_new_proposals_is_replaced_by_random_ones_until_the_last_combination(
+    tmp_path, sampler, monkeypatch
+):
     """Scores are invented: the sampler's favourites are soon exhausted, and it would propose nothing else."""
+    monkeypatch.setattr("raydistill.search.study.MAX_REJECTIONS", 30)
     space = read_space(ROOT / "benchmarks" / "spaces" / "search_demo.yaml")
-    space = space.model_copy(update={"search": Search(trials=99, sampler=sampler, seed=3)})
+    run = {**space.run, "training": {"learning_rate": {"choice": [3e-4, 1e-3]}}}
+    run["student"] = {**run["student"], "size": {"choice": ["2-3", "2-1"]}}
+    space = space.model_copy(update={"run": run, "search": Search(trials=99, sampler=sampler, seed=3)})
 
     def proposed_keys(folder: Path) -> list[str]:
         folder.mkdir()
@@ -73,7 +104,7 @@ def test_a_sampler_without_new_proposals_is_replaced_by_random_ones_until_the_la
         return keys
 
     keys = proposed_keys(tmp_path / "a")
-    assert len(keys) == len(set(keys)) == (1 + 2 + 1) * 3 * 2 * 5  # sft, kd with either coefficient, pl
+    assert len(keys) == len(set(keys)) == (1 + 2 + 1) * 2 * 2 * 2  # sft, kd with either coefficient, pl
     assert proposed_keys(tmp_path / "b") == keys
 
 
@@ -123,11 +154,10 @@ def test_a_fixed_seed_gives_the_same_proposals_when_trials_run_one_at_a_time(tmp
 
 def test_after_a_kill_running_trials_are_proposed_again_and_finished_ones_are_not(tmp_path):
     first = SweepStudy(make_space(), tmp_path)
-    finished, running, unreported = (first.propose(f"a{n}") for n in range(3))
-    first.report("a0", DONE)
+    finished = run_trial(first, "a0")
+    running, unreported = (first.propose(f"a{n}") for n in range(1, 3))
     # The third trial had written its result when everything was killed, but was not reported
-    folder = tmp_path / "trials" / unreported.key
-    write_result(folder, metrics={"score": 7.0, "latency_ms": 3.0})
+    write_trial(tmp_path, unreported, score=7.0, latency_ms=3.0)
 
     second = SweepStudy(make_space(), tmp_path)
     assert second.num_finished == 2
@@ -140,6 +170,7 @@ def test_after_a_kill_running_trials_are_proposed_again_and_finished_ones_are_no
     assert next(p for p in proposals if p.key == running.key).number == running.number
     assert len({p.number for p in proposals} | {finished.number, unreported.number}) == 6
     for n in range(4):
+        write_trial(tmp_path, proposals[n], score=1.0, latency_ms=3.0)
         second.report(f"b{n}", DONE)
     third = SweepStudy(make_space(), tmp_path)
     assert third.num_finished == 6
@@ -162,15 +193,14 @@ def test_a_lost_trial_is_retried_by_the_next_command(tmp_path):
     assert first.failed_keys == {lost.key}
     rest = propose_all(first, "b")
     for n in range(len(rest)):
+        write_trial(tmp_path, rest[n], score=1.0, latency_ms=3.0)
         first.report(f"b{n}", DONE)
     assert [p.key for p in propose_all(SweepStudy(make_space(), tmp_path), "c")] == [lost.key]
 
 
 def test_a_stopped_trial_is_finished_with_its_score(tmp_path):
     study = SweepStudy(make_space(), tmp_path)
-    study.propose("a")
-    stopped = RunResult(key="a", status="stopped", metrics={"score": 4.0, "latency_ms": 5.0})
-    study.report("a", final_report(stopped, "latency_ms"))
+    run_trial(study, "a", "stopped", score=4.0)
     assert SweepStudy(make_space(), tmp_path).num_finished == 1
     assert [trial.values for trial in load_optuna_study(tmp_path).best_trials] == [[4.0, 5.0]]
 
@@ -216,8 +246,7 @@ def test_no_trial_starts_after_max_device_hours(tmp_path):
 
 def test_a_failed_run_is_finished_and_never_on_the_studys_front(tmp_path):
     study = SweepStudy(make_space(), tmp_path)
-    failed = study.propose("a")
-    study.report("a", final_report(RunResult(key="a", status="failed"), "latency_ms"))
+    failed = run_trial(study, "a", "failed")
     second = SweepStudy(make_space(), tmp_path)
     assert second.num_finished == 1
     assert failed.key not in [p.key for p in propose_all(second, "b")]
@@ -233,27 +262,61 @@ def test_a_second_report_of_a_trial_is_ignored(tmp_path):
     assert (study.num_finished, study.num_running, study.failed_keys) == (1, 0, set())
 
 
-def test_a_point_without_a_key_at_the_kill_is_proposed_again(tmp_path):
-    SweepStudy(make_space(), tmp_path)
-    load_optuna_study(tmp_path).ask()  # the kill comes before the key is set
-    assert len(propose_all(SweepStudy(make_space(), tmp_path))) == 6
-
-
-def test_points_that_a_kill_left_out_of_the_queue_are_enqueued_by_the_next_command(tmp_path, monkeypatch):
-    enqueue = optuna.Study.enqueue_trial
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(optuna.Study, "ask"), (ProposalLog, "write"), (optuna.Trial, "set_user_attr")]
+)
+def test_a_kill_within_a_proposal_loses_and_repeats_nothing(tmp_path, monkeypatch, owner, method, sampler):
+    call = getattr(owner, method)
     calls = []
 
-    def killed_at_the_third(self, values, *args, **kwargs):
-        calls.append(values)
+    def killed_at_the_third(self, *args, **kwargs):
+        calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        enqueue(self, values, *args, **kwargs)
+        return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(optuna.Study, "enqueue_trial", killed_at_the_third)
+    monkeypatch.setattr(owner, method, killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        SweepStudy(make_space(), tmp_path)
+        propose_all(SweepStudy(make_space(sampler=sampler), tmp_path))
     monkeypatch.undo()
-    assert len(propose_all(SweepStudy(make_space(), tmp_path))) == 6
+    keys = [p.key for p in propose_all(SweepStudy(make_space(sampler=sampler), tmp_path))]
+    assert len(keys) == len(set(keys)) == 6
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
+def test_a_trial_whose_folder_was_deleted_is_proposed_again(tmp_path, sampler):
+    study = SweepStudy(make_space(sampler=sampler), tmp_path)
+    proposals = [run_trial(study, str(n)) for n in range(3)]
+    assert not has_deleted_trials(tmp_path)
+    shutil.rmtree(tmp_path / "trials" / proposals[1].key)
+    assert has_deleted_trials(tmp_path)
+    second = SweepStudy(make_space(sampler=sampler), tmp_path)
+    assert second.num_finished == 2
+    assert second.propose("a") == proposals[1]
+
+
+@pytest.mark.parametrize("status", ["done", "stopped"])
+def test_a_trial_without_its_cost_is_an_error_and_not_a_student_that_costs_nothing(tmp_path, status):
+    proposal = SweepStudy(make_space(), tmp_path).propose("a")
+    result = write_trial(tmp_path, proposal, status, score=4.0)
+    with pytest.raises(LookupError, match="latency_ms"):
+        final_report(result, "latency_ms")
+    with pytest.raises(UserError, match=r"result\.json: damaged: .*latency_ms.*Delete .* and run the sweep again"):
+        SweepStudy(make_space(), tmp_path)
+
+
+def test_a_study_that_is_rebuilt_from_results_equals_the_study_that_ran_the_trials(tmp_path):
+    run = {**RUN, "training": {"learning_rate": {"log_uniform": [1e-5, 1e-2]}}}
+    space = Space.model_validate({"name": "s", "run": run, "search": {"trials": 40}})
+    study = SweepStudy(space, tmp_path)
+    for n in range(12):
+        run_trial(study, str(n), "failed" if n % 4 == 0 else "done", score=n % 5)
+    before = load_optuna_study(tmp_path).trials
+    SweepStudy(space, tmp_path)
+    after = load_optuna_study(tmp_path).trials
+    for name in ("number", "state", "values", "params", "distributions", "user_attrs"):
+        assert [getattr(trial, name) for trial in after] == [getattr(trial, name) for trial in before]
 
 
 def test_a_trial_key_depends_on_the_settings_and_not_on_the_name():
@@ -281,36 +344,40 @@ def test_finished_trials_are_counted(tmp_path, trials):
     assert study.num_remaining == 6 - trials
 
 
-def test_a_damaged_end_of_the_journal_is_cut_and_finished_trials_are_recognised_by_their_folders(tmp_path):
-    """A full disk leaves half a line, and the next line is appended to the same line."""
+@pytest.mark.parametrize("lost", ["study.log", "proposals.json"])
+def test_finished_trials_are_recognised_by_their_folders(tmp_path, lost):
     first = SweepStudy(make_space(), tmp_path)
-    journal = tmp_path / "study.log"
-    keys, lengths = [], []
-    for name in ("a", "b"):
-        keys.append(first.propose(name).key)
-        lengths.append(journal.stat().st_size)
-        first.report(name, DONE)
-        folder = tmp_path / "trials" / keys[-1]
-        write_result(folder, number=len(keys) - 1, metrics={"score": 10.0, "latency_ms": 5.0})
-    content = journal.read_bytes()
-    cut = content.index(b"\n", lengths[0]) + 10  # in the second line after the first proposal
-    damaged = content[:cut] + content[-30:]
-    journal.write_bytes(damaged)
-
+    finished = [run_trial(first, name) for name in ("a", "b")]
+    running = first.propose("c")
+    (tmp_path / lost).unlink()
     second = SweepStudy(make_space(), tmp_path)
-    assert journal.with_suffix(".damaged").read_bytes() == damaged
-    for line in journal.read_bytes().splitlines():
-        json.loads(line)
-    assert second.num_finished == 1, "the first trial, by its result"
+    assert second.num_finished == 2
     proposals = propose_all(second)
-    assert sorted(p.key for p in proposals if p.key == keys[1]) == [keys[1]]
-    assert len({p.key for p in proposals} | {keys[0]}) == 6
-    numbers = {p.key: p.number for p in proposals}
-    assert numbers[keys[1]] == 1
-    assert sorted(n for key, n in numbers.items() if key != keys[1]) == [2, 3, 4, 5]
+    assert sorted(p.number for p in proposals) == [2, 3, 4, 5]
+    assert len({p.key for p in [*proposals, *finished]}) == 6
+    assert running.key in {p.key for p in proposals}
 
 
-def test_a_journal_that_optuna_cannot_read_is_named_with_a_remedy(tmp_path):
-    (tmp_path / "study.log").write_text('{"op_code": 99}\n')
-    with pytest.raises(UserError, match=r"study\.log.*Delete this file to start a new study"):
+@pytest.mark.parametrize("content", ['{"op_code": 99}\n', '{"op_code": 0, "stu', "\0"])
+def test_a_damaged_journal_and_the_lock_of_a_killed_process_are_replaced(tmp_path, content):
+    """A full disk leaves half a line, and Optuna would append the next line to the same line."""
+    run_trial(SweepStudy(make_space(), tmp_path), "a")
+    (tmp_path / "study.log").write_text(content)
+    (tmp_path / "study.log.lock").symlink_to(tmp_path / "study.log")
+    started = time.monotonic()
+    assert SweepStudy(make_space(), tmp_path).num_finished == 1
+    assert time.monotonic() - started < 25, "Optuna waits 30 seconds for a lock"
+    assert len(load_optuna_study(tmp_path).trials) == 1
+
+
+@pytest.mark.parametrize(
+    "params", [{"method": "sft"}, {"method": "none", "student.size": "2-3"}, {"method": "sft", "loss.beta": 1}]
+)
+def test_damaged_proposals_are_named_with_a_remedy(tmp_path, params):
+    SweepStudy(make_space(), tmp_path).propose("a")
+    path = tmp_path / "proposals.json"
+    record = json.loads(path.read_text())
+    record["proposals"][0]["params"] = params if len(params) > 1 else None
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"proposals\.json: damaged.*Delete this file: finished trials are recognised"):
         SweepStudy(make_space(), tmp_path)

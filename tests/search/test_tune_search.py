@@ -15,7 +15,7 @@ DONE = {"finished": True, "status": "done", "score": 10.0, "latency_ms": 5.0}
 
 def test_a_searcher_waits_while_the_cluster_is_full_and_ends_with_the_study(tmp_path):
     searcher = StudySearcher(SweepStudy(make_space(), tmp_path), ConcurrencyLimit(lambda: 0, fixed_limit=2))
-    assert searcher.suggest("a").keys() == {"key", "number", "size", "params"}
+    assert searcher.suggest("a").keys() == {"key", "number", "params"}
     searcher.suggest("b")
     assert searcher.suggest("c") is None
     for trial_id in ("a", "b"):
