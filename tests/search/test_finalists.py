@@ -32,7 +32,7 @@ from raydistill.search.finalists import (
     merge_served,
     serve_checkpoint,
 )
-from raydistill.search.study import StopReason
+from raydistill.search.study import PROPOSALS_FILE, Proposal, ProposalLog, StopReason
 from raydistill.search.sweep_folder import search_stop_reason
 from tests.factories.sweeps import change_result, make_trial
 from tests.factories.workspace import make_world
@@ -206,6 +206,10 @@ def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit
     info = json.loads((tmp_path / "sweep.json").read_text())
     write_json_atomic(tmp_path / "sweep.json", {**info, "stop": {"message": "all tried", "exhausted": True}})
     assert search_stop_reason(changes, tmp_path) == StopReason("all tried", exhausted=True)
+    deleted = ProposalLog(proposals=(Proposal(key="deleted", number=9, params={}),))
+    deleted.write(tmp_path / PROPOSALS_FILE)
+    assert search_stop_reason(changes, tmp_path) is None, "a trial whose folder was deleted"
+    (tmp_path / PROPOSALS_FILE).unlink()
     assert search_stop_reason(changes.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
     fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
     assert search_stop_reason(changes.model_copy(update={"search": fewer}), tmp_path) is None
