@@ -10,25 +10,24 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.inference.decoding import LogFunction, random_token_rows, tokenize_and_clamp, torch_threads
-from raydistill.models import fingerprints, loading, tokenization
+from raydistill.models import conversions, fingerprints, loading, tokenization
 from raydistill.models.hub import resolve_checkpoint
 
 # Correct fp32 conversions differ by about 1e-4; a mistake in a conversion causes far larger differences.
 LOGPROB_TOLERANCE = 0.05
-VALIDATION_FILE = "validation.json"
+KIND = conversions.KINDS["ctranslate2"]
 PROBE_TEXTS = [
     "A man in a red shirt rides a bicycle through the old town.",
     "The council said on Tuesday that the bridge would stay closed until the repairs are done.",
@@ -65,7 +64,7 @@ class ConvertedModel:
 def convert_to_ctranslate2(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, quantization: str = "float32"
 ) -> None:
-    """Write an fp32 model to `folder` in the CTranslate2 format; the model is not changed.
+    """Write an fp32 model to `folder`, which is replaced, in the CTranslate2 format; the model is not changed.
 
     `quantization` is a name of CTranslate2, such as int8.
     """
@@ -83,7 +82,7 @@ def convert_to_ctranslate2(
 
     with tempfile.TemporaryDirectory() as config_folder:
         model.config.save_pretrained(config_folder)  # the converter reads nothing else from the folder
-        Converter(config_folder).convert(str(folder), quantization=quantization)
+        Converter(config_folder).convert(str(folder), quantization=quantization, force=True)
 
 
 def max_logprob_diff(
@@ -183,7 +182,7 @@ def ensure_converted(
     threads: int,
     log: LogFunction | None,
 ) -> Path:
-    """Return the folder of a checkpoint's validated conversion; convert it if it is missing or incomplete.
+    """Return the folder of a checkpoint's validated conversion; convert it if it is missing or damaged.
 
     One process at a time converts a checkpoint. A permanent failure is cached, too.
 
@@ -192,16 +191,15 @@ def ensure_converted(
         UserError: The conversion cannot be written.
     """
     folder = cache_dir / _conversion_key(checkpoint)
-    if not _is_complete(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not _is_complete(folder):  # another process may have converted it while this one waited
-                if log is not None:
-                    log(f"{checkpoint}: converting for CTranslate2")
-                _convert_into(folder, checkpoint, tokenizer, threads)
-    reason = json.loads((folder / VALIDATION_FILE).read_text())["unavailable_reason"]
-    if reason:
-        raise CTranslate2Unavailable(reason)
+
+    def build() -> None:
+        if log is not None:
+            log(f"{checkpoint}: converting for CTranslate2")
+        _convert_into(folder, checkpoint, tokenizer, threads)
+
+    manifest = conversions.ensure_built(folder, KIND, build, log)
+    if manifest.unavailable_reason:
+        raise CTranslate2Unavailable(manifest.unavailable_reason)
     return folder
 
 
@@ -216,52 +214,27 @@ def _conversion_key(checkpoint: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_complete(folder: Path) -> bool:
-    """Return whether the conversion has its validation record and every file has its recorded size."""
-    try:
-        record = json.loads((folder / VALIDATION_FILE).read_text())
-        sizes = record["file_sizes"]
-        return "unavailable_reason" in record and all(
-            (folder / name).stat().st_size == size for name, size in sizes.items()
-        )
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
-
-
 def _convert_into(folder: Path, checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
-    """Convert and validate in a temporary folder, then rename it to `folder`; the caller holds the lock.
+    """Convert, validate and publish a model; the caller holds the lock.
 
-    If the model cannot be converted and a retry would not help, the reason is written without a model.
+    If the model cannot be converted and a retry would not help, the reason is published without a model.
     """
-    _remove_stale_temporaries(folder.parent)
     model = loading.load_model(checkpoint)
     tokenization.set_target_language(model, tokenizer)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    output = temporary / "model"
+    reason, logprob_diff = None, None
     try:
-        reason, logprob_diff = _convert_and_validate(model, tokenizer, output, threads)
-        if reason:
-            shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(exist_ok=True)
-        sizes = {path.name: path.stat().st_size for path in output.iterdir()}
-        record = {"unavailable_reason": reason, "max_logprob_diff": logprob_diff, "file_sizes": sizes}
-        (output / VALIDATION_FILE).write_text(json.dumps(record))
-        shutil.rmtree(folder, ignore_errors=True)  # an incomplete conversion
-        os.rename(output, folder)
+        with artifact.build(
+            folder, lambda: conversions.make_manifest(folder, KIND, checkpoint, reason, logprob_diff)
+        ) as temporary:
+            reason, logprob_diff = _convert_and_validate(model, tokenizer, temporary, threads)
+            if reason:
+                shutil.rmtree(temporary)
+                temporary.mkdir()
     except OSError as error:
         raise UserError(
             f"{folder}: the conversion of {checkpoint} for CTranslate2 could not be written ({error}); free some disk "
             f"space and run the same command again, or use engine transformers"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_stale_temporaries(cache_dir: Path) -> None:
-    """Remove temporary folders older than a day; they belong to processes that were killed."""
-    for path in cache_dir.glob(".tmp-*"):
-        if time.time() - path.stat().st_mtime > 86400:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _convert_and_validate(

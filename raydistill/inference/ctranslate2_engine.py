@@ -7,16 +7,16 @@ differ.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from raydistill.core.files import write_json_atomic
-from raydistill.core.paths import raydistill_home
+from raydistill.core import artifact
+from raydistill.core.records import Record
 from raydistill.inference import cublas
 from raydistill.inference.ctranslate2_conversion import (
     ConvertedModel,
@@ -42,7 +42,7 @@ from raydistill.inference.decoding import (
     random_inputs,
     tokenize_and_clamp,
 )
-from raydistill.models import loading, tokenization
+from raydistill.models import conversions, loading, tokenization
 
 # Mean difference of log-probabilities per token on a calibration row: 1e-4 in fp32 and 0.01 in int8 for a trained
 # model. A wrong conversion differs by more than 1.
@@ -51,6 +51,12 @@ ROW_LOGPROB_TOLERANCE = 0.3
 # two processes of one thread: in int8 6.0 rows/s with 8 rows per batch and 4.6 with 20, in fp32 3.0 and 3.1.
 MAX_CPU_BATCH_TOKENS = 2_400
 COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+
+
+class CalibrationRecord(Record):
+    """How much a conversion's log-probabilities differ from transformers' on calibration rows; None if not finite."""
+
+    max_logprob_diff: float | None
 
 
 class CTranslate2Engine:
@@ -164,7 +170,7 @@ def open_ctranslate2_engine(
     tokenization.set_config_target_language(config, generation_config, tokenizer)
     if reason := unsupported_reason(config, generation_config, tokenizer):
         raise CTranslate2Unavailable(reason)
-    cache_dir = options.cache_dir or raydistill_home() / "cache" / "ctranslate2"
+    cache_dir = options.cache_dir or conversions.default_folder("ctranslate2")
     folder = ensure_converted(checkpoint, tokenizer, cache_dir, options.threads, log)
     logprob_diff = 0.0
     try:
@@ -207,7 +213,7 @@ def _check_available(options: EngineOptions) -> None:
 def _calibration_logprob_diff(
     engine: CTranslate2Engine, checkpoint: str | Path, options: EngineOptions, calibration: CalibrationRows
 ) -> float:
-    """Return `max_logprob_diff` on the engine's outputs for the calibration rows; cached next to the conversion."""
+    """Return `max_logprob_diff` on the engine's outputs for the calibration rows; cached in the conversion's folder."""
     key = {
         "calibration": asdict(calibration),
         "precision": options.precision,
@@ -216,16 +222,24 @@ def _calibration_logprob_diff(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = engine.folder / f"rows-{digest}.json"
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            texts = [text for text in calibration.texts if text.strip()]
-            outputs = engine.generate(texts, calibration.beam, max_source_tokens=calibration.max_source_tokens)
-            model = loading.load_model(checkpoint)
-            tokenization.set_target_language(model, engine.tokenizer)
-            max_target_tokens = calibration.beam.max_length - 1  # the start token takes one position
-            targets = tokenization.tokenize_targets(engine.tokenizer, [h[0].text for h in outputs], max_target_tokens)
-            sources = tokenize_and_clamp(engine.tokenizer, texts, calibration.max_source_tokens, engine.config)
-            pairs = TokenPairs(sources, targets)
-            logprob_diff = max_logprob_diff(engine.converted, model, engine.tokenizer, pairs, options.threads)
-            write_json_atomic(path, {"max_logprob_diff": logprob_diff})
-        return float(json.loads(path.read_text(encoding="utf-8"))["max_logprob_diff"])
+    with artifact.lock(engine.folder, math.inf):
+        record = CalibrationRecord.read_if_present(path)
+        if record is None:
+            logprob_diff = _measure_logprob_diff(engine, checkpoint, options, calibration)
+            record = CalibrationRecord(max_logprob_diff=logprob_diff if math.isfinite(logprob_diff) else None)
+            record.write(path)
+    return math.nan if record.max_logprob_diff is None else record.max_logprob_diff
+
+
+def _measure_logprob_diff(
+    engine: CTranslate2Engine, checkpoint: str | Path, options: EngineOptions, calibration: CalibrationRows
+) -> float:
+    texts = [text for text in calibration.texts if text.strip()]
+    outputs = engine.generate(texts, calibration.beam, max_source_tokens=calibration.max_source_tokens)
+    model = loading.load_model(checkpoint)
+    tokenization.set_target_language(model, engine.tokenizer)
+    max_target_tokens = calibration.beam.max_length - 1  # the start token takes one position
+    targets = tokenization.tokenize_targets(engine.tokenizer, [h[0].text for h in outputs], max_target_tokens)
+    sources = tokenize_and_clamp(engine.tokenizer, texts, calibration.max_source_tokens, engine.config)
+    pairs = TokenPairs(sources, targets)
+    return max_logprob_diff(engine.converted, model, engine.tokenizer, pairs, options.threads)

@@ -7,18 +7,17 @@ read once with torch's restricted unpickler, which builds tensors only, and cach
 
 import os
 import shutil
-import tempfile
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from raydistill.config.presets import TEACHERS
+from raydistill.core import artifact
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import check_symlinks, corrupt_file_error, read_json
-from raydistill.core.paths import raydistill_home
+from raydistill.models import conversions
 
 # Files to download: none from sub-folders, no weights of other frameworks.
 CONFIG_AND_TOKENIZER_PATTERNS = ["*.json", "*.model", "*.spm", "*.txt"]
@@ -65,19 +64,17 @@ def convert_to_safetensors(folder: Path, checkpoint: str | Path) -> Path:
     """
     pickles = sorted(folder.glob(PICKLE_PATTERN))
     identity = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in pickles]
-    target = raydistill_home() / "cache" / "safetensors" / sha256(str(identity).encode()).hexdigest()[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        if not target.is_dir():
-            _check_no_external_links(folder)
-            for path in pickles:
-                _check_pickle(path)
-            temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
-            try:
-                _write_safetensors(folder, temporary, checkpoint)
-                temporary.rename(target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    target = conversions.default_folder("safetensors") / sha256(str(identity).encode()).hexdigest()[:16]
+    kind = conversions.KINDS["safetensors"]
+
+    def build() -> None:
+        _check_no_external_links(folder)
+        for path in pickles:
+            _check_pickle(path)
+        with artifact.build(target, lambda: conversions.make_manifest(target, kind, checkpoint)) as temporary:
+            _write_safetensors(folder, temporary, checkpoint)
+
+    conversions.ensure_built(target, kind, build, print_progress)
     return target
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from raydistill.cluster import sync
 from raydistill.config.presets import teacher_preset
+from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
 from raydistill.core.files import (
     atomic_dir,
@@ -90,7 +91,8 @@ def _add_ctranslate2_model(folder: Path) -> None:
     tokenizer = load_tokenizer(folder, CheckpointMetadata.read_from(folder).languages)
     scratch = folder.with_name(f"{folder.name}.ctranslate2")
     try:
-        shutil.copytree(ensure_converted(folder, tokenizer, scratch, 1, None), folder / "ctranslate2")
+        converted = ensure_converted(folder, tokenizer, scratch, 1, None)
+        shutil.copytree(converted, folder / "ctranslate2", ignore=shutil.ignore_patterns(MANIFEST))
     except CTranslate2Unavailable:
         return
     finally:

@@ -1,10 +1,18 @@
-"""`raydistill cache`: list and remove stores."""
+"""`raydistill cache`: list and remove the stores of the teacher cache and the converted checkpoints."""
 
+import os
+import time
 from dataclasses import replace
 
+import pytest
+
+from raydistill.core import artifact
+from raydistill.inference.ctranslate2_conversion import ensure_converted
+from raydistill.models.hub import convert_to_safetensors
 from raydistill.models.loading import load_model
+from raydistill.models.tokenization import load_tokenizer
 from raydistill.teacher_cache.builder import build_cache
-from tests.factories.models import save_tiny
+from tests.factories.models import replace_by_pickle, save_tiny
 from tests.factories.teacher_cache import cache_examples, cache_layout
 from tests.factories.workspace import command, last_json
 
@@ -27,3 +35,69 @@ def test_stores_are_listed_and_removed_by_prefix_or_age(tmp_path):
     assert [s["name"] for s in removed] == [layout.encoder_store.name]
     assert not layout.encoder_store.exists()
     assert layout.decoder_stores[0].exists()
+
+
+@pytest.fixture
+def conversions(tmp_path, monkeypatch):
+    """The conversions of two checkpoints below tmp_path/outputs by name: to CTranslate2 and to safetensors."""
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "outputs"))
+    cache = tmp_path / "outputs" / "cache"
+    bart, pickled = (save_tiny("bart", tmp_path / name) for name in ("bart", "pickled"))
+    replace_by_pickle(pickled, load_model(pickled).state_dict())
+    folders = [
+        ensure_converted(bart, load_tokenizer(bart), cache / "ctranslate2", 1, None),
+        convert_to_safetensors(pickled, pickled),
+    ]
+    return {folder.relative_to(cache).as_posix(): folder for folder in folders}
+
+
+def test_conversions_are_listed_with_their_checkpoint_and_removed_by_age_or_prefix(conversions, tmp_path):
+    home = tmp_path / "outputs"
+    ctranslate2, safetensors = conversions.values()
+    (home / "cache" / "ctranslate2" / "damaged").mkdir()
+    (home / "cache" / "ctranslate2" / ".x.0123abcd.tmp").mkdir()
+    two_days_ago = time.time() - 2 * 86_400
+    for path in (safetensors / "manifest.json", ctranslate2.with_name("damaged")):
+        os.utime(path, (two_days_ago, two_days_ago))
+    listed = {c["name"]: c for c in last_json(command(home, "cache", "list", "--json"))["conversions"]}
+    assert set(listed) == {*conversions, "ctranslate2/damaged"}
+    assert {name: (c["kind"], c["checkpoint"], round(c["days_unused"])) for name, c in listed.items()} == {
+        f"ctranslate2/{ctranslate2.name}": ("conversion", str(tmp_path / "bart"), 0),
+        f"safetensors/{safetensors.name}": ("safetensors", str(tmp_path / "pickled"), 2),
+        "ctranslate2/damaged": ("conversion", None, 2),
+    }
+    for name, folder in conversions.items():
+        assert listed[name]["bytes"] == sum(path.stat().st_size for path in folder.iterdir()) > 10_000
+    table = command(home, "cache", "list").stdout
+    assert f"ctranslate2/{ctranslate2.name}" in table
+    assert str(tmp_path / "pickled") in table
+
+    removed = last_json(command(home, "cache", "remove", "--unused-days", "1", "--json"))["removed"]
+    assert {entry["name"] for entry in removed} == {f"safetensors/{safetensors.name}", "ctranslate2/damaged"}
+    assert not safetensors.exists()
+    assert ctranslate2.exists()
+    removed = last_json(command(home, "cache", "remove", f"ctranslate2/{ctranslate2.name[:4]}", "--json"))["removed"]
+    assert [entry["name"] for entry in removed] == [f"ctranslate2/{ctranslate2.name}"]
+    assert not ctranslate2.exists()
+
+
+def test_use_of_a_conversion_resets_its_age(conversions, tmp_path):
+    two_days_ago = time.time() - 2 * 86_400
+    ctranslate2, safetensors = conversions.values()
+    for folder in (ctranslate2, safetensors):
+        os.utime(folder / "manifest.json", (two_days_ago, two_days_ago))
+    load_model(tmp_path / "pickled")
+    ensure_converted(tmp_path / "bart", load_tokenizer(tmp_path / "bart"), ctranslate2.parent, 1, None)
+    result = command(tmp_path / "outputs", "cache", "remove", "--unused-days", "1")
+    assert result.stdout.strip() == "nothing to remove"
+    assert ctranslate2.exists()
+    assert safetensors.exists()
+
+
+def test_conversion_that_another_process_uses_is_not_removed(conversions, tmp_path):
+    name, folder = next(iter(conversions.items()))
+    with artifact.lock(folder):
+        result = command(tmp_path / "outputs", "cache", "remove", name)
+    assert result.returncode == 2
+    assert f"{folder}: in use by process {os.getpid()}" in result.stderr
+    assert folder.exists()

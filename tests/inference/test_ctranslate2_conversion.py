@@ -13,6 +13,7 @@ from raydistill.inference.decoding import EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.models import loading, tokenization
 from tests.factories.engines import GREEDY, TEXTS, first_texts, open_ctranslate2
+from tests.factories.kills import check_synced_before_publication, record_syncs_and_renames
 from tests.factories.models import FAMILIES, save_tiny
 
 
@@ -69,7 +70,7 @@ def test_concurrent_callers_convert_once(tmp_path, monkeypatch):
         )
     assert len(set(folders)) == len(conversions) == 1
     assert [path.name for path in cache.glob("[!.]*")] == [folders[0].name]
-    assert not list(cache.glob(".tmp-*"))
+    assert not list(cache.glob(".*.tmp"))
 
 
 def test_temporary_failures_are_not_cached(tmp_path, monkeypatch):
@@ -96,7 +97,7 @@ def test_temporary_failures_are_not_cached(tmp_path, monkeypatch):
         with pytest.raises(error_type, match=message):
             ctranslate2_conversion.ensure_converted(folder, tokenizer, cache, 1, None)
         assert not list(cache.glob("[!.]*"))
-        assert not list(cache.glob(".tmp-*"))
+        assert not list(cache.glob(".*.tmp"))
     monkeypatch.undo()
     assert ctranslate2_conversion.ensure_converted(folder, tokenizer, cache, 1, None).is_dir()
 
@@ -105,11 +106,31 @@ def test_truncated_conversion_is_replaced(tmp_path):
     folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
     engine = open_engine(folder, options=EngineOptions(cache_dir=cache, allow_fallback=False))
     expected = engine.generate(TEXTS, GREEDY, max_source_tokens=50)
-    for damage in ("model.bin", ctranslate2_conversion.VALIDATION_FILE):
+    for damage in ("model.bin", "manifest.json"):
         [path] = cache.glob(f"*/{damage}")
         path.write_bytes(path.read_bytes()[:50])
         engine = open_engine(folder, options=EngineOptions(cache_dir=cache, allow_fallback=False))
         assert engine.generate(TEXTS, GREEDY, max_source_tokens=50) == expected
+
+
+def test_conversion_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    folder = save_tiny("bart", tmp_path / "m")
+    tokenizer = tokenization.load_tokenizer(folder)
+    events = record_syncs_and_renames(monkeypatch)
+    converted = ctranslate2_conversion.ensure_converted(folder, tokenizer, tmp_path / "cache", 1, None)
+    check_synced_before_publication(events, converted)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_model_whose_log_probabilities_are_not_finite_is_not_converted(weight, tmp_path):
+    folder = save_tiny("bart", tmp_path / "m")
+    model = loading.load_model(folder)
+    with torch.no_grad():
+        model.get_encoder().layers[0].fc1.weight.fill_(weight)
+    model.save_pretrained(folder)
+    for _ in range(2):
+        with pytest.raises(UserError, match="log-probabilities are off by up to nan"):
+            open_engine(folder, options=EngineOptions(cache_dir=tmp_path / "cache", allow_fallback=False))
 
 
 def test_changed_weights_get_a_new_conversion(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from raydistill.config.presets import TEACHERS
 from raydistill.core.errors import UserError
 from raydistill.models import fingerprints, loading, tokenization
-from raydistill.models.hub import hub_commit
+from raydistill.models.hub import hub_commit, resolve_checkpoint
+from tests.factories.kills import check_synced_before_publication, record_syncs_and_renames
 from tests.factories.models import (
     FAMILIES,
     Malicious,
@@ -38,6 +39,23 @@ def test_pickled_weights_are_converted_once_to_an_equal_model(family, tiny, tmp_
     assert sorted(p.name for p in folder.iterdir() if p != pickled) == sorted(
         p.name for p in tiny[family].iterdir() if p.name != "model.safetensors"
     )
+
+
+def test_converted_weights_are_on_disk_before_they_get_their_name(bart, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    replace_by_pickle(bart, loading.load_model(bart).state_dict())
+    events = record_syncs_and_renames(monkeypatch)
+    check_synced_before_publication(events, resolve_checkpoint(bart))
+
+
+def test_damaged_conversion_of_pickled_weights_is_replaced(bart, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    expected = fingerprints.weights_fingerprint(bart)
+    replace_by_pickle(bart, loading.load_model(bart).state_dict())
+    weights = resolve_checkpoint(bart) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert fingerprints.weights_fingerprint(bart) == expected
+    assert len(list((tmp_path / "home" / "cache" / "safetensors").glob("[!.]*"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["code", "object", "truncated", "incomplete"])
