@@ -114,8 +114,9 @@ def curate(
     """Derive a curated label set from a complete one, which remains. No text is generated again."""
     from raydistill.config.run import Dataset
     from raydistill.config.validation import validate
+    from raydistill.core.artifact import MANIFEST
     from raydistill.label_sets.curation import curate as derive
-    from raydistill.label_sets.label_set import MANIFEST, read_pseudolabel_manifest
+    from raydistill.label_sets.label_set import read_pseudolabel_manifest
 
     rules = parse_curation(keep)
     folder = find_label_set(name, root)
@@ -134,16 +135,22 @@ def curate(
 def find_label_set(name: str, root: Path | None) -> Path:
     """Resolve a path, a name or the beginning of a name to the folder of a label set.
 
-    Raises:
-        UserError: No label set or several label sets match.
-    """
-    from raydistill.label_sets.label_set import find_label_set_folders, is_complete
+    If a set and sets that were curated from it match, the set that was not curated is meant.
 
-    if is_complete(Path(name)):
+    Raises:
+        UserError: No label set or several label sets match, or a label set that matches is damaged.
+    """
+    from raydistill.core import artifact
+    from raydistill.label_sets.label_set import find_label_set_folders, read_manifest
+
+    if artifact.is_complete(Path(name)):
         return Path(name)
     root = root or raydistill_home() / "labels"
     folders = find_label_set_folders(root)
     matching = [folder for folder in folders if folder.name == name] or [f for f in folders if f.name.startswith(name)]
+    if len(matching) > 1:  # the name of a curated set begins like the name of the set that it was derived from
+        matching_names = {folder.name for folder in matching}
+        matching = [folder for folder in matching if read_manifest(folder).source_label_set not in matching_names]
     if len(matching) != 1:
         reason = "several label sets match" if matching else "no such label set"
         names = ", ".join(folder.name for folder in (matching or folders)) or "none"

@@ -1,26 +1,25 @@
 """Output files of a pseudo-label job, one per planned batch, and the label set that is merged from them."""
 
-import io
-import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from filelock import FileLock
+from typing import Any
 
 from raydistill.cluster import sync
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
-from raydistill.core.files import corrupt_file_error, read_json, write_atomic
+from raydistill.core.files import atomic_path, corrupt_file_error
+from raydistill.core.records import Record
 from raydistill.evaluation.metrics import ScoreAccumulator
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelDescription, PseudolabelManifest
 
 
-class EngineRecord(NamedTuple):
+class EngineRecord(Record):
     """The engine of all batches of a label set, and why CTranslate2 was not used ("" if it was)."""
 
     engine: str
@@ -34,26 +33,19 @@ def check_same_engine(work_dir: Path, engine: EngineRecord) -> None:
         UserError: The batches so far were written by another engine.
     """
     path = engine_path(work_dir)
-    with FileLock(work_dir / ".engine.lock"):
+    with artifact.lock(path, math.inf):
         sync.pull(path)
-        if not path.is_file():
-            write_atomic(path, json.dumps(engine._asdict()).encode())
+        recorded = EngineRecord.read_if_present(path)
+        if recorded is None:
+            engine.write(path)
             sync.push(path)
-        recorded = read_engine_record(work_dir)
+            return
     if recorded.engine != engine.engine:
         raise UserError(
             f"{work_dir}: the batches so far were written by {recorded.engine}, and this machine opens "
             f"{engine.engine}: engines cannot be mixed in one label set. Resume on a machine that opens "
             f"{recorded.engine}, or delete the folder to start again"
         )
-
-
-def read_engine_record(work_dir: Path) -> EngineRecord:
-    """Read the record that `check_same_engine` wrote; UserError if it is missing or damaged."""
-    path = engine_path(work_dir)
-    record = read_json(path)
-    with corrupt_file_error(path):
-        return EngineRecord(str(record["engine"]), str(record["fallback_reason"]))
 
 
 def engine_path(work_dir: Path) -> Path:
@@ -80,10 +72,10 @@ def write_batch_output(
     import pyarrow.parquet as pq
 
     metadata = {"engine": engine, "device_seconds": str(device_seconds), "host": platform.node()}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
-    write_atomic(batch_output_path(work_dir, batch_number), buffer.getvalue())
-    sync.push(batch_output_path(work_dir, batch_number))
+    path = batch_output_path(work_dir, batch_number)
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), temporary)
+    sync.push(path)
 
 
 def is_batch_complete(path: Path) -> bool:
@@ -154,7 +146,7 @@ def merge_outputs(
     stats = LabelStats(metric, labelled)
     # A generator per window, so that a window is freed before the next one is read.
     rows = chain.from_iterable(_iter_window(plan, work_dir, window, stats) for window in range(plan.num_windows))
-    write_label_set(folder, rows, lambda: stats.manifest(description, read_engine_record(work_dir)))
+    write_label_set(folder, rows, lambda: stats.manifest(description, EngineRecord.read(engine_path(work_dir))))
 
 
 def _iter_window(
@@ -180,7 +172,7 @@ def read_window_outputs(plan: BatchPlan, work_dir: Path, window: int, stats: Lab
     import pyarrow.parquet as pq
 
     candidates: dict[str, list[Candidate]] = {}
-    engine = read_engine_record(work_dir).engine
+    engine = EngineRecord.read(engine_path(work_dir)).engine
     for number in plan.batches_in_window(window):
         path = batch_output_path(work_dir, number)
         with corrupt_file_error(path, f"Delete {path} to have this batch labelled again"):

@@ -5,21 +5,20 @@ Actors label planned batches and write a file for each (cluster/actor_pool.py). 
 into a label set (label_sets/label_set.py). A job that was killed resumes with the missing batches.
 """
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from filelock import FileLock, Timeout
 
 from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import BatchStats, max_actors, run_batches
 from raydistill.config.presets import resolve_metric, teacher_preset
 from raydistill.config.run import Dataset, Decoding, PseudoLabeling
+from raydistill.core import artifact
 from raydistill.core.console import ProgressBar, print_progress
 from raydistill.core.errors import UserError
 from raydistill.data.readers import known_extension
@@ -35,7 +34,7 @@ from raydistill.jobs.label_outputs import (
 )
 from raydistill.label_sets.batch_plan import BATCH_CHARS, BatchPlan, make_plan, open_plan
 from raydistill.label_sets.curation import check_curation, curate
-from raydistill.label_sets.label_set import is_complete, label_set_key, read_pseudolabel_manifest
+from raydistill.label_sets.label_set import label_set_key, read_pseudolabel_manifest
 from raydistill.label_sets.manifest import DataRecord, LabelDescription, TeacherRecord
 
 if TYPE_CHECKING:  # these modules load torch
@@ -128,10 +127,9 @@ def pseudolabel(
     rules = job.pseudo.curation
     check_curation(rules, scan.labelled)
     root = root.absolute()  # Ray's workers have other working directories
-    key = _label_set_key(job, description, device)
-    folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{key}"
-    root.mkdir(parents=True, exist_ok=True)
-    with _label_set_lock(root / f".{folder.name}.lock", folder):
+    description = description.model_copy(update={"key": _label_set_key(job, description, device)})
+    folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{description.key}"
+    with artifact.lock(folder, math.inf, print_progress):
         _build_label_set(LabelTask(job, description, folder, device, verbose, engine_factory), scan)
     if rules == type(rules)():  # no rules
         return folder
@@ -156,21 +154,6 @@ def _label_set_key(job: LabelJob, description: LabelDescription, device: str) ->
         "search": DECODING_VERSION,
     }
     return label_set_key(description.teacher.fingerprint, description.data.fingerprint, settings)
-
-
-@contextmanager
-def _label_set_lock(path: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock of a label set; print a line and wait if another command holds the lock."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print_progress(f"pseudo-labels: another command is making {folder.name}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
@@ -235,7 +218,7 @@ def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
     """Build or resume the label set of a task. The caller holds its lock."""
     folder, work_dir = task.folder, task.work_dir
     sync.pull(folder, work_dir)
-    if is_complete(folder):
+    if artifact.is_complete(folder):
         if not task.job.allow_fallback and (reason := read_pseudolabel_manifest(folder).engine_fallback_reason):
             raise UserError(
                 f"{folder}: complete, but written without CTranslate2: {reason}; allow this with --fallback"
@@ -340,7 +323,6 @@ class Labeller:
                 threads=job.threads,
                 precision=job.pseudo.precision,
                 languages=task.languages,
-                cache_dir=task.work_dir.parent / ".engines",
                 allow_fallback=job.allow_fallback,
             ),
             log=messages.append,
@@ -349,7 +331,8 @@ class Labeller:
         self._engine_name = f"{self._engine.name} {self._engine.precision}"
         self._batch_size = GPU_BATCH_SIZE if task.device == "cuda" else CPU_BATCH_SIZES[self._engine.name]
         fallback_reason = " ".join(line for line in messages if "using transformers" in line)
-        check_same_engine(task.work_dir, EngineRecord(self._engine_name, fallback_reason))
+        engine = EngineRecord(engine=self._engine_name, fallback_reason=fallback_reason)
+        check_same_engine(task.work_dir, engine)
 
     def __call__(self, batch_number: int) -> BatchStats:
         """Label a planned batch, write its output, and return the numbers of rows and of output tokens."""

@@ -1,29 +1,48 @@
 """The batch plan of a pseudo-label job: which rows form a batch. It is written once, and a resumed job reads it again.
 
-A plan is a folder with a Parquet file per window of rows and a row group per batch. `plan.json` is written last. Rows
-are sorted by length within a window only, so that memory is bounded by the window.
+A plan is an artifact with a Parquet file per window of rows and a row group per batch. Rows are sorted by length within
+a window only, so that memory is bounded by the window.
 """
 
-import shutil
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from raydistill.core.files import SCHEMA_VERSION, check_schema, corrupt_file_error, read_json, write_json_atomic
+from pydantic import Field, model_validator
+
+from raydistill.core import artifact
+from raydistill.core.artifact import Manifest
+from raydistill.core.files import corrupt_file_error
 from raydistill.data.corpus import Row
 
-PLAN_FILE = "plan.json"
+BATCH_PLAN = "batch plan"  # the kind of artifact
 # Rows in memory at a time. Twice as many rows do not make batches noticeably shorter.
 WINDOW_ROWS = 10_000
 # A batch is the unit of resume, some seconds of a teacher's work. It is measured in characters, since counting tokens
 # would need a pass over all data before the job starts; the engine splits a batch by real tokens.
 BATCH_CHARS = 32_000
 BATCH_ROWS = 512
-_COUNT_FIELDS = ("batch_rows", "batch_chars", "window_batches")
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+
+
+class PlanManifest(Manifest):
+    """The manifest of a plan, with the counts of a `BatchPlan`."""
+
+    kind: str = BATCH_PLAN
+    batch_rows: list[Count]
+    batch_chars: list[Count]
+    window_batches: list[Count]
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if not len(self.batch_rows) == len(self.batch_chars) == sum(self.window_batches):
+            raise ValueError(f"{sum(self.window_batches)} batches in windows, but {len(self.batch_rows)} row counts")
+        return self
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,12 @@ class BatchPlan:
     def _window_offsets(self) -> list[int]:
         """The number of the first batch of each window, then the number of batches."""
         return [0, *accumulate(self.window_batches)]
+
+    def manifest(self) -> PlanManifest:
+        """The manifest of the plan."""
+        return PlanManifest(
+            batch_rows=self.batch_rows, batch_chars=self.batch_chars, window_batches=self.window_batches
+        )
 
     def batches_in_window(self, window: int) -> range:
         """The numbers of the batches of a window."""
@@ -98,7 +123,7 @@ def make_plan(
     batch_rows: int = BATCH_ROWS,
     max_source_chars: int | None = None,
 ) -> BatchPlan:
-    """Plan all rows into `folder`, after removing an incomplete plan of an earlier attempt.
+    """Write the plan of all rows to `folder`. The caller holds the lock of the label set.
 
     Args:
         window_rows: Rows per window.
@@ -107,19 +132,16 @@ def make_plan(
         max_source_chars: Characters of a source that the teacher reads, approximately. More characters are not
             counted.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     plan = BatchPlan(folder, [], [], [])
-    while window := list(islice(rows, window_rows)):
-        sizes = [min(len(row.source), max_source_chars or len(row.source)) for row in window]
-        batches = list(_split_by_chars(sizes, batch_chars, batch_rows))
-        _write_window(_window_path(folder, plan.num_windows), window, batches)
-        plan.window_batches.append(len(batches))
-        plan.batch_rows.extend(map(len, batches))
-        plan.batch_chars.extend(sum(sizes[i] for i in positions) for positions in batches)
-        del window  # otherwise it would stay in memory while the next window is read
-    counts = {name: getattr(plan, name) for name in _COUNT_FIELDS}
-    write_json_atomic(folder / PLAN_FILE, {"schema": SCHEMA_VERSION, **counts})
+    with artifact.build(folder, plan.manifest) as temporary:
+        while window := list(islice(rows, window_rows)):
+            sizes = [min(len(row.source), max_source_chars or len(row.source)) for row in window]
+            batches = list(_split_by_chars(sizes, batch_chars, batch_rows))
+            _write_window(_window_path(temporary, plan.num_windows), window, batches)
+            plan.window_batches.append(len(batches))
+            plan.batch_rows.extend(map(len, batches))
+            plan.batch_chars.extend(sum(sizes[i] for i in positions) for positions in batches)
+            del window  # otherwise it would stay in memory while the next window is read
     return plan
 
 
@@ -144,21 +166,12 @@ def open_plan(folder: Path) -> BatchPlan | None:
     """Open a complete plan. Returns None if the folder has none.
 
     Raises:
-        UserError: `plan.json` is damaged or of another schema version.
+        UserError: The plan is damaged or of another schema version.
     """
-    path = folder / PLAN_FILE
-    if not path.is_file():
+    if not artifact.is_complete(folder):
         return None
-    record = read_json(path)
-    check_schema(path, record)
-    with corrupt_file_error(path):
-        plan = BatchPlan(folder, **{name: record[name] for name in _COUNT_FIELDS})
-        numbers = [*plan.batch_rows, *plan.batch_chars, *plan.window_batches]
-        if not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise TypeError(f"{', '.join(_COUNT_FIELDS)} must be non-negative integers")
-        if not len(plan.batch_rows) == len(plan.batch_chars) == sum(plan.window_batches):
-            raise ValueError(f"{sum(plan.window_batches)} batches in windows, but {len(plan.batch_rows)} row counts")
-    return plan
+    manifest = artifact.open_artifact(folder, PlanManifest, BATCH_PLAN)
+    return BatchPlan(folder, manifest.batch_rows, manifest.batch_chars, manifest.window_batches)
 
 
 def _split_by_chars(sizes: list[int], max_chars: int, max_rows: int) -> Iterator[list[int]]:

@@ -4,22 +4,22 @@ Rules look at words separated by white space. The best candidate that passes eve
 such a candidate is dropped and counted under the first rule that its best candidate violates.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
-
 from raydistill.config.run import Curation, Dataset
+from raydistill.core import artifact
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
 from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
 from raydistill.label_sets.label_set import (
     Candidate,
-    is_complete,
     label_set_key,
     read_candidates,
     read_label_set,
@@ -94,15 +94,18 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, metric: 
     manifest = read_pseudolabel_manifest(folder)
     settings = {**rules.model_dump(mode="json"), "metric": metric}
     if rules.agree_with is not None:
-        settings["agree_with"] = read_manifest(Path(rules.agree_with)).to_json()  # the content, not the path
+        other = read_manifest(Path(rules.agree_with))
+        # The content and not the path. A set that was written by hand has no key.
+        settings["agree_with"] = other.key or other.model_dump(mode="json", exclude={"generation"})
     key = label_set_key(manifest.teacher.fingerprint, folder.name, settings)
     output_dir = folder.with_name(f"{folder.name.rsplit('-', 1)[0]}-curated-{key}")
-    with FileLock(output_dir.with_name(f".{output_dir.name}.lock")):
-        if not is_complete(output_dir):
+    with artifact.lock(output_dir, math.inf, print_progress):
+        if not artifact.is_complete(output_dir):
             scan = scan_split(dataset, split)
             check_curation(rules, scan.labelled)
             rows = _join_candidates(folder, usable_rows(dataset, split, scan), rules.agree_with)
-            _write_curated_set(output_dir, rows, _CurationStats(folder, manifest, rules, metric, scan))
+            stats = _CurationStats(folder, manifest, rules, metric, scan)
+            _write_curated_set(output_dir, rows, stats, key)
     return output_dir
 
 
@@ -141,10 +144,11 @@ class _CurationStats:
         """The number of rows that have a label."""
         return self._rows_by_rule[""]
 
-    def manifest(self) -> PseudolabelManifest:
-        """The manifest of the curated set, once all rows are counted."""
+    def manifest(self, key: str) -> PseudolabelManifest:
+        """The manifest of the curated set with a content key, once all rows are counted."""
         return self._source_manifest.model_copy(
             update={
+                "key": key,
                 "rows": self.num_kept,
                 "target_words_mean": self._target_words / self.num_kept,
                 "original_words_mean": self._original_words / self.num_kept if self._labelled else None,
@@ -158,7 +162,7 @@ class _CurationStats:
         )
 
 
-def _write_curated_set(output_dir: Path, rows: Iterator[CurationRow], stats: _CurationStats) -> None:
+def _write_curated_set(output_dir: Path, rows: Iterator[CurationRow], stats: _CurationStats, key: str) -> None:
     """Write the curated set. The caller holds its lock."""
 
     def iter_label_rows() -> Iterator[tuple[str, list[Candidate] | str]]:
@@ -170,7 +174,7 @@ def _write_curated_set(output_dir: Path, rows: Iterator[CurationRow], stats: _Cu
         if not stats.num_kept:
             raise UserError(f"{stats.folder}: the curation rules drop every row ({stats.dropped}); relax them")
 
-    write_label_set(output_dir, iter_label_rows(), stats.manifest)
+    write_label_set(output_dir, iter_label_rows(), lambda: stats.manifest(key))
 
 
 def apply_rules(rows: Sequence[CurationRow], rules: Curation) -> list[Verdict]:

@@ -1,41 +1,32 @@
 """Label sets on disk: the texts that a teacher wrote for the rows of a data split.
 
-A label set is a folder. Parquet parts hold one line per candidate (`id`, `target`, `rank`, `score`); rank 0 is the
+A label set is an artifact. Parquet parts hold one line per candidate (`id`, `target`, `rank`, `score`); rank 0 is the
 best candidate, the candidates of a row are adjacent, and rows keep the order of the data. A curated set also has
-`dropped.parquet` (`id`, `reason`). `manifest.json` is written last.
+`dropped.parquet` (`id`, `reason`).
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from raydistill.core import artifact
+from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
-from raydistill.core.files import (
-    SCHEMA_VERSION,
-    TEMPORARY_SUFFIX,
-    check_schema,
-    corrupt_file_error,
-    read_json,
-    write_json_atomic,
-)
-from raydistill.label_sets.manifest import LabelManifest, PseudolabelManifest
+from raydistill.core.files import corrupt_file_error
+from raydistill.label_sets.manifest import LABEL_SET, LabelManifest, PseudolabelManifest
 
-MANIFEST = "manifest.json"
 PART_ROWS = 50_000
 WRITE_BUFFER_ROWS = 2_000  # rows in memory before they are written, so that memory does not grow with a part
 COLUMNS = ("id", "target", "rank", "score")
 DROPPED_FILE = "dropped.parquet"
 CORRUPT_SET_REMEDY = "delete the folder and make the label set again"
-
-Manifest = TypeVar("Manifest", bound=LabelManifest)
 
 
 @dataclass(frozen=True)
@@ -72,9 +63,7 @@ def write_label_set(
     rows: Iterable[tuple[str, Sequence[Candidate] | str]],
     make_manifest: Callable[[], LabelManifest],
 ) -> None:
-    """Write a label set: Parquet parts first, then the manifest. Either the complete set is published or nothing.
-
-    The caller holds the lock of the set. A complete set in `folder` is left unchanged.
+    """Write a label set. The caller holds the lock of the set. A complete set in `folder` is left unchanged.
 
     Args:
         rows: A row id with the candidates of the row, best first, or with the reason why curation dropped the row.
@@ -83,28 +72,21 @@ def write_label_set(
     """
     import pyarrow as pa
 
-    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    temporary.mkdir(parents=True)
+    if artifact.is_complete(folder):  # another process may be reading the set
+        return
     part_schema = pa.schema(zip(COLUMNS, (pa.string(), pa.string(), pa.int32(), pa.float64()), strict=True))
     dropped_schema = pa.schema([("id", pa.string()), ("reason", pa.string())])
-    try:
-        with (
-            _PartWriter(temporary, "part-{:05d}.parquet", part_schema, PART_ROWS) as parts,
-            _PartWriter(temporary, DROPPED_FILE, dropped_schema) as dropped,
-        ):
-            for row_id, candidates_or_reason in rows:
-                if isinstance(candidates_or_reason, str):
-                    dropped.add(row_id, candidates_or_reason)
-                    continue
-                for rank, (target, score) in enumerate(candidates_or_reason):
-                    parts.add(row_id, target, rank, score)
-        write_json_atomic(temporary / MANIFEST, {"schema": SCHEMA_VERSION, **make_manifest().to_json()})
-        if not is_complete(folder):  # another process may be reading a complete set
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with (
+        artifact.build(folder, make_manifest) as temporary,
+        _PartWriter(temporary, "part-{:05d}.parquet", part_schema, PART_ROWS) as parts,
+        _PartWriter(temporary, DROPPED_FILE, dropped_schema) as dropped,
+    ):
+        for row_id, candidates_or_reason in rows:
+            if isinstance(candidates_or_reason, str):
+                dropped.add(row_id, candidates_or_reason)
+                continue
+            for rank, (target, score) in enumerate(candidates_or_reason):
+                parts.add(row_id, target, rank, score)
 
 
 class _PartWriter:
@@ -149,11 +131,6 @@ class _PartWriter:
         self._writer, self._rows_in_file = None, 0
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a complete label set: its manifest exists."""
-    return (folder / MANIFEST).is_file()
-
-
 def read_label_set(folder: Path) -> LabelSet:
     """Read a complete label set.
 
@@ -176,7 +153,12 @@ def read_manifest(folder: Path) -> LabelManifest:
     Raises:
         UserError: The set is missing, incomplete, damaged or of another schema version.
     """
-    return _read_manifest_as(LabelManifest, folder)
+    if not artifact.is_complete(folder):
+        raise UserError(
+            f"{folder}: no complete label set (no {MANIFEST}); make one with `raydistill pseudolabel`, or "
+            f"run the command that started this label set again"
+        )
+    return artifact.open_artifact(folder, LabelManifest, LABEL_SET)
 
 
 def read_pseudolabel_manifest(folder: Path) -> PseudolabelManifest:
@@ -185,23 +167,10 @@ def read_pseudolabel_manifest(folder: Path) -> PseudolabelManifest:
     Raises:
         UserError: As `read_manifest`, or the manifest lacks keys that `raydistill pseudolabel` writes.
     """
-    return _read_manifest_as(PseudolabelManifest, folder)
-
-
-def _read_manifest_as(record_type: type[Manifest], folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: no complete label set (no {MANIFEST}); make one with `raydistill pseudolabel`, or "
-            f"run the command that started this label set again"
-        )
-    record = read_json(path)
-    check_schema(path, record)
-    del record["schema"]
-    with corrupt_file_error(path, CORRUPT_SET_REMEDY):
-        LabelManifest.model_validate(record)
+    manifest = read_manifest(folder)
+    with corrupt_file_error(folder / MANIFEST, CORRUPT_SET_REMEDY):
         try:
-            return record_type.model_validate(record)
+            return PseudolabelManifest.model_validate(manifest.model_dump(exclude_unset=True))
         except ValidationError as error:
             missing = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "missing"]
             if not missing:

@@ -1,17 +1,21 @@
-"""Records in the manifest of a label set: what training needs, and what `raydistill pseudolabel` writes."""
+"""The manifest of a label set: what training needs, and what `raydistill pseudolabel` writes."""
 
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raydistill.core.artifact import Manifest
 
-class _Record(BaseModel):
+LABEL_SET = "label set"  # the kind of artifact
+
+
+class _ManifestPart(BaseModel):
     """A frozen part of a manifest. Unknown keys are kept, so that label sets may carry notes of other programs."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-class TeacherRecord(_Record):
+class TeacherRecord(_ManifestPart):
     """The checkpoint that wrote the labels.
 
     `fingerprint` covers the weights, `settings` the configuration and the tokenizer; `commit` is the revision of a
@@ -25,7 +29,7 @@ class TeacherRecord(_Record):
     commit: str | None = None
 
 
-class DataRecord(_Record):
+class DataRecord(_ManifestPart):
     """The labelled split. `skipped` counts rows that cannot be used, `dataset` holds the settings of the data set."""
 
     name: str
@@ -35,13 +39,14 @@ class DataRecord(_Record):
     dataset: dict[str, Any]
 
 
-class LabelDescription(_Record):
+class LabelDescription(_ManifestPart):
     """Teacher, data and decoding of a label set, known before any text is generated.
 
     `decoding` holds the fields of BeamSearchParams and `max_source_tokens`. `n_best` is the number of candidates per
-    row.
+    row, `key` the content key of the label set.
     """
 
+    key: str = ""
     teacher: TeacherRecord
     data: DataRecord
     decoding: dict[str, Any]
@@ -49,14 +54,20 @@ class LabelDescription(_Record):
     languages: list[str] | None = None
 
 
-class LabelManifest(_Record):
-    """The manifest of any label set. Training needs `rows` only, the number of rows that have candidates.
+class LabelManifest(Manifest):
+    """The manifest of any label set. A manifest that a user writes by hand needs `schema` and `rows` only.
+
+    Unknown keys are kept, so that label sets may carry notes of other programs. `rows` is the number of rows that have
+    candidates.
 
     `device_hours` is the generation time on all devices. `quality` holds scores of the labels against the original
     targets. `source_label_set` is the name of the set that a curated set was derived from, `curation` its rules, and
     `dropped` the number of dropped rows by rule. `hosts` holds the number of rows that each machine labelled.
     """
 
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    kind: str = LABEL_SET
     rows: int = Field(ge=0)
     device_hours: float = 0.0
     quality: dict[str, float] | None = None
@@ -70,10 +81,6 @@ class LabelManifest(_Record):
         """The name of the teacher, None if the manifest has none."""
         teacher = (self.model_extra or {}).get("teacher")
         return str(teacher["name"]) if isinstance(teacher, dict) and "name" in teacher else None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that were set, as JSON values."""
-        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class PseudolabelManifest(LabelManifest):

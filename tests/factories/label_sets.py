@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelManifest, PseudolabelManifest
 
@@ -32,3 +33,8 @@ def pseudolabel_manifest(**changes: Any) -> PseudolabelManifest:
 def write_labels(folder: Path, rows: Any = LABEL_ROWS, manifest: LabelManifest | None = None) -> None:
     """Write a label set whose manifest counts three rows, unless `manifest` is given."""
     write_label_set(folder, rows, lambda: manifest or LabelManifest(rows=3))
+
+
+def write_manifest_by_hand(folder: Path, **keys: Any) -> None:
+    """Replace the manifest of a label set by the schema version and the given keys, as a user might write it."""
+    write_json_atomic(folder / "manifest.json", {"schema": SCHEMA_VERSION, **keys})

@@ -3,7 +3,7 @@
 import pytest
 
 from raydistill.core.errors import UserError
-from raydistill.jobs.label_outputs import EngineRecord, check_same_engine, is_batch_complete, read_engine_record
+from raydistill.jobs.label_outputs import EngineRecord, check_same_engine, engine_path, is_batch_complete
 
 
 def test_io_error_deletes_no_batch(tmp_path, monkeypatch):
@@ -20,9 +20,9 @@ def test_io_error_deletes_no_batch(tmp_path, monkeypatch):
 
 
 def test_outputs_of_two_engines_are_not_mixed(tmp_path):
-    first = EngineRecord("ctranslate2 fp32", "")
+    first = EngineRecord(engine="ctranslate2 fp32", fallback_reason="")
     check_same_engine(tmp_path, first)
     check_same_engine(tmp_path, first)
     with pytest.raises(UserError, match="written by ctranslate2 fp32, and this machine opens transformers fp32"):
-        check_same_engine(tmp_path, EngineRecord("transformers fp32", "no ctranslate2"))
-    assert read_engine_record(tmp_path) == first
+        check_same_engine(tmp_path, EngineRecord(engine="transformers fp32", fallback_reason="no ctranslate2"))
+    assert EngineRecord.read(engine_path(tmp_path)) == first

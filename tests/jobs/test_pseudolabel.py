@@ -15,6 +15,7 @@ import pytest
 
 from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core.errors import UserError
+from raydistill.core.paths import raydistill_home
 from raydistill.data.streaming import scan_split
 from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
@@ -64,7 +65,8 @@ def test_every_row_of_every_shard_has_the_candidates_of_the_engine(ray_here, tea
     assert manifest.device_hours > 0
     lines = [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
     assert len({(line["id"], line["rank"]) for line in lines}) == len(lines) == 120
-    assert not list(tmp_path.glob(".*.work"))
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, f".{folder.name}.lock", "c"}
+    assert list((raydistill_home() / "cache" / "ctranslate2").glob("*/model.bin"))
 
 
 def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(ray_here, teacher_and_data, tmp_path):

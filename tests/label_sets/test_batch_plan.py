@@ -11,6 +11,7 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.data.corpus import Row
 from raydistill.label_sets.batch_plan import make_plan, open_plan
+from tests.factories.kills import check_synced_before_publication, record_syncs_and_renames
 
 
 def rows_of_lengths(lengths):
@@ -54,11 +55,18 @@ def test_batches_hold_rows_of_similar_length_within_a_window(tmp_path):
 
 def test_incomplete_plan_is_replaced(tmp_path):
     make_plan(iter(rows_of_lengths([5, 6, 7])), tmp_path / "plan", window_rows=1)
-    (tmp_path / "plan" / "plan.json").unlink()
+    (tmp_path / "plan" / "manifest.json").unlink()
     assert open_plan(tmp_path / "plan") is None
     plan = make_plan(iter(rows_of_lengths([5])), tmp_path / "plan", window_rows=1)
-    assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["plan.json", "window-00000.parquet"]
+    assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["manifest.json", "window-00000.parquet"]
     assert len(plan) == 1
+
+
+def test_every_window_is_synced_before_the_plan_is_published(tmp_path, monkeypatch):
+    events = record_syncs_and_renames(monkeypatch)
+    make_plan(iter(rows_of_lengths([5, 6, 7])), tmp_path / "plan", window_rows=2)
+    assert len(list((tmp_path / "plan").glob("window-*.parquet"))) == 2
+    check_synced_before_publication(events, tmp_path / "plan")
 
 
 def test_characters_beyond_max_source_chars_are_not_counted(tmp_path):
@@ -70,9 +78,9 @@ def test_characters_beyond_max_source_chars_are_not_counted(tmp_path):
 
 def test_plan_of_another_schema_version_is_refused_with_the_remedy(tmp_path):
     make_plan(iter(rows_of_lengths([5])), tmp_path / "plan")
-    path = tmp_path / "plan" / "plan.json"
+    path = tmp_path / "plan" / "manifest.json"
     record = json.loads(path.read_text())
     assert record.pop("schema") == SCHEMA_VERSION
     path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"plan.json: schema version 1, .* Move .*/plan away or delete it"):
+    with pytest.raises(UserError, match=r"manifest.json: schema version 1, .* Move .*/plan away or delete it"):
         open_plan(tmp_path / "plan")

@@ -255,3 +255,20 @@ def test_find_label_set_accepts_folder_name_or_prefix(source_set):
     )
     with pytest.raises(UserError, match=r"no such label set .*some-train-0123"):
         find_label_set("other", root)
+
+
+def test_prefix_of_a_set_and_of_its_curated_sets_is_the_set(source_set):
+    _, folder = source_set
+    root = folder.parent
+    first = derive(source_set, max_copy_rate=0.9)
+    assert find_label_set("some-train", root) == folder
+    assert find_label_set("some-train-curated", root) == first
+    second = derive(source_set, max_copy_rate=0.8)
+    assert find_label_set("some", root) == folder
+    with pytest.raises(UserError, match="several label sets match") as error:
+        find_label_set("some-train-curated", root)
+    assert first.name in str(error.value)
+    assert second.name in str(error.value)
+    write_labels(root / "some-test-4567", manifest=pseudolabel_manifest())
+    with pytest.raises(UserError, match=r"several label sets match .*some-test-4567, some-train-0123$"):
+        find_label_set("some", root)

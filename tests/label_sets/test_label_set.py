@@ -1,6 +1,7 @@
 """Label sets on disk: complete or absent, in the order of the data, and refused with a remedy if damaged."""
 
 import json
+import os
 import sys
 from subprocess import PIPE, Popen
 
@@ -8,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.config.label_sources import LabelSource
+from raydistill.core.artifact import is_complete
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.label_sets import label_set
 from raydistill.label_sets.label_set import (
     Candidate,
-    is_complete,
     label_set_key,
     list_label_sets,
     read_candidates,
@@ -23,7 +24,8 @@ from raydistill.label_sets.label_set import (
 from raydistill.label_sets.manifest import LabelManifest
 from raydistill.label_sets.mixing import select_targets
 from raydistill.labels import app, find_label_set
-from tests.factories.label_sets import LABEL_ROWS, pseudolabel_manifest, write_labels
+from tests.factories.kills import check_synced_before_publication, kill_at_every_step, record_syncs_and_renames
+from tests.factories.label_sets import LABEL_ROWS, pseudolabel_manifest, write_labels, write_manifest_by_hand
 
 LINES = [
     {"id": "a", "target": "Ein Hund.", "rank": 0, "score": -0.5},
@@ -31,17 +33,26 @@ LINES = [
     {"id": "b", "target": "Über Öl – schön.", "rank": 0, "score": -1.25},
     {"id": "c", "target": "", "rank": 0, "score": -2.0},
 ]
-MANIFEST = LabelManifest(rows=3)
 
 
 def test_written_set_is_read_back_with_the_best_candidates_as_targets(tmp_path):
     write_labels(tmp_path / "set")
     labels = read_label_set(tmp_path / "set")
     assert labels.targets == {"a": "Ein Hund.", "b": "Über Öl – schön.", "c": ""}
-    assert labels.manifest == MANIFEST
+    size = (tmp_path / "set" / "part-00000.parquet").stat().st_size
+    assert labels.manifest == LabelManifest(rows=3, files={"part-00000.parquet": size})
     assert pq.read_table(tmp_path / "set" / "part-00000.parquet").to_pylist() == LINES
     assert list(read_candidates(tmp_path / "set")) == LABEL_ROWS
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "part-00000.parquet", "set"]
+
+
+def test_every_part_is_synced_before_the_set_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_set, "PART_ROWS", 2)
+    events = record_syncs_and_renames(monkeypatch)
+    write_labels(tmp_path / "set", [*LABEL_ROWS, ("d", "empty")])
+    names = ["dropped.parquet", "manifest.json", "part-00000.parquet", "part-00001.parquet"]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == names
+    check_synced_before_publication(events, tmp_path / "set")
 
 
 def test_rows_are_divided_over_parts_without_loss(tmp_path, monkeypatch):
@@ -52,7 +63,7 @@ def test_rows_are_divided_over_parts_without_loss(tmp_path, monkeypatch):
     assert read_label_set(tmp_path / "set").targets == {str(i): f"text {i}" for i in range(7)}
 
 
-def test_failed_write_leaves_no_files_and_keeps_an_existing_set(tmp_path):
+def test_failed_write_leaves_no_files_and_keeps_an_existing_folder(tmp_path):
     def rows_until_failure():
         yield LABEL_ROWS[0]
         raise RuntimeError("the teacher failed")
@@ -60,10 +71,11 @@ def test_failed_write_leaves_no_files_and_keeps_an_existing_set(tmp_path):
     with pytest.raises(RuntimeError, match="the teacher failed"):
         write_labels(tmp_path / "set", rows_until_failure())
     assert list(tmp_path.iterdir()) == []
-    write_labels(tmp_path / "set")
+    (tmp_path / "set").mkdir()  # left by a machine whose upload was interrupted, for example
+    (tmp_path / "set" / "part-00000.parquet").write_text("incomplete")
     with pytest.raises(RuntimeError, match="the teacher failed"):
         write_labels(tmp_path / "set", rows_until_failure(), LabelManifest(rows=1))
-    assert read_label_set(tmp_path / "set").manifest == MANIFEST
+    assert (tmp_path / "set" / "part-00000.parquet").read_text() == "incomplete"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
@@ -107,7 +119,7 @@ def test_part_is_written_in_row_groups_of_the_buffer_size(tmp_path, monkeypatch)
 
 
 KILLED = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 from raydistill.label_sets import label_set as labels
 from raydistill.label_sets.manifest import LabelManifest
 
@@ -122,13 +134,47 @@ def rows():
     if sys.argv[2] == "rows":
         wait()
 
-pathlib.Path.rename = wait
+os.rename = wait
 labels.write_label_set(pathlib.Path(sys.argv[1]), rows(), lambda: LabelManifest(rows=9))
 """
 
 
+@pytest.mark.parametrize("folder_exists", [False, True])
+def test_a_kill_at_any_step_leaves_the_complete_set_or_none(tmp_path, monkeypatch, folder_exists):
+    monkeypatch.setattr(label_set, "PART_ROWS", 2)
+    folder = tmp_path / "labels" / "set"
+    folder.parent.mkdir()
+
+    def prepare():
+        if folder_exists:
+            folder.mkdir()
+            (folder / "part-00000.parquet").write_text("incomplete")
+
+    def content(folder):
+        if not is_complete(folder):
+            return None
+        labels = read_label_set(folder)
+        return labels.targets, labels.dropped_ids
+
+    def rows():
+        for row in [*LABEL_ROWS, ("d", "empty")]:
+            os.utime(folder.parent)  # a step, so that a kill occurs before every row, too
+            yield row
+
+    def write():
+        write_labels(folder, rows())
+
+    contents = kill_at_every_step(write, prepare, folder, content)
+    complete = ({"a": "Ein Hund.", "b": "Über Öl – schön.", "c": ""}, {"d"})
+    switch = contents.index(complete)
+    assert switch >= 14
+    assert contents == [None] * switch + [complete] * (len(contents) - switch)
+    write()
+    assert [path.name for path in folder.parent.iterdir()] == ["set"]
+
+
 @pytest.mark.parametrize("moment", ["rows", "rename"])
-def test_killed_writer_leaves_no_complete_set_and_the_next_writer_removes_its_files(tmp_path, moment):
+def test_killed_writer_leaves_no_complete_set_and_the_next_writer_removes_or_completes_it(tmp_path, moment):
     """SIGKILL before the manifest is written, and after that before the folder is renamed."""
     with Popen([sys.executable, "-c", KILLED, str(tmp_path / "set"), moment], stdout=PIPE) as writer:
         assert writer.stdout is not None
@@ -142,7 +188,8 @@ def test_killed_writer_leaves_no_complete_set_and_the_next_writer_removes_its_fi
         find_label_set("set", tmp_path)
     write_labels(tmp_path / "set")
     assert list(tmp_path.iterdir()) == [tmp_path / "set"]
-    assert list(read_label_set(tmp_path / "set").targets) == ["a", "b", "c"]
+    completed = [str(i) for i in range(9)]  # the rows of the killed writer
+    assert list(read_label_set(tmp_path / "set").targets) == (completed if moment == "rename" else ["a", "b", "c"])
 
 
 def test_folder_without_manifest_is_incomplete(tmp_path):
@@ -192,6 +239,14 @@ def test_unknown_manifest_keys_are_kept(tmp_path):
     assert json.loads((tmp_path / "x" / "manifest.json").read_text())["made"] == "elsewhere"
 
 
+def test_set_whose_manifest_was_written_by_hand_is_readable(tmp_path):
+    write_labels(tmp_path / "x")
+    write_manifest_by_hand(tmp_path / "x", rows=3)
+    labels = read_label_set(tmp_path / "x")
+    assert labels.targets == {"a": "Ein Hund.", "b": "Über Öl – schön.", "c": ""}
+    assert labels.manifest == LabelManifest(rows=3)
+
+
 def test_manifest_may_count_the_written_rows(tmp_path):
     count = []
 
@@ -201,7 +256,7 @@ def test_manifest_may_count_the_written_rows(tmp_path):
             yield row
 
     write_label_set(tmp_path / "set", rows(), lambda: LabelManifest(rows=len(count)))
-    assert read_label_set(tmp_path / "set").manifest == LabelManifest(rows=3)
+    assert read_label_set(tmp_path / "set").manifest.rows == 3
 
 
 def test_dropped_rows_have_a_reason_and_are_not_missing_rows(tmp_path):
@@ -221,6 +276,7 @@ def test_duplicate_row_and_missing_rank_are_damage(tmp_path):
         read_label_set(tmp_path / "set")
     lines = pq.read_table(tmp_path / "set" / "part-00000.parquet")
     pq.write_table(lines.slice(1), tmp_path / "set" / "part-00000.parquet")
+    write_manifest_by_hand(tmp_path / "set", rows=3)
     with pytest.raises(UserError, match="row 'a' does not have each candidate once"):
         read_label_set(tmp_path / "set")
 
@@ -230,11 +286,8 @@ def test_complete_sets_are_listed_and_unreadable_ones_are_reported(tmp_path):
         write_labels(tmp_path / name, LABEL_ROWS, pseudolabel_manifest())
     (tmp_path / "broken" / "manifest.json").write_text("{")
     (tmp_path / "unfinished").mkdir()
-    write_labels(
-        tmp_path / "foreign",
-        LABEL_ROWS,
-        LabelManifest.model_validate({"teacher": {"name": "t"}, "rows": 3, "metric": "bleu"}),
-    )
+    write_labels(tmp_path / "foreign")
+    write_manifest_by_hand(tmp_path / "foreign", teacher={"name": "t"}, rows=3, metric="bleu")
     label_sets, errors = list_label_sets(tmp_path)
     assert [folder.name for folder, _ in label_sets] == ["a", "b"]
     assert [str(error).partition(":")[0] for error in errors] == [
@@ -247,6 +300,7 @@ def test_complete_sets_are_listed_and_unreadable_ones_are_reported(tmp_path):
 def test_commands_report_the_keys_that_a_foreign_manifest_lacks(tmp_path, capsys, monkeypatch, command):
     folder = tmp_path / "labels" / "foreign"
     write_labels(folder, LABEL_ROWS)
+    write_manifest_by_hand(folder, rows=3)
     words = command.replace("SET", str(folder)).split()
     monkeypatch.setattr(sys, "argv", ["raydistill", *words, "--root", str(folder.parent)])
     if command == "list":
@@ -262,7 +316,7 @@ def test_commands_report_the_keys_that_a_foreign_manifest_lacks(tmp_path, capsys
 def test_set_of_another_schema_version_is_refused_with_the_remedy(tmp_path, old):
     folder = tmp_path / "set"
     write_labels(folder)
-    assert json.loads((folder / "manifest.json").read_text()) == {"schema": SCHEMA_VERSION, "rows": 3}
+    assert json.loads((folder / "manifest.json").read_text())["schema"] == SCHEMA_VERSION
     (folder / "manifest.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"set/manifest.json: schema version 1, .* Move .*/set away or delete it"):
         read_label_set(folder)
