@@ -4,6 +4,7 @@ import ast
 import graphlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,9 @@ ONLY_IN = {
     "rouge_score": {"evaluation"},
     "sacrebleu": {"evaluation"},
 }
+# Library -> the only module that may use its private names, and modules of the library that are not documented.
+PRIVATE_IN = {"ray": "cluster/ray_compat.py", "optuna": ""}
+UNDOCUMENTED = ("ray.autoscaler", "ray.tune.execution", "ray.train.v2", "ray.train.base_trainer")
 # Rooms that stay importable in milliseconds, and commands that answer --help at once.
 NO_TORCH = {"core", "config", "data", "label_sets", "results", "paper", "tracking"}
 
@@ -102,6 +106,52 @@ def import_cycle(imported):
     except graphlib.CycleError as error:
         return error.args[1]
     return []
+
+
+def private_uses(file, source):
+    """Private names of Ray and Optuna in the source of a file: imported, or as attributes of anything but self."""
+    tree = ast.parse(source)
+    imported = []  # dotted names
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported += [f"{node.module}.{alias.name}" for alias in node.names]
+    libraries = {name.split(".")[0] for name in imported} & PRIVATE_IN.keys()
+    libraries = {library for library in libraries if PRIVATE_IN[library] != file}
+    for name in imported:
+        is_private = any(part.startswith("_") for part in name.split(".")) or f"{name}.".startswith(
+            tuple(f"{module}." for module in UNDOCUMENTED)
+        )
+        if name.split(".")[0] in libraries and is_private:
+            yield f"{file} uses {name}"
+    for node in ast.walk(tree) if libraries else ():
+        is_private = isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr)
+        if is_private and ast.unparse(node.value) not in ("self", "cls"):
+            yield f"{file} uses {ast.unparse(node)}"
+
+
+def test_private_names_of_ray_and_optuna_are_in_one_module_per_library():
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert [use for file, source in sources.items() for use in private_uses(file, source)] == []
+    assert "ray._private" in sources[PRIVATE_IN["ray"]]
+
+
+@pytest.mark.parametrize(
+    ("source", "used"),
+    [
+        ("import ray\nray._private.state.state.get_draining_nodes()", "ray._private"),
+        ("def f():\n    from ray._private import ray_constants", "ray._private.ray_constants"),
+        ("import ray._raylet", "ray._raylet"),
+        ("from ray.tune.execution import class_cache", "ray.tune.execution.class_cache"),
+        ("from ray.train.v2.api.exceptions import ControllerError", "ray.train.v2.api.exceptions.ControllerError"),
+        ("import optuna\nstudy = optuna.create_study()\nstudy._storage", "study._storage"),
+        ("from optuna.storages._heartbeat import fail_stale_trials", "optuna.storages._heartbeat.fail_stale_trials"),
+        ("import optuna\nclass A:\n    def f(self):\n        self._study._study_id", "self._study._study_id"),
+    ],
+)
+def test_a_private_name_is_detected(source, used):
+    assert list(private_uses("search/study.py", source)) == [f"search/study.py uses {used}"]
 
 
 def test_rooms_import_downwards_and_libraries_stay_in_their_rooms():

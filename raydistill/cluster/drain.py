@@ -3,6 +3,9 @@
 import time
 from collections.abc import Iterable
 
+from raydistill.cluster.ray_compat import draining_node_ids
+from raydistill.core.console import print_progress
+
 DRAIN_POLL_S = 5.0
 
 
@@ -19,17 +22,23 @@ class DrainMonitor:
     def __init__(self, node_ids: Iterable[str]) -> None:
         self.node_ids = frozenset(node_ids)
         self.next_check = 0.0
+        self.has_warned = False
 
     def __call__(self) -> bool:
-        """Query Ray's head at most once in `DRAIN_POLL_S` seconds; False in between and while the head is down."""
-        import ray
+        """Query Ray's head at most once in `DRAIN_POLL_S` seconds; False in between and while the head is down.
+
+        The first query that fails is reported.
+        """
+        from ray.exceptions import RayError
 
         now = time.monotonic()
         if now < self.next_check:
             return False
         self.next_check = now + DRAIN_POLL_S
         try:
-            draining = ray._private.state.state.get_draining_nodes()  # as Ray Train's own preemption watcher does
-        except Exception:
+            return not self.node_ids.isdisjoint(draining_node_ids())
+        except (RayError, OSError, RuntimeError) as error:  # no others: a changed interface of Ray is an error
+            if not self.has_warned:
+                print_progress(f"draining nodes are not detected while Ray's head does not answer: {error}")
+            self.has_warned = True
             return False
-        return not self.node_ids.isdisjoint(draining)

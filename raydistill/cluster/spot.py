@@ -7,6 +7,8 @@ request spot instances forever. cluster.yaml names `spot_first` as the scorer
 
 from typing import Any
 
+from raydistill.cluster.ray_compat import default_node_score
+
 
 def spot_first(
     node_resources: Any,
@@ -23,11 +25,7 @@ def spot_first(
     Returns:
         The score, or None if a node of this type can hold none of the bundles.
     """
-    from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer
-
-    score = _default_utilization_scorer(
-        node_resources, resources, node_type, node_availability_summary=node_availability_summary
-    )
+    score = default_node_score(node_resources, resources, node_type, node_availability_summary)
     if score is None:
         return None
     record = node_availability_summary.node_availabilities.get(node_type)

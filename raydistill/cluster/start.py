@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.cluster import sync
+from raydistill.cluster.ray_compat import bind_to_loopback
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
@@ -97,7 +98,7 @@ def _join_or_start(cpus: int | None) -> None:
                 f"`ray up cluster.yaml`, or unset RAY_ADDRESS to use a local Ray"
             ) from None
         return
-    with _silent_stderr(), _bind_to_loopback():
+    with _silent_stderr(), bind_to_loopback():
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -106,29 +107,6 @@ def _join_or_start(cpus: int | None) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
-
-
-@contextmanager
-def _bind_to_loopback() -> Iterator[None]:
-    """Context in which a new Ray uses 127.0.0.1 as its node's address, as it does by default on macOS and Windows.
-
-    All its ports then listen on loopback only. `ray.init(_node_ip_address="127.0.0.1")` has no such effect, because Ray
-    replaces that address by the machine's. Workers read the environment variable; this process uses Ray's constant,
-    which was set when Ray was imported.
-    """
-    from ray._private import ray_constants
-
-    name, constant_before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    value_before = os.environ.get(name)
-    os.environ[name] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = constant_before
-        os.environ.pop(name)
-        if value_before is not None:
-            os.environ[name] = value_before
 
 
 @contextmanager

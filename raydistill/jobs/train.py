@@ -99,7 +99,7 @@ def train_with_ray_train(
         UserError: The run cannot succeed by a retry.
         OSError, RuntimeError: A worker failed more than `retries` times.
     """
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train import TrainingFailedError
 
     trainer = _make_trainer(job, device, retries, callbacks or [])
     sync.push(job.folder, *job.input_paths)

@@ -8,11 +8,11 @@ from typing import Any
 
 from ray import tune
 from ray.tune import Callback
-from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
 
 from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import slots, worker_resources
+from raydistill.cluster.ray_compat import keep_aws_keys_from_tune
 from raydistill.config.corners import iter_corners
 from raydistill.config.run import Run
 from raydistill.config.space import make_run
@@ -27,11 +27,6 @@ RECOUNT_INTERVAL_S = 2.0
 # Resources of a trial that only waits for its Ray Train job: one byte of memory, since Tune accepts no empty request. A
 # share of a CPU would be missing for a worker when the workers of all trials need every CPU.
 DRIVER_ONLY_RESOURCES = {"memory": 1.0}
-# Tune would pass the AWS keys of this process to its actors as a setting, which Ray's agent writes to a log that every
-# user can read. Actors on this machine inherit the environment, and other nodes have roles or keys of their own.
-class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
-    [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
-)
 
 
 def run_search(context: TrialContext, callbacks: list[Callback], start_time: float | None = None) -> StopReason:
@@ -131,6 +126,7 @@ class StartedTrials(Callback):
 def _run_tuner(trainable: Any, searcher: StudySearcher, *, reuse_actors: bool, callbacks: list[Callback]) -> None:
     """Run the remaining trials of the searcher's study."""
     study = searcher.study
+    keep_aws_keys_from_tune()
     tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=study.num_remaining, reuse_actors=reuse_actors),

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.tune import Callback
 
 from benchmarks.simulated_nodes import OBJECT_STORE_BYTES, cluster_head
+from raydistill.cluster.drain import DrainMonitor
 from raydistill.cluster.start import ray_cluster
 from raydistill.config.space import Space
 from raydistill.search.prepare import PreparedSweep
@@ -111,6 +113,23 @@ def test_a_trial_on_a_draining_node_is_saved_once_and_moves(
     assert [line["step"] for line in lines] == [n * STEPS_PER_EPOCH for n in range(1, EPOCHS + 1)]
     between_validations = [step for step in saved_steps if step % STEPS_PER_EPOCH]
     assert len(between_validations) == 1, f"expected one save between two validations: {saved_steps}"
+
+
+def test_a_failing_query_is_reported_once_and_means_no_drain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not ray.is_initialized()
+    monitor = DrainMonitor(["a"])
+    for _ in range(3):
+        monitor.next_check = 0.0
+        assert not monitor()
+    [line] = capsys.readouterr().err.splitlines()
+    assert "draining nodes" in line
+    assert "Ray has not been started yet" in line
+
+
+def test_an_interface_of_ray_that_changed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("ray._private.state.GlobalState.get_draining_nodes")
+    with pytest.raises(AttributeError, match="get_draining_nodes"):
+        DrainMonitor(["a"])()
 
 
 def _read_step(path: Path) -> Any:
