@@ -103,12 +103,12 @@ def _json_default(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; UserError that names the file if its content is anything else.
+def read_json(path: Path, remedy: str | None = None) -> dict[str, Any]:
+    """Read a JSON object; UserError that names the file and the remedy if its content is anything else.
 
     NaN, infinity and lone surrogates are rejected: `write_json_atomic` writes none, and they would fail later.
     """
-    with corrupt_file_error(path):
+    with corrupt_file_error(path, remedy):
         text = path.read_text(encoding="utf-8")
         data = json.loads(text, parse_constant=_parse_finite, parse_float=_parse_finite)
         if not isinstance(data, dict):

@@ -30,7 +30,7 @@ class Record(BaseModel):
             UserError: The file is missing, is damaged, or has another schema version. The message names the file, the
                 first wrong key and the remedy.
         """
-        content = read_json(path)
+        content = read_json(path, cls.remedy)
         check_schema(path, content, cls.remedy)
         del content["schema"]
         with corrupt_file_error(path, cls.remedy):

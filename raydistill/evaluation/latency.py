@@ -2,21 +2,23 @@
 
 import hashlib
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
-from filelock import FileLock
+from pydantic import Field
 
+from raydistill.core import artifact
 from raydistill.core.console import print_progress
-from raydistill.core.files import SCHEMA_VERSION, check_schema, write_json_atomic
 from raydistill.core.machine import available_cores, reset_peak_rss, rss_mb
+from raydistill.core.records import Record
 from raydistill.inference.decoding import Engine, Workload
 
 MAX_REPEATS = 1000
@@ -147,6 +149,22 @@ def hardware(device: str = "cpu", threads: int = 1) -> Hardware:
 # The table of timings
 
 
+class LatencyRow(Record):
+    """A timing with its conditions (`measurement_key`), the name of the machine and the time (UTC)."""
+
+    timing: Timing
+    host: str
+    measured_at: datetime
+    measurement: dict[str, str | int]
+
+
+class LatencyTable(Record):
+    """The table of timings, latency.json: rows by `entry_name`."""
+
+    remedy: ClassVar[str | None] = "Delete latency.json and run the command again to measure the latencies"
+    timings: dict[str, LatencyRow] = Field(default_factory=dict)
+
+
 def measurement_key(
     machine: Hardware, architecture: str, engine: str, precision: str, workload: Workload
 ) -> dict[str, Any]:
@@ -177,16 +195,13 @@ def engine_version(engine: str) -> str:
 
 
 def lookup(table: Path, measurement: dict[str, Any]) -> Timing | None:
-    """Return the timing stored under these conditions, or None if there is none or the table is damaged.
+    """Return the timing stored under these conditions, or None if there is none.
 
     Raises:
-        UserError: The table was written by another version of raydistill.
+        UserError: The table is damaged or was written by another version of raydistill.
     """
-    entry = _read_entries(table).get(entry_name(measurement))
-    try:
-        return Timing(**{f.name: entry[f.name] for f in fields(Timing) if f.name in entry}) if entry else None
-    except TypeError:
-        return None
+    row = _read_table(table).timings.get(entry_name(measurement))
+    return row.timing if row else None
 
 
 def record(table: Path, measurement: dict[str, Any], timing: Timing) -> None:
@@ -195,26 +210,16 @@ def record(table: Path, measurement: dict[str, Any], timing: Timing) -> None:
     Several processes may store timings at the same time; the file is replaced as a whole.
 
     Raises:
-        UserError: The table was written by another version of raydistill.
+        UserError: The table is damaged or was written by another version of raydistill.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {**asdict(timing), "host": platform.node(), "measured_at": now, "measurement": measurement}
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(table.with_name(f".{table.name}.lock")):
-        entries = {**_read_entries(table), entry_name(measurement): entry}
-        write_json_atomic(table, {"schema": SCHEMA_VERSION, "timings": entries})
+    now = datetime.now(UTC).replace(microsecond=0)
+    row = LatencyRow(timing=timing, host=platform.node(), measured_at=now, measurement=measurement)
+    with artifact.lock(table, math.inf):
+        LatencyTable(timings={**_read_table(table).timings, entry_name(measurement): row}).write(table)
 
 
-def _read_entries(table: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(table.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(data, dict):
-        return {}
-    check_schema(table, data, f"Delete {table}, and run the command again to measure the latencies")
-    entries = data.get("timings")
-    return entries if isinstance(entries, dict) else {}
+def _read_table(table: Path) -> LatencyTable:
+    return LatencyTable.read_if_present(table) or LatencyTable()
 
 
 def _cpu_name() -> str:

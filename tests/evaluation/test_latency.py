@@ -12,6 +12,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,22 +68,35 @@ def test_entry_name_depends_on_every_condition():
     assert latency.entry_name(measurement()).startswith("bart 2-1 ctranslate2 ")
 
 
-def test_table_returns_recorded_timings_and_survives_damage(tmp_path):
+ROWS: list[Any] = [None, 3, "text", [], {"timing": {"median_ms": 3.0}}]
+TABLES: list[Any] = [None, [], 3, *({latency.entry_name(measurement()): row} for row in ROWS)]
+
+
+def test_table_returns_recorded_timings(tmp_path):
     table, timing = tmp_path / "deep" / "latency.json", Timing(12.5, 11.0, 14.0, 5, background_cores=0.1)
     assert latency.lookup(table, measurement()) is None
     latency.record(table, measurement(), timing)
     latency.record(table, measurement(beams=1), Timing(1, 1, 1, 1))
     assert latency.lookup(table, measurement()) == timing
-    table.write_bytes(table.read_bytes()[:20])
-    assert latency.lookup(table, measurement()) is None
-    for nonsense in (None, 3, "text", [], {"median_ms": 3.0}):
-        table.write_text(json.dumps({"schema": 2, "timings": {latency.entry_name(measurement()): nonsense}}))
-        assert latency.lookup(table, measurement()) is None
-    for nonsense in (None, [], 3):
-        table.write_text(json.dumps({"schema": 2, "timings": nonsense}))
-        assert latency.lookup(table, measurement()) is None
-    latency.record(table, measurement(), timing)
-    assert latency.lookup(table, measurement()) == timing
+    assert latency.lookup(table, measurement(beams=1)) == Timing(1, 1, 1, 1)
+    assert latency.lookup(table, measurement(beams=2)) is None
+
+
+@pytest.mark.parametrize("timings", ["truncated", *TABLES])
+def test_damaged_table_is_an_error_and_is_not_overwritten(timings, tmp_path):
+    table = tmp_path / "latency.json"
+    latency.record(table, measurement(), Timing(12.5, 11.0, 14.0, 5))
+    damaged = json.dumps({"schema": 2, "timings": timings}).encode()
+    if timings == "truncated":
+        damaged = table.read_bytes()[:20]
+    table.write_bytes(damaged)
+    for access in (
+        lambda: latency.lookup(table, measurement()),
+        lambda: latency.record(table, measurement(), Timing(1, 1, 1, 1)),
+    ):
+        with pytest.raises(UserError, match=rf"{table}: damaged: .*Delete latency\.json.* to measure the latencies"):
+            access()
+    assert table.read_bytes() == damaged
 
 
 def test_table_of_another_schema_version_is_an_error_with_a_remedy(tmp_path):
@@ -92,7 +106,7 @@ def test_table_of_another_schema_version_is_an_error_with_a_remedy(tmp_path):
         lambda: latency.lookup(table, measurement()),
         lambda: latency.record(table, measurement(), Timing(1, 1, 1, 1)),
     ):
-        with pytest.raises(UserError, match=r"latency\.json: schema version 1, .* reads 2\. Delete .*latency\.json"):
+        with pytest.raises(UserError, match=r"latency\.json: schema version 1, .* reads 2\. Delete latency\.json"):
             access()
 
 
@@ -100,7 +114,8 @@ def test_table_entry_records_conditions_host_and_time(tmp_path):
     table = tmp_path / "latency.json"
     latency.record(table, measurement(), Timing(12.5, 11.0, 14.0, 5, background_cores=1.25))
     [entry] = json.loads(table.read_text())["timings"].values()
-    assert (entry["median_ms"], entry["background_cores"], entry["host"]) == (12.5, 1.25, platform.node())
+    assert (entry["timing"]["median_ms"], entry["timing"]["background_cores"]) == (12.5, 1.25)
+    assert entry["host"] == platform.node()
     conditions = entry["measurement"]
     assert conditions["architecture"] == "bart 2-1 d_model=8"
     assert conditions["engine"] == f"ctranslate2 {version('ctranslate2')}"
@@ -112,7 +127,8 @@ def test_table_entry_records_conditions_host_and_time(tmp_path):
 
 def test_table_entry_without_background_load_is_not_noisy(tmp_path):
     table = tmp_path / "latency.json"
-    entry = {"median_ms": 12.5, "low_ms": 11.0, "high_ms": 14.0, "repeats": 5, "peak_mb": 40.0}
+    timing = {"median_ms": 12.5, "low_ms": 11.0, "high_ms": 14.0, "repeats": 5, "peak_mb": 40.0}
+    entry = {"timing": timing, "host": "h", "measured_at": "2026-01-01T00:00:00+00:00", "measurement": measurement()}
     table.write_text(json.dumps({"schema": 2, "timings": {latency.entry_name(measurement()): entry}}))
     timing = latency.lookup(table, measurement())
     assert timing == Timing(12.5, 11.0, 14.0, 5, 40.0)

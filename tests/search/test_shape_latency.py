@@ -26,14 +26,14 @@ def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monke
         data = json.loads(table.read_text())
         assert len(data["timings"]) == 2  # batches of 32 and of 1
         for entry in data["timings"].values():
-            entry |= {"median_ms": 9e9, "background_cores": background_cores}
+            entry["timing"] |= {"median_ms": 9e9, "background_cores": background_cores}
         table.write_text(json.dumps(data))
         assert timed(remeasure_noisy=False)["latency_ms"] == 9e9  # trials of a running sweep keep this timing
         costs = timed()
         assert (costs["latency_ms"] < 9e9) == again
         if not again:
             assert costs["background_cores"] == 0.2
-    assert all(entry["median_ms"] < 9e9 for entry in json.loads(table.read_text())["timings"].values())
+    assert all(entry["timing"]["median_ms"] < 9e9 for entry in json.loads(table.read_text())["timings"].values())
     # If the expected engine cannot be used, the fallback's timing is not stored
     before = json.loads(table.read_text())
     assert time_shape(teacher, "2-2", replace(TIMING, engine="ctranslate2"), **options)
