@@ -279,7 +279,7 @@ def _siblings(folder: Path, *suffixes: str) -> list[Path]:
     """The temporary and replaced folders of an artifact."""
     try:
         names = os.listdir(folder.parent)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     prefix = f".{folder.name}."
     return [

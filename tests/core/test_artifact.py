@@ -262,6 +262,13 @@ def test_a_damaged_artifact_is_an_error_that_names_the_folder(damage, message, t
     assert str(tmp_path / "x") in str(error.value)
 
 
+def test_a_path_below_a_file_is_no_artifact(tmp_path):
+    (tmp_path / "file").touch()
+    assert not artifact.is_complete(tmp_path / "file" / "x")
+    with pytest.raises(UserError, match="no complete test artifact"):
+        artifact.open_artifact(tmp_path / "file" / "x", Manifest, KIND)
+
+
 def edit_manifest(folder: Path, **values) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
