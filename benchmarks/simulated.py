@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.run import Run
+from raydistill.core import artifact
 from raydistill.core.files import write_atomic
 from raydistill.inference.decoding import BeamSearchParams, EngineOptions, Hypothesis, Workload
 from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
 from raydistill.training.records import RESULT_FILE, RunResult
-from raydistill.training.run_folder import check_same_config, run_lock
+from raydistill.training.run_folder import check_same_config
 from raydistill.training.workers import Worker
 
 OUTPUT_WORDS = 25  # per text that the engine writes
@@ -73,7 +74,7 @@ def simulated_run(
     folder.mkdir(parents=True, exist_ok=True)
     steps = run.training.max_steps
     assert steps is not None
-    with run_lock(folder):
+    with artifact.lock(folder):
         check_same_config(folder, run)
         if finished := RunResult.read_if_present(folder / RESULT_FILE):
             return finished

@@ -41,6 +41,8 @@ def train(
         method: kd
         student: {size: 12-3}
     """
+    from raydistill.training.records import repetition_warning
+
     config = load_run(DEMO_RUN if run == "demo" else Path(run), settings or [])
     folder = raydistill_home() / "runs" / config.name
     result = train_run(config, folder)
@@ -49,6 +51,8 @@ def train(
         print_text(f"the run failed: {result.reason}", as_json)
         print_json(result.to_json(), as_json)
         raise typer.Exit(1)
+    if warning := repetition_warning(config.name, result.metrics.get("repetition")):
+        print_progress(warning)
     print_text(f"checkpoint: {folder / 'best'}", as_json)
     print_json({**result.to_json(), "checkpoint": str(folder / "best")}, as_json)
 
@@ -90,16 +94,11 @@ def train_run(run: Any, folder: Path) -> "RunResult":
     from raydistill.jobs.run_inputs import prepare_run_inputs
     from raydistill.jobs.train import TrainJob, check_capacity, train_with_ray_train
     from raydistill.training.preflight import check_run
-    from raydistill.training.records import RESULT_FILE, RunResult
-    from raydistill.training.run_folder import (
-        CONFIG_FILE,
-        FINGERPRINTS_FILE,
-        check_same_config,
-        check_same_inputs,
-    )
+    from raydistill.training.records import FINGERPRINTS_FILE, RESULT_FILE, RUN_FILE, RunResult
+    from raydistill.training.run_folder import check_same_config, check_same_inputs
     from raydistill.training.tokenized_data import input_fingerprints
 
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / RUN_FILE).is_file():
         check_same_config(folder, run)
     if (folder / FINGERPRINTS_FILE).is_file():
         check_same_inputs(folder, input_fingerprints(run))

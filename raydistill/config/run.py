@@ -190,7 +190,8 @@ class Training(StrictModel):
         None,
         ge=1,
         description="stop after this number of validations without a better score; default: the validations of an "
-        "epoch",
+        "epoch, so that a run may end before its last epoch does. A number of at least all validations turns early "
+        "stopping off",
     )
     freeze_encoder: bool | None = Field(None, description="default: true if the encoder is a full copy")
     freeze_embeddings: bool | None = Field(None, description="default: true for students, false for teachers")

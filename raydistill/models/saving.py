@@ -7,18 +7,28 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from raydistill.core.files import atomic_dir
+from raydistill.core import artifact
+
+CHECKPOINT_KIND = "checkpoint"
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model (as safetensors) and its tokenizer, completely or not at all.
+    """Save a model (as safetensors) and its tokenizer as an artifact.
 
     Raises:
         OSError: The disk is full, for example.
     """
-    with safetensors_os_error(folder), atomic_dir(folder) as temporary:
+    with build_checkpoint(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def build_checkpoint(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes the checkpoint at the end of the block; see `artifact.build`."""
+    manifest = artifact.Manifest(kind=CHECKPOINT_KIND)
+    with safetensors_os_error(folder), artifact.build(folder, lambda: manifest) as temporary:
+        yield temporary
 
 
 @contextmanager

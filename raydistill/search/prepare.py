@@ -17,7 +17,8 @@ from raydistill.results.costs import total_pass_hours
 from raydistill.results.pareto import fits_any_budget, resolve_budgets
 from raydistill.search.shape_latency import ShapeCosts, ShapeTiming, time_shapes
 from raydistill.training.inputs import RunInputs, input_paths
-from raydistill.training.run_folder import changed_inputs, write_row_statistics
+from raydistill.training.records import InputFingerprints, repetition_warning
+from raydistill.training.run_folder import write_row_statistics
 from raydistill.training.teacher_scores import score_teacher
 from raydistill.training.tokenized_data import input_fingerprints
 
@@ -67,7 +68,8 @@ def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
     Raises:
         UserError: One of them has changed.
     """
-    if changed := changed_inputs({"teacher": teacher["key"], "data": teacher["data"]}, input_fingerprints(run)):
+    recorded = InputFingerprints(teacher=teacher["key"], data=teacher["data"])
+    if changed := recorded.changes(input_fingerprints(run)):
         raise UserError(
             f"{sweep}: the {' and the '.join(changed)} changed since this sweep was started, and results before and "
             f"after the change cannot be compared. Give the sweep another name (--set name=...), or delete the folder"
@@ -101,6 +103,8 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> dict[str, Any]:
     print_progress(
         f"teacher {run.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
     )
+    if warning := repetition_warning(f"teacher {run.teacher}", teacher.get("repetition")):
+        print_progress(warning)
     return teacher
 
 

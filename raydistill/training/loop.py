@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +17,16 @@ from raydistill.core.files import write_atomic
 from raydistill.models import families
 from raydistill.training.optimizer_step import OptimizerStep, StepInputs, learning_rate_factor, seed_step
 from raydistill.training.prefetch import Prefetcher, prefetch
-from raydistill.training.state import TrainingState, has_state, load_state, save_state, write_state_file
+from raydistill.training.run_folder import delete_checkpoints
+from raydistill.training.state import TrainingState, has_state, load_state, save_progress, save_state
 from raydistill.training.workers import Worker, broadcast_metrics
 
 # Called after every validation with its metrics and the run's folder; a text that it returns stops the run and is
 # recorded as the reason.
 ReportFn = Callable[[dict[str, Any], Path | None], str | None]
-# Saves the student in a folder and returns its metrics, with "score" (higher is better).
-ValidateFn = Callable[[Path], dict[str, float]]
+# Saves the student in a folder and returns its metrics, with "score" (higher is better) and "val_loss". The second
+# argument is the engine of the run's earlier validations, None at the first one.
+ValidateFn = Callable[[Path, str | None], dict[str, Any]]
 # Metrics of steps that are reported under these names; all others are loss terms, reported as loss_NAME.
 STEP_METRICS = ("loss", "step_ms", "data_wait")
 
@@ -44,11 +45,16 @@ class Preempted(Exception):
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Numbers of optimiser steps: of an epoch, of the whole run, and from one validation to the next."""
+    """Numbers of optimiser steps: of an epoch, of the whole run, and from one validation to the next.
+
+    `patience` is the number of validations without a better score after which the run ends. By default these are the
+    validations of an epoch, which has at most one per step.
+    """
 
     per_epoch: int
     total: int
     per_validation: int
+    patience: int
 
     @classmethod
     def of(cls, settings: Training, num_examples: int) -> "StepCounts":
@@ -57,7 +63,8 @@ class StepCounts:
         # Rounded first: 1.1 epochs of 10 steps are 11.000000000000002 in floating point.
         total = max(1, math.ceil(round(settings.epochs * per_epoch, 6)))
         total = min(total, settings.max_steps or total)
-        return cls(per_epoch, total, max(1, round(per_epoch / settings.checks_per_epoch)))
+        patience = settings.patience or min(settings.checks_per_epoch, per_epoch)
+        return cls(per_epoch, total, max(1, round(per_epoch / settings.checks_per_epoch)), patience)
 
 
 def fit(
@@ -142,8 +149,9 @@ class TrainingLoop:
         self._check_finite("the loss", means["loss"])
         metrics = broadcast_metrics(self._measure(means) if self.worker.is_main_process else {}, self.worker)
         for name, value in metrics.items():
-            self._check_finite(name, value)
-        self._update_best(metrics["score"])
+            if isinstance(value, int | float):
+                self._check_finite(name, value)
+        self._update_best(metrics)
         self.state.history.append(metrics)
         if self.worker.is_main_process:
             self._save()
@@ -152,7 +160,7 @@ class TrainingLoop:
     def _measure(self, means: dict[str, float]) -> dict[str, Any]:
         """The metrics of a validation, as metrics.jsonl holds them."""
         state, started = self.state, time.monotonic()
-        scores = self.validate(self.folder / f"checkpoint-{state.step}")
+        scores = self.validate(self.folder / f"checkpoint-{state.step}", state.engine)
         state.seconds = self._elapsed_seconds()  # includes this validation when the state is saved
         return {
             "step": state.step,
@@ -166,23 +174,24 @@ class TrainingLoop:
             **scores,
         }
 
-    def _update_best(self, score: float) -> None:
-        """Record a better score; finish the run after `patience` validations without one."""
-        state = self.state
-        if state.best_score is None or score > state.best_score:
-            state.best_score, state.best_step, state.checks_since_best = score, state.step, 0
-        else:
-            state.checks_since_best += 1
-        if state.checks_since_best >= (self.settings.patience or self.settings.checks_per_epoch):
+    def _update_best(self, metrics: dict[str, Any]) -> None:
+        """Record a better validation; finish the run after `patience` validations without a better score.
+
+        Of two equal scores the one with the lower loss is better, but does not prolong the run.
+        """
+        state, best = self.state, self.state.best
+        rises = best is None or metrics["score"] > best["score"]
+        if best is None or _rank(metrics) > _rank(best):
+            state.best_step = state.step
+        state.checks_since_best = 0 if rises else state.checks_since_best + 1
+        if state.checks_since_best >= self.counts.patience:
             state.ended_early, state.reason = True, f"no better score in {state.checks_since_best} validations"
 
     def _save(self) -> None:
         lines = [json.dumps(metrics) + "\n" for metrics in self.state.history]
         write_atomic(self.folder / "metrics.jsonl", "".join(lines).encode())
         save_state(self.folder, self.state, self.student, self.step.optimizer)
-        for stale in {*self.folder.glob("checkpoint-*"), *self.folder.glob(".checkpoint-*")}:
-            if stale.name != f"checkpoint-{self.state.best_step}":
-                shutil.rmtree(stale, ignore_errors=True)
+        delete_checkpoints(self.folder, keep_step=self.state.best_step)
 
     def _report(self, metrics: dict[str, Any]) -> None:
         """Report a validation; a reason to stop is saved, so that a run killed while it is scored stays stopped."""
@@ -191,7 +200,7 @@ class TrainingLoop:
         if reason and not state.ended_early and state.step < self.counts.total:
             state.ended_early, state.stopped, state.reason = True, True, reason
             if self.worker.is_main_process:
-                write_state_file(self.folder, state)
+                save_progress(self.folder, state)
 
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -200,6 +209,11 @@ class TrainingLoop:
 
     def _elapsed_seconds(self) -> float:
         return time.monotonic() - self.started_at
+
+
+def _rank(metrics: dict[str, Any]) -> tuple[float, float]:
+    """The order of validations: by score, then by loss."""
+    return metrics["score"], -metrics["val_loss"]
 
 
 class RunningMeans:

@@ -1,18 +1,55 @@
 """The records in the folder of a run. The module imports no torch, so that results are read without it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from raydistill.config.run import Run
+from raydistill.core.files import SCHEMA_VERSION, check_schema, corrupt_file_error, read_json, write_json_atomic
 from raydistill.core.records import Record
 from raydistill.models.metadata import SplitScores
 
 if TYPE_CHECKING:
     from raydistill.models.shrinking import LayerPlan
 
+RUN_FILE = "run.json"
+FINGERPRINTS_FILE = "input_fingerprints.json"
 RESULT_FILE = "result.json"
+DEGENERATE_REPETITION = 0.5  # share of a model's outputs that repeat themselves, above which the model is not usable
+
+
+def read_run(path: Path) -> Run:
+    """Read the config of a run, run.json. Missing settings have their defaults.
+
+    Raises:
+        UserError: The file is missing, is damaged, or has another schema version.
+    """
+    content = read_json(path)
+    check_schema(path, content)
+    with corrupt_file_error(path):
+        return Run.model_validate({name: value for name, value in content.items() if name != "schema"})
+
+
+def write_run(path: Path, run: Run) -> None:
+    """Write the config of a run."""
+    write_json_atomic(path, {"schema": SCHEMA_VERSION, **run.model_dump(mode="json")})
+
+
+class InputFingerprints(Record):
+    """The fingerprints of the teacher and of each split that a run was started with.
+
+    `teacher` is None for a run without a teacher.
+    """
+
+    teacher: str | None
+    data: dict[str, str]
+
+    def changes(self, current: "InputFingerprints") -> list[str]:
+        """The inputs that differ: "teacher", "train split" and so on."""
+        changed = ["teacher"] if self.teacher != current.teacher else []
+        return changed + [f"{split} split" for split, value in self.data.items() if current.data.get(split) != value]
 
 
 @dataclass(frozen=True)
@@ -94,3 +131,13 @@ class RunResult(Record):
     def scored(self) -> bool:
         """Whether the run has a checkpoint with scores."""
         return self.status != "failed"
+
+
+def repetition_warning(model: str, repetition: float | None) -> str | None:
+    """A warning for a model of whose outputs most repeat themselves; None if they do not, or if that is unknown."""
+    if repetition is None or repetition <= DEGENERATE_REPETITION:
+        return None
+    return (
+        f"warning: {repetition:.0%} of the outputs of {model} repeat themselves. The model is not usable: try a lower "
+        f"learning rate or more steps before it is distilled or served"
+    )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from raydistill.config.run import Run
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.evaluation.scoring import EvaluationResult
 from raydistill.models.freezing import freeze
@@ -24,13 +25,12 @@ from raydistill.models.metadata import CheckpointMetadata, SplitScores, library_
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import NonFiniteLoss, ReportFn, fit
 from raydistill.training.optimizer_step import OptimizerStep
-from raydistill.training.records import RESULT_FILE, RunIdentity, RunResult
+from raydistill.training.records import RESULT_FILE, InputFingerprints, RunIdentity, RunResult
 from raydistill.training.run_folder import (
     check_same_config,
     check_same_inputs,
     delete_working_files,
     promote_best_checkpoint,
-    run_lock,
     write_result,
     write_row_statistics,
 )
@@ -41,6 +41,8 @@ from raydistill.training.tokenized_data import load_tokenized_data, make_example
 from raydistill.training.validation import Validator
 from raydistill.training.workers import Worker
 
+# A worker may outlive its driver by some seconds, until Ray ends it; the worker of a retry waits for the lock.
+LOCK_TIMEOUT_S = 60.0
 # A student has collapsed if the share of its outputs that repeat themselves exceeds the teacher's share by more than
 # this.
 MAX_EXTRA_REPETITION = 0.5
@@ -70,7 +72,7 @@ def train(
     inputs = inputs or RunInputs()
     worker = replace(worker or Worker(), compute_dtype=inputs.compute_dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(folder) if worker.is_main_process else nullcontext():
+    with artifact.lock(folder, LOCK_TIMEOUT_S) if worker.is_main_process else nullcontext():
         worker.barrier()  # the main process holds the lock before any worker reads the folder
         started_at = time.monotonic()
         if worker.is_main_process:
@@ -142,7 +144,7 @@ def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_
     teacher, student = setup.teacher, setup.student
     data = load_tokenized_data(run, teacher.preset if teacher else None, setup.tokenizer, student.config)
     if worker.is_main_process:
-        check_same_inputs(folder, {"teacher": teacher.key if teacher else None, "data": data.fingerprints})
+        check_same_inputs(folder, InputFingerprints(teacher=teacher.key if teacher else None, data=data.fingerprints))
     examples = make_examples(run, data, setup.tokenizer, inputs.label_folders)
     freeze(student, setup.frozen_parts(run))
     torch.nn.Module.to(student, worker.device)
@@ -182,7 +184,7 @@ def _score_and_write_result(active: ActiveRun, state: TrainingState) -> RunResul
     best = promote_best_checkpoint(folder, state.best_step)
     # A stopped run is scored on the test split only if it is chosen later.
     splits = ("validation",) if state.stopped else ("validation", "test")
-    evaluations = validator.score(best, splits, validator.beam)
+    evaluations = validator.score(best, splits, validator.beam, state.engine)
     if evaluations:
         write_row_statistics(
             folder / "rows.npz", {split: evaluation.scores.row_stats for split, evaluation in evaluations.items()}
@@ -248,8 +250,8 @@ def _split_scores(evaluation: EvaluationResult) -> SplitScores:
 
 def _best_metrics(state: TrainingState, validation: EvaluationResult | None, metric: str) -> dict[str, float]:
     """Scores and loss of the best checkpoint, with the run's decoding where texts are scored."""
-    at_best_step = next(metrics for metrics in state.history if metrics["step"] == state.best_step)
-    best = {"score": at_best_step["score"], "val_loss": at_best_step["val_loss"]}
+    assert state.best is not None
+    best = {"score": state.best["score"], "val_loss": state.best["val_loss"]}
     if validation:
         scores = validation.scores.metrics
         best |= {**scores, "score": scores[metric], "repetition": validation.repetition_rate}

@@ -4,55 +4,33 @@ FOLDER/run.json                 the run's config, written first
 FOLDER/input_fingerprints.json  teacher and data that the run was started with
 FOLDER/metrics.jsonl            the metrics of every validation
 FOLDER/checkpoint-STEP/         the best checkpoint while the run is training; best/ afterwards
-FOLDER/state.json               the saved state (state.py); removed when the run is finished
+FOLDER/state/                   the saved state (state.py); removed when the run is finished
 FOLDER/rows.npz                 per-row statistics of the scores
 FOLDER/result.json              the result, written last: the run is finished
+
+The checkpoints and the state are artifacts. One process at a time holds the lock of the folder.
 """
 
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
-from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import (
-    SCHEMA_VERSION,
-    atomic_path,
-    check_schema,
-    corrupt_file_error,
-    read_json,
-    write_json_atomic,
+from raydistill.core import artifact
+from raydistill.core.errors import UserError
+from raydistill.core.files import TEMPORARY_SUFFIX, atomic_path, fsync_folder
+from raydistill.training.records import (
+    FINGERPRINTS_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    InputFingerprints,
+    RunResult,
+    read_run,
+    write_run,
 )
-from raydistill.training.records import RESULT_FILE, RunResult
-
-LOCK_TIMEOUT_S = 60.0
-CONFIG_FILE = "run.json"
-FINGERPRINTS_FILE = "input_fingerprints.json"
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder, which one process at a time may hold.
-
-    A worker may outlive its driver by some seconds, until Ray ends it; the worker of a retry waits for the lock.
-
-    Raises:
-        TransientError: The lock is not free after `LOCK_TIMEOUT_S`.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_S)
-    except Timeout:
-        raise TransientError(f"{folder}: another process is training this run; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
+from raydistill.training.state import STATE_FOLDER
 
 
 def check_same_config(folder: Path, run: Run) -> None:
@@ -63,45 +41,27 @@ def check_same_config(folder: Path, run: Run) -> None:
     Raises:
         UserError: The folder holds a run of another config, of another schema version, or run.json is damaged.
     """
-    path = folder / CONFIG_FILE
+    path = folder / RUN_FILE
     if not path.is_file():
-        write_json_atomic(path, {"schema": SCHEMA_VERSION, **run.model_dump(mode="json")})
-        return
-    record = read_json(path)
-    check_schema(path, record)
-    with corrupt_file_error(path):
-        recorded = Run.model_validate({name: value for name, value in record.items() if name != "schema"})
-    if recorded.model_dump(exclude=RUNTIME_ONLY_FIELDS) != run.model_dump(exclude=RUNTIME_ONLY_FIELDS):
+        write_run(path, run)
+    elif read_run(path).model_dump(exclude=RUNTIME_ONLY_FIELDS) != run.model_dump(exclude=RUNTIME_ONLY_FIELDS):
         raise UserError(f"{folder}: holds a run with other settings; give this run another name, or delete the folder")
 
 
-def check_same_inputs(folder: Path, current: dict[str, Any]) -> None:
+def check_same_inputs(folder: Path, current: InputFingerprints) -> None:
     """Record the input fingerprints of a new run; check that they are unchanged when a run resumes.
-
-    Args:
-        folder: The run's folder.
-        current: Fingerprints of teacher and data, as `tokenized_data.input_fingerprints` returns them.
 
     Raises:
         UserError: The teacher or a split changed since the run was started.
     """
     path = folder / FINGERPRINTS_FILE
     if not path.is_file():
-        write_json_atomic(path, current)
-    elif changed := changed_inputs(read_json(path), current):
+        current.write(path)
+    elif changed := InputFingerprints.read(path).changes(current):
         raise UserError(
             f"{folder}: inputs changed since this run was started: {', '.join(changed)}; "
             f"give this run another name, or delete the folder"
         )
-
-
-def changed_inputs(recorded: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """The inputs whose fingerprints differ: "teacher", "train split" and so on."""
-    changed = ["teacher"] if recorded.get("teacher") != current["teacher"] else []
-    fingerprints = recorded.get("data") or {}
-    return changed + [
-        f"{split} split" for split, fingerprint in fingerprints.items() if current["data"].get(split) != fingerprint
-    ]
 
 
 def write_result(folder: Path, result: RunResult) -> None:
@@ -111,20 +71,33 @@ def write_result(folder: Path, result: RunResult) -> None:
 
 
 def delete_working_files(folder: Path, result: RunResult) -> None:
-    """Delete the saved state of a finished run, and the checkpoints of a failed run."""
-    for path in [*folder.glob("state*"), *folder.glob(".state*")]:
-        path.unlink()
+    """Delete the saved state of a finished run, the checkpoints of a failed run, and the files that kills left."""
+    artifact.remove(folder / STATE_FOLDER)
+    delete_checkpoints(folder)
     if not result.scored:
-        for checkpoint in [*folder.glob("checkpoint-*"), folder / "best"]:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        artifact.remove(folder / "best")
+    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink()
+
+
+def delete_checkpoints(folder: Path, keep_step: int | None = None) -> None:
+    """Delete the checkpoints of validations, and what a kill left of them, except the checkpoint of `keep_step`."""
+    for path in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
+        if path.name != f"checkpoint-{keep_step}":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def promote_best_checkpoint(folder: Path, best_step: int) -> Path:
-    """Rename the checkpoint of the best step to best/, and return its path."""
+    """Rename the checkpoint of the best step to best/, and return its path.
+
+    After a kill at any moment the checkpoint is whole under one of the two names, and the next call completes the
+    renaming.
+    """
     best, checkpoint = folder / "best", folder / f"checkpoint-{best_step}"
-    if checkpoint.is_dir():  # otherwise an earlier call renamed it and was killed afterwards
-        shutil.rmtree(best, ignore_errors=True)
-        checkpoint.rename(best)
+    if artifact.is_complete(checkpoint):  # otherwise an earlier call renamed it and was killed afterwards
+        artifact.remove(best)
+        os.rename(checkpoint, best)
+        fsync_folder(folder)
     return best
 
 

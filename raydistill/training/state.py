@@ -1,7 +1,6 @@
 """The saved state of a run, from which it resumes to the same weights."""
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raydistill.core.files import atomic_path, corrupt_file_error, safe_join, write_atomic
+from raydistill.core import artifact
+from raydistill.core.artifact import Manifest
+from raydistill.core.files import corrupt_file_error
 from raydistill.models.saving import safetensors_os_error
 
-STATE_FILE = "state.json"
+STATE_FOLDER = "state"
+STATE_KIND = "training state"
 
 
 @dataclass
@@ -23,9 +25,8 @@ class TrainingState:
 
     Attributes:
         step: Optimiser steps taken.
-        best_score: The best validation score; None before the first validation.
-        best_step: The step of the best score.
-        checks_since_best: Validations since the best score.
+        best_step: The step of the best validation: the highest score and, among equal scores, the lowest loss.
+        checks_since_best: Validations since the score last rose.
         seconds: Time of the run, with start-up and validations.
         ended_early: Whether the report callback or a lack of better scores ended the run.
         stopped: Whether the report callback ended the run.
@@ -34,7 +35,6 @@ class TrainingState:
     """
 
     step: int = 0
-    best_score: float | None = None
     best_step: int = 0
     checks_since_best: int = 0
     seconds: float = 0.0
@@ -43,17 +43,42 @@ class TrainingState:
     reason: str = ""
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The metrics of the best validation; None before the first validation."""
+        return next((metrics for metrics in self.history if metrics["step"] == self.best_step), None)
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that scored the first validation, such as "ctranslate2 fp32"; None if there is none.
+
+        All validations of a run use this engine: scores of two engines are not comparable.
+        """
+        return self.history[0].get("engine") if self.history else None
+
+
+class StateManifest(Manifest):
+    """The manifest of a saved state, an artifact with one file of tensors."""
+
+    kind: str = STATE_KIND
+    progress: TrainingState
+
+    @property
+    def tensors_file(self) -> str:
+        """The file of the trainable weights and the optimiser's tensors.
+
+        Named after the step, so that no mixture of two states looks complete.
+        """
+        return f"step-{self.progress.step}.safetensors"
+
 
 def has_state(folder: Path) -> bool:
     """Whether a run's folder holds a saved state."""
-    return (folder / STATE_FILE).is_file()
+    return artifact.is_complete(folder / STATE_FOLDER)
 
 
 def save_state(folder: Path, state: TrainingState, student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Save the state with the trainable weights and the optimiser's tensors.
-
-    The tensors go into a file named after the step, then state.json points to that file: a kill leaves the previous
-    state or this one, never a mixture.
 
     Raises:
         OSError: The disk is full, for example.
@@ -63,18 +88,15 @@ def save_state(folder: Path, state: TrainingState, student: PreTrainedModel, opt
     for index, slots in optimizer.state_dict()["state"].items():
         for name, value in slots.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    path = folder / _tensors_file_name(state)
-    with safetensors_os_error(path), atomic_path(path) as temporary:
-        save_file(tensors, temporary)
-    write_state_file(folder, state)
-    for stale in [*folder.glob("state-*.safetensors"), *folder.glob(".state-*.tmp")]:
-        if stale != path:
-            stale.unlink()
+    path, manifest = folder / STATE_FOLDER, StateManifest(progress=state)
+    with safetensors_os_error(path), artifact.build(path, lambda: manifest) as temporary:
+        save_file(tensors, temporary / manifest.tensors_file)
 
 
-def write_state_file(folder: Path, state: TrainingState) -> None:
-    """Write state.json; the file of the tensors at this step exists."""
-    write_atomic(folder / STATE_FILE, json.dumps({**asdict(state), "tensors": _tensors_file_name(state)}).encode())
+def save_progress(folder: Path, state: TrainingState) -> None:
+    """Save a state whose tensors are those of the saved state."""
+    path = folder / STATE_FOLDER / artifact.MANIFEST
+    StateManifest.read(path).model_copy(update={"progress": state}).write(path)
 
 
 def load_state(
@@ -86,16 +108,16 @@ def load_state(
     """Load the saved state, with the tensors of student and optimiser and the step of the learning-rate schedule.
 
     Raises:
-        UserError: A file is damaged, or state.json names a file outside the folder.
+        UserError: A file is missing or damaged.
     """
-    path = folder / STATE_FILE
-    with corrupt_file_error(path, f"Delete {path} to start the run again"):
-        saved = json.loads(path.read_text(encoding="utf-8"))
+    path = folder / STATE_FOLDER
+    manifest = artifact.open_artifact(path, StateManifest, STATE_KIND)
+    state = manifest.progress
+    with corrupt_file_error(path / manifest.tensors_file):
         try:
-            tensors = load_file(safe_join(folder, saved.pop("tensors")))
+            tensors = load_file(path / manifest.tensors_file)
         except SafetensorError as error:
             raise ValueError(str(error)) from None
-        state = TrainingState(**saved)
     _restore_tensors(tensors, student, optimizer)
     scheduler.last_epoch = state.step
     for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
@@ -116,7 +138,3 @@ def _restore_tensors(tensors: dict[str, Tensor], student: PreTrainedModel, optim
                 index, _, slot = name.partition("/")
                 slots.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-
-
-def _tensors_file_name(state: TrainingState) -> str:
-    return f"state-{state.step}.safetensors"

@@ -8,14 +8,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import Decoding, Run
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
-from raydistill.core.files import atomic_dir
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models import families
 from raydistill.models.freezing import FrozenParts, resolve_frozen_parts
 from raydistill.models.loading import load_model, locate_checkpoint
 from raydistill.models.random_init import build_tokenizer, make_random_model
-from raydistill.models.saving import safetensors_os_error
+from raydistill.models.saving import build_checkpoint
 from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
 from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.models.tokenization import load_tokenizer
@@ -81,12 +81,12 @@ def make_random_checkpoint(run: Run, folder: Path, worker: Worker) -> Path:
         OSError: The checkpoint cannot be written.
     """
     path = folder / RANDOM_START_FOLDER
-    if worker.is_main_process and not path.is_dir():
+    if worker.is_main_process and not artifact.is_complete(path):
         assert run.start is not None
         corpus = read_split(run.dataset, "train")
         if corpus is None:
             raise UserError(f"{run.dataset.name}: there is no train split to build a tokenizer from")
-        with safetensors_os_error(path), atomic_dir(path) as temporary:
+        with build_checkpoint(path) as temporary:
             tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), temporary)
             dropout = DEFAULT_DROPOUT if run.training.dropout is None else run.training.dropout
             make_random_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(temporary)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from raydistill.label_sets.mixing import select_targets
 from raydistill.models.fingerprints import teacher_key
 from raydistill.models.loading import locate_checkpoint
 from raydistill.models.tokenization import resolve_max_tokens, tokenize_sources, tokenize_targets
+from raydistill.training.records import InputFingerprints
 
 SPLITS = ("train", "validation", "test")
 
@@ -70,13 +71,11 @@ def load_tokenized_data(
     return TokenizedData(corpora, sources, max_source_tokens, max_target_tokens, metric)
 
 
-def input_fingerprints(run: Run) -> dict[str, Any]:
+def input_fingerprints(run: Run) -> InputFingerprints:
     """The current key of the teacher and fingerprints of the splits, without tokenising texts or loading a model."""
     key = teacher_key(locate_checkpoint(run.teacher, run.dataset.name)) if run.teacher else None
-    return {
-        "teacher": key,
-        "data": {split: corpus.fingerprint for split, corpus in _read_splits(run.dataset).items()},
-    }
+    data = {split: corpus.fingerprint for split, corpus in _read_splits(run.dataset).items()}
+    return InputFingerprints(teacher=key, data=data)
 
 
 def _read_splits(dataset: Dataset) -> dict[str, Corpus]:

@@ -5,16 +5,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
+from raydistill.core.errors import TransientError, UserError
 from raydistill.data.batching import bucket_by_length
 from raydistill.evaluation.metrics import signature
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions, resolve_decoding
-from raydistill.inference.engines import open_engine
+from raydistill.inference.engines import EngineName, open_engine
 from raydistill.models import families
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
@@ -65,16 +67,25 @@ class Validator:
         """Metric library and options of the scores; "val_loss" where no text is scored."""
         return VALIDATION_LOSS if self.metric == VALIDATION_LOSS else signature(self.metric)
 
-    def validate(self, folder: Path) -> dict[str, float]:
-        """Save the student as a checkpoint in `folder`; returns its loss and its scores on the validation split."""
+    def validate(self, folder: Path, engine: str | None = None) -> dict[str, Any]:
+        """Save the student as a checkpoint in `folder`; returns its loss and its scores on the validation split.
+
+        `engine` is the engine of the run's earlier validations; see `score`.
+        """
         self.setup.student.eval()
         save_checkpoint(self.setup.student, self.setup.tokenizer, folder)
         loss = self.compute_loss()
-        evaluation = self.score(folder, ["validation"], self.validation_beam()).get("validation")
+        evaluation = self.score(folder, ["validation"], self.validation_beam(), engine).get("validation")
         if evaluation is None:
             return {"val_loss": loss, "score": -loss}
         metrics = evaluation.scores.metrics
-        return {"val_loss": loss, **metrics, "score": metrics[self.metric], "repetition": evaluation.repetition_rate}
+        return {
+            "val_loss": loss,
+            **metrics,
+            "score": metrics[self.metric],
+            "repetition": evaluation.repetition_rate,
+            "engine": evaluation.engine,
+        }
 
     def validation_beam(self) -> BeamSearchParams:
         """The decoding of validations during training: by default up to 2 beams, as in the paper's recipes."""
@@ -86,30 +97,57 @@ class Validator:
             length_penalty=self.beam.length_penalty if penalty is None else penalty,
         )
 
-    def score(self, folder: Path, splits: Sequence[str], beam: BeamSearchParams) -> dict[str, EvaluationResult]:
+    def score(
+        self, folder: Path, splits: Sequence[str], beam: BeamSearchParams, required_engine: str | None = None
+    ) -> dict[str, EvaluationResult]:
         """Generate and score splits with the checkpoint in `folder`.
+
+        Args:
+            folder: The checkpoint.
+            splits: The splits to score.
+            beam: The decoding.
+            required_engine: Engine and precision, such as "ctranslate2 fp32"; None for the engine of the run's config.
 
         Returns:
             The scores by split, without splits that the data set lacks; empty where the metric's library is missing.
+
+        Raises:
+            TransientError: The required engine cannot be used.
         """
         splits = [split for split in splits if split in self.data.corpora]
         if self.metric == VALIDATION_LOSS or not splits:
             return {}
         conversion_folder = folder.parent / ".engine"
-        engine = open_engine(
-            folder,
-            self.run.evaluation.engine,
-            EngineOptions(
-                device=self.device,
-                threads=self.run.training.threads,
-                languages=self.setup.teacher.languages if self.setup.teacher else None,
-                cache_dir=conversion_folder,
-            ),
+        options = EngineOptions(
+            device=self.device,
+            threads=self.run.training.threads,
+            languages=self.setup.teacher.languages if self.setup.teacher else None,
+            cache_dir=conversion_folder,
         )
         try:
+            engine = self._open_engine(folder, options, required_engine)
             return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size)
         finally:
             shutil.rmtree(conversion_folder, ignore_errors=True)
+
+    def _open_engine(self, folder: Path, options: EngineOptions, required_engine: str | None) -> Engine:
+        """Open the required engine, or the engine of the run's config.
+
+        A retry repeats the validation from the saved state. Another engine would make the scores of the run's
+        checkpoints incomparable.
+        """
+        if required_engine is None:
+            return open_engine(folder, self.run.evaluation.engine, options)
+        name: EngineName = "ctranslate2" if required_engine.startswith("ctranslate2 ") else "transformers"
+        precision = required_engine.removeprefix(f"{name} ")
+        try:
+            return open_engine(folder, name, replace(options, precision=precision, allow_fallback=False))
+        except UserError as error:
+            raise TransientError(
+                f"{error}. {required_engine} scored the run's first validation, so that all others need this engine: "
+                f"run the same command again. If the engine fails again, set evaluation.engine to transformers and "
+                f"give the run another name"
+            ) from None
 
     def compute_loss(self) -> float:
         """Mean cross-entropy in nats per target token of the validation split."""

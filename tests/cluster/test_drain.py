@@ -92,8 +92,8 @@ def test_a_trial_on_a_draining_node_is_saved_once_and_moves(
 
     def watch() -> None:
         while not stop_watching.wait(0.02):
-            for path in sweep.glob("trials/*/state.json"):
-                if (step := _read_step(path)) is not None and step not in saved_steps:
+            for path in sweep.glob("trials/*/state/step-*.safetensors"):
+                if (step := int(path.stem.removeprefix("step-"))) not in saved_steps:
                     saved_steps.append(step)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -130,10 +130,3 @@ def test_an_interface_of_ray_that_changed_is_an_error(monkeypatch: pytest.Monkey
     monkeypatch.delattr("ray._private.state.GlobalState.get_draining_nodes")
     with pytest.raises(AttributeError, match="get_draining_nodes"):
         DrainMonitor(["a"])()
-
-
-def _read_step(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())["step"]
-    except (OSError, ValueError):
-        return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raydistill.config.run import Loss, Run, Student, Training
+from raydistill.core.artifact import MANIFEST
 from raydistill.data.batching import Examples
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelManifest
@@ -23,6 +24,7 @@ from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_st
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.loop import fit
 from raydistill.training.optimizer_step import OptimizerStep
+from raydistill.training.state import STATE_FOLDER, StateManifest, TrainingState
 from tests.factories.models import save_tiny, sentences
 
 KD_LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
@@ -121,12 +123,17 @@ def rising_scores(distillation):
     """A validation that saves the weights and gives a higher score at every call."""
     calls = itertools.count(1)
 
-    def validate(folder):
+    def validate(folder, engine=None):
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(flat_weights(distillation.student), folder / "weights.pt")
-        return {"score": float(next(calls))}
+        return {"score": float(next(calls)), "val_loss": 1.0}
 
     return validate
+
+
+def read_state(folder: Path) -> TrainingState:
+    """The saved state of a run."""
+    return StateManifest.read(folder / STATE_FOLDER / MANIFEST).progress
 
 
 def no_report(_metrics, _folder):

@@ -53,6 +53,11 @@ def history(folder):
     return [{key: json.loads(line)[key] for key in HISTORY_KEYS} for line in lines]
 
 
+def saved_step(folder):
+    """The step of the saved state of a run; 0 if there is none."""
+    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("state/step-*.safetensors")), default=0)
+
+
 def assert_same_losses(a, b, tolerance):
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for row_a, row_b in zip(a, b, strict=True):
@@ -164,12 +169,12 @@ def test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint(ray_here, 
     steps_at_kill = []
 
     def kill():
-        while not (folder / "state.json").is_file() or json.loads((folder / "state.json").read_text())["step"] < 6:
+        while (step := saved_step(folder)) < 6:
             time.sleep(0.02)
         for process in psutil.process_iter(["cmdline"]):
             is_worker = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
             if is_worker and process.environ().get("RAYDISTILL_HOME") == os.environ["RAYDISTILL_HOME"]:
-                steps_at_kill.append(json.loads((folder / "state.json").read_text())["step"])
+                steps_at_kill.append(step)
                 os.kill(process.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)

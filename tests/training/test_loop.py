@@ -16,7 +16,7 @@ from tests.factories.training import (
     fit_and_record,
     flat_weights,
     no_report,
-    parse_json_file,
+    read_state,
     rising_scores,
     tiny_distillation,
 )
@@ -29,14 +29,39 @@ def test_number_of_steps_ignores_floating_point_noise(tmp_path):
     assert state.step == 11  # 1.1 * 10 is 11.000000000000002
 
 
-def scripted_scores(distillation, scores):
-    """A validation that saves the weights and gives the next of `scores`."""
+def scripted_scores(distillation, scores, losses=None):
+    """A validation that saves the weights and gives the next of `scores` and `losses`; by default, equal losses."""
     save_and_count = rising_scores(distillation)
 
-    def validate(folder):
-        return {"score": scores[int(save_and_count(folder)["score"]) - 1]}
+    def validate(folder, engine=None):
+        index = int(save_and_count(folder)["score"]) - 1
+        return {"score": scores[index], "val_loss": losses[index] if losses else 1.0}
 
     return validate
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [([4, 2, 3, 2], 2), ([4, 3, 2, 1], 3), ([4, 2, 2, 1], 2), ([1, 3, 4, 0], 2)]
+)
+def test_of_equal_scores_the_lower_loss_is_the_best_and_the_run_is_not_prolonged(losses, best, tmp_path):
+    distillation = tiny_distillation("bart", tmp_path / "t", n=8)
+    settings = SETTINGS.model_copy(update={"patience": 2, "epochs": 4, "checks_per_epoch": 2})
+    validate = scripted_scores(distillation, [1, 3, 3, 2, 9], losses)
+    _, state = fit_and_record(distillation, settings, tmp_path / "run", validate=validate)
+    assert (len(state.history), state.best_step) == (4, 2 * best)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{2 * best}"]
+
+
+@pytest.mark.parametrize(("checks_per_epoch", "validations"), [(4, 5), (10, 5), (2, 3)])
+def test_default_patience_is_one_epoch_also_where_an_epoch_has_fewer_steps_than_checks(
+    checks_per_epoch, validations, tmp_path
+):
+    """An epoch has 4 steps; the score never rises after the first validation."""
+    distillation = tiny_distillation("bart", tmp_path / "t", n=8)
+    settings = SETTINGS.model_copy(update={"patience": None, "epochs": 4, "checks_per_epoch": checks_per_epoch})
+    validate = scripted_scores(distillation, [9, *range(8, -8, -1)])
+    _, state = fit_and_record(distillation, settings, tmp_path / "run", validate=validate)
+    assert len(state.history) == validations
 
 
 @pytest.mark.parametrize(
@@ -60,10 +85,8 @@ def test_training_stops_when_patience_runs_out_and_keeps_the_best_checkpoint(pat
         report=lambda m, f: weights_at_validation.append(flat_weights(distillation.student)),
         validate=scripted_scores(distillation, scores),
     )[1]
-    assert (len(state.history), state.best_step, state.best_score) == (checks, 2 * best, scores[best - 1])
-    assert (
-        state.ended_early == parse_json_file(tmp_path / "run" / "state.json")["ended_early"] == (checks < len(scores))
-    )
+    assert (len(state.history), state.best_step, state.best["score"]) == (checks, 2 * best, scores[best - 1])
+    assert state.ended_early == read_state(tmp_path / "run").ended_early == (checks < len(scores))
     checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
     assert [p.name for p in checkpoints] == [f"checkpoint-{2 * best}"]
     assert torch.equal(torch.load(checkpoints[0] / "weights.pt"), weights_at_validation[best - 1])
@@ -85,7 +108,7 @@ def test_nan_metric_ends_the_run(tmp_path):
     distillation = tiny_distillation("bart", tmp_path / "t")
     with pytest.raises(NonFiniteLoss, match="val_loss is nan"):
         fit_and_record(
-            distillation, SETTINGS, tmp_path / "run", validate=lambda f: {"score": 0.0, "val_loss": math.nan}
+            distillation, SETTINGS, tmp_path / "run", validate=lambda f, e: {"score": 0.0, "val_loss": math.nan}
         )
 
 

@@ -30,6 +30,7 @@ from tests.factories.training import (
     no_report,
     parse_json_file,
     read_metrics,
+    read_state,
     text_pairs,
 )
 
@@ -58,7 +59,7 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
         assert (rows["validation"].shape, rows["test"].shape) == ((6,), (5,))
         assert rows["validation"].mean() == pytest.approx(result.metrics["rouge2"])
     assert sorted(p.name for p in folder.iterdir()) == [
-        *(".lock", "best", "input_fingerprints.json", "metrics.jsonl", "result.json", "rows.npz", "run.json")
+        *("best", "input_fingerprints.json", "metrics.jsonl", "result.json", "rows.npz", "run.json")
     ]
 
     metadata = parse_json_file(folder / "best" / "raydistill.json")
@@ -181,7 +182,7 @@ def test_preempted_run_is_saved_at_its_step_and_resumes_to_the_same_weights(work
 
     with pytest.raises(loop.Preempted, match="saved at step 5"):  # step 3 has a validation
         train(run, tmp_path / "run", no_report, RunInputs(), Worker(is_draining=is_draining))
-    assert parse_json_file(tmp_path / "run" / "state.json")["step"] == 5
+    assert read_state(tmp_path / "run").step == 5
     steps = []
     train(run, tmp_path / "run", lambda metrics, folder: steps.append(metrics["step"]))
     assert steps == [6, 9, 12]
@@ -200,10 +201,10 @@ def test_stopped_run_killed_while_scored_is_still_stopped(workspace, tmp_path, m
     whole = train(run, tmp_path / "whole", stop_at_second_validation(), RunInputs())
     score = validation.Validator.score
 
-    def interrupted_score(self, checkpoint, splits, beam):
+    def interrupted_score(self, checkpoint, *arguments):
         if checkpoint.name == "best":
             raise KeyboardInterrupt
-        return score(self, checkpoint, splits, beam)
+        return score(self, checkpoint, *arguments)
 
     monkeypatch.setattr(validation.Validator, "score", interrupted_score)
     with pytest.raises(KeyboardInterrupt):

@@ -10,15 +10,16 @@ import threading
 import pytest
 
 from raydistill.config.run import Run
-from raydistill.core.errors import UserError
+from raydistill.core import artifact
+from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.models.loading import load_model
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.tokenization import load_tokenizer
+from raydistill.training import run as training_run
 from raydistill.training import run_folder
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
-from raydistill.training.run_folder import run_lock
 from raydistill.training.tokenized_data import input_fingerprints
 from tests.factories.models import save_tiny
 from tests.factories.training import fail_if_called, make_run, no_report, parse_json_file
@@ -67,7 +68,7 @@ def test_resume_with_another_teacher_or_other_data_is_rejected(workspace, tmp_pa
         train(run, tmp_path / "run", interrupt)
     path = tmp_path / "run" / "input_fingerprints.json"
     recorded = parse_json_file(path)
-    assert recorded == input_fingerprints(run)
+    assert recorded == input_fingerprints(run).to_json()
     path.write_text(
         json.dumps(recorded | ({"teacher": "other"} if part == "teacher" else {"data": {"train": "other"}}))
     )
@@ -79,18 +80,20 @@ def test_resume_with_another_teacher_or_other_data_is_rejected(workspace, tmp_pa
 
 def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
     """A worker that outlives its driver still holds the lock: the next process waits for it."""
-    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 0.2)
-    with run_lock(tmp_path), pytest.raises(UserError, match="another process is training this run"):
-        train(make_run(workspace), tmp_path, fail_if_called)
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
-    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT_S", 30)
+    folder = tmp_path / "run"
+    monkeypatch.setattr(training_run, "LOCK_TIMEOUT_S", 0.2)
+    with artifact.lock(folder), pytest.raises(TransientError, match=r"run: in use by process \d+ on "):
+        train(make_run(workspace), folder, fail_if_called)
+    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(training_run, "LOCK_TIMEOUT_S", 30)
     hold_lock = (
-        "import filelock, sys, time; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from raydistill.core import artifact\n"
+        "with artifact.lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
     )
-    other_process = subprocess.Popen([sys.executable, "-c", hold_lock, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    other_process = subprocess.Popen([sys.executable, "-c", hold_lock, str(folder)], stdout=subprocess.PIPE)
     other_process.stdout.readline()
     threading.Timer(0.5, other_process.kill).start()
-    assert train(make_run(workspace), tmp_path, no_report).status == "done"
+    assert train(make_run(workspace), folder, no_report).status == "done"
     assert other_process.wait() == -signal.SIGKILL
 
 

@@ -14,8 +14,8 @@ from tests.factories.training import (
     fit_and_record,
     flat_weights,
     no_report,
-    parse_json_file,
     read_metrics,
+    read_state,
     rising_scores,
     tiny_distillation,
     with_cache,
@@ -84,7 +84,8 @@ def test_killed_run_resumes_to_the_weights_of_an_undisturbed_run(kill_point, opt
     assert state.step == 6
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state-6.safetensors", "state.json"]
+    assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state"]
+    assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["manifest.json", "step-6.safetensors"]
 
 
 def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tmp_path):
@@ -92,7 +93,7 @@ def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tm
     distillation = tiny_distillation("bart", tmp_path / "t")
     save_weights = rising_scores(distillation)
 
-    def slow_validation(folder):
+    def slow_validation(folder, engine):
         time.sleep(0.2)
         return save_weights(folder)
 
@@ -103,7 +104,7 @@ def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tm
     folder.mkdir()
     with pytest.raises(Killed):
         fit(step(), folder, slow_validation, kill_at_step(3), started_at=time.monotonic() - 5)
-    saved = parse_json_file(folder / "state.json")["seconds"]
+    saved = read_state(folder).seconds
     assert 5.6 <= saved < 8
     state = fit(step(), folder, slow_validation, no_report, started_at=time.monotonic() - 5)
     assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8

@@ -1,11 +1,15 @@
 """Scores of a student during and after training."""
 
+import itertools
 import json
 
 import pytest
 import torch
 
+from raydistill.core.errors import TransientError
+from raydistill.inference import ctranslate2_conversion
 from raydistill.models.loading import load_model
+from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import load_tokenizer
 from raydistill.training import validation
 from raydistill.training.run import train
@@ -45,9 +49,9 @@ def test_validations_have_their_own_decoding_and_final_scores_that_of_the_run(wo
     calls = []
     score = validation.Validator.score
 
-    def recording_score(self, checkpoint, splits, beam):
+    def recording_score(self, checkpoint, splits, beam, engine):
         calls.append((checkpoint.name == "best", *splits, beam.beams, beam.length_penalty, beam.max_length))
-        return score(self, checkpoint, splits, beam)
+        return score(self, checkpoint, splits, beam, engine)
 
     monkeypatch.setattr(validation.Validator, "score", recording_score)
     run = make_run(
@@ -61,3 +65,44 @@ def test_validations_have_their_own_decoding_and_final_scores_that_of_the_run(wo
         (False, "validation", 2, 0.5, 8),
         (True, "validation", "test", 3, 1.5, 8),
     ]
+
+
+def test_all_validations_of_a_run_use_one_engine(workspace, tmp_path, monkeypatch):
+    """CTranslate2 fails at the second of three validations, as it does while memory is low."""
+    run = make_run(workspace, training={"checks_per_epoch": 3})
+    whole = train(run, tmp_path / "whole", no_report)
+    assert (whole.engine, whole.test.engine) == ("ctranslate2 fp32", "ctranslate2 fp32")
+    convert, calls = ctranslate2_conversion.convert_to_ctranslate2, itertools.count(1)
+
+    def fail_at_second_call(*arguments):
+        if next(calls) == 2:
+            raise RuntimeError("not enough memory")
+        convert(*arguments)
+
+    monkeypatch.setattr(ctranslate2_conversion, "convert_to_ctranslate2", fail_at_second_call)
+    with pytest.raises(TransientError, match=r"not enough memory.* run the same command again"):
+        train(run, tmp_path / "run", no_report)
+    assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["ctranslate2 fp32"]
+    resumed = train(run, tmp_path / "run", no_report)
+    assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["ctranslate2 fp32"] * 3
+    assert (resumed.engine, resumed.best_step, resumed.test) == (whole.engine, whole.best_step, whole.test)
+
+
+def test_engine_of_the_first_validation_scores_the_whole_run(workspace, tmp_path, monkeypatch):
+    """CTranslate2 fails at the first validation only: transformers scores all of them."""
+    convert, calls = ctranslate2_conversion.convert_to_ctranslate2, itertools.count(1)
+
+    def fail_at_first_call(*arguments):
+        if next(calls) == 1:
+            raise RuntimeError("not enough memory")
+        convert(*arguments)
+
+    monkeypatch.setattr(ctranslate2_conversion, "convert_to_ctranslate2", fail_at_first_call)
+    result = train(make_run(workspace), tmp_path / "run", no_report)
+    assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["transformers fp32"] * 2
+    assert (result.engine, result.test.engine) == ("transformers fp32", "transformers fp32")
+    scores = CheckpointMetadata.read_from(tmp_path / "run" / "best").scores
+    assert {split: split_scores.engine for split, split_scores in scores.items()} == {
+        "validation": "transformers fp32",
+        "test": "transformers fp32",
+    }
