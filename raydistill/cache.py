@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -9,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from raydistill._app import make_app, run_app
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
@@ -97,7 +100,7 @@ def remove(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete stores and conversions by name or by days since the last use.
+    """Delete stores and conversions by name or by days since the last use, and folders that killed commands left.
 
     A run that reads a deleted store or conversion fails.
     """
@@ -110,9 +113,19 @@ def remove(
     for entry in selected.values():
         entry.remove()
         print_text(f"removed {entry.name}: {_format_gb(entry.size_bytes)} GB", as_json)
+    _remove_leftovers()
     if not selected:
         print_text("nothing to remove", as_json)
     print_json({"removed": [entry.to_json() for entry in selected.values()]}, as_json)
+
+
+def _remove_leftovers() -> None:
+    """Delete the temporary folders of killed commands; those of running commands are locked."""
+    root = raydistill_home() / "cache"
+    for parent in (root, *(root / name for name in conversions.KINDS)):
+        for folder in artifact.artifacts_with_leftovers(parent):
+            with suppress(LockHeld), artifact.lock(folder):
+                artifact.remove_leftovers(folder)
 
 
 def _list_stores() -> list[CacheEntry]:

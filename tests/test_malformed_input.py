@@ -25,6 +25,7 @@ from raydistill.config.loader import read_yaml
 from raydistill.config.run import Dataset, Run
 from raydistill.config.space import Space, read_space
 from raydistill.config.validation import validate
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION, read_json, write_json_atomic
 from raydistill.data import readers
@@ -32,7 +33,7 @@ from raydistill.data.corpus import Row, inspect_corpus, read_corpus
 from raydistill.data.streaming import scan_split, usable_rows
 from raydistill.label_sets import label_set
 from raydistill.label_sets.batch_plan import make_plan, open_plan
-from raydistill.models import loading, tokenization
+from raydistill.models import conversions, loading, tokenization
 from raydistill.results.selection import load_selection
 from raydistill.results.tables import result_tables
 from raydistill.search.study import SweepStudy
@@ -416,6 +417,27 @@ def test_teacher_caches(check_property, tmp_path, monkeypatch, capsys):
 
     manifest = store.CacheManifest(kind=store.KIND, parts=1, bytes=2, device_seconds=1.5, files={"part-000000.bin": 2})
     check_property(check, corrupt_json(info), corrupt_json(manifest.to_json()), few=60)
+
+
+def test_conversions(check_property, tmp_path, monkeypatch, capsys):
+    """A damaged conversion is listed and built again; a changed note in a whole one is accepted."""
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
+    folder = tmp_path / "cache" / "ctranslate2" / "0123456789abcdef"
+    manifest = conversions.make_manifest(folder, "conversion", "owner/name").model_copy(update={"files": {"a": 1}})
+
+    def build():
+        with artifact.build(folder, lambda: manifest) as temporary:
+            (temporary / "a").write_text("a")
+
+    def check(content):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_bytes(content)
+        run_command(monkeypatch, cache_command.app, "list --json")
+        opened = conversions.ensure_built(folder, "conversion", build)
+        assert opened.kind == "conversion"
+        assert all((folder / name).stat().st_size == size for name, size in opened.files.items())
+
+    check_property(check, corrupt_json(manifest.to_json()), few=60)
 
 
 def test_studies(check_property, tmp_path):

@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -36,6 +37,7 @@ from raydistill.core.files import OLD_SUFFIX, PARSE_ERRORS, TEMPORARY_SUFFIX, fs
 from raydistill.core.records import Record
 
 MANIFEST = "manifest.json"
+_SIBLING = rf"\.(?P<name>.+)\.[0-9a-f]{{8}}({re.escape(TEMPORARY_SUFFIX)}|{re.escape(OLD_SUFFIX)})"
 MAX_REPLACEMENTS = 10  # that other processes may finish while `is_complete` looks at a folder
 
 
@@ -205,6 +207,12 @@ def remove_leftovers(folder: Path) -> None:
     _finish_replacement(folder)
     for path in _siblings(folder, TEMPORARY_SUFFIX, OLD_SUFFIX):
         _delete(path)
+
+
+def artifacts_with_leftovers(parent: Path) -> list[Path]:
+    """The artifacts in a folder that have temporary or replaced folders, of killed processes or of running ones."""
+    names = (re.fullmatch(_SIBLING, path.name) for path in parent.glob(".*/"))
+    return sorted({parent / match["name"] for match in names if match})
 
 
 def _publish(temporary: Path, folder: Path) -> None:

@@ -94,6 +94,20 @@ def test_use_of_a_conversion_resets_its_age(conversions, tmp_path):
     assert safetensors.exists()
 
 
+def test_folders_of_killed_commands_are_deleted_and_those_of_running_ones_kept(conversions, tmp_path):
+    cache = tmp_path / "outputs" / "cache"
+    names = ["ctranslate2/.killed.0123abcd.tmp", "safetensors/.killed.0123abcd.old", ".encoder-a.0123abcd.old"]
+    for name in [*names, "ctranslate2/.running.0123abcd.tmp"]:
+        (cache / name).mkdir()
+        (cache / name / "model.bin").write_bytes(b"half")
+    with artifact.lock(cache / "ctranslate2" / "running"):
+        result = command(tmp_path / "outputs", "cache", "remove", "--unused-days", "1")
+    assert result.returncode == 0
+    assert not [name for name in names if (cache / name).exists()]
+    assert (cache / "ctranslate2" / ".running.0123abcd.tmp" / "model.bin").exists()
+    assert all(folder.exists() for folder in conversions.values())
+
+
 def test_conversion_that_another_process_uses_is_not_removed(conversions, tmp_path):
     name, folder = next(iter(conversions.items()))
     with artifact.lock(folder):

@@ -81,6 +81,28 @@ def test_conversion_that_is_wrong_on_calibration_rows_is_an_error(tmp_path):
     assert open_engine(folder, options=EngineOptions(cache_dir=cache), calibration=calibration).name == "transformers"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"schema": 2, "max_logprob_diff": 0.5}', "log-probabilities of its converted model are off by up to 0.5"),
+        ('{"schema": 2, "max_logprob_diff": null}', "log-probabilities of its converted model are off by up to nan"),
+        ('{"schema": 2}', r"rows-.*\.json: damaged: max_logprob_diff: Field required"),
+        ('{"sche', r"rows-.*\.json: damaged"),
+    ],
+)
+def test_stored_calibration_result_is_used_and_a_damaged_one_is_an_error(content, message, tmp_path):
+    folder = save_tiny("bart", tmp_path / "m")
+    options = EngineOptions(cache_dir=tmp_path / "cache", allow_fallback=False)
+    calibration = CalibrationRows(tuple(TEXTS[:3]), GREEDY, 50)
+    engine = open_engine(folder, options=options, calibration=calibration)
+    assert isinstance(engine, CTranslate2Engine)
+    [path] = engine.folder.glob("rows-*.json")
+    assert json.loads(path.read_text())["max_logprob_diff"] < 0.1
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_engine(folder, options=options, calibration=calibration)
+
+
 @pytest.mark.skipif(not has_avx512(), reason="without AVX512, int8 products of this random model saturate")
 def test_int8_engine_of_a_correct_conversion_passes_calibration(tmp_path):
     folder = save_tiny("bart", tmp_path / "m")

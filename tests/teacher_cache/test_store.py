@@ -14,6 +14,7 @@ from raydistill.core.files import SCHEMA_VERSION
 from raydistill.teacher_cache import store
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.reader import open_encoder_states
+from tests.factories.kills import kill_at_every_step
 from tests.factories.teacher_cache import cache_examples, cache_layout
 
 
@@ -44,6 +45,30 @@ def test_stores_are_listed_by_last_use_and_removed(teacher, tmp_path):
     store.remove(stores[1])
     assert layout.is_incomplete()
     assert [info.folder for info in store.list_stores(tmp_path)] == layout.decoder_stores
+
+
+def test_a_kill_at_any_step_of_a_removal_leaves_a_whole_store_or_none(tmp_path):
+    layout = cache_layout(tmp_path / "cache", cache_examples(2), encoder=False, layers=[0])
+    [array] = layout.array_sizes
+
+    def prepare():
+        layout.prepare()
+        store.write_part(array, 0, np.zeros((3, 16), np.float32))
+        store.finish_array(array, 1, 192)
+
+    def remove():
+        for info in store.list_stores(layout.root):
+            store.remove(info)
+
+    def content(folder):
+        names = [info.folder.name for info in store.list_stores(layout.root)]
+        assert names in ([], [folder.name])
+        return bool(names and store.open_array(array).files["part-000000.bin"])
+
+    layout.root.mkdir()
+    states = kill_at_every_step(remove, prepare, array.parent, content)
+    assert states == sorted(states, reverse=True)
+    assert set(states) == {True, False}
 
 
 def test_store_that_is_being_built_is_not_removed(teacher, tmp_path):
