@@ -51,11 +51,11 @@ def choose(
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
     requested = parse_bounds(within or [])
-    from raydistill.cluster import sync
+    from raydistill.cluster import snapshots
     from raydistill.results.records import find_sweep
     from raydistill.results.selection import load_selection
 
-    sync.pull(raydistill_home() / "sweeps" / sweep, patterns=sync.RECORD_PATTERNS)
+    snapshots.pull_records(raydistill_home() / "sweeps" / sweep)
     selection = load_selection(find_sweep(sweep))
     budget_choices = [_choose_within(selection, requested, name)] if requested else _stored_choices(selection, name)
     results = [_deliver_choice(selection, item, register, as_json) for item in budget_choices]
@@ -186,9 +186,11 @@ def _format_export(export_folder: Path | None, trial: "Trial") -> str:
 
 def _export_student(selection: "Selection", key: str, budget: str) -> Path | None:
     """The folder of the exported student; None if its checkpoint was deleted."""
+    from raydistill.tracking.checkpoints import download_checkpoint
     from raydistill.tracking.export import export_student
 
-    return export_student(selection, key, budget) if selection.student(key).checkpoint else None
+    has_checkpoint = download_checkpoint(selection.student(key)).checkpoint is not None
+    return export_student(selection, key, budget) if has_checkpoint else None
 
 
 def _register_student(

@@ -36,13 +36,13 @@ def report(
 
     Example: `raydistill report mini_table5 mini_table9 mini_table10`
     """
-    from raydistill.cluster import sync
+    from raydistill.cluster import snapshots
     from raydistill.paper.plots import plot_figure_1, plot_figure_2
     from raydistill.paper.seed_groups import load_seed_groups
     from raydistill.paper.tables import describe_sweeps, make_tables
     from raydistill.results.records import find_sweep
 
-    sync.pull(*(raydistill_home() / "sweeps" / name for name in sweeps), patterns=sync.RECORD_PATTERNS)
+    snapshots.pull_records(*(raydistill_home() / "sweeps" / name for name in sweeps))
     folders = list(dict.fromkeys(find_sweep(name) for name in sweeps))
     loaded_sweeps, seed_groups = load_seed_groups(folders)
     tables = make_tables(loaded_sweeps, seed_groups)

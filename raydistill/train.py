@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raydistill._app import make_app, run_app
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots
 from raydistill.core.console import format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
@@ -98,6 +98,7 @@ def train_run(run: Any, folder: Path) -> "RunResult":
     from raydistill.training.run_folder import check_same_config, check_same_inputs
     from raydistill.training.tokenized_data import input_fingerprints
 
+    snapshots.pull(folder)
     if (folder / RUN_FILE).is_file():
         check_same_config(folder, run)
     if (folder / FINGERPRINTS_FILE).is_file():
@@ -111,6 +112,7 @@ def train_run(run: Any, folder: Path) -> "RunResult":
         check_capacity(run, device)
         print_progress(f"run {run.name}: method {run.method} on {device}, in {folder}")
         inputs = prepare_run_inputs(run, device, folder)
+        snapshots.save(folder)
         with MetricsFollower(folder):
             return train_with_ray_train(TrainJob(run, folder, inputs), device=device)
 
@@ -138,7 +140,7 @@ class MetricsFollower:
         while True:
             is_last = self.closed.wait(1.0)
             with contextlib.suppress(UserError):  # the storage is unavailable; the next iteration tries again
-                sync.pull(self.path)
+                snapshots.pull_records(self.path.parent)
             lines = self._read_lines()
             for line in lines[self.num_reported :]:
                 print_progress(_describe_validation(json.loads(line)))

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots, sync
+from raydistill.core.files import write_atomic
 from raydistill.training.workers import set_torch_threads
 
 
@@ -23,7 +24,7 @@ def run_exclusive(
 
     Args:
         input_paths: Files and folders that are copied to that machine first, if the machines share no folder.
-        output_paths: Files and folders that are copied back afterwards.
+        output_paths: Small files that are copied back afterwards.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -39,9 +40,10 @@ def run_exclusive(
     }
     task = ray.remote(**options)(_run_with_threads)
     input_paths, output_paths = list(input_paths), list(output_paths)
-    sync.push(*input_paths)
-    result = ray.get(task.remote(function, args, device, cpus, input_paths, output_paths))
-    sync.pull(*output_paths)
+    snapshots.save(*input_paths)
+    result, outputs = ray.get(task.remote(function, args, device, cpus, input_paths, output_paths))
+    for path, content in outputs.items():
+        write_atomic(path, content)
     return result
 
 
@@ -52,9 +54,9 @@ def _run_with_threads(
     threads: int,
     input_paths: list[Path],
     output_paths: list[Path],
-) -> Any:
+) -> tuple[Any, dict[Path, bytes]]:
+    """The result of the function, and the contents of its output files if the machines share no folder."""
     set_torch_threads(threads)
-    sync.pull(*input_paths)
+    snapshots.pull(*input_paths)
     result = function(*args, device, threads)
-    sync.push(*output_paths)
-    return result
+    return result, {path: path.read_bytes() for path in output_paths} if sync.open_storage() else {}

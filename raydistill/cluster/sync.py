@@ -1,44 +1,45 @@
-"""The storage shared by machines that share no folder: a bucket, or any other location that pyarrow can read.
+"""The storage shared by machines that share no folder: a bucket, or any other location that pyarrow can write.
 
 With RAYDISTILL_STORAGE (s3://BUCKET/FOLDER, gs://..., file:///...) each machine has its own RAYDISTILL_HOME, at the
-same path everywhere, which holds what the machine has downloaded. Results are uploaded as soon as they are complete, to
-the path that they have below the home. Without the variable the functions of this module do nothing, and the home must
-be a folder that all machines see.
+same path everywhere, which holds what the machine has downloaded. Without the variable the functions of this module and
+of snapshots.py do nothing, and the home must be a folder that all machines see.
+
+This module opens the storage and copies write-once files: outputs of batches, batch plans and parts of the teacher
+cache. Their paths determine their content, so a stored file is never replaced. Everything that changes, such as the
+folder of a run, is stored by snapshots.py.
 
 Object stores cannot rename. Each file is uploaded atomically, and the files that mark a folder as complete go last.
-Versions of a file are compared by size and modification time; a local copy takes the time of the stored object. Clocks
-of the machines must agree to within a second.
 """
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import TEMPORARY_SUFFIX, atomic_path, safe_join
+from raydistill.core.files import OLD_SUFFIX, TEMPORARY_SUFFIX, atomic_path, safe_join
 from raydistill.core.paths import raydistill_home
 from raydistill.core.secrets import has_credentials, redact
 
 STORAGE_ENV = "RAYDISTILL_STORAGE"
 MAX_TRANSFERS = 16  # at the same time
 # Files that mark the other files of their folder as complete; transferred last.
-COMPLETION_MARKERS = ("state.json", "manifest.json", "result.json")
-# Files that describe runs and sweeps, without the weights.
-RECORD_PATTERNS = ("*.json", "*.jsonl", "*.npz", "*.yaml", "study.log")
-CLOCK_TOLERANCE_NS = 10**9  # accepted difference between the clocks of two machines
-LOCAL_SUFFIXES = (".lock", TEMPORARY_SUFFIX, ".ray", ".engine")  # names with these endings are not synced
+COMPLETION_MARKERS = ("state.json", "manifest.json", "result.json", "sweep.json")
+LOCAL_SUFFIXES = (".lock", TEMPORARY_SUFFIX, OLD_SUFFIX, ".ray", ".engine")  # such names are not copied
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder of a pyarrow file system that mirrors a local folder.
+    """A folder of a pyarrow file system that mirrors a local folder. Names of objects are relative to the folder.
 
     Attributes:
         filesystem: The pyarrow.fs.FileSystem.
@@ -50,130 +51,146 @@ class Storage:
     root: str
     home: Path
 
-    def pull(self, path: Path, patterns: Iterable[str] = ()) -> None:
-        """Download the file or folder `path`: files that are missing here, or newer in the storage.
+    def name_of(self, path: Path) -> str:
+        """The name of the object that mirrors a local path."""
+        return path.relative_to(self.home).as_posix()
 
-        Args:
-            path: A path below `home`.
-            patterns: Glob patterns of file names; by default all files.
-        """
-        patterns = list(patterns) or ["*"]
-        remote = {
-            file: info
-            for file, info in self.list_files(path).items()
-            if any(fnmatch(file.name, pattern) for pattern in patterns)
-        }
-        self._transfer_all(
-            self._download, [(file, info) for file, info in remote.items() if _needs_download(file, info)]
-        )
-
-    def push(self, path: Path, *, mirror: bool = False) -> None:
-        """Upload the file or folder `path`: files that changed here and are not newer in the storage.
-
-        Args:
-            path: A path below `home`.
-            mirror: Also delete stored files that no longer exist here, such as replaced checkpoints.
-        """
-        remote = self.list_files(path)
-        candidates = path.rglob("*") if path.is_dir() else [path]
-        local = [file for file in candidates if file.is_file() and self._is_synced(file)]
-        changed = [
-            file
-            for file in local
-            if not (_is_unchanged(file, remote.get(file)) or _remote_is_newer(file, remote.get(file)))
-        ]
-        self._transfer_all(self._upload, [(file, None) for file in changed])
-        if mirror:
-            for stale in remote.keys() - set(local):
-                self.filesystem.delete_file(self._remote_path(stale))
-
-    def delete(self, path: Path) -> None:
-        """Delete the folder `path` from the storage."""
-        from pyarrow.fs import FileType
-
-        if self.filesystem.get_file_info(self._remote_path(path)).type == FileType.Directory:
-            self.filesystem.delete_dir(self._remote_path(path))
-
-    def list_files(self, path: Path) -> dict[Path, Any]:
-        """The stored files at or below `path`: pyarrow's FileInfo by local path.
-
-        Raises:
-            TransientError: The storage does not answer.
-        """
-        from pyarrow.fs import FileSelector, FileType
-
-        with _transient_errors():
-            infos = [self.filesystem.get_file_info(self._remote_path(path))]
-            if infos[0].type == FileType.Directory:
-                infos = self.filesystem.get_file_info(FileSelector(infos[0].path, recursive=True))
-        files = {self._local_path(info.path): info for info in infos if info.type == FileType.File}
-        return {file: info for file, info in files.items() if self._is_synced(file)}
-
-    def _download(self, path: Path, info: Any) -> None:
-        with self.filesystem.open_input_stream(info.path) as source, atomic_path(path) as temporary:
-            with temporary.open("wb") as file:
-                shutil.copyfileobj(source, file, 2**20)
-            os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
-
-    def _upload(self, path: Path, _: None) -> None:
-        from pyarrow.fs import LocalFileSystem
-
-        target = self._remote_path(path)
-        written = target
-        if isinstance(self.filesystem, LocalFileSystem):  # unlike an object, a local file is visible while it grows
-            written = f"{target}{TEMPORARY_SUFFIX}"
-            self.filesystem.create_dir(target.rpartition("/")[0])
-        try:
-            source = path.open("rb")
-        except FileNotFoundError:  # a checkpoint that was replaced in the meantime
-            return
-        with source, self.filesystem.open_output_stream(written) as stream:
-            shutil.copyfileobj(source, stream, 2**20)
-        if written != target:
-            self.filesystem.move(written, target)
-        mtime_ns = self.filesystem.get_file_info(target).mtime_ns
-        os.utime(path, ns=(mtime_ns, mtime_ns))
-
-    def _transfer_all(self, transfer: Callable[[Path, Any], None], files: list[tuple[Path, Any]]) -> None:
-        """Run transfers in parallel; completion markers follow when all other files have been transferred."""
-        with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
-            for markers in (False, True):
-                batch = [pair for pair in files if (pair[0].name in COMPLETION_MARKERS) == markers]
-                with _transient_errors():
-                    list(pool.map(lambda pair: transfer(*pair), batch))
-
-    def _is_synced(self, path: Path) -> bool:
-        return not any(part.endswith(LOCAL_SUFFIXES) for part in path.relative_to(self.home).parts)
-
-    def _local_path(self, remote: str) -> Path:
-        """The local path of an object; UserError if its name is outside the home."""
-        name = remote.removeprefix(f"{self.root}/")
+    def path_of(self, name: str) -> Path:
+        """The local path that an object mirrors; UserError if the path is outside the home."""
         try:
             safe_join(self.home, name)
         except ValueError as error:
             raise UserError(f"{STORAGE_ENV}: {error}; delete that object") from None
         return self.home / name
 
-    def _remote_path(self, path: Path) -> str:
-        return f"{self.root}/{path.relative_to(self.home).as_posix()}"
+    def list_objects(self, folder: str, *, recursive: bool = True) -> dict[str, int]:
+        """The names and sizes of the objects in a folder."""
+        from pyarrow.fs import FileSelector, FileType
+
+        selector = FileSelector(f"{self.root}/{folder}", recursive=recursive, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return {
+            info.path.removeprefix(f"{self.root}/"): info.size
+            for info in infos
+            if info.type == FileType.File and not info.path.endswith(TEMPORARY_SUFFIX)
+        }
+
+    def list_folders(self, folder: str) -> list[str]:
+        """The names of the folders in a folder."""
+        from pyarrow.fs import FileSelector, FileType
+
+        infos = self.filesystem.get_file_info(FileSelector(f"{self.root}/{folder}", allow_not_found=True))
+        return [info.path.removeprefix(f"{self.root}/") for info in infos if info.type == FileType.Directory]
+
+    def upload(self, source: Path, name: str) -> int:
+        """Upload a file, and return its size."""
+        with source.open("rb") as file:
+            return self._write(file, name)
+
+    def write(self, content: bytes, name: str) -> None:
+        """Write an object."""
+        self._write(BytesIO(content), name)
+
+    def read(self, name: str) -> bytes:
+        """The content of an object; FileNotFoundError if there is none."""
+        with self.filesystem.open_input_stream(f"{self.root}/{name}") as stream:
+            return bytes(stream.read())
+
+    def download(self, name: str, path: Path, mtime_ns: int | None = None) -> None:
+        """Download an object to a local path, and set the modification time of the file."""
+        with self.filesystem.open_input_stream(f"{self.root}/{name}") as source, atomic_path(path) as temporary:
+            with temporary.open("wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+            if mtime_ns is not None:
+                os.utime(temporary, ns=(mtime_ns, mtime_ns))
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that do not exist are skipped."""
+
+        def delete_object(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.filesystem.delete_file(f"{self.root}/{name}")
+
+        in_parallel(delete_object, names)
+
+    def delete_folder(self, folder: str) -> None:
+        """Delete all objects in a folder."""
+        from pyarrow.fs import FileType
+
+        if self.filesystem.get_file_info(f"{self.root}/{folder}").type == FileType.Directory:
+            self.filesystem.delete_dir(f"{self.root}/{folder}")
+
+    def push(self, path: Path) -> None:
+        """Upload the files at or below a path that are not stored."""
+        paths = path.rglob("*") if path.is_dir() else [path]
+        files = {self.name_of(file): file for file in paths if file.is_file() and is_synced(file, self.home)}
+        missing = sorted(files.keys() - self._stored_sizes(path).keys())
+        markers_last(lambda name: self.upload(files[name], name), missing)
+
+    def pull(self, path: Path, names: Collection[str] = ()) -> None:
+        """Download the stored files at or below a path that are missing here or have another size; all, or by name."""
+        sizes = self._stored_sizes(path)
+        files = {name: self.path_of(name) for name in sizes if not names or name.rpartition("/")[2] in names}
+        missing = [
+            name
+            for name, file in files.items()
+            if is_synced(file, self.home) and not (file.is_file() and file.stat().st_size == sizes[name])
+        ]
+        markers_last(lambda name: self.download(name, files[name]), missing)
+
+    def _stored_sizes(self, path: Path) -> dict[str, int]:
+        """The names and sizes of the objects at or below a path."""
+        from pyarrow.fs import FileType
+
+        name = self.name_of(path)
+        info = self.filesystem.get_file_info(f"{self.root}/{name}")
+        return {name: info.size} if info.type == FileType.File else self.list_objects(name)
+
+    def _write(self, source: BinaryIO, name: str) -> int:
+        from pyarrow.fs import LocalFileSystem
+
+        target = written = f"{self.root}/{name}"
+        if isinstance(self.filesystem, LocalFileSystem):  # unlike an object, a local file is visible while it grows
+            written = f"{target}{TEMPORARY_SUFFIX}"
+            self.filesystem.create_dir(target.rpartition("/")[0])
+        with self.filesystem.open_output_stream(written) as stream:
+            shutil.copyfileobj(source, stream, 2**20)
+        if written != target:
+            self.filesystem.move(written, target)
+        return source.tell()
 
 
-def pull(*paths: Path, patterns: Iterable[str] = ()) -> None:
-    """`Storage.pull` for each path below the home; does nothing without RAYDISTILL_STORAGE."""
-    for storage, path in _synced_paths(paths):
-        storage.pull(path, patterns)
+def push(*paths: Path) -> None:
+    """Upload write-once files: the files at or below the paths that the storage lacks.
+
+    Raises:
+        TransientError: The storage does not answer.
+    """
+    for storage, path in synced_paths(paths):
+        with transient_errors():
+            storage.push(path)
 
 
-def push(*paths: Path, mirror: bool = False) -> None:
-    """`Storage.push` for each path below the home; does nothing without RAYDISTILL_STORAGE."""
-    for storage, path in _synced_paths(paths):
-        storage.push(path, mirror=mirror)
+def pull(*paths: Path, names: Collection[str] = ()) -> None:
+    """Download write-once files: the files at or below the paths that this machine lacks.
+
+    Args:
+        paths: Paths below the home.
+        names: Names of files; by default all files.
+
+    Raises:
+        TransientError: The storage does not answer.
+    """
+    for storage, path in synced_paths(paths):
+        with transient_errors():
+            storage.pull(path, names)
 
 
-def delete(path: Path) -> None:
-    """`Storage.delete` for a path below the home; does nothing without RAYDISTILL_STORAGE."""
-    for storage, synced_path in _synced_paths([path]):
-        storage.delete(synced_path)
+def delete(folder: Path) -> None:
+    """Delete a folder of write-once files from the storage. The caller holds the lock of what the folder belongs to."""
+    for storage, path in synced_paths([folder]):
+        with transient_errors():
+            storage.delete_folder(storage.name_of(path))
 
 
 def ray_storage_options(folder: Path) -> dict[str, Any]:
@@ -181,8 +198,7 @@ def ray_storage_options(folder: Path) -> dict[str, Any]:
     storage = open_storage()
     if storage is None:
         return {"storage_path": str(folder)}
-    path = f"{storage.root}/{folder.relative_to(storage.home).as_posix()}"
-    return {"storage_path": path, "storage_filesystem": storage.filesystem}
+    return {"storage_path": f"{storage.root}/{storage.name_of(folder)}", "storage_filesystem": storage.filesystem}
 
 
 def open_storage() -> Storage | None:
@@ -216,8 +232,35 @@ def _open_uri(uri: str, local_home: Path) -> Storage:
     return Storage(filesystem, root.rstrip("/"), local_home)
 
 
+def synced_paths(paths: Iterable[Path]) -> list[tuple[Storage, Path]]:
+    """The paths below the home, as absolute paths with the storage; none without a storage."""
+    storage = open_storage()
+    if storage is None:
+        return []
+    absolute = dict.fromkeys(path.absolute() for path in paths)
+    return [(storage, path) for path in absolute if path.is_relative_to(storage.home)]
+
+
+def is_synced(path: Path, folder: Path) -> bool:
+    """Whether a file below a folder is copied: no part of its path is a lock, temporary or local to the machine."""
+    return not any(part.endswith(LOCAL_SUFFIXES) for part in path.relative_to(folder).parts)
+
+
+def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """The results of a function for several items, computed in threads; raises the first error."""
+    with ThreadPoolExecutor(MAX_TRANSFERS) as pool:
+        return list(pool.map(function, items))
+
+
+def markers_last(transfer: Callable[[str], Any], names: Collection[str]) -> None:
+    """Transfer files by name in parallel; completion markers follow when all other files have been transferred."""
+    markers = [name for name in names if name.rpartition("/")[2] in COMPLETION_MARKERS]
+    in_parallel(transfer, [name for name in names if name not in markers])
+    in_parallel(transfer, markers)
+
+
 @contextlib.contextmanager
-def _transient_errors() -> Iterator[None]:
+def transient_errors() -> Iterator[None]:
     """Context in which an OSError of the storage or of a disk becomes a TransientError."""
     try:
         yield
@@ -225,31 +268,3 @@ def _transient_errors() -> Iterator[None]:
         raise TransientError(
             f"{STORAGE_ENV}: {redact(str(error))[:300]}. Nothing is lost: run the same command again"
         ) from None
-
-
-def _synced_paths(paths: Iterable[Path]) -> list[tuple[Storage, Path]]:
-    storage = open_storage()
-    if storage is None:
-        return []
-    absolute = [path.absolute() for path in paths]
-    return [(storage, path) for path in absolute if path.is_relative_to(storage.home)]
-
-
-def _is_unchanged(path: Path, remote: Any) -> bool:
-    """Whether the local file is the stored one, or has been deleted."""
-    try:
-        local = path.stat()
-    except FileNotFoundError:
-        return True
-    return remote is not None and (local.st_size, local.st_mtime_ns) == (remote.size, remote.mtime_ns)
-
-
-def _needs_download(path: Path, remote: Any) -> bool:
-    """Whether the stored file differs from the local one and is not older, or there is no local file."""
-    return not path.is_file() or (not _is_unchanged(path, remote) and remote.mtime_ns >= path.stat().st_mtime_ns)
-
-
-def _remote_is_newer(path: Path, remote: Any) -> bool:
-    """Whether another machine uploaded the file after the local one was written or downloaded."""
-    # st_ctime is when the local file was created or last changed; st_mtime survives copying and unpacking.
-    return remote is not None and path.is_file() and remote.mtime_ns > path.stat().st_ctime_ns + CLOCK_TOLERANCE_NS

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots, sync
 from raydistill.cluster.actor_pool import BatchStats, max_actors, run_batches
 from raydistill.config.presets import resolve_metric, teacher_preset
 from raydistill.config.run import Dataset, Decoding, PseudoLabeling
@@ -134,7 +134,7 @@ def pseudolabel(
     if rules == type(rules)():  # no rules
         return folder
     curated = curate(folder, job.dataset, job.split, rules, job.resolved_metric)
-    sync.push(curated)
+    snapshots.save(curated)
     return curated
 
 
@@ -217,7 +217,7 @@ def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
 def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
     """Build or resume the label set of a task. The caller holds its lock."""
     folder, work_dir = task.folder, task.work_dir
-    sync.pull(folder, work_dir)
+    snapshots.pull(folder)
     if artifact.is_complete(folder):
         if not task.job.allow_fallback and (reason := read_pseudolabel_manifest(folder).engine_fallback_reason):
             raise UserError(
@@ -227,6 +227,7 @@ def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
         if task.verbose:
             print_progress(f"pseudo-labels: already complete ({scan.rows} rows): {folder}")
         return
+    sync.pull(work_dir)
     plan = open_plan(task.plan_dir) or _make_plan(task, scan)
     (work_dir / "out").mkdir(exist_ok=True)
     missing = [n for n in range(len(plan)) if not is_batch_complete(batch_output_path(work_dir, n))]
@@ -237,7 +238,7 @@ def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
         _label_batches(task, plan, missing)
         sync.pull(work_dir)
     merge_outputs(plan, work_dir, folder, task.description, task.job.resolved_metric, scan.labelled)
-    sync.push(folder)
+    snapshots.save(folder)
     sync.delete(work_dir)
     shutil.rmtree(work_dir, ignore_errors=True)
 
@@ -260,10 +261,11 @@ def _label_batches(task: LabelTask, plan: BatchPlan, batch_numbers: list[int]) -
         rows = sum(plan.batch_rows[n] for n in batch_numbers)
         actors = min(max_actors(task.device, task.job.threads), len(batch_numbers))
         print_progress(f"pseudo-labels: {rows} rows to label in {len(batch_numbers)} batches by {actors} teachers")
-    sync.push(task.teacher_path)
+    snapshots.save(task.teacher_path)
 
     def make_labeller() -> Callable[[int], BatchStats]:
-        sync.pull(task.teacher_path, task.plan_dir, engine_path(task.work_dir))
+        snapshots.pull(task.teacher_path)
+        sync.pull(task.plan_dir, engine_path(task.work_dir))
         return Labeller(task, plan)
 
     try:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydistill.cluster import snapshots
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.label_sources import parse_labels
 from raydistill.config.run import Decoding, Run
@@ -19,7 +20,7 @@ from raydistill.jobs.teacher_cache import (
 )
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.teacher_cache.policy import CacheMode
-from raydistill.training.inputs import LabelFolders, RunInputs, run_label_folders
+from raydistill.training.inputs import LabelFolders, RunInputs, input_paths, run_label_folders
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total
         record_path: The file that records how the cache was decided, so that a resumed sweep keeps the decision.
         total_epochs: Training epochs over all trials.
     """
+    snapshots.save(*{path for run in runs for path in input_paths(run)})
     compute_dtype = _resolve_compute_dtype(runs, device, record_path)
     label_folders, label_hours = _make_label_sets(runs, device)
     cache = _make_teacher_cache(runs, label_folders, device, record_path, total_epochs, compute_dtype)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots, sync
 from raydistill.cluster.actor_pool import BatchStats, run_batches
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.run import Run, Training
@@ -160,14 +160,13 @@ def _build_missing_parts(request: CacheRequest, mode: CacheMode, layout: CacheLa
     def make_function() -> Callable[[int], BatchStats]:
         return _make_part_function(request, mode)
 
-    sync.push(*request.input_paths())
     run_batches(missing, make_function, device=request.device, on_done=on_done)
     sync.pull(*layout.array_sizes)
 
 
 def _pull_manifests(layout: CacheLayout) -> None:
     """Copy the records of the stores from the storage, but not the parts, which may be many gigabytes."""
-    sync.pull(*layout.stores, patterns=[store.ABOUT_FILE, MANIFEST])
+    sync.pull(*layout.stores, names=[store.ABOUT_FILE, MANIFEST])
 
 
 def _make_part_function(request: CacheRequest, mode: CacheMode) -> Callable[[int], BatchStats]:
@@ -176,7 +175,7 @@ def _make_part_function(request: CacheRequest, mode: CacheMode) -> Callable[[int
     import torch
 
     torch.set_num_threads(1)
-    sync.pull(*request.input_paths())
+    snapshots.pull(*request.input_paths())
     teacher, layout = _load_teacher(request, request.device), request.make_layout(mode)
     _pull_manifests(layout)
 

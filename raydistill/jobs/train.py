@@ -5,11 +5,13 @@ Ray Train serves GPUs, several workers and the `train` command; reused Ray Tune 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots, sync
 from raydistill.cluster.actor_pool import slots, slots_per_node, worker_resources
 from raydistill.cluster.drain import DrainMonitor
 from raydistill.config.run import Run
@@ -45,8 +47,8 @@ class TrainJob:
 
     @property
     def input_paths(self) -> list[Path]:
-        """The folders that the run reads: teacher, checkpoint to copy from, label sets, teacher cache."""
-        return [*input_paths(self.run), *self.inputs.label_folders.values(), *self.inputs.store_folders]
+        """The folders that the run reads: teacher, checkpoint to copy from, label sets."""
+        return [*input_paths(self.run), *self.inputs.label_folders.values()]
 
 
 def resolve_launcher(run: Run, device: str) -> str:
@@ -102,14 +104,13 @@ def train_with_ray_train(
     from ray.train import TrainingFailedError
 
     trainer = _make_trainer(job, device, retries, callbacks or [])
-    sync.push(job.folder, *job.input_paths)
     try:
         fit_result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise _worker_error(error) from None
     if fit_result.return_value:
         raise UserError(fit_result.return_value)
-    sync.pull(job.folder)
+    snapshots.pull(job.folder)
     return RunResult.read(job.folder / RESULT_FILE)
 
 
@@ -199,23 +200,19 @@ def _train_worker(config: dict[str, Any]) -> str | None:
 def train_and_sync(job: TrainJob, report: ReportFn, worker: Worker) -> RunResult | None:
     """Execute a run in a worker on machines that may share no folder.
 
-    Downloads the run's folder and inputs first. The main worker uploads the run's folder after every validation, at the
-    end, and after a preemption.
+    The main worker claims the run's folder, so that a worker that was cut off can no longer change the stored folder.
+    It uploads the folder after every validation, at the end, and after a preemption.
     """
-
-    def push_folder() -> None:
-        if worker.is_main_process:
-            sync.push(job.folder, mirror=True)
-
-    def push_and_report(metrics: Metrics, folder: Path | None) -> str | None:
-        push_folder()
-        return report(metrics, folder)
-
-    sync.pull(job.folder, *job.input_paths)
-    try:
-        result = job.train_fn(job.run, job.folder, push_and_report, job.inputs, worker)
-    except Preempted:
-        push_folder()
-        raise
-    push_folder()
-    return result
+    upload, download = partial(snapshots.save, job.folder), partial(snapshots.pull, job.folder)
+    worker = replace(worker, upload_folder=upload, download_folder=download)
+    snapshots.pull(*job.input_paths)
+    sync.pull(*job.inputs.store_folders)
+    with snapshots.writer(job.folder) if worker.is_main_process else nullcontext():
+        worker.share_folder()
+        try:
+            result = job.train_fn(job.run, job.folder, report, job.inputs, worker)
+        except Preempted:
+            worker.save_folder()
+            raise
+        worker.save_folder()
+        return result

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from raydistill.cluster import snapshots
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
@@ -67,7 +68,8 @@ class ServingTask:
     def execute(self, device: str) -> list[dict[str, Any]]:
         """`serve_checkpoint` on the machine that times everything, without other load of this cluster."""
         outputs = [self.rows_path(asdict(decoding)) for decoding in self.pending.decodings]
-        inputs = [Path(self.pending.checkpoint)]
+        folder, checkpoint = self.pending.folder, Path(self.pending.checkpoint)
+        inputs = [folder if checkpoint.is_relative_to(folder) else checkpoint]  # a trial's folder is stored whole
         return run_exclusive(serve_checkpoint, self, device=device, input_paths=inputs, output_paths=outputs)
 
 
@@ -104,6 +106,7 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
         for pending in unserved:
             entries = ServingTask(pending, run, teacher["metric"], "validation").execute(device)
             merge_served(pending.folder, entries)
+            snapshots.save(pending.folder)
             background_cores = max(background_cores, *(entry["background_cores"] for entry in entries))
         warn_background_load(background_cores, REMEASURE_REMEDY)
     if (sweep / SERVED_FILE).is_file() and not _is_reference_hardware(sweep, machine):
@@ -128,6 +131,7 @@ def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: H
         teacher: The teacher's record from sweep.json.
         machine: The known properties of the hardware; unknown properties are not compared.
     """
+    snapshots.pull(*(trial.folder for trial in select_finalists(sweep)))
     finalists = [trial for trial in select_finalists(sweep) if trial.checkpoint]
     if not finalists:
         return []
@@ -193,6 +197,7 @@ def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: st
             if decoding_key(entry) == _key(decoding):
                 entry["test"] = {**result["metrics"], "interval": result["interval"]}
         write_json_atomic(student.folder / SERVED_FILE, served)
+        snapshots.save(student.folder)
 
 
 def serve_checkpoint(task: ServingTask, device: str, threads: int) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from raydistill.config.space import Space, corner_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
-from raydistill.core.paths import raydistill_home
 from raydistill.evaluation.latency import warn_background_load
 from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, prepare_shared_inputs
 from raydistill.results.costs import total_pass_hours
@@ -119,16 +118,7 @@ def _time_shapes(
     print_progress(
         f"latency: timing {len(sizes)} shapes, one at a time on an otherwise idle machine ({', '.join(sizes)})"
     )
-    table = raydistill_home() / "latency.json"
-    costs = run_exclusive(
-        time_shapes,
-        runs[0],
-        sizes,
-        timing,
-        device=device,
-        input_paths=[table, *input_paths(runs[0])],
-        output_paths=[table],
-    )
+    costs = run_exclusive(time_shapes, runs[0], sizes, timing, device=device, input_paths=input_paths(runs[0]))
     background_cores = max(row.pop("background_cores") for rows in costs.values() for row in rows)
     warn_background_load(background_cores, "the next sweep times the shapes again")
     base = costs[teacher["size"]][0]["latency_ms"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.tune import Callback
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots
 from raydistill.config.space import Search
 from raydistill.core.console import print_progress
 from raydistill.results.records import Trial, count_finished_trials, device_hours, read_trials
@@ -49,7 +49,7 @@ class ProgressCallback(Callback):
             if "score" in result:
                 print_progress(f"  {_name(trial)}: step {result.get('step')}, {self.metric} {result['score']:.2f}")
             return
-        sync.pull(self.sweep / "trials" / trial.config["key"], patterns=sync.RECORD_PATTERNS)
+        snapshots.pull_records(self.sweep / "trials" / trial.config["key"])
         now = time.monotonic()
         seconds = now - self.trial_start_times.get(trial.trial_id, now)
         outcome = f"{self.metric} {result['score']:.2f}" if "score" in result else "failed"

@@ -10,6 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from raydistill.cluster import snapshots
 from raydistill.config.run import Run, Student
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
@@ -63,7 +64,11 @@ def time_shapes(
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
     engine = run.evaluation.engine
-    return {size: time_shape(teacher, size, timing, engine=engine, device=device, threads=threads) for size in sizes}
+    table = raydistill_home() / "latency.json"
+    snapshots.pull(table)
+    costs = {size: time_shape(teacher, size, timing, engine=engine, device=device, threads=threads) for size in sizes}
+    snapshots.save(table)
+    return costs
 
 
 def time_shape(

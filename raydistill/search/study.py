@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from pydantic import BaseModel, ConfigDict
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots
 from raydistill.config.corners import MAX_CORNERS, iter_corners, resolve_point
 from raydistill.config.distributions import split_parameters, suggest_params
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
@@ -234,7 +234,7 @@ class SweepStudy:
         proposal = self._proposals.setdefault(key, Proposal(key=key, number=number, params=params))
         path = self.sweep / PROPOSALS_FILE
         ProposalLog(proposals=tuple(self._proposals.values())).write(path)
-        sync.push(path)
+        snapshots.save(self.sweep)
         trial.set_user_attr("key", key)
         trial.set_user_attr("number", proposal.number)
         self._running[trial_id] = trial

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots
 from raydistill.cluster.start import cluster_device, ray_cluster
 from raydistill.config.space import Space
 from raydistill.core.console import print_progress
@@ -77,7 +77,7 @@ def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[s
                     serve_finalists(space, folder, prepared.teacher, cluster_device())
         write_sweep_record(space, folder, prepared, "finished", stop_reason)
         summary = export_and_publish(load_selection(folder), prepared, echo)
-        sync.push(folder)
+        snapshots.save(folder)
         return summary
 
 
@@ -95,10 +95,10 @@ def _prepare_and_search(space: Space, folder: Path, device: str, start_time: flo
     write_sweep_record(space, folder, prepared, "running")
     setup_s = time.monotonic() - start_time
     progress = ProgressCallback(folder, space.search, prepared.teacher["metric"], setup_s)
-    sync.push(folder)
+    snapshots.save(folder)
     with publish_periodically(folder):
         stop_reason = run_search(TrialContext(space, folder, prepared, device), [progress], start_time)
-    sync.pull(folder / "trials", patterns=sync.RECORD_PATTERNS)
+    snapshots.pull_records(folder / "trials")
     if stop_reason.message:
         num_finished = count_finished_trials(folder)
         print_progress(f"the search ends after {num_finished} of {space.search.trials} trials: {stop_reason.message}")
@@ -117,7 +117,7 @@ def publish_periodically(folder: Path) -> Iterator[None]:
         warned = False
         while not stop.wait(PUBLISH_INTERVAL_S):
             try:
-                sync.pull(folder / "trials", patterns=sync.RECORD_PATTERNS)
+                snapshots.pull_records(folder / "trials")
                 publish(folder)
             except Exception as error:  # no error of MLflow may end hours of training
                 if not warned:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots
 from raydistill.config.loader import read_yaml
 from raydistill.config.run import RUNTIME_ONLY_FIELDS
 from raydistill.config.space import Space
@@ -19,6 +19,7 @@ from raydistill.core.files import SCHEMA_VERSION, corrupt_file_error, write_atom
 from raydistill.results.records import count_finished_trials, device_hours, read_sweep
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.study import StopReason, has_deleted_trials
+from raydistill.tracking.mlflow_runs import get_or_create_tracking_id
 from raydistill.tracking.mlflow_store import default_tracking_uri
 
 
@@ -38,13 +39,15 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
             f"{folder}: another process is running this sweep; wait until that process ends, or stop it"
         ) from None
     try:
-        sync.pull(folder, patterns=sync.RECORD_PATTERNS)
-        path = folder / "space.yaml"
-        if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
-            _check_same_space(path, space)
-        content = yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomic(path, content.encode())
-        yield
+        with snapshots.writer(folder):
+            snapshots.pull_records(folder / "trials")
+            path = folder / "space.yaml"
+            if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
+                _check_same_space(path, space)
+            content = yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            write_atomic(path, content.encode())
+            get_or_create_tracking_id(folder, space.name)  # saved with the sweep, so that all machines use the same
+            yield
     finally:
         lock.release()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray import tune
 
-from raydistill.cluster import sync
+from raydistill.cluster import snapshots
 from raydistill.cluster.drain import DrainMonitor
 from raydistill.config.space import Search, Space, make_run
 from raydistill.core.errors import TransientError, UserError
@@ -102,6 +102,6 @@ def early_stop_reason(folder: Path, search: Search) -> str | None:
 
     Scores of the warm-up do not count: the learning rate that wins in the end need not lead yet.
     """
-    sync.pull(folder.parent, patterns=["run.json", "metrics.jsonl", "result.json"])
+    snapshots.pull_records(folder.parent)
     curve, peers, warmup = peer_curves(folder.parent.parent, folder.name)
     return should_stop_early(curve, peers, max(search.grace, warmup), search.reduction)

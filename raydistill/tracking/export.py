@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from raydistill.cluster import sync
 from raydistill.config.presets import teacher_preset
 from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
@@ -21,6 +20,7 @@ from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens
 from raydistill.results.records import Trial, repeat_trial_remedy
 from raydistill.results.selection import Selection
+from raydistill.tracking.checkpoints import download_checkpoint
 from raydistill.tracking.mlflow_registry import write_mlmodel
 from raydistill.tracking.model_card import render_model_card
 
@@ -39,13 +39,12 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
     Raises:
         UserError: The student's checkpoint was deleted.
     """
-    student = selection.student(key)
+    student = download_checkpoint(selection.student(key))
     if student.checkpoint is None:
         raise UserError(
             f"{student.folder}: the checkpoint was deleted, so that the student cannot be exported. "
             f"{repeat_trial_remedy(student.folder)}"
         )
-    sync.pull(student.checkpoint)
     export_folder = selection.sweep / "exports" / key.replace(" ", "-")
     budgets = list(dict.fromkeys([*selection.budgets_of(key), *([budget] if budget else [])]))
     card = render_model_card(selection, student, budgets)

@@ -17,7 +17,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from raydistill.cluster import sync
 from raydistill.core.files import check_symlinks, write_atomic
 from raydistill.core.secrets import redact
 from raydistill.results.page import refresh_report
@@ -25,6 +24,7 @@ from raydistill.results.records import Trial, decoding_key, read_sweep
 from raydistill.results.selection import Selection, load_selection
 from raydistill.results.served_students import SERVED_FILE
 from raydistill.results.tables import choices_table, format_trial_counts, markdown_table, method_table
+from raydistill.tracking.checkpoints import download_checkpoint
 from raydistill.tracking.mlflow_store import (
     TrackingUnavailable,
     check_tracking,
@@ -178,7 +178,7 @@ def open_experiment(selection: Selection, uri: str) -> Experiment:
     """The sweep's experiment in a store; created if it does not exist."""
     client = make_client(uri)
     experiment_id = get_or_create_experiment(client, selection.name, uri)
-    return Experiment(client, experiment_id, _get_or_create_tracking_id(selection.sweep, selection.name))
+    return Experiment(client, experiment_id, get_or_create_tracking_id(selection.sweep, selection.name))
 
 
 def find_run(selection: Selection, key: str, uri: str) -> Any:
@@ -209,8 +209,7 @@ def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: b
     _log_params(client, run, trial)
     last_time_ms, last_step = _publish_history(client, run, trial)
     if trial.status != "running":
-        if trial.checkpoint:
-            sync.pull(trial.checkpoint)
+        trial = download_checkpoint(trial)
         _publish_result(client, run.info.run_id, trial, _final_points(trial, metric, last_time_ms + 1, last_step))
     elif finished:  # the trial has no result although the search is over
         client.set_terminated(run.info.run_id, "KILLED")
@@ -402,7 +401,7 @@ def _log_metrics(client: Any, run_id: str, points: list[MetricPoint]) -> None:
         client.log_batch(run_id, metrics=metrics[i : i + BATCH_LIMITS["metrics"]])
 
 
-def _get_or_create_tracking_id(sweep: Path, name: str) -> str:
+def get_or_create_tracking_id(sweep: Path, name: str) -> str:
     """The sweep's id in a store, kept in its folder, so that sweeps of one name on a shared server stay separate."""
     path = sweep / "tracking_id"
     if not path.exists():

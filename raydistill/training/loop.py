@@ -143,7 +143,7 @@ class TrainingLoop:
         raise Preempted(f"node is being preempted; the run is saved at step {self.state.step}")
 
     def _validate(self) -> None:
-        """Score the student, keep the best checkpoint, decide whether to stop, save the state, and report."""
+        """Score the student, keep the best checkpoint, save the state, report, and upload what was saved."""
         means = self.means.pop(self.worker)  # waits for the device, so that the clock is read after its work
         self.state.seconds = self._elapsed_seconds()
         self._check_finite("the loss", means["loss"])
@@ -156,6 +156,7 @@ class TrainingLoop:
         if self.worker.is_main_process:
             self._save()
         self._report(metrics)
+        self.worker.save_folder()
 
     def _measure(self, means: dict[str, float]) -> dict[str, Any]:
         """The metrics of a validation, as metrics.jsonl holds them."""

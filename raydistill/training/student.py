@@ -90,7 +90,7 @@ def make_random_checkpoint(run: Run, folder: Path, worker: Worker) -> Path:
             tokenizer = build_tokenizer(run.start, itertools.chain(corpus.sources, corpus.targets), temporary)
             dropout = DEFAULT_DROPOUT if run.training.dropout is None else run.training.dropout
             make_random_model(run.start, tokenizer, dropout, run.training.seed).save_pretrained(temporary)
-    worker.barrier()
+    worker.share_folder()
     return path
 
 

@@ -22,6 +22,8 @@ class Worker:
         device: Device of the models, such as "cpu" or "cuda:0".
         compute_dtype: "bf16" or "fp32" where `precision: auto` was resolved for all workers before the run, else None.
         is_draining: Called after every step; true once the node is being preempted.
+        upload_folder: Uploads the run's folder, if the workers' machines share no folder.
+        download_folder: Downloads the run's folder, if the workers' machines share no folder.
     """
 
     rank: int = 0
@@ -29,6 +31,8 @@ class Worker:
     device: str = "cpu"
     compute_dtype: str | None = None
     is_draining: Callable[[], bool] | None = None
+    upload_folder: Callable[[], None] | None = None
+    download_folder: Callable[[], None] | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -52,6 +56,18 @@ class Worker:
         """Wait until every worker has reached this call."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+    def save_folder(self) -> None:
+        """Upload the run's folder from the main process, so that the run can resume on another machine."""
+        if self.is_main_process and self.upload_folder:
+            self.upload_folder()
+
+    def share_folder(self) -> None:
+        """Wait for the other workers, and copy the run's folder from the main process to their machines."""
+        self.save_folder()
+        self.barrier()
+        if not self.is_main_process and self.download_folder:
+            self.download_folder()
 
 
 def set_torch_threads(threads: int) -> None:

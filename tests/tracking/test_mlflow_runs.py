@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from raydistill.cluster import snapshots, sync
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import write_json_atomic
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
@@ -17,26 +18,27 @@ from tests.factories.sweeps import finish_trial, make_trial, runs_of
 
 
 def test_checkpoint_of_another_machine_is_downloaded_before_it_is_published(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the download fails, the trial's run is not marked as complete."""
-    checkpoint = make_trial(sweep, "a", 0, 10.0) / "best"
+    monkeypatch.setenv(sync.STORAGE_ENV, f"file://{tmp_path / 'storage'}")
+    trial = make_trial(sweep, "a", 0, 10.0)
+    (trial / "best" / "model.safetensors").write_bytes(b"weights")
+    snapshots.save(sweep, trial)
+    other_home = tmp_path / "other"
+    monkeypatch.setenv("RAYDISTILL_HOME", str(other_home))
+    other = other_home / "sweeps" / "mini"
+    snapshots.pull_records(other)
+    assert not (other / "trials" / "a" / "best").exists()
 
-    def fail(*paths: Path) -> None:
-        raise TransientError("the storage does not answer")
-
-    monkeypatch.setattr(mlflow_runs.sync, "pull", fail)
+    objects = tmp_path / "storage" / snapshots.OBJECTS
+    objects.rename(tmp_path / "unreachable")
     with pytest.raises(TransientError):
-        mlflow_runs.publish(sweep)
-    assert "raydistill.done" not in runs_of(sweep)["a"].data.tags
-
-    def download(path: Path) -> None:
-        assert path == checkpoint
-        (path / "model.safetensors").write_bytes(b"weights")
-
-    monkeypatch.setattr(mlflow_runs.sync, "pull", download)
-    mlflow_runs.publish(sweep)
-    run = runs_of(sweep)["a"]
+        mlflow_runs.publish(other)
+    assert "raydistill.done" not in runs_of(other)["a"].data.tags
+    (tmp_path / "unreachable").rename(objects)
+    mlflow_runs.publish(other)
+    run = runs_of(other)["a"]
     assert run.data.tags["raydistill.done"] == "1"
     artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
     assert (artifacts / "checkpoint" / "model.safetensors").read_bytes() == b"weights"
