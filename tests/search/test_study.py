@@ -1,7 +1,11 @@
 """The Optuna study of a sweep, on disk and without Ray: what is proposed, and what is resumed after a kill."""
 
+import itertools
 import json
+import multiprocessing
+import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from raydistill.search.study import (
     SweepStudy,
     final_report,
     has_deleted_trials,
+    read_proposals,
     trial_key,
 )
 from raydistill.training.records import RunResult
@@ -281,6 +286,59 @@ def test_a_kill_within_a_proposal_loses_and_repeats_nothing(tmp_path, monkeypatc
     monkeypatch.undo()
     keys = [p.key for p in propose_all(SweepStudy(make_space(sampler=sampler), tmp_path))]
     assert len(keys) == len(set(keys)) == 6
+
+
+def run_search(space: Space, sweep: Path) -> None:
+    """What a command does with a study: two trials at a time, each of which writes its result if that is missing."""
+    study = SweepStudy(space, sweep)
+    running: dict[str, Proposal] = {}
+    for number in itertools.count():
+        if len(running) < 2 and len(running) < study.num_remaining:
+            proposal = study.propose(str(number))
+            assert proposal is not None
+            running[str(number)] = proposal
+        elif running:
+            trial_id = next(iter(running))
+            proposal = running.pop(trial_id)
+            result = RunResult.read_if_present(sweep / "trials" / proposal.key / "result.json")
+            result = result or write_trial(sweep, proposal, score=proposal.number % 5, latency_ms=5.0)
+            study.report(trial_id, final_report(result, "latency_ms"))
+        else:
+            return
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
+def test_kills_at_random_moments_lose_and_repeat_no_trial(tmp_path, sampler):
+    """After at least twenty kills in the middle of searches, the trials are those of an uninterrupted search."""
+    rng = random.Random(7)
+    rates = {"choice": [1e-4, 3e-4, 1e-3, 3e-3]} if sampler == "grid" else {"log_uniform": [1e-5, 1e-2]}
+    run = {**RUN, "training": {"learning_rate": rates}}
+    space = Space.model_validate({"name": "s", "run": run, "search": {"sampler": sampler, "trials": 18}})
+    kills = 0
+    for round_number in itertools.count():
+        sweep = tmp_path / str(round_number)
+        sweep.mkdir()
+        finished: dict[Path, int] = {}
+        proposals: dict[str, Proposal] = {}
+        process = None
+        while process is None or process.exitcode != 0:
+            process = multiprocessing.get_context("fork").Process(target=run_search, args=(space, sweep))
+            process.start()
+            process.join(rng.uniform(0.01, 0.2) if kills < 20 else 120)
+            kills += process.is_alive() and bool(read_proposals(sweep))
+            process.kill()
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL)
+            now = {path: path.stat().st_mtime_ns for path in sweep.glob("trials/*/result.json")}
+            assert {path: now.get(path) for path in finished} == finished
+            assert proposals.items() <= read_proposals(sweep).items()
+            finished, proposals = now, read_proposals(sweep)
+        results = [RunResult.read(path) for path in finished]
+        assert sorted(result.number for result in results) == list(range(18))
+        assert {result.key for result in results} == proposals.keys()
+        assert len(load_optuna_study(sweep).get_trials(states=[TrialState.COMPLETE])) == 18
+        if kills >= 20:
+            return
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
