@@ -194,7 +194,7 @@ def _score_and_write_result(active: ActiveRun, state: TrainingState) -> RunResul
     if validation and (reason := collapse_reason(validation.repetition_rate, active.inputs.teacher_repetition)):
         # The losses of a run that took all its steps stay valid for tables of losses, which use the repetition.
         metrics = {} if state.stopped else {"repetition": validation.repetition_rate}
-        result = active.result("failed", reason, {**metrics, "gpu_hours": hours})
+        result = active.result("failed", reason, {**metrics, "gpu_hours": hours}, engine=validation.engine)
     else:
         _checkpoint_metadata(active, evaluations).write_to(best)
         result = _scored_result(active, state, evaluations, hours)

@@ -221,6 +221,7 @@ def test_collapsed_run_keeps_its_reason_and_hours_but_no_checkpoint(workspace, t
     result = train(make_run(workspace), folder, no_report, RunInputs(teacher_repetition=-1.0))
     assert (result.status, list(result.metrics)) == ("failed", ["repetition", "gpu_hours"])
     assert "collapsed" in result.reason
+    assert result.engine == "ctranslate2 fp32"
     assert not (folder / "best").exists()
     (folder / "best").mkdir()  # a kill before the deletion leaves the folder
     [trial] = read_trials(tmp_path)
