@@ -34,14 +34,15 @@ from raydistill.cluster.actor_pool import BatchFunction, BatchStats, run_batches
 from raydistill.config.run import Dataset, Decoding
 from raydistill.config.space import Space
 from raydistill.core.console import print_progress
-from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.data.demo import demo_rows
 from raydistill.jobs.pseudolabel import GPU_BATCH_CHARS, LabelJob, pseudolabel
 from raydistill.label_sets.label_set import read_manifest
+from raydistill.results.sweep_record import ShapeTable, SweepTeacher, TeacherPasses
 from raydistill.results.tables import markdown_table
 from raydistill.search.early_stopping import peer_curves
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.progress import ProgressCallback
+from raydistill.search.sweep_folder import write_sweep_record
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 
@@ -163,8 +164,7 @@ def measure_trials(scratch: Path, num_nodes: int, count: int, seconds: float, la
     space = endless_space(count, num_nodes, seconds, launcher)
     sweep = Path(tempfile.mkdtemp(dir=scratch))
     prepared = synthetic_sweep()
-    record = {"schema": SCHEMA_VERSION, "teacher": prepared.teacher, "metric": "rouge2", "teacher_gpu_hours": 0.0}
-    write_json_atomic(sweep / "sweep.json", record)
+    write_sweep_record(space, sweep, prepared, "running")
     train_fn = partial(simulated_run, seconds_per_step=SECONDS_PER_STEP)
     # With Ray Train, the trial's own function occupies a tenth of a CPU in addition to its worker.
     with cluster_nodes(num_nodes, cpus=1 if launcher == "tune" else 2) as meter:
@@ -212,8 +212,30 @@ def assign_slots(sleeps: list[TrialSleep], num_slots: int) -> list[BatchEnd]:
 def synthetic_sweep() -> PreparedSweep:
     """The preparation of a search without a teacher: invented costs of `SIZES`."""
     costs = {size: {"latency_ms": 100.0 * (i + 1), "params_m": 100.0} for i, size in enumerate(SIZES)}
-    teacher = {"metric": "rouge2", "size": SIZES[0], "costs": costs[SIZES[0]], "teacher_gpu_hours": 0.0}
-    return PreparedSweep(teacher, costs, costs)
+    shapes = ShapeTable(teacher_size=SIZES[0], costs=costs, costs_fewest_beams=costs, engines={})
+    teacher = SweepTeacher(
+        name="none",
+        key="none",
+        size=SIZES[0],
+        metric="rouge2",
+        metrics={"rouge2": 20.0},
+        interval=(20.0, 20.0),
+        repetition=0.0,
+        source_tokens=1,
+        output_tokens=1,
+        decoding={"beams": 1},
+        signature="none",
+        engine="none",
+        precision="none",
+        machine={},
+        data={},
+        rows={},
+        corpus={},
+        costs=shapes.teacher_costs,
+        passes=TeacherPasses(),
+        label_sets={},
+    )
+    return PreparedSweep(teacher, shapes)
 
 
 def endless_space(trials: int, concurrent: int | None, seconds: float, launcher: str, **search: Any) -> Space:

@@ -28,7 +28,8 @@ from benchmarks.common import BenchmarkResult, describe_machine
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
 from raydistill.core.console import print_progress
-from raydistill.results.records import Trial, read_sweep, read_trials
+from raydistill.results.records import Trial, read_trials
+from raydistill.results.sweep_record import read_sweep
 from raydistill.results.tables import markdown_table
 from raydistill.search.early_stopping import Curve, should_stop_early, validation_curve, warmup_share
 from raydistill.search.study import SweepStudy
@@ -118,11 +119,11 @@ def record_trial(
 
 def read_grid(sweep: Path) -> dict[str, RecordedTrial]:
     """The finished trials of a sweep, by key, in the order of their start."""
-    info = read_sweep(sweep)
-    latency_ms = {size: costs["latency_ms"] for size, costs in info["shape_costs"].items()}
+    record = read_sweep(sweep)
+    latency_ms = {size: costs["latency_ms"] for size, costs in record.shapes.costs.items()}
     finished = [trial for trial in read_trials(sweep) if trial.status != "running"]
-    repetition = info["teacher"]["repetition"]
-    return {t.key: record_trial(t, info["metric"], latency_ms[t.size], repetition) for t in finished}
+    repetition = record.teacher.repetition
+    return {t.key: record_trial(t, record.metric, latency_ms[t.size], repetition) for t in finished}
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
@@ -383,10 +384,10 @@ def main() -> None:
 
 def make_target(sweep: Path) -> Target:
     """The hypervolume of a finished grid; the reference point is half the teacher's score and the teacher's latency."""
-    info, grid = read_sweep(sweep), read_grid(sweep)
-    reference = (info["teacher"]["metrics"][info["metric"]] / 2, info["teacher"]["costs"]["latency_ms"])
+    record, grid = read_sweep(sweep), read_grid(sweep)
+    reference = (record.teacher.metrics[record.metric] / 2, record.teacher.costs["latency_ms"])
     scored = [(trial.score, trial.latency_ms) for trial in grid.values() if trial.score is not None]
-    return Target(hypervolume(scored, reference), reference, 3600 * float(info["teacher_gpu_hours"]))
+    return Target(hypervolume(scored, reference), reference, 3600 * record.teacher.passes.total_hours)
 
 
 def describe_grid(options: argparse.Namespace, grid: dict[str, RecordedTrial], target: Target) -> str:

@@ -84,7 +84,7 @@ def simulated_run(
             progress = validation / VALIDATIONS
             score = 20 * progress - abs(3 + log10(run.training.learning_rate or 1.0))
             hours = (time.time() - start) / 3600
-            history.append({"step": round(steps * progress), "progress": progress, "score": score, "gpu_hours": hours})
+            history.append({"step": round(steps * progress), "total_steps": steps, "score": score, "gpu_hours": hours})
             write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
             if report(history[-1], folder):
                 break

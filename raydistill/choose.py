@@ -91,7 +91,7 @@ def _choose_within(selection: "Selection", requested: dict[str, float | str], na
     from raydistill.results import pareto
     from raydistill.results.selection import make_candidates
 
-    bounds = pareto.resolve_bounds(requested, selection.teacher.get("costs") or {})
+    bounds = pareto.resolve_bounds(requested, selection.teacher.costs)
     default_name = "-".join(f"{k}-{b:g}" if isinstance(b, float) else f"{k}-{b}" for k, b in requested.items())
     candidates = make_candidates(selection.students, selection.metric)
     choice = pareto.choose(candidates, bounds, selection.metric)
@@ -132,7 +132,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
         "bounds": item.bounds,
         "reason": item.choice.reason,
         "key": trial.folder.name,
-        "decoding": trial.decoding,
+        "decoding": trial.decoding.model_dump() if trial.decoding else None,
         "size": trial.size,
         "method": trial.method,
         "score": best.score,
@@ -140,7 +140,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
         "test": trial.test,
         "costs": best.costs,
         "speedup": trial.metrics.get("speedup"),
-        "measured_with": selection.measured_with(trial) or None,
+        "measured_with": selection.measured_with(trial),
         "indistinguishable": [c.label for c in item.choice.indistinguishable],
         "checkpoint": str(export_folder) if export_folder else None,
         "registered": registered,
@@ -163,8 +163,7 @@ def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate"
     lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]
     if "speedup" in trial.metrics:
         lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
-    if measured := selection.measured_with(trial):
-        lines.append(f"  latencies measured with {measured}")
+    lines.append(f"  latencies measured with {selection.measured_with(trial)}")
     lines.append(f"  reason: {item.choice.reason}")
     others = [c for c in item.choice.indistinguishable if c is not best]
     if others:
@@ -209,7 +208,7 @@ def _register_student(
         print_progress(f"not registered: {error}. Run the same command again to register")
         return None
     print_text(f"  registered: {registered.uri} (version {registered.version})", as_json)
-    print_text(f"  to open the MLflow UI: {ui_command(selection.record.get('tracking_uri'))}\n", as_json)
+    print_text(f"  to open the MLflow UI: {ui_command(selection.record.tracking_uri)}\n", as_json)
     return asdict(registered)
 
 

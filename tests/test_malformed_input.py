@@ -27,7 +27,7 @@ from raydistill.config.space import Space, read_space
 from raydistill.config.validation import validate
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
-from raydistill.core.files import SCHEMA_VERSION, read_json, write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, read_json
 from raydistill.data import readers
 from raydistill.data.corpus import Row, inspect_corpus, read_corpus
 from raydistill.data.streaming import scan_split, usable_rows
@@ -42,7 +42,7 @@ from raydistill.teacher_cache import store
 from tests.factories import workspace
 from tests.factories.label_sets import LABEL_ROWS, pseudolabel_manifest, write_labels
 from tests.factories.models import save_tiny
-from tests.factories.sweeps import RUN, make_trial
+from tests.factories.sweeps import RUN, make_trial, served_student, sweep_record, write_served
 
 MAX_SECONDS = 20.0  # per file; detects loaders that hang
 
@@ -457,19 +457,10 @@ def test_studies(check_property, tmp_path):
 
 def test_sweeps(check_property, tmp_path):
     sweep = tmp_path / "sweep"
-    good = {
-        "schema": SCHEMA_VERSION,
-        "name": "mini",
-        "metric": "rouge2",
-        "budgets": {"fast": {"latency_ms": "50%"}},
-        "teacher": {"metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}},
-        "teacher_gpu_hours": 0.5,
-    }
-    write_json_atomic(sweep / "sweep.json", good)
+    sweep_record(budgets={"fast": {"latency_ms": "50%"}}).write(sweep / "sweep.json")
     (sweep / "space.yaml").write_text("name: mini\nrun: {}\nsearch: {cost: latency_ms}\n")
     done, running = make_trial(sweep, "a", 0, 10.0), make_trial(sweep, "b", 1, 9.0, status=None)
-    served = {"beams": 2, "length_penalty": 0.6, "metrics": {"rouge2": 9.5}, "costs": {"latency_ms": 80.0}}
-    write_json_atomic(done / "served.json", {"decodings": [{**served, "interval": [9, 10], "test": None}]})
+    write_served(done, served_student(2, 0.6, 9.5, {"latency_ms": 80.0}))
     paths = [done / name for name in ("result.json", "served.json", "run.json", "rows.npz")]
     paths += [running / "run.json", running / "metrics.jsonl", sweep / "sweep.json", sweep / "space.yaml"]
     valid = {path: path.read_bytes() for path in paths}

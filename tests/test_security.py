@@ -132,7 +132,7 @@ def test_trial_cannot_publish_another_folder(sweep, tmp_path):
 
 def test_sweep_name_cannot_lead_to_another_artifact_folder(sweep):
     write_json_atomic(sweep / "sweep.json", {**read_json(sweep / "sweep.json"), "name": "../../elsewhere"})
-    with pytest.raises(UserError, match=r"sweep\.json: damaged: name is"):
+    with pytest.raises(UserError, match=r"sweep\.json: damaged: name: String should match"):
         mlflow_runs.publish(sweep)
 
 
@@ -172,12 +172,13 @@ def test_tracking_uri_with_a_password_is_refused(sweep):
 def test_mlflow_receives_no_secret_and_no_external_file(sweep, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "tell-nobody")
     folder = make_trial(sweep, "a", 0, 10.0)
-    write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", "labels": ["tell-nobody"]})
+    secrets = {"name": "tell-nobody", "dataset": {"name": "d", "languages": ["tell-nobody", "de"]}}
+    write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", **secrets})
     change_result(folder, reason="401: tell-nobody")
     mlflow_runs.publish(sweep)
     run = runs_of(sweep)["a"]
     assert run.data.params["teacher"] == "http://***@host/t"
-    assert run.data.params["labels"] == '["***"]'
+    assert (run.data.params["name"], run.data.params["dataset.languages"]) == ("***", '["***", "de"]')
     assert run.data.tags["raydistill.reason"] == "401: ***"
     with sqlite3.connect(mlflow_store.default_tracking_uri().removeprefix("sqlite:///")) as database:
         dump = "\n".join(database.iterdump())

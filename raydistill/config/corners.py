@@ -2,7 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from raydistill.config.distributions import (
@@ -18,22 +18,41 @@ from raydistill.config.distributions import (
 MAX_CORNERS = 20_000
 
 
-def iter_corners(run: dict[str, Any], limit: int = MAX_CORNERS) -> Iterator[dict[str, Any]]:
+def iter_corners(
+    run: dict[str, Any], limit: int = MAX_CORNERS, keys: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield every combination of choices and range bounds, as values by dotted key.
 
     If there are more than `limit` combinations: the first `limit` in order, then `limit` at random (with a fixed
     seed, with repetition).
+
+    Args:
+        run: The run section of a space.
+        limit: The most combinations to enumerate.
+        keys: Combine the values of these keys only, and of the keys that their conditions name; the other parameters
+            have their first choice or lower bound.
     """
-    trial = _CornerTrial()
+    names = None if keys is None else _names_of(run, keys)
+    trial = _CornerTrial(names)
     count = 0
     while count < limit:
         yield suggest_params(run, trial)
         count += 1
         if not trial.advance():
             return
-    random_trial = _RandomCornerTrial(random.Random(0))
+    random_trial = _RandomCornerTrial(names, random.Random(0))
     for _ in range(limit):
         yield suggest_params(run, random_trial)
+
+
+def _names_of(run: dict[str, Any], keys: Collection[str]) -> set[str]:
+    """The parameters of some keys, and those that their conditions depend on, by sampler name."""
+    parameters = split_parameters(run)[1]
+    selected = {p.key for p in parameters if any(key == p.key or key.startswith(f"{p.key}.") for key in keys)}
+    for parameter in reversed(parameters):  # conditions name earlier parameters only
+        if parameter.key in selected:
+            selected |= set(parameter.distribution.when or ())
+    return {p.sampler_name for p in parameters if p.key in selected}
 
 
 def resolve_point(run: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
@@ -57,25 +76,32 @@ def resolve_point(run: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
 
 
 class _BoundsTrial(ABC):
-    """Suggests choices and range bounds only."""
+    """Suggests choices and range bounds only; always the first one for a parameter that is not in `names`."""
+
+    def __init__(self, names: Collection[str] | None) -> None:
+        self._names = names
 
     @abstractmethod
     def _select(self, values: list[Any]) -> Any: ...
 
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Any:
-        return self._select(choices)
+        return self._suggest(name, choices)
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return float(self._select(list(dict.fromkeys((low, high)))))
+        return float(self._suggest(name, list(dict.fromkeys((low, high)))))
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
-        return int(self._select(list(dict.fromkeys((low, high)))))
+        return int(self._suggest(name, list(dict.fromkeys((low, high)))))
+
+    def _suggest(self, name: str, values: list[Any]) -> Any:
+        return self._select(values) if self._names is None or name in self._names else values[0]
 
 
 class _CornerTrial(_BoundsTrial):
     """Depth-first enumeration: each pass repeats the previous selections up to the last one that can advance."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] | None = None) -> None:
+        super().__init__(names)
         self._indices: list[int] = []
         self._num_choices: list[int] = []
         self._depth = 0
@@ -105,7 +131,8 @@ class _CornerTrial(_BoundsTrial):
 class _RandomCornerTrial(_BoundsTrial):
     """Selects choices and range bounds at random."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, names: Collection[str] | None, rng: random.Random) -> None:
+        super().__init__(names)
         self._rng = rng
 
     def _select(self, values: list[Any]) -> Any:

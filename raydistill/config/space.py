@@ -30,6 +30,8 @@ COST_METRICS = {
 # are compared by the same metric on the same rows.
 SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
+RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
+
 
 class DecodingSearch(StrictModel):
     """Decoding settings that finalists are evaluated with after the search, in addition to their own."""
@@ -219,3 +221,8 @@ def corner_runs(space: Space) -> list[Run]:
     """The runs at the corners of the space, without duplicates: every choice and both ends of every range occur."""
     runs = [make_run(space, params, space.name) for params in iter_corners(space.run)]
     return list({json.dumps(run.model_dump(mode="json")): run for run in runs}.values())
+
+
+def resource_runs(space: Space) -> list[Run]:
+    """Runs with every combination of the settings that determine workers, their resources and their launcher."""
+    return [make_run(space, params, space.name) for params in iter_corners(space.run, keys=RESOURCE_KEYS)]

@@ -18,13 +18,10 @@ class ServingResult(ScoredOutputs):
 
     timings: dict[str, Timing]
 
-    def summary(self) -> dict[str, object]:
-        """Return the fields for a result file; costs are medians with their lowest and highest values."""
-        costs: dict[str, float] = {}
-        for name, timing in self.timings.items():
-            costs |= timing.as_costs(name)
-        metrics = {**self.scores.metrics, "repetition": self.repetition_rate}
-        return {"metrics": metrics, "interval": list(self.score_interval), "costs": costs}
+    @property
+    def costs(self) -> dict[str, float]:
+        """Medians of the timings with their lowest and highest values."""
+        return {name: ms for cost, timing in self.timings.items() for name, ms in timing.as_costs(cost).items()}
 
 
 def benchmark_serving(

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from raydistill.cluster import snapshots
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.label_sources import parse_labels
 from raydistill.config.run import Decoding, Run
-from raydistill.core.files import SCHEMA_VERSION, check_schema, read_json, write_json_atomic
 from raydistill.core.paths import raydistill_home
+from raydistill.core.records import Record
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import (
     CacheRequest,
@@ -19,8 +20,43 @@ from raydistill.jobs.teacher_cache import (
     resolve_cache_mode,
 )
 from raydistill.label_sets.label_set import read_manifest
+from raydistill.results.sweep_record import LabelSetScores
 from raydistill.teacher_cache.policy import CacheMode
 from raydistill.training.inputs import LabelFolders, RunInputs, input_paths, run_label_folders
+
+
+class CacheDecision(BaseModel):
+    """The decision about the teacher cache of runs that share a pass, and what the pass took.
+
+    Attributes:
+        mode: What the runs read from the cache.
+        reason: Why, as printed.
+        bytes: Size of the stores.
+        device_seconds: By array, the device-seconds of the pass.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: CacheMode
+    reason: str
+    bytes: int = 0
+    device_seconds: dict[str, float] = Field(default_factory=dict)
+
+
+class CacheDecisions(Record):
+    """The content of cache.json. A resumed sweep keeps these decisions.
+
+    Attributes:
+        precision: What `precision: auto` stands for on the workers; None if no run needs it.
+        groups: Decisions by the runs' `cache_group_key`.
+    """
+
+    precision: str | None = None
+    groups: dict[str, CacheDecision] = Field(default_factory=dict)
+
+    def with_group(self, name: str, decision: CacheDecision) -> "CacheDecisions":
+        """The decisions with another one for a group."""
+        return self.model_copy(update={"groups": {**self.groups, name: decision}})
 
 
 @dataclass(frozen=True)
@@ -97,18 +133,16 @@ def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total
     return SharedInputs(label_folders, label_hours, cache)
 
 
-def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[str, dict[str, Any]]:
+def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[str, LabelSetScores]:
     """Teacher, rows and scores against the original targets of every label set that is trained on, by name."""
     descriptions = {}
     for run in runs:
         chosen = [part.folder for part in parse_labels(run.resolved_labels) if part.folder]
         for folder in [*label_folders[run.label_key].values(), *chosen]:
             manifest = read_manifest(Path(folder))
-            descriptions[Path(folder).name] = {
-                "teacher": manifest.teacher_name,
-                "rows": manifest.rows,
-                "quality": manifest.quality,
-            }
+            descriptions[Path(folder).name] = LabelSetScores(
+                teacher=manifest.teacher_name, rows=manifest.rows, quality=manifest.quality
+            )
     return descriptions
 
 
@@ -120,11 +154,12 @@ def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> s
     """
     if not any(run.training.precision == "auto" for group in _group_runs(runs).values() for run in group):
         return None
-    record = _read_cache_record(record_path)
-    if "precision" not in record:
-        record["precision"] = run_exclusive(resolve_auto_precision, device=device)
-        write_json_atomic(record_path, record)
-    return str(record["precision"])
+    decisions = _read_decisions(record_path)
+    if decisions.precision is None:
+        precision = run_exclusive(resolve_auto_precision, device=device)
+        decisions = decisions.model_copy(update={"precision": precision})
+        decisions.write(record_path)
+    return decisions.precision
 
 
 def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
@@ -171,29 +206,27 @@ def _make_teacher_cache(
     Each decision is recorded before the teacher's pass, and the costs of the pass after it.
     """
     root = raydistill_home() / "cache"
-    record = _read_cache_record(record_path)
+    decisions = _read_decisions(record_path)
     run_groups = _group_runs(runs)
     for name, group in run_groups.items():
         request = CacheRequest(group, label_folders, root, device, compute_dtype)
-        if name not in record["groups"]:
+        if name not in decisions.groups:
             mode, reason = resolve_cache_mode(request, total_epochs)
-            record["groups"][name] = {"mode": mode, "reason": reason, "bytes": 0, "device_seconds": {}}
-            write_json_atomic(record_path, record)
-        stats = build_teacher_cache(request, record["groups"][name]["mode"])
-        record["groups"][name] |= {"bytes": stats.bytes, "device_seconds": stats.device_seconds}
-        write_json_atomic(record_path, record)
-    entries = {name: record["groups"][name] for name in run_groups}
-    hours = {store: seconds / 3600 for entry in entries.values() for store, seconds in entry["device_seconds"].items()}
-    return PreparedCache(root, {name: entry["mode"] for name, entry in entries.items()}, compute_dtype, hours)
+            decisions = decisions.with_group(name, CacheDecision(mode=mode, reason=reason))
+            decisions.write(record_path)
+        decision = decisions.groups[name]
+        stats = build_teacher_cache(request, decision.mode)
+        update = {"bytes": stats.bytes, "device_seconds": stats.device_seconds}
+        decisions = decisions.with_group(name, decision.model_copy(update=update))
+        decisions.write(record_path)
+    entries = {name: decisions.groups[name] for name in run_groups}
+    hours = {store: seconds / 3600 for entry in entries.values() for store, seconds in entry.device_seconds.items()}
+    return PreparedCache(root, {name: entry.mode for name, entry in entries.items()}, compute_dtype, hours)
 
 
-def _read_cache_record(path: Path) -> dict[str, Any]:
-    """The record of earlier decisions and passes, cache.json; an empty one if there is none."""
-    if not path.is_file():
-        return {"schema": SCHEMA_VERSION, "groups": {}}
-    record = read_json(path)
-    check_schema(path, record)
-    return record
+def _read_decisions(path: Path) -> CacheDecisions:
+    """The earlier decisions; none if there is no file."""
+    return CacheDecisions.read_if_present(path) or CacheDecisions()
 
 
 def _group_runs(runs: list[Run]) -> dict[str, list[Run]]:

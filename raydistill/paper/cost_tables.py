@@ -32,9 +32,8 @@ def corpus_table(sweeps: Sequence[Sweep]) -> Table:
     """Table 3: data set statistics, one row per distinct training split."""
     by_split: dict[tuple[str, str], list[Sweep]] = {}
     for sweep in sweeps:
-        if sweep.dataset_name and "corpus" in sweep.teacher:
-            fingerprint = (sweep.teacher.get("data") or {}).get("train", "")
-            by_split.setdefault((sweep.dataset_name, fingerprint), []).append(sweep)
+        if sweep.dataset_name:
+            by_split.setdefault((sweep.dataset_name, sweep.teacher.data.get("train", "")), []).append(sweep)
     names = dict.fromkeys([*published.TABLE_3, *(sweep.dataset_name for sweep in sweeps if sweep.dataset_name)])
     rows = []
     for name in names:
@@ -57,7 +56,7 @@ def effort_table(sweeps: Sequence[Sweep]) -> Table:
             continue
         key = (sweep.teacher_name, sweep.dataset_name)
         trial_hours[key] = trial_hours.get(key, 0.0) + sum(trial.device_hours for trial in sweep.trials)
-        artifact_hours.setdefault(key, {}).update(sweep.hours_by_artifact)
+        artifact_hours.setdefault(key, {}).update(sweep.teacher.passes.hours_by_artifact)
         num_trials[key] = num_trials.get(key, 0) + len(sweep.trials)
     hours = {key: spent + sum(artifact_hours[key].values()) for key, spent in trial_hours.items()}
     paper_hours = {key: spent for key, (spent, _) in published.TABLE_4.items()}
@@ -76,16 +75,16 @@ def effort_table(sweeps: Sequence[Sweep]) -> Table:
 
 def _corpus_cells(name: str, sweeps: list[Sweep]) -> list[str]:
     """Statistics of the training split that these sweeps share, and the paper's."""
-    corpus = sweeps[0].teacher["corpus"] if sweeps else None
+    corpus = sweeps[0].teacher.corpus if sweeps else {}
     paper = published.TABLE_3.get(name)
     return [
-        format_cell(corpus and corpus["rows"], 0),
+        format_cell(corpus.get("rows"), 0),
         format_cell(paper and paper.rows, 0),
-        format_cell(corpus and corpus["source_words_mean"], 1),
+        format_cell(corpus.get("source_words_mean"), 1),
         format_cell(paper and paper.source_words, 0),
-        format_cell(corpus and corpus["target_words_mean"], 1),
+        format_cell(corpus.get("target_words_mean"), 1),
         format_cell(paper and paper.target_words, 0),
-        format_cell(corpus and corpus["bytes"] / 1e6, 1),
+        format_cell(corpus["bytes"] / 1e6 if corpus else None, 1),
         format_cell(paper and paper.megabytes, 0),
     ]
 

@@ -62,9 +62,9 @@ def init_name(group: SeedGroup) -> str:
     """The paper's name for a student's initialisation; "" for a list of layers that the paper does not name."""
     if not group.decoder_layers:
         return "SFT rand"
-    depths = group.sweep.teacher_depths
-    if group.decoder_source != "teacher" or depths is None:
+    if group.decoder_source != "teacher":
         return "SFT"
+    depths = group.sweep.teacher_depths
     layers = list(group.decoder_layers)
     return next(
         (name for init, name in INIT_NAMES.items() if layers == layers_to_copy(depths[1], len(layers), init)), ""

@@ -60,7 +60,7 @@ def best_by_size_table(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]
     paper_rows = {key[:2]: row for key, row in published.TABLES_6_7.items() if key[2] == dataset_name}
     teachers: dict[SizeKey, list[Sweep]] = {}
     for sweep in own_sweeps:
-        teachers.setdefault((sweep.teacher_name, str(sweep.teacher.get("size"))), []).append(sweep)
+        teachers.setdefault((sweep.teacher_name, sweep.teacher.size), []).append(sweep)
     students: dict[SizeKey, list[SeedGroup]] = {}
     for group in seed_groups:
         if group.dataset_name == dataset_name:
@@ -106,11 +106,11 @@ def label_quality_table(sweeps: Sequence[Sweep]) -> Table:
     """Supplement to Table 10: scores of each pseudo-label set against the original targets."""
     rows = []
     for sweep in sweeps:
-        for name, label_set in (sweep.teacher.get("label_sets") or {}).items():
-            quality = label_set.get("quality") or {}
-            teacher = published.teacher_name(label_set["teacher"]) if label_set.get("teacher") else ""
+        for name, label_set in sweep.teacher.label_sets.items():
+            quality = label_set.quality or {}
+            teacher = published.teacher_name(label_set.teacher) if label_set.teacher else ""
             scores = [format_cell(quality.get(metric), 2) for metric in METRIC_NAMES]
-            num_rows = format_cell(label_set.get("rows"), 0)
+            num_rows = format_cell(label_set.rows, 0)
             rows.append([teacher, sweep.dataset_name or "", sweep.name, name, num_rows, *scores])
     header = ["teacher", "data", SWEEP_COLUMN, "label set", "rows", *METRIC_NAMES.values()]
     return Table("table10_labels", "The pseudo-labels of Table 10 against the originals", header, rows)
@@ -155,9 +155,9 @@ def _method_cells(group: SeedGroup | None, paper: tuple[float, float] | None) ->
 
 
 def _teacher_row(key: SizeKey, sweep: Sweep, metric: str, paper_row: SizeResult | None) -> list[str]:
-    costs = sweep.teacher.get("costs") or {}
-    values = {**costs, "speedup": 1.0 if costs else None}
-    return [*key, sweep.name, "teacher", *_result_cells(values, sweep.teacher.get("test") or {}, metric, paper_row)]
+    values = {**sweep.teacher.costs, "speedup": 1.0}
+    scores = sweep.teacher.test.metrics if sweep.teacher.test else {}
+    return [*key, sweep.name, "teacher", *_result_cells(values, scores, metric, paper_row)]
 
 
 def _student_row(key: SizeKey, sweep: Sweep, group: SeedGroup, metric: str, paper_row: SizeResult | None) -> list[str]:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,9 @@ from raydistill.core.errors import UserError
 from raydistill.evaluation.metrics import Comparison, paired_bootstrap_over_seeds
 from raydistill.models.layer_choice import layers_to_copy
 from raydistill.paper.published import PaperKey, data_name, teacher_name
-from raydistill.results.costs import end_to_end_hours, hours_by_artifact
-from raydistill.results.records import Trial, read_row_statistics, read_sweep, read_trials
+from raydistill.results.costs import end_to_end_hours
+from raydistill.results.records import Trial, read_row_statistics, read_trials
+from raydistill.results.sweep_record import SweepRecord, SweepTeacher, read_sweep
 
 DAMAGED_TEACHER_ROWS_REMEDY = (
     "Delete this file: differences to the teacher are then without intervals. To score the teacher again, also delete "
@@ -26,10 +26,10 @@ DAMAGED_TEACHER_ROWS_REMEDY = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder, the content of its sweep.json, and its trials."""
+    """A sweep's folder, its sweep.json, and its trials."""
 
     folder: Path
-    record: dict[str, Any]
+    record: SweepRecord
     trials: list[Trial]
 
     @property
@@ -40,23 +40,22 @@ class Sweep:
     @property
     def metric(self) -> str:
         """The main score, rouge2 or bleu."""
-        return str(self.record.get("metric", "rouge2"))
+        return self.record.metric
 
     @property
-    def teacher(self) -> dict[str, Any]:
-        """The teacher's record; empty before the teacher was scored."""
-        return self.record.get("teacher") or {}
+    def teacher(self) -> SweepTeacher:
+        """The teacher's record."""
+        return self.record.teacher
 
     @property
-    def teacher_depths(self) -> tuple[int, int] | None:
-        """The number of encoder and decoder layers of the teacher; None before the teacher was scored."""
-        size = self.teacher.get("size")
-        return parse_size(size) if size else None
+    def teacher_depths(self) -> tuple[int, int]:
+        """The number of encoder and decoder layers of the teacher."""
+        return parse_size(self.teacher.size)
 
     @property
     def teacher_name(self) -> str:
         """The paper's name of the teacher, or a short name."""
-        return teacher_name(str(self.teacher.get("name")))
+        return teacher_name(self.teacher.name)
 
     @cached_property
     def dataset_name(self) -> str | None:
@@ -67,14 +66,7 @@ class Sweep:
     @property
     def teacher_test_score(self) -> float | None:
         """The teacher's main score on test."""
-        return (self.teacher.get("test") or {}).get(self.metric)
-
-    @property
-    def hours_by_artifact(self) -> dict[str, float]:
-        """Device-hours of the teacher passes by artifact."""
-        if passes := self.teacher.get("passes"):
-            return hours_by_artifact(passes, f"cache of {self.folder}")
-        return {f"passes of {self.folder}": float(self.record.get("teacher_gpu_hours") or 0.0)}
+        return self.teacher.test.metrics.get(self.metric) if self.teacher.test else None
 
     def teacher_rows(self) -> np.ndarray | None:
         """The teacher's per-row statistics on test, as `read_row_statistics` returns them."""
@@ -138,12 +130,9 @@ class SeedGroup:
 
     @cached_property
     def is_spaced(self) -> bool:
-        """Whether the student copies the teacher's layers at equal spacing, also if the run lists them one by one.
-
-        False if the size of the teacher is unknown.
-        """
+        """Whether the student copies the teacher's layers at equal spacing, also if the run lists them one by one."""
         copied, depths = self.completed[0].copied_layers, self.sweep.teacher_depths
-        if depths is None or self.decoder_source != "teacher" or not copied.get("encoder"):
+        if self.decoder_source != "teacher" or not copied.get("encoder"):
             return False
         sides = zip(("encoder", "decoder"), depths, strict=True)
         return all(copied[side] == layers_to_copy(depth, len(copied[side])) for side, depth in sides)
@@ -187,8 +176,7 @@ class SeedGroup:
     @property
     def mean_device_hours(self) -> float | None:
         """Mean device-hours, including the teacher passes that a trial needs."""
-        passes = self.sweep.teacher.get("passes")
-        return _mean_or_none(end_to_end_hours(trial, passes) for trial in self.trials)
+        return _mean_or_none(end_to_end_hours(trial, self.sweep.teacher.passes) for trial in self.trials)
 
     @cached_property
     def test_rows(self) -> dict[int, np.ndarray]:
@@ -237,9 +225,11 @@ def check_comparable(sweeps: Sequence[Sweep]) -> None:
         if sweep.dataset_name is None:
             continue
         first = first_by_name.setdefault((sweep.teacher_name, sweep.dataset_name), sweep)
-        differences = ["teacher"] if _differ(first.teacher.get("key"), sweep.teacher.get("key")) else []
-        fingerprints, others = first.teacher.get("data") or {}, sweep.teacher.get("data") or {}
-        differences += [f"{split} split" for split in fingerprints if _differ(fingerprints[split], others.get(split))]
+        differences = ["teacher"] if first.teacher.key != sweep.teacher.key else []
+        others = sweep.teacher.data
+        differences += [
+            f"{split} split" for split, mark in first.teacher.data.items() if others.get(split, mark) != mark
+        ]
         if differences:
             raise UserError(
                 f"{first.folder} and {sweep.folder} are both of {sweep.teacher_name} on {sweep.dataset_name}, but "
@@ -270,11 +260,6 @@ def compare_to_teacher(group: SeedGroup) -> tuple[Comparison, int] | None:
     if teacher_rows is None or len(rows) < group.num_seeds or not _same_row_count([*rows, teacher_rows]):
         return None
     return paired_bootstrap_over_seeds(group.sweep.metric, rows, [teacher_rows]), group.num_seeds
-
-
-def _differ(a: str | None, b: str | None) -> bool:
-    """Whether two fingerprints are known and different."""
-    return a is not None and b is not None and a != b
 
 
 def _same_row_count(arrays: Sequence[np.ndarray]) -> bool:

@@ -7,7 +7,6 @@ and one recipe; several sweeps have a row each.
 
 from collections.abc import Sequence
 
-from raydistill.core.files import corrupt_file_error
 from raydistill.paper.ablations import ablation_table
 from raydistill.paper.cells import Table, drop_sweep_column
 from raydistill.paper.cost_tables import corpus_table, effort_table, training_cost_table
@@ -54,20 +53,17 @@ def _describe_run(sweep: Sweep) -> list[str]:
     """Teacher, alignment, engine, machine, versions, seeds and dates, as far as the sweep records them."""
     results = [RunResult.read(trial.folder / RESULT_FILE) for trial in sweep.trials if trial.status != "running"]
     alignments = [result.alignment for result in results if result.alignment is not None]
-    with corrupt_file_error(sweep.folder / "sweep.json"):
-        hardware = dict(sweep.teacher.get("machine") or {})
-        machine = f"{hardware['name']} ({hardware['kind']}, {hardware['threads']} threads)" if hardware else ""
-        versions = dict(sweep.record.get("versions") or {})
+    teacher, hardware = sweep.teacher, sweep.teacher.machine
     days = sorted({result.ended_at[:10] for result in results if result.ended_at})
     facts = {
-        "teacher": " at commit ".join(str(sweep.teacher[key]) for key in ("name", "commit") if sweep.teacher.get(key)),
+        "teacher": " at commit ".join(filter(None, (teacher.name, teacher.commit))),
         "logits of a full-depth copy differ by at most": (
             f"{max(alignments):.1e} of the largest logit" if alignments else ""
         ),
-        "engine": str(sweep.teacher.get("engine") or ""),
-        "machine": machine,
+        "engine": f"{teacher.engine} {teacher.precision}",
+        "machine": f"{hardware.get('name')} ({hardware.get('kind')}, {hardware.get('threads')} threads)",
         "hosts": ", ".join(sorted({result.host for result in results if result.host})),
-        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+        "versions": ", ".join(f"{name} {number}" for name, number in sweep.record.versions.items()),
         "seeds": ", ".join(map(str, sorted({trial.seed for trial in sweep.trials}))),
         "ended": " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
     }

@@ -8,6 +8,11 @@ def format_number(value: float | None, digits: int, missing: str = "-", sign: bo
     return missing if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
+def format_count(count: int, noun: str) -> str:
+    """A number with its noun: "1 trial", "2 trials"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_interval(interval: Sequence[float], sign: bool = False) -> str:
     """An interval such as "[9.00, 11.00]"."""
     low, high = interval

@@ -11,9 +11,10 @@ from markupsafe import Markup
 from raydistill.core.files import write_atomic
 from raydistill.results.formatting import format_interval
 from raydistill.results.plots import marker_id, plot_front, plot_learning_curves
-from raydistill.results.records import Trial, decoding_label
+from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.served_students import SERVED_FILE
+from raydistill.results.sweep_record import SWEEP_FILE
 from raydistill.results.tables import (
     choices_table,
     format_trial_counts,
@@ -49,7 +50,7 @@ def refresh_report(selection: Selection) -> list[Path]:
 
     The running trials' new validations alone do not cause an update.
     """
-    inputs = [selection.sweep / "sweep.json", selection.sweep / SERVED_FILE]
+    inputs = [selection.sweep / SWEEP_FILE, selection.sweep / SERVED_FILE]
     inputs += [trial.folder / name for trial in selection.trials for name in ("result.json", SERVED_FILE)]
     latest_ns = max(path.stat().st_mtime_ns for path in inputs if path.is_file())
     last_written = selection.sweep / LAST_WRITTEN
@@ -70,7 +71,7 @@ def render_page(selection: Selection) -> str:
         curves_svg=_svg_element(plot_learning_curves(selection, "svg")),
         summary_tables=[("Choices", *choices_table(selection)), ("Cost of each method", *method_table(selection))],
         result_tables=[(title, *table) for title, table in zip(result_titles, result_tables(selection), strict=False)],
-        setups=list(filter(None, setups)),
+        setups=setups,
         tooltips=make_tooltips(selection),
     )
 
@@ -79,10 +80,10 @@ def make_tooltips(selection: Selection) -> dict[str, list[str]]:
     """The lines of the tooltip of every marker on the front, by marker id."""
     tooltips = {marker_id(student.key): _student_tooltip(selection, student) for student in selection.plotted_trials}
     teacher = selection.teacher
-    score = (teacher.get("metrics") or {}).get(selection.metric)
+    score = teacher.metrics.get(selection.metric)
     if score is not None:
-        lines = [f"teacher {teacher.get('name', '')} ({teacher.get('size', '')})", f"{selection.metric} {score:.2f}"]
-        tooltips["teacher"] = lines + _cost_lines(teacher.get("costs") or {})
+        lines = [f"teacher {teacher.name} ({teacher.size})", f"{selection.metric} {score:.2f}"]
+        tooltips["teacher"] = lines + _cost_lines(teacher.costs)
     return tooltips
 
 
@@ -90,7 +91,7 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     lines = [student.label, f"method {student.method}, labels {student.labels or 'original'}"]
     lines += [f"{side} layers copied: {' '.join(map(str, layers))}" for side, layers in student.copied_layers.items()]
     if student.decoding:
-        lines.append(decoding_label(student.decoding))
+        lines.append(student.decoding.label)
     if (score := student.score(selection.metric)) is not None:
         interval = f" {format_interval(student.interval)}" if student.interval else ""
         lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on validation")
@@ -99,9 +100,7 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     if student.status == "stopped":
         lines.append("stopped early")
     lines += _cost_lines(student.metrics)
-    if measured := selection.measured_with(student):
-        lines.append(f"measured with {measured}")
-    return lines
+    return [*lines, f"measured with {selection.measured_with(student)}"]
 
 
 def _cost_lines(costs: dict[str, float]) -> list[str]:

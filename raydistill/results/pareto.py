@@ -170,6 +170,22 @@ def describe_bounds(bounds: dict[str, float]) -> str:
     return ", ".join(f"{key} <= {bound:.4g}" for key, bound in bounds.items()) or "no bound"
 
 
+def describe_nearest_miss(costs: dict[str, dict[str, float]], budgets: dict[str, dict[str, float]]) -> str:
+    """The configuration and the budget that it exceeds least, such as "2-1 for fast: latency_ms 60 (20.0% over)".
+
+    Args:
+        costs: Costs of the configurations that fit no budget, by name.
+        budgets: Resolved bounds by budget.
+    """
+    excesses = [
+        (max((values[key] / bound, key) for key, bound in bounds.items() if key in values), name, budget)
+        for name, values in costs.items()
+        for budget, bounds in budgets.items()
+    ]
+    (share, key), name, budget = min(excesses)
+    return f"{name} for {budget}: {key} {costs[name][key]:.4g} ({_format_excess(share)})"
+
+
 def _share_of_bound(candidate: Candidate, key: str, bound: float) -> float:
     return candidate.costs[key] / bound if key in candidate.costs else math.inf
 

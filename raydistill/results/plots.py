@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
+from raydistill.results.sweep_record import SweepTeacher
 from raydistill.results.tables import metric_name
 
 ImageFormat = Literal["png", "svg"]
@@ -175,9 +176,8 @@ def _draw_trial(axes: Any, trial: Trial, position: Point, marker: str, on_front:
     scatter.set_gid(marker_id(trial.key))
 
 
-def _draw_teacher(axes: Any, teacher: dict[str, Any], metric: str, cost: str) -> None:
-    score = (teacher.get("metrics") or {}).get(metric)
-    teacher_cost = (teacher.get("costs") or {}).get(cost)
+def _draw_teacher(axes: Any, teacher: SweepTeacher, metric: str, cost: str) -> None:
+    score, teacher_cost = teacher.metrics.get(metric), teacher.costs.get(cost)
     if score is None:
         return
     axes.axhline(score, color="black", linewidth=0.7, linestyle=(0, (5, 4)), alpha=0.5, zorder=0)

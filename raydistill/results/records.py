@@ -5,7 +5,6 @@ result.json. A trial writes result.json last: a trial that has one is finished.
 """
 
 import json
-import re
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -13,15 +12,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
-from raydistill.config.run import NAME_PATTERN
-from raydistill.config.space import COST_METRICS, check_bounds
 from raydistill.core.errors import UserError
-from raydistill.core.files import PARSE_ERRORS, check_schema, corrupt_file_error, read_json, safe_join
+from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
 from raydistill.core.paths import raydistill_home
-from raydistill.training.records import RESULT_FILE, RunResult
+from raydistill.results.sweep_record import SWEEP_FILE, read_sweep
+from raydistill.training.records import RESULT_FILE, RunResult, SplitScores
 
 MAX_ROW_BYTES = 2**30  # unpacked size of per-row statistics: ten numbers for each of 13 million rows
+
+
+class ServingConfig(BaseModel):
+    """How a checkpoint is served: beams and length penalty."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    beams: int = Field(ge=1)
+    length_penalty: float
+
+    @property
+    def key(self) -> str:
+        """The configuration as part of a file name: "b4-p0.6"; "b1" for one beam, which has no length penalty."""
+        return f"b{self.beams}" if self.beams == 1 else f"b{self.beams}-p{self.length_penalty:g}"
+
+    @property
+    def label(self) -> str:
+        """The configuration for tables and messages: "4 beams, length penalty 0.6"."""
+        return "1 beam" if self.beams == 1 else f"{self.beams} beams, length penalty {self.length_penalty:g}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class Trial:
         steps: Optimiser steps taken.
         signature: How the scores were computed, in the notation of the metric's library.
         checkpoint: The best checkpoint; None if there is none.
-        decoding: Beams and length penalty of a student; None for a trial.
+        decoding: How a student is served; None for a trial.
         measured_with: Engine, precision and hardware of a student's timings.
     """
 
@@ -67,7 +85,7 @@ class Trial:
     signature: str = ""
     checkpoint: Path | None = None
     seed: int = 0
-    decoding: dict[str, Any] | None = None
+    decoding: ServingConfig | None = None
     measured_with: str = ""
 
     @property
@@ -75,7 +93,7 @@ class Trial:
         """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key if there is no number."""
         if self.number is None:
             return self.key
-        decoding = f", {decoding_label(self.decoding)}" if self.decoding else ""
+        decoding = f", {self.decoding.label}" if self.decoding else ""
         return f"{self.size} {self.method} (trial {self.number}{decoding})"
 
     @property
@@ -128,25 +146,6 @@ class Trial:
         return {name: value for name, value in config.items() if name != "schema"}
 
 
-def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that have a value, as floats."""
-    return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
-def parse_interval(interval: Any) -> tuple[float, float]:
-    """The two ends of an interval."""
-    low, high = interval
-    return float(low), float(high)
-
-
-def parse_test_scores(test: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Scores on the test split and their "interval"; None if there are none."""
-    if not test:
-        return None
-    scores = to_floats({name: value for name, value in test.items() if name != "interval"})
-    return scores | ({"interval": list(parse_interval(test["interval"]))} if test.get("interval") else {})
-
-
 def _read_finished(folder: Path) -> Trial:
     result = RunResult.read(folder / RESULT_FILE)
     with corrupt_file_error(folder / RESULT_FILE):
@@ -166,7 +165,7 @@ def _read_finished(folder: Path) -> Trial:
         params=result.params,
         metrics=result.metrics,
         interval=result.interval,
-        test=_test_scores(result),
+        test=scores_with_interval(result.test),
         steps=result.steps,
         signature=result.signature,
         checkpoint=checkpoint if has_checkpoint else None,
@@ -174,10 +173,11 @@ def _read_finished(folder: Path) -> Trial:
     )
 
 
-def _test_scores(result: RunResult) -> dict[str, Any] | None:
-    if result.test is None:
+def scores_with_interval(scores: SplitScores | None) -> dict[str, Any] | None:
+    """Scores of the test split with their "interval", as a `Trial` has them."""
+    if scores is None:
         return None
-    return result.test.metrics | ({"interval": list(result.test.interval)} if result.test.interval else {})
+    return scores.metrics | ({"interval": list(scores.interval)} if scores.interval else {})
 
 
 def _read_running(folder: Path) -> Trial:
@@ -237,35 +237,6 @@ def read_row_statistics(path: Path, split: str, remedy: str | None = None) -> np
     return rows
 
 
-def read_sweep(sweep: Path) -> dict[str, Any]:
-    """The sweep's own record, sweep.json.
-
-    Raises:
-        UserError: There is no record, it is damaged, or another version of raydistill wrote it.
-    """
-    path = sweep / "sweep.json"
-    if not path.exists():
-        raise UserError(
-            f"{sweep}: no sweep.json; the sweep was not started, or was stopped before its first trial: "
-            f"run `raydistill sweep` again"
-        )
-    record = read_json(path)
-    check_schema(path, record)
-    with corrupt_file_error(path):
-        # The name becomes the name of a folder of artifacts
-        if not re.fullmatch(NAME_PATTERN, str(record.get("name", "unnamed"))):
-            raise ValueError(f"name is {record['name']!r}")
-        if record.get("tracking_uri") is not None and not isinstance(record["tracking_uri"], str):
-            raise TypeError("tracking_uri is not a string")
-        float(record.get("teacher_gpu_hours") or 0)
-        teacher = dict(record.get("teacher") or {})
-        to_floats(teacher.get("metrics") or {})
-        to_floats({name: value for name, value in (teacher.get("costs") or {}).items() if name in COST_METRICS})
-        for name, bounds in (record.get("budgets") or {}).items():
-            check_bounds(name, bounds)
-    return record
-
-
 def find_sweep(name_or_path: str) -> Path:
     """The folder of a sweep, from its path or its name under `raydistill_home()/sweeps`.
 
@@ -274,17 +245,16 @@ def find_sweep(name_or_path: str) -> Path:
     """
     sweeps = raydistill_home() / "sweeps"
     for folder in (Path(name_or_path), sweeps / name_or_path):
-        if (folder / "sweep.json").exists() or (folder / "space.yaml").exists():
+        if (folder / SWEEP_FILE).exists() or (folder / "space.yaml").exists():
             return folder.absolute()
-    names = sorted(p.parent.name for p in sweeps.glob("*/sweep.json"))
+    names = sorted(p.parent.name for p in sweeps.glob(f"*/{SWEEP_FILE}"))
     existing = f"sweeps in {sweeps}: {', '.join(names)}" if names else f"there are no sweeps in {sweeps}"
     raise UserError(f"{name_or_path}: no such sweep; {existing}. Give a folder or a name")
 
 
 def device_hours(sweep: Path) -> float:
     """Device-hours of the sweep so far: all trials, whatever their status, and the teacher's passes."""
-    teacher = read_sweep(sweep).get("teacher_gpu_hours") or 0.0
-    return float(teacher) + sum(trial.device_hours for trial in read_trials(sweep))
+    return read_sweep(sweep).teacher.passes.total_hours + sum(trial.device_hours for trial in read_trials(sweep))
 
 
 def repeat_trial_remedy(folder: Path) -> str:
@@ -296,19 +266,6 @@ def _corrupt_trial_error(path: Path, detail: str, remedy: str | None = None) -> 
     return UserError(f"{path}: damaged: {detail}. {remedy or repeat_trial_remedy(path.parent)}")
 
 
-def decoding_key(decoding: dict[str, Any]) -> str:
-    """A way of decoding as part of a file name: "b4-p0.6"; "b1" for one beam, which has no length penalty."""
-    penalty = f"-p{decoding['length_penalty']:g}" if decoding["beams"] > 1 else ""
-    return f"b{decoding['beams']}{penalty}"
-
-
-def rows_filename(split: str, decoding: dict[str, Any] | None) -> str:
+def rows_filename(split: str, decoding: ServingConfig | None) -> str:
     """The file of per-row statistics: of the trial's own scores, or of a split served with a way of decoding."""
-    return f"rows-{split}-{decoding_key(decoding)}.npz" if decoding else "rows.npz"
-
-
-def decoding_label(decoding: dict[str, Any]) -> str:
-    """A way of decoding for tables and messages: "4 beams, length penalty 0.6"."""
-    if decoding["beams"] == 1:
-        return "1 beam"
-    return f"{decoding['beams']} beams, length penalty {decoding['length_penalty']:g}"
+    return f"rows-{split}-{decoding.key}.npz" if decoding else "rows.npz"

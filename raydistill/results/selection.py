@@ -2,38 +2,46 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from raydistill.config.loader import read_yaml
 from raydistill.config.space import COST_METRICS
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error
 from raydistill.results.pareto import Candidate, Choice, choose, pareto_front, resolve_bounds, resolve_budgets
-from raydistill.results.records import Trial, read_sweep, read_trials
+from raydistill.results.records import Trial, read_trials
 from raydistill.results.served_students import expand_by_serving, impute_served_timing, load_served_teacher
+from raydistill.results.sweep_record import SweepRecord, SweepTeacher, read_sweep
 
 
 @dataclass(frozen=True)
 class Selection:
     """A sweep's trials, its Pareto front and the choice for each budget.
 
-    `sweep` is the folder, `record` the content of sweep.json, `metric` the main score and `cost` the cost of the front.
+    `sweep` is the folder, `record` its sweep.json, `metric` the main score and `cost` the cost of the front.
     Front and choices are computed from `students`: the finalists as served, one per serving configuration, or every
-    scored trial if none is served yet. `front_keys` are keys of students. `teacher` holds the teacher's scores and
-    costs, measured like the students'. `bounds` are the resolved bounds by budget.
+    scored trial if none is served yet. `front_keys` are keys of students. `teacher` is the record's teacher with costs
+    that were measured like the students'. `bounds` are the resolved bounds by budget.
     """
 
     sweep: Path
-    name: str
-    metric: str
+    record: SweepRecord
+    teacher: SweepTeacher
     cost: str
-    record: dict[str, Any]
-    teacher: dict[str, Any]
     trials: list[Trial]
     students: list[Trial]
     front_keys: list[str]
     bounds: dict[str, dict[str, float]]
     choices: dict[str, Choice]
+
+    @property
+    def name(self) -> str:
+        """The name of the sweep."""
+        return self.record.name
+
+    @property
+    def metric(self) -> str:
+        """The main metric."""
+        return self.record.metric
 
     @property
     def chosen_keys(self) -> dict[str, str | None]:
@@ -63,8 +71,8 @@ class Selection:
 
         Before a student is served, its shape is timed with untrained weights at fixed output lengths.
         """
-        engine = self.teacher.get("engine")
-        return student.measured_with or (f"{engine}, untrained, at the corpus's mean lengths" if engine else "")
+        engine = self.record.shapes.engines.get(student.size, f"{self.teacher.engine} {self.teacher.precision}")
+        return student.measured_with or f"{engine}, untrained, at the corpus's mean lengths"
 
     def trial_key(self, key: str) -> str:
         """The key of the trial whose checkpoint the student with this key uses."""
@@ -84,26 +92,23 @@ def load_selection(sweep: Path) -> Selection:
         cost = (space.get("search") or {}).get("cost", "latency_ms")
         if cost not in COST_METRICS:
             raise ValueError(f"search.cost is {cost!r}")
-    metric = str(record.get("metric", "rouge2"))
-    teacher = load_served_teacher(sweep, record)
-    students = expand_by_serving(trials, teacher) or [trial for trial in trials if trial.scored]
-    candidates = make_candidates(students, metric)
+    served_teacher = load_served_teacher(sweep, record.teacher.costs)
+    students = expand_by_serving(trials, served_teacher) or [trial for trial in trials if trial.scored]
+    candidates = make_candidates(students, record.metric)
     bounds: dict[str, dict[str, float]] = {}
     choices: dict[str, Choice] = {}
-    for name, budget in (record.get("budgets") or space.get("budgets") or {}).items():
+    for name, budget in record.budgets.items():
         try:
-            bounds[name] = resolve_bounds(budget, teacher.get("costs") or {})
-            choices[name] = choose(candidates, bounds[name], metric)
+            bounds[name] = resolve_bounds(budget, served_teacher.costs)
+            choices[name] = choose(candidates, bounds[name], record.metric)
         except UserError as error:  # a percentage of a cost that is not measured on the teacher (yet)
             bounds[name] = {}
             choices[name] = Choice(None, None, [], {}, str(error))
     return Selection(
         sweep=sweep,
-        name=str(record.get("name", sweep.name)),
-        metric=metric,
-        cost=cost,
         record=record,
-        teacher=teacher,
+        teacher=record.teacher.model_copy(update={"costs": served_teacher.costs}),
+        cost=cost,
         trials=trials,
         students=students,
         front_keys=[c.key for c in pareto_front(candidates, cost)],
@@ -118,10 +123,10 @@ def select_finalists(sweep: Path) -> list[Trial]:
     All costs that can be bounded count, since `raydistill choose` accepts budgets that the space does not name.
     """
     record, trials = read_sweep(sweep), read_trials(sweep)
-    candidates = make_candidates(trials, record["metric"])
+    candidates = make_candidates(trials, record.metric)
     keys = {candidate.key for cost in COST_METRICS for candidate in pareto_front(candidates, cost)}
-    for bounds in resolve_budgets(record["budgets"], record["teacher"]["costs"]):
-        best = choose(candidates, bounds, record["metric"]).best
+    for bounds in resolve_budgets(record.budgets, record.teacher.costs):
+        best = choose(candidates, bounds, record.metric).best
         keys |= {best.key} if best else set()
     return [trial for trial in trials if trial.key in keys]
 

@@ -5,11 +5,10 @@ A table is a pair (header, rows) of text cells.
 
 from collections.abc import Callable, Sequence
 
-from raydistill.core.files import corrupt_file_error
 from raydistill.results.costs import shared_pass_hours
-from raydistill.results.formatting import format_number, format_score
+from raydistill.results.formatting import format_count, format_number, format_score
 from raydistill.results.pareto import COST_UNITS
-from raydistill.results.records import Trial, decoding_label
+from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 
 TextTable = tuple[list[str], list[list[str]]]
@@ -64,7 +63,7 @@ def trials_table(
         "trial": lambda t: format_number(t.number, 0),
     }
     if has_decodings:
-        columns["decoding"] = lambda t: decoding_label(t.decoding) if t.decoding else "-"
+        columns["decoding"] = lambda t: t.decoding.label if t.decoding else "-"
     columns["note"] = lambda t: _format_note(t, choices)
     ordered = sorted(trials, key=lambda t: (STATUS_ORDER[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0))
     return list(columns), [[cell(trial) for cell in columns.values()] for trial in ordered]
@@ -103,13 +102,11 @@ def method_table(selection: Selection) -> TextTable:
     """One row per method: its device-hours, its gain over `sft` in points, and the gain per device-hour."""
     header = ["method", "trials", "device h, trials", "device h, teacher"]
     header += [f"{selection.metric} over sft", "per device h"]
-    passes = selection.teacher.get("passes")
     rows = []
     for method in sorted({trial.method for trial in selection.trials if trial.method}):
         trials = [trial for trial in selection.trials if trial.method == method]
         trial_hours = sum(trial.device_hours for trial in trials)
-        with corrupt_file_error(selection.sweep / "sweep.json"):
-            teacher_hours = shared_pass_hours(trials, passes)
+        teacher_hours = shared_pass_hours(trials, selection.teacher.passes)
         gain = mean_gain_over_sft(selection.trials, method, selection.metric)
         hours = trial_hours + teacher_hours
         gain_per_hour = gain / hours if gain is not None and hours else None
@@ -147,7 +144,7 @@ def format_trial_counts(trials: Sequence[Trial]) -> str:
         if count := sum(t.status == status for t in trials):
             suffix = f" ({num_collapsed} collapsed)" if status == "failed" and num_collapsed else ""
             parts.append(f"{count} {name}{suffix}")
-    return f"{len(trials)} trials" + (f": {', '.join(parts)}" if parts else "")
+    return format_count(len(trials), "trial") + (f": {', '.join(parts)}" if parts else "")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -16,8 +16,10 @@ from raydistill.core.paths import raydistill_home
 from raydistill.data.corpus import corpus_statistics, read_corpus, split_names
 from raydistill.models.shrinking import plan_layers
 from raydistill.paper.published import TABLE_4, TABLE_5, data_name, teacher_name
+from raydistill.results.formatting import format_count
 from raydistill.results.pareto import fits_any_budget, resolve_budgets
-from raydistill.results.records import count_finished_trials, read_sweep
+from raydistill.results.records import count_finished_trials
+from raydistill.results.sweep_record import SWEEP_FILE, SweepRecord
 
 # English text in BART's vocabulary; other languages and smaller vocabularies need more
 TOKENS_PER_WORD = 1.15
@@ -64,7 +66,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     infeasible, remark = estimate_infeasible_sizes(space, sizes, config, folder)
     passes = f"a pass over the training split by {' and '.join(labellers)}" if labellers else "none needed"
     lines = [
-        f"sweep {space.name}: {space.search.trials} trials ({num_finished} finished already), "
+        f"sweep {space.name}: {format_count(space.search.trials, 'trial')} ({num_finished} finished already), "
         f"sampler {space.search.sampler}, seed {space.search.seed}, in {folder}",
         f"teacher: {first.teacher}" + (f" ({problem})" if problem else ""),
         f"data: {first.dataset.name}: {data.text}",
@@ -187,12 +189,12 @@ def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folde
 
     if config is None or not space.budgets:
         return [], ""
-    record = read_sweep(folder) if (folder / "sweep.json").is_file() else {}
-    measured = record.get("shape_costs_fewest_beams") or {}
+    record = SweepRecord.read_if_present(folder / SWEEP_FILE)
+    measured = record.shapes.costs_fewest_beams if record else {}
     full = families.size_name(config)
     costs = {s: {"params_m": count_params_m(config, s), **measured.get(s, {})} for s in {full, *sizes} - {"full"}}
     costs["full"] = costs[full]
-    budgets = resolve_budgets(space.budgets, {**costs[full], **(record.get("shape_costs") or {}).get(full, {})})
+    budgets = resolve_budgets(space.budgets, {**costs[full], **(record.shapes.teacher_costs if record else {})})
     remark = "" if measured else " (by their parameters; latency and memory are known once the shapes are timed)"
     return [size for size in sizes if not fits_any_budget(costs[size], budgets)], remark
 

@@ -77,11 +77,11 @@ def peer_curves(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
 
 def warmup_share(trial: Trial) -> float:
     """Share of a trial's steps in which the learning rate rises; 0 before the first validation."""
-    with corrupt_file_error(trial.folder / "metrics.jsonl"):
-        lines = [line for line in trial.history() if "progress" in line]
-        total = round(lines[-1]["step"] / lines[-1]["progress"]) if lines else 0
-    if not total:
+    history = trial.history()
+    if not history:
         return 0.0
+    with corrupt_file_error(trial.folder / "metrics.jsonl"):
+        total = int(history[-1]["total_steps"])
     with corrupt_file_error(trial.folder / "run.json"):
         return Training.model_validate(trial.run_config().get("training", {})).get_warmup_steps(total) / total
 
@@ -89,7 +89,7 @@ def warmup_share(trial: Trial) -> float:
 def validation_curve(trial: Trial) -> Curve:
     """The validation scores of a trial. A run that ended before its last step keeps its best score until the end."""
     with corrupt_file_error(trial.folder / "metrics.jsonl"):
-        points = [(float(line["progress"]), float(line["score"])) for line in trial.history() if "progress" in line]
+        points = [(line["step"] / line["total_steps"], float(line["score"])) for line in trial.history()]
     if trial.status == "done" and points and points[-1][0] < 1:
         points.append((1.0, max(score for _, score in points)))
     return points

@@ -6,9 +6,9 @@ of a checkpoint and a way of decoding.
 
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +18,6 @@ from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, make_run
 from raydistill.core.console import print_progress
-from raydistill.core.files import corrupt_file_error, read_json, write_json_atomic
 from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware, warn_background_load
 from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
@@ -26,11 +25,13 @@ from raydistill.inference.engines import open_engine
 from raydistill.models.loading import load_config, locate_checkpoint
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import resolve_languages, resolve_max_tokens
-from raydistill.results.records import Trial, decoding_key, read_trials, rows_filename
+from raydistill.results.records import ServingConfig, Trial, read_trials, rows_filename
 from raydistill.results.selection import load_selection, select_finalists
-from raydistill.results.served_students import SERVED_FILE, read_served
+from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent, read_served
 from raydistill.search.prepare import check_unchanged
+from raydistill.training.records import SplitScores
 from raydistill.training.run_folder import write_row_statistics
+from raydistill.training.teacher_record import TeacherScores
 from raydistill.training.tokenized_data import read_split
 
 REMEASURE_REMEDY = "then delete the served.json files in the sweep's folder, and run the same command again"
@@ -61,26 +62,26 @@ class ServingTask:
     metric: str
     split: str
 
-    def rows_path(self, decoding: dict[str, Any]) -> Path:
+    def rows_path(self, decoding: BeamSearchParams) -> Path:
         """The file of the per-row statistics of a decoding."""
-        return self.pending.folder / rows_filename(self.split, decoding)
+        return self.pending.folder / rows_filename(self.split, serving_config(decoding))
 
-    def execute(self, device: str) -> list[dict[str, Any]]:
+    def execute(self, device: str) -> list[ServedStudent]:
         """`serve_checkpoint` on the machine that times everything, without other load of this cluster."""
-        outputs = [self.rows_path(asdict(decoding)) for decoding in self.pending.decodings]
+        outputs = [self.rows_path(decoding) for decoding in self.pending.decodings]
         folder, checkpoint = self.pending.folder, Path(self.pending.checkpoint)
         inputs = [folder if checkpoint.is_relative_to(folder) else checkpoint]  # a trial's folder is stored whole
         return run_exclusive(serve_checkpoint, self, device=device, input_paths=inputs, output_paths=outputs)
 
 
-def all_served(space: Space, sweep: Path, teacher: dict[str, Any]) -> bool:
+def all_served(space: Space, sweep: Path, teacher: TeacherScores) -> bool:
     """Whether `serve_finalists` has nothing to do on this machine. Reads files only."""
     machine = local_hardware()
     pending = find_unserved(space, sweep, teacher, machine) or find_untested(sweep, teacher)
     return not pending and _is_reference_hardware(sweep, machine)
 
 
-def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
+def serve_finalists(space: Space, sweep: Path, teacher: TeacherScores, device: str) -> None:
     """Serve the teacher and every finalist with each decoding of the space that is missing.
 
     Selection then uses the timings of this machine only, since timings of two machines cannot be compared.
@@ -104,13 +105,14 @@ def serve_finalists(space: Space, sweep: Path, teacher: dict[str, Any], device: 
         )
         background_cores = 0.0
         for pending in unserved:
-            entries = ServingTask(pending, run, teacher["metric"], "validation").execute(device)
+            entries = ServingTask(pending, run, teacher.metric, "validation").execute(device)
             merge_served(pending.folder, entries)
             snapshots.save(pending.folder)
-            background_cores = max(background_cores, *(entry["background_cores"] for entry in entries))
+            background_cores = max(background_cores, *(entry.background_cores for entry in entries))
         warn_background_load(background_cores, REMEASURE_REMEDY)
-    if (sweep / SERVED_FILE).is_file() and not _is_reference_hardware(sweep, machine):
-        write_json_atomic(sweep / SERVED_FILE, {**read_json(sweep / SERVED_FILE), "hardware": machine})
+    served = read_served(sweep)
+    if served and not _is_reference_hardware(sweep, machine):
+        served.model_copy(update={"hardware": machine}).write(sweep / SERVED_FILE)
     score_on_test(space, sweep, teacher, device)
 
 
@@ -122,7 +124,7 @@ def local_hardware() -> Hardware:
     return {name: value for name, value in machine.items() if name != "threads"}
 
 
-def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: Hardware) -> list[PendingServing]:
+def find_unserved(space: Space, sweep: Path, teacher: TeacherScores, machine: Hardware) -> list[PendingServing]:
     """The teacher and the finalists that lack a decoding on this machine with the installed engine.
 
     Args:
@@ -137,22 +139,23 @@ def find_unserved(space: Space, sweep: Path, teacher: dict[str, Any], machine: H
         return []
     run, search = _representative_run(space, sweep), space.search.decoding
     location = locate_checkpoint(str(run.teacher), run.dataset.name)
-    required = [PendingServing(sweep, location, decoding_grid(BeamSearchParams(**teacher["decoding"]), search))]
+    own = BeamSearchParams(**teacher.decoding)  # type: ignore[arg-type]
+    required = [PendingServing(sweep, location, decoding_grid(own, search))]
     for trial in finalists:
         required.append(
             PendingServing(trial.folder, str(trial.folder / "best"), decoding_grid(_own_decoding(trial), search))
         )
     unserved = []
     for pending in required:
-        entries = [e for e in read_served(pending.folder) if _is_current(pending.folder, e, machine)]
-        served = {decoding_key(entry) for entry in entries}
-        unserved.append(replace(pending, decodings=[d for d in pending.decodings if _key(d) not in served]))
+        record = read_served(pending.folder)
+        keys = {entry.decoding.key for entry in record.entries if _is_current(entry, machine)} if record else set()
+        unserved.append(replace(pending, decodings=[d for d in pending.decodings if serving_config(d).key not in keys]))
     return [pending for pending in unserved if pending.decodings]
 
 
-def find_untested(sweep: Path, teacher: dict[str, Any]) -> list[Trial]:
+def find_untested(sweep: Path, teacher: TeacherScores) -> list[Trial]:
     """The students on the front or chosen that lack a score on the test split, if the data have a test split."""
-    if "test" not in teacher["data"]:
+    if "test" not in teacher.data:
         return []
     selection = load_selection(sweep)
     keys = {*selection.front_keys, *(key for key in selection.chosen_keys.values() if key)}
@@ -164,67 +167,78 @@ def decoding_grid(default: BeamSearchParams, search: DecodingSearch) -> list[Bea
 
     One beam is combined with one length penalty only, which has no effect there.
     """
-    grid = {_key(default): default}
+    grid = {serving_config(default).key: default}
     for beams in search.beams:
         for penalty in search.length_penalty if beams > 1 else [default.length_penalty]:
             decoding = replace(default, beams=beams, length_penalty=penalty)
-            grid.setdefault(_key(decoding), decoding)
+            grid.setdefault(serving_config(decoding).key, decoding)
     return list(grid.values())
 
 
-def merge_served(folder: Path, entries: list[dict[str, Any]]) -> None:
+def merge_served(folder: Path, entries: Sequence[ServedStudent]) -> None:
     """Add entries to a folder's served.json; they replace those of the same decoding and hardware."""
-    path = folder / SERVED_FILE
-    record = read_json(path) if path.is_file() else {"hardware": entries[0]["hardware"]}
-    replaced = {(decoding_key(entry), str(entry["hardware"])) for entry in entries}
-    kept = [
-        entry
-        for entry in record.get("decodings", [])
-        if "hardware" in entry and (decoding_key(entry), str(entry["hardware"])) not in replaced
-    ]
-    write_json_atomic(path, {**record, "decodings": [*kept, *entries]})
+    record = read_served(folder) or ServedRecord(hardware=entries[0].hardware, entries=[])
+    replaced = [(entry.decoding.key, entry.hardware) for entry in entries]
+    kept = [entry for entry in record.entries if (entry.decoding.key, entry.hardware) not in replaced]
+    record.model_copy(update={"entries": [*kept, *entries]}).write(folder / SERVED_FILE)
 
 
-def score_on_test(space: Space, sweep: Path, teacher: dict[str, Any], device: str) -> None:
+def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str) -> None:
     """Score the students of `find_untested` on the test split. These scores are reported; nothing is chosen by them."""
     for student in find_untested(sweep, teacher):
-        decoding = replace(_own_decoding(student), **(student.decoding or {}))
+        served = read_served(student.folder)
+        assert student.decoding
+        assert served
+        decoding = replace(
+            _own_decoding(student), beams=student.decoding.beams, length_penalty=student.decoding.length_penalty
+        )
         pending = PendingServing(student.folder, str(student.folder / "best"), [decoding])
-        task = ServingTask(pending, _representative_run(space, sweep), teacher["metric"], "test")
-        [result] = task.execute(device)
-        served = read_json(student.folder / SERVED_FILE)
-        for entry in served["decodings"]:  # of all machines, since scores do not depend on the machine
-            if decoding_key(entry) == _key(decoding):
-                entry["test"] = {**result["metrics"], "interval": result["interval"]}
-        write_json_atomic(student.folder / SERVED_FILE, served)
+        [result] = ServingTask(pending, _representative_run(space, sweep), teacher.metric, "test").execute(device)
+        test = SplitScores(**result.metrics, interval=result.interval)
+        # Of all machines, since scores do not depend on the machine
+        entries = [
+            entry.model_copy(update={"test": test}) if entry.decoding.key == student.decoding.key else entry
+            for entry in served.entries
+        ]
+        served.model_copy(update={"entries": entries}).write(student.folder / SERVED_FILE)
         snapshots.save(student.folder)
 
 
-def serve_checkpoint(task: ServingTask, device: str, threads: int) -> list[dict[str, Any]]:
+def serve_checkpoint(task: ServingTask, device: str, threads: int) -> list[ServedStudent]:
     """Serve a checkpoint with each decoding. Call with `run_exclusive`, since load disturbs timings.
 
     Returns:
-        For each decoding an entry of served.json: scores, costs, engine, hardware and "background_cores". Per-row
-        statistics are written to `task.rows_path`.
+        For each decoding an entry of served.json. Per-row statistics are written to `task.rows_path`.
     """
     corpus = read_split(task.run.dataset, task.split)
     assert corpus is not None, task.split
     entries = []
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:
         engine, max_source_tokens = _open_serving_engine(task, device, threads, Path(scratch))
-        setup = {
-            "engine": f"{engine.name} {engine.precision}",
-            "version": engine_version(engine.name),
-            "hardware": hardware(device, threads),
-            "rows": len(corpus),
-        }
         for params in task.pending.decodings:
             load = BackgroundLoad()
             served = benchmark_serving(engine, corpus, task.metric, params, max_source_tokens)
-            decoding = {"beams": params.beams, "length_penalty": params.length_penalty}
-            write_row_statistics(task.rows_path(decoding), {task.split: served.scores.row_stats})
-            entries.append({**decoding, **setup, "background_cores": load.mean_cores(), **served.summary()})
+            background_cores = load.mean_cores()
+            write_row_statistics(task.rows_path(params), {task.split: served.scores.row_stats})
+            entry = ServedStudent(
+                decoding=serving_config(params),
+                engine=engine.name,
+                precision=engine.precision,
+                version=engine_version(engine.name),
+                hardware=hardware(device, threads),
+                rows=len(corpus),
+                background_cores=background_cores,
+                metrics={**served.scores.metrics, "repetition": served.repetition_rate},
+                interval=served.score_interval,
+                costs=served.costs,
+            )
+            entries.append(entry)
     return entries
+
+
+def serving_config(params: BeamSearchParams) -> ServingConfig:
+    """The part of the decoding that the sweep varies."""
+    return ServingConfig(beams=params.beams, length_penalty=params.length_penalty)
 
 
 def _open_serving_engine(task: ServingTask, device: str, threads: int, scratch: Path) -> tuple[Engine, int]:
@@ -237,18 +251,15 @@ def _open_serving_engine(task: ServingTask, device: str, threads: int, scratch: 
     return engine, resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(checkpoint))
 
 
-def _is_current(folder: Path, entry: dict[str, Any], machine: Hardware) -> bool:
+def _is_current(entry: ServedStudent, machine: Hardware) -> bool:
     """Whether an entry of served.json is of this machine and of the installed version of its engine."""
-    with corrupt_file_error(folder / SERVED_FILE, "Delete this file and run the sweep again to create it"):
-        same_version = entry.get("version") == engine_version(entry.get("engine", "none").split()[0])
-        return same_version and machine.items() <= entry["hardware"].items()
+    return entry.version == engine_version(entry.engine) and machine.items() <= entry.hardware.items()
 
 
 def _is_reference_hardware(sweep: Path, machine: Hardware) -> bool:
     """Whether selection uses the timings of this machine, or nothing was served yet."""
-    if not (sweep / SERVED_FILE).is_file():
-        return True
-    return machine.items() <= (read_json(sweep / SERVED_FILE).get("hardware") or {}).items()
+    served = read_served(sweep)
+    return served is None or machine.items() <= served.hardware.items()
 
 
 def _representative_run(space: Space, sweep: Path) -> Run:
@@ -259,7 +270,3 @@ def _representative_run(space: Space, sweep: Path) -> Run:
 def _own_decoding(trial: Trial) -> BeamSearchParams:
     """The decoding that a trial's checkpoint was validated with."""
     return BeamSearchParams(**CheckpointMetadata.read_from(trial.folder / "best").decoding or {})
-
-
-def _key(decoding: BeamSearchParams) -> str:
-    return decoding_key(asdict(decoding))

@@ -1,5 +1,6 @@
 """Creates what the trials of a sweep share: the teacher's scores, costs of the shapes, label sets, teacher cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from raydistill.config.run import Run, parse_size
 from raydistill.config.space import Space, corner_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
-from raydistill.core.files import read_json, write_json_atomic
 from raydistill.evaluation.latency import warn_background_load
 from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, prepare_shared_inputs
-from raydistill.results.costs import total_pass_hours
-from raydistill.results.pareto import fits_any_budget, resolve_budgets
-from raydistill.search.shape_latency import ShapeCosts, ShapeTiming, time_shapes
+from raydistill.results.pareto import describe_nearest_miss, resolve_budgets
+from raydistill.results.sweep_record import ShapeTable, SweepTeacher, TeacherPasses
+from raydistill.search.shape_latency import ShapeTiming, TimedShape, time_shapes
 from raydistill.training.inputs import RunInputs, input_paths
 from raydistill.training.records import InputFingerprints, repetition_warning
 from raydistill.training.run_folder import write_row_statistics
+from raydistill.training.teacher_record import TeacherScores
 from raydistill.training.teacher_scores import score_teacher
 from raydistill.training.tokenized_data import input_fingerprints
 
@@ -28,46 +29,49 @@ class PreparedSweep:
 
     Attributes:
         teacher: The teacher's scores, costs and properties, which sweep.json keeps.
-        shape_costs: Costs of each shape with the teacher's own number of beams.
-        shape_costs_fewest_beams: Costs of each shape with the fewest beams that a student may be served with. A shape
-            that no budget admits even so is not trained.
+        shapes: Costs of the shapes.
         shared: Label sets and teacher cache.
     """
 
-    teacher: dict[str, Any]
-    shape_costs: dict[str, ShapeCosts]
-    shape_costs_fewest_beams: dict[str, ShapeCosts]
+    teacher: SweepTeacher
+    shapes: ShapeTable
     shared: SharedInputs = field(default_factory=SharedInputs)
 
     def inputs(self, run: Run, number: int, params: dict[str, Any]) -> RunInputs:
         """The inputs of the trial with this number and these values of the search."""
         return replace(
             self.shared.for_run(run),
-            costs=self.shape_costs.get(run.student.size or self.teacher["size"], {}),
+            costs=self.shapes.costs.get(run.student.size or self.teacher.size, {}),
             number=number,
             params=params,
-            teacher_repetition=self.teacher.get("repetition"),
+            teacher_repetition=self.teacher.repetition,
         )
 
 
 def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
     """Create what is missing of a sweep's shared parts. Finished parts are kept, so a second call only reads them."""
     runs = corner_runs(space)
-    teacher = _score_teacher(runs[0], sweep, device)
-    shape_costs, fewest_beams = _time_shapes(space, runs, teacher, sweep, device)
+    scores = _score_teacher(runs[0], sweep, device)
+    shapes = _time_shapes(space, runs, scores, sweep, device)
+    check_budgets(space, sorted({run.student.size or scores.size for run in runs}), shapes)
     total_epochs = space.search.trials * max(run.training.epochs for run in runs)
     shared = prepare_shared_inputs(runs, device, sweep / "cache.json", total_epochs)
-    record = _teacher_record(teacher, shape_costs[teacher["size"]], runs, shared)
-    return PreparedSweep(record, shape_costs, fewest_beams, shared)
+    teacher = SweepTeacher(
+        **dict(scores),
+        costs=shapes.teacher_costs,
+        passes=TeacherPasses(labels=shared.label_hours, stores=shared.cache.store_hours),
+        label_sets=describe_label_sets(runs, shared.label_folders),
+    )
+    return PreparedSweep(teacher, shapes, shared)
 
 
-def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
+def check_unchanged(run: Run, teacher: TeacherScores, sweep: Path) -> None:
     """Check the teacher and the data against those that the sweep was started with.
 
     Raises:
         UserError: One of them has changed.
     """
-    recorded = InputFingerprints(teacher=teacher["key"], data=teacher["data"])
+    recorded = InputFingerprints(teacher=teacher.key, data=teacher.data)
     if changed := recorded.changes(input_fingerprints(run)):
         raise UserError(
             f"{sweep}: the {' and the '.join(changed)} changed since this sweep was started, and results before and "
@@ -75,76 +79,97 @@ def check_unchanged(run: Run, teacher: dict[str, Any], sweep: Path) -> None:
         )
 
 
-def find_infeasible_sizes(space: Space, prepared: PreparedSweep) -> frozenset[str | None]:
+def find_infeasible_sizes(space: Space, shapes: ShapeTable) -> frozenset[str | None]:
     """Values of `student.size` in the space that no budget admits."""
     sizes = {run.student.size for run in corner_runs(space)}
-    return frozenset(size for size in sizes if is_infeasible(size, space.budgets, prepared))
+    return frozenset(size for size in sizes if shapes.is_infeasible(size, space.budgets))
 
 
-def is_infeasible(size: str | None, budgets: dict[str, dict[str, Any]], prepared: PreparedSweep) -> bool:
-    """Whether no budget admits a student of this size, even with the fewest beams; None is the teacher's size."""
-    costs = prepared.shape_costs_fewest_beams[size or prepared.teacher["size"]]
-    return not fits_any_budget(costs, resolve_budgets(budgets, prepared.teacher["costs"]))
-
-
-def _score_teacher(run: Run, sweep: Path, device: str) -> dict[str, Any]:
-    """The teacher's record SWEEP/teacher.json, created if it is missing; per-row scores are in teacher_rows.npz."""
+def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
+    """The record SWEEP/teacher.json, created if it is missing; per-row scores are in teacher_rows.npz."""
     path = sweep / "teacher.json"
-    if path.is_file():
-        teacher = read_json(path)
-        check_unchanged(run, teacher, sweep)
+    scores = TeacherScores.read_if_present(path)
+    if scores is not None:
+        check_unchanged(run, scores, sweep)
     else:
         print_progress(f"teacher {run.teacher}: scoring it on validation and test")
-        teacher = run_exclusive(score_teacher, run, device=device, input_paths=input_paths(run))
-        write_row_statistics(sweep / "teacher_rows.npz", teacher.pop("scored"))
-        write_json_atomic(path, teacher)
-    metric = teacher["metric"]
-    print_progress(
-        f"teacher {run.teacher} ({teacher['size']}): {metric} {teacher['metrics'][metric]:.2f} on validation"
-    )
-    if warning := repetition_warning(f"teacher {run.teacher}", teacher.get("repetition")):
+        scores, rows = run_exclusive(score_teacher, run, device=device, input_paths=input_paths(run))
+        write_row_statistics(sweep / "teacher_rows.npz", rows)
+        scores.write(path)
+    metric = scores.metric
+    print_progress(f"teacher {run.teacher} ({scores.size}): {metric} {scores.metrics[metric]:.2f} on validation")
+    if warning := repetition_warning(f"teacher {run.teacher}", scores.repetition):
         print_progress(warning)
-    return teacher
+    return scores
 
 
-def _time_shapes(
-    space: Space, runs: list[Run], teacher: dict[str, Any], sweep: Path, device: str
-) -> tuple[dict[str, ShapeCosts], dict[str, ShapeCosts]]:
+def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: Path, device: str) -> ShapeTable:
     """Costs of each shape with the teacher's number of beams, and with the fewest beams of the space."""
-    sizes = _student_sizes(runs, teacher["size"])
-    beams = tuple(dict.fromkeys((teacher["beams"], min([teacher["beams"], *space.search.decoding.beams]))))
-    # Trials of a sweep are compared, so noisy timings are repeated only before the first trial
-    timing = ShapeTiming.from_record(teacher, beams, remeasure_noisy=not (sweep / "trials").is_dir())
+    sizes = _student_sizes(runs, teacher.size)
+    beams = tuple(dict.fromkeys((teacher.beams, min([teacher.beams, *space.search.decoding.beams]))))
+    timing = ShapeTiming(
+        source_tokens=teacher.source_tokens,
+        output_tokens=teacher.output_tokens,
+        engine=teacher.engine,
+        precision=teacher.precision,
+        beams=beams,
+        # Trials of a sweep are compared, so noisy timings are repeated only before the first trial
+        remeasure_noisy=not (sweep / "trials").is_dir(),
+    )
     print_progress(
         f"latency: timing {len(sizes)} shapes, one at a time on an otherwise idle machine ({', '.join(sizes)})"
     )
-    costs = run_exclusive(time_shapes, runs[0], sizes, timing, device=device, input_paths=input_paths(runs[0]))
-    background_cores = max(row.pop("background_cores") for rows in costs.values() for row in rows)
-    warn_background_load(background_cores, "the next sweep times the shapes again")
-    base = costs[teacher["size"]][0]["latency_ms"]
-    shape_costs = {size: {**rows[0], "speedup": base / rows[0]["latency_ms"]} for size, rows in costs.items()}
-    for size in sizes:
-        times = [f"{row['latency_ms']:8.1f} ms for 32 (beams: {n})" for n, row in zip(beams, costs[size], strict=True)]
-        print_progress(f"  {size:>6}: {', '.join(times)}, {shape_costs[size]['params_m']:.2f} M parameters")
-    return shape_costs, {size: rows[-1] for size, rows in costs.items()}
+    timed = run_exclusive(time_shapes, runs[0], sizes, timing, device=device, input_paths=input_paths(runs[0]))
+    warn_background_load(
+        max(shape.background_cores for shapes in timed.values() for shape in shapes),
+        "the next sweep times the shapes again",
+    )
+    return make_shape_table(teacher, beams, timed)
+
+
+def make_shape_table(teacher: TeacherScores, beams: tuple[int, ...], timed: dict[str, list[TimedShape]]) -> ShapeTable:
+    """Print and collect the costs of the shapes. `beams` are the numbers of beams of each shape's timings.
+
+    A shape that was timed with another engine than the teacher's is not excluded by its latency or peak memory, since
+    those are not comparable with the teacher's.
+    """
+    engine = f"{teacher.engine} {teacher.precision}"
+    base = timed[teacher.size][0].costs["latency_ms"]
+    costs, fewest_beams, engines = {}, {}, {}
+    for size, shapes in timed.items():
+        engines[size] = shapes[0].engine
+        costs[size] = {**shapes[0].costs, "speedup": base / shapes[0].costs["latency_ms"]}
+        fewest_beams[size] = shapes[-1].costs
+        times = zip(beams, shapes, strict=True)
+        text = ", ".join(f"{shape.costs['latency_ms']:8.1f} ms for 32 (beams: {n})" for n, shape in times)
+        print_progress(f"  {size:>6}: {text}, {costs[size]['params_m']:.2f} M parameters")
+        if any(shape.engine != engine for shape in shapes):
+            fewest_beams[size] = {name: costs[size][name] for name in ("params_m", "memory_mb")}
+            print_progress(
+                f"  {size:>6}: timed with {shapes[0].engine} instead of {engine}; these times exclude no size"
+            )
+    return ShapeTable(teacher_size=teacher.size, costs=costs, costs_fewest_beams=fewest_beams, engines=engines)
+
+
+def check_budgets(space: Space, sizes: Sequence[str], shapes: ShapeTable) -> None:
+    """Print the sizes that no budget admits.
+
+    Raises:
+        UserError: No budget admits any of the sizes.
+    """
+    infeasible = [size for size in sizes if shapes.is_infeasible(size, space.budgets)]
+    if len(infeasible) == len(sizes):
+        budgets = dict(zip(space.budgets, resolve_budgets(space.budgets, shapes.teacher_costs), strict=True))
+        nearest = describe_nearest_miss({size: shapes.costs_fewest_beams[size] for size in sizes}, budgets)
+        raise UserError(
+            f"no size of the space fits any of its budgets; the nearest is {nearest}. Raise a budget, or add smaller "
+            f"sizes"
+        )
+    if infeasible:
+        print_progress(f"no budget admits {', '.join(infeasible)}: students of these sizes are not trained")
 
 
 def _student_sizes(runs: list[Run], teacher_size: str) -> list[str]:
     """The sizes of the runs, the teacher's first, then from large to small."""
     sizes = {run.student.size or teacher_size for run in runs} | {teacher_size}
     return sorted(sizes, key=lambda size: (size != teacher_size, [-n for n in parse_size(size)]))
-
-
-def _teacher_record(
-    teacher: dict[str, Any], costs: ShapeCosts, runs: list[Run], shared: SharedInputs
-) -> dict[str, Any]:
-    """The teacher's record with its costs, and with what its passes over the training split took."""
-    store_hours = shared.cache.store_hours
-    passes = {"labels": shared.label_hours, "cache": sum(store_hours.values()), "stores": store_hours}
-    return {
-        **teacher,
-        "costs": {name: value for name, value in costs.items() if name != "speedup"},
-        "passes": passes,
-        "label_sets": describe_label_sets(runs, shared.label_folders),
-        "teacher_gpu_hours": total_pass_hours(passes),
-    }

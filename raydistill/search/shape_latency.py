@@ -50,16 +50,25 @@ class ShapeTiming:
     beams: tuple[int, ...]
     remeasure_noisy: bool = True
 
-    @classmethod
-    def from_record(cls, teacher: dict[str, Any], beams: tuple[int, ...], remeasure_noisy: bool) -> "ShapeTiming":
-        """Timing with the engine and the mean lengths of the teacher's record."""
-        engine, precision = teacher["engine"].split()
-        return cls(teacher["tokens"]["source"], teacher["tokens"]["output"], engine, precision, beams, remeasure_noisy)
+
+@dataclass(frozen=True)
+class TimedShape:
+    """Costs of a shape with a number of beams.
+
+    Attributes:
+        costs: Costs by name.
+        engine: Engine and precision of the timings, such as "ctranslate2 fp32".
+        background_cores: CPU cores that other processes kept busy during the measurement.
+    """
+
+    costs: ShapeCosts
+    engine: str
+    background_cores: float
 
 
 def time_shapes(
     run: Run, sizes: list[str], timing: ShapeTiming, device: str, threads: int
-) -> dict[str, list[ShapeCosts]]:
+) -> dict[str, list[TimedShape]]:
     """Costs of each size, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings."""
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
@@ -79,8 +88,8 @@ def time_shape(
     engine: EngineOption,
     device: str,
     threads: int,
-) -> list[ShapeCosts]:
-    """Costs of one size for each of `timing.beams`, with the load of other processes as "background_cores".
+) -> list[TimedShape]:
+    """Costs of one size for each of `timing.beams`.
 
     Known timings are read from RAYDISTILL_HOME/latency.json, and new ones are added.
 
@@ -110,7 +119,7 @@ def time_shape(
             options = EngineOptions(device=device, threads=threads, languages=teacher.languages, cache_dir=cache_dir)
             return open_engine(Path(scratch) / "model", engine, options), memory_before_mb
 
-        return [{**_time_beams(beams, timing, make_key, open_student), **weights} for beams in timing.beams]
+        return [_time_beams(beams, timing, make_key, open_student, weights) for beams in timing.beams]
 
 
 def _time_beams(
@@ -118,17 +127,18 @@ def _time_beams(
     timing: ShapeTiming,
     make_key: Callable[[Workload], dict[str, Any]],
     open_student: Callable[[], OpenedStudent],
-) -> ShapeCosts:
+    weights: ShapeCosts,
+) -> TimedShape:
     """Latency with each batch size, and peak memory with the large one."""
-    costs = {"background_cores": 0.0}
+    costs, background_cores, engine = dict(weights), 0.0, ""
     for cost, batch in LATENCY_BATCH_SIZES.items():
         workload = Workload(timing.source_tokens, timing.output_tokens, batch, beams)
-        result = _time_workload(workload, timing, make_key(workload), open_student)
+        result, engine = _time_workload(workload, timing, make_key(workload), open_student)
         costs |= result.as_costs(cost)
-        costs["background_cores"] = max(costs["background_cores"], result.background_cores or 0.0)
+        background_cores = max(background_cores, result.background_cores or 0.0)
         if cost == "latency_ms" and result.peak_mb is not None:
             costs["peak_mb"] = result.peak_mb
-    return costs
+    return TimedShape(costs, engine, background_cores)
 
 
 def _time_workload(
@@ -136,18 +146,19 @@ def _time_workload(
     timing: ShapeTiming,
     key: dict[str, Any],
     open_student: Callable[[], OpenedStudent],
-) -> latency.Timing:
-    """A timing from the table under `key`, or a new one, which is added to the table."""
-    table = raydistill_home() / "latency.json"
+) -> tuple[latency.Timing, str]:
+    """A timing from the table under `key`, or a new one, which is added to the table; and its engine."""
+    table, expected = raydistill_home() / "latency.json", f"{timing.engine} {timing.precision}"
     known = latency.lookup(table, key)
     if known is not None and not (known.noisy and timing.remeasure_noisy):
-        return known
+        return known, expected
     engine, memory_before_mb = open_student()
     result = latency.measure(engine, workload, REPETITION, memory_before_mb)
     # Another engine is opened if CTranslate2 cannot be used; the key does not describe that engine's timings
-    if (engine.name, engine.precision) == (timing.engine, timing.precision):
+    used = f"{engine.name} {engine.precision}"
+    if used == expected:
         latency.record(table, key, result)
-    return result
+    return result, used
 
 
 def count_params_m(config: Any, size: str) -> float:

@@ -9,7 +9,6 @@ import json
 import random
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from raydistill.config.space import Search, Space, make_run, sampler_params
 from raydistill.core.files import corrupt_file_error
 from raydistill.core.records import Record
 from raydistill.results.records import device_hours, repeat_trial_remedy
+from raydistill.results.sweep_record import StopReason
 from raydistill.training.records import RESULT_FILE, RunResult
 
 PROPOSALS_FILE = "proposals.json"
@@ -59,17 +59,6 @@ class ProposalLog(Record):
     remedy: ClassVar[str | None] = "Delete this file: finished trials are recognised by their folders"
 
     proposals: tuple[Proposal, ...] = ()
-
-
-@dataclass(frozen=True)
-class StopReason:
-    """Why a search proposes no more trials; the message is empty while the search continues.
-
-    `exhausted`: whether the search would end for the same reason if the command were run again.
-    """
-
-    message: str = ""
-    exhausted: bool = False
 
 
 class SweepStudy:

@@ -23,13 +23,14 @@ from raydistill.cluster.start import cluster_device, ray_cluster
 from raydistill.config.space import Space
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
+from raydistill.results.formatting import format_count
 from raydistill.results.page import write_report
 from raydistill.results.records import count_finished_trials
 from raydistill.results.selection import Selection, load_selection
+from raydistill.results.sweep_record import StopReason
 from raydistill.search.finalists import all_served, serve_finalists
-from raydistill.search.prepare import PreparedSweep, is_infeasible, prepare
+from raydistill.search.prepare import PreparedSweep, prepare
 from raydistill.search.progress import ProgressCallback
-from raydistill.search.study import StopReason
 from raydistill.search.summary import format_summary, summary_record
 from raydistill.search.sweep_folder import load_prepared, search_stop_reason, sweep_lock, write_sweep_record
 from raydistill.search.trial import TrialContext
@@ -76,7 +77,7 @@ def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[s
                 with ray_cluster():
                     serve_finalists(space, folder, prepared.teacher, cluster_device())
         write_sweep_record(space, folder, prepared, "finished", stop_reason)
-        summary = export_and_publish(load_selection(folder), prepared, echo)
+        summary = export_and_publish(load_selection(folder), echo)
         snapshots.save(folder)
         return summary
 
@@ -90,11 +91,11 @@ def _prepare_and_search(space: Space, folder: Path, device: str, start_time: flo
 
     `start_time`: when the command started, by the monotonic clock.
     """
-    print_progress(f"sweep {space.name}: {space.search.trials} trials on {device}, in {folder}")
+    print_progress(f"sweep {space.name}: {format_count(space.search.trials, 'trial')} on {device}, in {folder}")
     prepared = prepare(space, folder, device)
     write_sweep_record(space, folder, prepared, "running")
     setup_s = time.monotonic() - start_time
-    progress = ProgressCallback(folder, space.search, prepared.teacher["metric"], setup_s)
+    progress = ProgressCallback(folder, space.search, prepared.teacher.metric, setup_s)
     snapshots.save(folder)
     with publish_periodically(folder):
         stop_reason = run_search(TrialContext(space, folder, prepared, device), [progress], start_time)
@@ -133,7 +134,7 @@ def publish_periodically(folder: Path) -> Iterator[None]:
         thread.join()
 
 
-def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Callable[[str], None]) -> dict[str, Any]:
+def export_and_publish(selection: Selection, echo: Callable[[str], None]) -> dict[str, Any]:
     """Export the chosen students and print the summary; then write the page and update MLflow.
 
     In this order, so that neither a full disk nor an unavailable tracking server loses a student or the table.
@@ -144,10 +145,10 @@ def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Call
     """
     exports, problems = export_selected(selection)
     unfinished = [trial for trial in selection.trials if trial.status == "running"]
-    budgets = selection.record["budgets"]
-    abandoned = [trial.key for trial in unfinished if is_infeasible(trial.size or None, budgets, prepared)]
+    shapes, budgets = selection.record.shapes, selection.record.budgets
+    abandoned = [trial.key for trial in unfinished if shapes.is_infeasible(trial.size or None, budgets)]
     failed = [trial.key for trial in unfinished if trial.key not in abandoned]
-    echo("\n".join([format_summary(selection, prepared, failed, abandoned), *problems]))
+    echo("\n".join([format_summary(selection, failed, abandoned), *problems]))
     write_report(selection)
     echo(f"\n{_publish_to_mlflow(selection, exports, finished=not failed)}")
     return {
@@ -155,7 +156,7 @@ def export_and_publish(selection: Selection, prepared: PreparedSweep, echo: Call
         "failed": failed,
         "exports": {budget: str(path) for budget, path in exports.items()},
         "complete": not failed and not problems,
-        **summary_record(selection, prepared),
+        **summary_record(selection),
     }
 
 
@@ -179,4 +180,4 @@ def _publish_to_mlflow(selection: Selection, exports: dict[str, Path], finished:
             register_choice(selection.sweep, str(selection.chosen_keys[budget]), budget, path)
     except (TrackingUnavailable, TransientError) as error:
         return f"MLflow: {error}; run the same command again to publish"
-    return f"to open MLflow: {ui_command(selection.record.get('tracking_uri'))}\n{published.url}"
+    return f"to open MLflow: {ui_command(selection.record.tracking_uri)}\n{published.url}"

@@ -2,23 +2,23 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from filelock import FileLock, Timeout
 
 from raydistill.cluster import snapshots
 from raydistill.config.loader import read_yaml
 from raydistill.config.run import RUNTIME_ONLY_FIELDS
 from raydistill.config.space import Space
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
-from raydistill.core.files import SCHEMA_VERSION, corrupt_file_error, write_atomic, write_json_atomic
-from raydistill.results.records import count_finished_trials, device_hours, read_sweep
+from raydistill.core.files import corrupt_file_error, write_atomic
+from raydistill.results.records import count_finished_trials, device_hours
+from raydistill.results.sweep_record import SWEEP_FILE, StopReason, SweepRecord, read_sweep
 from raydistill.search.prepare import PreparedSweep
-from raydistill.search.study import StopReason, has_deleted_trials
+from raydistill.search.study import has_deleted_trials
 from raydistill.tracking.mlflow_runs import get_or_create_tracking_id
 from raydistill.tracking.mlflow_store import default_tracking_uri
 
@@ -28,28 +28,19 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
     """Hold the sweep's folder for this process, and write the space to SWEEP/space.yaml.
 
     Raises:
-        UserError: Another process holds the folder, or the trials in the folder are of another space.
+        LockHeld: Another process holds the folder.
+        UserError: The trials in the folder are of another space.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{folder}: another process is running this sweep; wait until that process ends, or stop it"
-        ) from None
-    try:
-        with snapshots.writer(folder):
-            snapshots.pull_records(folder / "trials")
-            path = folder / "space.yaml"
-            if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
-                _check_same_space(path, space)
-            content = yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            write_atomic(path, content.encode())
-            get_or_create_tracking_id(folder, space.name)  # saved with the sweep, so that all machines use the same
-            yield
-    finally:
-        lock.release()
+    with artifact.lock(folder), snapshots.writer(folder):
+        snapshots.pull_records(folder / "trials")
+        path = folder / "space.yaml"
+        if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
+            _check_same_space(path, space)
+        content = yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomic(path, content.encode())
+        get_or_create_tracking_id(folder, space.name)  # saved with the sweep, so that all machines use the same
+        yield
 
 
 def _check_same_space(path: Path, space: Space) -> None:
@@ -78,7 +69,7 @@ def without_runtime_fields(run: dict[str, Any]) -> dict[str, Any]:
 
 def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
     """Why no trial remains to be run; None if trials remain. The reason has no message if all trials are finished."""
-    if not (folder / "sweep.json").is_file():
+    if not (folder / SWEEP_FILE).is_file():
         return None
     if count_finished_trials(folder) >= space.search.trials:
         return StopReason()
@@ -86,10 +77,9 @@ def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
     if limit is not None and device_hours(folder) >= limit:
         return StopReason(f"the search's {limit:g} device-hours are used up")
     record = read_sweep(folder)
-    previous = StopReason(**record.get("stop", {}))
     # Other budgets or fewer beams may admit shapes that were infeasible before
-    unchanged = record["budgets"] == space.budgets and record.get("decoding") == space.search.decoding.model_dump()
-    return previous if previous.exhausted and unchanged and not has_deleted_trials(folder) else None
+    unchanged = record.budgets == space.budgets and record.decoding == space.search.decoding
+    return record.stop if record.stop.exhausted and unchanged and not has_deleted_trials(folder) else None
 
 
 def write_sweep_record(
@@ -100,30 +90,20 @@ def write_sweep_record(
     stop_reason: StopReason | None = None,
 ) -> None:
     """Write sweep.json: what tables, selection and MLflow need in addition to the trials."""
-    teacher = prepared.teacher
-    write_json_atomic(
-        folder / "sweep.json",
-        {
-            "schema": SCHEMA_VERSION,
-            "name": space.name,
-            "status": status,
-            "stop": asdict(stop_reason or StopReason()),
-            "metric": teacher["metric"],
-            "teacher": teacher,
-            "teacher_gpu_hours": teacher["teacher_gpu_hours"],
-            "dataset": {"fingerprints": teacher["data"], "rows": teacher["rows"]},
-            "baseline": teacher["baseline"],
-            "shape_costs": prepared.shape_costs,
-            "shape_costs_fewest_beams": prepared.shape_costs_fewest_beams,
-            "budgets": space.budgets,
-            "decoding": space.search.decoding.model_dump(),
-            "tracking_uri": space.tracking_uri or default_tracking_uri(),
-            "versions": {name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
-        },
-    )
+    SweepRecord(
+        name=space.name,
+        status=status,
+        stop=stop_reason or StopReason(),
+        teacher=prepared.teacher,
+        shapes=prepared.shapes,
+        budgets=space.budgets,
+        decoding=space.search.decoding,
+        tracking_uri=space.tracking_uri or default_tracking_uri(),
+        versions={name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
+    ).write(folder / SWEEP_FILE)
 
 
 def load_prepared(folder: Path) -> PreparedSweep:
     """What sweep.json keeps of a sweep's preparation: enough to serve and to select, not to train."""
     record = read_sweep(folder)
-    return PreparedSweep(record["teacher"], record["shape_costs"], record["shape_costs_fewest_beams"])
+    return PreparedSweep(record.teacher, record.shapes)

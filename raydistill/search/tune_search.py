@@ -13,14 +13,12 @@ from ray.tune.search import Searcher
 from raydistill.cluster import sync
 from raydistill.cluster.actor_pool import slots, worker_resources
 from raydistill.cluster.ray_compat import keep_aws_keys_from_tune
-from raydistill.config.corners import iter_corners
 from raydistill.config.run import Run
-from raydistill.config.space import make_run
-from raydistill.core.console import print_progress
-from raydistill.core.errors import UserError
+from raydistill.config.space import resource_runs
 from raydistill.jobs.train import check_capacity, resolve_launcher
+from raydistill.results.sweep_record import StopReason
 from raydistill.search.prepare import find_infeasible_sizes
-from raydistill.search.study import StopReason, SweepStudy
+from raydistill.search.study import SweepStudy
 from raydistill.search.trial import TrialContext, tune_trial
 
 RECOUNT_INTERVAL_S = 2.0
@@ -41,16 +39,17 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
         Why the search ended before all trials were run; without a message if all trials were run.
 
     Raises:
-        UserError: No size of the space fits a budget, or the cluster cannot hold a trial.
+        UserError: The cluster cannot hold a trial.
     """
     space = context.space
-    infeasible = find_infeasible_sizes(space, context.prepared)
-    runs = [make_run(space, params, space.name) for params in iter_corners(space.run, limit=200)]
+    infeasible = find_infeasible_sizes(space, context.prepared.shapes)
+    runs = resource_runs(space)
     make_study = partial(SweepStudy, space, context.sweep, infeasible, start_time=start_time)
     study = make_study()
     if not study.num_remaining:
         return StopReason()
-    _check_runs(runs, infeasible, context)
+    for run in runs:
+        check_capacity(run, context.device)
     in_actor = all(resolve_launcher(run, context.device) == "tune" for run in runs)
     limit = ConcurrencyLimit(partial(max_concurrent, runs, context.device), space.search.concurrent)
     trial = partial(tune_trial, context=context, train_in_actor=in_actor)
@@ -67,17 +66,6 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
     # The next command retries failed trials, even if the space has no further combination
     num_failed = len(study.proposed_keys) - study.num_finished
     return replace(study.stop_reason, exhausted=study.stop_reason.exhausted and not num_failed)
-
-
-def _check_runs(runs: list[Run], infeasible: frozenset[str | None], context: TrialContext) -> None:
-    """Check that some size is feasible and that the cluster can hold every run."""
-    if infeasible:
-        sizes = ", ".join(sorted(size or context.prepared.teacher["size"] for size in infeasible))
-        print_progress(f"no budget admits {sizes}: students of these sizes are not trained")
-    if all(run.student.size in infeasible for run in runs):
-        raise UserError("no size of the space fits any of its budgets; raise a budget, or add smaller sizes")
-    for run in runs:
-        check_capacity(run, context.device)
 
 
 class StudySearcher(Searcher):

@@ -1,20 +1,19 @@
 """Export a student as one folder that transformers, CTranslate2 and MLflow can load."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from raydistill.config.presets import teacher_preset
-from raydistill.core.artifact import MANIFEST
+from raydistill.core import artifact
+from raydistill.core.artifact import MANIFEST, Manifest
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
-from raydistill.core.files import (
-    atomic_dir,
-    check_symlinks,
-    read_json,
-    write_atomic,
-    write_json_atomic,
-)
+from raydistill.core.files import check_symlinks, read_json, write_atomic, write_json_atomic
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable, ensure_converted
+from raydistill.models.fingerprints import settings_fingerprint, weights_fingerprint
 from raydistill.models.loading import load_config
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens
@@ -24,12 +23,15 @@ from raydistill.tracking.checkpoints import download_checkpoint
 from raydistill.tracking.mlflow_registry import write_mlmodel
 from raydistill.tracking.model_card import render_model_card
 
+KIND = "export"
+LOCK_TIMEOUT_S = 600.0  # the conversion of a large model takes minutes
+
 
 def export_student(selection: Selection, key: str, budget: str | None = None) -> Path:
     """Write SWEEP/exports/STUDENT and return its path.
 
     The folder holds the checkpoint with its chosen decoding as the default, a model card, MLflow's `MLmodel`, and
-    `ctranslate2/` if CTranslate2 supports the model. An export whose model card is up to date is kept.
+    `ctranslate2/` if CTranslate2 supports the model. The folder is an artifact; one with the same content is kept.
 
     Args:
         selection: The sweep.
@@ -38,6 +40,7 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
 
     Raises:
         UserError: The student's checkpoint was deleted.
+        LockHeld: Another process is writing the export.
     """
     student = download_checkpoint(selection.student(key))
     if student.checkpoint is None:
@@ -48,19 +51,37 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
     export_folder = selection.sweep / "exports" / key.replace(" ", "-")
     budgets = list(dict.fromkeys([*selection.budgets_of(key), *([budget] if budget else [])]))
     card = render_model_card(selection, student, budgets)
-    readme = export_folder / "README.md"
-    is_complete = readme.is_file() and (export_folder / "MLmodel").is_file()
-    if is_complete and readme.read_text(encoding="utf-8") == card:
-        return export_folder
-    export_folder.parent.mkdir(exist_ok=True)
-    check_symlinks(student.checkpoint)
-    with atomic_dir(export_folder) as folder:
-        shutil.copytree(student.checkpoint, folder)
-        _write_decoding(folder, student)
-        _add_ctranslate2_model(folder)
-        write_mlmodel(folder)
-        write_atomic(folder / "README.md", card.encode())
+    content_key = _content_key(student, student.checkpoint, card)
+    with artifact.lock(export_folder, LOCK_TIMEOUT_S, print_progress):
+        if not _is_current(export_folder, content_key):
+            check_symlinks(student.checkpoint)
+            with artifact.build(export_folder, lambda: Manifest(kind=KIND, key=content_key)) as folder:
+                shutil.copytree(student.checkpoint, folder, dirs_exist_ok=True)
+                _write_decoding(folder, student)
+                _add_ctranslate2_model(folder)
+                write_mlmodel(folder)
+                write_atomic(folder / "README.md", card.encode())
     return export_folder
+
+
+def _content_key(student: Trial, checkpoint: Path, card: str) -> str:
+    """The key of an export: a SHA-256 over weights, settings and metadata of the checkpoint, decoding and card."""
+    content = {
+        "weights": weights_fingerprint(checkpoint),
+        "settings": settings_fingerprint(checkpoint),
+        "metadata": CheckpointMetadata.read_from(checkpoint).to_json(),
+        "decoding": student.decoding.model_dump() if student.decoding else None,
+        "card": card,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_current(folder: Path, content_key: str) -> bool:
+    """Whether a complete export has this key; False for a damaged one, which is created again."""
+    try:
+        return artifact.is_complete(folder) and artifact.open_artifact(folder, Manifest, KIND).key == content_key
+    except UserError:
+        return False
 
 
 def _write_decoding(folder: Path, student: Trial) -> None:
@@ -76,19 +97,19 @@ def _write_decoding(folder: Path, student: Trial) -> None:
     if student.decoding:
         path = folder / "generation_config.json"
         generation: dict[str, Any] = read_json(path)
-        generation |= {"num_beams": student.decoding["beams"], "length_penalty": student.decoding["length_penalty"]}
-        if student.decoding["beams"] == 1:  # transformers warns about unused beam search settings
+        generation |= {"num_beams": student.decoding.beams, "length_penalty": student.decoding.length_penalty}
+        if student.decoding.beams == 1:  # transformers warns about unused beam search settings
             generation.pop("length_penalty")
             generation.pop("early_stopping", None)
         write_json_atomic(path, generation)
-        changes["decoding"] = {**(metadata.decoding or {}), **student.decoding}
+        changes["decoding"] = {**(metadata.decoding or {}), **student.decoding.model_dump()}
     metadata.model_copy(update=changes).write_to(folder)
 
 
 def _add_ctranslate2_model(folder: Path) -> None:
     """Write the validated CTranslate2 conversion to `ctranslate2/`, if CTranslate2 supports the model."""
     tokenizer = load_tokenizer(folder, CheckpointMetadata.read_from(folder).languages)
-    scratch = folder.with_name(f"{folder.name}.ctranslate2")
+    scratch = folder / ".ctranslate2"  # in the artifact's temporary folder, so that no kill leaves it behind
     try:
         converted = ensure_converted(folder, tokenizer, scratch, 1, None)
         shutil.copytree(converted, folder / "ctranslate2", ignore=shutil.ignore_patterns(MANIFEST))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config.space import mlflow_alias
+from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
-from raydistill.results.records import Trial, decoding_label
+from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking.mlflow_runs import find_run, publish_lock, publish_locked, resolve_tracking_uri
 from raydistill.tracking.mlflow_store import check_tracking, configure_mlflow, make_client, translate_mlflow_errors
@@ -49,7 +50,7 @@ def register_choice(
         student_key: Key of the student in the sweep's `Selection`.
         budget_name: The budget's name, from which the alias is made.
         export_folder: The exported student, whose files become the version's artifacts.
-        tracking_uri: The store; by default the sweep's own, else the local one.
+        tracking_uri: The store; by default the sweep's own.
 
     Raises:
         UserError: The student has no checkpoint.
@@ -98,7 +99,7 @@ def _published_run(selection: Selection, student: Trial, uri: str) -> Any:
     with translate_mlflow_errors(uri):
         run = find_run(selection, key, uri)
     if run is None or run.data.tags.get("raydistill.done") != "1":
-        publish_locked(selection.sweep, uri, finished=selection.record.get("status") not in (None, "running"))
+        publish_locked(selection.sweep, uri, finished=selection.record.status == "finished")
         with translate_mlflow_errors(uri):
             run = find_run(selection, key, uri)
     return run
@@ -113,8 +114,8 @@ def _version_tags(selection: Selection, student: Trial) -> dict[str, str]:
         "score": student.score(selection.metric),
         "latency_ms": student.metrics.get("latency_ms"),
         "params_m": student.metrics.get("params_m"),
-        "measured_with": selection.measured_with(student) or None,
-        "decoding": decoding_label(student.decoding) if student.decoding else None,
+        "measured_with": selection.measured_with(student),
+        "decoding": student.decoding.label if student.decoding else None,
         "trial": student.folder.name,
     }
     return {name: str(value) for name, value in tags.items() if value is not None}
@@ -134,7 +135,7 @@ def _get_or_create_version(client: Any, model_name: str, run: Any, export_folder
     version = str(versions[0].version)
     # The folder's name identifies weights and decoding, so that only the text files can have changed
     if versions[0].tags.get(CARD_TAG) != card_digest:
-        for file in ("README.md", *MLFLOW_FILES):
+        for file in ("README.md", MANIFEST, *MLFLOW_FILES):
             client.log_artifact(run_id, str(export_folder / file), export_folder.name)
         client.set_model_version_tag(model_name, version, CARD_TAG, card_digest)
     return version

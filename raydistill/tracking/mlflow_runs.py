@@ -15,20 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from raydistill.core import artifact
 from raydistill.core.files import check_symlinks, write_atomic
 from raydistill.core.secrets import redact
 from raydistill.results.page import refresh_report
-from raydistill.results.records import Trial, decoding_key, read_sweep
+from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
 from raydistill.results.served_students import SERVED_FILE
+from raydistill.results.sweep_record import SWEEP_FILE, read_sweep
 from raydistill.results.tables import choices_table, format_trial_counts, markdown_table, method_table
 from raydistill.tracking.checkpoints import download_checkpoint
 from raydistill.tracking.mlflow_store import (
-    TrackingUnavailable,
     check_tracking,
-    default_tracking_uri,
     get_or_create_experiment,
     make_client,
     translate_mlflow_errors,
@@ -118,7 +116,7 @@ def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False
 
     Args:
         sweep: The sweep's folder.
-        tracking_uri: The store; by default the sweep's own, else the local one.
+        tracking_uri: The store; by default the sweep's own.
         finished: Whether the search is over, so that trials without a result count as killed.
 
     Raises:
@@ -157,21 +155,12 @@ def publish_lock(sweep: Path) -> Iterator[None]:
     """Let only one process or thread publish a sweep at a time, since two would both create a trial's run.
 
     Raises:
-        TrackingUnavailable: The lock was not acquired within `LOCK_TIMEOUT_S`.
+        LockHeld: The lock was not acquired within `LOCK_TIMEOUT_S`.
         UserError: The folder holds no sweep.
     """
     read_sweep(sweep)  # the lock would create the folder of a sweep that does not exist
-    lock = FileLock(sweep / ".publish.lock", timeout=LOCK_TIMEOUT_S)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise TrackingUnavailable(f"{sweep}: another process has been publishing for {LOCK_TIMEOUT_S:.0f} s") from None
-    except OSError as error:
-        raise TrackingUnavailable(f"{sweep}: cannot be locked for publishing ({error.strerror})") from None
-    try:
+    with artifact.lock(sweep / "publish", LOCK_TIMEOUT_S):
         yield
-    finally:
-        lock.release()
 
 
 def open_experiment(selection: Selection, uri: str) -> Experiment:
@@ -187,8 +176,8 @@ def find_run(selection: Selection, key: str, uri: str) -> Any:
 
 
 def resolve_tracking_uri(selection: Selection, tracking_uri: str | None) -> str:
-    """The requested store, else the sweep's own, else the local one."""
-    return tracking_uri or selection.record.get("tracking_uri") or default_tracking_uri()
+    """The requested store, else the sweep's own."""
+    return tracking_uri or selection.record.tracking_uri
 
 
 def flatten_params(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -228,7 +217,7 @@ def _publish_history(client: Any, run: Any, trial: Trial) -> tuple[int, int]:
         MetricPoint(name, float(value), time_ms, step)
         for line, time_ms, step in list(zip(history, times, steps, strict=True))[num_logged:]
         for name, value in line.items()
-        if name not in ("step", "time_s") and _is_number(value)
+        if name not in ("step", "total_steps", "time_s") and _is_number(value)
     ]
     _log_metrics(client, run.info.run_id, points)
     if len(history) > num_logged:
@@ -265,7 +254,7 @@ def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -
     if run.data.tags.get("raydistill.served") == digest:
         return
     values = {
-        f"{decoding_key(student.decoding)}/{name}": value
+        f"{student.decoding.key}/{name}": value
         for student in selection.students
         if student.decoding and student.folder == trial.folder
         for name, value in _final_metrics(student, selection.metric).items()
@@ -304,10 +293,8 @@ def _describe_sweep(selection: Selection, links: dict[str, str]) -> str:
 
 def _teacher_metrics(selection: Selection) -> dict[str, float]:
     teacher = selection.teacher
-    values = {f"teacher_{k}": v for k, v in {**(teacher.get("metrics") or {}), **(teacher.get("costs") or {})}.items()}
-    if _is_number(selection.record.get("teacher_gpu_hours")):
-        values["teacher_gpu_hours"] = selection.record["teacher_gpu_hours"]
-    return {name: float(value) for name, value in values.items() if _is_number(value)}
+    values = {f"teacher_{name}": value for name, value in {**teacher.metrics, **teacher.costs}.items()}
+    return {**values, "teacher_gpu_hours": teacher.passes.total_hours}
 
 
 def _log_report(client: Any, parent: Any, selection: Selection, report_paths: list[Path]) -> None:
@@ -315,7 +302,7 @@ def _log_report(client: Any, parent: Any, selection: Selection, report_paths: li
     version = str(max(path.stat().st_mtime_ns for path in report_paths))
     if parent.data.tags.get("raydistill.report") == version:
         return
-    for path in [*report_paths, selection.sweep / "space.yaml", selection.sweep / "sweep.json"]:
+    for path in [*report_paths, selection.sweep / "space.yaml", selection.sweep / SWEEP_FILE]:
         if path.exists():
             client.log_artifact(parent.info.run_id, str(path))
     client.set_tag(parent.info.run_id, "raydistill.report", version)

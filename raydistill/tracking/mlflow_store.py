@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import urllib.error
@@ -11,8 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path
 from raydistill.core.paths import raydistill_home
@@ -139,8 +139,7 @@ def _create_sqlite_store(path: Path) -> None:
 
     if path.is_file() and path.stat().st_size:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)  # for the lock
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with artifact.lock(path, math.inf):
         if path.is_file() and path.stat().st_size:
             return
         for leftover in path.parent.glob(f".{path.name}.*.tmp*"):  # from a killed process; includes SQLite's journal

@@ -6,7 +6,7 @@ import jinja2
 
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.pareto import COST_UNITS
-from raydistill.results.records import Trial, decoding_label
+from raydistill.results.records import ServingConfig, Trial
 from raydistill.results.selection import Selection
 from raydistill.results.tables import markdown_table, metric_name
 
@@ -31,8 +31,8 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         budgets=budgets,
         task="translation" if selection.metric == "bleu" else "summarization",
         teacher_name=checkpoint.teacher,
-        teacher_size=selection.teacher.get("size", "size unknown"),
-        teacher_score=(selection.teacher.get("metrics") or {}).get(selection.metric),
+        teacher_size=selection.teacher.size,
+        teacher_score=selection.teacher.metrics.get(selection.metric),
         properties=markdown_table(["", ""], properties),
         scores=markdown_table(score_header, _score_rows(selection, student)),
         costs=markdown_table(["cost", "student", "teacher"], _cost_rows(selection, student)),
@@ -67,11 +67,11 @@ def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[st
 
 
 def _decoding_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
-    decoding = {**(checkpoint.decoding or {}), **(student.decoding or {})}
-    if not decoding:
+    own = checkpoint.decoding
+    if not own:
         return []
-    lengths = f"; {decoding['min_length']} to {decoding['max_length']} tokens" if "max_length" in decoding else ""
-    return [["decoding", decoding_label(decoding) + lengths]]
+    decoding = student.decoding or ServingConfig(beams=own["beams"], length_penalty=own["length_penalty"])
+    return [["decoding", f"{decoding.label}; {own['min_length']} to {own['max_length']} tokens"]]
 
 
 def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
@@ -87,7 +87,7 @@ def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
 
 
 def _cost_rows(selection: Selection, student: Trial) -> list[list[str]]:
-    teacher_costs = selection.teacher.get("costs") or {}
+    teacher_costs = selection.teacher.costs
     rows = []
     for key, unit in COST_UNITS.items():
         if key in student.metrics:

@@ -166,7 +166,7 @@ class TrainingLoop:
         return {
             "step": state.step,
             "epoch": round(state.step / self.counts.per_epoch, 4),
-            "progress": round(state.step / self.counts.total, 4),
+            "total_steps": self.counts.total,
             "time_s": round(state.seconds, 3),
             "validation_s": round(time.monotonic() - started, 3),
             "gpu_hours": self.worker.device_hours(state.seconds, self.settings),

@@ -19,6 +19,7 @@ from raydistill.search.prepare import PreparedSweep
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from tests.factories.models import save_tiny
+from tests.factories.sweeps import shape_table, sweep_teacher
 from tests.factories.workspace import write_corpus
 
 PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto
@@ -86,7 +87,8 @@ def test_a_trial_on_a_draining_node_is_saved_once_and_moves(
     sweep.mkdir(parents=True)
     space = make_space(tmp_path, launcher, workers)
     costs = {"latency_ms": 10.0, "latency_ms_b1": 1.0, "params_m": 1.0}
-    prepared = PreparedSweep({"size": "2-3", "costs": costs}, {"2-1": costs}, {"2-1": costs})
+    teacher = sweep_teacher(size="2-3", costs=costs)
+    prepared = PreparedSweep(teacher, shape_table({"2-3": costs, "2-1": costs}))
     saved_steps: list[int] = []
     stop_watching = threading.Event()
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from raydistill.config.corners import iter_corners
-from raydistill.config.space import Space, check_bounds, make_run, read_space
+from raydistill.config.space import Space, check_bounds, make_run, read_space, resource_runs
 from raydistill.core.errors import UserError
 from tests.factories.spaces import HEAD, RUN, space_error, write_space
 
@@ -182,3 +182,14 @@ def test_arbitrary_text_raises_user_errors_only(tmp_path, text):
     path = tmp_path / "space.yaml"
     path.write_text(text, encoding="utf-8")
     assert_only_user_errors(path)
+
+
+def test_every_combination_of_resources_is_judged_however_many_other_combinations_there_are() -> None:
+    training = {
+        "seed": {"choice": list(range(500))},
+        "threads": {"choice": [1, 7], "when": {"training.seed": 498}},
+        "launcher": {"choice": ["train", "tune"]},
+    }
+    space = Space.model_validate({"name": "s", "run": {"teacher": "t", "dataset": "d", "training": training}})
+    judged = {(run.training.threads, run.training.launcher) for run in resource_runs(space)}
+    assert judged == {(1, "train"), (1, "tune"), (7, "train"), (7, "tune")}

@@ -6,6 +6,7 @@ from typing import Any
 from raydistill.results.pareto import Candidate, Choice
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
+from tests.factories.sweeps import sweep_record, sweep_teacher
 
 
 def make_finished_trial(key: str, number: int, size: str, method: str, score: float, latency_ms: float) -> Trial:
@@ -25,12 +26,17 @@ def make_finished_trial(key: str, number: int, size: str, method: str, score: fl
 
 
 def make_selection(
-    trials: list[Trial], front_keys: tuple[str, ...] = (), chosen: dict[str, str] | None = None, **fields: Any
+    trials: list[Trial],
+    front_keys: tuple[str, ...] = (),
+    chosen: dict[str, str] | None = None,
+    teacher: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> Selection:
-    """A selection of these trials by rouge2 and latency; `chosen` maps budgets to trial keys."""
+    """A selection of these trials by latency; `chosen` maps budgets to trial keys, `teacher` replaces its fields."""
     choices = {
         name: Choice(Candidate(key, 0.0, None, {}), None, [], {}, reason="") for name, key in (chosen or {}).items()
     }
-    defaults: dict[str, Any] = {"name": "", "metric": "rouge2", "cost": "latency_ms", "record": {}, "teacher": {}}
+    record = sweep_record(sweep_teacher(**(teacher or {})))
+    defaults: dict[str, Any] = {"cost": "latency_ms", "record": record, "teacher": record.teacher}
     defaults |= {"sweep": Path("sweep"), "bounds": {}, "students": [t for t in trials if t.scored]}
     return Selection(**{**defaults, **fields}, trials=trials, front_keys=list(front_keys), choices=choices)

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.config.space import Space
-from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
+from raydistill.config.space import DecodingSearch, Space
+from raydistill.core.files import write_json_atomic
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.results.records import decoding_key
+from raydistill.results.records import ServingConfig
+from raydistill.results.served_students import SERVED_FILE, Hardware, ServedRecord, ServedStudent
+from raydistill.results.sweep_record import SWEEP_FILE, ShapeTable, StopReason, SweepRecord, SweepTeacher, TeacherPasses
 from raydistill.tracking import mlflow_store
 from raydistill.training.records import RESULT_FILE, RunResult
 from tests.factories.models import save_tiny
@@ -23,6 +25,8 @@ RUN: dict[str, Any] = {
     "loss": {"alpha_hidden": {"choice": [1, 3], "when": {"method": "kd"}}},
 }
 """The `run` section of a space of six combinations; neither the teacher nor the data set exists."""
+
+MACHINE: Hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
 
 KILL_SPACE: dict[str, Any] = {
     "name": "killed",
@@ -43,12 +47,70 @@ def make_space(**search: Any) -> Space:
     return Space.model_validate({"name": "s", "run": RUN, "search": {"sampler": "grid", "trials": 6, **search}})
 
 
+def sweep_teacher(**changes: Any) -> SweepTeacher:
+    """The teacher "big" with four layers on each side, which takes 300 ms and scores 20 on validation."""
+    fields: dict[str, Any] = {
+        "name": "big",
+        "key": "k",
+        "size": "4-4",
+        "metric": "rouge2",
+        "metrics": {"rouge2": 20.0},
+        "interval": (19.0, 21.0),
+        "repetition": 0.0,
+        "source_tokens": 5,
+        "output_tokens": 3,
+        "decoding": {"beams": 4, "length_penalty": 1.0, "min_length": 0, "max_length": 12, "no_repeat_ngram": 0}
+        | {"early_stopping": False, "forced_bos_token_id": None},
+        "signature": "rouge2",
+        "engine": "ctranslate2",
+        "precision": "fp32",
+        "machine": MACHINE,
+        "data": {"validation": "v"},
+        "rows": {"validation": 20},
+        "corpus": {},
+        "costs": {"latency_ms": 300.0},
+        "passes": TeacherPasses(),
+        "label_sets": {},
+    }
+    return SweepTeacher.model_validate({**fields, **changes})
+
+
+def shape_table(
+    costs: dict[str, dict[str, float]], fewest_beams: dict[str, dict[str, float]] | None = None, **changes: Any
+) -> ShapeTable:
+    """Costs of shapes, of which the first is the teacher's; by default the number of beams changes nothing."""
+    fields: dict[str, Any] = {"teacher_size": next(iter(costs)), "engines": {}}
+    return ShapeTable(
+        **{**fields, **changes}, costs=costs, costs_fewest_beams=costs if fewest_beams is None else fewest_beams
+    )
+
+
+def sweep_record(teacher: SweepTeacher | None = None, **changes: Any) -> SweepRecord:
+    """The record of the running sweep "mini" with the shape of its teacher only, and without budgets."""
+    teacher = teacher or sweep_teacher()
+    fields: dict[str, Any] = {
+        "name": "mini",
+        "status": "running",
+        "stop": StopReason(),
+        "teacher": teacher,
+        "shapes": shape_table({teacher.size: teacher.costs}),
+        "budgets": {},
+        "decoding": DecodingSearch(),
+        "tracking_uri": mlflow_store.default_tracking_uri(),
+        "versions": {},
+    }
+    return SweepRecord(**{**fields, **changes})
+
+
+def change_sweep(sweep: Path, **changes: Any) -> None:
+    """Replace fields of sweep.json."""
+    path = sweep / SWEEP_FILE
+    SweepRecord.read(path).model_copy(update=changes).write(path)
+
+
 def make_sweep(folder: Path) -> Path:
     """Write a sweep without trials, whose teacher takes 300 ms and whose budget `fast` allows half of that."""
-    teacher = {"metrics": {"rouge2": 20.0}, "costs": {"latency_ms": 300.0}}
-    record = {"schema": SCHEMA_VERSION, "name": folder.name, "metric": "rouge2", "teacher": teacher}
-    record["budgets"] = {"fast": {"latency_ms": "50%"}}
-    write_json_atomic(folder / "sweep.json", record)
+    sweep_record(name=folder.name, budgets={"fast": {"latency_ms": "50%"}}).write(folder / SWEEP_FILE)
     (folder / "space.yaml").write_text(f"name: {folder.name}\nrun: {{}}\n")
     return folder
 
@@ -56,7 +118,8 @@ def make_sweep(folder: Path) -> Path:
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
     """Write the folder of a trial with two validations; a `status` of None leaves the trial running."""
     folder = sweep / "trials" / key
-    run = {"name": sweep.name, "method": "kd", "student": {"size": "4-1"}, "training": {"learning_rate": 3e-4}}
+    run = {"name": sweep.name, "teacher": "big", "dataset": {"name": "d"}, "method": "kd"}
+    run |= {"student": {"size": "4-1"}, "training": {"learning_rate": 3e-4}}
     write_json_atomic(folder / "run.json", run)
     lines = [
         {"step": 10 * i, "epoch": i / 2, "time_s": 1.5 * i, "val_loss": 3.0 - i, "rouge2": score - 2 + i}
@@ -117,16 +180,28 @@ def make_student(sweep: Path, key: str, number: int, score: float, size: str = "
         "data": {"train": "f00d"},
     }
     CheckpointMetadata.parse(metadata).write_to(folder / "best")
-    served = []
+    entries = []
     for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
         costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
-        served.append({"beams": beams, "length_penalty": 1.0, "metrics": {"rouge2": score, "score": score}})
-        served[-1] |= {"interval": [score - 1, score + 1], "costs": costs}
-        np.savez(folder / f"rows-validation-{decoding_key(served[-1])}.npz", validation=np.full(20, score))
-    hardware = {"kind": "cpu", "name": "some CPU", "cores": 4, "threads": 2}
-    measurement = {"engine": "ctranslate2 int8", "hardware": hardware}
-    write_json_atomic(folder / "served.json", {**measurement, "decodings": served})
+        entries.append(served_student(beams, 1.0, score, costs, precision="int8"))
+        np.savez(folder / f"rows-validation-{entries[-1].decoding.key}.npz", validation=np.full(20, score))
+    write_served(folder, *entries)
     return folder
+
+
+def served_student(
+    beams: int, length_penalty: float, score: float, costs: dict[str, float], **changes: Any
+) -> ServedStudent:
+    """An entry of served.json whose 95 % interval is one point to either side of its score."""
+    fields: dict[str, Any] = {"engine": "ctranslate2", "precision": "fp32", "version": "4.8.1", "hardware": MACHINE}
+    fields |= {"rows": 20, "background_cores": 0.0, "metrics": {"rouge2": score, "score": score}}
+    fields |= {"interval": (score - 1, score + 1), "costs": costs}
+    return ServedStudent(decoding=ServingConfig(beams=beams, length_penalty=length_penalty), **{**fields, **changes})
+
+
+def write_served(folder: Path, *entries: ServedStudent) -> None:
+    """Write served.json; the machine of the first entry counts."""
+    ServedRecord(hardware=entries[0].hardware, entries=list(entries)).write(folder / SERVED_FILE)
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:

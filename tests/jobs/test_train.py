@@ -14,10 +14,10 @@ import pytest
 from benchmarks.scaling import endless_space, synthetic_sweep
 from raydistill.config.run import Run
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.jobs.train import TrainJob, check_capacity, resolve_launcher, train_with_ray_train
 from raydistill.search.progress import ProgressCallback
 from raydistill.search.study import SweepStudy
+from raydistill.search.sweep_folder import write_sweep_record
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
@@ -144,7 +144,7 @@ def test_only_transient_errors_are_retried(ray_here, world, tmp_path, error, att
 def test_a_trial_is_retried_as_often_as_the_space_says(ray_here, tmp_path, capsys, launcher, error, attempts):
     """Ray Train adds no further retries. The next command may try a failed trial again."""
     space = endless_space(1, 1, 1.0, launcher, retries=1)
-    write_json_atomic(tmp_path / "sweep.json", {"schema": SCHEMA_VERSION})
+    write_sweep_record(space, tmp_path, synthetic_sweep(), "running")
     progress = ProgressCallback(tmp_path, space.search, "rouge2")
     failing = FailingTrain(error, tmp_path / "attempts")
     stop_reason = run_search(TrialContext(space, tmp_path, synthetic_sweep(), "cpu", failing), [progress])

@@ -10,11 +10,11 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
-from raydistill.core.files import SCHEMA_VERSION
 from raydistill.paper import published
 from raydistill.paper.seed_groups import load_seed_groups
 from raydistill.paper.tables import describe_sweeps, make_tables
-from tests.factories.sweeps import change_result, write_result
+from raydistill.results.sweep_record import read_sweep
+from tests.factories.sweeps import change_result, change_sweep, sweep_record, sweep_teacher, write_result
 from tests.factories.workspace import command, last_json
 
 ROWS = 40
@@ -102,24 +102,21 @@ def sweep(tmp_path) -> Path:
             "original+pseudo": {"own": 2.0},
             "original+pseudo+/other/set": {"own": 2.0, "others": 4.0},
         },
-        "cache": 1.0,
         "stores": {"decoder-1/layer-11": 0.25, "encoder-1/states": 0.75},
     }
-    teacher = {
-        "name": "bart",
-        "key": "k",
-        "size": "12-12",
-        "passes": passes,
-        "label_sets": {"own": {"teacher": "bart", "rows": 28999, "quality": {"rouge1": 44.4, "rouge2": 21.25}}},
-        "engine": "ctranslate2 fp32",
-        "machine": {"kind": "cpu", "name": "EPYC", "cores": 2, "threads": 1},
-        "test": {"rouge2": 30.0, "rougeL": 41.0, "interval": [29, 31]},
-        "costs": {"latency_ms": 100.0, "params_m": 4.0},
-        "corpus": {"rows": 29000, "source_words_mean": 11.9, "target_words_mean": 11.1, "bytes": 3_900_000},
-    }
-    info = {"schema": SCHEMA_VERSION, "name": "one", "metric": "rouge2", "teacher": teacher, "teacher_gpu_hours": 7.0}
-    info["versions"] = {"raydistill": "0.1.0", "torch": "2.13.0"}
-    (folder / "sweep.json").write_text(json.dumps(info))
+    teacher = sweep_teacher(
+        name="bart",
+        size="12-12",
+        passes=passes,
+        label_sets={"own": {"teacher": "bart", "rows": 28999, "quality": {"rouge1": 44.4, "rouge2": 21.25}}},
+        machine={"kind": "cpu", "name": "EPYC", "cores": 2, "threads": 1},
+        test={"rouge2": 30.0, "rougeL": 41.0, "interval": [29, 31]},
+        costs={"latency_ms": 100.0, "params_m": 4.0},
+        corpus={"rows": 29000, "source_words_mean": 11.9, "target_words_mean": 11.1, "bytes": 3_900_000},
+        data={},
+    )
+    versions = {"raydistill": "0.1.0", "torch": "2.13.0"}
+    sweep_record(teacher, name="one", versions=versions).write(folder / "sweep.json")
     np.savez(folder / "teacher_rows.npz", test=rows_of("teacher", 30.0))
     return folder
 
@@ -210,10 +207,8 @@ def test_bleu_is_computed_over_the_corpus_and_differences_agree_with_scores(tmp_
         test = {"bleu": score, "interval": [score, score]}
         change_result(trial, test=test, copied={"encoder": [0, 1, 2, 3, 4, 5], "decoder": [0, 2, 5]})
         np.savez(trial / "rows.npz", test=rows)
-    teacher = {"name": "marian", "key": "k", "size": "6-6", "test": {"bleu": 100.0, "interval": [100, 100]}}
-    (folder / "sweep.json").write_text(
-        json.dumps({"schema": SCHEMA_VERSION, "name": "bleu", "metric": "bleu", "teacher": teacher})
-    )
+    test = {"bleu": 100.0, "interval": [100, 100]}
+    sweep_record(sweep_teacher(name="marian", size="6-6", metric="bleu", test=test)).write(folder / "sweep.json")
     np.savez(folder / "teacher_rows.npz", test=bleu_rows(1, 1, 30))
     cells = row([folder], "table5", teacher="Marian")
     assert (cells["SFT score"], cells["KD score"], cells["SFT score (paper)"]) == ("72.92", "62.50", "25.91")
@@ -244,9 +239,9 @@ def second_sweep(first: Path, name: str, change: dict | None = None) -> Path:
     folder = first.parent / name
     write_trial(folder, "a", 28.5, student={"size": "12-3"})
     write_trial(folder, "b", 27.5, method="kd", student={"size": "12-3"})
-    info = json.loads((first / "sweep.json").read_text())
-    info["teacher"] |= change or {}
-    (folder / "sweep.json").write_text(json.dumps(info))
+    record = read_sweep(first)
+    teacher = record.teacher.model_copy(update=change or {})
+    record.model_copy(update={"teacher": teacher}).write(folder / "sweep.json")
     np.savez(folder / "teacher_rows.npz", test=rows_of("teacher", 30.0))
     return folder
 
@@ -278,9 +273,8 @@ def test_of_two_sweeps_each_has_a_row_and_no_row_has_figures_of_both(sweep):
 
 @pytest.mark.parametrize(("change", "difference"), [({"key": "l"}, "teacher"), ({"data": {"test": "y"}}, "test split")])
 def test_sweeps_with_different_teachers_or_data_of_one_name_are_rejected(sweep, change, difference):
-    info = json.loads((sweep / "sweep.json").read_text())
-    info["teacher"]["data"] = {"train": "w", "test": "x"}
-    (sweep / "sweep.json").write_text(json.dumps(info))
+    teacher = read_sweep(sweep).teacher.model_copy(update={"data": {"train": "w", "test": "x"}})
+    change_sweep(sweep, teacher=teacher)
     assert make_tables(*load_seed_groups([sweep, second_sweep(sweep, "two")]))
     with pytest.raises(UserError, match=f"have a different {difference}; make a report for each"):
         make_tables(*load_seed_groups([sweep, second_sweep(sweep, "three", change)]))
@@ -329,9 +323,9 @@ def test_tables_2_and_4_sum_hours_of_trials_and_teacher_passes(sweep):
 
 def test_shared_teacher_pass_is_counted_once(sweep):
     """The second sweep shares label sets and encoder states, and computes states of one more layer (0.5 hours)."""
-    first = json.loads((sweep / "sweep.json").read_text())["teacher"]["passes"]
     stores = {"encoder-1/states": 0.75, "decoder-1/layer-5": 0.5}
-    other = second_sweep(sweep, "two", {"passes": {**first, "cache": 1.25, "stores": stores}})
+    passes = read_sweep(sweep).teacher.passes.model_copy(update={"stores": stores})
+    other = second_sweep(sweep, "two", {"passes": passes})
     cells = row([sweep, other], "table4", teacher="BART", data="XSUM")
     assert cells["device-hours"] == "13.000"  # 11 x 0.5 + 7 + 0.5
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from raydistill.core.files import write_json_atomic
 from raydistill.results.records import Trial
 from raydistill.results.selection import load_selection
+from raydistill.results.sweep_record import TeacherPasses
 from raydistill.results.tables import mean_gain_over_sft, method_table
 
 MIXED_LABELS = "original+pseudo+/other"
@@ -43,10 +44,18 @@ def test_gain_is_over_the_best_plain_student_of_the_same_size(tmp_path: Path) ->
 def test_method_hours_include_every_required_teacher_pass_once(sweep: Path) -> None:
     trials = sft_and_pl_trials(sweep / "runs")
     selection = load_selection(sweep)
-    labels = {"original": {}, "pseudo": {"own": 4.0}, MIXED_LABELS: {"own": 4.0, "others": 2.0}}
-    teacher = {**selection.teacher, "passes": {"labels": labels, "cache": 9.0}}
-    _, rows = method_table(replace(selection, trials=trials, teacher=teacher))
-    assert rows == [
+    labels: dict[str, dict[str, float]] = {
+        "original": {},
+        "pseudo": {"own": 4.0},
+        MIXED_LABELS: {"own": 4.0, "others": 2.0},
+    }
+
+    def rows_of_methods(stores: dict[str, float]) -> list[list[str]]:
+        passes = TeacherPasses(labels=labels, stores=stores)
+        teacher = selection.teacher.model_copy(update={"passes": passes})
+        return method_table(replace(selection, trials=trials, teacher=teacher))[1]
+
+    assert rows_of_methods({"decoder-1/layer-02": 9.0}) == [
         ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
         ["sft", "3", "3.000", "0.000", "-", "-"],
     ]
@@ -55,13 +64,11 @@ def test_method_hours_include_every_required_teacher_pass_once(sweep: Path) -> N
         write_run(sweep / "runs", "kd", "2-2", 11, 1, MIXED_LABELS),
         write_run(sweep / "runs", "sft", "2-2", 6, 1, MIXED_LABELS),
     ]
-    _, rows = method_table(replace(selection, trials=trials, teacher=teacher))
-    assert rows == [
+    assert rows_of_methods({"decoder-1/layer-02": 9.0}) == [
         ["kd", "2", "2.000", "15.000", "+10.00", "+0.59"],  # own 4, others 2, the cache 9; 10 points in 17 hours
         ["pl", "3", "4.000", "4.000", "+2.00", "+0.25"],
         ["sft", "4", "4.000", "6.000", "-", "-"],
     ]
     # 3 of the cache's 9 hours are for encoder states, which every method reads
-    teacher["passes"] |= {"stores": {"encoder-1/states": 3.0, "decoder-1/layer-02": 6.0}}
-    _, rows = method_table(replace(selection, trials=trials, teacher=teacher))
+    rows = rows_of_methods({"encoder-1/states": 3.0, "decoder-1/layer-02": 6.0})
     assert [row[3] for row in rows] == ["15.000", "7.000", "9.000"]

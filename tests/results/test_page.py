@@ -22,9 +22,9 @@ def test_every_marker_has_a_tooltip_and_the_page_loads_nothing(sweep: Path) -> N
         "decoder layers copied: 0",
     ]
     assert "ROUGE-2 8.00 [7.00, 9.00] on validation" in tooltips["student-a_b1"]
-    assert tooltips["student-a_b1"][-1] == "measured with ctranslate2 fp32"
+    assert tooltips["student-a_b1"][-1] == "measured with ctranslate2 fp32, some CPU, 2 threads"
     assert "10.00 times the teacher's speed" in tooltips["student-a_b1"]
-    assert "<p>Latencies were measured with ctranslate2 fp32.</p>" in page
+    assert "<p>Latencies were measured with ctranslate2 fp32, some CPU, 2 threads.</p>" in page
     assert tooltips["teacher"][0] == "teacher big (4-4)"
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert data is not None
@@ -39,7 +39,7 @@ def test_html_in_a_failure_reason_is_escaped(sweep: Path) -> None:
 
 
 def test_tooltip_of_an_unserved_trial_names_the_student_that_provides_the_timing(sweep: Path) -> None:
-    setup = "measured with ctranslate2 fp32, on 4-1 kd (trial 0, 4 beams, length penalty 0.6)"
+    setup = "measured with ctranslate2 fp32, some CPU, 2 threads, on 4-1 kd (trial 0, 4 beams, length penalty 0.6)"
     assert make_tooltips(load_selection(sweep))["student-b"][-1] == setup
 
 

@@ -44,14 +44,14 @@ def texts(svg: bytes) -> list[str]:
 
 def full_selection() -> Selection:
     bounds = {"fast": {"latency_ms": 700.0}, "far": {"latency_ms": 99999.0}}
-    return make_selection(TRIALS, ("a", "b"), {"fast": "a"}, teacher=TEACHER, bounds=bounds, name="mini")
+    return make_selection(TRIALS, ("a", "b"), {"fast": "a"}, teacher=TEACHER, bounds=bounds)
 
 
 def test_png_has_the_documented_size_and_an_empty_selection_is_drawn() -> None:
     content = plot_front(full_selection())
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1200, 750)
-    assert plot_front(make_selection([], metric="bleu"))[:8] == content[:8]
+    assert plot_front(make_selection([], teacher={"metric": "bleu"}))[:8] == content[:8]
 
 
 def test_every_scored_trial_and_the_teacher_has_a_marker_at_its_cost_and_score() -> None:

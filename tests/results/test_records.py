@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.core.errors import UserError
-from raydistill.results import records
+from raydistill.results import records, sweep_record
 from tests.factories.sweeps import make_sweep, make_trial
 
 
@@ -43,4 +43,4 @@ def test_unknown_sweep_error_lists_the_existing_sweeps(tmp_path: Path, monkeypat
 def test_sweep_record_of_another_schema_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"name": "old"}')
     with pytest.raises(UserError, match=r"sweep\.json: schema version 1, but"):
-        records.read_sweep(tmp_path)
+        sweep_record.read_sweep(tmp_path)

@@ -22,7 +22,7 @@ def test_unserved_trial_takes_the_timing_of_the_first_served_student_of_its_size
     selection = load_selection(sweep)
     b = next(trial for trial in selection.plotted_trials if trial.key == "b")
     assert b.metrics["latency_ms"] == 90.0  # of trial a with its own decoding
-    assert b.measured_with == "ctranslate2 fp32, on 4-1 kd (trial 0, 4 beams, length penalty 0.6)"
+    assert b.measured_with == "ctranslate2 fp32, some CPU, 2 threads, on 4-1 kd (trial 0, 4 beams, length penalty 0.6)"
     assert selection.trials[1].metrics.get("latency_ms") != 90.0  # the table of trials keeps the search's measurement
 
 

@@ -1,12 +1,9 @@
 """Estimates of `raydistill sweep --dry-run`."""
 
-import json
-
 import pytest
 
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
-from raydistill.core.files import SCHEMA_VERSION
 from raydistill.models.loading import load_config
 from raydistill.search.dry_run import (
     DatasetSize,
@@ -16,7 +13,7 @@ from raydistill.search.dry_run import (
 )
 from raydistill.search.shape_latency import count_params_m
 from tests.factories.models import save_tiny
-from tests.factories.sweeps import make_space
+from tests.factories.sweeps import make_space, shape_table, sweep_record
 
 
 def test_cache_of_xsum_at_full_size_takes_about_170_gb_of_encoder_states():
@@ -47,8 +44,8 @@ def test_the_plan_names_infeasible_sizes_by_parameters_and_by_costs_once_measure
     assert "by their parameters" in remark
     costs = {"2-1": {"latency_ms": 50.0}, "2-3": {"latency_ms": 90.0}}
     fewest_beams = {"2-1": {"latency_ms": 30.0}, "2-3": {"latency_ms": 55.0}}
-    record = {"schema": SCHEMA_VERSION, "shape_costs": costs, "shape_costs_fewest_beams": fewest_beams}
-    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    shapes = shape_table(costs, fewest_beams, teacher_size="2-3")
+    sweep_record(shapes=shapes).write(tmp_path / "sweep.json")
     fast = space.model_copy(update={"budgets": {"fast": {"latency_ms": "60%"}}})
     # 60 % of 90 ms is 54 ms
     assert estimate_infeasible_sizes(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")

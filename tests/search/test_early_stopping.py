@@ -1,13 +1,15 @@
 """Early stopping per shape on invented curves; nothing is trained."""
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.results.pareto import Candidate, pareto_front
-from raydistill.search.early_stopping import best_score_at, rungs, should_stop_early
+from raydistill.search.early_stopping import best_score_at, peer_curves, rungs, should_stop_early
+from tests.factories.sweeps import make_trial
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -55,6 +57,19 @@ def test_the_best_of_a_shape_is_never_stopped_and_enough_trials_continue(scores:
     ]
     assert not stopped[scores.index(max(scores))]
     assert len(scores) - sum(stopped) >= len(scores) / reduction
+
+
+def test_the_first_validations_of_a_long_run_have_their_exact_share_of_the_steps(tmp_path):
+    """Shares that were rounded to four digits were 0, and the number of steps could not be derived from them."""
+    folder = make_trial(tmp_path, "a", 0, 8.0, status=None)
+    lines = [{"step": step, "total_steps": 1_000_000, "score": 3.0} for step in (10, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = json.loads((folder / "run.json").read_text())
+    run["training"]["warmup_steps"] = 500
+    (folder / "run.json").write_text(json.dumps(run))
+    own, peers, warmup = peer_curves(tmp_path, "a")
+    assert own == [(1e-5, 3.0), (2e-5, 3.0)]
+    assert (peers, warmup) == ([], 5e-4)
 
 
 SHAPES = {"12-6": (20.0, 60.0), "12-3": (14.0, 35.0), "12-1": (8.0, 20.0)}  # score at the end, latency

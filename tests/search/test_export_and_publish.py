@@ -7,83 +7,70 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from raydistill.core.files import read_json, write_json_atomic
 from raydistill.results.selection import load_selection
-from raydistill.search.prepare import PreparedSweep
 from raydistill.search.sweep import export_and_publish
 from raydistill.tracking.mlflow_store import make_client
-from tests.factories.sweeps import KILL_SPACE, make_student, make_trial
+from tests.factories.sweeps import KILL_SPACE, change_sweep, make_student, make_trial, shape_table, sweep_teacher
 from tests.factories.workspace import command, environment, last_json, make_world
-
-TEACHER: dict[str, Any] = {"name": "big", "size": "4-4", "test": None, "baseline": None}
 
 
 @pytest.fixture
-def prepared(sweep: Path) -> PreparedSweep:
-    """The preparation of the sweep, whose tracking server is down."""
-    info = read_json(sweep / "sweep.json")
-    costs = {**info["teacher"]["costs"], "params_m": 9.0}
-    teacher = {**TEACHER, **info["teacher"], "costs": costs}
-    write_json_atomic(
-        sweep / "sweep.json",
-        {**info, "teacher": teacher, "tracking_uri": "http://127.0.0.1:9", "stop": {"message": "", "exhausted": False}},
-    )
-    return PreparedSweep(teacher, {}, {})
+def offline_sweep(sweep: Path) -> Path:
+    """The sweep with a tracking server that is down."""
+    teacher = sweep_teacher(costs={"latency_ms": 300.0, "params_m": 9.0})
+    change_sweep(sweep, teacher=teacher, tracking_uri="http://127.0.0.1:9")
+    return sweep
 
 
-def test_without_a_server_students_are_exported_and_the_table_is_printed_first(
-    sweep: Path, prepared: PreparedSweep
-) -> None:
+def test_without_a_server_students_are_exported_and_the_table_is_printed_first(offline_sweep: Path) -> None:
+    sweep = offline_sweep
     make_student(sweep, "a", 0, 10.0)
     printed: list[str] = []
-    result = export_and_publish(load_selection(sweep), prepared, printed.append)
+    result = export_and_publish(load_selection(sweep), printed.append)
     assert result["exports"] == {"fast": str(sweep / "exports" / "a-b1")}
     assert (sweep / "exports" / "a-b1" / "model.safetensors").is_file()
-    assert "sweep mini: 1 trials: 1 done" in printed[0]
+    assert "sweep mini: 1 trial: 1 done" in printed[0]
     assert f"chosen students: {sweep / 'exports'}" in printed[0]
     assert "MLflow: the tracking server http://127.0.0.1:9 does not answer" in printed[1]
     assert result["complete"]
 
 
-def test_a_trial_whose_size_lost_its_budget_is_abandoned_and_not_counted_as_failed(
-    sweep: Path, prepared: PreparedSweep
-) -> None:
+def test_a_trial_whose_size_lost_its_budget_is_abandoned_and_not_counted_as_failed(offline_sweep: Path) -> None:
     """Otherwise the command would end with status 1 and ask to be rerun for ever."""
+    sweep = offline_sweep
     make_student(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 9.0, status=None)
-    prepared = replace(prepared, shape_costs_fewest_beams={"4-1": {"params_m": 3.0}})
+    change_sweep(sweep, shapes=shape_table({"4-4": {"params_m": 9.0}, "4-1": {"params_m": 3.0}}))
     printed: list[str] = []
     for bound, failed in ((1.0, []), (9.0, ["b"])):
-        info = read_json(sweep / "sweep.json")
-        write_json_atomic(sweep / "sweep.json", {**info, "budgets": {"small": {"params_m": bound}}})
-        result = export_and_publish(load_selection(sweep), prepared, printed.append)
+        change_sweep(sweep, budgets={"small": {"params_m": bound}})
+        result = export_and_publish(load_selection(sweep), printed.append)
         assert (result["failed"], result["complete"]) == (failed, not failed)
     assert "1 trial abandoned, since no budget admits the size any more: b" in printed[0]
     assert "1 trial failed; rerun the command to retry: b" in printed[2]
 
 
-def test_a_full_disk_or_a_lost_checkpoint_does_not_suppress_the_table(sweep: Path, prepared: PreparedSweep) -> None:
+def test_a_full_disk_or_a_lost_checkpoint_does_not_suppress_the_table(offline_sweep: Path) -> None:
+    sweep = offline_sweep
     folder = make_student(sweep, "a", 0, 10.0)
     for file in (folder / "best").iterdir():
         file.unlink()
     (folder / "best").rmdir()
     printed: list[str] = []
-    result = export_and_publish(load_selection(sweep), prepared, printed.append)
+    result = export_and_publish(load_selection(sweep), printed.append)
     assert "fast: a b1 is not exported" in printed[0]
     assert f"the checkpoint was deleted, so that the student cannot be exported. Delete {folder} and" in printed[0]
     assert (result["exports"], result["complete"]) == ({}, False)
     (sweep / "front.html").unlink()
     (sweep / "front.html").mkdir()  # cannot be written
     with pytest.raises(IsADirectoryError):
-        export_and_publish(load_selection(sweep), prepared, printed.append)
-    assert "sweep mini: 1 trials: 1 done" in printed[2]
+        export_and_publish(load_selection(sweep), printed.append)
+    assert "sweep mini: 1 trial: 1 done" in printed[2]
 
 
 def serve(port: int, folder: Path) -> subprocess.Popen[bytes]:

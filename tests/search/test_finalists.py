@@ -1,16 +1,15 @@
 """Serving of finalists: which checkpoints with which decodings, and that scores and times are those of serving."""
 
-import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Search, Space
-from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.data.corpus import read_corpus
 from raydistill.evaluation.scoring import evaluate
 from raydistill.evaluation.serving import benchmark_serving
@@ -19,9 +18,9 @@ from raydistill.inference.engines import open_engine
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.page import make_tooltips
 from raydistill.results.plots import marker_id
-from raydistill.results.records import decoding_key
 from raydistill.results.selection import load_selection, select_finalists
 from raydistill.results.served_students import read_served
+from raydistill.results.sweep_record import StopReason, SweepTeacher
 from raydistill.results.tables import trials_table
 from raydistill.search.finalists import (
     PendingServing,
@@ -31,10 +30,18 @@ from raydistill.search.finalists import (
     find_untested,
     merge_served,
     serve_checkpoint,
+    serving_config,
 )
-from raydistill.search.study import PROPOSALS_FILE, Proposal, ProposalLog, StopReason
+from raydistill.search.study import PROPOSALS_FILE, Proposal, ProposalLog
 from raydistill.search.sweep_folder import search_stop_reason
-from tests.factories.sweeps import change_result, make_trial
+from tests.factories.sweeps import (
+    change_result,
+    change_sweep,
+    make_trial,
+    served_student,
+    sweep_record,
+    sweep_teacher,
+)
 from tests.factories.workspace import make_world
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
@@ -52,9 +59,8 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
 
     No budget bounds parameters or device-hours alone, but a later `choose` may.
     """
-    info = {"schema": SCHEMA_VERSION, "name": "m", "metric": "rouge2", "teacher": {"costs": {}}}
-    info["budgets"] = {"both": {"params_m": 2.5, "latency_ms": 55}}
-    write_json_atomic(tmp_path / "sweep.json", info)
+    budgets = {"both": {"params_m": 2.5, "latency_ms": 55}}
+    sweep_record(sweep_teacher(costs={}), budgets=budgets).write(tmp_path / "sweep.json")
     for number, (key, score, latency, params, hours) in enumerate(
         [
             ("a", 10.0, 50.0, 3.0, 2.0),
@@ -72,28 +78,31 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
     assert [trial.key for trial in select_finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
 
 
-def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, dict]:
+def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, SweepTeacher]:
     """A space whose sweep has one finished trial and nothing served, and the teacher's record."""
     space = Space.model_validate(
         {"name": "m", "run": {"teacher": str(teacher), "dataset": {"name": str(data)}}, "search": {"trials": 1}}
     )
-    record = {"costs": {}, "decoding": asdict(BEAM), "data": {"validation": "v", "test": "t"}, "metric": "rouge2"}
-    info = {"schema": SCHEMA_VERSION, "name": "m", "metric": "rouge2", "teacher": record, "budgets": {}}
-    write_json_atomic(folder / "sweep.json", {**info, "decoding": space.search.decoding.model_dump()})
+    record = sweep_teacher(costs={}, decoding=asdict(BEAM), data={"validation": "v", "test": "t"})
+    sweep_record(record, decoding=space.search.decoding).write(folder / "sweep.json")
     CheckpointMetadata(decoding=asdict(BEAM)).write_to(make_trial(folder, "a", 0, 10.0) / "best")
     return space, record
 
 
 MACHINE = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
-ENGINE = {"engine": "transformers fp32", "version": version("transformers")}
+ENGINE = {"engine": "transformers", "precision": "fp32", "version": version("transformers")}
 
 
 def serve_by_hand(folder: Path, beams: list[BeamSearchParams], hardware: dict | None = None, **changes: object) -> None:
-    entries = [
-        {"beams": b.beams, "length_penalty": b.length_penalty, "metrics": {"rouge2": 1.0}, "interval": [0, 2]}
-        | {"costs": {"latency_ms": 5.0 * b.beams}, **ENGINE, "hardware": hardware or MACHINE, **changes}
-        for b in beams
-    ]
+    entries = []
+    for beam in beams:
+        fields: dict[str, Any] = {
+            "costs": {"latency_ms": 5.0 * beam.beams},
+            **ENGINE,
+            "hardware": hardware or MACHINE,
+            **changes,
+        }
+        entries.append(served_student(beam.beams, beam.length_penalty, 1.0, **fields))
     merge_served(folder, entries)
 
 
@@ -111,7 +120,7 @@ def test_unserved_checkpoints_are_found_from_the_files(world, tmp_path):
     assert [entry.key for entry in find_untested(tmp_path, teacher)] == [
         "a b1"
     ]  # equal scores: one beam is the cheapest
-    assert find_untested(tmp_path, {**teacher, "data": {"validation": "v"}}) == []
+    assert find_untested(tmp_path, teacher.model_copy(update={"data": {"validation": "v"}})) == []
     changes = space.model_copy(
         update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))}
     )
@@ -141,12 +150,13 @@ def test_timings_of_another_machine_or_engine_do_not_count_and_are_kept(world, t
         5.0,
         10.0,
     }  # still of the first machine
-    served = json.loads((tmp_path / "served.json").read_text())
-    write_json_atomic(tmp_path / "served.json", {**served, "hardware": other_machine})
+    served = read_served(tmp_path)
+    assert served
+    served.model_copy(update={"hardware": other_machine}).write(tmp_path / "served.json")
     assert {entry.metrics["latency_ms"] for entry in load_selection(tmp_path).students} == {50.0}
     serve_by_hand(student, beams, version="0.1")
     assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [student]
-    assert len(read_served(student)) == 2 * len(beams)
+    assert len(read_served(student).entries) == 2 * len(beams)
 
 
 def test_speedup_is_relative_to_the_teachers_own_decoding_and_to_the_same_decoding(world, tmp_path):
@@ -155,7 +165,7 @@ def test_speedup_is_relative_to_the_teachers_own_decoding_and_to_the_same_decodi
     beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
     serve_by_hand(tmp_path, beams)  # 20 ms with its own four beams, 5 ms with one
     serve_by_hand(student, beams, costs={"latency_ms": 2.5})
-    results = {entry.decoding["beams"]: entry.metrics for entry in load_selection(tmp_path).students}
+    results = {entry.decoding.beams: entry.metrics for entry in load_selection(tmp_path).students}
     assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in results.items()} == {4: (8, 8), 1: (8, 2)}
     header, rows = trials_table(load_selection(tmp_path).students, [], {}, "rouge2")
     assert [row[header.index("speed-up (same decoding)")] for row in rows] == ["8.00x (8.00x)", "8.00x (2.00x)"]
@@ -164,14 +174,7 @@ def test_speedup_is_relative_to_the_teachers_own_decoding_and_to_the_same_decodi
 def test_latency_of_a_size_and_number_of_beams_is_the_median_of_its_students(world, tmp_path):
     """In the table, front, choice and figure: 99.5, 100.0 and 107.0 ms are pooled, and 40 ms of one beam are not."""
     _, record = finished_sweep(tmp_path, *world)
-    info = {
-        "schema": SCHEMA_VERSION,
-        "name": "m",
-        "metric": "rouge2",
-        "teacher": record,
-        "budgets": {"fast": {"latency_ms": "50%"}},
-    }
-    write_json_atomic(tmp_path / "sweep.json", info)
+    sweep_record(record, budgets={"fast": {"latency_ms": "50%"}}).write(tmp_path / "sweep.json")
     make_trial(tmp_path, "b", 1, 10.1)
     longer = BeamSearchParams(4, 0.6, 0, 12, 0, False, None)
     served = {
@@ -184,7 +187,7 @@ def test_latency_of_a_size_and_number_of_beams_is_the_median_of_its_students(wor
     for (key, beam), (score, ms) in served.items():
         folder = tmp_path / "trials" / key
         serve_by_hand(folder, [beam], metrics={"rouge2": score}, costs={"latency_ms": ms})
-        np.savez(folder / f"rows-validation-{decoding_key(asdict(beam))}.npz", validation=np.full(20, score))
+        np.savez(folder / f"rows-validation-{serving_config(beam).key}.npz", validation=np.full(20, score))
     results = load_selection(tmp_path)
     assert {entry.key: entry.metrics["latency_ms"] for entry in results.students} == {
         **{key: 100.0 for key in ("a b4-p1", "b b4-p1", "b b4-p0.6")},
@@ -203,8 +206,7 @@ def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit
     space, _ = finished_sweep(tmp_path, *world)
     changes = space.model_copy(update={"search": Search(trials=9)})
     assert search_stop_reason(changes, tmp_path) is None
-    info = json.loads((tmp_path / "sweep.json").read_text())
-    write_json_atomic(tmp_path / "sweep.json", {**info, "stop": {"message": "all tried", "exhausted": True}})
+    change_sweep(tmp_path, stop=StopReason("all tried", exhausted=True))
     assert search_stop_reason(changes, tmp_path) == StopReason("all tried", exhausted=True)
     deleted = ProposalLog(proposals=(Proposal(key="deleted", number=9, params={}),))
     deleted.write(tmp_path / PROPOSALS_FILE)
@@ -213,7 +215,7 @@ def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit
     assert search_stop_reason(changes.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
     fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
     assert search_stop_reason(changes.model_copy(update={"search": fewer}), tmp_path) is None
-    write_json_atomic(tmp_path / "sweep.json", {**info, "stop": {"message": "one hour is used up", "exhausted": False}})
+    change_sweep(tmp_path, stop=StopReason("one hour is used up"))
     assert search_stop_reason(changes, tmp_path) is None
 
 
@@ -252,15 +254,15 @@ def test_a_checkpoint_is_served_with_each_decoding_and_row_statistics_are_writte
     results = serve_checkpoint(
         ServingTask(PendingServing(tmp_path, str(teacher), beams), run, "bleu", "validation"), "cpu", 1
     )
-    assert [entry["beams"] for entry in results] == [4, 1]
-    four, entry = (decoding["costs"] for decoding in results)
+    assert [entry.decoding.beams for entry in results] == [4, 1]
+    four, entry = (served.costs for served in results)
     assert entry["latency_ms"] < four["latency_ms"]
     assert four["latency_ms_low"] <= four["latency_ms"] <= four["latency_ms_high"]
     for served in results:
-        assert served["rows"] == 8
-        assert served["hardware"]["threads"] == 1
-        assert served["engine"].split()[0] in ("ctranslate2", "transformers")
-        assert served["version"] == version(served["engine"].split()[0])
+        assert served.rows == 8
+        assert served.hardware["threads"] == 1
+        assert served.engine in ("ctranslate2", "transformers")
+        assert served.version == version(served.engine)
     for name in ("b4-p1", "b1"):
         with np.load(tmp_path / f"rows-validation-{name}.npz") as rows:
             assert rows["validation"].shape == (8, 10)

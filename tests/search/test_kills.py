@@ -14,9 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from raydistill.core.files import read_json
-from raydistill.results.records import decoding_key
+from raydistill.results.records import ServingConfig
 from raydistill.results.selection import select_finalists
+from raydistill.results.served_students import read_served
 from tests.factories.sweeps import KILL_SPACE, mlflow_children
 from tests.factories.workspace import WORKER_PROCESSES, environment, make_world, processes_of, wait_for_ray_to_end
 
@@ -108,14 +108,16 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, killed: Counter[
 def check_finalists(sweep: Path, summary: dict) -> None:
     """Check that every finalist is served once with its own single beam, and with 2 and 4 beams and two penalties."""
     expected = {(key, name) for key in (t.key for t in select_finalists(sweep)) for name in DECODINGS}
-    served = [(t["key"], decoding_key(t["decoding"])) for t in summary["finalists"]]
+    served = [(t["key"], ServingConfig(**t["decoding"]).key) for t in summary["finalists"]]
     assert len(served) == len(set(served))
     assert set(served) == expected
     assert {key for key, _ in expected} >= set(summary["front"]) != set()
     for key, name in expected:
         assert (sweep / "trials" / key / f"rows-validation-{name}.npz").is_file()
     # The teacher is timed with each decoding too, for the speed-up at the same decoding
-    assert sorted(map(decoding_key, read_json(sweep / "served.json")["decodings"])) == sorted(DECODINGS)
+    teacher_served = read_served(sweep)
+    assert teacher_served
+    assert sorted(entry.decoding.key for entry in teacher_served.entries) == sorted(DECODINGS)
     assert summary["choices"]["any"] in {key for key, _ in expected}
     assert (Path(summary["exports"]["any"]) / "model.safetensors").is_file()
 

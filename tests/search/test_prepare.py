@@ -1,13 +1,46 @@
 """Which sizes a sweep does not train, because no budget admits them."""
 
-from raydistill.search.prepare import PreparedSweep, find_infeasible_sizes
-from tests.factories.sweeps import make_space
+import pytest
+
+from raydistill.core.errors import UserError
+from raydistill.search.prepare import check_budgets, find_infeasible_sizes, make_shape_table
+from raydistill.search.shape_latency import TimedShape
+from tests.factories.sweeps import make_space, shape_table, sweep_teacher
 
 
 def test_a_size_is_infeasible_only_if_it_exceeds_the_budget_with_the_fewest_beams_too():
     costs = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
     fewest_beams = {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}}
-    prepared = PreparedSweep({"size": "2-3", "costs": costs["2-3"]}, costs, fewest_beams)
+    shapes = shape_table(costs, fewest_beams)
     for bound, infeasible in ((90, set()), (45, set()), ("50%", set()), (44, {"2-3"}), ("40%", {"2-3"})):
         space = make_space().model_copy(update={"budgets": {"fast": {"latency_ms": bound}}})
-        assert find_infeasible_sizes(space, prepared) == infeasible
+        assert find_infeasible_sizes(space, shapes) == infeasible
+
+
+def test_the_refusal_of_unreachable_budgets_names_the_nearest_shape_and_its_figure(capsys):
+    shapes = shape_table({"2-3": {"latency_ms": 90.0, "params_m": 5.0}, "2-1": {"latency_ms": 60.0, "params_m": 4.0}})
+    budgets = {"small": {"params_m": 2.0}, "fast": {"latency_ms": 50.0, "params_m": 4.5}}
+    with pytest.raises(UserError, match=r"the nearest is 2-1 for fast: latency_ms 60 \(20.0% over\)\. Raise a budget"):
+        check_budgets(make_space().model_copy(update={"budgets": budgets}), ["2-1", "2-3"], shapes)
+    assert capsys.readouterr().err == ""
+    budgets["fast"]["latency_ms"] = 60.0
+    check_budgets(make_space().model_copy(update={"budgets": budgets}), ["2-1", "2-3"], shapes)
+    assert capsys.readouterr().err == "no budget admits 2-3: students of these sizes are not trained\n"
+
+
+def test_a_shape_timed_with_another_engine_is_reported_and_not_excluded_by_its_latency(capsys):
+    """CTranslate2 timed the teacher, but could not be used for 2-1, whose time is of a slower engine."""
+
+    def timed(engine: str, latency_ms: float, params_m: float) -> list[TimedShape]:
+        return [TimedShape({"latency_ms": latency_ms, "params_m": params_m, "memory_mb": 1.0}, engine, 0.0)]
+
+    shapes = {"2-3": timed("ctranslate2 fp32", 90.0, 5.0), "2-1": timed("transformers fp32", 300.0, 4.0)}
+    table = make_shape_table(sweep_teacher(size="2-3"), (4,), shapes)
+    assert table.engines == {"2-3": "ctranslate2 fp32", "2-1": "transformers fp32"}
+    assert "2-1: timed with transformers fp32 instead of ctranslate2 fp32; these times exclude no size" in (
+        capsys.readouterr().err
+    )
+    assert table.is_infeasible("2-3", {"fast": {"latency_ms": "50%"}})
+    assert not table.is_infeasible("2-1", {"fast": {"latency_ms": "50%"}})
+    assert table.is_infeasible("2-1", {"small": {"params_m": 3.0}})
+    assert table.costs["2-1"]["latency_ms"] == 300.0

@@ -1,6 +1,5 @@
 """The lines that a search prints."""
 
-import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from raydistill.config.space import Search
-from raydistill.core.files import SCHEMA_VERSION
+from raydistill.results.sweep_record import TeacherPasses
 from raydistill.search.progress import ProgressCallback
 from tests.factories import sweeps
+from tests.factories.sweeps import sweep_record, sweep_teacher
 
 
 def write_record(sweep: Path, teacher_hours: float) -> None:
-    (sweep / "sweep.json").write_text(json.dumps({"schema": SCHEMA_VERSION, "teacher_gpu_hours": teacher_hours}))
+    passes = TeacherPasses(stores={"encoder-1/states": teacher_hours})
+    sweep_record(sweep_teacher(passes=passes)).write(sweep / "sweep.json")
 
 
 def write_result(sweep: Path, key: str, size: str, status: str, **metrics: float) -> None:

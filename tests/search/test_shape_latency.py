@@ -17,10 +17,11 @@ def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monke
     options = {"engine": "transformers", "device": "cpu", "threads": 1}
 
     def timed(remeasure_noisy=True):
-        [costs] = time_shape(teacher, "2-1", replace(TIMING, remeasure_noisy=remeasure_noisy), **options)
-        return costs
+        [shape] = time_shape(teacher, "2-1", replace(TIMING, remeasure_noisy=remeasure_noisy), **options)
+        assert shape.engine == "transformers fp32"
+        return shape
 
-    assert timed()["latency_ms"] < 9e9
+    assert timed().costs["latency_ms"] < 9e9
     table = tmp_path / "home" / "latency.json"
     for background_cores, again in ((0.2, False), (3.0, True)):
         data = json.loads(table.read_text())
@@ -28,13 +29,14 @@ def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monke
         for entry in data["timings"].values():
             entry["timing"] |= {"median_ms": 9e9, "background_cores": background_cores}
         table.write_text(json.dumps(data))
-        assert timed(remeasure_noisy=False)["latency_ms"] == 9e9  # trials of a running sweep keep this timing
-        costs = timed()
-        assert (costs["latency_ms"] < 9e9) == again
+        assert timed(remeasure_noisy=False).costs["latency_ms"] == 9e9  # trials of a running sweep keep this timing
+        shape = timed()
+        assert (shape.costs["latency_ms"] < 9e9) == again
         if not again:
-            assert costs["background_cores"] == 0.2
+            assert shape.background_cores == 0.2
     assert all(entry["timing"]["median_ms"] < 9e9 for entry in json.loads(table.read_text())["timings"].values())
     # If the expected engine cannot be used, the fallback's timing is not stored
     before = json.loads(table.read_text())
-    assert time_shape(teacher, "2-2", replace(TIMING, engine="ctranslate2"), **options)
+    [fallback] = time_shape(teacher, "2-2", replace(TIMING, engine="ctranslate2"), **options)
+    assert fallback.engine == "transformers fp32"
     assert json.loads(table.read_text()) == before

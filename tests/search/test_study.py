@@ -18,11 +18,10 @@ from optuna.trial import TrialState
 from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, make_run, read_space
 from raydistill.core.errors import UserError
-from raydistill.core.files import SCHEMA_VERSION
+from raydistill.results.sweep_record import StopReason, TeacherPasses
 from raydistill.search.study import (
     Proposal,
     ProposalLog,
-    StopReason,
     SweepStudy,
     final_report,
     has_deleted_trials,
@@ -30,7 +29,7 @@ from raydistill.search.study import (
     trial_key,
 )
 from raydistill.training.records import RunResult
-from tests.factories.sweeps import RUN, make_space, write_result
+from tests.factories.sweeps import RUN, make_space, sweep_record, sweep_teacher, write_result
 
 ROOT = Path(__file__).parents[2]
 DONE = {"finished": True, "status": "done", "score": 10.0, "latency_ms": 5.0}
@@ -239,7 +238,8 @@ def test_no_trial_starts_after_max_hours(tmp_path):
 def test_no_trial_starts_after_max_device_hours(tmp_path):
     """The teacher's passes count, and failed trials too."""
     study = SweepStudy(make_space(max_device_hours=1.0), tmp_path)
-    (tmp_path / "sweep.json").write_text(json.dumps({"schema": SCHEMA_VERSION, "teacher_gpu_hours": 0.25}))
+    passes = TeacherPasses(stores={"encoder-1/states": 0.25})
+    sweep_record(sweep_teacher(passes=passes)).write(tmp_path / "sweep.json")
     for number, hours in enumerate((0.5, 0.5)):
         assert study.propose(str(number)) is not None
         status = "failed" if number else "done"

@@ -70,7 +70,7 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
         beaten = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in points)
         assert entry["front"] != beaten
     served = json.loads((Path(summary["sweep"]) / "served.json").read_text())
-    teacher_ms = served["decodings"][0]["costs"]["latency_ms"]
+    teacher_ms = served["entries"][0]["costs"]["latency_ms"]
     for budget, share in (("fast", 0.6), ("fastest", 0.45)):
         key, decoding = summary["choices"][budget], summary["decodings"][budget]
         fitting = [t for t in finalists if t["metrics"]["latency_ms"] <= share * teacher_ms]
@@ -172,10 +172,8 @@ def test_another_space_under_the_same_name_is_refused(demo):
 def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, tmp_path):
     home, _, summary, *_ = demo
     [best] = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
-    served = json.loads((Path(summary["sweep"]) / "trials" / best["key"] / "served.json").read_text())["decodings"]
-    assert best["score"] in [
-        entry["metrics"]["rouge2"] for entry in served if entry["beams"] == best["decoding"]["beams"]
-    ]
+    served = json.loads((Path(summary["sweep"]) / "trials" / best["key"] / "served.json").read_text())["entries"]
+    assert best["score"] in [entry["metrics"]["rouge2"] for entry in served if entry["decoding"] == best["decoding"]]
     assert best["costs"]["params_m"] <= 100
     assert GenerationConfig.from_pretrained(best["checkpoint"]).num_beams == best["decoding"]["beams"]
     checkpoint = Path(summary["sweep"]) / "trials" / summary["front"][0] / "best"

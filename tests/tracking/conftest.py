@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from raydistill.core import artifact
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.tracking import mlflow_registry
 
@@ -19,6 +20,7 @@ def make_export() -> Callable[[Path, str], Path]:
         CheckpointMetadata().write_to(folder)
         (folder / "README.md").write_text("chosen for fast")
         mlflow_registry.write_mlmodel(folder)
+        artifact.seal(folder, artifact.Manifest(kind="export"))
         return folder
 
     return write

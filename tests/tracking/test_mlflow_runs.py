@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from raydistill.cluster import snapshots, sync
+from raydistill.core import artifact
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import write_json_atomic
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
-from tests.factories.sweeps import finish_trial, make_trial, runs_of
+from tests.factories.sweeps import finish_trial, make_trial, runs_of, served_student, write_served
 
 
 def test_checkpoint_of_another_machine_is_downloaded_before_it_is_published(
@@ -126,12 +125,12 @@ def test_served_metrics_are_logged_once_per_decoding_after_the_trial_finished(sw
     folder = make_trial(sweep, "a", 0, 10.0)
     mlflow_runs.publish(sweep)
     costs = {"latency_ms": 50.0, "latency_ms_b1": 2.0}
-    beams_4 = {"beams": 4, "length_penalty": 1.0, "metrics": {"rouge2": 10.0}, "interval": [9, 11], "costs": costs}
-    beams_1 = {**beams_4, "beams": 1, "metrics": {"rouge2": 8.0}, "costs": {**costs, "latency_ms": 30.0}}
-    write_json_atomic(folder / "served.json", {"decodings": [beams_4]})
+    beams_4 = served_student(4, 1.0, 10.0, costs)
+    test = {"rouge2": 7.0, "interval": (6, 9)}
+    beams_1 = served_student(1, 1.0, 8.0, {**costs, "latency_ms": 30.0}, interval=(9, 11), test=test)
+    write_served(folder, beams_4)
     mlflow_runs.publish(sweep)
-    test_scores = {"test": {"rouge2": 7.0, "interval": [6, 9]}}
-    write_json_atomic(folder / "served.json", {"decodings": [beams_4, {**beams_1, **test_scores}]})
+    write_served(folder, beams_4, beams_1)
     for _ in range(2):
         mlflow_runs.publish(sweep, finished=True)
     run = runs_of(sweep)["a"]
@@ -188,9 +187,9 @@ def test_concurrent_publishing_creates_every_run_once(
 
 def test_waiting_for_another_publisher_times_out(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_runs, "LOCK_TIMEOUT_S", 0.1)
-    with FileLock(sweep / ".publish.lock"), ThreadPoolExecutor(1) as pool:
+    with artifact.lock(sweep / "publish"), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(mlflow_runs.publish, sweep)
-        with pytest.raises(mlflow_store.TrackingUnavailable, match="another process has been publishing"):
+        with pytest.raises(artifact.LockHeld, match="publish: in use by process"):
             waiting.result(timeout=60)
 
 

@@ -164,7 +164,7 @@ def test_stopped_run_scores_and_keeps_its_best_checkpoint(workspace, tmp_path):
     lines = read_metrics(tmp_path / "s")
     assert len(lines) == 2
     assert lines[-1]["step"] == result.steps
-    assert 0 < lines[0]["progress"] < lines[1]["progress"] < 1
+    assert 0 < lines[0]["step"] < lines[1]["step"] < lines[1]["total_steps"]
     assert result.interval[0] <= result.metrics["score"] <= result.interval[1]
     assert (tmp_path / "s" / "best" / "model.safetensors").is_file()
     assert train(run, tmp_path / "s", no_report, RunInputs()) == result

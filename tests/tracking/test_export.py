@@ -1,0 +1,82 @@
+"""The export of a student: complete or absent after a kill at any step; created again only if its content changed."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
+from raydistill.results.selection import Selection, load_selection
+from raydistill.tracking import export
+from tests.factories.kills import kill_at_every_step
+from tests.factories.sweeps import make_student
+
+
+@pytest.fixture
+def selection(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> Selection:
+    """A sweep with one student. The files of MLflow and CTranslate2 are left out, which take seconds to create."""
+    make_student(sweep, "a", 0, 10.0)
+    monkeypatch.setattr(export, "_add_ctranslate2_model", lambda folder: None)
+    monkeypatch.setattr(export, "write_mlmodel", lambda folder: (folder / "MLmodel").write_text("x"))
+    return load_selection(sweep)
+
+
+def card(folder: Path) -> str | None:
+    """The model card of a complete export; None if there is none. Fails for anything in between."""
+    if not artifact.is_complete(folder):
+        assert not folder.exists()
+        return None
+    artifact.open_artifact(folder, artifact.Manifest, "export")
+    return (folder / "README.md").read_text()
+
+
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_export(selection: Selection) -> None:
+    """The second export differs in its model card, which names one more budget."""
+    folder = export.export_student(selection, "a b1")
+    saved = shutil.copytree(folder, selection.sweep / "saved")
+    old = card(folder)
+
+    def prepare() -> None:
+        shutil.copytree(saved, folder)
+
+    def write_new() -> None:
+        export.export_student(selection, "a b1", "cheap")
+
+    contents = kill_at_every_step(write_new, prepare, folder, card)
+    assert len(contents) > 30
+    assert contents[0] == old
+    assert contents[-1] not in (old, None)
+    assert set(contents) == {old, contents[-1]}
+
+
+def test_an_export_is_created_again_if_weights_decoding_or_card_changed_or_a_file_is_missing(
+    selection: Selection,
+) -> None:
+    folder = export.export_student(selection, "a b1")
+
+    def generation() -> int:
+        return artifact.open_artifact(export.export_student(selection, "a b1"), artifact.Manifest, "export").generation
+
+    assert generation() == generation() == 1
+    (folder / "config.json").unlink()
+    assert generation() == 2
+    student = selection.student("a b1")
+    changed = replace(student, metrics={**student.metrics, "params_m": 9.0})
+    selection.students[selection.students.index(student)] = changed
+    assert generation() == 3
+    weights = selection.sweep / "trials" / "a" / "best" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert generation() == 4
+    assert generation() == 4
+
+
+def test_one_process_at_a_time_writes_an_export(selection: Selection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "LOCK_TIMEOUT_S", 0.1)
+    folder = selection.sweep / "exports" / "a-b1"
+    with artifact.lock(folder), pytest.raises(LockHeld, match="a-b1: in use by process"):
+        export.export_student(selection, "a b1")
+    assert not folder.exists()
