@@ -45,7 +45,6 @@ from raydistill.core.records import Record
 SNAPSHOTS, OBJECTS = ".snapshots", ".objects"
 LOCAL_STATE = ".storage"
 RUN_FOLDERS = "trials"  # a folder of this name in a stored folder holds further stored folders
-STATE_PREFIX = "state"  # of the files of a run's state, which are not records
 LOCK_TIMEOUT_S = 60.0
 MAX_ATTEMPTS = 10  # to read a snapshot that its writer replaces meanwhile
 
@@ -98,8 +97,8 @@ class Snapshot(Record):
 
 
 def is_record(path: str) -> bool:
-    """Whether a file of a run or a sweep is needed for tables: a file at the top that is not part of the state."""
-    return "/" not in path and not path.startswith(STATE_PREFIX)
+    """Whether a file of a run or a sweep is needed for tables: a file that is not in a checkpoint or a saved state."""
+    return "/" not in path
 
 
 class StoredFolder:

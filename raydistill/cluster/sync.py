@@ -30,7 +30,7 @@ from raydistill.core.secrets import has_credentials, redact
 STORAGE_ENV = "RAYDISTILL_STORAGE"
 MAX_TRANSFERS = 16  # at the same time
 # Files that mark the other files of their folder as complete; transferred last.
-COMPLETION_MARKERS = ("state.json", "manifest.json", "result.json", "sweep.json")
+COMPLETION_MARKERS = ("manifest.json", "result.json", "sweep.json")
 LOCAL_SUFFIXES = (".lock", TEMPORARY_SUFFIX, OLD_SUFFIX, ".ray", ".engine")  # such names are not copied
 
 Item = TypeVar("Item")

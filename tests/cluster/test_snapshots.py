@@ -305,7 +305,7 @@ def test_objects_that_no_snapshot_needs_are_deleted(use_machine: UseMachine) -> 
 
 def test_pull_records_brings_no_part_of_a_checkpoint(use_machine: UseMachine) -> None:
     trial = use_machine("one") / "sweeps/s/trials/k"
-    for name in ("run.json", "metrics.jsonl", "state.json", "state-2.safetensors", "checkpoint-2/config.json"):
+    for name in ("run.json", "metrics.jsonl", "state/tensors.safetensors", "checkpoint-2/config.json"):
         write_file(trial / name, name)
     snapshots.save(trial)
     write_file(use_machine("one") / "sweeps/s/study.log", "log")
@@ -384,7 +384,7 @@ def test_a_snapshot_with_a_file_outside_of_its_folder_is_refused(use_machine: Us
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("result.json", True), ("tracking_id", True), ("state-1.safetensors", False), ("best/config.json", False)],
+    [("result.json", True), ("tracking_id", True), ("state/manifest.json", False), ("best/config.json", False)],
 )
 def test_is_record(path: str, expected: bool) -> None:
     assert is_record(path) == expected

@@ -64,7 +64,7 @@ def test_a_sweep_resumed_on_another_machine_has_all_records_and_no_part_of_a_che
         running = make_trial(homes["head"], "running", 1, 12.0, status=None)
         for name in ("config.json", "raydistill.json", "model.safetensors"):
             write_file(running / "checkpoint-20" / name, name)
-        write_file(running / "state.json", "{}")
+        write_file(running / "state" / "manifest.json", "{}")
         write_file(homes["head"] / "study.log", "journal")
         snapshots.save(running, make_trial(homes["head"], "done", 0, 10.0), homes["head"])
     use(monkeypatch, homes["other"])
