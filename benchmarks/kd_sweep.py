@@ -97,7 +97,7 @@ def run_sweep(space: Path, home: Path) -> dict[str, Any]:
     start = min(path.stat().st_mtime for path in folder.glob("trials/*/run.json"))
     end = max(path.stat().st_mtime for path in folder.glob("trials/*/result.json"))
     done = [result for result in results if result.status == "done"]
-    busy_seconds = sum(result.metrics["gpu_hours"] * 3600 for result in results)
+    busy_seconds = sum(result.metrics["device_hours"] * 3600 for result in results)
     names = {result.key: read_trial_name(folder / "trials" / result.key) for result in results}
     return {
         "seconds": seconds,

@@ -98,8 +98,8 @@ def record_trial(
     `teacher_repetition` is the repetition in the teacher's outputs, with which a student's is compared.
     """
     history = trial.history()
-    seconds = tuple(3600 * line["gpu_hours"] for line in history)
-    scoring_seconds = 3600 * trial.metrics["gpu_hours"] - (seconds[-1] if seconds else 0.0)
+    seconds = tuple(3600 * line["device_hours"] for line in history)
+    scoring_seconds = 3600 * trial.metrics["device_hours"] - (seconds[-1] if seconds else 0.0)
     rows = {
         split: len(values) for split in ("validation", "test") if (values := trial.row_statistics(split)) is not None
     }

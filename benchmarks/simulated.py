@@ -84,7 +84,9 @@ def simulated_run(
             progress = validation / VALIDATIONS
             score = 20 * progress - abs(3 + log10(run.training.learning_rate or 1.0))
             hours = (time.time() - start) / 3600
-            history.append({"step": round(steps * progress), "total_steps": steps, "score": score, "gpu_hours": hours})
+            history.append(
+                {"step": round(steps * progress), "total_steps": steps, "score": score, "device_hours": hours}
+            )
             write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
             if report(history[-1], folder):
                 break
@@ -97,7 +99,7 @@ def simulated_run(
             size=run.student.size,
             number=inputs.number,
             params=inputs.params,
-            metrics={**inputs.costs, "score": history[-1]["score"], "gpu_hours": history[-1]["gpu_hours"]},
+            metrics={**inputs.costs, "score": history[-1]["score"], "device_hours": history[-1]["device_hours"]},
             steps=history[-1]["step"],
         )
         result.write(folder / RESULT_FILE)

@@ -24,7 +24,7 @@ COST_METRICS = {
     "params_m": "parameters, in millions",
     "memory_mb": "memory of the weights, in MB",
     "peak_mb": "peak memory while a batch of 32 rows is decoded, in MB",
-    "gpu_hours": "device-hours of the trial",
+    "device_hours": "device-hours of the trial",
 }
 # Top-level keys of a run that are equal for all trials of a sweep: the teacher is scored and timed once, and trials
 # are compared by the same metric on the same rows.
@@ -53,7 +53,7 @@ class Search(StrictModel):
     concurrent: int | None = Field(
         None, ge=1, description="maximum number of concurrent trials; default: as many as fit on the cluster"
     )
-    cost: Literal["latency_ms", "latency_ms_b1", "params_m", "gpu_hours"] = Field(
+    cost: Literal["latency_ms", "latency_ms_b1", "params_m", "device_hours"] = Field(
         "latency_ms", description="cost to minimise while the score is maximised"
     )
     retries: int = Field(2, ge=0, description="retries per failed trial")

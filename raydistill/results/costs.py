@@ -31,7 +31,7 @@ def required_passes(trial: Trial, passes: TeacherPasses) -> TeacherPasses | None
 
 def end_to_end_hours(trial: Trial, passes: TeacherPasses) -> float | None:
     """Device-hours of a trial and of all teacher passes that the trial needs; None if either is unknown."""
-    hours = trial.metrics.get("gpu_hours")
+    hours = trial.metrics.get("device_hours")
     required = None if hours is None else required_passes(trial, passes)
     return None if required is None or hours is None else hours + required.total_hours
 

@@ -111,7 +111,7 @@ def _cost_lines(costs: dict[str, float]) -> list[str]:
         "params_m": "{:.1f} M parameters",
         "speedup": "{:.2f} times the teacher's speed",
         "peak_mb": "{:.0f} MB of peak memory",
-        "gpu_hours": "{:.3f} device-hours",
+        "device_hours": "{:.3f} device-hours",
     }
     return [text.format(costs[key]) for key, text in formats.items() if key in costs]
 

@@ -17,7 +17,7 @@ COST_UNITS = {
     "params_m": "million parameters",
     "memory_mb": "MB of weights",
     "peak_mb": "MB of peak memory for a batch of 32",
-    "gpu_hours": "device-hours",
+    "device_hours": "device-hours",
 }
 # Timings are noisy; each maps to the function that combines several measurements of equal configurations.
 TIMING_REDUCERS: dict[str, Callable[[list[float]], float]] = {

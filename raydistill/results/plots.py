@@ -25,7 +25,7 @@ COST_AXIS_LABELS = {
     "params_m": "Parameters (millions)",
     "memory_mb": "Memory of the weights (MB)",
     "peak_mb": "Memory for a batch of 32 (MB)",
-    "gpu_hours": "Training (device-hours)",
+    "device_hours": "Training (device-hours)",
 }
 
 

@@ -105,9 +105,9 @@ class Trial:
     def device_hours(self) -> float:
         """Device-hours of the trial; of a running trial, until its last validation."""
         if self.status != "running":
-            return self.metrics.get("gpu_hours", 0.0)
+            return self.metrics.get("device_hours", 0.0)
         with corrupt_file_error(self.folder / "metrics.jsonl"):
-            return max((float(line.get("gpu_hours", 0.0)) for line in self.history()), default=0.0)
+            return max((float(line.get("device_hours", 0.0)) for line in self.history()), default=0.0)
 
     def score(self, metric: str) -> float | None:
         """The validation score."""

@@ -59,7 +59,7 @@ def trials_table(
         "ms (batch 32)": lambda t: format_number(t.metrics.get("latency_ms"), 0),
         "speed-up (same decoding)" if has_decodings else "speed-up": _format_speedups,
         "params M": lambda t: format_number(t.metrics.get("params_m"), 1),
-        "device h": lambda t: format_number(t.metrics.get("gpu_hours"), 3),
+        "device h": lambda t: format_number(t.metrics.get("device_hours"), 3),
         "trial": lambda t: format_number(t.number, 0),
     }
     if has_decodings:

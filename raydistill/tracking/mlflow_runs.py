@@ -33,13 +33,13 @@ from raydistill.tracking.mlflow_store import (
 )
 
 # Metrics of a checkpoint that do not depend on the decoding
-DECODING_INDEPENDENT_METRICS = ("val_loss", "params_m", "memory_mb", "peak_mb", "gpu_hours", "teacher_gpu_hours")
+DECODING_INDEPENDENT_METRICS = ("val_loss", "params_m", "memory_mb", "peak_mb", "device_hours", "teacher_device_hours")
 FINAL_METRICS = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "speedup"),
     *DECODING_INDEPENDENT_METRICS,
 )
 CHOSEN_TAG = "raydistill.chosen_for"
-VIEW_METRICS = ("latency_ms", "speedup", "params_m", "gpu_hours")
+VIEW_METRICS = ("latency_ms", "speedup", "params_m", "device_hours")
 LOCK_TIMEOUT_S = 120.0  # the first publication copies every checkpoint
 BATCH_LIMITS = {"metrics": 900, "params": 90}  # MLflow accepts 1000 metrics and 100 parameters per request
 MAX_PARAM_CHARS = 6000
@@ -294,7 +294,7 @@ def _describe_sweep(selection: Selection, links: dict[str, str]) -> str:
 def _teacher_metrics(selection: Selection) -> dict[str, float]:
     teacher = selection.teacher
     values = {f"teacher_{name}": value for name, value in {**teacher.metrics, **teacher.costs}.items()}
-    return {**values, "teacher_gpu_hours": teacher.passes.total_hours}
+    return {**values, "teacher_device_hours": teacher.passes.total_hours}
 
 
 def _log_report(client: Any, parent: Any, selection: Selection, report_paths: list[Path]) -> None:

@@ -169,7 +169,7 @@ class TrainingLoop:
             "total_steps": self.counts.total,
             "time_s": round(state.seconds, 3),
             "validation_s": round(time.monotonic() - started, 3),
-            "gpu_hours": self.worker.device_hours(state.seconds, self.settings),
+            "device_hours": self.worker.device_hours(state.seconds, self.settings),
             "learning_rate": self.step.optimizer.param_groups[0]["lr"],
             **{name if name in STEP_METRICS else f"loss_{name}": value for name, value in means.items()},
             **scores,

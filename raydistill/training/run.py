@@ -168,7 +168,7 @@ def _fit_and_score(active: ActiveRun, report: ReportFn) -> RunResult | None:
         if not worker.is_main_process:
             return None
         hours = worker.device_hours(error.seconds, active.run.training)
-        result = active.result("failed", str(error), {"gpu_hours": hours})
+        result = active.result("failed", str(error), {"device_hours": hours})
         write_result(active.folder, result)
         return result
     return _score_and_write_result(active, state) if worker.is_main_process else None
@@ -194,7 +194,7 @@ def _score_and_write_result(active: ActiveRun, state: TrainingState) -> RunResul
     if validation and (reason := collapse_reason(validation.repetition_rate, active.inputs.teacher_repetition)):
         # The losses of a run that took all its steps stay valid for tables of losses, which use the repetition.
         metrics = {} if state.stopped else {"repetition": validation.repetition_rate}
-        result = active.result("failed", reason, {**metrics, "gpu_hours": hours}, engine=validation.engine)
+        result = active.result("failed", reason, {**metrics, "device_hours": hours}, engine=validation.engine)
     else:
         _checkpoint_metadata(active, evaluations).write_to(best)
         result = _scored_result(active, state, evaluations, hours)
@@ -213,7 +213,7 @@ def _scored_result(
         {
             **_best_metrics(state, validation, active.validator.metric),
             "params_m": sum(p.numel() for p in active.setup.student.parameters()) / 1e6,
-            "gpu_hours": device_hours,
+            "device_hours": device_hours,
             "startup_s": active.startup_seconds,
             **active.inputs.costs,
         },

@@ -80,7 +80,7 @@ def record_node(
     time.sleep(seconds)
     node = ray.get_runtime_context().get_node_id()
     write_json_atomic(folder / f"worker{worker.rank}.json", {"node": node, "start": start, "end": time.time()})
-    metrics = {**inputs.costs, "score": 1.0, "gpu_hours": 0.0}
+    metrics = {**inputs.costs, "score": 1.0, "device_hours": 0.0}
     fields = {"number": inputs.number, "params": inputs.params, "metrics": metrics, "steps": 1}
     result = RunResult.parse({"key": folder.name, "status": "done", **fields})
     result.write(folder / RESULT_FILE)

@@ -33,7 +33,7 @@ FP32: dict[str, Any] = {"precision": "fp32", "warmup_steps": 2, "learning_rate":
 # Six steps over the six rows of `tiny_distillation`, with a validation after each.
 SETTINGS = Training(**FP32, batch_size=2, epochs=2, checks_per_epoch=3, patience=99)
 # Metrics that differ between two runs of the same steps.
-TIMING_METRICS = ("time_s", "validation_s", "gpu_hours", "step_ms", "data_wait")
+TIMING_METRICS = ("time_s", "validation_s", "device_hours", "step_ms", "data_wait")
 
 
 def text_pairs(n, seed=0):

@@ -48,7 +48,7 @@ def write_trial(
     folder, run = write_run(sweep, name, losses, {"training": {"seed": seed}, **settings})
     np.savez(folder / "rows.npz", validation=rows_of(f"v{name}", 60 - score), test=rows_of(name, score))
     layers = run.student.copied.decoder or [0, 6, 11]
-    costs = {"gpu_hours": hours, "latency_ms": 50.0, "speedup": 2.0, "params_m": 3.5, "repetition": 0.02}
+    costs = {"device_hours": hours, "latency_ms": 50.0, "speedup": 2.0, "params_m": 3.5, "repetition": 0.02}
     result = {
         "status": "done",
         "method": run.method,
@@ -75,7 +75,7 @@ def write_collapsed(sweep: Path, name: str, seed: int, losses: tuple[float, floa
         "method": run.method,
         "size": run.student.size,
         "copied": {"encoder": list(range(12)), "decoder": None},
-        "metrics": {"repetition": 0.9, "gpu_hours": 0.5},
+        "metrics": {"repetition": 0.9, "device_hours": 0.5},
         "seed": seed,
     }
     write_result(folder, **result)

@@ -17,7 +17,7 @@ def write_run(folder: Path, method: str, size: str, score: float, hours: float, 
     key = f"{method}{size}{score}"
     run = {"name": "m", "teacher": "t", "dataset": {"name": "d"}, "method": method, "labels": labels}
     write_json_atomic(folder / key / "run.json", run)
-    return Trial(key, folder / key, "done", method=method, size=size, metrics={"rouge2": score, "gpu_hours": hours})
+    return Trial(key, folder / key, "done", method=method, size=size, metrics={"rouge2": score, "device_hours": hours})
 
 
 def sft_and_pl_trials(folder: Path) -> list[Trial]:

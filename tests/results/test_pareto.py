@@ -75,7 +75,7 @@ def test_timing_noise_within_a_shape_does_not_count_as_cheaper() -> None:
 def test_pooled_spread_covers_all_measurements() -> None:
     timed = [{"latency_ms": ms, "latency_ms_low": ms - 5, "latency_ms_high": ms + 5} for ms in (10.0, 14.0, 11.0)]
     pooled = {"latency_ms": 11.0, "latency_ms_low": 5.0, "latency_ms_high": 19.0}
-    assert pool_latency([*timed, {"gpu_hours": 1.0}], ["a"] * 4) == [pooled] * 3 + [{"gpu_hours": 1.0}]
+    assert pool_latency([*timed, {"device_hours": 1.0}], ["a"] * 4) == [pooled] * 3 + [{"device_hours": 1.0}]
 
 
 @given(POINTS, st.integers(0, 5))

@@ -72,7 +72,7 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
         ]
     ):
         folder = make_trial(tmp_path, key, number, score)
-        costs = {"latency_ms": latency, "params_m": params, "gpu_hours": hours}
+        costs = {"latency_ms": latency, "params_m": params, "device_hours": hours}
         change_result(folder, metrics={"rouge2": score, **costs})
         np.savez(folder / "rows.npz", validation=np.full(20, score))
     assert [trial.key for trial in select_finalists(tmp_path)] == ["a", "b", "c", "d", "e"]

@@ -25,18 +25,20 @@ def write_result(sweep: Path, key: str, size: str, status: str, **metrics: float
 def test_a_finished_trial_is_followed_by_the_state_of_the_search(capsys, tmp_path):
     """One trial was finished before, and the teacher's passes took a quarter of an hour."""
     write_record(tmp_path, 0.25)
-    write_result(tmp_path, "before", "2-2", "done", rouge2=15.0, gpu_hours=1.0)
+    write_result(tmp_path, "before", "2-2", "done", rouge2=15.0, device_hours=1.0)
     progress = ProgressCallback(tmp_path, Search(trials=6), "rouge2", start_time=time.monotonic() - 240)
     for number, (size, score) in enumerate([("2-3", 20.0), ("2-1", 9.0), ("2-3", 18.0)]):
         trial = SimpleNamespace(trial_id=str(number), config={"number": number, "key": f"k{number}", "size": size})
         progress.on_trial_start(0, [], trial)
         progress.on_trial_result(0, [], trial, {"step": 5, "score": score - 1})
-        write_result(tmp_path, f"k{number}", size, "done", rouge2=score, gpu_hours=0.5)
-        progress.on_trial_result(0, [], trial, {"finished": True, "status": "done", "score": score, "gpu_hours": 0.5})
+        write_result(tmp_path, f"k{number}", size, "done", rouge2=score, device_hours=0.5)
+        progress.on_trial_result(
+            0, [], trial, {"finished": True, "status": "done", "score": score, "device_hours": 0.5}
+        )
     failed = SimpleNamespace(trial_id="9", config={"number": 9, "key": "k9", "size": "2-1"})
     progress.on_trial_start(0, [], failed)
-    write_result(tmp_path, "k9", "2-1", "failed", gpu_hours=0.25)
-    progress.on_trial_result(0, [], failed, {"finished": True, "status": "failed", "gpu_hours": 0.25})
+    write_result(tmp_path, "k9", "2-1", "failed", device_hours=0.25)
+    progress.on_trial_result(0, [], failed, {"finished": True, "status": "failed", "device_hours": 0.25})
     lines = capsys.readouterr().err.splitlines()
     assert lines[-2] == "trial 9 k9 finished after 0 s: failed"
     # four trials in four minutes, one left

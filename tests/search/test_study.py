@@ -243,7 +243,7 @@ def test_no_trial_starts_after_max_device_hours(tmp_path):
     for number, hours in enumerate((0.5, 0.5)):
         assert study.propose(str(number)) is not None
         status = "failed" if number else "done"
-        write_result(tmp_path / "trials" / f"t{number}", status=status, metrics={"gpu_hours": hours})
+        write_result(tmp_path / "trials" / f"t{number}", status=status, metrics={"device_hours": hours})
     assert study.propose("2") is None
     assert "device-hours are used up" in study.stop_reason.message
 

@@ -82,7 +82,7 @@ def test_repeated_publishing_follows_a_sweep_without_duplicates(sweep: Path) -> 
     columns = [
         c.removeprefix("metrics.").strip("`") for c in shared_view["selectedColumns"] if c.startswith("metrics.")
     ]
-    assert set(columns) - set(final) == {"speedup", "gpu_hours"}  # not measured for this trial
+    assert set(columns) - set(final) == {"speedup", "device_hours"}  # not measured for this trial
     assert after["b"].data.params["training.learning_rate"] == "0.0003"
     assert after["b"].data.params["copied.decoder"] == "[0]"
     artifacts = {item.path for item in client.list_artifacts(after["b"].info.run_id)}

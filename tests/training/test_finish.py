@@ -23,7 +23,7 @@ from raydistill.training.workers import Worker
 from tests.factories.kills import kill_at_every_step
 from tests.factories.training import make_run, no_report, read_state
 
-MEASURED = ("gpu_hours", "startup_s")  # times, which differ from call to call
+MEASURED = ("device_hours", "startup_s")  # times, which differ from call to call
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
     assert result.to_json() == parse_json_file(folder / "result.json")
     assert (result.status, result.steps, result.size, result.number) == ("done", 3, "2-1", 3)
     assert result.metrics["latency_ms"] == 5.0
-    assert set(result.metrics) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "gpu_hours"}
+    assert set(result.metrics) >= {"rouge1", "rouge2", "rougeL", "rougeLsum", "score", "val_loss", "device_hours"}
     assert result.labels == {"pl": "pseudo"}.get(method, "original")
     assert [m["step"] for m in reports] == [2, 3]
     assert {"step_ms", "data_wait", "validation_s"} <= set(reports[0])
@@ -110,8 +110,8 @@ def test_diverged_run_writes_a_failed_result_with_its_reason(workspace, tmp_path
     run = make_run(workspace, training={"learning_rate": 1e30, "warmup_steps": 0, "epochs": 4, "schedule": "constant"})
     result = train(run, tmp_path / "run", no_report, RunInputs(number=1))
     assert (result.status, result.number, result.size) == ("failed", 1, "2-1")
-    assert list(result.metrics) == ["gpu_hours"]  # the device-hours count although the run failed
-    assert result.metrics["gpu_hours"] > 0
+    assert list(result.metrics) == ["device_hours"]  # the device-hours count although the run failed
+    assert result.metrics["device_hours"] > 0
     assert "is nan at step" in result.reason or "is inf at step" in result.reason
     assert train(run, tmp_path / "run", no_report) == result
 
@@ -219,7 +219,7 @@ def test_stopped_run_killed_while_scored_is_still_stopped(workspace, tmp_path, m
 def test_collapsed_run_keeps_its_reason_and_hours_but_no_checkpoint(workspace, tmp_path):
     folder = tmp_path / "trials" / "run"
     result = train(make_run(workspace), folder, no_report, RunInputs(teacher_repetition=-1.0))
-    assert (result.status, list(result.metrics)) == ("failed", ["repetition", "gpu_hours"])
+    assert (result.status, list(result.metrics)) == ("failed", ["repetition", "device_hours"])
     assert "collapsed" in result.reason
     assert result.engine == "ctranslate2 fp32"
     assert not (folder / "best").exists()

@@ -69,5 +69,5 @@ def test_running_trial_is_charged_for_its_gpus_or_cpu_threads(tmp_path):
     step = OptimizerStep.create(distillation, threads)
     state = fit(step, folder, rising_scores(distillation), no_report)
     [trial] = read_trials(tmp_path)
-    assert (trial.status, trial.device_hours) == ("running", state.history[-1]["gpu_hours"])
+    assert (trial.status, trial.device_hours) == ("running", state.history[-1]["device_hours"])
     assert trial.device_hours == pytest.approx(3 * state.history[-1]["time_s"] / 3600, rel=0.01)
