@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import log10
 from pathlib import Path
@@ -44,7 +44,7 @@ class SimulatedEngine:
         outputs = [" ".join(text.split()[:OUTPUT_WORDS]) for text in texts]
         return [[Hypothesis(text, -1.0, OUTPUT_WORDS)] * n_best for text in outputs]
 
-    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
+    def make_benchmark_call(self, workload: Workload, texts: Sequence[str] = ()) -> Callable[[], None]:
         """See `Engine.make_benchmark_call`."""
         return lambda: time.sleep(self.seconds_per_char * CHARS_PER_TOKEN * workload.source_tokens * workload.batch)
 

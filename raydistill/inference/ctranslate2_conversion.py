@@ -25,6 +25,8 @@ from raydistill.inference.decoding import LogFunction, random_token_rows, tokeni
 from raydistill.models import conversions, fingerprints, loading, tokenization
 from raydistill.models.hub import resolve_checkpoint
 
+# Part of the key of a conversion: changes whenever this module converts a checkpoint to other files.
+FORMAT = "special tokens first"
 # Correct fp32 conversions differ by about 1e-4; a mistake in a conversion causes far larger differences.
 LOGPROB_TOLERANCE = 0.05
 KIND = conversions.KINDS["ctranslate2"]
@@ -66,6 +68,7 @@ def convert_to_ctranslate2(
 ) -> None:
     """Write an fp32 model to `folder`, which is replaced, in the CTranslate2 format; the model is not changed.
 
+    The vocabulary of the converted model begins with the special tokens, see `_move_to_front`.
     `quantization` is a name of CTranslate2, such as int8.
     """
     from ctranslate2.converters import TransformersConverter
@@ -80,9 +83,36 @@ def convert_to_ctranslate2(
         def load_tokenizer(self, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
             return tokenizer
 
+        def _load(self) -> Any:
+            spec = super()._load()
+            _move_to_front(spec, set(tokenizer.all_special_tokens))
+            return spec
+
     with tempfile.TemporaryDirectory() as config_folder:
         model.config.save_pretrained(config_folder)  # the converter reads nothing else from the folder
         Converter(config_folder).convert(str(folder), quantization=quantization, force=True)
+
+
+def _move_to_front(spec: Any, special_tokens: set[str]) -> None:
+    """Reorder the vocabulary of a CTranslate2 model specification in place: special tokens, then all others.
+
+    CTranslate2 4.8.5 does not forget the positions that tokens had in the shortlist of the previous batch. Tokens that
+    it looks up by position (the end token, the start token and the prefix, such as mBART's language code) would be
+    confused with others in the second batch. A token that every shortlist holds, and no optional token before it, has
+    the same position in all of them.
+    """
+    [tokens] = spec._vocabularies["target"]
+    order = sorted(range(len(tokens)), key=lambda i: tokens[i] not in special_tokens)
+    if order == list(range(len(tokens))):
+        return
+    reordered = [tokens[i] for i in order]
+    spec._vocabularies = {side: [reordered] for side in spec._vocabularies}
+    permuted: dict[int, torch.Tensor] = {}  # by address: the layers may share their weights
+    for layer in (spec.encoder.embeddings[0], spec.decoder.embeddings, spec.decoder.projection):
+        for name in ("weight", "bias"):
+            tensor = getattr(layer, name, None)
+            if isinstance(tensor, torch.Tensor):
+                setattr(layer, name, permuted.setdefault(tensor.data_ptr(), tensor.detach()[order]))
 
 
 def max_logprob_diff(
@@ -208,7 +238,7 @@ def _conversion_key(checkpoint: str | Path) -> str:
 
     folder = resolve_checkpoint(checkpoint)
     digest = hashlib.sha256(fingerprints.weights_fingerprint(folder).encode())
-    digest.update(f"{ctranslate2.__version__} {transformers.__version__}".encode())
+    digest.update(f"{FORMAT} {ctranslate2.__version__} {transformers.__version__}".encode())
     names = ("config.json", "tokenizer_config.json", *tokenization.TOKENIZER_FILES, *tokenization.MARIAN_FILES)
     digest.update(fingerprints.file_digests(folder, names))
     return digest.hexdigest()[:16]

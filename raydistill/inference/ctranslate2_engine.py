@@ -8,7 +8,8 @@ differ.
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,13 @@ from raydistill.inference.decoding import (
     Hypothesis,
     LogFunction,
     Workload,
+    benchmark_inputs,
     clamp_to_positions,
     decode_text,
     generate_longest_first,
-    random_inputs,
     tokenize_and_clamp,
 )
+from raydistill.inference.shortlist import Shortlist, kept_tokens, link_model, read_map
 from raydistill.models import conversions, loading, tokenization
 
 # Mean difference of log-probabilities per token on a calibration row: 1e-4 in fp32 and 0.01 in int8 for a trained
@@ -75,9 +77,15 @@ class CTranslate2Engine:
         self.tokenizer, self.config, self.generation_config = tokenizer, config, generation_config
         self.folder, self.device, self.precision = folder, options.device, options.precision
         tokens = tokenization.tokens_by_id(tokenizer)
-        translator = open_translator(folder, options.device, options.threads, COMPUTE_TYPES[options.precision])
-        self.converted = ConvertedModel(translator, tokens, target_prefix(folder, tokens, config))
         self.token_to_id = {token: i for i, token in enumerate(tokens)}
+        self.shortlist: Shortlist | None = None
+        with tempfile.TemporaryDirectory() as scratch:
+            model = folder
+            if options.shortlist:
+                self.shortlist = read_map(options.shortlist, tokens, kept_tokens(tokenizer, config))
+                model = link_model(folder, options.shortlist, Path(scratch) / "model")
+            translator = open_translator(model, options.device, options.threads, COMPUTE_TYPES[options.precision])
+        self.converted = ConvertedModel(translator, tokens, target_prefix(folder, tokens, config))
 
     def generate(
         self,
@@ -101,8 +109,8 @@ class CTranslate2Engine:
             lambda call: self._translate(call, beam, n_best, max(max_tokens, len(call[0]))),
         )
 
-    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
-        rows = random_inputs(self.tokenizer, self.config, workload)
+    def make_benchmark_call(self, workload: Workload, texts: Sequence[str] = ()) -> Callable[[], None]:
+        rows = benchmark_inputs(self.tokenizer, self.config, workload, texts, self.shortlist)
         sources = [self._to_tokens(row) for row in rows]
         prefix = self.converted.target_prefix
 
@@ -114,6 +122,7 @@ class CTranslate2Engine:
                 min_decoding_length=workload.output_tokens,
                 max_decoding_length=workload.output_tokens,
                 max_input_length=0,
+                use_vmap=self.shortlist is not None,
             )
 
         return call
@@ -143,6 +152,7 @@ class CTranslate2Engine:
             min_decoding_length=max(0, beam.min_length - 1),
             max_decoding_length=max(1, beam.max_length - uncounted),
             max_input_length=0,
+            use_vmap=self.shortlist is not None,
             return_scores=True,
         )
         return [
@@ -176,7 +186,7 @@ def open_ctranslate2_engine(
     try:
         engine = CTranslate2Engine(folder, tokenizer, config, generation_config, options)
         if options.device != "cpu":  # cuBLAS is loaded by the first call, which fails if it is missing
-            engine.make_benchmark_call(Workload(source_tokens=2, output_tokens=1, batch=1, beams=1))()
+            engine.make_benchmark_call(Workload(source_tokens=2, output_tokens=1, batch=1, beams=1), ["a text"])()
         if calibration is not None:
             logprob_diff = _calibration_logprob_diff(engine, checkpoint, options, calibration)
     except RuntimeError as error:  # a missing library, or not enough GPU memory
@@ -219,6 +229,7 @@ def _calibration_logprob_diff(
         "precision": options.precision,
         "device": options.device,
         "languages": options.languages,
+        "shortlist": engine.shortlist.key if engine.shortlist else None,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = engine.folder / f"rows-{digest}.json"

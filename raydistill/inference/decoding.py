@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raydistill.config.run import Decoding
 from raydistill.core.errors import UserError
+from raydistill.inference.shortlist import Shortlist
 from raydistill.models import families, tokenization
 
 LogFunction = Callable[[str], None]
@@ -68,7 +69,8 @@ class EngineOptions:
 
     `precision` is auto, fp32, bf16, fp16 or int8; auto means fp32 on the CPU and bf16 on a GPU. `languages` are the
     (source, target) languages of mBART and T5. `cache_dir` holds converted models (default: HOME/cache/ctranslate2).
-    With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by transformers.
+    With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by transformers. `shortlist` is a
+    vocabulary map, which limits the tokens of the outputs (see `inference.shortlist`).
     """
 
     device: str = "cpu"
@@ -77,6 +79,7 @@ class EngineOptions:
     languages: tokenization.Languages | None = None
     cache_dir: Path | None = None
     allow_fallback: bool = True
+    shortlist: Path | None = None
 
 
 class Engine(Protocol):
@@ -106,8 +109,12 @@ class Engine(Protocol):
             ValueError: `n_best` exceeds the number of beams.
         """
 
-    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
-        """Return a function that decodes random rows of the workload's lengths."""
+    def make_benchmark_call(self, workload: Workload, texts: Sequence[str] = ()) -> Callable[[], None]:
+        """Return a function that decodes rows of the workload's lengths: of `texts`, or random rows without them.
+
+        Raises:
+            ValueError: There are no texts, and the engine has a shortlist that depends on the source.
+        """
 
 
 def resolve_decoding(
@@ -186,6 +193,34 @@ def fixed_length_params(workload: Workload) -> BeamSearchParams:
     """Return parameters with which every output has exactly `workload.output_tokens` after the start token."""
     length = workload.output_tokens + 1
     return BeamSearchParams(workload.beams, 1.0, length, length, 0, False, None)
+
+
+def benchmark_inputs(
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    workload: Workload,
+    texts: Sequence[str],
+    shortlist: Shortlist | None,
+) -> list[list[int]]:
+    """Return the workload's batch of source rows; see `Engine.make_benchmark_call`.
+
+    Texts are truncated to the workload's source tokens; shorter texts are followed by the next text.
+    """
+    if not texts:
+        if shortlist is not None and shortlist.by_source:
+            raise ValueError(
+                "random rows have no likely translations: time a shortlist that depends on the source on real texts"
+            )
+        return random_inputs(tokenizer, config, workload)
+    length = workload.source_tokens - 1
+    tokens = [
+        token
+        for row in tokenization.tokenize_sources(tokenizer, list(texts), workload.source_tokens)
+        for token in row
+        if token != config.eos_token_id
+    ]
+    tokens *= -(-workload.batch * length // len(tokens))
+    return [[*tokens[i * length : (i + 1) * length], config.eos_token_id] for i in range(workload.batch)]
 
 
 def random_inputs(tokenizer: PreTrainedTokenizerBase, config: Any, workload: Workload) -> list[list[int]]:

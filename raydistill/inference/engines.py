@@ -10,6 +10,7 @@ from raydistill.core.errors import UserError
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable
 from raydistill.inference.ctranslate2_engine import COMPUTE_TYPES, open_ctranslate2_engine
 from raydistill.inference.decoding import CalibrationRows, Engine, EngineOptions, LogFunction
+from raydistill.inference.shortlist import kept_tokens, read_map
 from raydistill.inference.transformers_engine import TORCH_DTYPES, TransformersEngine
 from raydistill.models import loading, tokenization
 
@@ -66,4 +67,8 @@ def _open_transformers_engine(checkpoint: str | Path, options: EngineOptions) ->
     model = loading.load_model(checkpoint, TORCH_DTYPES[options.precision])
     tokenization.set_target_language(model, tokenizer)
     torch.nn.Module.to(model, options.device)
-    return TransformersEngine(model, tokenizer, threads=options.threads)
+    shortlist = None
+    if options.shortlist:
+        required = kept_tokens(tokenizer, model.config)
+        shortlist = read_map(options.shortlist, tokenization.tokens_by_id(tokenizer), required)
+    return TransformersEngine(model, tokenizer, threads=options.threads, shortlist=shortlist)

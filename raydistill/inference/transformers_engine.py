@@ -1,9 +1,9 @@
 """The reference engine: `generate()` of transformers without copies of the source's keys and values at every token."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -13,14 +13,15 @@ from raydistill.inference.decoding import (
     BeamSearchParams,
     Hypothesis,
     Workload,
+    benchmark_inputs,
     clamp_to_positions,
     decode_text,
     fixed_length_params,
     generate_longest_first,
-    random_inputs,
     tokenize_and_clamp,
     torch_threads,
 )
+from raydistill.inference.shortlist import Shortlist
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # To return scores, generate() keeps the fp32 log-probabilities of the whole vocabulary for every step: 39 GB for mBART
@@ -39,6 +40,18 @@ class _CrossAttentionCache(transformers.DynamicCache):
         """Do nothing."""
 
 
+class _AllowedTokens(transformers.LogitsProcessor):
+    """Limits the outputs to some tokens and divides all probability among them, as CTranslate2 does."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        limited = torch.full_like(scores, -torch.inf)
+        limited[:, self.ids] = scores[:, self.ids].log_softmax(-1)
+        return cast(torch.FloatTensor, limited)
+
+
 @contextmanager
 def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Disable dropout inside the block."""
@@ -53,15 +66,22 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
 class TransformersEngine:
     """Generates with a loaded model, such as a student in training; the model's train or eval mode is restored.
 
-    `threads`: CPU threads of torch; None leaves torch's number.
+    `threads`: CPU threads of torch; None leaves torch's number. `shortlist`: limits the tokens of the outputs.
     """
 
     name = "transformers"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        threads: int | None = None,
+        shortlist: Shortlist | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.threads = threads
+        self.shortlist = shortlist
         self.generation_config = model.generation_config
         self.device = str(model.device)
         self.precision = next(name for name, dtype in TORCH_DTYPES.items() if dtype == model.dtype)
@@ -86,8 +106,8 @@ class TransformersEngine:
             texts, rows, size, lambda batch: self._generate_batch(batch, settings, beam.length_penalty)
         )
 
-    def make_benchmark_call(self, workload: Workload) -> Callable[[], None]:
-        rows = random_inputs(self.tokenizer, self.model.config, workload)
+    def make_benchmark_call(self, workload: Workload, texts: Sequence[str] = ()) -> Callable[[], None]:
+        rows = benchmark_inputs(self.tokenizer, self.model.config, workload, texts, self.shortlist)
         settings = self._generation_config(fixed_length_params(workload))
 
         def call() -> None:
@@ -133,7 +153,14 @@ class TransformersEngine:
                 attention_mask=batch["attention_mask"],
                 generation_config=settings,
                 past_key_values=caches,
+                logits_processor=transformers.LogitsProcessorList(self._processors(rows)),
             )
+
+    def _processors(self, rows: list[list[int]]) -> list[_AllowedTokens]:
+        """Return the processor that applies the shortlist to a batch, if there is a shortlist."""
+        if self.shortlist is None:
+            return []
+        return [_AllowedTokens(torch.from_numpy(self.shortlist.allowed(rows)).to(self.model.device))]
 
     def _generate_batch(
         self, rows: list[list[int]], settings: GenerationConfig, length_penalty: float
@@ -141,6 +168,8 @@ class TransformersEngine:
         out = self._call_generate(rows, settings)
         sequences = out.sequences.tolist()
         if settings.num_beams == 1:
+            for processor in self._processors(rows):
+                out.logits = tuple(processor(out.sequences, logits.float()) for logits in out.logits)
             scores = _greedy_scores(out, self.model.config.eos_token_id, length_penalty)
         else:
             scores = out.sequences_scores.tolist()
