@@ -159,7 +159,7 @@ def test_engines_agree_with_a_shortlist(tiny, tmp_path, family, beams):
     scores = [a.score * (11 - n) / 11 if n else a.score for (a, _), n in zip(pairs, uncounted, strict=True)]
     assert scores == pytest.approx([b.score for _, b in pairs], abs=1e-3)
     unlimited = open_ctranslate2(tiny, family).generate(TEXTS[:5], beam, max_source_tokens=50)
-    assert not np.allclose([h[0].score for h in unlimited], [a.score for a, _ in pairs], atol=1e-2)
+    assert not np.allclose([h[0].score for h in unlimited], [a.score for a, _ in pairs], atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
