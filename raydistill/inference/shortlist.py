@@ -27,8 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path, corrupt_file_error
-from raydistill.inference import word_alignment
-from raydistill.inference.word_alignment import Rows
+from raydistill.inference.word_alignment import Rows, Translations
 
 MAP_FILE = "vmap.txt"  # the name that CTranslate2 reads in a model's folder
 SEPARATORS = re.compile(r"[ \t\n\r]")  # cannot be part of a token in the file
@@ -68,10 +67,10 @@ def fixed_shortlist(targets: Rows, size: int, kept: Collection[int]) -> Shortlis
 def source_shortlist(
     sources: Rows,
     targets: Rows,
+    translations: Translations,
     num_candidates: int,
     num_most_used: int,
     kept: Collection[int],
-    max_pairs: int = 100_000_000,
 ) -> Shortlist:
     """A shortlist that depends on the source: likely translations of its tokens, its tokens, and the most used tokens.
 
@@ -79,17 +78,15 @@ def source_shortlist(
 
     Args:
         sources: Token ids of the training sources.
-        targets: Token ids of the targets: row i belongs to `sources[i]`.
+        targets: Token ids of the targets.
+        translations: From `word_alignment.translation_probabilities` of the same rows.
         num_candidates: Translations per source token, at most, in addition to the tokens that are always allowed.
         num_most_used: Number of most used target tokens, which are always allowed.
         kept: Further tokens that are always allowed (see `kept_tokens`).
-        max_pairs: See `word_alignment.translation_probabilities`.
     """
     always = _most_used(targets, num_most_used, kept)
-    translations = word_alignment.translation_probabilities(sources, targets, max_pairs=max_pairs)
     by_source = translations.best(num_candidates, ignore=always)
-    allowed = set(always.tolist())
-    for token in {token for row in sources for token in row} - allowed:
+    for token in set().union(*sources) - set(always.tolist()):
         by_source[token] = np.append(by_source.get(token, np.empty(0, np.int64)), token)
     return Shortlist(always, {token: np.unique(ids) for token, ids in by_source.items()})
 

@@ -1,5 +1,7 @@
 """Shortlists: what they hold, their file, both engines with a shortlist, and coverage."""
 
+import gzip
+import json
 import os
 import random
 from dataclasses import replace
@@ -22,8 +24,9 @@ from raydistill.inference.shortlist import (
     source_shortlist,
     write_map,
 )
+from raydistill.inference.word_alignment import translation_probabilities
 from raydistill.models import loading, tokenization
-from tests.factories.engines import GREEDY, TEXTS, first_texts, open_ctranslate2
+from tests.factories.engines import GREEDY, REAL_TEACHER, SHARED, TEXTS, first_texts, open_ctranslate2
 from tests.factories.models import FAMILIES, save_tiny, sentences
 
 TOKENS = ["</s>", "a", "b", "c", "d", "e"]
@@ -42,7 +45,8 @@ def test_equally_frequent_tokens_are_listed_by_id():
 
 
 def test_source_shortlist_lists_translations_and_the_source_token_itself():
-    shortlist = source_shortlist(SOURCES, TARGETS, num_candidates=1, num_most_used=1, kept={0})
+    translations = translation_probabilities(SOURCES, TARGETS)
+    shortlist = source_shortlist(SOURCES, TARGETS, translations, num_candidates=1, num_most_used=1, kept={0})
     assert shortlist.always.tolist() == [0]  # the end token is the most used target
     # 1 is translated by 2, 2 by 5 and 4 by 4; a source token that is copied is allowed too
     assert {token: ids.tolist() for token, ids in shortlist.by_source.items()} == {1: [1, 2], 2: [2, 5], 3: [3], 4: [4]}
@@ -174,6 +178,31 @@ def test_outputs_do_not_depend_on_the_previous_batch(tiny, tmp_path, family):
         alone = open_ctranslate2(tiny, family, shortlist=path)
         expected = alone.generate([text], GREEDY, max_source_tokens=50)
         assert engine.generate([text], GREEDY, max_source_tokens=50) == expected
+
+
+@pytest.mark.skipif(not REAL_TEACHER.is_dir(), reason="the shared teacher is not available")
+@pytest.mark.parametrize(("precision", "identical", "score"), [("fp32", 0.95, 2e-3), ("int8", 0.6, 0.05)])
+def test_parity_on_a_trained_model(tmp_path, precision, identical, score):
+    """Bounds: the share of equal texts, and the mean difference of the scores (log-probability per token)."""
+    rows = gzip.decompress((SHARED / "data" / "multi30k_en_de" / "validation.jsonl.gz").read_bytes()).decode()
+    sources, targets = zip(
+        *((row["document"], row["summary"]) for row in map(json.loads, rows.splitlines())), strict=True
+    )
+    tokenizer = tokenization.load_tokenizer(REAL_TEACHER)
+    kept = kept_tokens(tokenizer, loading.load_config(REAL_TEACHER))
+    shortlist = fixed_shortlist(tokenization.tokenize_targets(tokenizer, list(targets), 64), 1500, kept)
+    write_map(tmp_path / "vmap.txt", shortlist, tokenization.tokens_by_id(tokenizer))
+    options = EngineOptions(cache_dir=tmp_path, allow_fallback=False, shortlist=tmp_path / "vmap.txt")
+    ours = open_engine(REAL_TEACHER, "ctranslate2", replace(options, precision=precision))
+    reference = open_engine(REAL_TEACHER, "transformers", options)
+    beam = replace(GREEDY, beams=4, max_length=40)
+    a, b = (engine.generate(list(sources[:60]), beam, max_source_tokens=64) for engine in (ours, reference))
+    same = [x == y for x, y in zip(first_texts(a), first_texts(b), strict=True)]
+    assert sum(same) >= identical * len(same)
+    differences = [abs(x[0].score - y[0].score) for x, y in zip(a, b, strict=True)]
+    assert sum(differences) / len(differences) <= score
+    unlimited = open_engine(REAL_TEACHER, "ctranslate2", EngineOptions(cache_dir=tmp_path))
+    assert first_texts(unlimited.generate(list(sources[:60]), beam, max_source_tokens=64)) != first_texts(a)
 
 
 @pytest.mark.parametrize("limits", [{"no_repeat_ngram": 2}, {"min_length": 12}])
