@@ -25,6 +25,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
+from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path, corrupt_file_error
 from raydistill.inference.word_alignment import Rows, Translations
@@ -181,7 +182,7 @@ def link_model(model: Path, map_path: Path, folder: Path) -> Path:
     """
     folder.mkdir(parents=True)
     for path in model.iterdir():
-        if path.is_file() and path.name != MAP_FILE:
+        if path.is_file() and path.name not in (MAP_FILE, MANIFEST):  # the manifest describes the folder of the model
             (folder / path.name).symlink_to(path.resolve())
     (folder / MAP_FILE).symlink_to(map_path.resolve())
     return folder
