@@ -172,7 +172,8 @@ def logprob_difference(checkpoint: Path, test: Corpus, scratch: Path) -> dict[st
 def run_models(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     """Measure all models; return the figures and the Markdown."""
     test = _read(options.data, "test")
-    records, parts = {}, []
+    records: dict[str, Any] = {}
+    parts = []
     lists: dict[str, Shortlist] = {}
     for argument in options.model:
         name, _, path = argument.partition("=")
@@ -296,7 +297,7 @@ def run_large(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     most_used = np.union1d(always, rng.choice(words, 1000, replace=False))
     lists["source 20 + 1000"] = Shortlist(most_used, {i: np.unique(rng.choice(words, 20)) for i in used})
     rows = [" ".join([*(tokens[i] for i in row), "</s>", "en_XX"]) for row in sources]
-    records = []
+    records: list[list[Any]] = []
     for precision in ("fp32", "int8"):
         variants = [
             Variant(precision, name, _fixed_length_with(model_folder, lists.get(name), precision, tokens, scratch))
@@ -357,12 +358,14 @@ def run_maps(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     shares = 1 / np.arange(1, 50_001)
     shares /= shares.sum()
     xsum = tuple(rng.choice(50_000, (options.rows, length), p=shares).astype(np.int32) for length in (400, 25))
-    records = []
-    for name, (sources, targets), max_pairs in (
+    records: list[list[Any]] = []
+    long_rows = f"{options.rows:,} rows, 400 to 25 tokens"
+    cases: list[tuple[str, Any, int]] = [
         ("Multi30k", multi30k, 100_000_000),
-        (f"{options.rows:,} rows, 400 to 25 tokens", xsum, 30_000_000),
-        (f"{options.rows:,} rows, 400 to 25 tokens", xsum, 100_000_000),
-    ):
+        (long_rows, xsum, 30_000_000),
+        (long_rows, xsum, 100_000_000),
+    ]
+    for name, (sources, targets), max_pairs in cases:
         started, cpu = time.perf_counter(), time.process_time()
         translations = translation_probabilities(sources, targets, max_pairs=max_pairs)
         result = shortlist.source_shortlist(sources, targets, translations, 20, 500, {0})
