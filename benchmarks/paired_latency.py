@@ -10,12 +10,15 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
 from benchmarks.common import BenchmarkResult, describe_machine
 from raydistill.core.console import print_progress
+from raydistill.core.machine import available_cores
 from raydistill.evaluation.paired_latency import Decision, Pair, StoppingRule, compare_pairs
 from raydistill.results.tables import markdown_table
 
@@ -262,9 +265,10 @@ def main() -> None:
     runs = parser.parse_args().runs
     machine = describe_machine()
     rates: dict[str, list[Rates]] = {}
-    for name, noise in {**NOISES, **OUTSIDE_ASSUMPTIONS}.items():
-        rates[name] = [measure_rates(noise, multiple, range(runs)) for multiple in RATIOS]
-        print_progress(f"paired latency: {name} done")
+    with ProcessPoolExecutor(len(available_cores())) as pool:
+        for name, noise in {**NOISES, **OUTSIDE_ASSUMPTIONS}.items():
+            rates[name] = list(pool.map(partial(measure_rates, noise, seeds=range(runs)), RATIOS))
+            print_progress(f"paired latency: {name} done")
     text = (
         f"{runs} simulated runs per row. A typical call of the baseline takes {1000 * BASELINE_SECONDS:.0f} ms; the "
         f"bound is {BOUND:.0%} of that. Pairs end after {RULE.max_seconds:.0f} s at the latest; the columns of pairs "
