@@ -39,7 +39,7 @@ test: $(STAMP) docs ## install, then run ruff, mypy, the documentation checks an
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
