@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks.scaling import endless_space, synthetic_sweep
+from benchmarks.scaling import SECONDS_PER_STEP, endless_space, synthetic_sweep
+from benchmarks.simulated import simulated_run
 from raydistill.config.run import Run
 from raydistill.core.errors import TransientError, UserError
 from raydistill.jobs.train import TrainJob, check_capacity, resolve_launcher, train_with_ray_train
@@ -125,6 +128,15 @@ class FailingTrain:
         raise self.error
 
 
+class CostlessTrain:
+    """A `train_fn` whose result lacks the costs."""
+
+    def __call__(self, run, folder, report, inputs, worker):
+        result = simulated_run(run, folder, report, replace(inputs, costs={}), worker, seconds_per_step=0.0)
+        assert "latency_ms" not in result.metrics
+        return result
+
+
 @pytest.mark.parametrize(("error", "attempts"), [(UserError("too little memory"), 1), (TransientError("wait"), 2)])
 def test_only_transient_errors_are_retried(ray_here, world, tmp_path, error, attempts):
     failing = FailingTrain(error, tmp_path / "attempts")
@@ -153,6 +165,28 @@ def test_a_trial_is_retried_as_often_as_the_space_says(ray_here, tmp_path, capsy
     [failure] = [line for line in capsys.readouterr().err.splitlines() if " failed: " in line]
     assert failure.endswith(str(error))
     assert SweepStudy(space, tmp_path).num_finished == 0
+
+
+def test_a_trial_without_a_cost_fails_and_a_deleted_trial_is_run_again(ray_here, tmp_path, capsys):
+    space = endless_space(2, 1, 0.1, "tune", retries=0)
+    sweep, train_fn = synthetic_sweep(), partial(simulated_run, seconds_per_step=SECONDS_PER_STEP)
+    write_sweep_record(space, tmp_path, sweep, "running")
+    run_search(TrialContext(space, tmp_path, sweep, "cpu", train_fn), [])
+    first, second = sorted(tmp_path.glob("trials/*/"), key=lambda folder: RunResult.read(folder / RESULT_FILE).number)
+    before = {folder: RunResult.read(folder / RESULT_FILE) for folder in (first, second)}
+    shutil.rmtree(first)
+    run_search(TrialContext(space, tmp_path, sweep, "cpu", train_fn), [])
+    assert set(tmp_path.glob("trials/*/")) == {first, second}
+    repeated = RunResult.read(first / RESULT_FILE)
+    assert (repeated.number, repeated.params) == (before[first].number, before[first].params)
+    assert RunResult.read(second / RESULT_FILE) == before[second]
+
+    more = space.model_copy(update={"search": space.search.model_copy(update={"trials": 3})})
+    progress = ProgressCallback(tmp_path, more.search, "rouge2")
+    run_search(TrialContext(more, tmp_path, sweep, "cpu", CostlessTrain()), [progress])
+    [failure] = [line for line in capsys.readouterr().err.splitlines() if " failed: " in line]
+    assert "damaged: KeyError 'latency_ms'" in failure
+    assert RunResult.read(first / RESULT_FILE) == repeated
 
 
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):
