@@ -17,6 +17,7 @@ from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.policy import EpochTimes
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
+from tests.factories.sweeps import sweep_teacher
 from tests.factories.teacher_cache import cached_run
 from tests.factories.workspace import make_world
 
@@ -74,7 +75,7 @@ def test_bf16_teacher_has_the_same_key_in_job_run_and_sweep(workspace, tmp_path)
     train(run, tmp_path / "run", lambda metrics, folder: None, RunInputs(cache_root=tmp_path / "cache"))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.bin")} == before
     teacher = open_teacher(str(checkpoint), run.dataset)
-    prepare.check_unchanged(run, {"key": teacher.key, "data": {}}, tmp_path)
+    prepare.check_unchanged(run, sweep_teacher(key=teacher.key, data={}), tmp_path)
 
 
 def test_compute_dtype_of_workers_decides_the_store_on_a_machine_without_a_gpu(workspace, tmp_path):
