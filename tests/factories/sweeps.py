@@ -12,7 +12,15 @@ from raydistill.core.files import write_json_atomic
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.records import ServingConfig
 from raydistill.results.served_students import SERVED_FILE, Hardware, ServedRecord, ServedStudent
-from raydistill.results.sweep_record import SWEEP_FILE, ShapeTable, StopReason, SweepRecord, SweepTeacher, TeacherPasses
+from raydistill.results.sweep_record import (
+    SWEEP_FILE,
+    ShapeTable,
+    StopReason,
+    SweepRecord,
+    SweepTeacher,
+    TeacherPasses,
+    read_sweep,
+)
 from raydistill.tracking import mlflow_store
 from raydistill.training.records import RESULT_FILE, RunResult
 from tests.factories.models import save_tiny
@@ -205,8 +213,11 @@ def write_served(folder: Path, *entries: ServedStudent) -> None:
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:
-    """The MLflow runs of a sweep by trial key ("" for the sweep's own), of which each trial has only one."""
-    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
+    """The MLflow runs of a sweep by trial key ("" for the sweep's own), of which each trial has only one.
+
+    They are read from the store that the sweep recorded, which may be the store of another machine's home.
+    """
+    client = mlflow_store.make_client(read_sweep(sweep).tracking_uri)
     experiment = client.get_experiment_by_name(sweep.name)
     runs = client.search_runs([experiment.experiment_id])
     assert len({run.data.tags.get("raydistill.trial") for run in runs}) == len(runs), "a trial has two runs"
