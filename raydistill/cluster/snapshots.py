@@ -26,6 +26,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,7 +40,7 @@ from raydistill.cluster.sync import (
 )
 from raydistill.core.artifact import LockHeld, lock
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import check_schema, corrupt_file_error, safe_join
+from raydistill.core.files import corrupt_file_error, safe_join
 from raydistill.core.records import Record
 
 SNAPSHOTS, OBJECTS = ".snapshots", ".objects"
@@ -80,6 +81,8 @@ class Snapshot(Record):
         files: The files by path relative to the folder; the path of a stored file that is not a folder is ".".
         records_only: Whether the local copy of the folder lacks the files that are not records.
     """
+
+    remedy: ClassVar[str] = "Delete this object from the storage"
 
     name: str = ""
     files: dict[str, StoredFile] = Field(default_factory=dict)
@@ -139,11 +142,9 @@ class StoredFolder:
             return Snapshot()
         content = self.storage.read(self.snapshot_object(name))
         path = Path(self.snapshot_object(name))
-        with corrupt_file_error(path, "Delete this object from the storage"):
-            record = json.loads(content)
-            check_schema(path, record)
-            del record["schema"]
-            return Snapshot.parse(record)
+        with corrupt_file_error(path, Snapshot.remedy):
+            record = dict(json.loads(content))
+        return Snapshot.from_json(record, path)
 
     def snapshot_object(self, name: str) -> str:
         """The name of the object of a snapshot."""

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,26 +45,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_dir(folder: Path) -> Iterator[Path]:
-    """A temporary path next to `folder` for a new folder, which replaces `folder` at the end of the block.
-
-    All files are synced before. The temporary folder is removed when the block fails.
-    """
-    temporary = folder.with_name(f".{folder.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                fsync(path)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

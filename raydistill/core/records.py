@@ -30,11 +30,19 @@ class Record(BaseModel):
             UserError: The file is missing, is damaged, or has another schema version. The message names the file, the
                 first wrong key and the remedy.
         """
-        content = read_json(path, cls.remedy)
+        return cls.from_json(read_json(path, cls.remedy), path)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], path: Path) -> Self:
+        """Validate the content of a file, with its schema version. `path` names the file in messages.
+
+        Raises:
+            UserError: The content is wrong or has another schema version.
+        """
         check_schema(path, content, cls.remedy)
-        del content["schema"]
+        fields = {name: value for name, value in content.items() if name != "schema"}
         with corrupt_file_error(path, cls.remedy):
-            return cls.parse(content)
+            return cls.parse(fields)
 
     @classmethod
     def read_if_present(cls, path: Path) -> Self | None:

@@ -1,7 +1,8 @@
 """Shortlists: the tokens that the decoder may write, as a vocabulary map of CTranslate2.
 
 A `fixed` shortlist holds the most used target tokens and is the same for every text. A `source` shortlist holds fewer
-of them and, for each source token, its likely translations. The output layer then computes the listed tokens only.
+of the most used tokens and, for each source token, likely translations. The output layer computes the listed tokens
+only.
 
 Tokens are never excluded if an output cannot do without them: special tokens, language codes, the end token, the
 unknown token, and the bytes of tokenizers that spell unknown words with bytes.

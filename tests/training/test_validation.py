@@ -67,19 +67,24 @@ def test_validations_have_their_own_decoding_and_final_scores_that_of_the_run(wo
     ]
 
 
+def fail_conversion(monkeypatch, call):
+    """Let one call of CTranslate2's conversion fail, counted from 1."""
+    convert, calls = ctranslate2_conversion.convert_to_ctranslate2, itertools.count(1)
+
+    def convert_or_fail(*arguments):
+        if next(calls) == call:
+            raise RuntimeError("not enough memory")
+        convert(*arguments)
+
+    monkeypatch.setattr(ctranslate2_conversion, "convert_to_ctranslate2", convert_or_fail)
+
+
 def test_all_validations_of_a_run_use_one_engine(workspace, tmp_path, monkeypatch):
     """CTranslate2 fails at the second of three validations, as it does while memory is low."""
     run = make_run(workspace, training={"checks_per_epoch": 3})
     whole = train(run, tmp_path / "whole", no_report)
     assert (whole.engine, whole.test.engine) == ("ctranslate2 fp32", "ctranslate2 fp32")
-    convert, calls = ctranslate2_conversion.convert_to_ctranslate2, itertools.count(1)
-
-    def fail_at_second_call(*arguments):
-        if next(calls) == 2:
-            raise RuntimeError("not enough memory")
-        convert(*arguments)
-
-    monkeypatch.setattr(ctranslate2_conversion, "convert_to_ctranslate2", fail_at_second_call)
+    fail_conversion(monkeypatch, call=2)
     with pytest.raises(TransientError, match=r"not enough memory.* run the same command again"):
         train(run, tmp_path / "run", no_report)
     assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["ctranslate2 fp32"]
@@ -90,14 +95,7 @@ def test_all_validations_of_a_run_use_one_engine(workspace, tmp_path, monkeypatc
 
 def test_engine_of_the_first_validation_scores_the_whole_run(workspace, tmp_path, monkeypatch):
     """CTranslate2 fails at the first validation only: transformers scores all of them."""
-    convert, calls = ctranslate2_conversion.convert_to_ctranslate2, itertools.count(1)
-
-    def fail_at_first_call(*arguments):
-        if next(calls) == 1:
-            raise RuntimeError("not enough memory")
-        convert(*arguments)
-
-    monkeypatch.setattr(ctranslate2_conversion, "convert_to_ctranslate2", fail_at_first_call)
+    fail_conversion(monkeypatch, call=1)
     result = train(make_run(workspace), tmp_path / "run", no_report)
     assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["transformers fp32"] * 2
     assert (result.engine, result.test.engine) == ("transformers fp32", "transformers fp32")
