@@ -120,7 +120,7 @@ def remove(
 
 
 def _remove_leftovers() -> None:
-    """Delete the temporary folders of killed commands; those of running commands are locked."""
+    """Delete the temporary folders of killed commands; a lock protects the folders of running commands."""
     root = raydistill_home() / "cache"
     for parent in (root, *(root / name for name in conversions.KINDS)):
         for folder in artifact.artifacts_with_leftovers(parent):

@@ -177,6 +177,14 @@ def open_artifact(folder: Path, manifest_type: type[ManifestType], kind: str) ->
     return manifest
 
 
+def open_if_whole(folder: Path, manifest_type: type[ManifestType], kind: str) -> ManifestType | None:
+    """The manifest of an artifact that can be created again; None if the artifact is missing or damaged."""
+    try:
+        return open_artifact(folder, manifest_type, kind)
+    except UserError:
+        return None
+
+
 def find_damage(folder: Path, manifest: Manifest) -> str | None:
     """The first file that is missing or has another size than the manifest says, as text; None if there is none."""
     for name, size in manifest.files.items():

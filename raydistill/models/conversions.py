@@ -7,7 +7,6 @@ from pathlib import Path
 
 from raydistill.core import artifact
 from raydistill.core.artifact import MANIFEST, Manifest
-from raydistill.core.errors import UserError
 from raydistill.core.files import mark_used
 from raydistill.core.paths import raydistill_home
 
@@ -74,10 +73,12 @@ def ensure_built(
     Raises:
         UserError: `build` has left no complete conversion.
     """
-    manifest = _open_if_whole(folder, kind)
+    manifest = artifact.open_if_whole(folder, ConversionManifest, kind)
     if manifest is None:
         with artifact.lock(folder, math.inf, on_wait):
-            manifest = _open_if_whole(folder, kind)  # another process may have built it while this one waited
+            manifest = artifact.open_if_whole(
+                folder, ConversionManifest, kind
+            )  # another process may have built it while this one waited
             if manifest is None:
                 build()
                 manifest = artifact.open_artifact(folder, ConversionManifest, kind)
@@ -90,7 +91,7 @@ def list_conversions() -> list[ConversionInfo]:
     conversions = []
     for name, kind in KINDS.items():
         for folder in default_folder(name).glob("[!.]*/"):
-            manifest = _open_if_whole(folder, kind)
+            manifest = artifact.open_if_whole(folder, ConversionManifest, kind)
             size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             used = (folder / MANIFEST if manifest else folder).stat().st_mtime
             checkpoint = manifest.checkpoint if manifest else None
@@ -106,10 +107,3 @@ def remove(info: ConversionInfo) -> None:
     """
     with artifact.lock(info.folder):
         artifact.remove(info.folder)
-
-
-def _open_if_whole(folder: Path, kind: str) -> ConversionManifest | None:
-    try:
-        return artifact.open_artifact(folder, ConversionManifest, kind)
-    except UserError:
-        return None

@@ -130,8 +130,8 @@ def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: P
 def make_shape_table(teacher: TeacherScores, beams: tuple[int, ...], timed: dict[str, list[TimedShape]]) -> ShapeTable:
     """Print and collect the costs of the shapes. `beams` are the numbers of beams of each shape's timings.
 
-    A shape that was timed with another engine than the teacher's is not excluded by its latency or peak memory, since
-    those are not comparable with the teacher's.
+    A shape that was timed with another engine than the teacher's is not excluded by its latency or peak memory: the
+    figures of two engines cannot be compared.
     """
     engine = f"{teacher.engine} {teacher.precision}"
     base = timed[teacher.size][0].costs["latency_ms"]

@@ -53,7 +53,8 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
     card = render_model_card(selection, student, budgets)
     content_key = _content_key(student, student.checkpoint, card)
     with artifact.lock(export_folder, LOCK_TIMEOUT_S, print_progress):
-        if not _is_current(export_folder, content_key):
+        existing = artifact.open_if_whole(export_folder, Manifest, KIND)
+        if existing is None or existing.key != content_key:
             check_symlinks(student.checkpoint)
             with artifact.build(export_folder, lambda: Manifest(kind=KIND, key=content_key)) as folder:
                 shutil.copytree(student.checkpoint, folder, dirs_exist_ok=True)
@@ -74,14 +75,6 @@ def _content_key(student: Trial, checkpoint: Path, card: str) -> str:
         "card": card,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_current(folder: Path, content_key: str) -> bool:
-    """Whether a complete export has this key; False for a damaged one, which is created again."""
-    try:
-        return artifact.is_complete(folder) and artifact.open_artifact(folder, Manifest, KIND).key == content_key
-    except UserError:
-        return False
 
 
 def _write_decoding(folder: Path, student: Trial) -> None:
