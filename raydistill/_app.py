@@ -1,11 +1,12 @@
 """What the commands share: the typer application, and exit statuses for errors."""
 
 import io
+import os
 import sys
 
 import typer
 
-from raydistill.core.errors import UserError, describe_os_error
+from raydistill.core.errors import TransientError, UserError, describe_os_error
 from raydistill.core.secrets import redact
 
 
@@ -17,8 +18,9 @@ def make_app() -> typer.Typer:
 def run_app(app: typer.Typer) -> None:
     """Run a command, and turn errors that the user can correct into a message and an exit status.
 
-    UserError: status 2. OSError, such as a full disk: status 1. KeyboardInterrupt: status 130.
-    Other exceptions keep their traceback.
+    UserError: status 2. TransientError: status 75, EX_TEMPFAIL of sysexits.h, after which a scheduler can run the same
+    command again. OSError, such as a full disk: status 1. KeyboardInterrupt: status 130. Other exceptions keep their
+    traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names need not be UTF-8. Python sets this error handler for stderr only.
@@ -27,8 +29,9 @@ def run_app(app: typer.Typer) -> None:
         app()
     except UserError as error:
         # Ray wraps an exception of a task, with the task's traceback in the text of the wrapper.
-        print(f"error: {redact(str(getattr(error, 'cause', error)))}", file=sys.stderr)
-        sys.exit(2)
+        cause = getattr(error, "cause", error)
+        print(f"error: {redact(str(cause))}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL if isinstance(cause, TransientError) else 2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-    """A UserError that a retry may resolve; a trial that raises it is retried."""
+    """A UserError that a retry may resolve: a trial is retried, and commands exit with status 75."""
 
 
 def describe_os_error(error: OSError) -> str:

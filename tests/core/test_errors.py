@@ -19,7 +19,7 @@ def test_message_for_a_full_disk_says_how_to_continue():
     ("error", "status", "message"),
     [
         (UserError("bad input"), 2, "error: bad input"),
-        (TransientError("try again"), 2, "error: try again"),
+        (TransientError("try again"), 75, "error: try again"),
         (OSError("no permission"), 1, "error: no permission"),
         (UserError("at http://u:p@h"), 2, "error: at http://***@h"),
     ],
