@@ -17,7 +17,7 @@ from raydistill.config.run_paths import make_paths_absolute
 from raydistill.config.validation import KeyPath, format_validation_error, validate
 from raydistill.core.errors import UserError
 
-# Costs that budgets can bound, with their meanings.
+# Measurements that budgets can bound, with their meanings.
 COST_METRICS = {
     "latency_ms": "milliseconds for a batch of 32 rows",
     "latency_ms_b1": "milliseconds for one row",
@@ -25,7 +25,10 @@ COST_METRICS = {
     "memory_mb": "memory of the weights, in MB",
     "peak_mb": "peak memory while a batch of 32 rows is decoded, in MB",
     "device_hours": "device-hours of the trial",
+    "rows_per_s": "rows per second of many rows at once, with the threads and batches that serve most (a lower bound)",
 }
+# Measurements of which more is better: a budget bounds them from below.
+LOWER_BOUNDED = frozenset({"rows_per_s"})
 # Top-level keys of a run that are equal for all trials of a sweep: the teacher is scored and timed once, and trials
 # are compared by the same metric on the same rows.
 SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
@@ -102,7 +105,9 @@ class Space(StrictModel):
         [], description="points of the space to try first, such as the best ones of a paper"
     )
     budgets: dict[str, dict[str, float | str]] = Field(
-        {}, description='upper bounds by name: {fast: {latency_ms: 900}}; "50%" is relative to the teacher'
+        {},
+        description='bounds by name: {fast: {latency_ms: 900}}; "50%" is relative to the teacher; lower bounds for '
+        "`rows_per_s`, upper bounds for all others",
     )
     tracking_uri: str | None = Field(None, description="MLflow tracking URI; default: SQLite in the output folder")
 

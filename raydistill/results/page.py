@@ -108,6 +108,7 @@ def _cost_lines(costs: dict[str, float]) -> list[str]:
         "latency_ms": "{:.1f} ms for a batch of 32",
         "latency_ms_unpooled": "{:.1f} ms in its own measurement",
         "latency_ms_b1": "{:.1f} ms for one row",
+        "rows_per_s": "{:.1f} rows per second",
         "params_m": "{:.1f} M parameters",
         "speedup": "{:.2f} times the teacher's speed",
         "peak_mb": "{:.0f} MB of peak memory",

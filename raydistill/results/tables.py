@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from raydistill.results.costs import shared_pass_hours
 from raydistill.results.formatting import format_count, format_number, format_score
-from raydistill.results.pareto import COST_UNITS
+from raydistill.results.pareto import COST_UNITS, bound_sign
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 
@@ -89,7 +89,8 @@ def choices_table(selection: Selection, links: dict[str, str] | None = None) -> 
     """One row per budget with the chosen student and the reason; `links` maps trial keys to URLs."""
     rows = []
     for name, choice in selection.choices.items():
-        bound = ", ".join(f"{k} <= {v:.4g} {COST_UNITS.get(k, '')}".rstrip() for k, v in selection.bounds[name].items())
+        bounds = selection.bounds[name].items()
+        bound = ", ".join(f"{k} {bound_sign(k)} {v:.4g} {COST_UNITS.get(k, '')}".rstrip() for k, v in bounds)
         best = choice.best
         student = best.label if best else "-"
         if best and links and selection.trial_key(best.key) in links:

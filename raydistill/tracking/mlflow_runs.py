@@ -35,7 +35,7 @@ from raydistill.tracking.mlflow_store import (
 # Metrics of a checkpoint that do not depend on the decoding
 DECODING_INDEPENDENT_METRICS = ("val_loss", "params_m", "memory_mb", "peak_mb", "device_hours", "teacher_device_hours")
 FINAL_METRICS = (
-    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "speedup"),
+    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "rows_per_s", "speedup"),
     *DECODING_INDEPENDENT_METRICS,
 )
 CHOSEN_TAG = "raydistill.chosen_for"

@@ -1,6 +1,7 @@
 """The Pareto front against brute force, and choices computed by hand."""
 
 from statistics import median
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.core.errors import UserError
-from raydistill.results.pareto import Candidate, choose, feasible, pareto_front, pool_latency, resolve_bounds
+from raydistill.results.pareto import (
+    Candidate,
+    choose,
+    describe_bounds,
+    describe_nearest_miss,
+    feasible,
+    fits_any_budget,
+    pareto_front,
+    pool_latency,
+    resolve_bounds,
+    resolve_budgets,
+)
 
 
 def candidate(key: str, score: float, latency: float, rows: np.ndarray | None = None, **costs: float) -> Candidate:
@@ -88,6 +100,71 @@ def test_choice_has_the_highest_score_within_the_bound(points: list[tuple[int, i
 
 def test_front_excludes_candidates_without_the_cost() -> None:
     assert pareto_front([Candidate("a", 9, None, {}), candidate("b", 1, 1)], "latency_ms")[0].key == "b"
+
+
+def served(key: str, score: float, rows_per_s: float, **costs: float) -> Candidate:
+    return Candidate(key, score, None, {"rows_per_s": rows_per_s, **costs}, f"student {key}")
+
+
+def test_rows_per_second_are_bounded_from_below() -> None:
+    slow, fast = served("slow", 30, 50, latency_ms=10), served("fast", 20, 200, latency_ms=40)
+    assert feasible([slow, fast], {"rows_per_s": 50}) == [slow, fast]
+    assert feasible([slow, fast], {"rows_per_s": 51}) == [fast]
+    assert feasible([slow, fast], {"latency_ms": 20, "rows_per_s": 50}) == [slow]
+    assert feasible([slow, fast], {"latency_ms": 20, "rows_per_s": 51}) == []
+    assert feasible([candidate("unmeasured", 1, 1)], {"rows_per_s": 1}) == []
+    assert choose([slow, fast], {"rows_per_s": 60}, "bleu").best is fast
+    assert "within rows_per_s >= 60" in choose([slow, fast], {"rows_per_s": 60}, "bleu").reason
+    assert describe_bounds({"latency_ms": 20, "rows_per_s": 60}) == "latency_ms <= 20, rows_per_s >= 60"
+
+
+def test_rows_per_second_of_a_shape_admit_it_to_a_budget_from_the_bound_upwards() -> None:
+    budgets = [{"rows_per_s": 100.0, "latency_ms": 40.0}]
+    assert fits_any_budget({"rows_per_s": 100.0, "latency_ms": 40.0}, budgets)
+    assert not fits_any_budget({"rows_per_s": 99.0}, budgets)
+    assert not fits_any_budget({"rows_per_s": 150.0, "latency_ms": 41.0}, budgets)
+    assert fits_any_budget({"latency_ms": 40.0}, budgets), "unknown until finalists are served"
+
+
+def test_percentage_of_the_teachers_rows_per_second() -> None:
+    assert resolve_bounds({"rows_per_s": "200%"}, {"rows_per_s": 30.0}) == {"rows_per_s": 60.0}
+    budgets: dict[str, dict[str, Any]] = {
+        "bulk": {"rows_per_s": "200%", "latency_ms": "50%"},
+        "any": {"params_m": 3},
+    }
+    assert resolve_budgets(budgets, {"latency_ms": 80.0}) == [{"latency_ms": 40.0}, {"params_m": 3.0}]
+
+
+def test_front_and_choice_prefer_more_rows_per_second() -> None:
+    rows = np.linspace(0, 40, 400)
+    noise = np.where(np.arange(400) % 2 == 0, 5.0, -5.0)
+    best = Candidate("best", 20.1, rows + 0.1, {"rows_per_s": 100.0}, "student best")
+    close = Candidate("close", 20.0, rows + noise, {"rows_per_s": 150.0}, "student close")
+    closer = Candidate("closer", 20.05, rows + noise + 0.05, {"rows_per_s": 90.0}, "student closer")
+    far = Candidate("far", 15.0, rows - 5, {"rows_per_s": 300.0}, "student far")
+    assert pareto_front([best, close, closer, far], "rows_per_s") == [far, close, best]
+    choice = choose([best, close, closer, far], {"rows_per_s": 80.0}, "rouge2")
+    assert choice.best is close
+    assert choice.indistinguishable == [close]
+    assert "with 50% more rows_per_s" in choice.reason
+
+
+def test_nearest_miss_of_a_lower_bound_is_a_percentage_under() -> None:
+    slow, slower = served("slow", 30, 80), served("slower", 35, 10)
+    reason = choose([slow, slower], {"rows_per_s": 100}, "bleu").reason
+    assert reason.startswith(
+        "no student fits rows_per_s >= 100; the nearest is student slow with rows_per_s 80 (20.0% "
+    )
+    assert "(20.0% under), 30.00 points" in reason
+    costs = {"2-1": {"rows_per_s": 80.0, "latency_ms": 60.0}, "2-2": {"rows_per_s": 50.0, "latency_ms": 70.0}}
+    # 2-1: 1.2 times the latency, and 1.25 times the seconds per row
+    miss = describe_nearest_miss(costs, {"bulk": {"rows_per_s": 100.0, "latency_ms": 50.0}})
+    assert miss == "2-1 for bulk: rows_per_s 80 (20.0% under)"
+
+
+def test_rows_per_second_of_one_shape_are_pooled() -> None:
+    pooled = pool_latency([{"rows_per_s": 10.0}, {"rows_per_s": 12.0}, {"rows_per_s": 40.0}], ["a", "a", "b"])
+    assert pooled == [{"rows_per_s": 11.0}, {"rows_per_s": 11.0}, {"rows_per_s": 40.0}]
 
 
 def test_percentage_bounds_are_relative_to_the_teacher() -> None:
