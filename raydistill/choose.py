@@ -1,5 +1,6 @@
 """`raydistill choose SWEEP --within latency_ms=900`: the best student of a sweep within a budget."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,24 +40,29 @@ def choose(
     name: Annotated[
         str | None, typer.Option(help="name of the budget, used as the alias in MLflow; without --within, a stored one")
     ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="points that a cheaper student may be worse; default: the space's")
+    ] = None,
     register: Annotated[bool, typer.Option(help="register the choice in MLflow")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Choose the best student of a sweep within a budget, export it and register it in MLflow.
 
-    If a cheaper student's score is not significantly different from the highest (paired bootstrap, 95 %), the cheaper
-    student is chosen. Without `--within`, the budgets of the space are used. The student is exported to a folder under
-    the sweep's `exports/`, with its chosen decoding and a model card.
+    A cheaper student replaces the one with the highest score if it is not inferior: the lower end of the 95 % interval
+    of the difference (paired bootstrap) is above -tolerance. Without `--within`, the budgets of the space are used. The
+    student is exported to a folder under the sweep's `exports/`, with its chosen decoding and a model card.
 
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
     requested = parse_bounds(within or [])
+    if tolerance is not None and not math.isfinite(tolerance):
+        raise UserError(f"--tolerance {tolerance}: expected a number of points")
     from raydistill.cluster import snapshots
     from raydistill.results.records import find_sweep
     from raydistill.results.selection import load_selection
 
     snapshots.pull_records(raydistill_home() / "sweeps" / sweep)
-    selection = load_selection(find_sweep(sweep))
+    selection = load_selection(find_sweep(sweep), tolerance)
     budget_choices = [_choose_within(selection, requested, name)] if requested else _stored_choices(selection, name)
     results = [_deliver_choice(selection, item, register, as_json) for item in budget_choices]
     print_json({"sweep": selection.name, "metric": selection.metric, "choices": results}, as_json)
@@ -94,7 +100,7 @@ def _choose_within(selection: "Selection", requested: dict[str, float | str], na
     bounds = pareto.resolve_bounds(requested, selection.teacher.costs)
     default_name = "-".join(f"{k}-{b:g}" if isinstance(b, float) else f"{k}-{b}" for k, b in requested.items())
     candidates = make_candidates(selection.students, selection.metric)
-    choice = pareto.choose(candidates, bounds, selection.metric)
+    choice = pareto.choose(candidates, bounds, selection.metric, selection.record.tolerance)
     return BudgetChoice(name or default_name.replace("%", "pct"), bounds, choice)
 
 
@@ -141,7 +147,8 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
         "costs": best.costs,
         "speedup": trial.metrics.get("speedup"),
         "measured_with": selection.measured_with(trial),
-        "indistinguishable": [c.label for c in item.choice.indistinguishable],
+        "tolerance": selection.record.tolerance,
+        "non_inferior": [c.label for c in item.choice.non_inferior],
         "checkpoint": str(export_folder) if export_folder else None,
         "registered": registered,
     }
@@ -165,10 +172,10 @@ def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate"
         lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
     lines.append(f"  latencies measured with {selection.measured_with(trial)}")
     lines.append(f"  reason: {item.choice.reason}")
-    others = [c for c in item.choice.indistinguishable if c is not best]
+    others = [c for c in item.choice.non_inferior if c is not best]
     if others:
         labels = ", ".join(f"{c.label} {c.score:.2f}" for c in others)
-        lines.append(f"  other students without a significant difference: {labels}")
+        lines.append(f"  other students that are not inferior: {labels}")
     return "\n".join(lines)
 
 

@@ -42,13 +42,40 @@ class Dataset(StrictModel):
         False, description="leave out and count rows that cannot be used, instead of stopping with an error"
     )
     train_rows: int | None = Field(None, ge=1, description="use only the first rows of the training split")
-    validation_rows: int | None = Field(None, ge=1, description="rows that each validation scores")
+    validation_rows: int | None = Field(
+        None, ge=1, description="use only the first rows of the validation split, which `selection_share` divides"
+    )
+    selection_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of the validation rows that is kept for the decoding and the choice of finished students, "
+        "by a hash of the row's id; the others are for checks, early stopping and search. 0: all rows for both. "
+        "Default: 0.5 in a sweep, 0 in a single run",
+    )
+    selection_split: str | None = Field(
+        None,
+        min_length=1,
+        description="split for the decoding and the choice of finished students, instead of a share of the validation "
+        "split: a split of the hub, or the name of a file in the folder, such as selection for selection.jsonl",
+    )
     test_rows: int | None = Field(None, ge=1, description="use only the first rows of the test split")
     max_source_tokens: int | None = Field(None, ge=4, description="default: the preset's, else 512")
     max_target_tokens: int | None = Field(None, ge=2, description="default: the preset's, else 128")
     languages: tuple[str, str] | None = Field(
         None, description="source and target for mBART and T5, such as [en_XX, ro_RO]; default: the preset's"
     )
+
+    @model_validator(mode="after")
+    def _check_selection_rows(self) -> "Dataset":
+        if self.selection_split and self.selection_share is not None:
+            raise ValueError("give either selection_share or selection_split")
+        if self.selection_split in ("train", "validation", "test"):
+            raise ValueError(
+                f"selection_split {self.selection_split}: name a split that is not used for training, checks or the "
+                f"final report"
+            )
+        return self
 
 
 class NewModel(StrictModel):

@@ -33,6 +33,8 @@ LOWER_BOUNDED = frozenset({"rows_per_s"})
 # are compared by the same metric on the same rows.
 SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
+DEFAULT_SELECTION_SHARE = 0.5
+
 RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
 
 
@@ -108,6 +110,12 @@ class Space(StrictModel):
         {},
         description='bounds by name: {fast: {latency_ms: 900}}; "50%" is relative to the teacher; lower bounds for '
         "`rows_per_s`, upper bounds for all others",
+    )
+    tolerance: float = Field(
+        0.5,
+        ge=0,
+        description="points of the metric that a cheaper student may be worse than the best within a budget and still "
+        "be chosen; 0: always the highest score",
     )
     tracking_uri: str | None = Field(None, description="MLflow tracking URI; default: SQLite in the output folder")
 
@@ -218,8 +226,12 @@ def sampler_params(run: dict[str, Any], params: dict[str, Any]) -> dict[str, Any
 
 
 def make_run(space: Space, params: dict[str, Any], name: str) -> Run:
-    """The run of one trial, from its values by dotted key."""
-    return Run.model_validate(fill_run(space.run, params, name))
+    """The run of one trial, from its values by dotted key. Half of the validation rows are kept for the choice."""
+    run = Run.model_validate(fill_run(space.run, params, name))
+    if run.dataset.selection_share is not None or run.dataset.selection_split:
+        return run
+    dataset = run.dataset.model_copy(update={"selection_share": DEFAULT_SELECTION_SHARE})
+    return run.model_copy(update={"dataset": dataset})
 
 
 def corner_runs(space: Space) -> list[Run]:

@@ -228,7 +228,7 @@ def row_limit(dataset: Dataset, split: str) -> float:
 
 
 def split_names(dataset: Dataset) -> list[str]:
-    """The existing splits among train, validation and test.
+    """The existing splits among train, validation, test and `dataset.selection_split`.
 
     A single file is one split: the one in its name (`test.jsonl`), else train.
     """
@@ -236,11 +236,11 @@ def split_names(dataset: Dataset) -> list[str]:
     if source == "demo":
         return ["train", "validation", "test"]
     if isinstance(source, Path):
-        return list(find_split_files(str(source)))
+        return list(find_split_files(str(source), dataset.selection_split))
     from raydistill.data.hub import hub_splits
 
     available = hub_splits(*_hub_arguments(dataset))
-    return [split for split in ("train", "validation", "test") if split in available]
+    return [split for split in ("train", "validation", "test", dataset.selection_split) if split in available]
 
 
 def check_split(dataset: Dataset, split: str) -> None:
@@ -335,7 +335,7 @@ def _read_split_records(dataset: Dataset, split: str) -> Iterator[tuple[RowLocat
             raise UserError(f"demo: no split {split!r}; available: {', '.join(SPLIT_SIZES)}")
         yield from ((("demo", i), dict(row)) for i, row in enumerate(demo_rows(split), 1))
     elif isinstance(source, Path):
-        files = find_split_files(str(source))
+        files = find_split_files(str(source), dataset.selection_split)
         if split not in files and source.is_dir():
             raise UserError(f"{source}: no split {split!r}; available: {', '.join(files)}")
         for path in files.get(split) or next(iter(files.values())):

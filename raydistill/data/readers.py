@@ -41,17 +41,18 @@ def known_extension(path: Path) -> str | None:
     return next((e for e in sorted(EXTENSIONS, key=len, reverse=True) if path.name.endswith(e)), None)
 
 
-def find_split_files(name: str) -> dict[str, list[Path]]:
+def find_split_files(name: str, other_split: str | None = None) -> dict[str, list[Path]]:
     """The files of each split of a file or folder.
 
-    A single file is one split: the one in its name (`test.jsonl`), else train.
+    A single file is one split: the one in its name (`test.jsonl`), else train. In a folder, `other_split` is a
+    further split, whose files are named after it.
 
     Raises:
         UserError: There are no files, the file type is not supported, or several files could be the same split.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _find_split_files_in_folder(path)
+        return _find_split_files_in_folder(path, other_split)
     if not path_exists(path):
         raise UserError(f"{path}: no such file or folder{_similar_name_hint(path)}")
     if not path.is_file():
@@ -292,21 +293,22 @@ def _split_from_name(path: Path) -> str | None:
     return _split_by_alias(re.split(r"[.\-_]", stem)[0])
 
 
-def _split_by_alias(word: str) -> str | None:
-    return next((split for split, aliases in SPLIT_ALIASES.items() if word in aliases), None)
+def _split_by_alias(word: str, other_split: str | None = None) -> str | None:
+    known = next((split for split, aliases in SPLIT_ALIASES.items() if word in aliases), None)
+    return known or (word if word == other_split else None)
 
 
 _SHARD_PATTERN = re.compile(r"^(?P<word>[a-z]+)(?:[.\-_](?P<number>\d+)(?:-of-(?P<count>\d+))?)?$")
 
 
-def _find_split_files_in_folder(folder: Path) -> dict[str, list[Path]]:
+def _find_split_files_in_folder(folder: Path, other_split: str | None) -> dict[str, list[Path]]:
     """The files of each split, shards in order of their numbers."""
     # split -> (name pattern, extension) -> numbered files. Files of one group belong together.
     groups: dict[str, dict[tuple[str, str], list[tuple[int, Path]]]] = {}
     for path in sorted(folder.iterdir()):
         extension = known_extension(path)
         match = _SHARD_PATTERN.match(path.name.removesuffix(extension or ""))
-        split = _split_by_alias(match["word"]) if match else None
+        split = _split_by_alias(match["word"], other_split) if match else None
         if extension is None or match is None or split is None or extension.startswith(".target"):
             continue
         pattern = match["word"] + bool(match["number"]) * "-*"
@@ -324,7 +326,7 @@ def _find_split_files_in_folder(folder: Path) -> dict[str, list[Path]]:
             raise UserError(f"{folder}: both {files} could be the {split} split; keep only one of them")
     return {
         split: [path for _, path in sorted(next(iter(groups[split].values())))]
-        for split in SPLIT_ALIASES
+        for split in (*SPLIT_ALIASES, *([other_split] if other_split else []))
         if split in groups
     }
 

@@ -3,14 +3,14 @@
 import math
 import statistics
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from raydistill.config.space import LOWER_BOUNDED
 from raydistill.core.errors import UserError
-from raydistill.evaluation.metrics import Comparison, paired_bootstrap
+from raydistill.evaluation.metrics import Comparison, compare_with_reference
 
 COST_UNITS = {
     "latency_ms": "ms for a batch of 32",
@@ -49,17 +49,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen student and the reason for choosing it, in one or two sentences.
+    """The chosen student and the reason for choosing it, in one to three sentences.
 
-    `best` is None if no student fits the bounds. `highest` has the highest score within the bounds.
-    `indistinguishable` are the cheaper students within the bounds whose scores are not significantly different from the
-    highest, cheapest first; `best` is the first of them, or `highest` if there are none. `comparisons` holds the
-    difference highest - candidate by candidate key.
+    `best` is None if no student fits the bounds. `highest` has the highest score within the bounds. `non_inferior` are
+    the cheaper students within the bounds that are not inferior to the highest, cheapest first; `best` is the first of
+    them, or `highest` if there are none. `comparisons` holds the difference candidate - highest by key of the cheaper
+    candidates that were scored on the same rows.
     """
 
     best: Candidate | None
     highest: Candidate | None
-    indistinguishable: list[Candidate]
+    non_inferior: list[Candidate]
     comparisons: dict[str, Comparison]
     reason: str
 
@@ -158,16 +158,20 @@ def pareto_front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:
     return front
 
 
-def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: str) -> Choice:
-    """Choose the cheapest candidate within the bounds whose score is not significantly below the highest.
+def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: str, tolerance: float) -> Choice:
+    """Choose the cheapest candidate within the bounds that is not inferior to the one with the highest score.
 
-    A score is not significantly different if the 95 % interval of the difference, from a paired bootstrap over the
-    validation rows, contains 0. Candidates are compared by the first bounded cost, or by `latency_ms` without bounds.
+    A cheaper candidate is not inferior if the lower end of the interval of (cheaper - highest) is above -`tolerance`.
+    The interval is the 95 % interval of a paired bootstrap over the rows, so that each comparison is a one-sided test
+    at a level of 2.5 %, as ICH E9 (1998, section 5.5) and FDA (2016, "Non-Inferiority Clinical Trials to Establish
+    Effectiveness") recommend for non-inferiority. Candidates are compared by the first bounded cost, or by
+    `latency_ms` without bounds.
 
     Args:
         candidates: Scored students.
         bounds: Inclusive bounds by cost: lower bounds of `LOWER_BOUNDED`, upper bounds of all others.
         metric: Name of the score, "rouge2" or "bleu".
+        tolerance: Points of the metric that a cheaper student may be worse; 0 chooses the highest score.
     """
     cost = next(iter(bounds), "latency_ms")
     within = feasible(candidates, bounds)
@@ -175,14 +179,38 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
         return Choice(None, None, [], {}, _explain_nearest_miss(candidates, bounds))
     highest = min(within, key=lambda c: (-c.score, _cost(c, cost), c.key))
     cheaper = [c for c in within if _cost(c, cost) < _cost(highest, cost)]
-    comparisons = {c.key: comparison for c in cheaper if (comparison := _compare(metric, highest, c)) is not None}
-    indistinguishable = [c for c in cheaper if c.key in comparisons and _contains_zero(comparisons[c.key])]
-    indistinguishable.sort(key=lambda c: (_cost(c, cost), -c.score, c.key))
-    best = indistinguishable[0] if indistinguishable else highest
-    choice = Choice(best, highest, indistinguishable, comparisons, reason="")
+    cheaper.sort(key=lambda c: (_cost(c, cost), -c.score, c.key))
+    comparisons = _compare(metric, cheaper, highest)
+    non_inferior = [c for c in cheaper if c.key in comparisons and comparisons[c.key].low > -tolerance]
+    best = non_inferior[0] if non_inferior else highest
     scope = f"within {describe_bounds(bounds)}" if bounds else "of all students"
     top = f"{highest.label or highest.key} has the highest {metric}, {highest.score:.2f}, {scope}"
-    return replace(choice, reason=_explain_choice(choice, best, top, cost))
+    if non_inferior:
+        outcome = _explain_replacement(highest, non_inferior, comparisons[best.key], cost, tolerance)
+    else:
+        outcome = _explain_highest(cheaper, comparisons, tolerance)
+    not_shown = cheaper[: cheaper.index(best)] if non_inferior else cheaper
+    details = _explain_not_shown(not_shown, comparisons, highest, tolerance)
+    return Choice(best, highest, non_inferior, comparisons, f"{top}{outcome}.{details}")
+
+
+def rows_needed(comparison: Comparison, num_rows: int, tolerance: float) -> int | None:
+    """The number of rows at which the lower end of the interval would be above -`tolerance`, if the difference stays.
+
+    The distance from the difference to the lower end shrinks with the square root of the number of rows. None if the
+    difference itself is not above -`tolerance`. The number is rounded up to two significant digits.
+
+    Args:
+        comparison: The comparison (cheaper - highest).
+        num_rows: The number of rows of the comparison.
+        tolerance: The tolerance in points.
+    """
+    margin = comparison.difference + tolerance
+    if margin <= 0:
+        return None
+    exact = round(num_rows * ((comparison.difference - comparison.low) / margin) ** 2, 6)
+    unit = 10 ** max(0, math.floor(math.log10(max(exact, 1))) - 1)
+    return math.ceil(exact / unit) * unit
 
 
 def describe_bounds(bounds: dict[str, float]) -> str:
@@ -224,29 +252,64 @@ def _share_of_bound(candidate: Candidate, key: str, bound: float) -> float:
     return share_of_bound(key, candidate.costs[key], bound) if key in candidate.costs else math.inf
 
 
-def _compare(metric: str, a: Candidate, b: Candidate) -> Comparison | None:
-    """The paired difference a - b; None if the two were not scored on the same rows."""
-    if a.rows is None or b.rows is None or len(a.rows) != len(b.rows) or len(a.rows) == 0:
-        return None
-    return paired_bootstrap(metric, a.rows, b.rows)
+def _compare(metric: str, cheaper: Sequence[Candidate], highest: Candidate) -> dict[str, Comparison]:
+    """The paired differences candidate - highest, without the candidates that were not scored on the same rows."""
+    reference = highest.rows
+    if reference is None or len(reference) == 0:
+        return {}
+    rows = {c.key: c.rows for c in cheaper if c.rows is not None and len(c.rows) == len(reference)}
+    if not rows:
+        return {}
+    return dict(zip(rows, compare_with_reference(metric, list(rows.values()), reference), strict=True))
 
 
-def _contains_zero(comparison: Comparison) -> bool:
-    return comparison.low <= 0 <= comparison.high
-
-
-def _explain_choice(choice: Choice, best: Candidate, top: str, cost: str) -> str:
-    if choice.highest is None or best is choice.highest:
-        return f"{top}; no cheaper student has an equivalent score."
-    difference = choice.comparisons[best.key]
-    change = best.costs[cost] / choice.highest.costs[cost] - 1
-    num_equivalent = len(choice.indistinguishable)
-    others = f" (the cheapest of {num_equivalent} such students)" if num_equivalent > 1 else ""
+def _explain_replacement(
+    highest: Candidate, non_inferior: Sequence[Candidate], comparison: Comparison, cost: str, tolerance: float
+) -> str:
+    """Why the cheapest of the students that are not inferior is chosen."""
+    best = non_inferior[0]
+    change = best.costs[cost] / highest.costs[cost] - 1
+    others = f" (the cheapest of {len(non_inferior)} such students)" if len(non_inferior) > 1 else ""
     return (
-        f"{top}, but {best.label or best.key} is not significantly different: {difference.difference:.2f} lower, 95 % "
-        f"interval [{-difference.high:+.2f}, {-difference.low:+.2f}] on the same rows, with {abs(change):.0%} "
-        f"{'more' if change > 0 else 'less'} {cost}{others}."
+        f", but {best.label or best.key} is not inferior with a tolerance of {tolerance:g} points: "
+        f"{_format_comparison(comparison)} on the same rows, with {abs(change):.0%} {'more' if change > 0 else 'less'} "
+        f"{cost}{others}"
     )
+
+
+def _explain_highest(cheaper: Sequence[Candidate], comparisons: dict[str, Comparison], tolerance: float) -> str:
+    if not cheaper:
+        return "; no student is cheaper"
+    if not comparisons:
+        return "; no cheaper student was scored on the same rows"
+    return f"; no cheaper student is shown to be within the tolerance of {tolerance:g} points"
+
+
+def _explain_not_shown(
+    not_shown: Sequence[Candidate], comparisons: dict[str, Comparison], highest: Candidate, tolerance: float
+) -> str:
+    """A sentence on the cheapest student for which the rows are too few, else on the one nearest to the tolerance.
+
+    `not_shown` are the students that are cheaper than the chosen one; the sentence is empty if none was compared.
+    """
+    compared = [c for c in not_shown if c.key in comparisons]
+    num_rows = 0 if highest.rows is None else len(highest.rows)
+    for candidate in compared:
+        comparison = comparisons[candidate.key]
+        if needed := rows_needed(comparison, num_rows, tolerance):
+            return (
+                f" {num_rows:,} rows are too few for {candidate.label or candidate.key} "
+                f"({_format_comparison(comparison)}); if the difference stays, about {needed:,} rows would do."
+            )
+    if not compared:
+        return ""
+    nearest = max(compared, key=lambda c: comparisons[c.key].difference)
+    comparison = comparisons[nearest.key]
+    return f" The nearest cheaper student is {nearest.label or nearest.key}: {_format_comparison(comparison)}."
+
+
+def _format_comparison(comparison: Comparison) -> str:
+    return f"{comparison.difference:+.2f}, 95 % interval [{comparison.low:+.2f}, {comparison.high:+.2f}]"
 
 
 def _explain_nearest_miss(candidates: Sequence[Candidate], bounds: dict[str, float]) -> str:

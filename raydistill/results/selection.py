@@ -79,13 +79,19 @@ class Selection:
         return self.student(key).folder.name
 
 
-def load_selection(sweep: Path) -> Selection:
+def load_selection(sweep: Path, tolerance: float | None = None) -> Selection:
     """Read a sweep and compute its front by the space's cost and the choice for each stored budget.
+
+    Args:
+        sweep: The sweep's folder.
+        tolerance: Replaces the recorded tolerance.
 
     Raises:
         UserError: The folder holds no sweep, or one of its files is damaged.
     """
     record = read_sweep(sweep)
+    if tolerance is not None:
+        record = record.model_copy(update={"tolerance": tolerance})
     trials = read_trials(sweep)
     space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
     with corrupt_file_error(sweep / "space.yaml"):
@@ -100,7 +106,7 @@ def load_selection(sweep: Path) -> Selection:
     for name, budget in record.budgets.items():
         try:
             bounds[name] = resolve_bounds(budget, served_teacher.costs)
-            choices[name] = choose(candidates, bounds[name], record.metric)
+            choices[name] = choose(candidates, bounds[name], record.metric, record.tolerance)
         except UserError as error:  # a percentage of a cost that is not measured on the teacher (yet)
             bounds[name] = {}
             choices[name] = Choice(None, None, [], {}, str(error))
@@ -126,7 +132,7 @@ def select_finalists(sweep: Path) -> list[Trial]:
     candidates = make_candidates(trials, record.metric)
     keys = {candidate.key for cost in COST_METRICS for candidate in pareto_front(candidates, cost)}
     for bounds in resolve_budgets(record.budgets, record.teacher.costs):
-        best = choose(candidates, bounds, record.metric).best
+        best = choose(candidates, bounds, record.metric, record.tolerance).best
         keys |= {best.key} if best else set()
     return [trial for trial in trials if trial.key in keys]
 

@@ -120,6 +120,7 @@ class SweepRecord(Record):
         teacher: The teacher.
         shapes: Costs of the shapes.
         budgets: Bounds by budget, as in the space.
+        tolerance: Points of the metric that a cheaper student may be worse and still be chosen.
         decoding: The decodings that finalists are served with.
         tracking_uri: MLflow's store.
         versions: Versions of the libraries.
@@ -131,6 +132,7 @@ class SweepRecord(Record):
     teacher: SweepTeacher
     shapes: ShapeTable
     budgets: dict[str, dict[str, float | str]]
+    tolerance: float = Field(ge=0)
     decoding: DecodingSearch
     tracking_uri: str
     versions: dict[str, str]

@@ -100,41 +100,17 @@ def choices_table(selection: Selection, links: dict[str, str] | None = None) -> 
 
 
 def method_table(selection: Selection) -> TextTable:
-    """One row per method: its device-hours, its gain over `sft` in points, and the gain per device-hour."""
-    header = ["method", "trials", "device h, trials", "device h, teacher"]
-    header += [f"{selection.metric} over sft", "per device h"]
+    """One row per method: its number of trials, their device-hours, and the hours of the teacher passes they need.
+
+    The table compares no scores: methods have different numbers of trials, and the best of more trials is higher.
+    """
     rows = []
     for method in sorted({trial.method for trial in selection.trials if trial.method}):
         trials = [trial for trial in selection.trials if trial.method == method]
         trial_hours = sum(trial.device_hours for trial in trials)
         teacher_hours = shared_pass_hours(trials, selection.teacher.passes)
-        gain = mean_gain_over_sft(selection.trials, method, selection.metric)
-        hours = trial_hours + teacher_hours
-        gain_per_hour = gain / hours if gain is not None and hours else None
-        cells = [f"{trial_hours:.3f}", f"{teacher_hours:.3f}"]
-        cells += [format_number(gain, 2, sign=True), format_number(gain_per_hour, 2, sign=True)]
-        rows.append([method, str(len(trials)), *cells])
-    return header, rows
-
-
-def mean_gain_over_sft(trials: list[Trial], method: str, metric: str) -> float | None:
-    """Difference between a method's and plain fine-tuning's best score, averaged over the sizes that both have.
-
-    None for `sft` itself and if there is no common size.
-    """
-    scores, baseline = best_score_by_size(trials, method, metric), best_score_by_size(trials, "sft", metric)
-    sizes = scores.keys() & baseline.keys()
-    return sum(scores[size] - baseline[size] for size in sizes) / len(sizes) if sizes and method != "sft" else None
-
-
-def best_score_by_size(trials: list[Trial], method: str, metric: str) -> dict[str, float]:
-    """The highest validation score of a method at each size."""
-    best: dict[str, float] = {}
-    for trial in trials:
-        score = trial.score(metric)
-        if trial.scored and trial.method == method and score is not None:
-            best[trial.size] = max(best.get(trial.size, score), score)
-    return best
+        rows.append([method, str(len(trials)), f"{trial_hours:.3f}", f"{teacher_hours:.3f}"])
+    return ["method", "trials", "device h, trials", "device h, teacher"], rows
 
 
 def format_trial_counts(trials: Sequence[Trial]) -> str:

@@ -97,6 +97,7 @@ def write_sweep_record(
         teacher=prepared.teacher,
         shapes=prepared.shapes,
         budgets=space.budgets,
+        tolerance=space.tolerance,
         decoding=space.search.decoding,
         tracking_uri=space.tracking_uri or default_tracking_uri(),
         versions={name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},

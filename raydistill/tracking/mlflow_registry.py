@@ -116,6 +116,7 @@ def _version_tags(selection: Selection, student: Trial) -> dict[str, str]:
         "params_m": student.metrics.get("params_m"),
         "measured_with": selection.measured_with(student),
         "decoding": student.decoding.label if student.decoding else None,
+        "tolerance": selection.record.tolerance,
         "trial": student.folder.name,
     }
     return {name: str(value) for name, value in tags.items() if value is not None}

@@ -7,7 +7,7 @@ from raydistill.config.presets import check_teacher, teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corner_runs
 from raydistill.core.errors import UserError
-from raydistill.data.corpus import split_names
+from raydistill.data.corpus import check_split, split_names
 
 
 def check_space(space: Space) -> None:
@@ -42,6 +42,8 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
                 f"{run.dataset.name}: training needs a train and a validation split; "
                 f"there is no {' and no '.join(missing)}"
             )
+        if run.dataset.selection_split:
+            check_split(run.dataset, run.dataset.selection_split)
     for part in parse_labels(run.resolved_labels):
         if part.other_teacher:
             check_teacher(part.other_teacher)

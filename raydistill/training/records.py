@@ -94,6 +94,7 @@ class RunResult(Record):
         number: Position in the order of proposals of a sweep; None outside sweeps.
         params: The values that a sweep's search chose.
         metrics: Validation scores and costs of the best checkpoint.
+        validation_part: The validation rows of the scores: "all", or "search" where the others are kept for the choice.
         interval: 95 % confidence interval of the validation score; None where no text is scored.
         test: Test scores; None where the test split is not scored.
         steps: Optimiser steps taken.
@@ -116,6 +117,7 @@ class RunResult(Record):
     number: int | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
+    validation_part: Literal["all", "search"] = "all"
     interval: tuple[float, float] | None = None
     test: SplitScores | None = None
     steps: int = 0

@@ -131,6 +131,7 @@ class ActiveRun:
             number=self.inputs.number,
             params=self.inputs.params,
             metrics=metrics,
+            validation_part="search" if self.run.dataset.selection_share else "all",
             seed=self.run.training.seed,
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
             host=platform.node(),

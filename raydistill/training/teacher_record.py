@@ -13,7 +13,7 @@ class TeacherScores(Record):
         commit: Commit of the checkpoint on the Hugging Face hub, where it comes from the hub.
         size: Encoder and decoder layers, such as "12-12".
         metric: The main metric.
-        metrics: Scores on the validation split.
+        metrics: Scores on the validation split, without the rows that are kept for the choice.
         interval: 95 % confidence interval of the main metric on the validation split.
         repetition: Share of the validation outputs that repeat themselves.
         test: Scores on the test split, if there is one.

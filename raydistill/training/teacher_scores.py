@@ -32,7 +32,7 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
     engine = open_engine(
         teacher.location, run.evaluation.engine, EngineOptions(device, threads, languages=teacher.languages)
     )
-    splits = [split for split in data.corpora if split != "train"]
+    splits = [split for split in data.corpora if split in ("validation", "test")]
     evaluations = score_splits(engine, data, splits, beam, run.evaluation.batch_size)
     validation, test = evaluations["validation"], evaluations.get("test")
     targets = tokenize_split(teacher.tokenizer, run.dataset, "train", "target", data.max_target_tokens)

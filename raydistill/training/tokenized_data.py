@@ -13,7 +13,8 @@ from raydistill.config.presets import TeacherPreset, resolve_metric
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
-from raydistill.data.corpus import Corpus, read_corpus, split_names
+from raydistill.data.corpus import Corpus
+from raydistill.data.selection import SELECTION, read_part
 from raydistill.label_sets.label_set import read_label_set
 from raydistill.label_sets.mixing import select_targets
 from raydistill.models.fingerprints import teacher_key
@@ -21,7 +22,7 @@ from raydistill.models.loading import locate_checkpoint
 from raydistill.models.tokenization import resolve_max_tokens, tokenize_sources, tokenize_targets
 from raydistill.training.records import InputFingerprints
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", SELECTION, "test")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TokenizedData:
     """The texts of a data set by split, and the tokens of their sources.
 
     Attributes:
-        corpora: The texts of each split; the test split is optional.
+        corpora: The texts of each split; the selection and the test split are optional.
         sources: Token ids of the sources of the train and the validation split.
         max_source_tokens: Length at which sources are cut.
         max_target_tokens: Length at which targets are cut.
@@ -85,8 +86,8 @@ def _read_splits(dataset: Dataset) -> dict[str, Corpus]:
 
 @lru_cache(maxsize=8)
 def read_split(dataset: Dataset, split: str) -> Corpus | None:
-    """The texts of a split, read once per process; None where the data set does not have the split."""
-    return read_corpus(dataset, split) if split in split_names(dataset) else None
+    """`data.selection.read_part`, once per process."""
+    return read_part(dataset, split)
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -116,11 +117,76 @@ def test_paired_bootstrap_uses_the_same_resamples() -> None:
     rows = np.random.default_rng(0).normal(20, 10, size=300)
     shifted = metrics.paired_bootstrap("rouge2", rows + 0.5, rows)  # far below either's own interval of +-1.1
     assert (shifted.difference, shifted.low, shifted.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert shifted.p_value == pytest.approx(2 / 1001)
+    assert shifted.p_value == pytest.approx(2 / 10_001)
     same = metrics.paired_bootstrap("rouge2", rows, rows)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="same rows"):
         metrics.paired_bootstrap("rouge2", rows, rows[1:])
+
+
+@pytest.mark.parametrize("metric", ["rouge2", "bleu"])
+def test_bootstrap_scores_equal_a_loop_over_resampled_rows(metric: str) -> None:
+    """Each resample is written out as a list of rows and scored by the metric's reference, one at a time."""
+    rng = np.random.default_rng(5)
+    if metric == "bleu":
+        words = np.array(VOCABULARY[:8])
+        texts = [" ".join(rng.choice(words, size=rng.integers(3, 12))) for _ in range(120)]
+        references, first, second = texts[:40], texts[40:80], texts[80:]
+        systems = [metrics.bleu_rows(first, references), metrics.bleu_rows(second, references)]
+    else:
+        systems = [rng.uniform(0, 60, size=40), rng.uniform(0, 60, size=40)]
+    resampled = metrics._bootstrap_scores(metric, systems, 0, 30)
+    counts = metrics._resample_counts(40, 30, 0, 0)
+    assert counts.sum(axis=1).tolist() == [40] * 30
+    for i, row_counts in enumerate(counts):
+        drawn = [row for row, count in enumerate(row_counts) for _ in range(count)]
+        if metric == "bleu":
+            expected = [
+                sacrebleu.corpus_bleu([outputs[r] for r in drawn], [[references[r] for r in drawn]]).score
+                for outputs in (first, second)
+            ]
+        else:
+            expected = [sum(rows[r] for r in drawn) / 40 for rows in systems]
+        assert [scores[i] for scores in resampled] == pytest.approx(expected, rel=1e-9)
+
+
+def test_paired_interval_equals_an_independent_loop() -> None:
+    """The percentile interval of a plain loop with draws of its own, within the error of 10,000 resamples."""
+    rng = np.random.default_rng(6)
+    a = rng.gamma(1.5, 10, size=150)
+    b = a + rng.normal(-0.3, 6, size=150)
+    drawn = (rng.choice(150, size=150) for _ in range(10_000))
+    differences = [a[rows].mean() - b[rows].mean() for rows in drawn]
+    comparison = metrics.paired_bootstrap("rouge2", a, b)
+    width = comparison.high - comparison.low
+    assert [comparison.low, comparison.high] == pytest.approx(
+        list(np.percentile(differences, [2.5, 97.5])), abs=0.04 * width
+    )
+
+
+def test_comparisons_with_a_reference_equal_those_one_by_one() -> None:
+    rng = np.random.default_rng(7)
+    reference = rng.uniform(0, 50, size=60)
+    systems = [reference + rng.normal(size=60) for _ in range(3)]
+    together = metrics.compare_with_reference("rouge2", systems, reference)
+    for comparison, rows in zip(together, systems, strict=True):
+        alone = metrics.paired_bootstrap("rouge2", rows, reference)
+        assert (comparison.low, comparison.high) == pytest.approx((alone.low, alone.high))
+        assert (comparison.difference, comparison.p_value) == pytest.approx((alone.difference, alone.p_value))
+    with pytest.raises(ValueError, match="same rows"):
+        metrics.compare_with_reference("rouge2", [reference[1:]], reference)
+
+
+def test_bootstrap_resamples_in_chunks_of_bounded_memory() -> None:
+    """10,000 resamples of 2,000 rows would be 160 MB as one matrix of counts."""
+    rows = np.random.default_rng(8).uniform(0, 50, size=2000)
+    metrics._resample_counts.cache_clear()
+    tracemalloc.start()
+    scores = metrics._bootstrap_scores("rouge2", [rows], 0, 10_000)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert scores.shape == (10_000,)
+    assert peak < 90e6
 
 
 def test_paired_bootstrap_finds_no_difference_in_noise_at_the_promised_rate() -> None:

@@ -103,6 +103,7 @@ def sweep_record(teacher: SweepTeacher | None = None, **changes: Any) -> SweepRe
         "teacher": teacher,
         "shapes": shape_table({teacher.size: teacher.costs}),
         "budgets": {},
+        "tolerance": 0.5,
         "decoding": DecodingSearch(),
         "tracking_uri": mlflow_store.default_tracking_uri(),
         "versions": {},
