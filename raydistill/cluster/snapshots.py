@@ -12,7 +12,7 @@ objects of earlier snapshots. Readers take the snapshot with the highest name.
 
 A worker that was cut off and comes back has a lower claim than its successor. Its snapshots are ignored, and a writer
 deletes objects of its own and of lower claims only, so the worker can neither overwrite nor delete what its successor
-wrote. When the worker saves the next time, it sees the higher claim and stops with a TransientError.
+wrote. Before and after every upload, the worker looks for a higher claim, and stops with a TransientError.
 
 The local copy of the last snapshot that a machine wrote or downloaded is HOME/.storage/FOLDER/snapshot.json. A folder
 whose last snapshot is still the newest one is not downloaded again, so changes that are not yet uploaded are kept.
@@ -275,14 +275,17 @@ class FolderWriter:
             TransientError: Another worker claimed the folder meanwhile.
         """
         names = self.folder.snapshot_names()
-        self._check_not_superseded(next(name for name in reversed(names) if not name.startswith(self.prefix)))
+        self._check_not_superseded(self._newest_other(names))
         last = self.published[-1]
         stored = last.files if last.name in names else {}  # else the storage was emptied
         local = self.folder.scan()
         files = {path: stored[path] for path in local if path in stored and stored[path].version == local[path]}
         if files.keys() != local.keys() or files.keys() != stored.keys():
             new = in_parallel(lambda path: self._upload(path, local[path]), local.keys() - files.keys())
-            self.folder.write_marker(self._publish(files | dict(filter(None, new))))
+            snapshot = self._publish(files | dict(filter(None, new)))
+            # A claim during the upload has not adopted this snapshot, so the folder is not saved
+            self._check_not_superseded(self._newest_other(self.folder.snapshot_names()))
+            self.folder.write_marker(snapshot)
 
     def _upload(self, path: str, version: FileVersion) -> tuple[str, StoredFile] | None:
         """Upload a file for the next snapshot; None if the file was deleted meanwhile."""
@@ -316,6 +319,10 @@ class FolderWriter:
 
     def _used_objects(self) -> set[str]:
         return {self.folder.file_object(file) for snapshot in self.published for file in snapshot.files.values()}
+
+    def _newest_other(self, names: list[str]) -> str:
+        """The newest of the snapshots that other workers published."""
+        return next(name for name in reversed(names) if not name.startswith(self.prefix))
 
     def _check_not_superseded(self, newest_other: str) -> None:
         """Check the name of the newest snapshot of other workers."""

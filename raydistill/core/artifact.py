@@ -10,9 +10,11 @@ Temporary folders have random names and the suffix ".tmp"; a folder that is bein
 ".old". After a kill, `is_complete`, `open_artifact` and `build` finish an interrupted replacement, and `build` removes
 the folders that the killed process left. Names that start with a dot are never artifacts.
 
-The lock of FOLDER is the file .NAME.lock next to FOLDER. The system releases the lock when its owner dies. If the
-connection to a shared file system breaks, the system may give the lock to another process while the first one still
-runs; therefore `build` compares the generation of the artifact before it replaces the folder.
+The lock of FOLDER is the file .NAME.lock next to FOLDER. The system releases the lock when its owner dies. An owner
+that is stopped keeps the lock, and others wait. If the connection to a shared file system breaks, the system may give
+the lock to another process while the first one still runs. The new owner deletes the temporary folder of the first one
+before anything else. The first one then has nothing to publish, and `build` raises a TransientError; so does a build of
+an artifact whose generation changed. All this needs a file system on which a change by one machine is seen by others.
 """
 
 import errno
@@ -78,7 +80,14 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
     """
     path = lock_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file_lock = FileLock(path, on_acquired=_write_owner, preserve_lock_file=True)
+    descriptor = -1
+
+    def write_owner(acquired: int) -> None:
+        nonlocal descriptor
+        descriptor = acquired
+        _write_owner(acquired)
+
+    file_lock = FileLock(path, on_acquired=write_owner, preserve_lock_file=True)
     try:
         file_lock.acquire(timeout=0)
     except Timeout:
@@ -92,7 +101,7 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
     try:
         yield
     finally:
-        os.truncate(path, 0)
+        os.ftruncate(descriptor, 0)  # not the path, which may be the file of another owner if this lock was lost
         file_lock.release()
 
 
@@ -114,7 +123,7 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
         make_manifest: Called after the block. `files` and `generation` of its result are replaced.
 
     Raises:
-        TransientError: Another process replaced the artifact during the block, so that this process has lost the lock.
+        TransientError: Another process took over during the block, so this process has lost the lock.
         OSError: The disk is full, for example.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,13 +131,19 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
     generation = _generation(folder)
     temporary = _sibling(folder, TEMPORARY_SUFFIX)
     temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)  # identifies the folder, also after it was deleted or renamed
     try:
         yield temporary
         seal(temporary, make_manifest().model_copy(update={"generation": generation + 1}))
-        if _generation(folder) != generation:
-            raise TransientError(f"{folder}: was written by another process meanwhile; run the same command again")
-        _publish(temporary, folder)
+        if _generation(folder) != generation or not _is_same(descriptor, temporary):
+            raise _superseded(folder)
+        _publish(temporary, folder, descriptor)
+    except Exception as error:
+        if isinstance(error, TransientError) or _is_same(descriptor, temporary) or _is_same(descriptor, folder):
+            raise
+        raise _superseded(folder) from error  # the block failed because another process deleted its folder
     finally:
+        os.close(descriptor)
         _delete(temporary)
 
 
@@ -223,8 +238,12 @@ def artifacts_with_leftovers(parent: Path) -> list[Path]:
     return sorted({parent / match["name"] for match in names if match})
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Move a sealed temporary folder to its place. A kill between the two renames is repaired by the next access."""
+def _publish(temporary: Path, folder: Path, descriptor: int) -> None:
+    """Move a sealed temporary folder to its place. A kill between the two renames is repaired by the next access.
+
+    Raises:
+        TransientError: Another process, to which the lock was given, deleted the temporary folder.
+    """
     old = _sibling(folder, OLD_SUFFIX)
     replaces = folder.exists()
     if replaces:
@@ -236,10 +255,25 @@ def _publish(temporary: Path, folder: Path) -> None:
             if replaces:
                 os.rename(old, folder)
             raise
-        # else another process has finished the replacement
+        if not _is_same(descriptor, folder):  # else a reader has finished the replacement
+            if replaces and not folder.exists():
+                os.rename(old, folder)
+            raise _superseded(folder) from None
     fsync_folder(folder.parent)
     if replaces:
         _delete(old)
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """Whether a path is the open folder; no if either was deleted."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _superseded(folder: Path) -> TransientError:
+    return TransientError(f"{folder}: was written by another process meanwhile; run the same command again")
 
 
 def _finish_replacement(folder: Path) -> bool:

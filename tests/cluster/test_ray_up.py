@@ -1,12 +1,9 @@
 """cluster/local.yaml as users run it: `ray up` on three test hosts, jobs that spread over them, faults, `ray down`."""
 
 import json
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +14,14 @@ from tests.factories.cluster import (
     driver_processes,
     read_labels,
     remaining_processes,
+    running_bucket,
     running_cluster,
     wait_for_nodes,
     write_sources,
     write_space,
 )
-from tests.factories.hosts import NETWORK, missing_requirements
-from tests.factories.workspace import background, free_port, make_world
+from tests.factories.hosts import missing_requirements
+from tests.factories.workspace import make_world
 
 pytestmark = [
     pytest.mark.cluster,
@@ -73,23 +71,6 @@ def assert_token_is_required(cluster: Cluster) -> None:
         done = cluster.ray("exec", str(cluster.file), f"env {setting} timeout 60 {query}")
         assert done.returncode != 0
         assert "IN 3" not in done.stdout
-
-
-@contextmanager
-def running_bucket(folder: Path) -> Iterator[dict[str, str]]:
-    """Context with a bucket of moto's S3 server on all addresses; yields the environment variables of the hosts."""
-    boto3 = pytest.importorskip("boto3")
-    port = free_port()
-    server = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(port)]
-    with background(server, folder / "moto.log", lambda: socket.create_connection(("127.0.0.1", port)).close()):
-        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="shared")
-        yield {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "RAYDISTILL_STORAGE": f"s3://shared/raydistill?endpoint_override={NETWORK}.1:{port}"
-            "&scheme=http&region=us-east-1",
-        }
 
 
 def test_hosts_without_a_shared_folder_share_a_bucket(tmp_path: Path) -> None:

@@ -175,6 +175,31 @@ def test_a_save_that_began_before_a_claim_is_ignored(use_machine: UseMachine, mo
     assert count_objects(third.folder) == len(newest), "objects of the cut-off worker are deleted"
 
 
+def test_a_save_during_which_another_worker_claims_the_folder_fails(
+    use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the worker would end in the belief that its last save counts."""
+    run = write_file(use_machine("one") / "runs/r/state.json", "100").parent
+    cut_off = claim(run)
+    cut_off.save()
+    upload = FolderWriter._upload
+
+    def upload_after_the_successor(self: FolderWriter, *args: Any) -> Any:
+        monkeypatch.setattr(FolderWriter, "_upload", upload)
+        successor = claim(use_machine("two") / "runs/r")
+        write_file(successor.folder.path / "state.json", "200")
+        successor.save()
+        use_machine("one")
+        return upload(self, *args)
+
+    write_file(run / "state.json", "150!")
+    monkeypatch.setattr(FolderWriter, "_upload", upload_after_the_successor)
+    with pytest.raises(TransientError, match="another worker has taken over"):
+        cut_off.save()
+    assert pulled(use_machine("three"), "runs/r") == {"state.json": "200"}
+    assert pulled(use_machine("one"), "runs/r") == {"state.json": "200"}
+
+
 @pytest.mark.parametrize("saves", [1, 2, 4])
 def test_a_claim_adopts_what_its_predecessor_saves_during_the_claim(
     use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch, saves: int

@@ -159,6 +159,63 @@ def test_a_writer_that_lost_its_lock_does_not_replace_its_successors_artifact(tm
     assert content(tmp_path / "x") == "successor"
 
 
+def build_with_a_successor(folder: Path, take_over, *, parents: bool) -> None:
+    """Build an artifact while another process, to which the lock was given, takes over after the first file."""
+    with artifact.build(folder, lambda: Manifest(kind=KIND, key="cut off")) as temporary:
+        (temporary / "a.txt").write_text("cut off")
+        take_over()
+        (temporary / "inner").mkdir(parents=parents)
+        (temporary / "inner" / "b.txt").write_text("cut off")
+
+
+@pytest.mark.parametrize("old", ["old", None])
+@pytest.mark.parametrize("parents", [True, False])
+def test_a_writer_whose_temporary_folder_was_deleted_publishes_nothing(old, parents, tmp_path):
+    """The successor has begun and not yet finished; with `parents` the writer creates its folder again, half empty."""
+    folder = tmp_path / "x"
+    if old:
+        make(folder, old)
+    with pytest.raises(TransientError, match="written by another process"):
+        build_with_a_successor(folder, lambda: artifact.remove_leftovers(folder), parents=parents)
+    assert content(folder) == old
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_writer_that_was_cut_off_before_its_rename_leaves_its_successors_artifact(old, tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+    if old:
+        make(folder, old)
+    publish = artifact._publish
+
+    def publish_after_the_successor(*args):
+        monkeypatch.undo()
+        make(folder, "successor")
+        publish(*args)
+
+    monkeypatch.setattr(artifact, "_publish", publish_after_the_successor)
+    with pytest.raises(TransientError, match="written by another process"):
+        make(folder, "cut off")
+    assert content(folder) == "successor"
+    assert leftovers(folder) == []
+
+
+def test_a_lost_lock_is_released_without_changing_its_successors_lock_file(tmp_path):
+    path = artifact.lock_path(tmp_path / "x")
+    with artifact.lock(tmp_path / "x"):
+        path.unlink()
+        successor = hold_lock(tmp_path / "x", 60)
+        owner = path.read_text()
+    try:
+        assert path.read_text() == owner
+        assert f"process {successor.pid}" in owner
+    finally:
+        successor.kill()
+        successor.wait()
+    with artifact.lock(tmp_path / "x"):
+        path.unlink()
+
+
 def test_generations_count_the_builds(tmp_path):
     for text in ("one", "two", "three"):
         make(tmp_path / "x", text)

@@ -6,6 +6,7 @@ installation: the hosts use this Python with the code that `ray up` copied.
 
 import json
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import pytest
 import yaml
 
 from raydistill.label_sets.label_set import LabelSet, read_label_set
-from tests.factories.hosts import Host, running_hosts
-from tests.factories.workspace import corpus_rows, environment
+from tests.factories.hosts import NETWORK, Host, running_hosts
+from tests.factories.workspace import background, corpus_rows, environment, free_port
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -139,6 +141,23 @@ def running_cluster(
         finally:  # files in which `ray up` records its clusters
             for record in Path("/tmp/ray").glob(f"cluster-{config['cluster_name']}.*"):
                 record.unlink()
+
+
+@contextmanager
+def running_bucket(folder: Path) -> Iterator[dict[str, str]]:
+    """Context with a bucket of moto's S3 server on all addresses; yields the environment variables of the hosts."""
+    boto3 = pytest.importorskip("boto3")
+    port = free_port()
+    server = [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(port)]
+    with background(server, folder / "moto.log", lambda: socket.create_connection(("127.0.0.1", port)).close()):
+        keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="shared")
+        yield {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "RAYDISTILL_STORAGE": f"s3://shared/raydistill?endpoint_override={NETWORK}.1:{port}"
+            "&scheme=http&region=us-east-1",
+        }
 
 
 def wait_for_nodes(cluster: Cluster, count: int) -> None:
