@@ -98,7 +98,7 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
         "xsum": TeacherPreset(
             "facebook/bart-large-xsum",
             UNPINNED_REVISION,
-            Decoding(beams=6, length_penalty=1.0, min_length=11, max_length=62),
+            Decoding(beams=6, length_penalty=1.0, min_length=11, max_length=62, no_repeat_ngram=3),
             max_target_tokens=60,
         ),
         "cnn_dailymail": TeacherPreset(

@@ -192,7 +192,9 @@ class Training(StrictModel):
     """Optimisation, validation and hardware."""
 
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
-    optimizer: Literal["adamw", "adafactor"] = Field("adamw", description="AdamW or Adafactor")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw", description="AdamW, or Adafactor with steps of the learning rate (not scaled by the weights)"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     adam_eps: float = Field(1e-8, gt=0, description="epsilon of AdamW")
     gradient_clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
@@ -266,7 +268,10 @@ class Training(StrictModel):
 
 
 class Decoding(StrictModel):
-    """Beam search. The default of each key is the checkpoint's value, else the preset's, else the library's."""
+    """Beam search. The default of each key is the checkpoint's value, else the preset's, else the library's.
+
+    For `max_length`, the preset's value is before the checkpoint's.
+    """
 
     beams: int | None = Field(None, ge=1, description="number of beams; 1 is greedy decoding")
     length_penalty: float | None = Field(None, description="exponent of the length in the score of a beam")

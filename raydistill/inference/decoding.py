@@ -126,7 +126,8 @@ def resolve_decoding(
     """Return the decoding parameters: the requested value, else the checkpoint's, else the preset's, else a default.
 
     The checkpoint's values come from its generation config. The defaults are 4 beams, length penalty 1 and
-    `max_target_tokens` after the start token.
+    `max_target_tokens` after the start token. The preset's `max_length` is before the checkpoint's: some checkpoints
+    allow several times the length of any target, and a collapsed student would decode that far.
 
     Raises:
         UserError: The requested `min_length` exceeds `max_length`.
@@ -139,7 +140,7 @@ def resolve_decoding(
     def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)
 
-    max_length = first(requested.max_length, own_max, preset.max_length, max_target_tokens + 1)
+    max_length = first(requested.max_length, preset.max_length, own_max, max_target_tokens + 1)
     min_length = first(requested.min_length, own.min_length, preset.min_length, 0)
     if min_length > max_length:
         if requested.min_length is not None:

@@ -2,14 +2,23 @@
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import eager_mask
 
+WEIGHTS_BEFORE_DROPOUT = "eager_before_dropout"  # name of an attention implementation
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
@@ -173,13 +182,35 @@ def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, T
 
 @contextlib.contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use the attention implementation that returns its weights; fused kernels do not compute them."""
+    """Use an attention implementation that returns its weights; fused kernels do not compute them."""
     implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(WEIGHTS_BEFORE_DROPOUT)
     try:
         yield
     finally:
         model.set_attn_implementation(implementation)
+
+
+def _attention_with_weights(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The eager attention of a model's module, with the weights before dropout.
+
+    The implementation of transformers returns weights of which dropout has zeroed a part and scaled the others.
+
+    Returns:
+        The outputs [batch, tokens, heads, width of a head], with dropout, and the weights [batch, heads, tokens, keys].
+    """
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    dropout = options.pop("dropout", 0.0)
+    output, weights = eager(module, query, key, value, attention_mask, dropout=0.0, **options)
+    if module.training and dropout:
+        output = (torch.nn.functional.dropout(weights, dropout) @ value).transpose(1, 2).contiguous()
+    return output, weights
+
+
+AttentionInterface.register(WEIGHTS_BEFORE_DROPOUT, _attention_with_weights)
+AttentionMaskInterface.register(WEIGHTS_BEFORE_DROPOUT, eager_mask)
 
 
 def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | None = None) -> Tensor:

@@ -30,6 +30,7 @@ INTERVAL_NOTE = (
 )
 
 SizeKey = tuple[str, str]  # teacher and size
+ScoreNames = tuple[str, str]  # the main score and ROUGE-L, as metrics name them
 
 
 def main_results_table(seed_groups: Sequence[SeedGroup]) -> Table:
@@ -57,6 +58,7 @@ def best_by_size_table(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]
     """
     own_sweeps = [sweep for sweep in sweeps if sweep.dataset_name == dataset_name]
     metric = own_sweeps[0].metric if own_sweeps else "rouge2"
+    scores: ScoreNames = (metric, published.rouge_l_metric(dataset_name))
     paper_rows = {key[:2]: row for key, row in published.TABLES_6_7.items() if key[2] == dataset_name}
     teachers: dict[SizeKey, list[Sweep]] = {}
     for sweep in own_sweeps:
@@ -68,19 +70,19 @@ def best_by_size_table(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]
     rows: list[list[str]] = []
     for key in _sort_by_teacher([*paper_rows, *students, *teachers]):
         paper_row = paper_rows.get(key)
-        measured = [_teacher_row(key, sweep, metric, paper_row) for sweep in teachers.get(key, [])]
+        measured = [_teacher_row(key, sweep, scores, paper_row) for sweep in teachers.get(key, [])]
         # The paper's row of the teacher's size describes the teacher, not a student
         student_paper_row = None if key in teachers else paper_row
         for sweep, groups in group_by_sweep(students.get(key, [])):
             if best := best_group(groups):
-                measured.append(_student_row(key, sweep, best, metric, student_paper_row))
+                measured.append(_student_row(key, sweep, best, scores, student_paper_row))
         if not measured and paper_row:
-            measured.append([*key, "", "", *_result_cells({}, {}, metric, paper_row)])
+            measured.append([*key, "", "", *_result_cells({}, {}, scores, paper_row)])
         rows += measured
     number = {"XSUM": "Table 6", "CNN": "Table 7"}.get(dataset_name, "As Tables 6 and 7")
     name = {"XSUM": "table6", "CNN": "table7"}.get(dataset_name, f"table6_{dataset_name}")
     main_score = "BLEU" if metric == "bleu" else "ROUGE-2"
-    columns = paired_headers("params (M)", "ms for 32", "speed-up", main_score, "ROUGE-L")
+    columns = paired_headers("params (M)", "ms for 32", "speed-up", main_score, METRIC_NAMES[scores[1]])
     header = ["teacher", "size", SWEEP_COLUMN, "our method", *columns]
     note = "The paper's times are on an Nvidia RTX 2080 (BART in mixed precision); ours are on the sweep's machine."
     return Table(name, f"{number}: best {dataset_name} results of each size across all methods", header, rows, note)
@@ -154,21 +156,26 @@ def _method_cells(group: SeedGroup | None, paper: tuple[float, float] | None) ->
     return [*cells, str(group.num_seeds) if group else ""]
 
 
-def _teacher_row(key: SizeKey, sweep: Sweep, metric: str, paper_row: SizeResult | None) -> list[str]:
+def _teacher_row(key: SizeKey, sweep: Sweep, names: ScoreNames, paper_row: SizeResult | None) -> list[str]:
     values = {**sweep.teacher.costs, "speedup": 1.0}
     scores = sweep.teacher.test.metrics if sweep.teacher.test else {}
-    return [*key, sweep.name, "teacher", *_result_cells(values, scores, metric, paper_row)]
+    return [*key, sweep.name, "teacher", *_result_cells(values, scores, names, paper_row)]
 
 
-def _student_row(key: SizeKey, sweep: Sweep, group: SeedGroup, metric: str, paper_row: SizeResult | None) -> list[str]:
+def _student_row(
+    key: SizeKey, sweep: Sweep, group: SeedGroup, names: ScoreNames, paper_row: SizeResult | None
+) -> list[str]:
     values = {name: group.mean_metric(name) for name in ("params_m", "latency_ms", "speedup")}
-    scores = {name: group.mean_test_score(name) for name in (metric, "rougeL")}
+    scores = {name: group.mean_test_score(name) for name in names}
     recipe = f"{METHOD_NAMES[group.run.method]} on {group.label_description}, n = {group.num_seeds}"
-    return [*key, sweep.name, recipe, *_result_cells(values, scores, metric, paper_row)]
+    return [*key, sweep.name, recipe, *_result_cells(values, scores, names, paper_row)]
 
 
 def _result_cells(
-    values: Mapping[str, float | None], scores: Mapping[str, float | None], metric: str, paper_row: SizeResult | None
+    values: Mapping[str, float | None],
+    scores: Mapping[str, float | None],
+    names: ScoreNames,
+    paper_row: SizeResult | None,
 ) -> list[str]:
     """The values of a row of Tables 6 and 7, measured and in the paper."""
     return [
@@ -178,9 +185,9 @@ def _result_cells(
         format_cell(paper_row and paper_row.latency_ms, 0),
         format_cell(values.get("speedup"), 2),
         format_cell(paper_row and paper_row.speedup, 2),
-        format_cell(scores.get(metric), 2),
+        format_cell(scores.get(names[0]), 2),
         format_cell(paper_row and paper_row.rouge2, 2),
-        format_cell(scores.get("rougeL"), 2),
+        format_cell(scores.get(names[1]), 2),
         format_cell(paper_row and paper_row.rougeL, 2),
     ]
 

@@ -186,9 +186,21 @@ def seed_step(seed: int, rank: int, step: int) -> None:
 
 
 def make_optimizer(parameters: list[Parameter], settings: Training) -> torch.optim.Optimizer:
-    """Fused AdamW or Adafactor, selected by `training.optimizer`."""
+    """Fused AdamW or Adafactor, selected by `training.optimizer`.
+
+    Adafactor has the options of the paper's released recipe. torch's Adafactor always multiplies the step by the root
+    mean square of the parameter (`scale_parameter`), which makes steps of typical weights about 100 times smaller.
+    """
     if settings.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            scale_parameter=False,
+            relative_step=False,
+        )
     return torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,

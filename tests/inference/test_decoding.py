@@ -22,6 +22,15 @@ def test_max_new_tokens_becomes_a_length_with_the_start_token():
     assert resolve_decoding(Decoding(), GenerationConfig(max_new_tokens=9), None, 60).max_length == 10
 
 
+def test_max_length_of_a_preset_wins_over_the_checkpoints():
+    """The hub's Marian allows 512 tokens and mBART 200, so that a collapsed student would decode for a long time."""
+    own, preset = GenerationConfig(max_length=512, num_beams=6), Decoding(max_length=128, beams=4)
+    resolved = resolve_decoding(Decoding(), own, preset, 60)
+    assert (resolved.max_length, resolved.beams) == (128, 6)
+    assert resolve_decoding(Decoding(max_length=40), own, preset, 60).max_length == 40
+    assert resolve_decoding(Decoding(), own, None, 60).max_length == 512
+
+
 def test_requested_min_length_above_max_length_is_an_error():
     with pytest.raises(UserError, match="min_length 30 is above max_length 20"):
         resolve_decoding(Decoding(min_length=30, max_length=20), None, None, 60)

@@ -286,6 +286,19 @@ def test_full_depth_student_and_teacher_have_separate_rows(sweep):
     assert rows == {"teacher": "30.00", "SFT on original, n = 1": "31.00"}
 
 
+def test_table_7_has_the_summary_level_rouge_l_next_to_the_papers(tmp_path):
+    """The paper's 40.89 of bart-large-cnn is rougeLsum; by rougeL the same outputs score about 30."""
+    folder = tmp_path / "outputs" / "sweeps" / "cnn"
+    student = write_trial(folder, "a", 20.0, 0, dataset={"name": "cnn_dailymail"}, student={"size": "12-3"})
+    scores = {"rouge2": 20.0, "rougeL": 29.0, "rougeLsum": 39.0, "interval": [19, 21]}
+    change_result(student, test=scores)
+    teacher = sweep_teacher(name="bart", size="12-12", test={**scores, "rougeLsum": 41.0}, data={})
+    sweep_record(teacher, name="cnn").write(folder / "sweep.json")
+    rows = {r["our method"]: r for r in table([folder], "table7") if r["our method"]}
+    assert [r["ROUGE-Lsum"] for r in rows.values()] == ["39.00", "41.00"]
+    assert rows["teacher"]["ROUGE-Lsum (paper)"] == "40.89"
+
+
 def test_missing_values_are_empty_cells(sweep):
     cells = row([sweep], "table5", teacher="BART", data="CNN")
     assert (cells["SFT score"], cells["KD - SFT"], cells["SFT score (paper)"]) == ("", "", "21.21")

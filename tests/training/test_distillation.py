@@ -239,6 +239,37 @@ def attention_and_cosine_by_transformers(distillation):
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
+def test_attention_maps_are_compared_before_dropout(family, tmp_path):
+    """A copy of all layers has the teacher's maps, also while dropout zeroes a part of the weights in the forward."""
+    copy = tiny_distillation(family, tmp_path, "2-3", loss=ATTENTION_AND_COSINE)
+    student = copy.student
+    modules = [m for name, m in student.get_decoder().named_modules() if name.endswith(("attn", "Attention"))]
+    assert modules
+    student.train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    for module in modules:
+        module.dropout = 0.5
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    encoded = families.encode(copy.teacher, ids, torch.ones_like(ids)).last_hidden_state
+    maps = [
+        families.decode(m, ids, encoded, torch.ones_like(ids), attentions=True).attentions[0][0]
+        for m in (copy.teacher, student)
+    ]
+    torch.testing.assert_close(maps[0], maps[1], rtol=1e-4, atol=1e-6)
+    assert float((maps[1].sum(dim=-1) - 1).abs().max()) < 1e-5
+    outputs = [
+        families.decode(student, ids, encoded, torch.ones_like(ids), attentions=True).last_hidden_state
+        for _ in range(2)
+    ]
+    assert not torch.equal(*outputs), "dropout still acts on the outputs"
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
 def test_attention_term_leaves_the_sdpa_kernel_set(family, tmp_path):
     live = tiny_distillation(family, tmp_path / "t", loss=ATTENTION_AND_COSINE)
     cached = replace(with_cache(live, live.teacher, tmp_path / "cache"), teacher=live.teacher)

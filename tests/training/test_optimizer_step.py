@@ -71,6 +71,21 @@ def test_clip_and_step_equals_clipping_before_the_step(kind, max_norm):
     torch.testing.assert_close(combined, weights_after(clip_then_step))
 
 
+def test_adafactor_steps_by_the_learning_rate_whatever_the_size_of_the_weights():
+    """The released recipe: `scale_parameter=False, relative_step=False` (lightning_base.py of transformers 3).
+
+    The second moment of a gradient whose squares are an outer product is exact, so that the first update has the
+    magnitude of the learning rate for each weight. With scaled steps it would be 50 times smaller here.
+    """
+    torch.manual_seed(0)
+    start = 0.02 * torch.randn(4, 3)
+    signs = torch.randn(4, 3).sign()
+    weights = torch.nn.Parameter(start.clone())
+    weights.grad = signs * torch.outer(torch.rand(4) + 0.5, torch.rand(3) + 0.5)
+    make_optimizer([weights], Training(optimizer="adafactor", learning_rate=1e-3)).step()
+    torch.testing.assert_close(weights.detach(), start - 1e-3 * signs, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_math_attention_kernel_gives_the_gradients_of_the_fused_one(family, tmp_path, monkeypatch):
     """In bf16 on a CPU, the two kernels differ less from each other than from float32."""
