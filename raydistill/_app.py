@@ -2,12 +2,15 @@
 
 import io
 import os
+import signal
 import sys
 
 import typer
 
 from raydistill.core.errors import TransientError, UserError, describe_os_error
 from raydistill.core.secrets import redact
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def make_app() -> typer.Typer:
@@ -19,8 +22,7 @@ def run_app(app: typer.Typer) -> None:
     """Run a command, and turn errors that the user can correct into a message and an exit status.
 
     UserError: status 2. TransientError: status 75, EX_TEMPFAIL of sysexits.h, after which a scheduler can run the same
-    command again. OSError, such as a full disk: status 1. KeyboardInterrupt: status 130. Other exceptions keep their
-    traceback.
+    command again. OSError, such as a full disk: status 1. Ctrl-C: status 130. Other exceptions keep their traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names need not be UTF-8. Python sets this error handler for stderr only.
@@ -32,9 +34,10 @@ def run_app(app: typer.Typer) -> None:
         cause = getattr(error, "cause", error)
         print(f"error: {redact(str(cause))}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL if isinstance(cause, TransientError) else 2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's status after Ctrl-C, which typer reports without a message
+            print("interrupted; run the same command again to resume", file=sys.stderr)
+        raise
     except OSError as error:
         print(f"error: {redact(describe_os_error(getattr(error, 'cause', error)))}", file=sys.stderr)
         sys.exit(1)

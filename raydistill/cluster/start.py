@@ -30,6 +30,8 @@ ENV_DEFAULTS = {
     "TUNE_MAX_PENDING_TRIALS_PG": "32",
     # A trial that fails after its validations reports no score. The study records the failure; the sweep continues.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Tune's handler would end the search as if it had finished. Without the handler, Ctrl-C ends the command.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",
     # Bound the memory of reused trial actors: oneDNN caches a kernel per batch shape, and glibc keeps freed tensors
@@ -77,6 +79,9 @@ def ray_cluster(cpus: int | None = None) -> Iterator[None]:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # search.progress reports a failed trial in one line
     try:
         yield
+    except KeyboardInterrupt:
+        print_progress("interrupted: finished work is kept; ending Ray's processes")
+        raise
     finally:
         if not already_initialized:
             ray.shutdown()

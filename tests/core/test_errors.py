@@ -20,6 +20,7 @@ def test_message_for_a_full_disk_says_how_to_continue():
     [
         (UserError("bad input"), 2, "error: bad input"),
         (TransientError("try again"), 75, "error: try again"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
         (OSError("no permission"), 1, "error: no permission"),
         (UserError("at http://u:p@h"), 2, "error: at http://***@h"),
     ],
