@@ -307,14 +307,15 @@ def _finite_or_none(values: Iterable[float]) -> list[float | None]:
 def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[SearchPoint]]:
     """Run this search and the baseline as real sweeps over the grid's space, each in an empty home.
 
-    Trials run one at a time, as in the replays. The latencies of the shapes are the grid's, so that hypervolumes are
-    comparable.
+    Trials run one at a time, as in the replays. Points have the latencies of the grid, so that hypervolumes are
+    comparable: the live sweeps time the shapes at another time.
     """
     points_by_search = {}
+    latency_ms = {trial.size: trial.latency_ms for trial in read_grid(sweep).values()}
     for name in (OURS, BASELINE):
         with tempfile.TemporaryDirectory(prefix="raydistill-live-") as folder:
             home = Path(folder)
-            _copy_inputs(sweep.absolute().parents[1], home)
+            _copy_teacher(sweep.absolute().parents[1], home)
             changes = {**SEARCHES[name], **STOPPING_SETTINGS, "seed": seed, "trials": trials, "concurrent": 1}
             settings = [f"search.{key}={json.dumps(value)}" for key, value in changes.items()]
             settings += ["points=[]", "budgets={}", "tracking_uri=null"]
@@ -325,14 +326,13 @@ def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[Searc
             for trial in read_grid(home / "sweeps" / sweep.name).values():
                 seconds += trial.total_seconds
                 score = -math.inf if trial.score is None else trial.score  # a failed trial costs time and adds nothing
-                points.append(SearchPoint(seconds, score, trial.latency_ms))
+                points.append(SearchPoint(seconds, score, latency_ms[trial.size]))
             points_by_search[name] = points
     return points_by_search
 
 
-def _copy_inputs(grid_home: Path, home: Path) -> None:
-    """Copy the measured latencies and, if the grid used it, the demo's teacher to an empty home."""
-    shutil.copy(grid_home / "latency.json", home)
+def _copy_teacher(grid_home: Path, home: Path) -> None:
+    """Copy the demo's teacher to an empty home, if the grid used it."""
     if (teacher := grid_home / "runs" / DEMO_TEACHER_RUN).is_dir():
         shutil.copytree(teacher, home / "runs" / DEMO_TEACHER_RUN)
 
