@@ -116,7 +116,7 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
 
     A kill at any moment leaves the existing artifact, the new one, or none if there was none. If the block raises, the
     temporary folder is deleted and an existing artifact is unchanged. The caller holds the lock of the artifact, or of
-    an artifact around it.
+    an artifact around it. The block must not delete the temporary folder itself, not even to create it again.
 
     Args:
         folder: The artifact. Parent folders are created.

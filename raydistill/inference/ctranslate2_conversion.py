@@ -66,7 +66,7 @@ class ConvertedModel:
 def convert_to_ctranslate2(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, quantization: str = "float32"
 ) -> None:
-    """Write an fp32 model to `folder`, which is replaced, in the CTranslate2 format; the model is not changed.
+    """Write an fp32 model to `folder`, whose content is replaced, in the CTranslate2 format; the model is not changed.
 
     The vocabulary of the converted model begins with the special tokens, see `_move_to_front`.
     `quantization` is a name of CTranslate2, such as int8.
@@ -88,9 +88,24 @@ def convert_to_ctranslate2(
             _move_to_front(spec, set(tokenizer.all_special_tokens))
             return spec
 
+    _make_empty(folder)
+    output = folder / "output"  # the converter creates its output folder, and `artifact.build` its temporary folder
     with tempfile.TemporaryDirectory() as config_folder:
         model.config.save_pretrained(config_folder)  # the converter reads nothing else from the folder
-        Converter(config_folder).convert(str(folder), quantization=quantization, force=True)
+        Converter(config_folder).convert(str(output), quantization=quantization)
+    for path in output.iterdir():
+        path.rename(folder / path.name)
+    output.rmdir()
+
+
+def _make_empty(folder: Path) -> None:
+    """Create a folder, or delete its content. The folder itself is kept: `artifact.build` recognises it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _move_to_front(spec: Any, special_tokens: set[str]) -> None:
@@ -258,8 +273,7 @@ def _convert_into(folder: Path, checkpoint: str | Path, tokenizer: PreTrainedTok
         ) as temporary:
             reason, logprob_diff = _convert_and_validate(model, tokenizer, temporary, threads)
             if reason:
-                shutil.rmtree(temporary)
-                temporary.mkdir()
+                _make_empty(temporary)
     except OSError as error:
         raise UserError(
             f"{folder}: the conversion of {checkpoint} for CTranslate2 could not be written ({error}); free some disk "
