@@ -85,9 +85,9 @@ def _bleu_students(rng: np.random.Generator, num_rows: int) -> Callable[..., np.
 
     def make_student(quality: float, noise_seed: int = 1) -> np.ndarray:
         noise = np.random.default_rng(noise_seed)
-        latent = np.sqrt(0.6) * shared + np.sqrt(0.4) * noise.normal(size=exists.shape)
+        latent = np.sqrt(0.85) * shared + np.sqrt(0.15) * noise.normal(size=exists.shape)
         right = exists & (latent < 0.42 + (quality - 1))
-        output_lengths = np.maximum(4, lengths + noise.integers(-1, 2, num_rows))
+        output_lengths = np.maximum(4, lengths + (noise.random(num_rows) < 0.2))
         matches = []
         run = right
         for n in range(4):

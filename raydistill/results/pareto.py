@@ -54,7 +54,7 @@ class Choice:
     `best` is None if no student fits the bounds. `highest` has the highest score within the bounds. `non_inferior` are
     the cheaper students within the bounds that are not inferior to the highest, cheapest first; `best` is the first of
     them, or `highest` if there are none. `comparisons` holds the difference candidate - highest by key of the cheaper
-    candidates that were scored on the same rows.
+    and the more expensive candidates that were scored on the same rows.
     """
 
     best: Candidate | None
@@ -180,7 +180,8 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
     highest = min(within, key=lambda c: (-c.score, _cost(c, cost), c.key))
     cheaper = [c for c in within if _cost(c, cost) < _cost(highest, cost)]
     cheaper.sort(key=lambda c: (_cost(c, cost), -c.score, c.key))
-    comparisons = _compare(metric, cheaper, highest)
+    dearer = [c for c in within if _cost(c, cost) > _cost(highest, cost)]
+    comparisons = _compare(metric, [*cheaper, *dearer], highest)
     non_inferior = [c for c in cheaper if c.key in comparisons and comparisons[c.key].low > -tolerance]
     best = non_inferior[0] if non_inferior else highest
     scope = f"within {describe_bounds(bounds)}" if bounds else "of all students"
@@ -191,6 +192,7 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
         outcome = _explain_highest(cheaper, comparisons, tolerance)
     not_shown = cheaper[: cheaper.index(best)] if non_inferior else cheaper
     details = _explain_not_shown(not_shown, comparisons, highest, tolerance)
+    details += _explain_doubt(dearer, comparisons, highest, tolerance)
     return Choice(best, highest, non_inferior, comparisons, f"{top}{outcome}.{details}")
 
 
@@ -252,12 +254,12 @@ def _share_of_bound(candidate: Candidate, key: str, bound: float) -> float:
     return share_of_bound(key, candidate.costs[key], bound) if key in candidate.costs else math.inf
 
 
-def _compare(metric: str, cheaper: Sequence[Candidate], highest: Candidate) -> dict[str, Comparison]:
+def _compare(metric: str, others: Sequence[Candidate], highest: Candidate) -> dict[str, Comparison]:
     """The paired differences candidate - highest, without the candidates that were not scored on the same rows."""
     reference = highest.rows
     if reference is None or len(reference) == 0:
         return {}
-    rows = {c.key: c.rows for c in cheaper if c.rows is not None and len(c.rows) == len(reference)}
+    rows = {c.key: c.rows for c in others if c.rows is not None and len(c.rows) == len(reference)}
     if not rows:
         return {}
     return dict(zip(rows, compare_with_reference(metric, list(rows.values()), reference), strict=True))
@@ -280,7 +282,7 @@ def _explain_replacement(
 def _explain_highest(cheaper: Sequence[Candidate], comparisons: dict[str, Comparison], tolerance: float) -> str:
     if not cheaper:
         return "; no student is cheaper"
-    if not comparisons:
+    if not any(c.key in comparisons for c in cheaper):
         return "; no cheaper student was scored on the same rows"
     return f"; no cheaper student is shown to be within the tolerance of {tolerance:g} points"
 
@@ -306,6 +308,24 @@ def _explain_not_shown(
     nearest = max(compared, key=lambda c: comparisons[c.key].difference)
     comparison = comparisons[nearest.key]
     return f" The nearest cheaper student is {nearest.label or nearest.key}: {_format_comparison(comparison)}."
+
+
+def _explain_doubt(
+    dearer: Sequence[Candidate], comparisons: dict[str, Comparison], highest: Candidate, tolerance: float
+) -> str:
+    """A sentence on the more expensive student that may be better by most, if by more than the tolerance."""
+    compared = [c for c in dearer if c.key in comparisons]
+    doubtful = max(compared, key=lambda c: comparisons[c.key].high, default=None)
+    if doubtful is None or highest.rows is None or comparisons[doubtful.key].high < tolerance:
+        return ""
+    comparison = comparisons[doubtful.key]
+    reverse = Comparison(-comparison.difference, -comparison.high, -comparison.low, comparison.p_value)
+    needed = rows_needed(reverse, len(highest.rows), tolerance)
+    rows = f"; if the difference stays, about {needed:,} rows would exclude this" if needed else ""
+    return (
+        f" {doubtful.label or doubtful.key}, which is more expensive, may be better by more than the tolerance "
+        f"({_format_comparison(comparison)}){rows}."
+    )
 
 
 def _format_comparison(comparison: Comparison) -> str:

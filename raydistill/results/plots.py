@@ -19,6 +19,8 @@ METHOD_COLOURS = {"sft": "#0072B2", "kd": "#D55E00", "pl": "#009E73"}
 OTHER_COLOUR = "0.4"
 SIZE_MARKERS = "osD^vP<>Xhp*"
 PANEL_COLUMNS = 3
+# Test scores are for comparison only; nothing is chosen by them.
+TEST_STYLE: dict[str, Any] = {"s": 26, "alpha": 0.45, "linewidth": 1.0, "zorder": 1}
 COST_AXIS_LABELS = {
     "latency_ms": "Latency of a batch of 32 (ms)",
     "latency_ms_b1": "Latency of one row (ms)",
@@ -30,11 +32,12 @@ COST_AXIS_LABELS = {
 
 
 def plot_front(selection: Selection, image_format: ImageFormat = "png") -> bytes:
-    """Draw validation score with 95 % interval against cost; returns the file's content.
+    """Draw the scores that students are chosen by, with 95 % intervals, against cost; returns the file's content.
 
     Colour is the method, marker the size; filled markers are on the front, which is a stepped line. Chosen students
-    are ringed and labelled with their budgets, the teacher is a star, and a bound on this cost is a dotted line. In an
-    SVG a student's marker has the id `marker_id(key)`, the teacher's the id "teacher".
+    are ringed and labelled with their budgets, the teacher is a star, and a bound on this cost is a dotted line. The
+    test scores of the front, of chosen students and of the teacher are fainter, smaller markers. In an SVG a student's
+    marker has the id `marker_id(key)`, the teacher's the id "teacher"; test scores have the same with "test-" before.
     """
     plt = load_pyplot()
     metric, cost = selection.metric, selection.cost
@@ -48,6 +51,10 @@ def plot_front(selection: Selection, image_format: ImageFormat = "png") -> bytes
         _draw_front(axes, [points[key] for key in selection.front_keys if key in points])
         for t in sorted(trials, key=lambda t: t.key in selection.front_keys):
             _draw_trial(axes, t, shifted[t.key], markers[t.size], t.key in selection.front_keys)
+        shown = {*selection.front_keys, *selection.chosen_keys.values()}
+        for t in trials:
+            if t.key in shown:
+                _draw_test_score(axes, t, shifted[t.key][0], markers[t.size], metric)
         _draw_teacher(axes, selection.teacher, metric, cost)
         axes.margins(x=0.12, y=0.14)
         _draw_budgets(axes, selection.bounds, cost)
@@ -176,6 +183,14 @@ def _draw_trial(axes: Any, trial: Trial, position: Point, marker: str, on_front:
     scatter.set_gid(marker_id(trial.key))
 
 
+def _draw_test_score(axes: Any, trial: Trial, x: float, marker: str, metric: str) -> None:
+    score = (trial.test or {}).get(metric)
+    if score is not None:
+        colour = METHOD_COLOURS.get(trial.method, OTHER_COLOUR)
+        scatter = axes.scatter(x, score, marker=marker, facecolor="white", edgecolor=colour, **TEST_STYLE)
+        scatter.set_gid(f"test-{marker_id(trial.key)}")
+
+
 def _draw_teacher(axes: Any, teacher: SweepTeacher, metric: str, cost: str) -> None:
     score, teacher_cost = teacher.metrics.get(metric), teacher.costs.get(cost)
     if score is None:
@@ -183,6 +198,11 @@ def _draw_teacher(axes: Any, teacher: SweepTeacher, metric: str, cost: str) -> N
     axes.axhline(score, color="black", linewidth=0.7, linestyle=(0, (5, 4)), alpha=0.5, zorder=0)
     if teacher_cost is not None:
         axes.scatter(teacher_cost, score, marker="*", s=220, color="black", zorder=4).set_gid("teacher")
+        if teacher.test and metric in teacher.test.metrics:
+            test = teacher.test.metrics[metric]
+            axes.scatter(teacher_cost, test, marker="*", facecolor="white", edgecolor="black", **TEST_STYLE).set_gid(
+                "test-teacher"
+            )
 
 
 def _draw_budgets(axes: Any, bounds: dict[str, dict[str, float]], cost: str) -> None:
@@ -220,5 +240,6 @@ def _draw_legend(axes: Any, methods: set[str], markers: dict[str, str]) -> None:
     entries += [entry(size, marker=marker) for size, marker in markers.items()]
     entries.append(entry("teacher", marker="*", color="black", markersize=12))
     entries.append(Line2D([], [], color="0.35", linewidth=1.2, label="front (filled)"))
+    entries.append(entry("test score", marker="o", markersize=5, markerfacecolor="none", alpha=TEST_STYLE["alpha"]))
     entries.append(entry("chosen", marker="o", markersize=11, markerfacecolor="none", color="black"))
     axes.legend(handles=entries, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)

@@ -222,6 +222,20 @@ def test_cheaper_student_is_not_chosen_while_its_interval_reaches_below_the_tole
     assert choose([best, unsure], {}, "rouge2", 0.0).best is best
 
 
+def test_reason_names_a_more_expensive_student_that_may_be_better() -> None:
+    """The highest score of a cheaper student may be luck: 200 rows do not show that the larger student is worse."""
+    base = np.linspace(0, 40, 200)
+    noise = np.where(np.arange(200) % 2 == 0, 5.0, -5.0)  # standard error 0.35
+    highest, larger = candidate("highest", 20.0, 60, base), candidate("larger", 19.9, 100, base + noise - 0.1)
+    choice = choose([highest, larger], {}, "rouge2", TOLERANCE)
+    assert choice.best is highest
+    assert "no student is cheaper. student larger, which is more expensive, may be better by more than" in choice.reason
+    needed = int(choice.reason.split("about ")[1].split(" rows")[0])
+    assert needed == pytest.approx(200 * (1.96 * 0.3536 / 0.6) ** 2, rel=0.05)  # 267
+    worse = candidate("worse", 18.0, 100, base + noise - 2)
+    assert "may be better" not in choose([highest, worse], {}, "rouge2", TOLERANCE).reason
+
+
 def test_rows_needed_by_hand() -> None:
     comparison = Comparison(difference=-0.1, low=-0.9, high=0.7, p_value=0.8)
     assert rows_needed(comparison, 200, 0.5) == 800  # 0.8 must become 0.4: four times the rows

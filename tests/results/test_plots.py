@@ -2,6 +2,7 @@
 
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 from raydistill.results.plots import marker_id, plot_front
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
+from raydistill.training.records import SplitScores
 from tests.factories.selections import make_finished_trial, make_selection
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -62,6 +64,22 @@ def test_every_scored_trial_and_the_teacher_has_a_marker_at_its_cost_and_score()
     assert teacher[1] < b[1] < c[1] < a[1]  # SVG coordinates grow downwards
     assert abs((c[1] - b[1]) - (b[1] - teacher[1])) < 0.01  # scores 19, 20, 21
     assert abs((a[1] - c[1]) - (c[1] - b[1])) < 0.01
+
+
+def test_test_scores_are_fainter_markers_at_the_cost_of_the_front_and_the_teacher() -> None:
+    trials = [replace(trial, test={"rouge2": 17.0}) if trial.scored else trial for trial in TRIALS]
+    teacher = {**TEACHER, "test": SplitScores(rouge2=17.0)}
+    selection = make_selection(trials, ("a", "b"), {"fast": "a"}, teacher=teacher)
+    groups = groups_by_id(plot_front(selection, "svg"))
+    tests = {name: group for name, group in groups.items() if name.startswith("test-")}
+    assert set(tests) == {f"test-{marker_id(key)}" for key in "ab"} | {"test-teacher"}
+    for name, group in tests.items():
+        x, y = marker_position(group)
+        assert x == marker_position(groups[name.removeprefix("test-")])[0]
+        assert y > marker_position(groups[marker_id("a")])[1]  # 17 is below the lowest score, 18
+        [use] = group.iter(f"{SVG}use")
+        assert "opacity: 0.45" in use.get("style")
+    assert "test score" in texts(plot_front(selection, "svg"))
 
 
 def test_only_markers_on_the_front_are_filled() -> None:
