@@ -176,7 +176,7 @@ def test_live_sweeps_are_compared_by_the_hypervolume_of_the_grid(tmp_path: Path)
     teacher, data = make_world(tmp_path)
     run = {
         "teacher": str(teacher),
-        "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+        "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0},
         "student": {"size": {"choice": ["2-2", "2-1"]}},
         "training": {"learning_rate": {"choice": [1e-3, 1e-4]}, "epochs": 4, "batch_size": 8, "patience": 99},
         "decoding": {"beams": 1, "max_length": 12},

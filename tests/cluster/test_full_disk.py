@@ -100,7 +100,7 @@ def test_sweep_resumes_after_a_full_disk(home: Path, tmp_path: Path) -> None:
     teacher, data = make_world(tmp_path / "world")
     run = {
         "teacher": str(teacher),
-        "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+        "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0},
         "method": {"choice": ["sft", "kd"]},
         "student": {"size": {"choice": ["2-2", "2-1"]}},
         "training": {"epochs": 30, "batch_size": 8, "warmup_steps": 2, "patience": 99, "seed": {"choice": [0, 1]}},

@@ -181,7 +181,7 @@ def remaining_processes(hosts: list[Host], seconds: float) -> list[str]:
 
 def write_space(cluster: Cluster, teacher: Path, data: Path, **search: Any) -> Path:
     """Write a space file with `SPACE`'s eight trials to the shared folder; `search` replaces settings of the search."""
-    dataset = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    dataset = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     run = {**SPACE["run"], "teacher": str(teacher), "dataset": dataset}
     path = cluster.shared / "spread.yaml"
     path.write_text(yaml.safe_dump({**SPACE, "run": run, "search": {**SPACE["search"], **search}}))

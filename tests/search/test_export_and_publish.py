@@ -109,7 +109,7 @@ def test_nothing_is_lost_while_the_tracking_server_is_down(tmp_path: Path) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     path = tmp_path / "killed.yaml"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "tracking_uri": f"http://127.0.0.1:{port}"}))
     home = tmp_path / "outputs"

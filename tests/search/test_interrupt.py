@@ -21,7 +21,7 @@ SERVED_AND_PUBLISHED = ("served.json", "exports", "front.html")
 def test_interrupted_sweep_keeps_finished_trials_and_publishes_nothing(tmp_path: Path) -> None:
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     path, home = tmp_path / "killed.yaml", tmp_path / "outputs"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
     process = subprocess.Popen(

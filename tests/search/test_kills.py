@@ -128,7 +128,7 @@ def test_twenty_kills_at_random_moments_lose_and_repeat_no_trial(tmp_path):
     rng = random.Random(6)
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     killed: Counter[str] = Counter()
     losses: dict[str, float] = {}
     for round_ in range(20):

@@ -45,7 +45,7 @@ def test_server_requires_a_password_and_listens_on_loopback_only(server):
 def test_nothing_is_lost_when_the_database_stops_during_a_sweep(server, tmp_path):
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher), "student": {"size": {"choice": ["2-2", "2-1"]}}}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     run["training"] = {**run["training"], "epochs": 2}
     path = tmp_path / "deployed.yaml"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "name": "deployed", "run": run}))
