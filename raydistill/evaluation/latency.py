@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -17,10 +18,13 @@ from pydantic import Field
 
 from raydistill.core import artifact
 from raydistill.core.console import print_progress
+from raydistill.core.errors import UserError
 from raydistill.core.machine import available_cores, reset_peak_rss, rss_mb
 from raydistill.core.records import Record
 from raydistill.inference.decoding import Engine, Workload
 
+# The longest time in seconds for which a call, or a pair of calls, is timed. Short timings vary more.
+TIMING_LIMIT_ENV = "RAYDISTILL_TIMING_SECONDS"
 MAX_REPEATS = 1000
 # CPU cores that other processes may keep busy during a measurement. Background services need less, a training run more.
 MAX_BACKGROUND_CORES = 0.5
@@ -99,12 +103,26 @@ def used_memory_mb(device: str, peak: bool = False) -> float | None:
     return rss_mb(peak)
 
 
+def limit_seconds(seconds: float) -> float:
+    """`seconds`, or RAYDISTILL_TIMING_SECONDS if that is shorter.
+
+    Raises:
+        UserError: The variable is not a number.
+    """
+    limit = os.environ.get(TIMING_LIMIT_ENV)
+    try:
+        return min(seconds, float(limit)) if limit else seconds
+    except ValueError:
+        raise UserError(f"{TIMING_LIMIT_ENV}={limit}: expected a number of seconds") from None
+
+
 def time_calls(call: Callable[[], None], repetition: Repetition) -> Timing:
     """Time repeated calls."""
+    min_seconds = limit_seconds(repetition.min_seconds)
     for _ in range(repetition.warmup):
         call()
     seconds: list[float] = []
-    while len(seconds) < repetition.repeats or (sum(seconds) < repetition.min_seconds and len(seconds) < MAX_REPEATS):
+    while len(seconds) < repetition.repeats or (sum(seconds) < min_seconds and len(seconds) < MAX_REPEATS):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from raydistill.evaluation.confidence_sequence import median_interval
-from raydistill.evaluation.latency import MAX_BACKGROUND_CORES, BackgroundLoad
+from raydistill.evaluation.latency import MAX_BACKGROUND_CORES, BackgroundLoad, limit_seconds
 
 # Short calls are repeated for this time in each half of a pair. The system counts CPU time in ticks of 10 ms, so that
 # the load by other processes is not known for much shorter times.
@@ -39,7 +39,8 @@ class StoppingRule:
         min_pairs: Undisturbed pairs before the first decision.
         precision: The comparison ends when both ends of the interval differ from the ratio by at most this share.
         confidence: Probability that the interval covers the true ratio, whenever the comparison ends.
-        max_seconds: The comparison ends without a decision after this time.
+        max_seconds: The comparison ends without a decision after this time, or after RAYDISTILL_TIMING_SECONDS if that
+            is shorter.
     """
 
     min_pairs: int = 15
@@ -158,7 +159,7 @@ def compare_pairs(pairs: Iterable[Pair], bounds: Sequence[float], rule: Stopping
     ordered: list[float] = []  # logarithms of the ratios of undisturbed pairs
     interval: tuple[float, float] | None = None
     stop_reason: StopReason | None = None
-    seconds = 0.0
+    seconds, max_seconds = 0.0, limit_seconds(rule.max_seconds)
     for pair in pairs:
         taken.append(pair)
         seconds += pair.seconds
@@ -167,7 +168,7 @@ def compare_pairs(pairs: Iterable[Pair], bounds: Sequence[float], rule: Stopping
         if len(ordered) >= rule.min_pairs:
             interval = median_interval(ordered, rule.confidence)
             stop_reason = _decisive(interval, statistics.median(ordered), bounds, rule.precision)
-        if stop_reason is not None or seconds >= rule.max_seconds:
+        if stop_reason is not None or seconds >= max_seconds:
             break
     if stop_reason is None:
         stop_reason = "disturbed" if len(taken) >= 2 * len(ordered) else "time_limit"

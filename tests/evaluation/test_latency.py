@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from raydistill.cluster.start import FORWARDED_ENV
 from raydistill.core.errors import UserError
 from raydistill.core.machine import reset_peak_rss, rss_mb
 from raydistill.evaluation import latency
@@ -36,6 +37,20 @@ def test_time_calls_reports_the_median_without_warmup():
 def test_time_calls_repeats_until_the_minimum_time():
     timing = latency.time_calls(lambda: time.sleep(0.01), Repetition(1, warmup=0, min_seconds=0.05))
     assert 2 <= timing.repeats <= 5
+
+
+def test_the_limit_of_the_environment_shortens_timings(monkeypatch):
+    monkeypatch.setenv(latency.TIMING_LIMIT_ENV, "0.05")
+    timing = latency.time_calls(lambda: time.sleep(0.01), Repetition(1, warmup=0, min_seconds=30))
+    assert 2 <= timing.repeats <= 5
+    assert latency.limit_seconds(0.01) == 0.01
+    monkeypatch.setenv(latency.TIMING_LIMIT_ENV, "short")
+    with pytest.raises(UserError, match="RAYDISTILL_TIMING_SECONDS=short: expected a number"):
+        latency.limit_seconds(1.0)
+
+
+def test_the_limit_of_the_environment_reaches_the_workers_of_a_running_cluster():
+    assert latency.TIMING_LIMIT_ENV in FORWARDED_ENV
 
 
 @pytest.mark.parametrize("engine_name", ["ctranslate2", "transformers"])

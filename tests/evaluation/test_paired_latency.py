@@ -73,11 +73,13 @@ def test_without_a_bound_a_comparison_continues_until_the_interval_is_precise():
     assert len(compare_pairs(ratios_around(0.5, 0.2), [], RULE).pairs) > 100
 
 
-def test_the_time_limit_ends_a_comparison_without_a_decision():
+def test_the_time_limit_ends_a_comparison_without_a_decision(monkeypatch):
     timing = compare_pairs(ratios_around(0.5, 0.2), [0.5], StoppingRule(max_seconds=20))
     assert (timing.stop_reason, timing.decided(0.5), len(timing.pairs)) == ("time_limit", "undecided", 20)
     early = compare_pairs(ratios_around(0.5, 0.2), [0.9], StoppingRule(max_seconds=14))
     assert (early.stop_reason, early.decided(0.9), early.interval) == ("time_limit", "undecided", None)
+    monkeypatch.setenv("RAYDISTILL_TIMING_SECONDS", "14")
+    assert compare_pairs(ratios_around(0.5, 0.2), [0.9], RULE) == early
 
 
 def test_disturbed_pairs_are_kept_but_not_counted():
