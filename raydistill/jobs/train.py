@@ -120,17 +120,23 @@ def _make_trainer(job: TrainJob, device: str, retries: int, callbacks: list[Any]
 
     from raydistill.cluster.process_group import ManualGroupConfig
 
+    # In the closure, which only workers open: Ray Train's controller would open a `train_loop_config`, and import
+    # transformers and all of raydistill for `train_fn`.
+    config = {
+        "run": job.run.model_dump(mode="json"),
+        "folder": str(job.folder),
+        "inputs": job.inputs,
+        "train_fn": job.train_fn,
+        "check_stop": job.check_stop,
+    }
+
+    def train_worker() -> str | None:  # the result's return_value
+        return _train_worker(config)
+
     training = job.run.training
     return TorchTrainer(
-        _train_worker,  # type: ignore[arg-type]  # its return value becomes the result's return_value
+        train_worker,  # type: ignore[arg-type]
         torch_config=ManualGroupConfig(),
-        train_loop_config={
-            "run": job.run.model_dump(mode="json"),
-            "folder": str(job.folder),
-            "inputs": job.inputs,
-            "train_fn": job.train_fn,
-            "check_stop": job.check_stop,
-        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.workers,
             use_gpu=device == "cuda",

@@ -41,7 +41,8 @@ from raydistill.tracking.mlflow_runs import publish
 from raydistill.tracking.mlflow_store import TrackingUnavailable, ui_command
 from raydistill.training.preflight import check_space
 
-PUBLISH_INTERVAL_S = 20.0
+# Publishing takes seconds of a core that trains, plots included.
+PUBLISH_INTERVAL_S = 60.0
 
 
 def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[str, Any]:

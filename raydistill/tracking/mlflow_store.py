@@ -135,8 +135,6 @@ def _create_sqlite_store(path: Path) -> None:
 
     MLflow creates its tables one by one, and cannot open a store with only some of them.
     """
-    from mlflow import MlflowClient
-
     if path.is_file() and path.stat().st_size:
         return
     with artifact.lock(path, math.inf):
@@ -145,7 +143,14 @@ def _create_sqlite_store(path: Path) -> None:
         for leftover in path.parent.glob(f".{path.name}.*.tmp*"):  # from a killed process; includes SQLite's journal
             leftover.unlink()
         with atomic_path(path) as temporary:
-            MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+            write_empty_store(temporary)
+
+
+def write_empty_store(path: Path) -> None:
+    """Write a SQLite store without experiments; MLflow runs all its migrations, which takes seconds."""
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
 
 
 def _sqlite_path(uri: str) -> Path:
