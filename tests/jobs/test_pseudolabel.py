@@ -42,6 +42,12 @@ def teacher_and_data(tmp_path_factory):
     return root, rows
 
 
+@pytest.fixture(scope="module")
+def label_set(ray_here, teacher_and_data, tmp_path_factory):
+    """The label set of `make_job` without changes."""
+    return pseudolabel(make_job(teacher_and_data), tmp_path_factory.mktemp("labels"), verbose=False)
+
+
 def make_job(teacher_and_data, **changes):
     root, _ = teacher_and_data
     return LabelJob(
@@ -69,20 +75,20 @@ def test_every_row_of_every_shard_has_the_candidates_of_the_engine(ray_here, tea
     assert list((raydistill_home() / "cache" / "ctranslate2").glob("*/model.bin"))
 
 
-def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(ray_here, teacher_and_data, tmp_path):
-    plain = pseudolabel(make_job(teacher_and_data), tmp_path, verbose=False)
-    before = {p: p.stat().st_mtime_ns for p in plain.iterdir()}
-    assert pseudolabel(make_job(teacher_and_data), tmp_path, verbose=False) == plain
-    assert {p: p.stat().st_mtime_ns for p in plain.iterdir()} == before
-    eight = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(precision="int8")), tmp_path, verbose=False)
+def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(teacher_and_data, label_set):
+    root = label_set.parent
+    before = {p: p.stat().st_mtime_ns for p in label_set.iterdir()}
+    assert pseudolabel(make_job(teacher_and_data), root, verbose=False) == label_set
+    assert {p: p.stat().st_mtime_ns for p in label_set.iterdir()} == before
+    eight = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(precision="int8")), root, verbose=False)
     # Without AVX512, int8 products of this teacher saturate and its conversion fails the check against transformers.
     expected = "ctranslate2 int8" if has_avx512() else "transformers fp32"
     assert read_pseudolabel_manifest(eight).engine == expected
     curated = pseudolabel(
-        make_job(teacher_and_data, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), tmp_path, verbose=False
+        make_job(teacher_and_data, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), root, verbose=False
     )
-    assert len({plain, eight, curated}) == 3
-    assert read_pseudolabel_manifest(curated).source_label_set == plain.name
+    assert len({label_set, eight, curated}) == 3
+    assert read_pseudolabel_manifest(curated).source_label_set == label_set.name
 
 
 def test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_refused(
@@ -108,9 +114,8 @@ def test_label_set_is_named_after_its_data():
     assert {name: _slug(name) for name in names} == names
 
 
-def test_truncated_batch_is_labelled_again(ray_here, teacher_and_data, tmp_path, monkeypatch):
-    uninterrupted = pseudolabel(make_job(teacher_and_data), tmp_path / "uninterrupted", verbose=False)
-    expected = list(read_candidates(uninterrupted))
+def test_truncated_batch_is_labelled_again(teacher_and_data, label_set, tmp_path, monkeypatch):
+    expected = list(read_candidates(label_set))
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -249,7 +254,7 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[st
 
 
 def test_resumed_job_labels_every_row_once(tmp_path):
-    counts = kill_and_resume(tmp_path, rows=1500, kills=2, seed=5)
+    counts = kill_and_resume(tmp_path, rows=500, kills=2, seed=5)
     assert counts["driver"] + counts["worker"] == 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.scaling import SECONDS_PER_STEP, endless_space, synthetic_sweep
 from benchmarks.simulated import simulated_run
@@ -25,6 +26,7 @@ from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
 from raydistill.training.records import RESULT_FILE, RunResult
+from raydistill.training.run import train
 from tests.factories.workspace import make_world
 
 HISTORY_KEYS = ("step", "loss", "val_loss", "score")
@@ -68,11 +70,19 @@ def assert_same_losses(a, b, tolerance):
             assert row_a[key] == pytest.approx(row_b[key], rel=tolerance)
 
 
+def train_in_this_process(run, folder):
+    """Train without Ray, with the number of threads of a worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.training.threads)
+    try:
+        train(run, folder, lambda metrics, folder: None, RunInputs())
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train_under_tune(run, folder):
     """Train as short CPU trials do: in a Tune actor that reports every validation."""
     from ray import tune
-
-    from raydistill.training.run import train
 
     def trial(config):
         def report(metrics, _):
@@ -190,7 +200,7 @@ def test_a_trial_without_a_cost_fails_and_a_deleted_trial_is_run_again(ray_here,
 
 
 def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here, world, tmp_path):
-    train_with_ray_train(TrainJob(make_run(world, "one"), tmp_path / "one", RunInputs()))
+    train_in_this_process(make_run(world, "one"), tmp_path / "one")
     train_with_ray_train(TrainJob(make_run(world, "two", workers=2), tmp_path / "two", RunInputs()))
     assert_same_losses(history(tmp_path / "one"), history(tmp_path / "two"), 1e-4)
 
@@ -198,7 +208,7 @@ def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here
 def test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint(ray_here, world, tmp_path):
     """The losses equal those of an undisturbed run, and the steps before the checkpoint are not repeated."""
     run = make_run(world, "killed", epochs=12)
-    train_with_ray_train(TrainJob(run, tmp_path / "untouched", RunInputs()))
+    train_in_this_process(run, tmp_path / "untouched")
     folder = tmp_path / "killed"
     steps_at_kill = []
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from raydistill.config.presets import TEACHERS
+from raydistill.config.run import Dataset, Decoding
 from raydistill.core.errors import UserError
+from raydistill.data.streaming import scan_split
+from raydistill.inference.decoding import EngineOptions
+from raydistill.inference.engines import open_engine
+from raydistill.jobs.pseudolabel import LabelJob, beam_search_params, describe_job
 from raydistill.models import fingerprints, loading, tokenization
 from raydistill.models.hub import hub_commit, resolve_checkpoint
 from tests.factories.kills import check_synced_before_publication, record_syncs_and_renames
@@ -155,21 +160,43 @@ def test_offline_every_named_teacher_loads_from_the_cache(family, offline, tiny)
             assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_pseudolabel_command_with_a_named_teacher_in_the_hub_cache(weights, tiny, tmp_path):
+def write_sources(path: Path) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(12)))
+    return path
+
+
+def check_teacher_and_decoding(result: dict, teacher: Path) -> None:
+    """Check the manifest of labels by the named Pegasus of XSUM against the checkpoint in the hub cache."""
+    preset = TEACHERS["pegasus"]["xsum"]
+    assert result["teacher"]["commit"] == preset.revision
+    assert result["teacher"]["path"] == f"{preset.hub}@{preset.revision}"
+    assert result["teacher"]["fingerprint"] == fingerprints.weights_fingerprint(teacher)
+    assert (result["decoding"]["beams"], result["decoding"]["length_penalty"]) == (2, 0.6)
+
+
+def test_pseudolabel_command_with_a_named_teacher_in_the_hub_cache(tiny, tmp_path):
     """Google's Pegasus checkpoint has pickled weights only."""
     preset = TEACHERS["pegasus"]["xsum"]
     folder = tmp_path / "pegasus"
     shutil.copytree(tiny["pegasus"], folder)
-    if weights == "pytorch_model.bin":
-        replace_by_pickle(folder, loading.load_model(folder).state_dict())
+    replace_by_pickle(folder, loading.load_model(folder).state_dict())
     lay_out_model(tmp_path / "hub", preset.hub, folder, preset.revision)
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(12)))
+    file = write_sources(tmp_path / "texts.jsonl")
     arguments = ("pseudolabel", "--teacher", "pegasus", "--dataset", file, "--beams", 2, "--json")
     result = last_json(command(tmp_path / "outputs", *arguments, HF_HUB_CACHE=str(tmp_path / "hub")))
     assert result["rows"] == 12
-    assert result["teacher"]["commit"] == preset.revision
-    assert result["teacher"]["path"] == f"{preset.hub}@{preset.revision}"
-    assert result["teacher"]["fingerprint"] == fingerprints.weights_fingerprint(tiny["pegasus"])
-    assert (result["decoding"]["beams"], result["decoding"]["length_penalty"]) == (2, 0.6)
+    check_teacher_and_decoding(result, tiny["pegasus"])
+
+
+def test_named_teacher_with_safetensors_weights_in_the_hub_cache_decodes(offline, tiny, tmp_path):
+    """The same without Ray."""
+    preset = TEACHERS["pegasus"]["xsum"]
+    lay_out_model(offline, preset.hub, tiny["pegasus"], preset.revision)
+    dataset = Dataset(name=str(write_sources(tmp_path / "texts.jsonl")))
+    job = LabelJob("pegasus", dataset, decoding=Decoding(beams=2))
+    description = describe_job(job, scan_split(dataset, "train"))
+    check_teacher_and_decoding(description.model_dump(mode="json"), tiny["pegasus"])
+    engine = open_engine(description.teacher.path, options=EngineOptions(cache_dir=tmp_path / "cache"))
+    beam, max_source_tokens = beam_search_params(description)
+    sources = [row["source"] for row in corpus_rows(12)]
+    assert len(engine.generate(sources, beam, max_source_tokens=max_source_tokens)) == 12

@@ -1,0 +1,60 @@
+"""The paper's KD search, as a user runs it."""
+
+import re
+import sqlite3
+from pathlib import Path
+
+from tests.factories.hub_cache import lay_out_dataset
+from tests.factories.models import lay_out_model, save_tiny
+from tests.factories.workspace import KEEP_IDLE_WORKERS, command, corpus_rows, last_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_xsum_caches(folder: Path) -> dict[str, str]:
+    """A tiny random 12-12 BART and rows of XSUM's format in hub caches, under the real names."""
+    model = save_tiny("bart", folder / "bart", encoder_layers=12, decoder_layers=12, dropout=0.0)
+    lay_out_model(folder / "hub", "facebook/bart-large-xsum", model)
+    splits = {
+        split: [{"document": r["source"], "summary": r["target"], "id": r["id"]} for r in corpus_rows(n, seed)]
+        for seed, (split, n) in enumerate({"train": 80, "validation": 8, "test": 8}.items())
+    }
+    lay_out_dataset(folder / "datasets", "EdinburghNLP/xsum", None, splits, "refs/convert/parquet")
+    return {
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "HF_HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
+    env = make_xsum_caches(tmp_path)
+    home = tmp_path / "outputs"
+    space = ROOT / "search_spaces" / "kd_xsum.yaml"
+    few = ["run.training.max_steps=3", "search.concurrent=1", "search.trials=3", "search.decoding.beams=[1]"]
+    short = "run.decoding.max_length=16"  # the random teacher writes up to 62 tokens, which every timing repeats
+    settings = [part for setting in (*few, short) for part in ("--set", setting)]
+    done = command(home, "sweep", space, *settings, "--json", **env, **KEEP_IDLE_WORKERS)
+    summary = last_json(done)
+    # The time of such a tiny 12-6 varies: if it exceeds both budgets, the size is not trained, and a message says so
+    trained = {t["size"] for t in summary["trials"]}
+    served = re.search(r"no budget admits ([^:]+):", done.stderr)
+    infeasible = set(served[1].split(", ")) if served else set()
+    assert trained | infeasible == {"12-6", "12-3", "12-1"}
+    assert not trained & infeasible
+    assert all(t["method"] == "kd" for t in summary["trials"])
+    # After three steps of a random student on eight rows, some trials repeat one word and fail
+    assert "done" in {t["status"] for t in summary["trials"]}
+    for trial in summary["trials"]:
+        assert trial["status"] == "done" or "collapsed" in trial["reason"]
+    assert {t["params"]["loss.alpha_hidden"] for t in summary["trials"]} == {3}
+    arguments = ["--within", "params_m=100", "--name", "any"]
+    [chosen] = last_json(command(home, "choose", "kd_xsum", *arguments, "--json", **env))["choices"]
+    with sqlite3.connect(home / "mlflow.db") as store:
+        aliases = dict(
+            store.execute("select alias, version from registered_model_aliases where name = 'kd_xsum'").fetchall()
+        )
+    assert chosen["registered"]["uri"] == "models:/kd_xsum@any"
+    assert str(aliases["any"]) == chosen["registered"]["version"]
+    assert chosen["key"] in {t["key"] for t in summary["trials"] if t["status"] == "done"}
