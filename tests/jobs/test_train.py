@@ -18,7 +18,7 @@ from benchmarks.scaling import SECONDS_PER_STEP, endless_space, synthetic_sweep
 from benchmarks.simulated import simulated_run
 from raydistill.config.run import Run
 from raydistill.core.errors import TransientError, UserError
-from raydistill.jobs.train import TrainJob, check_capacity, resolve_launcher, train_with_ray_train
+from raydistill.jobs.train import TrainJob, _make_trainer, check_capacity, resolve_launcher, train_with_ray_train
 from raydistill.search.progress import ProgressCallback
 from raydistill.search.study import SweepStudy
 from raydistill.search.sweep_folder import write_sweep_record
@@ -101,6 +101,16 @@ def test_both_launchers_give_the_same_losses(ray_here, world, tmp_path):
     assert result.status == "done"
     assert_same_losses(history(tmp_path / "train"), history(tmp_path / "tuned"), 1e-6)
     assert results[0].metrics["step"] == history(tmp_path / "tuned")[-1]["step"]
+
+
+def test_ray_trains_controller_imports_no_training_code(world, tmp_path, monkeypatch):
+    """The controller opens the context of the run, and workers open the function."""
+    from ray import cloudpickle
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    trainer = _make_trainer(TrainJob(make_run(world, "x"), tmp_path, RunInputs()), "cpu", 0, [])
+    assert b"raydistill.training" not in cloudpickle.dumps(trainer.train_run_context)
+    assert b"raydistill.training" in cloudpickle.dumps(trainer.train_loop_per_worker)
 
 
 def record_listeners(run, folder, report, inputs, worker):
