@@ -46,10 +46,16 @@ def empty_store_is_copied(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory):
-    """A local Ray of two CPUs and an empty RAYDISTILL_HOME, shared by the tests of a file."""
+    """A local Ray of two CPUs and an empty RAYDISTILL_HOME, shared by the tests of a file.
+
+    The environment is restored afterwards, since further files run in this process.
+    """
+    environment = dict(os.environ)
     os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
     with ray_cluster(cpus=2):
         yield
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture

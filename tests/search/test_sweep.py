@@ -11,7 +11,7 @@ from tests.factories.sweeps import mlflow_children
 from tests.factories.workspace import KEEP_IDLE_WORKERS, SECRETS, command, last_json
 
 ROOT = Path(__file__).parents[2]
-ROWS = {"train": 200, "validation": 20, "test": 20}
+ROWS = {"train": 400, "validation": 20, "test": 20}
 SEARCH = {
     "run.training.max_steps": 3,
     "search.concurrent": 1,  # two actors would import torch twice
@@ -36,7 +36,7 @@ def demo(tmp_path_factory):
 def run_demo_sweep(home, logs):
     """The home, the JSON of `train` and `sweep`, and the arguments of `sweep`; Ray logs into `logs`."""
     rows = {f"dataset.{split}_rows": n for split, n in ROWS.items()}
-    small = set_options(**rows, **{"training.max_steps": 30, "training.batch_size": 8})
+    small = set_options(**rows, **{"training.max_steps": 30})
     teacher = command(home, "train", "demo", *small, "--json", RAY_TMPDIR=logs)
     settings = {**SEARCH, **{f"run.{key}": n for key, n in rows.items()}, "search.trials": 4}
     arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *set_options(**settings)]
