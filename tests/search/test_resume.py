@@ -28,7 +28,7 @@ def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
     """SIGKILL to the driver while some trials are finished and others run (test_kills.py repeats this twenty times)."""
     teacher, data = make_world(tmp_path)
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     path = tmp_path / "killed.yaml"
     search = {**KILL_SPACE["search"], "decoding": {"beams": [1]}}
     path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": search}))
@@ -74,7 +74,7 @@ def test_trials_worse_than_their_peers_stop_early_and_infeasible_sizes_are_not_t
         "name": "stopping",
         "run": {
             "teacher": str(teacher),
-            "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+            "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0},
             "student": {"size": {"choice": ["2-3", "2-1"]}, "init": "random"},
             "training": {
                 **{"epochs": 8, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 1, "patience": 99},

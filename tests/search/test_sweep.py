@@ -11,7 +11,7 @@ from tests.factories.sweeps import mlflow_children
 from tests.factories.workspace import KEEP_IDLE_WORKERS, SECRETS, command, last_json
 
 ROOT = Path(__file__).parents[2]
-ROWS = {"train": 400, "validation": 20, "test": 20}
+ROWS = {"train": 400, "validation": 40, "test": 40}
 SEARCH = {
     "run.training.max_steps": 3,
     "search.concurrent": 1,  # two actors would import torch twice
