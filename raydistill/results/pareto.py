@@ -180,8 +180,8 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
     highest = min(within, key=lambda c: (-c.score, _cost(c, cost), c.key))
     cheaper = [c for c in within if _cost(c, cost) < _cost(highest, cost)]
     cheaper.sort(key=lambda c: (_cost(c, cost), -c.score, c.key))
-    dearer = [c for c in within if _cost(c, cost) > _cost(highest, cost)]
-    comparisons = _compare(metric, [*cheaper, *dearer], highest)
+    more_expensive = [c for c in within if _cost(c, cost) > _cost(highest, cost)]
+    comparisons = _compare(metric, [*cheaper, *more_expensive], highest)
     non_inferior = [c for c in cheaper if c.key in comparisons and comparisons[c.key].low > -tolerance]
     best = non_inferior[0] if non_inferior else highest
     scope = f"within {describe_bounds(bounds)}" if bounds else "of all students"
@@ -192,7 +192,7 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
         outcome = _explain_highest(cheaper, comparisons, tolerance)
     not_shown = cheaper[: cheaper.index(best)] if non_inferior else cheaper
     details = _explain_not_shown(not_shown, comparisons, highest, tolerance)
-    details += _explain_doubt(dearer, comparisons, highest, tolerance)
+    details += _explain_doubt(more_expensive, comparisons, highest, tolerance)
     return Choice(best, highest, non_inferior, comparisons, f"{top}{outcome}.{details}")
 
 
@@ -311,10 +311,10 @@ def _explain_not_shown(
 
 
 def _explain_doubt(
-    dearer: Sequence[Candidate], comparisons: dict[str, Comparison], highest: Candidate, tolerance: float
+    more_expensive: Sequence[Candidate], comparisons: dict[str, Comparison], highest: Candidate, tolerance: float
 ) -> str:
     """A sentence on the more expensive student that may be better by most, if by more than the tolerance."""
-    compared = [c for c in dearer if c.key in comparisons]
+    compared = [c for c in more_expensive if c.key in comparisons]
     doubtful = max(compared, key=lambda c: comparisons[c.key].high, default=None)
     if doubtful is None or highest.rows is None or comparisons[doubtful.key].high < tolerance:
         return ""
