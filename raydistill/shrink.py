@@ -2,18 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raydistill._app import make_app, run_app
-from raydistill.config.run import Init
+from raydistill.config.run import FfnChoice, Init
 from raydistill.core.console import print_json, print_text
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
     from raydistill.config.run import Student
     from raydistill.models.shrinking import LayerPlan
+    from raydistill.training.student_choice import StudentChoice
 
 app = make_app()
 
@@ -29,21 +30,39 @@ def shrink(  # noqa: PLR0913
     copy_from: Annotated[
         str | None, typer.Option(help="a checkpoint of the teacher's architecture to copy the decoder layers from")
     ] = None,
+    encoder_ffn: Annotated[
+        float | None, typer.Option(help="feed-forward units per encoder layer: a share (0.5) or a number (1024)")
+    ] = None,
+    decoder_ffn: Annotated[
+        float | None, typer.Option(help="feed-forward units per decoder layer: a share or a number")
+    ] = None,
+    ffn_choice: Annotated[
+        FfnChoice, typer.Option(help="units to keep; activation: the largest outputs on training rows of --dataset")
+    ] = "activation",
     dataset: Annotated[
         str | None,
-        typer.Option(help="data set that selects a named teacher's checkpoint; default: the teacher's first data set"),
+        typer.Option(
+            help="data set that selects a named teacher's checkpoint, and whose training rows rank feed-forward units; "
+            "default: the teacher's first data set"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Copy layers of a teacher into a smaller checkpoint that `from_pretrained` reads.
 
-    Example: `raydistill shrink --teacher bart --size 12-3 --copy 0,6,11 --output bart-12-3`
+    Examples:
+
+        raydistill shrink --teacher bart --size 12-3 --copy 0,6,11 --output bart-12-3
+
+        raydistill shrink --teacher bart --size 12-3 --decoder-ffn 0.25 --dataset xsum --output bart-small
     """
     from raydistill.config.presets import check_teacher, default_dataset
 
     if output.exists():
         raise UserError(f"--output {output}: exists already; give another folder, or delete it")
-    student = _parse_student(size, init, copy, copy_encoder, copy_from)
+    copied = {"encoder": _parse_layers("--copy-encoder", copy_encoder), "decoder": _parse_layers("--copy", copy)}
+    ffn = {"encoder_ffn": encoder_ffn, "decoder_ffn": decoder_ffn, "ffn_choice": ffn_choice}
+    student = _parse_student({"size": size, "init": init, "copied": copied, "copy_from": copy_from, **ffn})
     for name in (teacher, copy_from) if copy_from else (teacher,):
         check_teacher(name)
     plan, num_parameters = _create_student(
@@ -51,33 +70,30 @@ def shrink(  # noqa: PLR0913
     )
     from raydistill.models.metadata import CheckpointMetadata
 
+    shape = student.shape.name
     metadata = CheckpointMetadata(
         teacher=teacher,
-        size=size,
+        size=shape,
         copied=plan.copied,
         copied_from=copy_from or teacher,
         supervised=plan.supervised,
+        ffn=plan.kept_ffn,
         trained=False,
     )
     metadata.write_to(output)
     params_m = num_parameters / 1e6
-    print_text(f"{output}: {size}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json)
+    print_text(f"{output}: {shape}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json)
     print_json({**metadata.to_json(), "params_m": params_m, "output": str(output)}, as_json)
 
 
-def _parse_student(
-    size: str, init: Init, copy: str | None, copy_encoder: str | None, copy_from: str | None
-) -> "Student":
+def _parse_student(settings: dict[str, Any]) -> "Student":
     from pydantic import ValidationError
 
-    from raydistill.config.run import LayerChoice, Student
+    from raydistill.config.run import Student
     from raydistill.config.validation import format_validation_error
 
     try:
-        copied = LayerChoice(
-            encoder=_parse_layers("--copy-encoder", copy_encoder), decoder=_parse_layers("--copy", copy)
-        )
-        return Student(size=size, init=init, copied=copied, copy_from=copy_from)
+        return Student.model_validate(settings)
     except ValidationError as error:
         raise UserError(format_validation_error(error, Student, "shrink", {})) from None
 
@@ -89,21 +105,38 @@ def _create_student(
 
     The data sets select the checkpoints of the teacher and of `student.copy_from` if these are named teachers.
     """
-    from raydistill.models import families
     from raydistill.models.loading import load_config, load_model, locate_checkpoint
     from raydistill.models.saving import save_checkpoint
-    from raydistill.models.shrinking import plan_layers
+    from raydistill.models.shrinking import plan_student
     from raydistill.models.shrinking import shrink as shrink_model
     from raydistill.models.tokenization import load_tokenizer, set_target_language
 
     location = locate_checkpoint(teacher, teacher_dataset)
-    plan = plan_layers(families.num_layers(load_config(location)), student)
+    choice = _choose(teacher, teacher_dataset, student)
+    plan = plan_student(load_config(location), choice.apply(student))
     model, tokenizer = load_model(location), load_tokenizer(location)
     set_target_language(model, tokenizer)
     donor = load_model(locate_checkpoint(student.copy_from, copy_from_dataset)) if student.copy_from else None
-    result = shrink_model(model, plan, decoder_from=donor)
+    result = shrink_model(model, plan, decoder_from=donor, units=choice.kept_units)
     save_checkpoint(result, tokenizer, output)
     return plan, sum(p.numel() for p in result.parameters())
+
+
+def _choose(teacher: str, dataset: str, student: "Student") -> "StudentChoice":
+    """The layers and feed-forward units that the student copies, as a run on the data set would choose them."""
+    from raydistill.config.run import Dataset, Run
+    from raydistill.models.teacher import open_teacher
+    from raydistill.training.student_choice import StudentChoice, make_choice
+
+    if not student.measures_layers and not student.is_pruned:
+        return StudentChoice()
+    if not dataset and (student.measures_layers or student.ffn_choice == "activation"):
+        raise UserError(
+            "--init measured and --ffn-choice activation read training rows: give --dataset, or another --init and "
+            "--ffn-choice random"
+        )
+    run = Run(name="shrink", teacher=teacher, dataset=Dataset(name=dataset or teacher), student=student)
+    return make_choice(run, open_teacher(teacher, run.dataset), {})
 
 
 def _parse_layers(option: str, text: str | None) -> list[int] | None:

@@ -3,13 +3,15 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raydistill.config.label_sources import parse_labels
+from raydistill.config.shapes import FULL_SIZE, Shape, Units
 
 Method = Literal["sft", "kd", "pl"]
 # Tables 8 and 9 of the paper call them SFT, lo, mid, hi, 000 and rand.
-Init = Literal["spaced", "first", "middle", "last", "repeated", "random"]
+Init = Literal["spaced", "first", "middle", "last", "repeated", "random", "measured"]
+FfnChoice = Literal["activation", "random"]
 LayerIndices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # the name is also the name of a folder
 
@@ -108,14 +110,46 @@ class LayerChoice(StrictModel):
     )
 
 
+def _check_ffn_units(value: Units) -> Units | None:
+    """A share of the teacher's feed-forward units or a number of them; None if the share is all of them."""
+    if value == 1:
+        return None
+    if 0 < value < 1:
+        return value
+    if value > 1 and value == int(value):
+        return int(value)
+    raise ValueError(
+        f"{value:g} is neither a share of the teacher's feed-forward units, above 0 and at most 1, nor a whole number "
+        f"of units, at least 2"
+    )
+
+
+FfnUnits = Annotated[Units, AfterValidator(_check_ffn_units)] | None
+
+
 class Student(StrictModel):
-    """The depth of the student and the teacher layers that it starts from."""
+    """The architecture of the student, and the teacher layers and feed-forward units that it starts from."""
 
     size: str | None = Field(
         None, description='encoder and decoder layers, such as "12-3"; default: all layers of the teacher'
     )
+    encoder_ffn: FfnUnits = Field(
+        None,
+        description="feed-forward units that each encoder layer keeps: a share of the teacher's, as 0.5, or a number, "
+        "as 1024; default: all. T5 has one width for both sides: give encoder_ffn and decoder_ffn the same value",
+    )
+    decoder_ffn: FfnUnits = Field(
+        None, description="feed-forward units that each decoder layer keeps: a share or a number; default: all"
+    )
+    ffn_choice: FfnChoice = Field(
+        "activation",
+        description="units to keep; activation: those with the largest outputs on rows of the training split; random: "
+        "drawn with `training.seed`",
+    )
     init: Init = Field(
-        "spaced", description="rule for the decoder layers to copy, unless `copied.decoder` lists them; random: none"
+        "spaced",
+        description="rule for the decoder layers to copy, unless `copied.decoder` lists them; random: none; measured: "
+        "those whose untrained student diverges least from the teacher on training rows",
     )
     copy_from: str | None = Field(
         None, description="copy the decoder layers from this checkpoint with the teacher's architecture"
@@ -126,6 +160,27 @@ class Student(StrictModel):
         description="Teacher layers that the student's layers are compared with in the hidden loss (phi), counted "
         "from 0.",
     )
+
+    @property
+    def shape(self) -> Shape:
+        """The architecture; equal shapes have equal costs."""
+        return Shape(self.size or FULL_SIZE, self.encoder_ffn, self.decoder_ffn)
+
+    @classmethod
+    def of_shape(cls, shape: Shape) -> "Student":
+        """A student of a shape, with default settings otherwise."""
+        size = None if shape.size == FULL_SIZE else shape.size
+        return cls(size=size, encoder_ffn=shape.encoder_ffn, decoder_ffn=shape.decoder_ffn)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether layers have fewer feed-forward units than the teacher's."""
+        return self.encoder_ffn is not None or self.decoder_ffn is not None
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether training rows decide which decoder layers are copied."""
+        return self.init == "measured" and self.copied.decoder is None
 
     @field_validator("size", mode="after")
     @classmethod
@@ -138,6 +193,10 @@ class Student(StrictModel):
     def _check_copy_from(self) -> "Student":
         if self.copy_from is not None and self.init == "random" and self.copied.decoder is None:
             raise ValueError("init random copies no decoder layer; remove copy_from, or choose another init")
+        if self.copy_from is not None and self.measures_layers:
+            raise ValueError(
+                "init measured compares the teacher's own layers; remove copy_from, or list copied.decoder"
+            )
         return self
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
 DEFAULT_SELECTION_SHARE = 0.5
 
+SHAPE_KEYS = ("student.size", "student.encoder_ffn", "student.decoder_ffn")
 RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
 
 
@@ -238,6 +239,12 @@ def corner_runs(space: Space) -> list[Run]:
     """The runs at the corners of the space, without duplicates: every choice and both ends of every range occur."""
     runs = [make_run(space, params, space.name) for params in iter_corners(space.run)]
     return list({json.dumps(run.model_dump(mode="json")): run for run in runs}.values())
+
+
+def shape_runs(space: Space) -> list[Run]:
+    """Runs of every shape of the space, without duplicates; of a range of feed-forward units, both ends occur."""
+    runs = [make_run(space, params, space.name) for params in iter_corners(space.run, keys=SHAPE_KEYS)]
+    return list({run.student.shape: run for run in runs}.values())
 
 
 def resource_runs(space: Space) -> list[Run]:

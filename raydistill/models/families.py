@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +99,25 @@ def with_num_layers(config: PretrainedConfig, encoder: int, decoder: int) -> Pre
     setattr(config, keys.decoder_layers, decoder)
     if config.model_type != "t5":
         config.num_hidden_layers = encoder
+    return config
+
+
+def ffn_units(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the feed-forward units of an encoder and of a decoder layer."""
+    keys = CONFIG_KEYS[config.model_type]
+    return getattr(config, keys.encoder_ffn), getattr(config, keys.decoder_ffn)
+
+
+def with_ffn_units(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
+    """Return a copy of the config with other numbers of feed-forward units.
+
+    T5 has one number for both sides, so `encoder` and `decoder` must be equal.
+    """
+    assert encoder == decoder or config.model_type != "t5"
+    config = copy.deepcopy(config)
+    keys = CONFIG_KEYS[config.model_type]
+    setattr(config, keys.encoder_ffn, encoder)
+    setattr(config, keys.decoder_ffn, decoder)
     return config
 
 
@@ -235,6 +255,47 @@ def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Return the decoder input ids of labels [batch, tokens], where -100 is padding, by the model's own rule."""
     shift: Any = model.prepare_decoder_input_ids_from_labels
     return shift(labels)
+
+
+# Feed-forward layers
+
+FfnRole = Literal["in", "out"]
+# A layer computes W_out act(W_in x + b_in) + b_out; gated T5 multiplies act(W_in x) by a second product W_in2 x.
+_FFN_IN = re.compile(r"fc1\.(?:weight|bias)|(?:.*\.)?DenseReluDense\.wi(?:_[01])?\.weight")
+_FFN_OUT = re.compile(r"fc2\.weight|(?:.*\.)?DenseReluDense\.wo\.weight")
+
+
+def ffn_role(tensor_name: str) -> FfnRole | None:
+    """Return the role of a layer's tensor in its feed-forward layer; None if the units do not index the tensor.
+
+    Args:
+        tensor_name: Name within the layer, such as "fc1.weight".
+
+    Returns:
+        "in" for weights [units, width] and biases [units] that compute the units, "out" for the weight
+        [width, units] that they are multiplied by.
+    """
+    if _FFN_IN.fullmatch(tensor_name):
+        return "in"
+    return "out" if _FFN_OUT.fullmatch(tensor_name) else None
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """Return the decoder layers, in order."""
+    stack: Any = model.get_decoder()
+    return stack.block if model.config.model_type == "t5" else stack.layers
+
+
+def ffn_output_layers(stack: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Return the output projection of the feed-forward layer of each layer of an encoder or decoder, in order.
+
+    Its inputs are the activations of the units [..., units], its weight is [width, units].
+    """
+    return [
+        module
+        for name, module in stack.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in ("fc2", "wo")
+    ]
 
 
 # Groups of parameters

@@ -40,7 +40,8 @@ def layers_to_copy(teacher_depth: int, student_depth: int, init: str = "spaced")
 
     - spaced: the paper's table, else round-half-up(i (L - 1) / (n - 1)), and layer 0 if n = 1;
     - first, middle, last: n consecutive layers (the paper's lo, mid and hi; for 12 and 3: 0-2, 5-7, 9-11);
-    - repeated: layer 0 for each student layer (the paper's 000).
+    - repeated: layer 0 for each student layer (the paper's 000);
+    - measured, random: as spaced; the measurement or the random layers take their place (`models.measured_layers`).
 
     Raises:
         UserError: The student depth is not between 1 and the teacher depth.

@@ -37,10 +37,11 @@ class CheckpointMetadata(Record):
     Attributes:
         teacher: The teacher; None for a new model.
         method: "sft", "kd" or "pl"; None for a student without training.
-        size: Encoder and decoder layers, such as "12-3".
+        size: Name of the shape: encoder and decoder layers, such as "12-3".
         copied: The teacher layers copied, by side; None for a random start.
         copied_from: The checkpoint whose decoder layers were copied, for a student without training.
         labels: Source of the training targets, such as "original+pseudo".
+        ffn: Feed-forward units per layer, by side; None for the teacher's.
         supervised: The teacher layers that supervise the student's layers, by side; None for a random start.
         trained: Whether the checkpoint was trained.
         config: The run that trained the checkpoint.
@@ -63,6 +64,7 @@ class CheckpointMetadata(Record):
     copied: dict[str, list[int] | None] | None = None
     copied_from: str | None = None
     labels: str | None = None
+    ffn: dict[str, int | None] | None = None
     supervised: dict[str, list[int]] | None = None
     trained: bool = True
     config: Run | None = None

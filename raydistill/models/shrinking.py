@@ -2,12 +2,15 @@
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import floor
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from raydistill.config.run import LayerChoice, Student, parse_size
+from raydistill.config.shapes import Units
 from raydistill.core.errors import UserError
 from raydistill.models import families
 from raydistill.models.layer_choice import layers_to_copy, layers_to_supervise
@@ -23,7 +26,8 @@ class LayerPlan:
     """For each student layer, the teacher layer that it copies and the teacher layer that supervises it.
 
     Layers count from 0. `decoder` is None if the decoder layers are randomly initialised. `size` is the student's
-    numbers of encoder and decoder layers.
+    numbers of encoder and decoder layers. `ffn` is the feed-forward units of an encoder and of a decoder layer, None
+    for the teacher's. `copies_full_encoder` is false if units of the encoder are removed.
     """
 
     encoder: list[int]
@@ -32,6 +36,7 @@ class LayerPlan:
     supervised_decoder: list[int]
     size: tuple[int, int]
     copies_full_encoder: bool
+    ffn: tuple[int | None, int | None] = (None, None)
 
     @property
     def copied(self) -> dict[str, list[int] | None]:
@@ -39,13 +44,49 @@ class LayerPlan:
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     @property
+    def kept_ffn(self) -> dict[str, int | None] | None:
+        """The feed-forward units per layer by side, as in `raydistill.json`; None if all are kept."""
+        return None if self.ffn == (None, None) else dict(zip(("encoder", "decoder"), self.ffn, strict=True))
+
+    @property
     def supervised(self) -> dict[str, list[int]]:
         """The supervising layers by side, as in `raydistill.json`."""
         return {"encoder": self.supervised_encoder, "decoder": self.supervised_decoder}
 
 
+# The units that a student keeps, by side ("encoder", "decoder"): for each teacher layer the indices [units kept]
+KeptUnits = dict[str, list[Tensor]]
+
+
+def plan_student(teacher: PretrainedConfig, student: Student) -> LayerPlan:
+    """Return the plan of a student for a teacher with this config: layers and feed-forward units.
+
+    Raises:
+        UserError: As `plan_layers`; or a side keeps more units than the teacher has, or T5's sides differ.
+    """
+    plan = plan_layers(families.num_layers(teacher), student)
+    encoder, decoder = families.ffn_units(teacher)
+    ffn = (
+        _resolve_units("encoder", student.encoder_ffn, encoder),
+        _resolve_units("decoder", student.decoder_ffn, decoder),
+    )
+    if teacher.model_type == "t5" and ffn[0] != ffn[1]:
+        raise UserError(
+            f"T5 has one feed-forward width for both sides, so student.encoder_ffn and student.decoder_ffn must have "
+            f"the same value; got {ffn[0] or 'all'} and {ffn[1] or 'all'} of {encoder} units"
+        )
+    return replace(plan, ffn=ffn, copies_full_encoder=plan.copies_full_encoder and ffn[0] is None)
+
+
+def student_config(teacher: PretrainedConfig, plan: LayerPlan) -> PretrainedConfig:
+    """Return the config of a planned student."""
+    config = families.with_num_layers(teacher, *plan.size)
+    encoder, decoder = families.ffn_units(teacher)
+    return families.with_ffn_units(config, plan.ffn[0] or encoder, plan.ffn[1] or decoder)
+
+
 def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
-    """Return the layer plan of a student for a teacher with `teacher_layers` (encoder, decoder) layers.
+    """Return the plan of the layers alone for a teacher with `teacher_layers` (encoder, decoder) layers.
 
     Raises:
         UserError: The student is deeper than the teacher, a layer is out of range, or the numbers of layers differ.
@@ -75,20 +116,26 @@ def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
 
 
 def shrink(
-    teacher: PreTrainedModel, plan: LayerPlan, seed: int = 0, decoder_from: PreTrainedModel | None = None
+    teacher: PreTrainedModel,
+    plan: LayerPlan,
+    seed: int = 0,
+    decoder_from: PreTrainedModel | None = None,
+    units: KeptUnits | None = None,
 ) -> PreTrainedModel:
     """Return a student in eval mode with copies of the planned layers and of the teacher's embeddings, norms and head.
 
     If `plan.decoder` is None, the decoder layers are initialised randomly with `seed`. `decoder_from` is another model
-    of the same architecture whose decoder layers are copied instead ("From" in the paper's Table 8). A student of full
-    depth has exactly the teacher's logits.
+    of the same architecture whose decoder layers are copied instead ("From" in the paper's Table 8). `units` are the
+    feed-forward units to keep, from `models.pruning`, for each side of which the plan removes some. A student of full
+    depth and with all units has exactly the teacher's logits; a student of full depth with fewer units has the logits
+    of the teacher without the outputs of the other units.
 
     Raises:
         UserError: The decoder of `decoder_from` has another architecture.
     """
     if decoder_from is not None:
         check_same_decoder(teacher.config, decoder_from.config, str(decoder_from.config.name_or_path))
-    config = families.with_num_layers(teacher.config, *plan.size)
+    config = student_config(teacher.config, plan)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(teacher)(config)
@@ -99,7 +146,8 @@ def shrink(
     for key in state:
         name = _teacher_tensor_name(key, layer_map)
         if name is not None:
-            state[key] = (decoder_state if _is_decoder_layer_name(key) else teacher_state)[name]
+            tensor = (decoder_state if _is_decoder_layer_name(key) else teacher_state)[name]
+            state[key] = _keep_units(name, tensor, plan, units or {})
     student.load_state_dict(state)
     torch.nn.Module.to(student, next(teacher.parameters()).dtype).eval()
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -115,7 +163,7 @@ def check_full_depth_copy(teacher: PreTrainedModel, name: str) -> float:
     Raises:
         UserError: The difference is too large, so no student of this teacher would be correct.
     """
-    student = shrink(teacher, plan_layers(families.num_layers(teacher.config), Student()))
+    student = shrink(teacher, plan_student(teacher.config, Student()))
     ids = torch.arange(1, 9)[None].remainder(teacher.config.vocab_size)
     with torch.inference_mode():
         expected, actual = (
@@ -144,6 +192,28 @@ def check_same_decoder(teacher: PretrainedConfig, other: PretrainedConfig, name:
             f"{key} {actual.get(key)} and not {value}" for key, value in expected.items() if actual.get(key) != value
         )
         raise UserError(f"student.copy_from {name}: its decoder architecture differs from the teacher's: {differences}")
+
+
+def _keep_units(name: str, tensor: Tensor, plan: LayerPlan, units: KeptUnits) -> Tensor:
+    """Return the part of the teacher's tensor that belongs to the kept feed-forward units; usually all of it."""
+    match = LAYER_NAME_PATTERN.match(name)
+    role = families.ffn_role(match[4]) if match else None
+    if match is None or role is None or plan.ffn[("encoder", "decoder").index(match[2])] is None:
+        return tensor
+    return tensor.index_select(0 if role == "in" else 1, units[match[2]][int(match[3])])
+
+
+def _resolve_units(side: str, requested: Units | None, available: int) -> int | None:
+    """Return the number of feed-forward units that a layer keeps; None for all of them."""
+    if requested is None:
+        return None
+    if requested > available:
+        raise UserError(
+            f"student.{side}_ffn {requested}: the teacher has {available} feed-forward units in each {side} layer, "
+            f"so a student can keep at most {available}"
+        )
+    num_units = int(requested) if requested > 1 else max(1, floor(requested * available + 0.5))
+    return None if num_units == available else num_units
 
 
 def _is_decoder_layer_name(key: str) -> bool:

@@ -153,4 +153,4 @@ def _min_loss_or_inf(group: SeedGroup) -> float:
 
 
 def _has_paper_depth(group: SeedGroup) -> bool:
-    return int(group.size.partition("-")[2] or 0) == PAPER_DECODER_LAYERS
+    return group.size.partition("-")[2] == str(PAPER_DECODER_LAYERS)

@@ -93,7 +93,7 @@ class SeedGroup:
 
     @property
     def size(self) -> str:
-        """Encoder and decoder layers, such as "12-3"."""
+        """Name of the shape, such as "12-3"."""
         return self.completed[0].size
 
     @property

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from raydistill.config.shapes import shape_sort_key
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.sweep_record import SweepTeacher
@@ -44,7 +45,7 @@ def plot_front(selection: Selection, image_format: ImageFormat = "png") -> bytes
     trials = [t for t in selection.plotted_trials if t.scored and t.score(metric) is not None and cost in t.metrics]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
     try:
-        sizes = sorted({t.size for t in trials}, key=size_sort_key)
+        sizes = sorted({t.size for t in trials}, key=shape_sort_key)
         markers = {size: SIZE_MARKERS[i % len(SIZE_MARKERS)] for i, size in enumerate(sizes)}
         points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in trials}
         shifted = _offset_methods(trials, points)
@@ -77,7 +78,7 @@ def plot_learning_curves(selection: Selection, image_format: ImageFormat = "png"
     Colour is the method, chosen trials are thick, and a cross marks a trial that was stopped early.
     """
     plt = load_pyplot()
-    sizes = sorted({trial.size for trial in selection.trials if trial.history()}, key=size_sort_key, reverse=True)
+    sizes = sorted({trial.size for trial in selection.trials if trial.history()}, key=shape_sort_key, reverse=True)
     rows = max(1, math.ceil(len(sizes) / PANEL_COLUMNS))
     columns = max(1, min(len(sizes), PANEL_COLUMNS))
     size_inches = (3.4 * columns + 1, 2.7 * rows)
@@ -128,11 +129,6 @@ def render_figure(figure: Any, image_format: ImageFormat = "png") -> bytes:
     metadata = {"Software": None} if image_format == "png" else {"Date": None}
     figure.savefig(buffer, format=image_format, metadata=metadata)
     return buffer.getvalue()
-
-
-def size_sort_key(size: str) -> tuple[int, ...]:
-    """The layers in a size such as "12-3" as numbers."""
-    return tuple(int(part) for part in size.split("-") if part.isdigit())
 
 
 def marker_id(key: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from raydistill.config.run import Student
+from raydistill.config.shapes import FULL_SIZE, Shape
 from raydistill.core.errors import UserError
 from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
 from raydistill.core.paths import raydistill_home
@@ -139,6 +141,15 @@ class Trial:
                 raise _corrupt_trial_error(path, f"line {i + 1}: {error}") from None
         return validations
 
+    def requested_shape(self) -> Shape:
+        """The shape that the run's config names, which running trials have too.
+
+        Raises:
+            UserError: run.json is damaged.
+        """
+        with corrupt_file_error(self.folder / "run.json"):
+            return Student.model_validate(self.run_config().get("student", {})).shape
+
     def run_config(self) -> dict[str, Any]:
         """The resolved run from run.json, as a nested mapping; empty if there is no run.json."""
         path = self.folder / "run.json"
@@ -188,10 +199,16 @@ def _read_running(folder: Path) -> Trial:
             folder=folder,
             status="running",
             method=str(run.get("method") or ""),
-            size=str((run.get("student") or {}).get("size") or ""),
+            size=_known_shape_name(run),
             labels=str(run.get("labels") or ""),
             seed=int((run.get("training") or {}).get("seed") or 0),
         )
+
+
+def _known_shape_name(run: dict[str, Any]) -> str:
+    """The name of a run's shape; an empty text if the run has the teacher's layers, whose number it does not name."""
+    shape = Student.model_validate(run.get("student", {})).shape
+    return "" if shape.size == FULL_SIZE else shape.name
 
 
 def read_trials(sweep: Path) -> list[Trial]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raydistill.config.run import NAME_PATTERN
+from raydistill.config.shapes import Shape
 from raydistill.config.space import DecodingSearch, check_bounds
 from raydistill.core.errors import UserError
 from raydistill.core.records import Record
@@ -81,9 +82,9 @@ class ShapeTable(BaseModel):
 
     Attributes:
         teacher_size: Size of the teacher.
-        costs: By size, the costs with the teacher's number of beams, and "speedup".
-        costs_fewest_beams: By size, the costs with the fewest beams that a student may be served with.
-        engines: By size, engine and precision of the timings.
+        costs: By name of the shape, the costs with the teacher's number of beams, and "speedup".
+        costs_fewest_beams: By name of the shape, the costs with the fewest beams that a student may be served with.
+        engines: By name of the shape, engine and precision of the timings.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,9 +105,10 @@ class ShapeTable(BaseModel):
         """Costs of the teacher."""
         return {name: value for name, value in self.costs[self.teacher_size].items() if name != "speedup"}
 
-    def is_infeasible(self, size: str | None, budgets: dict[str, dict[str, Any]]) -> bool:
-        """Whether no budget admits a student of this size, even with the fewest beams; None is the teacher's size."""
-        costs = self.costs_fewest_beams.get(size or self.teacher_size, {})
+    def is_infeasible(self, shape: str, budgets: dict[str, dict[str, Any]]) -> bool:
+        """Whether no budget admits a student of the shape of this name, even with the fewest beams."""
+        name = Shape.parse(shape).with_full_size(self.teacher_size).name
+        costs = self.costs_fewest_beams.get(name, {})
         return not fits_any_budget(costs, resolve_budgets(budgets, self.teacher_costs))
 
 

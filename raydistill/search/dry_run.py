@@ -9,12 +9,13 @@ from raydistill.config.distributions import split_parameters
 from raydistill.config.label_sources import parse_labels
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run
-from raydistill.config.space import Space, corner_runs
+from raydistill.config.shapes import Shape, shape_sort_key
+from raydistill.config.space import Space, corner_runs, shape_runs
 from raydistill.core.console import format_table
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 from raydistill.data.corpus import corpus_statistics, read_corpus, split_names
-from raydistill.models.shrinking import plan_layers
+from raydistill.models.shrinking import plan_student
 from raydistill.paper.published import TABLE_4, TABLE_5, data_name, teacher_name
 from raydistill.results.formatting import format_count
 from raydistill.results.pareto import fits_any_budget, resolve_budgets
@@ -58,7 +59,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     first = runs[0]
     config, problem = load_teacher_config(first)
     data = dataset_size(first)
-    sizes = sorted({run.student.size or "full" for run in runs})
+    sizes = sorted({run.student.shape.name for run in shape_runs(space)}, key=shape_sort_key)
     num_finished = count_finished_trials(folder)
     labellers = sorted(teacher for teacher, _ in labelling_passes(runs))
     disk = estimate_disk(runs, config, data)
@@ -108,7 +109,7 @@ def estimate_device_hours(runs: list[Run], trials: int) -> tuple[float | None, s
     cost of the runs times `trials`, and the cost of pseudo-labels once for each teacher that writes some. Otherwise
     Table 4 is used, whose hours per experiment are means over all sizes that include the labels.
     """
-    rows = [(teacher_name(str(run.teacher)), run.student.size or "", data_name(run.dataset.name)) for run in runs]
+    rows = [(teacher_name(str(run.teacher)), run.student.shape.name, data_name(run.dataset.name)) for run in runs]
     published = [TABLE_5.get(row) for row in rows]
     costs = [row and (row.kd if run.method == "kd" else row.sft) for run, row in zip(runs, published, strict=True)]
     known_hours = [cost[1] for cost in costs if cost]
@@ -165,18 +166,19 @@ def dataset_size(run: Run) -> DatasetSize:
     return DatasetSize(len(corpus), source, target, text)
 
 
-def shape_row(size: str, runs: list[Run], config: Any) -> list[str]:
-    """A table row: the size, the decoder layers that the runs copy, and millions of parameters."""
+def shape_row(shape: str, runs: list[Run], config: Any) -> list[str]:
+    """A table row: the shape, the decoder layers that the runs copy, and millions of parameters."""
     if config is None:
-        return [size, "?", "?"]
-    from raydistill.models import families
+        return [shape, "?", "?"]
     from raydistill.search.shape_latency import count_params_m
 
-    num_layers = families.num_layers(config)
-    runs = [run for run in runs if (run.student.size or "full") == size]
-    layers = {str(plan_layers(num_layers, run.student).decoder or "random") for run in runs}
-    params_m = count_params_m(config, size if size != "full" else families.size_name(config))
-    return [size, "; ".join(sorted(layers)), f"{params_m:.1f}"]
+    runs = [run for run in runs if run.student.shape.name == shape]
+    layers = {
+        "measured" if run.student.measures_layers else str(plan_student(config, run.student).decoder or "random")
+        for run in runs
+    }
+    params_m = count_params_m(config, shape)
+    return [shape, "; ".join(sorted(layers)), f"{params_m:.1f}"]
 
 
 def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folder: Path) -> tuple[list[str], str]:
@@ -192,8 +194,10 @@ def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folde
     record = SweepRecord.read_if_present(folder / SWEEP_FILE)
     measured = record.shapes.costs_fewest_beams if record else {}
     full = families.size_name(config)
-    costs = {s: {"params_m": count_params_m(config, s), **measured.get(s, {})} for s in {full, *sizes} - {"full"}}
-    costs["full"] = costs[full]
+    costs = {}
+    for name in (full, *sizes):
+        resolved = Shape.parse(name).with_full_size(full).name
+        costs[name] = {"params_m": count_params_m(config, resolved), **measured.get(resolved, {})}
     budgets = resolve_budgets(space.budgets, {**costs[full], **(record.shapes.teacher_costs if record else {})})
     remark = "" if measured else " (by their parameters; latency and memory are known once the shapes are timed)"
     return [size for size in sizes if not fits_any_budget(costs[size], budgets)], remark
@@ -249,7 +253,6 @@ def estimate_cache_bytes(runs: list[Run], config: Any, data: DatasetSize) -> tup
 
     A state is `d_model` numbers of 2 or 4 bytes per token, and decoder states are kept per layer.
     """
-    from raydistill.models import families
     from raydistill.teacher_cache.policy import resolve_read_set
 
     readers = [run for run in runs if run.training.teacher_cache != "off"]
@@ -257,7 +260,7 @@ def estimate_cache_bytes(runs: list[Run], config: Any, data: DatasetSize) -> tup
     layers_by_label_set: dict[str, set[int]] = {}
     reads_encoder = False
     for run in readers:
-        reads = resolve_read_set(run, families.num_layers(config))
+        reads = resolve_read_set(run, config)
         reads_encoder |= reads.encoder
         if run.training.teacher_cache != "encoder":
             layers_by_label_set.setdefault(run.label_key, set()).update(reads.layers)

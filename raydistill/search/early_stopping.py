@@ -70,8 +70,8 @@ def should_stop_early(curve: Curve, peers: Sequence[Curve], grace: float, reduct
 def peer_curves(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
     """The curve of a trial, the curves of the other trials of its shape, and the share of its warm-up."""
     trials = {trial.key: trial for trial in read_trials(sweep)}
-    shape = requested_size(trials[key])
-    others = [t for t in trials.values() if t.key != key and t.status != "failed" and requested_size(t) == shape]
+    shape = trials[key].requested_shape()
+    others = [t for t in trials.values() if t.key != key and t.status != "failed" and t.requested_shape() == shape]
     return validation_curve(trials[key]), [validation_curve(trial) for trial in others], warmup_share(trials[key])
 
 
@@ -93,9 +93,3 @@ def validation_curve(trial: Trial) -> Curve:
     if trial.status == "done" and points and points[-1][0] < 1:
         points.append((1.0, max(score for _, score in points)))
     return points
-
-
-def requested_size(trial: Trial) -> str:
-    """The run's `student.size`, which running trials have too; an empty text for the teacher's size."""
-    with corrupt_file_error(trial.folder / "run.json"):
-        return str((trial.run_config().get("student") or {}).get("size") or "")

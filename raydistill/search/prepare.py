@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster.exclusive import run_exclusive
-from raydistill.config.run import Run, parse_size
-from raydistill.config.space import Space, corner_runs
+from raydistill.config.run import Run
+from raydistill.config.shapes import shape_sort_key
+from raydistill.config.space import Space, corner_runs, shape_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.evaluation.latency import warn_background_load
 from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, prepare_shared_inputs
 from raydistill.results.pareto import describe_nearest_miss, resolve_budgets
+from raydistill.results.shape_costs import shape_costs
 from raydistill.results.sweep_record import ShapeTable, SweepTeacher, TeacherPasses
 from raydistill.search.shape_latency import ShapeTiming, TimedShape, time_shapes
 from raydistill.training.inputs import RunInputs, input_paths
@@ -41,7 +43,7 @@ class PreparedSweep:
         """The inputs of the trial with this number and these values of the search."""
         return replace(
             self.shared.for_run(run),
-            costs=self.shapes.costs.get(run.student.size or self.teacher.size, {}),
+            costs=shape_costs(self.shapes.costs, run.student.shape.with_full_size(self.teacher.size)),
             number=number,
             params=params,
             teacher_repetition=self.teacher.repetition,
@@ -53,7 +55,7 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
     runs = corner_runs(space)
     scores = _score_teacher(runs[0], sweep, device)
     shapes = _time_shapes(space, runs, scores, sweep, device)
-    check_budgets(space, sorted({run.student.size or scores.size for run in runs}), shapes)
+    check_budgets(space, sorted({run.student.shape.name for run in shape_runs(space)}, key=shape_sort_key), shapes)
     total_epochs = space.search.trials * max(run.training.epochs for run in runs)
     shared = prepare_shared_inputs(runs, device, sweep / "cache.json", total_epochs)
     teacher = SweepTeacher(
@@ -79,10 +81,10 @@ def check_unchanged(run: Run, teacher: TeacherScores, sweep: Path) -> None:
         )
 
 
-def find_infeasible_sizes(space: Space, shapes: ShapeTable) -> frozenset[str | None]:
-    """Values of `student.size` in the space that no budget admits."""
-    sizes = {run.student.size for run in corner_runs(space)}
-    return frozenset(size for size in sizes if shapes.is_infeasible(size, space.budgets))
+def find_infeasible_sizes(space: Space, shapes: ShapeTable) -> frozenset[str]:
+    """Names of the shapes of the space that no budget admits."""
+    names = {run.student.shape.name for run in shape_runs(space)}
+    return frozenset(name for name in names if shapes.is_infeasible(name, space.budgets))
 
 
 def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
@@ -105,7 +107,7 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
 
 def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: Path, device: str) -> ShapeTable:
     """Costs of each shape with the teacher's number of beams, and with the fewest beams of the space."""
-    sizes = _student_sizes(runs, teacher.size)
+    sizes = _shape_names(shape_runs(space), teacher.size)
     beams = tuple(dict.fromkeys((teacher.beams, min([teacher.beams, *space.search.decoding.beams]))))
     timing = ShapeTiming(
         source_tokens=teacher.source_tokens,
@@ -169,7 +171,7 @@ def check_budgets(space: Space, sizes: Sequence[str], shapes: ShapeTable) -> Non
         print_progress(f"no budget admits {', '.join(infeasible)}: students of these sizes are not trained")
 
 
-def _student_sizes(runs: list[Run], teacher_size: str) -> list[str]:
-    """The sizes of the runs, the teacher's first, then from large to small."""
-    sizes = {run.student.size or teacher_size for run in runs} | {teacher_size}
-    return sorted(sizes, key=lambda size: (size != teacher_size, [-n for n in parse_size(size)]))
+def _shape_names(runs: list[Run], teacher_size: str) -> list[str]:
+    """The names of the runs' shapes: the teacher's first, then the others from large to small."""
+    names = {run.student.shape.with_full_size(teacher_size).name for run in runs} - {teacher_size}
+    return [teacher_size, *sorted(names, key=shape_sort_key, reverse=True)]

@@ -12,14 +12,16 @@ from typing import Any, Literal
 
 from raydistill.cluster import snapshots
 from raydistill.config.run import Run, Student
+from raydistill.config.shapes import Shape
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import Engine, EngineOptions, Workload
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
+from raydistill.models.pruning import random_units
 from raydistill.models.saving import save_checkpoint
-from raydistill.models.shrinking import plan_layers, shrink
+from raydistill.models.shrinking import plan_student, shrink, student_config
 from raydistill.models.teacher import Teacher, open_teacher
 
 # Cost by name: latency_ms (batch of 32) and latency_ms_b1 with their _low and _high, peak_mb, params_m, memory_mb
@@ -67,42 +69,42 @@ class TimedShape:
 
 
 def time_shapes(
-    run: Run, sizes: list[str], timing: ShapeTiming, device: str, threads: int
+    run: Run, shapes: list[str], timing: ShapeTiming, device: str, threads: int
 ) -> dict[str, list[TimedShape]]:
-    """Costs of each size, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings."""
+    """Costs of each shape, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings."""
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
     engine = run.evaluation.engine
     table = raydistill_home() / "latency.json"
     snapshots.pull(table)
-    costs = {size: time_shape(teacher, size, timing, engine=engine, device=device, threads=threads) for size in sizes}
+    costs = {name: time_shape(teacher, name, timing, engine=engine, device=device, threads=threads) for name in shapes}
     snapshots.save(table)
     return costs
 
 
 def time_shape(
     teacher: Teacher,
-    size: str,
+    shape: str,
     timing: ShapeTiming,
     *,
     engine: EngineOption,
     device: str,
     threads: int,
 ) -> list[TimedShape]:
-    """Costs of one size for each of `timing.beams`.
+    """Costs of one shape for each of `timing.beams`.
 
     Known timings are read from RAYDISTILL_HOME/latency.json, and new ones are added.
 
     Args:
         teacher: The model whose layers the student has.
-        size: Encoder and decoder layers, such as "12-3".
+        shape: Name of the shape, such as "12-3" or "12-3-ffn0.5-0.25".
         timing: Lengths, beams and the expected engine.
         engine: The engine to open, if a timing is missing.
         device: "cpu" or "cuda".
         threads: CPU threads of the engine.
     """
-    layers = plan_layers(families.num_layers(teacher.model.config), Student(size=size))
-    config = families.with_num_layers(teacher.model.config, *layers.size)
+    plan = plan_student(teacher.model.config, Student.of_shape(Shape.parse(shape)))
+    config = student_config(teacher.model.config, plan)
     weights = {
         "params_m": families.count_parameters(config) / 1e6,
         "memory_mb": families.weights_mb(config, timing.precision),
@@ -114,7 +116,8 @@ def time_shape(
         @cache
         def open_student() -> OpenedStudent:
             memory_before_mb = latency.used_memory_mb(device)
-            save_checkpoint(shrink(teacher.model, layers), teacher.tokenizer, Path(scratch) / "model")
+            student = shrink(teacher.model, plan, units=random_units(teacher.model.config, plan, seed=0))
+            save_checkpoint(student, teacher.tokenizer, Path(scratch) / "model")
             cache_dir = Path(scratch) / "engine"
             options = EngineOptions(device=device, threads=threads, languages=teacher.languages, cache_dir=cache_dir)
             return open_engine(Path(scratch) / "model", engine, options), memory_before_mb
@@ -161,12 +164,12 @@ def _time_workload(
     return result, used
 
 
-def count_params_m(config: Any, size: str) -> float:
-    """Millions of parameters of a student of this size; allocates nothing.
+def count_params_m(config: Any, shape: str) -> float:
+    """Millions of parameters of a student of this shape; allocates nothing.
 
     Args:
         config: The teacher's configuration.
-        size: Encoder and decoder layers, such as "12-3".
+        shape: Name of the shape, such as "12-3".
     """
-    encoder, decoder = plan_layers(families.num_layers(config), Student(size=size)).size
-    return families.count_parameters(families.with_num_layers(config, encoder, decoder)) / 1e6
+    plan = plan_student(config, Student.of_shape(Shape.parse(shape)))
+    return families.count_parameters(student_config(config, plan)) / 1e6

@@ -75,7 +75,7 @@ class SweepStudy:
     Args:
         space: The space to search.
         sweep: The sweep's folder.
-        infeasible_sizes: Values of `student.size` that must not be trained.
+        infeasible_sizes: Names of the shapes that must not be trained.
         start_time: Time of the monotonic clock from which `search.max_hours` counts; by default, now.
 
     Attributes:
@@ -92,7 +92,7 @@ class SweepStudy:
         self,
         space: Space,
         sweep: Path,
-        infeasible_sizes: Collection[str | None] = (),
+        infeasible_sizes: Collection[str] = (),
         start_time: float | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -142,8 +142,8 @@ class SweepStudy:
             params = suggest_params(self.space.run, trial)
             run = make_run(self.space, params, self.space.name)
             key = trial_key(run)
-            if run.student.size in self.infeasible_sizes:
-                trial.set_user_attr("infeasible", f"no budget admits {run.student.size or 'the full size'}")
+            if run.student.shape.name in self.infeasible_sizes:
+                trial.set_user_attr("infeasible", f"no budget admits {run.student.shape.name}")
                 self._study.tell(trial, state=TrialState.PRUNED)
             elif key in self.proposed_keys:
                 self._study.tell(trial, state=TrialState.FAIL)
@@ -213,7 +213,7 @@ class SweepStudy:
         for params in candidates:
             run = make_run(space, params, space.name)
             key = trial_key(run)
-            if run.student.size not in self.infeasible_sizes and key not in self.finished_keys:
+            if run.student.shape.name not in self.infeasible_sizes and key not in self.finished_keys:
                 queue.setdefault(key, params)
         return queue
 
@@ -275,7 +275,7 @@ class SweepStudy:
         if len(combinations) >= MAX_CORNERS:  # a random sample of a larger space
             return None
         runs = [(make_run(space, params, space.name), params) for params in combinations]
-        return {trial_key(run): params for run, params in runs if run.student.size not in self.infeasible_sizes}
+        return {trial_key(run): params for run, params in runs if run.student.shape.name not in self.infeasible_sizes}
 
     def _untried_combinations(self) -> list[dict[str, Any]] | None:
         """The feasible combinations without a proposal; None if they cannot be listed."""
@@ -291,7 +291,7 @@ def trial_key(run: Run) -> str:
     """
     settings = run.model_dump(mode="json", exclude={"name": True, **RUNTIME_ONLY_FIELDS}, exclude_defaults=True)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{run.method}-{run.student.size or 'full'}-{digest}"
+    return f"{run.method}-{run.student.shape.name}-{digest}"
 
 
 def final_report(result: RunResult, cost: str) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def export_and_publish(selection: Selection, echo: Callable[[str], None]) -> dic
     exports, problems = export_selected(selection)
     unfinished = [trial for trial in selection.trials if trial.status == "running"]
     shapes, budgets = selection.record.shapes, selection.record.budgets
-    abandoned = [trial.key for trial in unfinished if shapes.is_infeasible(trial.size or None, budgets)]
+    abandoned = [trial.key for trial in unfinished if shapes.is_infeasible(trial.requested_shape().name, budgets)]
     failed = [trial.key for trial in unfinished if trial.key not in abandoned]
     echo("\n".join([format_summary(selection, failed, abandoned), *problems]))
     write_report(selection)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from raydistill.config.run import Run
 from raydistill.core.machine import available_memory_bytes
 from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.models import families
 from raydistill.models.freezing import resolve_frozen_parts
-from raydistill.models.shrinking import plan_layers
+from raydistill.models.shrinking import plan_student
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache.builder import teacher_autocast
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
@@ -45,16 +45,17 @@ class EpochTimes:
     read_decoder: float
 
 
-def resolve_read_set(run: Run, depths: tuple[int, int]) -> ReadSet:
-    """Return what a run reads from a complete cache. `depths` are the teacher's encoder and decoder layers.
+def resolve_read_set(run: Run, teacher_config: PretrainedConfig) -> ReadSet:
+    """Return what a run reads from a complete cache.
 
     Encoder states serve a student with the complete frozen encoder and embeddings of the teacher. Decoder states serve
     every kd run, since they depend on the teacher only.
     """
-    plan = plan_layers(depths, run.student)
+    plan = plan_student(teacher_config, run.student)
     layers: set[int] = set()
     if run.method == "kd":
-        layers = {depths[1] - 1, *(plan.supervised_decoder if run.loss.alpha_hidden > 0 else [])}
+        last_layer = families.num_layers(teacher_config)[1] - 1
+        layers = {last_layer, *(plan.supervised_decoder if run.loss.alpha_hidden > 0 else [])}
     return ReadSet(resolve_frozen_parts(run, plan).encoder_shared, sorted(layers))
 
 
@@ -73,10 +74,9 @@ def make_cache_layout(
         examples: Examples by the `label_key` of the runs.
         compute_dtype: The dtype in which the teacher would compute in training, "bf16" or "fp32".
     """
-    depths = families.num_layers(teacher_config)
     encoder, layers = False, dict[str, set[int]]()
     for run, mode in runs:
-        read_set = resolve_read_set(run, depths)
+        read_set = resolve_read_set(run, teacher_config)
         encoder |= read_set.encoder and mode != "off"
         if mode == "full" and read_set.layers:
             layers.setdefault(run.label_key, set()).update(read_set.layers)

@@ -27,9 +27,8 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     Raises:
         UserError: The run cannot be trained.
     """
-    from raydistill.models import families
     from raydistill.models.loading import load_config, locate_checkpoint
-    from raydistill.models.shrinking import check_same_decoder, plan_layers
+    from raydistill.models.shrinking import check_same_decoder, plan_student
     from raydistill.models.tokenization import resolve_max_tokens
 
     cache = {} if cache is None else cache
@@ -52,7 +51,7 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     name = f"{run.teacher} {run.dataset.name}"
     if name not in cache:
         cache[name] = load_config(locate_checkpoint(run.teacher, run.dataset.name))
-    plan_layers(families.num_layers(cache[name]), run.student)
+    plan_student(cache[name], run.student)
     if other := run.student.copy_from:
         if other not in cache:
             cache[other] = load_config(locate_checkpoint(other, run.dataset.name))

@@ -58,25 +58,26 @@ class RunIdentity:
 
     Attributes:
         method: "sft", "kd" or "pl".
-        size: Encoder and decoder layers, such as "12-3".
+        size: Name of the shape: encoder and decoder layers, such as "12-3"; of a student with fewer feed-forward
+            units also these, as `config.shapes.Shape.name` does.
         copied: The teacher layers copied, by side; None for a random start.
         labels: Source of the training targets, such as "original+pseudo".
+        ffn: Feed-forward units per layer, by side; None for the teacher's.
     """
 
     method: str
     size: str | None
     copied: dict[str, list[int] | None] | None
     labels: str
+    ffn: dict[str, int | None] | None = None
 
     @classmethod
     def of(cls, run: Run, layer_plan: "LayerPlan | None", model_size: str | None) -> "RunIdentity":
         """The identity of a run; `model_size` names the size of a model without a layer plan."""
-        return cls(
-            method=run.method,
-            size=model_size if layer_plan is None else "-".join(map(str, layer_plan.size)),
-            copied=layer_plan.copied if layer_plan else None,
-            labels=run.resolved_labels,
-        )
+        if layer_plan is None:
+            return cls(run.method, model_size, None, run.resolved_labels)
+        shape = run.student.shape.with_full_size("-".join(map(str, layer_plan.size)))
+        return cls(run.method, shape.name, layer_plan.copied, run.resolved_labels, layer_plan.kept_ffn)
 
 
 class RunResult(Record):
@@ -88,9 +89,10 @@ class RunResult(Record):
             run diverged or collapsed.
         reason: Why the run ended; for a failed run with the remedy.
         method: "sft", "kd" or "pl".
-        size: Encoder and decoder layers, such as "12-3".
+        size: Name of the shape, such as "12-3".
         copied: The teacher layers copied, by side; None for a random start.
         labels: Source of the training targets, such as "original+pseudo".
+        ffn: Feed-forward units per layer, by side; None for the teacher's.
         number: Position in the order of proposals of a sweep; None outside sweeps.
         params: The values that a sweep's search chose.
         metrics: Validation scores and costs of the best checkpoint.
@@ -114,6 +116,7 @@ class RunResult(Record):
     size: str | None = None
     copied: dict[str, list[int] | None] | None = None
     labels: str = ""
+    ffn: dict[str, int | None] | None = None
     number: int | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)

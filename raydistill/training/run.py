@@ -141,7 +141,7 @@ class ActiveRun:
 
 def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_at: float) -> ActiveRun:
     """Load or create everything that the run trains with."""
-    setup = prepare_student(run, folder, worker)
+    setup = prepare_student(run, folder, worker, inputs.label_folders)
     teacher, student = setup.teacher, setup.student
     data = load_tokenized_data(run, teacher.preset if teacher else None, setup.tokenizer, student.config)
     if worker.is_main_process:

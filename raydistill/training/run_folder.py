@@ -2,6 +2,7 @@
 
 FOLDER/run.json                 the run's config, written first
 FOLDER/input_fingerprints.json  teacher and data that the run was started with
+FOLDER/student.json             layers and units that the student copies, where rows decide (student_choice.py)
 FOLDER/metrics.jsonl            the metrics of every validation
 FOLDER/checkpoint-STEP/         the best checkpoint while the run is training; best/ afterwards
 FOLDER/state/                   the saved state (state.py); removed when the run is finished

@@ -1,6 +1,7 @@
 """The student of a run before training: made from the teacher, or a new model with random weights."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from raydistill.models.freezing import FrozenParts, resolve_frozen_parts
 from raydistill.models.loading import load_model, locate_checkpoint
 from raydistill.models.random_init import build_tokenizer, make_random_model
 from raydistill.models.saving import build_checkpoint
-from raydistill.models.shrinking import LayerPlan, plan_layers, shrink
+from raydistill.models.shrinking import KeptUnits, LayerPlan, plan_student, shrink
 from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.models.tokenization import load_tokenizer
+from raydistill.training.student_choice import load_or_make_choice
 from raydistill.training.tokenized_data import read_split
 from raydistill.training.workers import Worker
 
@@ -52,22 +54,30 @@ class StudentSetup:
         return resolve_frozen_parts(run, self.layer_plan)
 
 
-def prepare_student(run: Run, folder: Path, worker: Worker) -> StudentSetup:
-    """The untrained student of a run: a copy of teacher layers, or a random start that is saved in `folder`."""
+def prepare_student(run: Run, folder: Path, worker: Worker, label_folders: Mapping[str, Path]) -> StudentSetup:
+    """The untrained student of a run: a copy of teacher layers, or a random start that is saved in `folder`.
+
+    `label_folders`: folders of the label sets by source, for a choice of layers or units by training rows.
+    """
     if run.teacher is None:
         checkpoint = make_random_checkpoint(run, folder, worker)
         return StudentSetup(load_model(checkpoint), load_tokenizer(checkpoint))
     teacher = open_teacher(run.teacher, run.dataset)
-    student, layer_plan = make_student(run, teacher)
+    choice = load_or_make_choice(run, teacher, folder, worker, label_folders)
+    chosen = run.model_copy(update={"student": choice.apply(run.student)})
+    student, layer_plan = make_student(chosen, teacher, choice.kept_units)
     return StudentSetup(student, teacher.tokenizer, layer_plan, teacher)
 
 
-def make_student(run: Run, teacher: Teacher) -> tuple[PreTrainedModel, LayerPlan]:
-    """The untrained student of a teacher, and the layers that it copies and is supervised by."""
-    layer_plan = plan_layers(families.num_layers(teacher.model.config), run.student)
+def make_student(run: Run, teacher: Teacher, units: KeptUnits | None = None) -> tuple[PreTrainedModel, LayerPlan]:
+    """The untrained student of a teacher, and the layers that it copies and is supervised by.
+
+    `units` are the feed-forward units to keep on each side of which the run removes some.
+    """
+    layer_plan = plan_student(teacher.model.config, run.student)
     copy_from = run.student.copy_from
     decoder_from = load_model(locate_checkpoint(copy_from, run.dataset.name)) if copy_from else None
-    student = shrink(teacher.model, layer_plan, run.training.seed, decoder_from)
+    student = shrink(teacher.model, layer_plan, run.training.seed, decoder_from, units)
     if run.training.dropout is not None:
         _set_dropout(student, run.training.dropout)
     return student, layer_plan

@@ -16,7 +16,8 @@ from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelManifest
 from raydistill.models.freezing import FrozenParts, freeze
 from raydistill.models.loading import load_model
-from raydistill.models.shrinking import plan_layers, shrink
+from raydistill.models.pruning import random_units
+from raydistill.models.shrinking import plan_student, shrink
 from raydistill.models.tokenization import load_tokenizer, tokenize_sources, tokenize_targets
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
@@ -49,8 +50,8 @@ def tiny_distillation(family, folder, student: str | Student = "2-2", n=6, dropo
         save_tiny(family, folder, dropout=dropout, logits_bias=family != "t5")
     teacher, tokenizer = load_model(folder), load_tokenizer(folder)
     teacher.requires_grad_(False)
-    plan = plan_layers((2, 3), Student(size=student) if isinstance(student, str) else student)
-    model = shrink(teacher, plan, seed=0)
+    plan = plan_student(teacher.config, Student(size=student) if isinstance(student, str) else student)
+    model = shrink(teacher, plan, seed=0, units=random_units(teacher.config, plan, seed=0))
     freeze(model, FrozenParts(plan.copies_full_encoder, True, plan.copies_full_encoder))
     sources, targets = text_pairs(n)
     examples = Examples(

@@ -3,13 +3,15 @@
 import pytest
 
 from raydistill.config.presets import DATASETS
-from raydistill.config.run import Run
+from raydistill.config.run import Run, Student
+from raydistill.config.shapes import Shape
 from raydistill.models.loading import load_config
 from raydistill.search.dry_run import (
     DatasetSize,
     describe_stopping,
     estimate_cache_bytes,
     estimate_infeasible_sizes,
+    shape_row,
 )
 from raydistill.search.shape_latency import count_params_m
 from tests.factories.models import save_tiny
@@ -50,6 +52,23 @@ def test_the_plan_names_infeasible_sizes_by_parameters_and_by_costs_once_measure
     # 60 % of 90 ms is 54 ms
     assert estimate_infeasible_sizes(fast, ["2-1", "2-3"], config, tmp_path) == (["2-3"], "")
     assert estimate_infeasible_sizes(fast, ["2-1"], config, tmp_path) == ([], "")
+
+
+def test_the_plan_lists_pruned_shapes_with_their_parameters(tmp_path):
+    config = load_config(save_tiny("bart", tmp_path / "teacher"))
+    shapes = ["2-1", "2-1-ffn1-0.5", "full-ffn0.5-1"]
+    full, half, whole_depth = (count_params_m(config, name) for name in shapes)
+    assert full - half == pytest.approx(16 * (16 + 1 + 16) / 1e6)  # one layer without 16 units of width 16
+    runs = [
+        Run.model_validate(
+            {"name": "r", "teacher": "t", "dataset": "d", "student": Student.of_shape(Shape.parse(name))}
+        )
+        for name in shapes
+    ]
+    assert shape_row("full-ffn0.5-1", runs, config) == ["full-ffn0.5-1", "[0, 1, 2]", f"{whole_depth:.1f}"]
+    space = make_space().model_copy(update={"budgets": {"small": {"params_m": (full + half) / 2}}})
+    infeasible, _ = estimate_infeasible_sizes(space, shapes, config, tmp_path)
+    assert infeasible == ["2-1", "full-ffn0.5-1"]
 
 
 def test_the_plan_says_when_trials_stop():

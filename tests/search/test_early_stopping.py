@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.results.pareto import Candidate, pareto_front
+from raydistill.results.records import read_trials
 from raydistill.search.early_stopping import best_score_at, peer_curves, rungs, should_stop_early
 from tests.factories.sweeps import make_trial
 
@@ -70,6 +71,25 @@ def test_the_first_validations_of_a_long_run_have_their_exact_share_of_the_steps
     own, peers, warmup = peer_curves(tmp_path, "a")
     assert own == [(1e-5, 3.0), (2e-5, 3.0)]
     assert (peers, warmup) == ([], 5e-4)
+
+
+def test_only_trials_with_the_same_layers_and_units_are_peers(tmp_path):
+    students = {
+        "a": {"size": "4-1", "decoder_ffn": 0.5},
+        "b": {"size": "4-1", "decoder_ffn": 0.5, "encoder_ffn": 1},
+        "c": {"size": "4-1"},
+        "d": {"size": "4-1", "decoder_ffn": 0.25},
+    }
+    for number, (key, student) in enumerate(students.items()):
+        folder = make_trial(tmp_path, key, number, 8.0, status=None)
+        lines = [{"step": 1, "total_steps": 2, "score": float(number)}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**run, "student": student}))
+    assert peer_curves(tmp_path, "a")[1] == [[(0.5, 1.0)]]
+    assert [trial.size for trial in read_trials(tmp_path)] == [
+        *("4-1-ffn1-0.5", "4-1-ffn1-0.5", "4-1", "4-1-ffn1-0.25")
+    ]
 
 
 SHAPES = {"12-6": (20.0, 60.0), "12-3": (14.0, 35.0), "12-1": (8.0, 20.0)}  # score at the end, latency

@@ -2,8 +2,15 @@
 
 import pytest
 
+from raydistill.config.space import Space, make_run, shape_runs
 from raydistill.core.errors import UserError
-from raydistill.search.prepare import check_budgets, find_infeasible_sizes, make_shape_table
+from raydistill.search.prepare import (
+    PreparedSweep,
+    _shape_names,
+    check_budgets,
+    find_infeasible_sizes,
+    make_shape_table,
+)
 from raydistill.search.shape_latency import TimedShape
 from tests.factories.sweeps import make_space, shape_table, sweep_teacher
 
@@ -44,3 +51,39 @@ def test_a_shape_timed_with_another_engine_is_reported_and_not_excluded_by_its_l
     assert not table.is_infeasible("2-1", {"fast": {"latency_ms": "50%"}})
     assert table.is_infeasible("2-1", {"small": {"params_m": 3.0}})
     assert table.costs["2-1"]["latency_ms"] == 300.0
+
+
+def pruned_space(decoder_ffn: dict) -> Space:
+    """A space of two sizes with all units or a choice of units of the decoder."""
+    student = {"size": {"choice": ["2-3", "2-1"]}, "decoder_ffn": decoder_ffn}
+    run = {"teacher": "t", "dataset": "d", "method": "kd", "student": student}
+    return Space.model_validate({"name": "s", "run": run, "budgets": {"fast": {"latency_ms": 50}}})
+
+
+def test_shapes_with_fewer_units_are_infeasible_by_their_own_costs():
+    costs = {"2-3": 90.0, "2-3-ffn1-0.25": 60.0, "2-1": 55.0, "2-1-ffn1-0.25": 45.0}
+    shapes = shape_table({name: {"latency_ms": value} for name, value in costs.items()})
+    space = pruned_space({"choice": [None, 0.25]})
+    assert find_infeasible_sizes(space, shapes) == {"2-3", "2-3-ffn1-0.25", "2-1"}
+
+
+def test_a_trial_has_the_costs_of_its_shape_or_of_a_fit_between_the_ends_of_a_range(tmp_path):
+    costs = {"2-3": 90.0, "2-1": 55.0, "2-1-ffn1-0.5": 45.0}
+    shapes = shape_table({name: {"latency_ms": value} for name, value in costs.items()}, teacher_size="2-3")
+    prepared = PreparedSweep(sweep_teacher(size="2-3"), shapes)
+    space = pruned_space({"uniform": [0.5, 1.0]})
+
+    def latency(**student) -> float:
+        params = {"student.size": "2-1", **student}
+        return prepared.inputs(make_run(space, params, "r"), 0, params).costs["latency_ms"]
+
+    assert latency(**{"student.decoder_ffn": 0.5}) == 45.0
+    assert latency(**{"student.decoder_ffn": 0.75}) == pytest.approx(50.0)
+    assert latency(**{"student.decoder_ffn": 1.0}) == 55.0
+    assert latency(**{"student.size": "2-3", "student.decoder_ffn": 1.0}) == 90.0
+
+
+def test_the_teachers_shape_is_timed_first_and_then_the_others_from_large_to_small():
+    assert _shape_names(shape_runs(pruned_space({"choice": [None, 0.5, 0.25]})), "6-6") == [
+        *("6-6", "2-3", "2-3-ffn1-0.5", "2-3-ffn1-0.25", "2-1", "2-1-ffn1-0.5", "2-1-ffn1-0.25")
+    ]

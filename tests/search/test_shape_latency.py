@@ -3,9 +3,11 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from raydistill.config.run import Dataset
 from raydistill.models.teacher import open_teacher
-from raydistill.search.shape_latency import ShapeTiming, time_shape
+from raydistill.search.shape_latency import ShapeTiming, count_params_m, time_shape
 from tests.factories.models import save_tiny
 
 TIMING = ShapeTiming(5, 3, "transformers", "fp32", beams=(1,))
@@ -40,3 +42,20 @@ def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monke
     [fallback] = time_shape(teacher, "2-2", replace(TIMING, engine="ctranslate2"), **options)
     assert fallback.engine == "transformers fp32"
     assert json.loads(table.read_text()) == before
+
+
+def test_a_pruned_shape_is_timed_apart_from_the_shape_with_all_units(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    teacher = open_teacher(str(save_tiny("bart", tmp_path / "m")), Dataset(name="demo"))
+    options = {"engine": "transformers", "device": "cpu", "threads": 1}
+    [full], [pruned], [same] = (
+        time_shape(teacher, name, replace(TIMING, remeasure_noisy=False), **options)
+        for name in ("2-1", "2-1-ffn0.5-0.25", "2-1-ffn16-8")
+    )
+    timings = json.loads((tmp_path / "home" / "latency.json").read_text())["timings"]
+    assert len(timings) == 4  # two shapes, batches of 32 and of 1
+    assert same == pruned
+    # Per unit of a layer: 16 weights and a bias before the unit, and 16 weights after it
+    removed = (2 * (32 - 16) + (32 - 8)) * (16 + 1 + 16) / 1e6
+    assert full.costs["params_m"] - pruned.costs["params_m"] == pytest.approx(removed)
+    assert count_params_m(teacher.model.config, "2-1-ffn0.5-0.25") == pruned.costs["params_m"]

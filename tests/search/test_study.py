@@ -438,3 +438,15 @@ def test_damaged_proposals_are_named_with_a_remedy(tmp_path, params):
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"proposals\.json: damaged.*Delete this file: finished trials are recognised"):
         SweepStudy(make_space(), tmp_path)
+
+
+def test_units_are_searched_and_name_the_trials(tmp_path):
+    student = {"size": "2-1", "decoder_ffn": {"choice": [None, 0.5]}}
+    run = {"teacher": "t", "dataset": "d", "method": "kd", "student": student}
+    space = Space.model_validate({"name": "s", "run": run, "search": {"sampler": "grid", "trials": 2}})
+    keys = [proposal.key for proposal in propose_all(SweepStudy(space, tmp_path))]
+    assert [key.rpartition("-")[0] for key in keys] == ["kd-2-1", "kd-2-1-ffn1-0.5"]
+    (tmp_path / "b").mkdir()
+    feasible = propose_all(SweepStudy(space, tmp_path / "b", infeasible_sizes={"2-1-ffn1-0.5"}))
+    assert [proposal.params for proposal in feasible] == [{"student.decoder_ffn": None}]
+    assert trial_key(make_run(space, {"student.decoder_ffn": 1.0}, "r")) == keys[0]

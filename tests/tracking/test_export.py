@@ -3,11 +3,20 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import ctranslate2
 import pytest
 
+from raydistill.config.run import Student
 from raydistill.core import artifact
 from raydistill.core.artifact import LockHeld
+from raydistill.models.loading import load_model
+from raydistill.models.metadata import CheckpointMetadata
+from raydistill.models.pruning import random_units
+from raydistill.models.saving import save_checkpoint
+from raydistill.models.shrinking import plan_student, shrink
+from raydistill.models.tokenization import load_tokenizer
 from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking import export
 from tests.factories.kills import kill_at_every_step
@@ -80,3 +89,27 @@ def test_one_process_at_a_time_writes_an_export(selection: Selection, monkeypatc
     with artifact.lock(folder), pytest.raises(LockHeld, match="a-b1: in use by process"):
         export.export_student(selection, "a b1")
     assert not folder.exists()
+
+
+def test_a_student_with_fewer_units_is_exported_with_its_conversion(sweep: Path) -> None:
+    folder = make_student(sweep, "a", 0, 10.0, "4-1-ffn0.5-0.25")
+    teacher, tokenizer = load_model(folder / "best"), load_tokenizer(folder / "best")
+    plan = plan_student(teacher.config, Student(encoder_ffn=0.5, decoder_ffn=0.25))
+    student: Any = shrink(teacher, plan, units=random_units(teacher.config, plan, seed=0))
+    metadata = CheckpointMetadata.read_from(folder / "best").model_copy(update={"ffn": plan.kept_ffn})
+    save_checkpoint(student, tokenizer, folder / "best")
+    metadata.write_to(folder / "best")
+    exported = export.export_student(load_selection(sweep), "a b1")
+    text = (exported / "README.md").read_text()
+    assert "4-1-ffn0.5-0.25 student" in text
+    assert "| encoder feed-forward units | 16 |" in text
+    assert "| decoder feed-forward units | 8 |" in text
+    ids = tokenizer(["A young woman sees a red bicycle today."], return_tensors="pt")
+    expected = student.generate(**ids, num_beams=1, max_length=20)[0].tolist()[1:]
+    source = [tokenizer.convert_ids_to_tokens(ids.input_ids[0].tolist())]
+    translator = ctranslate2.Translator(str(exported / "ctranslate2"))
+    prefix = [[tokenizer.bos_token]]  # BART's forced first token, which the format does not have
+    [result] = translator.translate_batch(source, target_prefix=prefix, beam_size=1, max_decoding_length=15)
+    written: Any = tokenizer.convert_tokens_to_ids(result.hypotheses[0])
+    assert written == expected[: len(written)]
+    assert len(written) > 5

@@ -118,6 +118,23 @@ def test_cached_and_live_teacher_give_equal_losses_and_gradients(family, method,
     assert relative_distance(cached_gradient, gradient) < 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kd_of_a_pruned_student_is_equal_with_a_cached_and_a_live_teacher(family, tmp_path):
+    """A pruned encoder is trained; otherwise the cached encoder states serve as for a student with all units."""
+    encoder_ffn = 0.5 if family == "t5" else None
+    student = Student(size="2-2", encoder_ffn=encoder_ffn, decoder_ffn=0.5)
+    live = tiny_distillation(family, tmp_path / "t", student)
+    cached = with_cache(live, load_model(tmp_path / "t"), tmp_path / "cache")
+    assert (cached.cached_encoder_states is not None) == (family != "t5")
+    assert live.encoder_supervised == (family == "t5")
+    sums, gradient = loss_and_gradient(live, [4, 0, 3])
+    cached_sums, cached_gradient = loss_and_gradient(cached, [4, 0, 3])
+    assert all(map(math.isfinite, sums.values()))
+    assert {"data", "logits", "hidden"} <= set(sums)
+    assert cached_sums == pytest.approx(sums, rel=1e-5)
+    assert relative_distance(cached_gradient, gradient) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["bart", "marian", "t5"])
 @pytest.mark.parametrize("size", ["2-2", "2-1"])
 def test_cached_and_live_teacher_agree_in_bf16(family, size, tmp_path):

@@ -1,25 +1,35 @@
 """One run, from config to checkpoint and result."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from raydistill.config.run import Dataset, Run
+from raydistill.config.run import Dataset, Run, Student
+from raydistill.config.shapes import Shape
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.data.batching import Examples
 from raydistill.models import families
+from raydistill.models.calibration import Calibration
 from raydistill.models.loading import load_model
+from raydistill.models.measured_layers import measure_layers
+from raydistill.models.metadata import CheckpointMetadata
+from raydistill.models.pruning import best_units, random_units
+from raydistill.models.shrinking import plan_student
 from raydistill.models.teacher import open_teacher
 from raydistill.results.records import read_trials
 from raydistill.training import loop, validation
 from raydistill.training.inputs import RunInputs
+from raydistill.training.records import read_run
 from raydistill.training.run import collapse_reason, train
 from raydistill.training.student import StudentSetup, make_student
+from raydistill.training.student_choice import StudentChoice
 from raydistill.training.teacher_states import make_distillation_step
+from raydistill.training.tokenized_data import load_tokenized_data, make_examples
 from raydistill.training.workers import Worker
 from tests.factories.models import save_tiny
 from tests.factories.training import (
@@ -83,6 +93,64 @@ def test_run_writes_checkpoint_metadata_and_result(workspace, method, tmp_path):
     assert (folder / "result.json").stat().st_mtime_ns == written_at
 
 
+def test_a_pruned_student_is_trained_and_its_metadata_name_its_units(workspace, tmp_path):
+    student = {"size": "2-1", "encoder_ffn": 0.5, "decoder_ffn": 8}
+    run, inputs = make_run(workspace, "kd", student=student), RunInputs(cache_root=tmp_path / "cache")
+    result = train(run, tmp_path / "run", no_report, inputs)
+    assert (result.status, result.size, result.ffn) == ("done", "2-1-ffn0.5-8", {"encoder": 16, "decoder": 8})
+    metadata = CheckpointMetadata.read_from(tmp_path / "run" / "best")
+    assert (metadata.size, metadata.ffn) == (result.size, result.ffn)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "best")
+    assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim) == (16, 8)
+    assert result.metrics["params_m"] == sum(p.numel() for p in model.parameters()) / 1e6
+    units = StudentChoice.read(tmp_path / "run" / "student.json").units
+    assert [len(layer) for layer in units["encoder"]] == [16, 16]
+    assert [len(layer) for layer in units["decoder"]] == [8, 8, 8]
+    teacher = load_model(workspace / "teacher")
+    [expected] = best_units(
+        teacher, replace(plan_student(teacher.config, run.student), ffn=(None, 8)), calibration_of(run)
+    ).values()
+    assert [layer.tolist() for layer in expected] == units["decoder"]
+
+
+def test_a_resumed_run_keeps_the_units_that_it_was_started_with(workspace, tmp_path):
+    """Another machine could rank units of nearly equal scores in another order."""
+    run = make_run(workspace, student={"size": "2-3", "decoder_ffn": 2})
+    recorded = StudentChoice(units={"decoder": [[0, 1], [2, 3], [4, 5]]})
+    recorded.write(tmp_path / "run" / "student.json")
+    train(
+        run.model_copy(update={"training": run.training.model_copy(update={"learning_rate": 1e-12})}),
+        tmp_path / "run",
+        no_report,
+    )
+    student, teacher = load_model(tmp_path / "run" / "best"), load_model(workspace / "teacher")
+    weights, original = student.state_dict(), teacher.state_dict()
+    name = "model.decoder.layers.1.fc1.weight"
+    torch.testing.assert_close(weights[name], original[name][[2, 3]], rtol=0, atol=1e-6)
+
+
+def test_measured_layers_are_copied_and_recorded(workspace, tmp_path):
+    run = make_run(workspace, "kd", student={"size": "2-2", "init": "measured"})
+    result = train(run, tmp_path / "run", no_report, RunInputs(cache_root=tmp_path / "cache"))
+    choice = StudentChoice.read(tmp_path / "run" / "student.json")
+    teacher = load_model(workspace / "teacher")
+    expected = measure_layers(teacher, 2, calibration_of(run))
+    assert [tuple(candidate.layers) for candidate in choice.layers] == list(expected)
+    assert [candidate.divergence for candidate in choice.layers] == pytest.approx(list(expected.values()), rel=1e-4)
+    assert result.copied == {"encoder": [0, 1], "decoder": choice.layers[0].layers}
+    assert (result.size, result.ffn) == ("2-2", None)
+    assert read_run(tmp_path / "run" / "run.json") == run
+    full = make_run(workspace, student={"size": "2-3", "init": "measured"})
+    assert train(full, tmp_path / "full", no_report).copied["decoder"] == [0, 1, 2]
+
+
+def calibration_of(run):
+    """The rows that a run's units are ranked on, from the original targets."""
+    teacher = open_teacher(run.teacher, run.dataset)
+    data = load_tokenized_data(run, None, teacher.tokenizer, teacher.model.config)
+    return Calibration.of(make_examples(run, data, teacher.tokenizer, {}))
+
+
 def test_killed_run_resumes_to_the_same_checkpoint(workspace, tmp_path):
     run = make_run(workspace, "kd", training={"epochs": 2})
 
@@ -136,6 +204,8 @@ def test_run_reads_an_existing_teacher_cache(workspace, tmp_path):
         (("auto", "encoder"), {}, "2-1", (True, False, True)),
         (("auto", "off"), {}, "2-1", (False, False, True)),
         (("full", "off"), {}, "1-1", (False, True, True)),  # the teacher's encoder supervises the shrunk encoder
+        (("full", "off"), {}, "2-1-ffn1-0.5", (True, True, False)),
+        (("full", "off"), {}, "2-3-ffn0.5-0.5", (False, True, True)),  # a pruned encoder is supervised too
         (("full", "off"), {"freeze_encoder": False}, "2-1", (False, True, False)),
         (("full", "off"), {"freeze_embeddings": False}, "2-1", (False, True, True)),  # for the teacher's LM head
     ],
@@ -145,9 +215,11 @@ def test_run_reads_the_configured_cache_and_runs_the_teacher_when_needed(
 ):
     """`modes`: the setting, and the mode for `auto`; `reads`: cached encoder states, cached decoder states, teacher."""
     setting, auto_mode = modes
-    run = make_run(workspace, "kd", student={"size": size}, training={"teacher_cache": setting, **training})
+    shape = Student.of_shape(Shape.parse(size)).model_dump()
+    run = make_run(workspace, "kd", student=shape, training={"teacher_cache": setting, **training})
     teacher = open_teacher(str(workspace / "teacher"), Dataset(name=str(workspace)))
-    student, layers = make_student(run, teacher)
+    units = random_units(teacher.model.config, plan_student(teacher.model.config, run.student), seed=0)
+    student, layers = make_student(run, teacher, units)
     setup = StudentSetup(student, teacher.tokenizer, layers, teacher)
     examples = Examples([[5, 6, 2]], [[7, 2]], [0])
     inputs = RunInputs(cache_root=tmp_path, cache_mode=auto_mode)

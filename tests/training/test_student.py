@@ -62,5 +62,7 @@ def test_copy_from_initializes_the_decoder_layers(tmp_path):
     student, _ = make_student(run, open_teacher(str(teacher), run.dataset))
     name = "model.decoder.layers.0.fc1.weight"
     assert torch.equal(student.state_dict()[name], load_model(other).state_dict()[name])
+    with pytest.raises(ValueError, match="measured compares the teacher's own layers"):
+        Run(**settings, student={"size": "2-1", "copy_from": str(other), "init": "measured"})
     with pytest.raises(ValueError, match="random copies no decoder layer"):
         Run(**settings, student={"size": "2-1", "copy_from": str(other), "init": "random"})

@@ -1,0 +1,50 @@
+"""The costs of a shape: those that were measured, or a linear fit between shapes of equal layers."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from raydistill.config.shapes import Shape, Units
+
+
+def shape_costs(measured: Mapping[str, dict[str, float]], shape: Shape) -> dict[str, float]:
+    """Costs of a shape by name; empty if neither it nor a comparable shape was measured.
+
+    A space with a range of feed-forward units has shapes that were not measured, between the ends of the range. Their
+    costs are fitted by least squares to the measured shapes with the same layers: a + b e + c d for e and d units of
+    the encoder and of the decoder, because a feed-forward layer computes a constant number of products per unit.
+
+    Args:
+        measured: Costs by name of the shape.
+        shape: A shape with numbers of layers.
+    """
+    if shape.name in measured:
+        return measured[shape.name]
+    names = [name for name in measured if _is_comparable(Shape.parse(name), shape)]
+    if not names:
+        return {}
+    design = np.array([_row(Shape.parse(name)) for name in names])
+    metrics = set.intersection(*(set(measured[name]) for name in names)) - {"speedup"}
+    costs = {}
+    for metric in sorted(metrics):
+        coefficients = np.linalg.lstsq(design, np.array([measured[name][metric] for name in names]), rcond=None)[0]
+        costs[metric] = float(np.dot(_row(shape), coefficients))
+    first = measured[names[0]]
+    if "speedup" in first and "latency_ms" in costs:
+        costs["speedup"] = first["speedup"] * first["latency_ms"] / costs["latency_ms"]
+    return costs
+
+
+def _is_comparable(measured: Shape, shape: Shape) -> bool:
+    """Whether layers are equal, and the units of both shapes are shares or both are numbers."""
+    sides = zip(measured[1:], shape[1:], strict=True)
+    return measured.size == shape.size and all(isinstance(a, int) == isinstance(b, int) for a, b in sides)
+
+
+def _row(shape: Shape) -> list[float]:
+    """A row of the design matrix: the intercept, and the units of both sides. All units are the share 1."""
+    return [1.0, *(_share(units) for units in shape[1:])]
+
+
+def _share(units: Units | None) -> float:
+    return 1.0 if units is None else float(units)

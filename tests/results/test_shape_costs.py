@@ -1,0 +1,41 @@
+"""Costs of shapes that were not measured."""
+
+import pytest
+
+from raydistill.config.shapes import Shape
+from raydistill.results.shape_costs import shape_costs
+
+
+def linear_costs(encoder: float, decoder: float) -> dict[str, float]:
+    """The latency of an invented student: 10 ms, and 4 and 6 ms for all units of encoder and decoder."""
+    latency = 10 + 4 * encoder + 6 * decoder
+    return {"latency_ms": latency, "params_m": 1 + encoder + 2 * decoder, "speedup": 40 / latency}
+
+
+CORNERS = {
+    "6-3": linear_costs(1, 1),
+    "6-3-ffn0.5-1": linear_costs(0.5, 1),
+    "6-3-ffn1-0.25": linear_costs(1, 0.25),
+    "6-3-ffn0.5-0.25": linear_costs(0.5, 0.25),
+    "6-1": {"latency_ms": 99.0, "params_m": 9.0, "speedup": 1.0},
+}
+
+
+def test_measured_costs_are_returned_unchanged():
+    assert shape_costs(CORNERS, Shape.parse("6-1")) == CORNERS["6-1"]
+
+
+def test_costs_between_measured_shapes_are_linear_in_the_units():
+    assert shape_costs(CORNERS, Shape("6-3", 0.75, 0.5)) == pytest.approx(linear_costs(0.75, 0.5))
+    one_side = {name: CORNERS[name] for name in ("6-3-ffn0.5-1", "6-3-ffn0.5-0.25")}
+    assert shape_costs(one_side, Shape("6-3", 0.5, 0.5)) == pytest.approx(linear_costs(0.5, 0.5))
+
+
+def test_numbers_of_units_are_fitted_apart_from_shares():
+    costs = {"6-3": linear_costs(1, 1), "6-3-ffn1-256": linear_costs(1, 0.25), "6-3-ffn1-1024": linear_costs(1, 1)}
+    assert shape_costs(costs, Shape("6-3", None, 640)) == pytest.approx(linear_costs(1, 0.625))
+
+
+def test_without_a_comparable_shape_there_are_no_costs():
+    assert shape_costs(CORNERS, Shape("6-2", 0.5, 0.5)) == {}
+    assert shape_costs({"6-3": CORNERS["6-3"]}, Shape("6-3", None, 512)) == {}
