@@ -12,6 +12,8 @@ from raydistill.core.console import print_json, print_text
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from raydistill.config.run import Student
     from raydistill.models.shrinking import LayerPlan
     from raydistill.training.student_choice import StudentChoice
@@ -39,11 +41,15 @@ def shrink(  # noqa: PLR0913
     ffn_choice: Annotated[
         FfnChoice, typer.Option(help="units to keep; activation: the largest outputs on training rows of --dataset")
     ] = "activation",
+    vocabulary: Annotated[
+        str | None,
+        typer.Option(help="tokens to keep; used: those in the training rows of --dataset, or a number, as 30000"),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="data set that selects a named teacher's checkpoint, and whose training rows rank feed-forward units; "
-            "default: the teacher's first data set"
+            help="data set that selects a named teacher's checkpoint, and whose training rows rank feed-forward units "
+            "and tokens; default: the teacher's first data set"
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
@@ -61,28 +67,33 @@ def shrink(  # noqa: PLR0913
     if output.exists():
         raise UserError(f"--output {output}: exists already; give another folder, or delete it")
     copied = {"encoder": _parse_layers("--copy-encoder", copy_encoder), "decoder": _parse_layers("--copy", copy)}
-    ffn = {"encoder_ffn": encoder_ffn, "decoder_ffn": decoder_ffn, "ffn_choice": ffn_choice}
-    student = _parse_student({"size": size, "init": init, "copied": copied, "copy_from": copy_from, **ffn})
+    tokens = int(vocabulary) if vocabulary and vocabulary.isdecimal() else vocabulary
+    shape = {"size": size, "encoder_ffn": encoder_ffn, "decoder_ffn": decoder_ffn, "vocabulary": tokens}
+    student = _parse_student(
+        {**shape, "ffn_choice": ffn_choice, "init": init, "copied": copied, "copy_from": copy_from}
+    )
     for name in (teacher, copy_from) if copy_from else (teacher,):
         check_teacher(name)
-    plan, num_parameters = _create_student(
-        teacher, dataset or default_dataset(teacher) or "", student, dataset or "", output
-    )
+    plan, config = _create_student(teacher, dataset or default_dataset(teacher) or "", student, dataset or "", output)
+    from raydistill.models.families import count_parameters
     from raydistill.models.metadata import CheckpointMetadata
 
-    shape = student.shape.name
+    shape_name = student.shape.name
     metadata = CheckpointMetadata(
         teacher=teacher,
-        size=shape,
+        size=shape_name,
         copied=plan.copied,
         copied_from=copy_from or teacher,
         supervised=plan.supervised,
         ffn=plan.kept_ffn,
+        vocabulary=config.vocab_size if vocabulary else None,
         trained=False,
     )
     metadata.write_to(output)
-    params_m = num_parameters / 1e6
-    print_text(f"{output}: {shape}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json)
+    params_m = count_parameters(config) / 1e6
+    print_text(
+        f"{output}: {shape_name}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json
+    )
     print_json({**metadata.to_json(), "params_m": params_m, "output": str(output)}, as_json)
 
 
@@ -100,8 +111,8 @@ def _parse_student(settings: dict[str, Any]) -> "Student":
 
 def _create_student(
     teacher: str, teacher_dataset: str, student: "Student", copy_from_dataset: str, output: Path
-) -> tuple["LayerPlan", int]:
-    """Write the student to `output`; return its layer plan and its number of parameters.
+) -> tuple["LayerPlan", "PretrainedConfig"]:
+    """Write the student to `output`; return its layer plan and its config.
 
     The data sets select the checkpoints of the teacher and of `student.copy_from` if these are named teachers.
     """
@@ -110,16 +121,35 @@ def _create_student(
     from raydistill.models.shrinking import plan_student
     from raydistill.models.shrinking import shrink as shrink_model
     from raydistill.models.tokenization import load_tokenizer, set_target_language
+    from raydistill.models.vocabulary import trim_model, trim_tokenizer
 
     location = locate_checkpoint(teacher, teacher_dataset)
     choice = _choose(teacher, teacher_dataset, student)
     plan = plan_student(load_config(location), choice.apply(student))
     model, tokenizer = load_model(location), load_tokenizer(location)
+    if token_ids := _choose_tokens(teacher, teacher_dataset, student):
+        model, tokenizer = trim_model(model, token_ids), trim_tokenizer(tokenizer, token_ids)
     set_target_language(model, tokenizer)
     donor = load_model(locate_checkpoint(student.copy_from, copy_from_dataset)) if student.copy_from else None
     result = shrink_model(model, plan, decoder_from=donor, units=choice.kept_units)
     save_checkpoint(result, tokenizer, output)
-    return plan, sum(p.numel() for p in result.parameters())
+    return plan, result.config
+
+
+def _choose_tokens(teacher: str, dataset: str, student: "Student") -> tuple[int, ...] | None:
+    """The ids of the tokens that the student keeps, as a run on the data set would choose them; None for all."""
+    from raydistill.config.run import Dataset, Run
+    from raydistill.models.loading import load_config
+    from raydistill.models.teacher import open_teacher
+    from raydistill.training.tokenized_data import select_student_tokens
+
+    if student.vocabulary is None:
+        return None
+    if not dataset:
+        raise UserError("--vocabulary counts the tokens of training rows: give --dataset")
+    run = Run(name="shrink", teacher=teacher, dataset=Dataset(name=dataset), student=student)
+    opened = open_teacher(teacher, run.dataset)
+    return select_student_tokens(run, opened.tokenizer, load_config(opened.location), {})
 
 
 def _choose(teacher: str, dataset: str, student: "Student") -> "StudentChoice":

@@ -3,10 +3,10 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from raydistill.config.label_sources import parse_labels
-from raydistill.config.shapes import FULL_SIZE, Shape, Units
+from raydistill.config.shapes import FULL_SIZE, Shape, Units, VocabularySize
 
 Method = Literal["sft", "kd", "pl"]
 # Tables 8 and 9 of the paper call them SFT, lo, mid, hi, 000 and rand.
@@ -127,6 +127,16 @@ def _check_ffn_units(value: Units) -> Units | None:
 FfnUnits = Annotated[Units, AfterValidator(_check_ffn_units)] | None
 
 
+def _check_vocabulary(value: Any) -> Any:
+    """The value "used", a number of tokens, or None for all tokens."""
+    if value is None or value == "used" or (isinstance(value, int) and value >= 1 and value is not True):
+        return value
+    raise ValueError(f'{value!r} is neither "used" nor a number of tokens, at least 1')
+
+
+Tokens = Annotated[VocabularySize | None, BeforeValidator(_check_vocabulary)]
+
+
 class Student(StrictModel):
     """The architecture of the student, and the teacher layers and feed-forward units that it starts from."""
 
@@ -146,6 +156,12 @@ class Student(StrictModel):
         description="units to keep; activation: those with the largest outputs on rows of the training split; random: "
         "drawn with `training.seed`",
     )
+    vocabulary: Tokens = Field(
+        None,
+        description="tokens that the student keeps; used: those that occur in the training sources, targets and label "
+        "sets; a number: that many, the most frequent first; default: all. Special tokens, language codes, bytes and "
+        "single characters are always kept",
+    )
     init: Init = Field(
         "spaced",
         description="rule for the decoder layers to copy, unless `copied.decoder` lists them; random: none; measured: "
@@ -164,13 +180,13 @@ class Student(StrictModel):
     @property
     def shape(self) -> Shape:
         """The architecture; equal shapes have equal costs."""
-        return Shape(self.size or FULL_SIZE, self.encoder_ffn, self.decoder_ffn)
+        return Shape(self.size or FULL_SIZE, self.encoder_ffn, self.decoder_ffn, self.vocabulary)
 
     @classmethod
     def of_shape(cls, shape: Shape) -> "Student":
         """A student of a shape, with default settings otherwise."""
         size = None if shape.size == FULL_SIZE else shape.size
-        return cls(size=size, encoder_ffn=shape.encoder_ffn, decoder_ffn=shape.decoder_ffn)
+        return cls(size=size, **{name: getattr(shape, name) for name in ("encoder_ffn", "decoder_ffn", "vocabulary")})
 
     @property
     def is_pruned(self) -> bool:

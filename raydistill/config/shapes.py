@@ -1,14 +1,16 @@
-"""Names of shapes: layers and feed-forward units of a student, the key of all measured costs."""
+"""Names of shapes: layers, feed-forward units and tokens of a student, the key of all measured costs."""
 
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 FULL_SIZE = "full"  # the size of a student with the teacher's layers, whose numbers a run file does not have
+_USED_TOKENS_RANK = 1e9  # "used" is sorted behind numbers of tokens and before all tokens
 _NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
-_SHAPE_PATTERN = re.compile(rf"(full|\d+-\d+)(?:-ffn({_NUMBER})-({_NUMBER}))?")
+_SHAPE_PATTERN = re.compile(rf"(full|\d+-\d+)(?:-ffn({_NUMBER})-({_NUMBER}))?(?:-v(used|\d+))?")
 
 Units = int | float  # a share of the teacher's feed-forward units of a layer (at most 1), or a number of units
+VocabularySize = int | Literal["used"]  # a number of tokens, or the tokens that occur in the training data
 
 
 class Shape(NamedTuple):
@@ -18,19 +20,30 @@ class Shape(NamedTuple):
         size: Encoder and decoder layers, such as "12-3", or "full" for the teacher's.
         encoder_ffn: Feed-forward units of an encoder layer; None for the teacher's.
         decoder_ffn: Feed-forward units of a decoder layer; None for the teacher's.
+        vocabulary: Tokens; None for the teacher's.
     """
 
     size: str
     encoder_ffn: Units | None = None
     decoder_ffn: Units | None = None
+    vocabulary: VocabularySize | None = None
 
     @property
     def name(self) -> str:
-        """The name: "12-3", or "12-3-ffn0.5-256" with the units of both sides, where 1 means the teacher's."""
-        if self.encoder_ffn is None and self.decoder_ffn is None:
-            return self.size
-        units = ("1" if value is None else f"{value:g}" for value in (self.encoder_ffn, self.decoder_ffn))
-        return f"{self.size}-ffn{'-'.join(units)}"
+        """The name, such as "12-3".
+
+        "-ffn0.5-256" follows if the units of a side are not the teacher's, where 1 means the teacher's; "-v30000" or
+        "-vused" follows if the tokens are not the teacher's.
+        """
+        name = self.size
+        if self.ffn != (None, None):
+            name += f"-ffn{'-'.join('1' if units is None else f'{units:g}' for units in self.ffn)}"
+        return name if self.vocabulary is None else f"{name}-v{self.vocabulary}"
+
+    @property
+    def ffn(self) -> tuple[Units | None, Units | None]:
+        """The feed-forward units of both sides."""
+        return self.encoder_ffn, self.decoder_ffn
 
     @classmethod
     def parse(cls, name: str) -> "Shape":
@@ -42,8 +55,9 @@ class Shape(NamedTuple):
         match = _SHAPE_PATTERN.fullmatch(name)
         if not match:
             raise ValueError(f'{name!r} is not the name of a shape such as "12-3" or "12-3-ffn0.5-0.25"')
-        encoder, decoder = (_parse_units(text) for text in match.groups()[1:])
-        return cls(match[1], encoder, decoder)
+        size, encoder, decoder, tokens = match.groups()
+        vocabulary: VocabularySize | None = "used" if tokens == "used" else None if tokens is None else int(tokens)
+        return cls(size, _parse_units(encoder), _parse_units(decoder), vocabulary)
 
     def with_full_size(self, teacher_size: str) -> "Shape":
         """The shape with the teacher's size in place of "full"."""
@@ -51,13 +65,14 @@ class Shape(NamedTuple):
 
 
 def shape_sort_key(name: str) -> tuple[list[float], str]:
-    """Sorts names of shapes from small to large: by layers, then by units. Other names come first."""
+    """Sorts names of shapes from small to large: by layers, then by units and tokens. Other names come first."""
     try:
         shape = Shape.parse(name)
     except ValueError:
         return [], name
     layers = [float(number) for number in shape.size.split("-") if number != FULL_SIZE]
-    return [*layers, *(math.inf if units is None else units for units in shape[1:])], name
+    tokens = _USED_TOKENS_RANK if shape.vocabulary == "used" else shape.vocabulary
+    return [*layers, *(math.inf if value is None else value for value in (*shape.ffn, tokens))], name
 
 
 def _parse_units(text: str | None) -> Units | None:

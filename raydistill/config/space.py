@@ -35,7 +35,7 @@ SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
 DEFAULT_SELECTION_SHARE = 0.5
 
-SHAPE_KEYS = ("student.size", "student.encoder_ffn", "student.decoder_ffn")
+SHAPE_KEYS = ("student.size", "student.encoder_ffn", "student.decoder_ffn", "student.vocabulary")
 RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
 
 
@@ -242,7 +242,7 @@ def corner_runs(space: Space) -> list[Run]:
 
 
 def shape_runs(space: Space) -> list[Run]:
-    """Runs of every shape of the space, without duplicates; of a range of feed-forward units, both ends occur."""
+    """Runs of every shape of the space, without duplicates; of a range of units or tokens, both ends occur."""
     runs = [make_run(space, params, space.name) for params in iter_corners(space.run, keys=SHAPE_KEYS)]
     return list({run.student.shape: run for run in runs}.values())
 

@@ -34,6 +34,11 @@ class Examples:
         """Content key of the target tokens and the source indices."""
         return f"{tokens_key(self.targets)}{tokens_key([self.source_indices])}"
 
+    def with_token_ids(self, token_ids: Sequence[int]) -> "Examples":
+        """A copy in another vocabulary, in which token i has the id `token_ids[i]`."""
+        sources, targets = ([[token_ids[i] for i in row] for row in rows] for rows in (self.sources, self.targets))
+        return Examples(sources, targets, self.source_indices)
+
     def count_target_tokens(self, batch: Sequence[int]) -> int:
         """Target tokens of a batch without padding: the weight of token-level losses."""
         return sum(len(self.targets[i]) for i in batch)

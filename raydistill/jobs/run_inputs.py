@@ -128,7 +128,7 @@ def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total
     """
     snapshots.save(*{path for run in runs for path in input_paths(run)})
     compute_dtype = _resolve_compute_dtype(runs, device, record_path)
-    label_folders, label_hours = _make_label_sets(runs, device)
+    label_folders, label_hours = make_label_sets(runs, device)
     cache = _make_teacher_cache(runs, label_folders, device, record_path, total_epochs, compute_dtype)
     return SharedInputs(label_folders, label_hours, cache)
 
@@ -162,7 +162,7 @@ def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> s
     return decisions.precision
 
 
-def _make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
+def make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
     """Folders of the label sets that teachers wrote, and device-hours of all label sets; both by `label_key`.
 
     A curated set counts as the set that it was derived from, since curation needs no pass of the teacher.

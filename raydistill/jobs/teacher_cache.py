@@ -86,8 +86,14 @@ class CacheInputs:
 
 
 def cache_group_key(run: Run) -> str:
-    """A key of the runs that can share a cache: the same teacher, data and precision."""
-    settings = (run.teacher, run.dataset.model_dump(mode="json"), run.training.precision, run.training.cache_precision)
+    """A key of the runs that can share a cache: the same teacher, data, precision and tokens.
+
+    A number of tokens may split the texts into others than the teacher's, and depends on the label sets.
+    """
+    settings: list[Any] = [run.teacher, run.dataset.model_dump(mode="json")]
+    settings += [run.training.precision, run.training.cache_precision]
+    if isinstance(run.student.vocabulary, int):
+        settings += [run.student.vocabulary, run.label_key]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
@@ -208,7 +214,8 @@ def _load_inputs(request: CacheRequest) -> CacheInputs:
     from raydistill.models.fingerprints import teacher_key
     from raydistill.models.loading import load_config, locate_checkpoint
     from raydistill.models.tokenization import load_tokenizer, resolve_languages
-    from raydistill.training.tokenized_data import load_tokenized_data, make_examples
+    from raydistill.models.vocabulary import trim_tokenizer
+    from raydistill.training.tokenized_data import load_tokenized_data, make_examples, select_student_tokens
 
     first = request.runs[0]
     assert first.teacher is not None
@@ -216,11 +223,17 @@ def _load_inputs(request: CacheRequest) -> CacheInputs:
     preset = teacher_preset(first.teacher, first.dataset.name)
     config = load_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint, resolve_languages(first.teacher, first.dataset))
+    token_ids = None
+    if isinstance(first.student.vocabulary, int):  # with "used", the texts are split into the teacher's tokens
+        token_ids = select_student_tokens(first, tokenizer, config, run_label_folders(request.labels, first))
+        assert token_ids is not None
+        tokenizer = trim_tokenizer(tokenizer, token_ids)
     data = load_tokenized_data(first, preset, tokenizer, config)
     examples: dict[str, Examples] = {}
     for run in request.runs:
         if run.label_key not in examples:
-            examples[run.label_key] = make_examples(run, data, tokenizer, run_label_folders(request.labels, run))
+            own = make_examples(run, data, tokenizer, run_label_folders(request.labels, run))
+            examples[run.label_key] = own if token_ids is None else own.with_token_ids(token_ids)
     compute_dtype = _resolve_compute_dtype(first.training, request.device, request.compute_dtype)
     return CacheInputs(examples, teacher_key(checkpoint), config, compute_dtype)
 

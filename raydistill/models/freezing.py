@@ -27,10 +27,11 @@ def resolve_frozen_parts(run: Run, layer_plan: LayerPlan | None) -> FrozenParts:
     """Return the parts that the run freezes.
 
     The defaults for a shrunk student are frozen embeddings and, if the whole encoder is copied, a frozen encoder. A
-    student is shrunk if the run sets a `size`, even the teacher's own, or removes feed-forward units; otherwise the
-    teacher is fine-tuned.
+    student is shrunk if the run sets a `size`, even the teacher's own, removes feed-forward units or trims the
+    vocabulary; otherwise the teacher is fine-tuned.
     """
     shrunk = layer_plan is not None and (run.student.size is not None or run.student.is_pruned)
+    shrunk |= layer_plan is not None and run.student.vocabulary is not None
     full_encoder = layer_plan is not None and layer_plan.copies_full_encoder
     embeddings = run.training.freeze_embeddings
     encoder = run.training.freeze_encoder

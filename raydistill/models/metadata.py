@@ -42,6 +42,7 @@ class CheckpointMetadata(Record):
         copied_from: The checkpoint whose decoder layers were copied, for a student without training.
         labels: Source of the training targets, such as "original+pseudo".
         ffn: Feed-forward units per layer, by side; None for the teacher's.
+        vocabulary: Tokens of a trimmed vocabulary; None for the teacher's.
         supervised: The teacher layers that supervise the student's layers, by side; None for a random start.
         trained: Whether the checkpoint was trained.
         config: The run that trained the checkpoint.
@@ -65,6 +66,7 @@ class CheckpointMetadata(Record):
     copied_from: str | None = None
     labels: str | None = None
     ffn: dict[str, int | None] | None = None
+    vocabulary: int | None = None
     supervised: dict[str, list[int]] | None = None
     trained: bool = True
     config: Run | None = None

@@ -1,6 +1,6 @@
 """A teacher with everything that depends on the teacher and the data set alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from raydistill.models.hub import hub_commit
 from raydistill.models.loading import load_model, locate_checkpoint
 from raydistill.models.shrinking import check_full_depth_copy
 from raydistill.models.tokenization import Languages, load_tokenizer, resolve_languages, set_target_language
+from raydistill.models.vocabulary import trim_model, trim_tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Teacher:
         alignment_error: Largest difference of the logits of a full-depth copy, relative to the largest logit.
         languages: Source and target language; None where the model has none.
         commit: Commit of the loaded files on the hub; None for a folder.
+        token_ids: Of a teacher whose vocabulary is trimmed to that of a student, the ids of the tokens in the full
+            vocabulary. The hidden states are those of the teacher, the logits are those of the kept tokens.
     """
 
     location: str
@@ -36,11 +39,13 @@ class Teacher:
     alignment_error: float
     languages: Languages | None
     commit: str | None
+    token_ids: tuple[int, ...] | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The frozen model on the CPU; loaded at the first access, and again after `unload_model`."""
-        return _load_frozen_model(self.location, self.tokenizer)
+        model = load_model(self.location)
+        return _freeze(model if self.token_ids is None else trim_model(model, self.token_ids), self.tokenizer)
 
     def unload_model(self) -> None:
         """Free the memory of the weights."""
@@ -48,22 +53,32 @@ class Teacher:
         malloc_trim()
 
 
-def open_teacher(name: str, dataset: Dataset) -> Teacher:
+def open_teacher(name: str, dataset: Dataset, token_ids: tuple[int, ...] | None = None) -> Teacher:
     """Open a teacher once per process, and check its weights.
 
     The teacher depends on the name and the languages of the data set: runs on different numbers of rows share it.
+    `token_ids` trims the vocabulary of tokenizer and model to these tokens; the teacher's key stays the same.
 
     Raises:
         UserError: The checkpoint cannot be loaded, or a full-depth copy gives other logits.
     """
-    return _open_teacher(name, dataset.name, resolve_languages(name, dataset))
+    teacher = _open_teacher(name, dataset.name, resolve_languages(name, dataset))
+    return teacher if token_ids is None else _trim_teacher(teacher, token_ids)
+
+
+@lru_cache(maxsize=2)
+def _trim_teacher(teacher: Teacher, token_ids: tuple[int, ...]) -> Teacher:
+    trimmed = replace(teacher, tokenizer=trim_tokenizer(teacher.tokenizer, token_ids), token_ids=token_ids)
+    trimmed.__dict__["model"] = _freeze(trim_model(teacher.model, token_ids), trimmed.tokenizer)
+    teacher.unload_model()
+    return trimmed
 
 
 @lru_cache(maxsize=2)
 def _open_teacher(name: str, dataset: str, languages: Languages | None) -> Teacher:
     preset, location = teacher_preset(name, dataset), locate_checkpoint(name, dataset)
     tokenizer = load_tokenizer(location, languages)
-    model = _load_frozen_model(location, tokenizer)
+    model = _freeze(load_model(location), tokenizer)
     alignment_error = check_full_depth_copy(model, name)
     key, commit = teacher_key(location), hub_commit(location)
     teacher = Teacher(location, tokenizer, key, preset, alignment_error, languages, commit)
@@ -71,7 +86,6 @@ def _open_teacher(name: str, dataset: str, languages: Languages | None) -> Teach
     return teacher
 
 
-def _load_frozen_model(location: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    model = load_model(location)
+def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     set_target_language(model, tokenizer)
     return model.requires_grad_(False)

@@ -10,9 +10,10 @@ from raydistill.config.shapes import Shape, Units
 def shape_costs(measured: Mapping[str, dict[str, float]], shape: Shape) -> dict[str, float]:
     """Costs of a shape by name; empty if neither it nor a comparable shape was measured.
 
-    A space with a range of feed-forward units has shapes that were not measured, between the ends of the range. Their
-    costs are fitted by least squares to the measured shapes with the same layers: a + b e + c d for e and d units of
-    the encoder and of the decoder, because a feed-forward layer computes a constant number of products per unit.
+    A space with a range of feed-forward units or tokens has shapes that were not measured, between the ends of the
+    range. Their costs are fitted by least squares to the measured shapes with the same layers: a + b e + c d + f v for
+    e and d units of the encoder and of the decoder and v tokens, because a feed-forward layer computes a constant
+    number of products per unit, and the output layer a constant number per token.
 
     Args:
         measured: Costs by name of the shape.
@@ -36,14 +37,20 @@ def shape_costs(measured: Mapping[str, dict[str, float]], shape: Shape) -> dict[
 
 
 def _is_comparable(measured: Shape, shape: Shape) -> bool:
-    """Whether layers are equal, and the units of both shapes are shares or both are numbers."""
-    sides = zip(measured[1:], shape[1:], strict=True)
-    return measured.size == shape.size and all(isinstance(a, int) == isinstance(b, int) for a, b in sides)
+    """Whether layers are equal, the units of both shapes are shares or both are numbers, and likewise the tokens."""
+    numbers = isinstance(measured.vocabulary, int) and isinstance(shape.vocabulary, int)
+    if measured.size != shape.size or not (numbers or measured.vocabulary == shape.vocabulary):
+        return False
+    return all(isinstance(a, int) == isinstance(b, int) for a, b in zip(measured.ffn, shape.ffn, strict=True))
 
 
 def _row(shape: Shape) -> list[float]:
-    """A row of the design matrix: the intercept, and the units of both sides. All units are the share 1."""
-    return [1.0, *(_share(units) for units in shape[1:])]
+    """A row of the design matrix: the intercept, the units of both sides, and thousands of tokens if they are a number.
+
+    All units are the share 1.
+    """
+    thousands = shape.vocabulary / 1000 if isinstance(shape.vocabulary, int) else 0.0
+    return [1.0, *(_share(units) for units in shape.ffn), thousands]
 
 
 def _share(units: Units | None) -> float:

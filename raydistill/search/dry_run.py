@@ -177,14 +177,15 @@ def shape_row(shape: str, runs: list[Run], config: Any) -> list[str]:
         "measured" if run.student.measures_layers else str(plan_student(config, run.student).decoder or "random")
         for run in runs
     }
-    params_m = count_params_m(config, shape)
-    return [shape, "; ".join(sorted(layers)), f"{params_m:.1f}"]
+    at_most = "at most " if Shape.parse(shape).vocabulary == "used" else ""
+    return [shape, "; ".join(sorted(layers)), f"{at_most}{count_params_m(config, shape):.1f}"]
 
 
 def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folder: Path) -> tuple[list[str], str]:
     """Sizes that no budget admits by the costs known before the sweep, and a remark on missing costs.
 
-    Numbers of parameters are always known; latency and memory once a sweep in `folder` has timed the shapes.
+    Numbers of parameters are known except for "used" tokens; latency and memory once a sweep in `folder` has timed the
+    shapes.
     """
     from raydistill.models import families
     from raydistill.search.shape_latency import count_params_m
@@ -196,8 +197,9 @@ def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folde
     full = families.size_name(config)
     costs = {}
     for name in (full, *sizes):
-        resolved = Shape.parse(name).with_full_size(full).name
-        costs[name] = {"params_m": count_params_m(config, resolved), **measured.get(resolved, {})}
+        shape = Shape.parse(name).with_full_size(full)
+        known = {} if shape.vocabulary == "used" else {"params_m": count_params_m(config, shape.name)}
+        costs[name] = {**known, **measured.get(shape.name, {})}
     budgets = resolve_budgets(space.budgets, {**costs[full], **(record.shapes.teacher_costs if record else {})})
     remark = "" if measured else " (by their parameters; latency and memory are known once the shapes are timed)"
     return [size for size in sizes if not fits_any_budget(costs[size], budgets)], remark

@@ -12,12 +12,12 @@ from raydistill.config.space import Space, corner_runs, shape_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.evaluation.latency import warn_background_load
-from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, prepare_shared_inputs
+from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, make_label_sets, prepare_shared_inputs
 from raydistill.results.pareto import describe_nearest_miss, resolve_budgets
 from raydistill.results.shape_costs import shape_costs
 from raydistill.results.sweep_record import ShapeTable, SweepTeacher, TeacherPasses
 from raydistill.search.shape_latency import ShapeTiming, TimedShape, time_shapes
-from raydistill.training.inputs import RunInputs, input_paths
+from raydistill.training.inputs import RunInputs, input_paths, run_label_folders
 from raydistill.training.records import InputFingerprints, repetition_warning
 from raydistill.training.run_folder import write_row_statistics
 from raydistill.training.teacher_record import TeacherScores
@@ -106,7 +106,11 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
 
 
 def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: Path, device: str) -> ShapeTable:
-    """Costs of each shape with the teacher's number of beams, and with the fewest beams of the space."""
+    """Costs of each shape with the teacher's number of beams, and with the fewest beams of the space.
+
+    Which tokens are used is known once the label sets exist. The costs of "used" are those of the first run that keeps
+    the used tokens: runs on other label sets have a few other tokens.
+    """
     sizes = _shape_names(shape_runs(space), teacher.size)
     beams = tuple(dict.fromkeys((teacher.beams, min([teacher.beams, *space.search.decoding.beams]))))
     timing = ShapeTiming(
@@ -121,7 +125,12 @@ def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: P
     print_progress(
         f"latency: timing {len(sizes)} shapes, one at a time on an otherwise idle machine ({', '.join(sizes)})"
     )
-    timed = run_exclusive(time_shapes, runs[0], sizes, timing, device=device, input_paths=input_paths(runs[0]))
+    run = next((run for run in runs if run.student.vocabulary == "used"), runs[0])
+    label_folders: dict[str, Path] = {}
+    if run.student.vocabulary == "used":
+        label_folders = run_label_folders(make_label_sets([run], device)[0], run)
+    paths = [*input_paths(run), *label_folders.values()]
+    timed = run_exclusive(time_shapes, run, sizes, timing, label_folders, device=device, input_paths=paths)
     warn_background_load(
         max(shape.background_cores for shapes in timed.values() for shape in shapes),
         "the next sweep times the shapes again",

@@ -4,7 +4,7 @@ Latency and memory of a model do not depend on the values of its weights.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -12,17 +12,20 @@ from typing import Any, Literal
 
 from raydistill.cluster import snapshots
 from raydistill.config.run import Run, Student
-from raydistill.config.shapes import Shape
+from raydistill.config.shapes import Shape, VocabularySize
 from raydistill.core.paths import raydistill_home
 from raydistill.evaluation import latency
 from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import Engine, EngineOptions, Workload
 from raydistill.inference.engines import open_engine
 from raydistill.models import families
+from raydistill.models.loading import load_config
 from raydistill.models.pruning import random_units
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.shrinking import plan_student, shrink, student_config
 from raydistill.models.teacher import Teacher, open_teacher
+from raydistill.models.vocabulary import select_tokens, with_vocab_size
+from raydistill.training.tokenized_data import select_student_tokens
 
 # Cost by name: latency_ms (batch of 32) and latency_ms_b1 with their _low and _high, peak_mb, params_m, memory_mb
 ShapeCosts = dict[str, float]
@@ -69,17 +72,51 @@ class TimedShape:
 
 
 def time_shapes(
-    run: Run, shapes: list[str], timing: ShapeTiming, device: str, threads: int
+    run: Run,
+    shapes: list[str],
+    timing: ShapeTiming,
+    label_folders: Mapping[str, Path],
+    device: str,
+    threads: int,
 ) -> dict[str, list[TimedShape]]:
-    """Costs of each shape, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings."""
+    """Costs of each shape, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings.
+
+    Args:
+        run: Names the teacher and the data; its training data decides which tokens are used.
+        shapes: Names of the shapes.
+        timing: Lengths, beams and the expected engine.
+        label_folders: Folders of the label sets of the run by label source.
+        device: "cpu" or "cuda".
+        threads: CPU threads of the engine.
+    """
     assert run.teacher is not None
-    teacher = open_teacher(run.teacher, run.dataset)
-    engine = run.evaluation.engine
     table = raydistill_home() / "latency.json"
-    snapshots.pull(table)
-    costs = {name: time_shape(teacher, name, timing, engine=engine, device=device, threads=threads) for name in shapes}
+    snapshots.pull(table, *label_folders.values())
+    costs = {}
+    for name in shapes:
+        token_ids = _kept_tokens(run, Shape.parse(name).vocabulary, label_folders)
+        teacher = open_teacher(run.teacher, run.dataset, token_ids)
+        costs[name] = time_shape(teacher, name, timing, engine=run.evaluation.engine, device=device, threads=threads)
     snapshots.save(table)
     return costs
+
+
+def _kept_tokens(
+    run: Run, vocabulary: VocabularySize | None, label_folders: Mapping[str, Path]
+) -> tuple[int, ...] | None:
+    """Ids of as many tokens as a student of the run keeps; None for all.
+
+    The cost depends on how many tokens there are, so a number of tokens needs no look at the data.
+    """
+    assert run.teacher is not None
+    if vocabulary is None:
+        return None
+    teacher = open_teacher(run.teacher, run.dataset)
+    config = load_config(teacher.location)
+    if vocabulary != "used":
+        return select_tokens(teacher.tokenizer, config, {}, vocabulary)
+    used = run.model_copy(update={"student": run.student.model_copy(update={"vocabulary": vocabulary})})
+    return select_student_tokens(used, teacher.tokenizer, config, label_folders)
 
 
 def time_shape(
@@ -96,7 +133,7 @@ def time_shape(
     Known timings are read from RAYDISTILL_HOME/latency.json, and new ones are added.
 
     Args:
-        teacher: The model whose layers the student has.
+        teacher: The model whose layers the student has, with the tokens of the student.
         shape: Name of the shape, such as "12-3" or "12-3-ffn0.5-0.25".
         timing: Lengths, beams and the expected engine.
         engine: The engine to open, if a timing is missing.
@@ -165,11 +202,14 @@ def _time_workload(
 
 
 def count_params_m(config: Any, shape: str) -> float:
-    """Millions of parameters of a student of this shape; allocates nothing.
+    """Millions of parameters of a student of this shape, at most for "used" tokens; allocates nothing.
 
     Args:
         config: The teacher's configuration.
         shape: Name of the shape, such as "12-3".
     """
-    plan = plan_student(config, Student.of_shape(Shape.parse(shape)))
+    parsed = Shape.parse(shape)
+    if isinstance(parsed.vocabulary, int):
+        config = with_vocab_size(config, min(parsed.vocabulary, config.vocab_size))
+    plan = plan_student(config, Student.of_shape(parsed))
     return families.count_parameters(student_config(config, plan)) / 1e6

@@ -59,6 +59,7 @@ def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[st
         ["data", f"{checkpoint.config.dataset.name}, labels: {student.labels}"],
         *[[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied_layers.items()],
         *[[f"{side} feed-forward units", str(units)] for side, units in (checkpoint.ffn or {}).items() if units],
+        *([["tokens", str(checkpoint.vocabulary)]] if checkpoint.vocabulary else []),
         *[[f"{side} layers supervised", " ".join(map(str, layers))] for side, layers in supervised.items()],
         ["teacher's key", str(checkpoint.teacher_key)],
         *([["teacher's commit", checkpoint.teacher_commit]] if checkpoint.teacher_commit else []),

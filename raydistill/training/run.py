@@ -236,6 +236,7 @@ def _checkpoint_metadata(active: ActiveRun, evaluations: dict[str, EvaluationRes
         config=active.run,
         versions=library_versions(),
         supervised=layer_plan.supervised if layer_plan else None,
+        vocabulary=len(teacher.token_ids) if teacher and teacher.token_ids else None,
         teacher_key=teacher.key if teacher else None,
         teacher_commit=teacher.commit if teacher else None,
         data=active.validator.data.fingerprints,

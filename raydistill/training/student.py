@@ -14,14 +14,14 @@ from raydistill.core.errors import UserError
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models import families
 from raydistill.models.freezing import FrozenParts, resolve_frozen_parts
-from raydistill.models.loading import load_model, locate_checkpoint
+from raydistill.models.loading import load_config, load_model, locate_checkpoint
 from raydistill.models.random_init import build_tokenizer, make_random_model
 from raydistill.models.saving import build_checkpoint
 from raydistill.models.shrinking import KeptUnits, LayerPlan, plan_student, shrink
 from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.models.tokenization import load_tokenizer
 from raydistill.training.student_choice import load_or_make_choice
-from raydistill.training.tokenized_data import read_split
+from raydistill.training.tokenized_data import read_split, select_student_tokens
 from raydistill.training.workers import Worker
 
 RANDOM_START_FOLDER = "start"
@@ -57,12 +57,16 @@ class StudentSetup:
 def prepare_student(run: Run, folder: Path, worker: Worker, label_folders: Mapping[str, Path]) -> StudentSetup:
     """The untrained student of a run: a copy of teacher layers, or a random start that is saved in `folder`.
 
-    `label_folders`: folders of the label sets by source, for a choice of layers or units by training rows.
+    Where the run trims the vocabulary, the student is made from the teacher with the trimmed vocabulary, and learns
+    from the teacher's distribution over the kept tokens. `label_folders`: folders of the label sets by source, for the
+    choice of tokens, and of layers or units by training rows.
     """
     if run.teacher is None:
         checkpoint = make_random_checkpoint(run, folder, worker)
         return StudentSetup(load_model(checkpoint), load_tokenizer(checkpoint))
     teacher = open_teacher(run.teacher, run.dataset)
+    token_ids = select_student_tokens(run, teacher.tokenizer, load_config(teacher.location), label_folders)
+    teacher = open_teacher(run.teacher, run.dataset, token_ids)
     choice = load_or_make_choice(run, teacher, folder, worker, label_folders)
     chosen = run.model_copy(update={"student": choice.apply(run.student)})
     student, layer_plan = make_student(chosen, teacher, choice.kept_units)

@@ -11,7 +11,7 @@ from raydistill.config.run import Run
 from raydistill.data.batching import Examples
 from raydistill.models import families
 from raydistill.models.freezing import FrozenParts
-from raydistill.models.teacher import Teacher
+from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.policy import make_cache_layout
 from raydistill.teacher_cache.reader import RaggedArray, open_decoder_states, open_encoder_states
@@ -81,17 +81,26 @@ def _needs_teacher(run: Run, distillation: DistillationStep, frozen: FrozenParts
 def _open_cached_states(
     run: Run, teacher: Teacher, examples: Examples, inputs: RunInputs, worker: Worker
 ) -> tuple[RaggedArray | None, dict[int, RaggedArray]]:
-    """The cached encoder states, and the cached decoder states by layer; missing parts are computed first."""
+    """The cached encoder states, and the cached decoder states by layer; missing parts are computed first.
+
+    The cache does not depend on the vocabulary of a student: its content and its keys are those of the tokens in the
+    teacher's full vocabulary.
+    """
     mode = inputs.cache_mode if run.training.teacher_cache == "auto" else run.training.teacher_cache
     if inputs.cache_root is None or mode == "off":
         return None, {}
     compute_dtype: DtypeName = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
+    if teacher.token_ids is not None:
+        examples = examples.with_token_ids(teacher.token_ids)
     examples_by_label = {run.label_key: examples}
     layout = make_cache_layout(
         [(run, mode)], examples_by_label, teacher.key, teacher.model.config, inputs.cache_root, compute_dtype
     )
     if layout.is_incomplete():
-        torch.nn.Module.to(teacher.model, worker.device)
-        build_cache(layout, teacher.model)
+        assert run.teacher is not None
+        full_teacher = open_teacher(run.teacher, run.dataset)
+        build_cache(layout, torch.nn.Module.to(full_teacher.model, worker.device))
+        if full_teacher is not teacher:
+            full_teacher.unload_model()
     encoder_states = open_encoder_states(layout) if layout.encoder else None
     return encoder_states, open_decoder_states(layout) if layout.label_sets else {}

@@ -1,5 +1,6 @@
 """The data that a run trains on: its splits, their tokens and the training pairs."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +21,11 @@ from raydistill.label_sets.mixing import select_targets
 from raydistill.models.fingerprints import teacher_key
 from raydistill.models.loading import locate_checkpoint
 from raydistill.models.tokenization import resolve_max_tokens, tokenize_sources, tokenize_targets
+from raydistill.models.vocabulary import count_tokens, select_tokens
 from raydistill.training.records import InputFingerprints
 
 SPLITS = ("train", "validation", SELECTION, "test")
+UNLIMITED_TOKENS = 2**30  # more than any text has
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,56 @@ def make_examples(
         label_folders: Folders of the label sets that teachers wrote, by source ("pseudo" or "pseudo@TEACHER").
     """
     labels = tuple(parse_labels(run.resolved_labels))
+    folders = _known_label_folders(labels, label_folders)
+    return _make_examples(tokenizer, run.dataset, labels, folders, data.max_source_tokens, data.max_target_tokens)
+
+
+def _known_label_folders(
+    labels: tuple[LabelSource, ...], label_folders: Mapping[str, Path]
+) -> tuple[tuple[str, Path], ...]:
+    """The label sets that are complete, by label source: those that the run names, and those in `label_folders`."""
     folders = {
         label.spec: Path(label.folder) if label.folder else label_folders.get(label.spec)
         for label in labels
         if label.spec != "original"
     }
-    known_folders = tuple((source, folder) for source, folder in folders.items() if folder is not None)
-    return _make_examples(tokenizer, run.dataset, labels, known_folders, data.max_source_tokens, data.max_target_tokens)
+    return tuple((source, folder) for source, folder in folders.items() if folder is not None)
+
+
+def select_student_tokens(
+    run: Run, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, label_folders: Mapping[str, Path]
+) -> tuple[int, ...] | None:
+    """The ids of the teacher's tokens that the student keeps, see `select_tokens`; None for all.
+
+    The tokens of sources, original targets and label sets count, before texts are cut at a maximum length. The teacher
+    and the student then split every training text into the same tokens if all tokens that occur are kept.
+
+    Args:
+        run: The run's config.
+        tokenizer: The tokenizer of the teacher.
+        config: The config of the teacher.
+        label_folders: Folders of the label sets that teachers wrote, by source ("pseudo" or "pseudo@TEACHER").
+    """
+    size = run.student.vocabulary
+    if size is None:
+        return None
+    folders = _known_label_folders(tuple(parse_labels(run.resolved_labels)), label_folders)
+    return select_tokens(tokenizer, config, _count_training_tokens(tokenizer, run.dataset, folders), size)
+
+
+@lru_cache(maxsize=4)
+def _count_training_tokens(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, label_folders: tuple[tuple[str, Path], ...]
+) -> Counter[int]:
+    """How often each token occurs in sources, original targets and label sets; computed once per process."""
+    corpus = read_split(dataset, "train")
+    assert corpus is not None
+    counts = count_tokens(tokenize_sources(tokenizer, corpus.sources, UNLIMITED_TOKENS))
+    counts += count_tokens(tokenize_targets(tokenizer, corpus.targets, UNLIMITED_TOKENS))
+    for _, folder in label_folders:
+        texts = list(read_label_set(folder).targets.values())
+        counts += count_tokens(tokenize_targets(tokenizer, texts, UNLIMITED_TOKENS))
+    return counts
 
 
 @lru_cache(maxsize=4)

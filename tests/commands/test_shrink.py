@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from raydistill.core.errors import UserError
 from raydistill.models import families
@@ -61,3 +61,15 @@ def test_settings_that_cannot_be_used_are_errors(settings, message, workspace, t
     with pytest.raises(UserError, match=message):
         shrink(teacher=str(workspace / "teacher"), size="2-1", output=tmp_path / "s", **settings)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_number_of_tokens_is_kept(workspace, tmp_path, capsys):
+    output, teacher = tmp_path / "student", str(workspace / "teacher")
+    shrink(teacher=teacher, size="2-1", vocabulary="300", dataset=str(workspace), output=output, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert model.config.vocab_size == len(tokenizer) == CheckpointMetadata.read_from(output).vocabulary == 300
+    assert printed["size"] == "2-1-v300"
+    assert printed["params_m"] == sum(p.numel() for p in model.parameters()) / 1e6
+    with pytest.raises(UserError, match="--vocabulary counts the tokens of training rows: give --dataset"):
+        shrink(teacher=teacher, size="2-1", vocabulary="used", output=tmp_path / "other")

@@ -20,6 +20,8 @@ RUN = {"teacher": "t", "dataset": "d"}
         (Student(size="12-3", decoder_ffn=1024), "12-3-ffn1-1024"),
         (Student(encoder_ffn=512), "full-ffn512-1"),
         (Student(size="6-6", encoder_ffn=0.00001), "6-6-ffn1e-05-1"),
+        (Student(size="12-3", vocabulary=30_000), "12-3-v30000"),
+        (Student(decoder_ffn=0.5, vocabulary="used"), "full-ffn1-0.5-vused"),
     ],
 )
 def test_a_shape_has_a_name_that_gives_the_shape_again(student, name):
@@ -44,6 +46,15 @@ def test_shapes_are_sorted_by_layers_and_then_by_units():
     assert sorted(names, key=shape_sort_key) == [
         *("6-1", "6-3-ffn0.25-0.5", "6-3-ffn0.25-1", "6-3-ffn0.5-0.25", "6-3", "12-1")
     ]
+    names = ["6-3", "6-3-vused", "6-3-v9000", "6-3-v30000", "6-3-ffn1-0.5"]
+    assert sorted(names, key=shape_sort_key) == ["6-3-ffn1-0.5", "6-3-v9000", "6-3-v30000", "6-3-vused", "6-3"]
+
+
+@pytest.mark.parametrize("value", [0, -5, "all", 2.5])
+def test_other_vocabularies_are_an_error_with_file_line_and_key(value, tmp_path):
+    text = f"name: s\nrun:\n  teacher: t\n  dataset: d\n  student:\n    size: 6-3\n    vocabulary: {value}\n"
+    with pytest.raises(UserError, match=rf"space\.yaml:7: student\.vocabulary: {value!r} is neither \"used\" nor a"):
+        read_space(write_space(tmp_path, text))
 
 
 def test_all_units_is_the_default():
@@ -78,3 +89,6 @@ def test_every_shape_of_a_space_is_listed_once():
         *("6-1", "6-1-ffn0.5-0.25", "6-1-ffn0.5-1", "6-1-ffn1-0.25"),
         *("6-3", "6-3-ffn0.5-0.25", "6-3-ffn0.5-1", "6-3-ffn1-0.25"),
     ]
+    student = {"size": "6-3", "vocabulary": {"choice": [None, "used", 4000]}}
+    space = Space.model_validate({"name": "s", "run": {**RUN, "student": student, "training": training}})
+    assert [run.student.shape.name for run in shape_runs(space)] == ["6-3", "6-3-vused", "6-3-v4000"]

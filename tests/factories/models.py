@@ -47,6 +47,7 @@ def save_tiny(
     padded_rows: int = 0,
     marian_padding_row: float = 0.0,
     t5_gated: bool = False,
+    sentencepiece_type: str = "unigram",
     seed: int = 0,
 ) -> Path:
     """Save a random model of a family (config, generation config, safetensors) and its tokenizer to `folder`.
@@ -54,11 +55,12 @@ def save_tiny(
     All weights are random, including biases and norms, so that an error in any weight has an effect. `logits_bias`: use
     a non-zero `final_logits_bias` (not for t5). `padded_rows`: additional rows of the embedding beyond the vocabulary.
     `marian_padding_row`: scale of Marian's padding row (0 in published models). `t5_gated`: use the architecture of T5
-    1.1, with gated feed-forward layers and an untied output head. mBART is set to `LANGUAGES`.
+    1.1, with gated feed-forward layers and an untied output head. `sentencepiece_type`: "unigram", or "bpe" for
+    Marian. mBART is set to `LANGUAGES`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(family, folder)
+    tokenizer = _tokenizer(family, folder, sentencepiece_type)
     vocab_size = len(tokenizer) + padded_rows
     config = _config(family, tokenizer, vocab_size, encoder_layers, decoder_layers, **_sizes(locals()))
     model = build(config, seed=seed, logits_bias=logits_bias, marian_padding_row=marian_padding_row)
@@ -214,10 +216,10 @@ def _config(
     return transformers.MarianConfig(activation_function="swish", **sizes)
 
 
-def _tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(family: str, folder: Path, sentencepiece_type: str) -> PreTrainedTokenizerBase:
     if family == "bart":
         return _byte_level_bpe()
-    pieces = _pieces(folder if family == "marian" else None)
+    pieces = _pieces(folder if family == "marian" else None, sentencepiece_type)
     if family == "marian":
         words = ["</s>", "<unk>", *[piece for piece, _ in pieces], "<pad>"]
         (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
@@ -245,12 +247,13 @@ def _scored(head: list[str], pieces: list[tuple[str, float]], tail: list[str]) -
     return [*[(word, 0.0) for word in head], *pieces, *[(word, 0.0) for word in tail]]
 
 
-def _pieces(folder: Path | None) -> list[tuple[str, float]]:
-    """Return a SentencePiece unigram vocabulary without special pieces; if `folder` is given, save source.spm in it."""
+def _pieces(folder: Path | None, model_type: str) -> list[tuple[str, float]]:
+    """Return a SentencePiece vocabulary without special pieces; if `folder` is given, save source.spm in it."""
     model_proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(300)),
         model_writer=model_proto,
+        model_type=model_type,
         vocab_size=120,
         character_coverage=1.0,
         hard_vocab_limit=False,

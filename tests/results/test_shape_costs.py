@@ -36,6 +36,13 @@ def test_numbers_of_units_are_fitted_apart_from_shares():
     assert shape_costs(costs, Shape("6-3", None, 640)) == pytest.approx(linear_costs(1, 0.625))
 
 
+def test_costs_are_linear_in_a_number_of_tokens():
+    costs = {"6-3": {"ms": 100.0}, "6-3-vused": {"ms": 50.0}, "6-3-v4000": {"ms": 20.0}, "6-3-v8000": {"ms": 30.0}}
+    assert shape_costs(costs, Shape("6-3", vocabulary=6000)) == pytest.approx({"ms": 25.0})
+    assert shape_costs(costs, Shape("6-3", vocabulary="used")) == {"ms": 50.0}
+    assert shape_costs({"6-3": {"ms": 100.0}}, Shape("6-3", vocabulary="used")) == {}
+
+
 def test_without_a_comparable_shape_there_are_no_costs():
     assert shape_costs(CORNERS, Shape("6-2", 0.5, 0.5)) == {}
     assert shape_costs({"6-3": CORNERS["6-3"]}, Shape("6-3", None, 512)) == {}

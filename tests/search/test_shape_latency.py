@@ -7,8 +7,10 @@ import pytest
 
 from raydistill.config.run import Dataset
 from raydistill.models.teacher import open_teacher
-from raydistill.search.shape_latency import ShapeTiming, count_params_m, time_shape
+from raydistill.search.shape_latency import ShapeTiming, count_params_m, time_shape, time_shapes
+from raydistill.training.tokenized_data import select_student_tokens
 from tests.factories.models import save_tiny
+from tests.factories.training import make_run, write_run_workspace
 
 TIMING = ShapeTiming(5, 3, "transformers", "fp32", beams=(1,))
 
@@ -59,3 +61,24 @@ def test_a_pruned_shape_is_timed_apart_from_the_shape_with_all_units(tmp_path, m
     removed = (2 * (32 - 16) + (32 - 8)) * (16 + 1 + 16) / 1e6
     assert full.costs["params_m"] - pruned.costs["params_m"] == pytest.approx(removed)
     assert count_params_m(teacher.model.config, "2-1-ffn0.5-0.25") == pruned.costs["params_m"]
+
+
+def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(tmp_path, monkeypatch):
+    """The used tokens include those of the label set."""
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    workspace = write_run_workspace(tmp_path)
+    student = {"size": "2-1", "vocabulary": "used"}
+    data = {"name": str(workspace), "train_rows": 2}
+    run = make_run(workspace, "pl", evaluation={"engine": "transformers"}, student=student, dataset=data)
+    names = ["2-1", "2-1-vused", "2-1-v300"]
+    folders = {"pseudo": tmp_path / "labels"}
+    timed = time_shapes(run, names, TIMING, folders, device="cpu", threads=1)
+    params = {name: timed[name][0].costs["params_m"] for name in names}
+    teacher = open_teacher(str(workspace / "teacher"), run.dataset)
+    width, tokens = teacher.model.config.d_model, teacher.model.config.vocab_size
+    assert params["2-1"] - params["2-1-v300"] == pytest.approx((tokens - 300) * width / 1e6)
+    assert count_params_m(teacher.model.config, "2-1-v300") == params["2-1-v300"]
+    used = select_student_tokens(run, teacher.tokenizer, teacher.model.config, folders)
+    assert used is not None
+    assert params["2-1"] - params["2-1-vused"] == pytest.approx((tokens - len(used)) * width / 1e6)
+    assert len(json.loads((tmp_path / "home" / "latency.json").read_text())["timings"]) == 6
