@@ -418,6 +418,22 @@ class Evaluation(StrictModel):
     validation_length_penalty: float | None = Field(
         None, description="length penalty during training; default: `decoding.length_penalty`"
     )
+    validation_precision: Literal["final", "int8"] = Field(
+        "final",
+        description="precision of CTranslate2 during training; `final`: that of the final scores, which are never in "
+        "int8",
+    )
+    validation_shortlist: int | None = Field(
+        None,
+        ge=1,
+        description="during training, only this many of the most used target tokens can be written; default: all",
+    )
+
+    @model_validator(mode="after")
+    def _check_validation_precision(self) -> "Evaluation":
+        if self.validation_precision == "int8" and self.engine == "transformers":
+            raise ValueError("validation_precision int8 needs CTranslate2; engine is transformers")
+        return self
 
 
 class Run(StrictModel):

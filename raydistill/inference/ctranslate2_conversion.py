@@ -346,10 +346,23 @@ def import_ctranslate2() -> Any:
     return ctranslate2
 
 
-def open_translator(folder: Path, device: str, threads: int, compute_type: str) -> Any:
-    """Return a `ctranslate2.Translator` for a converted model; `device` is a name of torch, such as cpu or cuda:1."""
+def open_translator(folder: Path, device: str, threads: int, compute_type: str, inter_threads: int = 1) -> Any:
+    """Return a `ctranslate2.Translator` for a converted model.
+
+    Args:
+        folder: The converted model.
+        device: A name of torch, such as cpu or cuda:1.
+        threads: Threads per batch.
+        compute_type: A compute type of CTranslate2, such as float32.
+        inter_threads: Number of batches that are decoded at the same time.
+    """
     ctranslate2 = import_ctranslate2()
     device_type, _, index = device.partition(":")
     return ctranslate2.Translator(
-        str(folder), device_type, device_index=int(index or 0), compute_type=compute_type, intra_threads=threads
+        str(folder),
+        device_type,
+        device_index=int(index or 0),
+        compute_type=compute_type,
+        intra_threads=threads,
+        inter_threads=inter_threads,
     )

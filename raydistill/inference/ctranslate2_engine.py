@@ -49,7 +49,7 @@ from raydistill.models import conversions, loading, tokenization
 # Mean difference of log-probabilities per token on a calibration row: 1e-4 in fp32 and 0.01 in int8 for a trained
 # model. A wrong conversion differs by more than 1.
 ROW_LOGPROB_TOLERANCE = 0.3
-# Source tokens per CTranslate2 batch on a CPU; larger batches exceed the CPU caches. BART-base, 300 tokens per row,
+# Default of the source tokens per batch on a CPU; larger batches exceed the CPU caches. BART-base, 300 tokens per row,
 # two processes of one thread: in int8 6.0 rows/s with 8 rows per batch and 4.6 with 20, in fp32 3.0 and 3.1.
 MAX_CPU_BATCH_TOKENS = 2_400
 COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
@@ -76,6 +76,7 @@ class CTranslate2Engine:
     ) -> None:
         self.tokenizer, self.config, self.generation_config = tokenizer, config, generation_config
         self.folder, self.device, self.precision = folder, options.device, options.precision
+        self.batch_tokens, self.inter_threads = options.batch_tokens, options.inter_threads
         tokens = tokenization.tokens_by_id(tokenizer)
         self.token_to_id = {token: i for i, token in enumerate(tokens)}
         self.shortlist: Shortlist | None = None
@@ -84,7 +85,9 @@ class CTranslate2Engine:
             if options.shortlist:
                 self.shortlist = read_map(options.shortlist, tokens, kept_tokens(tokenizer, config))
                 model = link_model(folder, options.shortlist, Path(scratch) / "model")
-            translator = open_translator(model, options.device, options.threads, COMPUTE_TYPES[options.precision])
+            translator = open_translator(
+                model, options.device, options.threads, COMPUTE_TYPES[options.precision], options.inter_threads
+            )
         self.converted = ConvertedModel(translator, tokens, target_prefix(folder, tokens, config))
 
     def generate(
@@ -98,10 +101,12 @@ class CTranslate2Engine:
     ) -> list[list[Hypothesis]]:
         beam = clamp_to_positions(beam, n_best, self.config)
         rows = tokenize_and_clamp(self.tokenizer, texts, max_source_tokens, self.config)
-        max_tokens = batch_size * max(1, round(sum(map(len, rows)) / max(1, len(rows))))
-        if self.device == "cpu":
+        mean_tokens = max(1, round(sum(map(len, rows)) / max(1, len(rows))))
+        max_tokens = self.batch_tokens or batch_size * mean_tokens
+        if self.device == "cpu" and self.batch_tokens is None:
             max_tokens = min(max_tokens, MAX_CPU_BATCH_TOKENS)
-        rows_per_call = 8 * batch_size  # Ctrl-C is handled between calls
+        # Ctrl-C is handled between calls. A call has several batches for each of the parallel ones.
+        rows_per_call = 8 * self.inter_threads * max(batch_size, max_tokens // mean_tokens)
         return generate_longest_first(
             texts,
             rows,

@@ -71,6 +71,10 @@ class EngineOptions:
     (source, target) languages of mBART and T5. `cache_dir` holds converted models (default: HOME/cache/ctranslate2).
     With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by transformers. `shortlist` is a
     vocabulary map, which limits the tokens of the outputs (see `inference.shortlist`).
+
+    CTranslate2 decodes `inter_threads` batches at the same time, each with `threads` threads, of up to `batch_tokens`
+    source tokens (default: by the batch size in rows, at most 2,400 on a CPU). The transformers engine decodes one
+    batch at a time and ignores both.
     """
 
     device: str = "cpu"
@@ -80,6 +84,8 @@ class EngineOptions:
     cache_dir: Path | None = None
     allow_fallback: bool = True
     shortlist: Path | None = None
+    inter_threads: int = 1
+    batch_tokens: int | None = None
 
 
 class Engine(Protocol):

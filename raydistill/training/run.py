@@ -151,7 +151,7 @@ def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_
     torch.nn.Module.to(student, worker.device)
     distillation = make_distillation_step(run, setup, examples, inputs, worker)
     step = OptimizerStep.create(distillation, run.training, worker)
-    validator = Validator.create(run, setup, data, worker)
+    validator = Validator.create(run, setup, data, examples, worker)
     return ActiveRun(run, folder, inputs, setup, step, validator, started_at, time.monotonic() - started_at)
 
 

@@ -12,12 +12,13 @@ import torch
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
-from raydistill.data.batching import bucket_by_length
+from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.evaluation.metrics import signature
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions, resolve_decoding
 from raydistill.inference.engines import EngineName, open_engine
-from raydistill.models import families
+from raydistill.inference.shortlist import MAP_FILE, fixed_shortlist, kept_tokens, write_map
+from raydistill.models import families, tokenization
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.training.losses import OutputTargets, output_loss
@@ -43,6 +44,7 @@ class Validator:
         beam: The decoding of the final scores.
         device: The device of losses and generation.
         metric: "rouge2" or "bleu"; `VALIDATION_LOSS` where the metric's library is missing: no text is generated then.
+        training_targets: Token ids of the training targets, for the shortlist of validations.
     """
 
     run: Run
@@ -51,16 +53,20 @@ class Validator:
     beam: BeamSearchParams
     device: str
     metric: str
+    training_targets: Sequence[Sequence[int]]
 
     @classmethod
-    def create(cls, run: Run, setup: StudentSetup, data: TokenizedData, worker: Worker) -> "Validator":
+    def create(
+        cls, run: Run, setup: StudentSetup, data: TokenizedData, examples: Examples, worker: Worker
+    ) -> "Validator":
         """A validator with the run's decoding, which is also written into the student's generation config."""
         preset = setup.teacher.preset if setup.teacher else None
         preset_decoding = preset.decoding if preset else None
         generation_config = setup.student.generation_config
         beam = resolve_decoding(run.decoding, generation_config, preset_decoding, data.max_target_tokens)
         set_generation_config(setup.student, beam, run.decoding)
-        return cls(run, setup, data, beam, worker.device, _available_metric(data.metric, worker))
+        metric = _available_metric(data.metric, worker)
+        return cls(run, setup, data, beam, worker.device, metric, examples.targets)
 
     @property
     def signature(self) -> str:
@@ -75,7 +81,8 @@ class Validator:
         self.setup.student.eval()
         save_checkpoint(self.setup.student, self.setup.tokenizer, folder)
         loss = self.compute_loss()
-        evaluation = self.score(folder, ["validation"], self.validation_beam(), engine).get("validation")
+        evaluations = self.score(folder, ["validation"], self.validation_beam(), engine, in_training=True)
+        evaluation = evaluations.get("validation")
         if evaluation is None:
             return {"val_loss": loss, "score": -loss}
         metrics = evaluation.scores.metrics
@@ -98,7 +105,13 @@ class Validator:
         )
 
     def score(
-        self, folder: Path, splits: Sequence[str], beam: BeamSearchParams, required_engine: str | None = None
+        self,
+        folder: Path,
+        splits: Sequence[str],
+        beam: BeamSearchParams,
+        required_engine: str | None = None,
+        *,
+        in_training: bool = False,
     ) -> dict[str, EvaluationResult]:
         """Generate and score splits with the checkpoint in `folder`.
 
@@ -106,7 +119,10 @@ class Validator:
             folder: The checkpoint.
             splits: The splits to score.
             beam: The decoding.
-            required_engine: Engine and precision, such as "ctranslate2 fp32"; None for the engine of the run's config.
+            required_engine: Engine and precision of the run's earlier validations, such as "ctranslate2 fp32"; None for
+                the engine of the run's config.
+            in_training: Whether to use precision and shortlist of validations. All other scores are those of the
+                engine in full precision with the whole vocabulary.
 
         Returns:
             The scores by split, without splits that the data set lacks; empty where the metric's library is missing.
@@ -125,10 +141,24 @@ class Validator:
             cache_dir=conversion_folder,
         )
         try:
+            if in_training:
+                options = self._validation_options(options, conversion_folder / MAP_FILE)
             engine = self._open_engine(folder, options, required_engine)
             return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size)
         finally:
             shutil.rmtree(conversion_folder, ignore_errors=True)
+
+    def _validation_options(self, options: EngineOptions, map_path: Path) -> EngineOptions:
+        """The options with precision and shortlist of validations during training; the shortlist is written."""
+        settings, tokenizer = self.run.evaluation, self.setup.tokenizer
+        if settings.validation_precision == "int8":
+            options = replace(options, precision="int8")
+        if settings.validation_shortlist is None:
+            return options
+        kept = kept_tokens(tokenizer, self.setup.student.config)
+        candidates = fixed_shortlist(self.training_targets, settings.validation_shortlist, kept)
+        write_map(map_path, candidates, tokenization.tokens_by_id(tokenizer))
+        return replace(options, shortlist=map_path)
 
     def _open_engine(self, folder: Path, options: EngineOptions, required_engine: str | None) -> Engine:
         """Open the required engine, or the engine of the run's config.
@@ -140,6 +170,8 @@ class Validator:
             return open_engine(folder, self.run.evaluation.engine, options)
         name: EngineName = "ctranslate2" if required_engine.startswith("ctranslate2 ") else "transformers"
         precision = required_engine.removeprefix(f"{name} ")
+        if precision == "int8":  # of validations, which have it in their options
+            precision = options.precision
         try:
             return open_engine(folder, name, replace(options, precision=precision, allow_fallback=False))
         except UserError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from raydistill.core.errors import UserError
+from raydistill.evaluation.metrics import bleu_rows, corpus_bleu
 from raydistill.inference.ctranslate2_engine import CTranslate2Engine
 from raydistill.inference.decoding import CalibrationRows, EngineOptions, Workload
 from raydistill.inference.engines import open_engine
@@ -203,6 +204,80 @@ def test_parity_on_a_trained_model(tmp_path, precision, identical, score):
     assert sum(differences) / len(differences) <= score
     unlimited = open_engine(REAL_TEACHER, "ctranslate2", EngineOptions(cache_dir=tmp_path))
     assert first_texts(unlimited.generate(list(sources[:60]), beam, max_source_tokens=64)) != first_texts(a)
+
+
+def read_multi30k(split, count=None):
+    """Sources and targets of a split."""
+    rows = gzip.decompress((SHARED / "data" / "multi30k_en_de" / f"{split}.jsonl.gz").read_bytes()).decode()
+    records = [json.loads(line) for line in rows.splitlines()[:count]]
+    return [row["document"] for row in records], [row["summary"] for row in records]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_TEACHER.is_dir(), reason="the shared teacher is not available")
+@pytest.mark.parametrize(("precision", "identical", "bleu"), [("fp32", 0.97, 0.1), ("int8", 0.5, 0.4)])
+@pytest.mark.parametrize("kind", ["fixed", "source"])
+def test_parity_of_shortlists_on_real_rows(tmp_path, kind, precision, identical, bleu):
+    """With the list of each row: CTranslate2 in fp32 and in int8 against transformers in fp32.
+
+    Bounds: the share of equal texts, and the difference of BLEU. A `source` list is compared row by row, because the
+    engines form different batches.
+    """
+    tokenizer, config = tokenization.load_tokenizer(REAL_TEACHER), loading.load_config(REAL_TEACHER)
+    train = read_multi30k("train", 5000)
+    sources = tokenization.tokenize_sources(tokenizer, train[0], 64)
+    targets = tokenization.tokenize_targets(tokenizer, train[1], 64)
+    kept = kept_tokens(tokenizer, config)
+    if kind == "fixed":
+        shortlist = fixed_shortlist(targets, 2000, kept)
+    else:
+        shortlist = source_shortlist(sources, targets, translation_probabilities(sources, targets), 20, 500, kept)
+    write_map(tmp_path / "vmap.txt", shortlist, tokenization.tokens_by_id(tokenizer))
+    options = EngineOptions(cache_dir=tmp_path, allow_fallback=False, shortlist=tmp_path / "vmap.txt")
+    texts, references = read_multi30k("test", 1000 if kind == "fixed" else 300)
+    calls = [texts] if kind == "fixed" else [[text] for text in texts]
+    beam = replace(GREEDY, beams=4, max_length=60)
+    engines = (
+        open_engine(REAL_TEACHER, "ctranslate2", replace(options, precision=precision)),
+        open_engine(REAL_TEACHER, "transformers", options),
+    )
+    outputs = [
+        [text for call in calls for text in first_texts(engine.generate(call, beam, max_source_tokens=64))]
+        for engine in engines
+    ]
+    same = sum(a == b for a, b in zip(*outputs, strict=True)) / len(texts)
+    ours, reference = (corpus_bleu(bleu_rows(outputs_of_engine, references)) for outputs_of_engine in outputs)
+    print(f"{kind} {precision}: {same:.3f} equal, BLEU {ours:.2f} and {reference:.2f}")
+    assert same >= identical
+    assert abs(ours - reference) <= bleu
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_TEACHER.is_dir(), reason="the shared teacher is not available")
+def test_log_probabilities_in_int8_on_trained_weights(tmp_path):
+    """Differences from fp32 per token, of the references of the test split."""
+    texts, references = read_multi30k("test")
+    log_probs = {}
+    for precision in ("fp32", "int8"):
+        engine = open_engine(REAL_TEACHER, "ctranslate2", EngineOptions(cache_dir=tmp_path, precision=precision))
+        assert isinstance(engine, CTranslate2Engine)
+        tokens = engine.converted.tokens
+        rows = (
+            [[tokens[i] for i in row] for row in tokenize(engine.tokenizer, part, 64)]
+            for tokenize, part in (
+                (tokenization.tokenize_sources, texts),
+                (tokenization.tokenize_targets, references),
+            )
+        )
+        sources, targets = rows
+        results = engine.converted.translator.score_batch(sources, [row[:-1] for row in targets], max_batch_size=32)
+        log_probs[precision] = np.concatenate([result.log_probs for result in results])
+    difference = log_probs["int8"] - log_probs["fp32"]
+    figures = np.abs(difference).mean(), np.quantile(np.abs(difference), 0.99), abs(difference.mean())
+    print("mean, 99 %, mean change:", *figures)
+    assert figures[0] <= 0.05
+    assert figures[1] <= 0.3
+    assert figures[2] <= 0.01
 
 
 @pytest.mark.parametrize("limits", [{"no_repeat_ngram": 2}, {"min_length": 12}])

@@ -51,7 +51,7 @@ def trained(workspace, tmp_path, monkeypatch) -> ActiveRun:
     shutil.copytree(folder, tmp_path / "copy")
     active = training_run._prepare(make_run(workspace), folder, RunInputs(), Worker(), 0.0)
     validator = active.validator
-    fixed = FixedScores(validator.run, validator.setup, validator.data, validator.beam, "cpu", validator.metric)
+    fixed = FixedScores(**vars(validator))
     return replace(active, validator=fixed)
 
 

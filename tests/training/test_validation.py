@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from raydistill.config.run import Evaluation
 from raydistill.core.errors import TransientError
 from raydistill.inference import ctranslate2_conversion
-from raydistill.models.loading import load_model
+from raydistill.inference.shortlist import kept_tokens
+from raydistill.models.loading import load_config, load_model
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import load_tokenizer
 from raydistill.training import validation
@@ -49,9 +52,9 @@ def test_validations_have_their_own_decoding_and_final_scores_that_of_the_run(wo
     calls = []
     score = validation.Validator.score
 
-    def recording_score(self, checkpoint, splits, beam, engine):
+    def recording_score(self, checkpoint, splits, beam, engine, **options):
         calls.append((checkpoint.name == "best", *splits, beam.beams, beam.length_penalty, beam.max_length))
-        return score(self, checkpoint, splits, beam, engine)
+        return score(self, checkpoint, splits, beam, engine, **options)
 
     monkeypatch.setattr(validation.Validator, "score", recording_score)
     run = make_run(
@@ -104,3 +107,49 @@ def test_engine_of_the_first_validation_scores_the_whole_run(workspace, tmp_path
         "validation": "transformers fp32",
         "test": "transformers fp32",
     }
+
+
+def test_only_validations_during_training_are_in_int8_with_a_shortlist(workspace, tmp_path, monkeypatch):
+    opened = []
+    score_splits = validation.score_splits
+
+    def recording_score_splits(engine, *arguments):
+        opened.append((engine.name, engine.precision, engine.shortlist and len(engine.shortlist.always)))
+        return score_splits(engine, *arguments)
+
+    monkeypatch.setattr(validation, "score_splits", recording_score_splits)
+    training = {"checks_per_epoch": 1}
+    plain = train(make_run(workspace, training=training), tmp_path / "plain", no_report)
+    settings = {"validation_precision": "int8", "validation_shortlist": 6}
+    result = train(make_run(workspace, training=training, evaluation=settings), tmp_path / "run", no_report)
+    tokenizer = load_tokenizer(tmp_path / "run" / "best")
+    num_special = len(kept_tokens(tokenizer, load_config(tmp_path / "run" / "best")))
+    full = ("ctranslate2", "fp32", None)
+    assert [opened[0], opened[1], opened[3]] == [full] * 3
+    assert opened[2][:2] == ("ctranslate2", "int8")
+    assert 6 <= opened[2][2] <= 6 + num_special < len(tokenizer)
+    assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["ctranslate2 int8"]
+    assert (result.engine, result.test.engine) == ("ctranslate2 fp32", "ctranslate2 fp32")
+    assert (result.metrics["score"], result.test) == (plain.metrics["score"], plain.test)
+
+
+def test_all_validations_in_int8_use_one_engine(workspace, tmp_path, monkeypatch):
+    run = make_run(workspace, training={"checks_per_epoch": 2}, evaluation={"validation_precision": "int8"})
+    fail_conversion(monkeypatch, call=2)
+    with pytest.raises(TransientError, match=r"not enough memory.* ctranslate2 int8 scored the run's first validation"):
+        train(run, tmp_path / "run", no_report)
+    resumed = train(run, tmp_path / "run", no_report)
+    assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["ctranslate2 int8"] * 2
+    assert resumed.engine == "ctranslate2 fp32"
+
+
+def test_transformers_scores_a_run_in_fp32_if_ctranslate2_cannot(workspace, tmp_path, monkeypatch):
+    fail_conversion(monkeypatch, call=1)
+    result = train(make_run(workspace, evaluation={"validation_precision": "int8"}), tmp_path / "run", no_report)
+    assert {metrics["engine"] for metrics in read_metrics(tmp_path / "run")} == {"transformers fp32"}
+    assert result.engine == "transformers fp32"
+
+
+def test_validations_in_int8_need_ctranslate2():
+    with pytest.raises(ValidationError, match="needs CTranslate2"):
+        Evaluation(validation_precision="int8", engine="transformers")
