@@ -18,6 +18,7 @@ from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Space, make_run
 from raydistill.core.console import print_progress
+from raydistill.data.selection import selection_split
 from raydistill.evaluation.latency import BackgroundLoad, Hardware, engine_version, hardware, warn_background_load
 from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
@@ -54,7 +55,7 @@ class ServingTask:
         pending: Checkpoint, decodings, and the folder of the per-row statistics.
         run: A run of the sweep, which names data set and engine.
         metric: The main metric.
-        split: The split to serve.
+        split: The split to serve; for "validation", the rows that the data set keeps for the choice.
     """
 
     pending: PendingServing
@@ -210,7 +211,8 @@ def serve_checkpoint(task: ServingTask, device: str, threads: int) -> list[Serve
     Returns:
         For each decoding an entry of served.json. Per-row statistics are written to `task.rows_path`.
     """
-    corpus = read_split(task.run.dataset, task.split)
+    dataset = task.run.dataset
+    corpus = read_split(dataset, selection_split(dataset) if task.split == "validation" else task.split)
     assert corpus is not None, task.split
     entries = []
     with tempfile.TemporaryDirectory(prefix="raydistill-serve-") as scratch:

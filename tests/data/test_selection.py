@@ -98,13 +98,13 @@ def test_choice_on_rows_of_another_purpose_is_refused(split):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({}, (0.5, None)),
+        ({}, (None, None)),
         ({"selection_share": 0}, (0, None)),
         ({"selection_share": 0.2}, (0.2, None)),
         ({"selection_split": "held_out"}, (None, "held_out")),
     ],
 )
-def test_trials_of_a_sweep_keep_half_of_the_rows_by_default(keys, expected):
+def test_trials_of_a_sweep_keep_the_rows_that_the_space_says(keys, expected):
     space = Space.model_validate({"name": "s", "run": {"teacher": "t", "dataset": {"name": "d", **keys}}})
     dataset = make_run(space, {}, "s").dataset
     assert (dataset.selection_share, dataset.selection_split) == expected

@@ -11,6 +11,7 @@ import pytest
 from raydistill.config.run import Run
 from raydistill.config.space import DecodingSearch, Search, Space
 from raydistill.data.corpus import read_corpus
+from raydistill.data.selection import read_part
 from raydistill.evaluation.scoring import evaluate
 from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams
@@ -266,3 +267,15 @@ def test_a_checkpoint_is_served_with_each_decoding_and_row_statistics_are_writte
     for name in ("b4-p1", "b1"):
         with np.load(tmp_path / f"rows-validation-{name}.npz") as rows:
             assert rows["validation"].shape == (8, 10)
+
+
+def test_a_checkpoint_is_served_on_the_rows_that_are_kept_for_the_choice(world, tmp_path):
+    teacher, data = world
+    settings = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0.5}
+    run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})
+    kept = read_part(run.dataset, "selection")
+    assert kept is not None
+    assert 0 < len(kept) < 8
+    pending = PendingServing(tmp_path, str(teacher), [BEAM])
+    [served] = serve_checkpoint(ServingTask(pending, run, "bleu", "validation"), "cpu", 1)
+    assert served.rows == len(kept)
