@@ -212,7 +212,7 @@ def assign_slots(sleeps: list[TrialSleep], num_slots: int) -> list[BatchEnd]:
 def synthetic_sweep() -> PreparedSweep:
     """The preparation of a search without a teacher: invented costs of `SIZES`."""
     costs = {size: {"latency_ms": 100.0 * (i + 1), "params_m": 100.0} for i, size in enumerate(SIZES)}
-    shapes = ShapeTable(teacher_size=SIZES[0], costs=costs, costs_fewest_beams=costs, engines={})
+    shapes = ShapeTable(teacher_size=SIZES[0], costs=costs, cheapest={}, engines={})
     teacher = SweepTeacher(
         name="none",
         key="none",

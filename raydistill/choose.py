@@ -50,7 +50,7 @@ def choose(
 
     A cheaper student replaces the one with the highest score if it is not inferior: the lower end of the 95 % interval
     of the difference (paired bootstrap) is above -tolerance. Without `--within`, the budgets of the space are used. The
-    student is exported to a folder under the sweep's `exports/`, with its chosen decoding and a model card.
+    student is exported to a folder under the sweep's `exports/`, with its serving configuration and a model card.
 
         raydistill choose my-sweep --within latency_ms=900 --within params_m=300 --name fast
     """
@@ -95,12 +95,12 @@ def parse_bounds(within: list[str]) -> dict[str, float | str]:
 def _choose_within(selection: "Selection", requested: dict[str, float | str], name: str | None) -> BudgetChoice:
     """The choice for bounds from the command line; without a name, the budget is named after its bounds."""
     from raydistill.results import pareto
-    from raydistill.results.selection import make_candidates
+    from raydistill.results.selection import choose_within, make_candidates
 
     bounds = pareto.resolve_bounds(requested, selection.teacher.costs)
     default_name = "-".join(f"{k}-{b:g}" if isinstance(b, float) else f"{k}-{b}" for k, b in requested.items())
     candidates = make_candidates(selection.students, selection.metric)
-    choice = pareto.choose(candidates, bounds, selection.metric, selection.record.tolerance)
+    choice = choose_within(candidates, bounds, selection.metric, selection.record.tolerance)
     return BudgetChoice(name or default_name.replace("%", "pct"), bounds, choice)
 
 
@@ -138,7 +138,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
         "bounds": item.bounds,
         "reason": item.choice.reason,
         "key": trial.folder.name,
-        "decoding": trial.decoding.model_dump() if trial.decoding else None,
+        "serving": trial.serving.model_dump() if trial.serving else None,
         "size": trial.size,
         "method": trial.method,
         "score": best.score,
@@ -146,6 +146,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
         "test": trial.test,
         "costs": best.costs,
         "speedup": trial.metrics.get("speedup"),
+        "speedup_same_serving": trial.metrics.get("speedup_same_serving"),
         "measured_with": selection.measured_with(trial),
         "tolerance": selection.record.tolerance,
         "non_inferior": [c.label for c in item.choice.non_inferior],
@@ -169,7 +170,10 @@ def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate"
         lines.append(score_line("test", trial.test[selection.metric], trial.test.get("interval")))
     lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]
     if "speedup" in trial.metrics:
-        lines.append(f"  {trial.metrics['speedup']:.2f} times the teacher's speed")
+        lines.append(f"  {trial.metrics['speedup']:.2f} times the speed of the teacher as it is served today")
+    if "speedup_same_serving" in trial.metrics:
+        speedup = trial.metrics["speedup_same_serving"]
+        lines.append(f"  {speedup:.2f} times the speed of the teacher served the same way")
     lines.append(f"  latencies measured with {selection.measured_with(trial)}")
     lines.append(f"  reason: {item.choice.reason}")
     others = [c for c in item.choice.non_inferior if c is not best]

@@ -39,7 +39,8 @@ def evaluate(  # noqa: PLR0913
         typer.Option(help="auto: ctranslate2 if it supports the model, else transformers"),
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="auto: fp32 on a CPU, bf16 on a GPU")
+        Literal["auto", "fp32", "bf16", "fp16", "int8_float16", "int8"],
+        typer.Option(help="auto: as an exported student is served; else fp32 on a CPU, bf16 on a GPU"),
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")] = None,
     languages: Annotated[
@@ -51,6 +52,8 @@ def evaluate(  # noqa: PLR0913
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Score a checkpoint on a split with a 95 % bootstrap interval, and time it on real rows.
+
+    An exported student is scored with the beams, precision and shortlist that it is served with.
 
     A second checkpoint is compared with the first by a paired bootstrap over the same rows.
 
@@ -172,6 +175,24 @@ def training_languages(checkpoint: str, dataset: "Dataset") -> tuple[str, str] |
     return resolve_languages(run.teacher, run.dataset) if run else resolve_languages(checkpoint, dataset)
 
 
+def serving_options(checkpoint: str, options: "EngineOptions") -> "EngineOptions":
+    """Return the options with the shortlist of an exported student, and its precision if none was requested."""
+    from raydistill.models.metadata import METADATA_FILE, CheckpointMetadata
+
+    try:
+        metadata = CheckpointMetadata.read_if_present(Path(checkpoint) / METADATA_FILE)
+    except UserError:  # as in `training_languages`
+        metadata = None
+    if metadata is None or metadata.serving is None:
+        return options
+    serving = metadata.serving
+    return replace(
+        options,
+        precision=serving.config.precision if options.precision == "auto" else options.precision,
+        shortlist=Path(checkpoint) / serving.vocabulary_map if serving.vocabulary_map else None,
+    )
+
+
 def _load_corpus(dataset: "Dataset", split: str, rows: int | None) -> "Corpus":
     from raydistill.data.corpus import check_split, read_corpus
 
@@ -208,8 +229,9 @@ def _evaluate_checkpoint(
         preset.decoding if preset else None,
         resolve_max_tokens("max_target_tokens", task.dataset, preset, config),
     )
-    print_progress(f"{checkpoint}: {len(corpus)} rows, {beam.beams} beams")
+    print_progress(f"{checkpoint}: {len(corpus)} rows, {'1 beam' if beam.beams == 1 else f'{beam.beams} beams'}")
     options = replace(options, languages=options.languages or training_languages(checkpoint, task.dataset))
+    options = serving_options(checkpoint, options)
     engine = open_engine(location, engine_name, options, log=print_progress)
     max_source_tokens = resolve_max_tokens("max_source_tokens", task.dataset, preset, config)
     result = score(engine, corpus, task.metric, beam, max_source_tokens=max_source_tokens)

@@ -462,7 +462,13 @@ def test_sweeps(check_property, tmp_path):
     done, running = make_trial(sweep, "a", 0, 10.0), make_trial(sweep, "b", 1, 9.0, status=None)
     write_served(done, served_student(2, 0.6, 9.5, {"latency_ms": 80.0}))
     paths = [done / name for name in ("result.json", "served.json", "run.json", "rows.npz")]
-    paths += [running / "run.json", running / "metrics.jsonl", sweep / "sweep.json", sweep / "space.yaml"]
+    paths += [
+        sweep / "serving_latency.json",
+        running / "run.json",
+        running / "metrics.jsonl",
+        sweep / "sweep.json",
+        sweep / "space.yaml",
+    ]
     valid = {path: path.read_bytes() for path in paths}
 
     def load():

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,6 +14,7 @@ from raydistill.config.distributions import SpaceError, encode_choice, fill_run,
 from raydistill.config.loader import apply_overrides, read_yaml
 from raydistill.config.run import NAME_PATTERN, RUNTIME_ONLY_FIELDS, Run, StrictModel
 from raydistill.config.run_paths import make_paths_absolute
+from raydistill.config.serving import Serving
 from raydistill.config.validation import KeyPath, format_validation_error, validate
 from raydistill.core.errors import UserError
 
@@ -35,15 +36,6 @@ SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
 SHAPE_KEYS = ("student.size", "student.encoder_ffn", "student.decoder_ffn", "student.vocabulary")
 RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
-
-
-class DecodingSearch(StrictModel):
-    """Decoding settings that finalists are evaluated with after the search, in addition to their own."""
-
-    beams: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 2, 4], description="numbers of beams to decode with, for finalists and the teacher"
-    )
-    length_penalty: list[float] = Field([0.6, 1.0], description="length penalties, used with two beams or more")
 
 
 class Search(StrictModel):
@@ -81,7 +73,6 @@ class Search(StrictModel):
     max_hours: float | None = Field(
         None, gt=0, description="no trial starts after the command has run for this many hours"
     )
-    decoding: DecodingSearch = DecodingSearch()
 
     @property
     def stops_early(self) -> bool:
@@ -102,6 +93,7 @@ class Space(StrictModel):
         description="every key of a run file except `name` and `start`; values may be distributions"
     )
     search: Search = Search()
+    serving: Serving = Serving()
     points: list[dict[str, Any]] = Field(
         [], description="points of the space to try first, such as the best ones of a paper"
     )
@@ -213,7 +205,7 @@ def _check_shared_fields(run: dict[str, Any], varied_keys: list[str]) -> None:
             raise SpaceError(
                 key,
                 "must be the same for all trials of a sweep, which are compared on the same rows; "
-                "write a space file per value (search.decoding varies beams and length penalties of finished students)",
+                "write a space file per value (`serving` varies how finished students are served)",
             )
 
 

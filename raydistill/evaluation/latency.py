@@ -11,18 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 from pydantic import Field
 
 from raydistill.core import artifact
-from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.machine import available_cores, reset_peak_rss, rss_mb
 from raydistill.core.records import Record
-from raydistill.inference.decoding import Engine, Workload
 
+if TYPE_CHECKING:  # the records of a sweep import this module, and no torch
+    from raydistill.inference.decoding import Engine, Workload
+
+# Costs and the number of rows that are decoded together.
+LATENCY_BATCH_SIZES = {"latency_ms": 32, "latency_ms_b1": 1}
 # The longest time in seconds for which a call, or a pair of calls, is timed. Short timings vary more.
 TIMING_LIMIT_ENV = "RAYDISTILL_TIMING_SECONDS"
 MAX_REPEATS = 1000
@@ -67,8 +70,8 @@ class Repetition:
 
 
 def measure(
-    engine: Engine,
-    workload: Workload,
+    engine: "Engine",
+    workload: "Workload",
     repetition: Repetition | None = None,
     memory_before_mb: float | None = None,
 ) -> Timing:
@@ -184,7 +187,7 @@ class LatencyTable(Record):
 
 
 def measurement_key(
-    machine: Hardware, architecture: str, engine: str, precision: str, workload: Workload
+    machine: Hardware, architecture: str, engine: str, precision: str, workload: "Workload"
 ) -> dict[str, Any]:
     """Return all conditions of a measurement, including the version of the engine's library."""
     return {
@@ -247,17 +250,3 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def warn_background_load(cores: float, remedy: str) -> None:
-    """Print a warning if other processes kept more than `MAX_BACKGROUND_CORES` cores busy during a measurement.
-
-    Args:
-        cores: Busy cores, on average (`BackgroundLoad.mean_cores`).
-        remedy: How to repeat the measurement, as the end of the sentence "End those processes; ...".
-    """
-    if cores > MAX_BACKGROUND_CORES:
-        print_progress(
-            f"latency: other processes kept up to {cores:.1f} cores of the machine busy during the measurement, so the "
-            f"times are too long and may mislead the selection. End those processes; {remedy}"
-        )

@@ -101,6 +101,11 @@ class PairedTiming(BaseModel):
     pairs: tuple[Pair, ...]
 
     @property
+    def best_ratio(self) -> float:
+        """The ratio; if all pairs were disturbed, the median of the ratios of all pairs, which may be wrong."""
+        return self.ratio or exp(statistics.median(pair.log_ratio for pair in self.pairs))
+
+    @property
     def valid_pairs(self) -> int:
         """Number of pairs that the ratio is computed from."""
         return sum(not pair.disturbed for pair in self.pairs)

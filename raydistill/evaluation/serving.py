@@ -1,62 +1,35 @@
-"""Measures a checkpoint as it would be served: scores and latencies on real rows with one decoding configuration."""
+"""The work of timing and scoring a checkpoint as it is served: real validation rows, always the same."""
 
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from raydistill.data.corpus import Corpus
-from raydistill.evaluation.latency import Timing, summarize_times
-from raydistill.evaluation.scoring import ScoredOutputs, score_outputs
+from raydistill.evaluation.latency import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import BeamSearchParams, Engine
 
-LATENCY_BATCH_SIZES = {"latency_ms": 32, "latency_ms_b1": 1}
-MAX_SINGLE_ROWS = 32
+SINGLE_ROWS = 8  # rows of a call that decodes one row at a time
 
 
-@dataclass(frozen=True)
-class ServingResult(ScoredOutputs):
-    """Scores, and timings by cost name (the keys of `LATENCY_BATCH_SIZES`)."""
+def latency_rows(sources: Sequence[str], cost: str) -> list[str]:
+    """The rows of every timed call: a batch of 32 for "latency_ms", a few rows for "latency_ms_b1".
 
-    timings: dict[str, Timing]
-
-    @property
-    def costs(self) -> dict[str, float]:
-        """Medians of the timings with their lowest and highest values."""
-        return {name: ms for cost, timing in self.timings.items() for name, ms in timing.as_costs(cost).items()}
-
-
-def benchmark_serving(
-    engine: Engine, corpus: Corpus, metric: str, beam: BeamSearchParams, max_source_tokens: int
-) -> ServingResult:
-    """Generate all sources in batches of 32, and the first 32 one at a time; time each call and score the texts.
-
-    A timed call includes tokenization, search and detokenization. The last batch is filled with rows from the start, so
-    that every batch has 32 rows. The device should do nothing else.
-
-    Raises:
-        UserError: The corpus has no rows, or the metric is unknown.
+    The rows are evenly spaced over the sources in the order of their lengths. Sources are repeated if there are fewer.
     """
-    predictions: list[str] = []
-    timings = {}
-    for name, batch_size in LATENCY_BATCH_SIZES.items():
-        rows = list(corpus.sources) if batch_size > 1 else list(corpus.sources)[:MAX_SINGLE_ROWS]
-        texts, seconds = _generate_timed(engine, rows, batch_size, beam, max_source_tokens)
-        timings[name] = summarize_times(seconds)
-        predictions = predictions or texts
-    scored = score_outputs(metric, predictions, list(corpus.targets))
-    return ServingResult(scored.scores, scored.score_interval, scored.repetition_rate, timings)
+    count = LATENCY_BATCH_SIZES[cost] if LATENCY_BATCH_SIZES[cost] > 1 else SINGLE_ROWS
+    ordered = sorted(sources, key=len)
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 
 
-def _generate_timed(
-    engine: Engine, rows: list[str], batch_size: int, beam: BeamSearchParams, max_source_tokens: int
-) -> tuple[list[str], list[float]]:
-    """Return the texts of `rows` and the seconds of every call; a first call is not timed."""
-    filled = [rows[i % len(rows)] for i in range(-(-len(rows) // batch_size) * batch_size)]
-    engine.generate(filled[:batch_size], beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
-    texts, seconds = [], []
-    for start in range(0, len(filled), batch_size):
-        batch = filled[start : start + batch_size]
-        started = time.perf_counter()
-        results = engine.generate(batch, beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
-        seconds.append(time.perf_counter() - started)
-        texts += [hypotheses[0].text.strip() for hypotheses in results]
-    return texts[: len(rows)], seconds
+def make_serving_call(
+    engine: Engine, sources: Sequence[str], cost: str, beam: BeamSearchParams, max_source_tokens: int
+) -> tuple[Callable[[], None], int]:
+    """A function that decodes the rows of `latency_rows`, and how many times a batch of the cost it decodes.
+
+    A call includes tokenization, search and detokenization.
+    """
+    rows, size = latency_rows(sources, cost), LATENCY_BATCH_SIZES[cost]
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def call() -> None:
+        for batch in batches:
+            engine.generate(batch, beam, max_source_tokens=max_source_tokens, batch_size=size)
+
+    return call, len(batches)

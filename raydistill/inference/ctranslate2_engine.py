@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from raydistill.config.run import Decoding
+from raydistill.config.serving import CTranslate2Serving
 from raydistill.core import artifact
 from raydistill.core.records import Record
 from raydistill.inference import cublas
@@ -31,6 +33,7 @@ from raydistill.inference.ctranslate2_conversion import (
     unsupported_reason,
 )
 from raydistill.inference.decoding import (
+    DEFAULT_TARGET_TOKENS,
     BeamSearchParams,
     CalibrationRows,
     EngineOptions,
@@ -41,6 +44,7 @@ from raydistill.inference.decoding import (
     clamp_to_positions,
     decode_text,
     generate_longest_first,
+    resolve_decoding,
     tokenize_and_clamp,
 )
 from raydistill.inference.shortlist import Shortlist, kept_tokens, link_model, read_map
@@ -52,7 +56,13 @@ ROW_LOGPROB_TOLERANCE = 0.3
 # Default of the source tokens per batch on a CPU; larger batches exceed the CPU caches. BART-base, 300 tokens per row,
 # two processes of one thread: in int8 6.0 rows/s with 8 rows per batch and 4.6 with 20, in fp32 3.0 and 3.1.
 MAX_CPU_BATCH_TOKENS = 2_400
-COMPUTE_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+COMPUTE_TYPES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "int8_float16": "int8_float16",
+    "int8": "int8",
+}
 
 
 class CalibrationRecord(Record):
@@ -138,27 +148,15 @@ class CTranslate2Engine:
     def _translate(
         self, rows: list[list[int]], beam: BeamSearchParams, n_best: int, max_batch_tokens: int
     ) -> list[list[Hypothesis]]:
-        forced = [] if beam.forced_bos_token_id is None else self._to_tokens([beam.forced_bos_token_id])
-        prefix = [*self.converted.target_prefix, *forced]
-        # The lengths of generate() include the start token and, if the last token is forced to be the end token, that.
-        uncounted = 1 if self.generation_config.forced_eos_token_id is None else 2
+        prefix = output_prefix(self.converted.target_prefix, beam, self.converted.tokens)
         results = self.converted.translator.translate_batch(
             [self._to_tokens(row) for row in rows],
             [prefix] * len(rows) if prefix else None,
             batch_type="tokens",
             max_batch_size=max_batch_tokens,
-            beam_size=beam.beams,
             num_hypotheses=n_best,
-            # Without early stopping, generate() continues while a running beam can still win. Of 4,000 outputs, 96 %
-            # were equal with patience 1, 99.1 % with 1.5 and 99.6 % with 2, which took 20 % longer than 1.5.
-            patience=1 if beam.early_stopping or beam.beams == 1 else 1.5,
-            length_penalty=beam.length_penalty,
-            no_repeat_ngram_size=beam.no_repeat_ngram,
-            min_decoding_length=max(0, beam.min_length - 1),
-            max_decoding_length=max(1, beam.max_length - uncounted),
-            max_input_length=0,
-            use_vmap=self.shortlist is not None,
             return_scores=True,
+            **search_options(beam, self.generation_config, self.shortlist is not None),
         )
         return [
             [
@@ -167,6 +165,54 @@ class CTranslate2Engine:
             ]
             for result in results
         ]
+
+
+def search_options(beam: BeamSearchParams, generation_config: GenerationConfig, use_map: bool) -> dict[str, Any]:
+    """The arguments of `Translator.translate_batch` that describe the search.
+
+    The lengths of generate() include the start token and, if the last token is forced to be the end token, that.
+    """
+    uncounted = 1 if generation_config.forced_eos_token_id is None else 2
+    return {
+        "beam_size": beam.beams,
+        # Without early stopping, generate() continues while a running beam can still win. Of 4,000 outputs, 96 % were
+        # equal with patience 1, 99.1 % with 1.5 and 99.6 % with 2, which took 20 % longer than 1.5.
+        "patience": 1 if beam.early_stopping or beam.beams == 1 else 1.5,
+        "length_penalty": beam.length_penalty,
+        "no_repeat_ngram_size": beam.no_repeat_ngram,
+        "min_decoding_length": max(0, beam.min_length - 1),
+        "max_decoding_length": max(1, beam.max_length - uncounted),
+        "max_input_length": 0,
+        "use_vmap": use_map,
+    }
+
+
+def output_prefix(target_prefix: list[str], beam: BeamSearchParams, tokens: Sequence[str]) -> list[str]:
+    """The tokens that every output begins with: the start token if the model has none, and a forced first token."""
+    return [*target_prefix, *([] if beam.forced_bos_token_id is None else [tokens[beam.forced_bos_token_id]])]
+
+
+def describe_serving(converted: Path, checkpoint: str | Path, options: EngineOptions) -> CTranslate2Serving:
+    """What a CTranslate2 program needs to write the texts that `CTranslate2Engine` writes.
+
+    Args:
+        converted: The converted model.
+        checkpoint: The checkpoint, whose generation config has the decoding.
+        options: Precision, languages and shortlist of the engine.
+    """
+    config, generation_config = loading.load_config(checkpoint), loading.load_generation_config(checkpoint)
+    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages)
+    tokenization.set_config_target_language(config, generation_config, tokenizer)
+    tokens = tokenization.tokens_by_id(tokenizer)
+    beam = clamp_to_positions(resolve_decoding(Decoding(), generation_config, None, DEFAULT_TARGET_TOKENS), 1, config)
+    languages = {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
+    return CTranslate2Serving(
+        compute_type=COMPUTE_TYPES[options.precision],
+        tokenizer={name: value for name, value in languages.items() if value is not None},
+        source_prefix=getattr(tokenizer, "source_prefix", ""),
+        target_prefix=output_prefix(target_prefix(converted, tokens, config), beam, tokens),
+        translate_batch=search_options(beam, generation_config, options.shortlist is not None),
+    )
 
 
 def open_ctranslate2_engine(
@@ -203,6 +249,19 @@ def open_ctranslate2_engine(
             f"({options.precision})"
         )
     return engine
+
+
+def ctranslate2_precisions(device: str) -> set[str]:
+    """The precisions that CTranslate2 can compute on a device of this machine; empty without library or device."""
+    try:
+        ctranslate2 = import_ctranslate2()
+    except ImportError:
+        return set()
+    device_type = device.partition(":")[0]
+    if device_type == "cuda" and ctranslate2.get_cuda_device_count() == 0:
+        return set()
+    types = ctranslate2.get_supported_compute_types(device_type)
+    return {precision for precision, compute_type in COMPUTE_TYPES.items() if compute_type in types}
 
 
 def _check_available(options: EngineOptions) -> None:

@@ -8,13 +8,15 @@ import torch
 
 from raydistill.core.errors import UserError
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable
-from raydistill.inference.ctranslate2_engine import COMPUTE_TYPES, open_ctranslate2_engine
+from raydistill.inference.ctranslate2_engine import COMPUTE_TYPES, ctranslate2_precisions, open_ctranslate2_engine
 from raydistill.inference.decoding import CalibrationRows, Engine, EngineOptions, LogFunction
 from raydistill.inference.shortlist import kept_tokens, read_map
 from raydistill.inference.transformers_engine import TORCH_DTYPES, TransformersEngine
 from raydistill.models import loading, tokenization
 
 EngineName = Literal["auto", "ctranslate2", "transformers"]
+# What transformers computes in where CTranslate2 cannot be used.
+FALLBACK_PRECISIONS = {"int8": "fp32", "int8_float16": "fp16"}
 
 
 def open_engine(
@@ -44,8 +46,14 @@ def open_engine(
                 raise UserError(f"{checkpoint}: CTranslate2 cannot be used: {error}; use engine transformers") from None
             if log is not None:
                 log(f"{checkpoint}: using transformers, since {error}")
-            options = replace(options, precision="fp32" if options.precision == "int8" else options.precision)
+            options = replace(options, precision=FALLBACK_PRECISIONS.get(options.precision, options.precision))
     return _open_transformers_engine(checkpoint, options)
+
+
+def supported_precisions(engine: str, device: str, model_type: str) -> set[str]:
+    """The precisions that an engine can compute on a device of this machine, for a family of models."""
+    known = set(TORCH_DTYPES) if engine == "transformers" else ctranslate2_precisions(device)
+    return known - ({"fp16", "int8_float16"} if model_type == "pegasus" else set())
 
 
 def _resolve_precision(checkpoint: str | Path, options: EngineOptions) -> EngineOptions:
@@ -55,8 +63,8 @@ def _resolve_precision(checkpoint: str | Path, options: EngineOptions) -> Engine
         precision = "fp32" if options.device == "cpu" else "bf16"
     if precision not in COMPUTE_TYPES:
         raise UserError(f"precision {precision!r} is none of auto, {', '.join(COMPUTE_TYPES)}")
-    if precision == "fp16" and loading.load_config(checkpoint).model_type == "pegasus":
-        raise UserError(f"{checkpoint}: Pegasus overflows in fp16; use bf16 or fp32")
+    if precision in ("fp16", "int8_float16") and loading.load_config(checkpoint).model_type == "pegasus":
+        raise UserError(f"{checkpoint}: Pegasus overflows in {precision}; use bf16 or fp32")
     return replace(options, precision=precision)
 
 

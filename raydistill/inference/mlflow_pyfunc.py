@@ -1,14 +1,18 @@
 """Serves an exported student through MLflow: `mlflow.pyfunc.load_model(...)` and `mlflow models serve`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raydistill.config.run import Decoding
+from raydistill.config.serving import ServingRecord
+from raydistill.core.console import print_progress
 from raydistill.core.machine import available_cores
-from raydistill.inference.decoding import Engine, EngineOptions, resolve_decoding
-from raydistill.inference.engines import open_engine
+from raydistill.inference.decoding import DEFAULT_TARGET_TOKENS, Engine, EngineOptions, resolve_decoding
+from raydistill.inference.engines import open_engine, supported_precisions
+from raydistill.models.loading import load_config
 from raydistill.models.metadata import CheckpointMetadata
 
 
@@ -18,7 +22,7 @@ class PyfuncStudent:
     def __init__(self, engine: Engine, max_source_tokens: int) -> None:
         self.engine = engine
         self.max_source_tokens = max_source_tokens
-        self.beam = resolve_decoding(Decoding(), engine.generation_config, None, 128)
+        self.beam = resolve_decoding(Decoding(), engine.generation_config, None, DEFAULT_TARGET_TOKENS)
 
     def predict(self, sources: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Return one text per source. `sources`: a text, a list of texts, or a table with the texts in column one."""
@@ -30,16 +34,29 @@ class PyfuncStudent:
 def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStudent:
     """MLflow's entry point: open the checkpoint in folder `path` with the `device` and `threads` of `settings`.
 
-    The defaults equal the settings with which a sweep times its finalists: the engine of the run, on a GPU if one is
-    available, else on all CPU cores. MLflow requires this function name.
+    Precision, shortlist and decoding are those that the student was scored with. The default device and threads are
+    those of a sweep: a GPU if one is available, else all CPU cores. MLflow requires this function name.
     """
     folder = Path(path)
     metadata = CheckpointMetadata.read_from(folder)
-    assert metadata.max_source_tokens is not None, "only exported students are served"
+    assert metadata.serving is not None, "only exported students are served"
     engine_name = metadata.config.evaluation.engine if metadata.config else "auto"
     device, threads = _resolve_device_and_threads(**(settings or {}))
-    engine = open_engine(folder, engine_name, EngineOptions(device, threads, languages=metadata.languages))
-    return PyfuncStudent(engine, metadata.max_source_tokens)
+    options = serving_options(folder, metadata.serving, EngineOptions(device, threads), engine_name)
+    return PyfuncStudent(open_engine(folder, engine_name, options), metadata.serving.max_source_tokens)
+
+
+def serving_options(folder: Path, serving: ServingRecord, options: EngineOptions, engine_name: str) -> EngineOptions:
+    """The options with the precision, languages and shortlist of an exported student.
+
+    On a device that does not compute in this precision, the default precision of the device is used, with a warning.
+    """
+    precision: str = serving.config.precision
+    if precision not in supported_precisions(engine_name, options.device, load_config(folder).model_type):
+        print_progress(f"this {options.device} does not compute in {precision}; the default precision is used")
+        precision = "auto"
+    shortlist = folder / serving.vocabulary_map if serving.vocabulary_map else None
+    return replace(options, precision=precision, languages=serving.languages, shortlist=shortlist)
 
 
 def _resolve_device_and_threads(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path, corrupt_file_error
+from raydistill.core.paths import raydistill_home
 from raydistill.inference.word_alignment import Rows, Translations
 
 MAP_FILE = "vmap.txt"  # the name that CTranslate2 reads in a model's folder
@@ -174,6 +175,37 @@ def read_map(path: Path, tokens: Sequence[str], required: Collection[int] = ()) 
         if missing := [tokens[i] for i in required if i not in always]:
             raise ValueError(f"the tokens that are always allowed lack {missing[0]!r}")
     return Shortlist(always, {token_to_id[token]: ids for token, ids in lists.items()})
+
+
+def stored_map(name: str) -> Path:
+    """The vocabulary map of a shortlist that a sweep made. `name` is the name of the artifact."""
+    return raydistill_home() / "shortlists" / name / MAP_FILE
+
+
+def restrict_map(path: Path, tokens: Sequence[str], folder: Path) -> Path:
+    """The vocabulary map of `path` for a model that has some of its tokens only.
+
+    Args:
+        path: A map that was made with a larger vocabulary.
+        tokens: All tokens of the model by id.
+        folder: Where the new map is written.
+
+    Returns:
+        `path` itself if the model has every token of the map.
+    """
+    known = {"", *tokens}
+    lines = [line.partition("\t") for line in path.read_bytes().decode().split("\n")[:-1]]
+    kept = [
+        (source, [token for token in targets.split(" ") if token in known])
+        for source, _, targets in lines
+        if source in known
+    ]
+    content = "".join(f"{source}\t{' '.join(targets)}\n" for source, targets in kept).encode()
+    if content == path.read_bytes():
+        return path
+    restricted = folder / MAP_FILE
+    restricted.write_bytes(content)
+    return restricted
 
 
 def link_model(model: Path, map_path: Path, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 WEIGHTS_BEFORE_DROPOUT = "eager_before_dropout"  # name of an attention implementation
-BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8_float16": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def count_parameters(config: PretrainedConfig) -> int:
 
 
 def weights_mb(config: PretrainedConfig, precision: str = "fp32") -> float:
-    """Return the megabytes (10^6 bytes) of the parameters in fp32, bf16, fp16 or int8.
+    """Return the megabytes (10^6 bytes) of the parameters in fp32, bf16, fp16, int8_float16 or int8.
 
     Activations and caches are not included. With int8, the few norms and biases that stay fp32 count as int8.
     """

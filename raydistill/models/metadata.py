@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from raydistill.config.run import Run
+from raydistill.config.serving import ServingRecord
 from raydistill.core.records import Record
 
 METADATA_FILE = "raydistill.json"
@@ -53,8 +54,7 @@ class CheckpointMetadata(Record):
         scores: Scores of each scored split.
         decoding: The decoding of the scores: the fields of `BeamSearchParams`.
         signature: Metric library and options of the scores.
-        max_source_tokens: Tokens of a source that an exported student reads.
-        languages: Languages of source and target of an exported student.
+        serving: How an exported student is served.
     """
 
     remedy: ClassVar[str] = "Create the checkpoint again, or delete this file"
@@ -77,8 +77,7 @@ class CheckpointMetadata(Record):
     scores: dict[str, SplitScores] = Field(default_factory=dict)
     decoding: dict[str, Any] | None = None
     signature: str | None = None
-    max_source_tokens: int | None = None
-    languages: tuple[str, str] | None = None
+    serving: ServingRecord | None = None
 
     @classmethod
     def read_from(cls, checkpoint: Path) -> Self:

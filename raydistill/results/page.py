@@ -14,6 +14,7 @@ from raydistill.results.plots import marker_id, plot_front, plot_learning_curves
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.served_students import SERVED_FILE
+from raydistill.results.serving_latency import LATENCY_FILE
 from raydistill.results.sweep_record import SWEEP_FILE
 from raydistill.results.tables import (
     choices_table,
@@ -50,7 +51,7 @@ def refresh_report(selection: Selection) -> list[Path]:
 
     The running trials' new validations alone do not cause an update.
     """
-    inputs = [selection.sweep / SWEEP_FILE, selection.sweep / SERVED_FILE]
+    inputs = [selection.sweep / name for name in (SWEEP_FILE, SERVED_FILE, LATENCY_FILE)]
     inputs += [trial.folder / name for trial in selection.trials for name in ("result.json", SERVED_FILE)]
     latest_ns = max(path.stat().st_mtime_ns for path in inputs if path.is_file())
     last_written = selection.sweep / LAST_WRITTEN
@@ -90,8 +91,8 @@ def make_tooltips(selection: Selection) -> dict[str, list[str]]:
 def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     lines = [student.label, f"method {student.method}, labels {student.labels or 'original'}"]
     lines += [f"{side} layers copied: {' '.join(map(str, layers))}" for side, layers in student.copied_layers.items()]
-    if student.decoding:
-        lines.append(student.decoding.label)
+    if student.serving:
+        lines.append(student.serving.label)
     if (score := student.score(selection.metric)) is not None:
         interval = f" {format_interval(student.interval)}" if student.interval else ""
         lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on validation")
@@ -106,11 +107,11 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
 def _cost_lines(costs: dict[str, float]) -> list[str]:
     formats = {
         "latency_ms": "{:.1f} ms for a batch of 32",
-        "latency_ms_unpooled": "{:.1f} ms in its own measurement",
         "latency_ms_b1": "{:.1f} ms for one row",
         "rows_per_s": "{:.1f} rows per second",
         "params_m": "{:.1f} M parameters",
-        "speedup": "{:.2f} times the teacher's speed",
+        "speedup": "{:.2f} times the speed of the teacher",
+        "speedup_same_serving": "{:.2f} times the speed of the teacher served the same way",
         "peak_mb": "{:.0f} MB of peak memory",
         "device_hours": "{:.3f} device-hours",
     }

@@ -1,8 +1,7 @@
 """Budgets, the Pareto front and the choice of a student, as pure functions over candidates."""
 
 import math
-import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +20,6 @@ COST_UNITS = {
     "device_hours": "device-hours",
     "rows_per_s": "rows per second",
 }
-# Timings are noisy; each maps to the function that combines several measurements of equal configurations.
-TIMING_REDUCERS: dict[str, Callable[[list[float]], float]] = {
-    "rows_per_s": statistics.median,
-    **{
-        f"{name}{suffix}": reducer
-        for name in ("latency_ms", "latency_ms_b1")
-        for suffix, reducer in (("", statistics.median), ("_low", min), ("_high", max))
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,8 @@ class Candidate:
     """A scored student.
 
     `score` is on validation, higher is better. `rows` holds the per-row statistics of the score as the metric's
-    bootstrap reads them, or None if they were not kept. `costs` are in the units of `COST_UNITS`.
+    bootstrap reads them, or None if they were not kept. `costs` are in the units of `COST_UNITS`. `intervals` are
+    confidence intervals of costs, where they are known.
     """
 
     key: str
@@ -45,6 +36,7 @@ class Candidate:
     rows: np.ndarray | None = field(repr=False, compare=False)
     costs: dict[str, float] = field(compare=False)
     label: str = ""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,30 +110,6 @@ def fits_any_budget(costs: dict[str, float], budgets: Sequence[dict[str, float]]
         all(share_of_bound(key, costs[key], bound) <= 1 for key, bound in bounds.items() if key in costs)
         for bounds in budgets
     )
-
-
-def pool_latency(costs: Sequence[dict[str, float]], groups: Sequence[Hashable]) -> list[dict[str, float]]:
-    """Replace the timings of each student by the timings pooled over its group.
-
-    Students of one group (shape, beams, engine) differ in speed only by noise or by the length of their outputs, so
-    none of them counts as cheaper. Latencies become the group's median; the `_low` and `_high` ends become the group's
-    minimum and maximum. Other costs stay.
-
-    Args:
-        costs: Costs of each student.
-        groups: For each student, the key of its group; same length as `costs`.
-    """
-    pooled: dict[tuple[Hashable, str], list[float]] = {}
-    for own_costs, group in zip(costs, groups, strict=True):
-        for name in own_costs.keys() & TIMING_REDUCERS.keys():
-            pooled.setdefault((group, name), []).append(own_costs[name])
-    return [
-        {
-            name: TIMING_REDUCERS[name](pooled[group, name]) if name in TIMING_REDUCERS else value
-            for name, value in own_costs.items()
-        }
-        for own_costs, group in zip(costs, groups, strict=True)
-    ]
 
 
 def pareto_front(candidates: Sequence[Candidate], cost: str) -> list[Candidate]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from raydistill.config.run import Student
+from raydistill.config.serving import ServingConfig
 from raydistill.config.shapes import FULL_SIZE, Shape
 from raydistill.core.errors import UserError
 from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
@@ -25,34 +25,15 @@ from raydistill.training.records import RESULT_FILE, RunResult, SplitScores
 MAX_ROW_BYTES = 2**30  # unpacked size of per-row statistics: ten numbers for each of 13 million rows
 
 
-class ServingConfig(BaseModel):
-    """How a checkpoint is served: beams and length penalty."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    beams: int = Field(ge=1)
-    length_penalty: float
-
-    @property
-    def key(self) -> str:
-        """The configuration as part of a file name: "b4-p0.6"; "b1" for one beam, which has no length penalty."""
-        return f"b{self.beams}" if self.beams == 1 else f"b{self.beams}-p{self.length_penalty:g}"
-
-    @property
-    def label(self) -> str:
-        """The configuration for tables and messages: "4 beams, length penalty 0.6"."""
-        return "1 beam" if self.beams == 1 else f"{self.beams} beams, length penalty {self.length_penalty:g}"
-
-
 @dataclass(frozen=True)
 class Trial:
-    """A trial as recorded in its folder, or a student: a trial served with one way of decoding.
+    """A trial as recorded in its folder, or a student: a trial served with one configuration.
 
-    A finalist of the sweep has one student for each way of decoding. The student's key and label name the decoding,
-    and its scores and costs are those measured with that decoding.
+    A finalist of the sweep has one student for each configuration. The student's key and label name the configuration,
+    and its scores and costs are those measured with that configuration.
 
     Attributes:
-        key: Name of the trial's folder; for a student, followed by the decoding.
+        key: Name of the trial's folder; for a student, followed by the configuration.
         folder: The trial's folder.
         status: "done"; "stopped" (early, with a scored checkpoint); "failed"; or "running", which is any trial
             without result.json, also one that was killed.
@@ -66,8 +47,9 @@ class Trial:
         steps: Optimiser steps taken.
         signature: How the scores were computed, in the notation of the metric's library.
         checkpoint: The best checkpoint; None if there is none.
-        decoding: How a student is served; None for a trial.
+        serving: How a student is served; None for a trial.
         measured_with: Engine, precision and hardware of a student's timings.
+        split: The split of `metrics`: "validation", or "selection" where some validation rows are kept for the choice.
     """
 
     key: str
@@ -87,16 +69,17 @@ class Trial:
     signature: str = ""
     checkpoint: Path | None = None
     seed: int = 0
-    decoding: ServingConfig | None = None
+    serving: ServingConfig | None = None
     measured_with: str = ""
+    split: str = "validation"
 
     @property
     def label(self) -> str:
         """A short name for tables and messages, such as "12-3 kd (trial 4)"; the key if there is no number."""
         if self.number is None:
             return self.key
-        decoding = f", {self.decoding.label}" if self.decoding else ""
-        return f"{self.size} {self.method} (trial {self.number}{decoding})"
+        serving = f", {self.serving.label}" if self.serving else ""
+        return f"{self.size} {self.method} (trial {self.number}{serving})"
 
     @property
     def scored(self) -> bool:
@@ -115,9 +98,13 @@ class Trial:
         """The validation score."""
         return self.metrics.get(metric, self.metrics.get("score"))
 
-    def row_statistics(self, split: str = "validation") -> np.ndarray | None:
-        """Per-row statistics of the main metric, [rows] or [rows, 10]; None if the trial has none."""
-        return read_row_statistics(self.folder / rows_filename(split, self.decoding), split)
+    def row_statistics(self, split: str | None = None) -> np.ndarray | None:
+        """Per-row statistics of the main metric, [rows] or [rows, 10]; None if the trial has none.
+
+        `split`: by default, the split of `metrics`.
+        """
+        split = split or self.split
+        return read_row_statistics(self.folder / rows_filename(split, self.serving), split)
 
     def history(self) -> list[dict[str, Any]]:
         """The validations in order. An incomplete last line, which a kill can leave, is skipped.
@@ -283,6 +270,6 @@ def _corrupt_trial_error(path: Path, detail: str, remedy: str | None = None) -> 
     return UserError(f"{path}: damaged: {detail}. {remedy or repeat_trial_remedy(path.parent)}")
 
 
-def rows_filename(split: str, decoding: ServingConfig | None) -> str:
-    """The file of per-row statistics: of the trial's own scores, or of a split served with a way of decoding."""
-    return f"rows-{split}-{decoding.key}.npz" if decoding else "rows.npz"
+def rows_filename(split: str, serving: ServingConfig | None) -> str:
+    """The file of per-row statistics: of the trial's own scores, or of a split served with a configuration."""
+    return f"rows-{split}-{serving.key}.npz" if serving else "rows.npz"

@@ -1,6 +1,7 @@
 """A whole sweep with its Pareto front and the choice for each budget."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raydistill.config.loader import read_yaml
@@ -9,7 +10,8 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error
 from raydistill.results.pareto import Candidate, Choice, choose, pareto_front, resolve_bounds, resolve_budgets
 from raydistill.results.records import Trial, read_trials
-from raydistill.results.served_students import expand_by_serving, impute_served_timing, load_served_teacher
+from raydistill.results.served_students import expand_by_serving, impute_served_timing, read_served
+from raydistill.results.serving_latency import TEACHER_SHAPE, LatencySession, read_session
 from raydistill.results.sweep_record import SweepRecord, SweepTeacher, read_sweep
 
 
@@ -20,7 +22,8 @@ class Selection:
     `sweep` is the folder, `record` its sweep.json, `metric` the main score and `cost` the cost of the front.
     Front and choices are computed from `students`: the finalists as served, one per serving configuration, or every
     scored trial if none is served yet. `front_keys` are keys of students. `teacher` is the record's teacher with costs
-    that were measured like the students'. `bounds` are the resolved bounds by budget.
+    that were measured like the students'. `bounds` are the resolved bounds by budget. `session` has the timings of
+    served students.
     """
 
     sweep: Path
@@ -32,6 +35,7 @@ class Selection:
     front_keys: list[str]
     bounds: dict[str, dict[str, float]]
     choices: dict[str, Choice]
+    session: LatencySession | None = None
 
     @property
     def name(self) -> str:
@@ -51,7 +55,7 @@ class Selection:
     @property
     def has_served_students(self) -> bool:
         """Whether `students` are finalists as served."""
-        return any(student.decoding for student in self.students)
+        return any(student.serving for student in self.students)
 
     @property
     def plotted_trials(self) -> list[Trial]:
@@ -98,29 +102,63 @@ def load_selection(sweep: Path, tolerance: float | None = None) -> Selection:
         cost = (space.get("search") or {}).get("cost", "latency_ms")
         if cost not in COST_METRICS:
             raise ValueError(f"search.cost is {cost!r}")
-    served_teacher = load_served_teacher(sweep, record.teacher.costs)
-    students = expand_by_serving(trials, served_teacher) or [trial for trial in trials if trial.scored]
+    session = read_session(sweep)
+    students = expand_by_serving(trials, session)
+    teacher = _served_teacher(sweep, record.teacher, session) if students and session else record.teacher
+    students = students or [trial for trial in trials if trial.scored]
     candidates = make_candidates(students, record.metric)
     bounds: dict[str, dict[str, float]] = {}
     choices: dict[str, Choice] = {}
     for name, budget in record.budgets.items():
         try:
-            bounds[name] = resolve_bounds(budget, served_teacher.costs)
-            choices[name] = choose(candidates, bounds[name], record.metric, record.tolerance)
+            bounds[name] = resolve_bounds(budget, teacher.costs)
+            choices[name] = choose_within(candidates, bounds[name], record.metric, record.tolerance)
         except UserError as error:  # a percentage of a cost that is not measured on the teacher (yet)
             bounds[name] = {}
             choices[name] = Choice(None, None, [], {}, str(error))
     return Selection(
         sweep=sweep,
         record=record,
-        teacher=record.teacher.model_copy(update={"costs": served_teacher.costs}),
+        teacher=teacher,
         cost=cost,
         trials=trials,
         students=students,
         front_keys=[c.key for c in pareto_front(candidates, cost)],
         bounds=bounds,
         choices=choices,
+        session=session if any(student.serving for student in students) else None,
     )
+
+
+def _served_teacher(sweep: Path, teacher: SweepTeacher, session: LatencySession) -> SweepTeacher:
+    """The teacher with the costs of the session, and with its score on the rows that served students are scored on."""
+    costs = {**teacher.costs, **session.costs(TEACHER_SHAPE, session.baseline)}
+    served = read_served(sweep)
+    entry = served.find(session.baseline) if served else None
+    if entry is None:
+        return teacher.model_copy(update={"costs": costs})
+    metrics = {**teacher.metrics, **entry.metrics}
+    return teacher.model_copy(update={"costs": costs, "metrics": metrics, "interval": entry.interval})
+
+
+def choose_within(candidates: list[Candidate], bounds: dict[str, float], metric: str, tolerance: float) -> Choice:
+    """`choose`, with the reason of a choice whose cost is known too inaccurately to decide a bound.
+
+    A bound that lies within the interval of a latency is undecided. An undecided bound counts as met if the median is
+    within the bound, which `choose` compares.
+    """
+    choice = choose(candidates, bounds, metric, tolerance)
+    if choice.best is None:
+        return choice
+    undecided = []
+    for cost, (low, high) in choice.best.intervals.items():
+        bound = bounds.get(cost, math.inf)
+        if low < bound < high:
+            undecided.append(
+                f"{cost} is {choice.best.costs[cost]:.4g}, within the bound of {bound:.4g}, which lies within its "
+                f"interval [{low:.4g}, {high:.4g}]"
+            )
+    return replace(choice, reason=f"{choice.reason} Undecided: {'; '.join(undecided)}.") if undecided else choice
 
 
 def select_finalists(sweep: Path) -> list[Trial]:
@@ -144,5 +182,11 @@ def make_candidates(trials: list[Trial], metric: str) -> list[Candidate]:
         score = trial.score(metric)
         if trial.scored and score is not None:
             costs = {k: float(trial.metrics[k]) for k in COST_METRICS if trial.metrics.get(k) is not None}
-            candidates.append(Candidate(trial.key, float(score), trial.row_statistics(), costs, trial.label))
+            intervals = {
+                cost: (trial.metrics[f"{cost}_low"], trial.metrics[f"{cost}_high"])
+                for cost in costs
+                if trial.serving and {f"{cost}_low", f"{cost}_high"} <= trial.metrics.keys()
+            }
+            rows = trial.row_statistics()
+            candidates.append(Candidate(trial.key, float(score), rows, costs, trial.label, intervals))
     return candidates

@@ -7,10 +7,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raydistill.config.run import NAME_PATTERN
+from raydistill.config.serving import Serving, ServingConfig
 from raydistill.config.shapes import Shape
-from raydistill.config.space import DecodingSearch, check_bounds
+from raydistill.config.space import check_bounds
 from raydistill.core.errors import UserError
 from raydistill.core.records import Record
+from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, may_exclude
 from raydistill.results.pareto import fits_any_budget, resolve_budgets
 from raydistill.training.teacher_record import TeacherScores
 
@@ -63,6 +65,26 @@ class LabelSetScores(BaseModel):
     quality: dict[str, float] | None
 
 
+class ShortlistCoverage(BaseModel):
+    """A shortlist of a sweep, and what it excludes on the validation split.
+
+    Attributes:
+        folder: The artifact with the vocabulary map, below RAYDISTILL_HOME/shortlists.
+        allowed_tokens: Mean number of tokens that the decoder may write for one text.
+        allowed_tokens_batch: The same for a batch of 32 texts.
+        share_of_tokens_outside: Share of the tokens of the reference texts that the list excludes.
+        share_of_rows_outside: Share of the reference texts with such a token.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str
+    allowed_tokens: float
+    allowed_tokens_batch: float
+    share_of_tokens_outside: float
+    share_of_rows_outside: float
+
+
 class SweepTeacher(TeacherScores):
     """The teacher of a sweep: scores, costs, and what its passes over the training data produced.
 
@@ -77,21 +99,39 @@ class SweepTeacher(TeacherScores):
     label_sets: dict[str, LabelSetScores]
 
 
+class CheapestServing(BaseModel):
+    """The cheapest serving of a size, by which alone the size may be excluded before training.
+
+    Attributes:
+        config: The fewest beams, and the fastest precision and shortlist.
+        engine: Engine and precision of the timings.
+        timings: By latency that a budget bounds, the pairs with the teacher.
+        costs: Parameters, memory of the weights in the smallest precision, and peak memory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: ServingConfig
+    engine: str
+    timings: dict[str, PairedTiming]
+    costs: dict[str, float]
+
+
 class ShapeTable(BaseModel):
     """Costs of the shapes of a sweep, measured on untrained students.
 
     Attributes:
         teacher_size: Size of the teacher.
-        costs: By name of the shape, the costs with the teacher's number of beams, and "speedup".
-        costs_fewest_beams: By name of the shape, the costs with the fewest beams that a student may be served with.
-        engines: By name of the shape, engine and precision of the timings.
+        costs: By name of the shape, the costs with the teacher's own decoding in full precision, and "speedup".
+        cheapest: By name of the shape of a student, its cheapest serving.
+        engines: By name of the shape, engine and precision of the costs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher_size: str
     costs: dict[str, dict[str, float]]
-    costs_fewest_beams: dict[str, dict[str, float]]
+    cheapest: dict[str, CheapestServing]
     engines: dict[str, str]
 
     @model_validator(mode="after")
@@ -106,10 +146,40 @@ class ShapeTable(BaseModel):
         return {name: value for name, value in self.costs[self.teacher_size].items() if name != "speedup"}
 
     def is_infeasible(self, shape: str, budgets: dict[str, dict[str, Any]]) -> bool:
-        """Whether no budget admits a student of the shape of this name, even with the fewest beams."""
-        name = Shape.parse(shape).with_full_size(self.teacher_size).name
-        costs = self.costs_fewest_beams.get(name, {})
-        return not fits_any_budget(costs, resolve_budgets(budgets, self.teacher_costs))
+        """Whether no budget admits a student of the shape of this name, even with its cheapest serving.
+
+        A latency excludes a shape only if the whole interval of its ratio is above the bound by `EXCLUSION_MARGIN`,
+        and peak memory only if it exceeds the bound by this margin.
+        """
+        resolved = resolve_budgets(budgets, self.teacher_costs)
+        return bool(resolved) and all(self._exceeds(shape, bounds) for bounds in resolved)
+
+    def cheapest_costs(self, shape: str) -> dict[str, float]:
+        """Costs of a shape with its cheapest serving; the latencies that a budget bounds, in milliseconds."""
+        teacher, name = self.teacher_costs, self._full_name(shape)
+        serving = self.cheapest.get(name)
+        if serving is None:
+            return {cost: value for cost, value in self.costs.get(name, {}).items() if cost == "params_m"}
+        return {
+            **serving.costs,
+            **{cost: timing.best_ratio * teacher[cost] for cost, timing in serving.timings.items()},
+        }
+
+    def _full_name(self, shape: str) -> str:
+        """The name of a shape with the teacher's size in place of "full"."""
+        return Shape.parse(shape).with_full_size(self.teacher_size).name
+
+    def _exceeds(self, shape: str, bounds: dict[str, float]) -> bool:
+        """Whether a shape certainly exceeds one of the bounds; costs that are not known do not."""
+        costs, serving = self.cheapest_costs(shape), self.cheapest.get(self._full_name(shape))
+        timings = serving.timings if serving else {}
+        exact = {name: bound for name, bound in bounds.items() if name in ("params_m", "memory_mb")}
+        rough = {"peak_mb": EXCLUSION_MARGIN * bounds["peak_mb"]} if "peak_mb" in bounds else {}
+        return not fits_any_budget(costs, [{**exact, **rough}]) or any(
+            may_exclude(timing, bounds[cost] / self.teacher_costs[cost])
+            for cost, timing in timings.items()
+            if cost in bounds
+        )
 
 
 class SweepRecord(Record):
@@ -123,7 +193,8 @@ class SweepRecord(Record):
         shapes: Costs of the shapes.
         budgets: Bounds by budget, as in the space.
         tolerance: Points of the metric that a cheaper student may be worse and still be chosen.
-        decoding: The decodings that finalists are served with.
+        serving: The configurations that finalists are served with.
+        shortlists: What each shortlist excludes, by its name in the space.
         tracking_uri: MLflow's store.
         versions: Versions of the libraries.
     """
@@ -135,7 +206,8 @@ class SweepRecord(Record):
     shapes: ShapeTable
     budgets: dict[str, dict[str, float | str]]
     tolerance: float = Field(ge=0)
-    decoding: DecodingSearch
+    serving: Serving
+    shortlists: dict[str, ShortlistCoverage]
     tracking_uri: str
     versions: dict[str, str]
 

@@ -35,7 +35,7 @@ def trials_table(
     """One row per trial: finished trials by cost, then running ones, then failed ones with the reason.
 
     The first column marks the front with `*`; the note names the budgets that a trial was chosen for. The columns for
-    encoder layers and decoding appear only if some trial needs them.
+    encoder layers and serving appear only if some trial needs them.
 
     Args:
         trials: Trials of a sweep or students as served.
@@ -52,18 +52,18 @@ def trials_table(
     if any(map(_has_shrunk_encoder, trials)):
         columns["encoder from"] = _format_encoder
     name = metric_name(metric)
-    has_decodings = any(t.decoding for t in trials)
+    are_served = any(t.serving for t in trials)
     columns |= {
         f"test {name}": lambda t: format_score((t.test or {}).get(metric), (t.test or {}).get("interval")),
         f"validation {name}": lambda t: format_score(t.score(metric), t.interval),
         "ms (batch 32)": lambda t: format_number(t.metrics.get("latency_ms"), 0),
-        "speed-up (same decoding)" if has_decodings else "speed-up": _format_speedups,
+        "speed-up (teacher served the same way)" if are_served else "speed-up": _format_speedups,
         "params M": lambda t: format_number(t.metrics.get("params_m"), 1),
         "device h": lambda t: format_number(t.metrics.get("device_hours"), 3),
         "trial": lambda t: format_number(t.number, 0),
     }
-    if has_decodings:
-        columns["decoding"] = lambda t: t.decoding.label if t.decoding else "-"
+    if are_served:
+        columns["serving"] = lambda t: t.serving.label if t.serving else "-"
     columns["note"] = lambda t: _format_note(t, choices)
     ordered = sorted(trials, key=lambda t: (STATUS_ORDER[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0))
     return list(columns), [[cell(trial) for cell in columns.values()] for trial in ordered]
@@ -138,8 +138,8 @@ def _format_note(trial: Trial, choices: dict[str, str | None]) -> str:
 
 
 def _format_speedups(trial: Trial) -> str:
-    """The speed-up over the teacher; in brackets, the speed-up over the teacher with the student's decoding."""
-    own, same = (trial.metrics.get(name) for name in ("speedup", "speedup_same_decoding"))
+    """The speed-up over the teacher as it is served today; in brackets, over the teacher served like the student."""
+    own, same = (trial.metrics.get(name) for name in ("speedup", "speedup_same_serving"))
     if own is None:
         return "-"
     return f"{own:.2f}x" + (f" ({same:.2f}x)" if same is not None else "")

@@ -193,15 +193,16 @@ def estimate_infeasible_sizes(space: Space, sizes: list[str], config: Any, folde
     if config is None or not space.budgets:
         return [], ""
     record = SweepRecord.read_if_present(folder / SWEEP_FILE)
-    measured = record.shapes.costs_fewest_beams if record else {}
+    if record is not None:
+        shapes = record.shapes
+        return [size for size in sizes if shapes.is_infeasible(size, space.budgets)], ""
     full = families.size_name(config)
     costs = {}
     for name in (full, *sizes):
         shape = Shape.parse(name).with_full_size(full)
-        known = {} if shape.vocabulary == "used" else {"params_m": count_params_m(config, shape.name)}
-        costs[name] = {**known, **measured.get(shape.name, {})}
-    budgets = resolve_budgets(space.budgets, {**costs[full], **(record.shapes.teacher_costs if record else {})})
-    remark = "" if measured else " (by their parameters; latency and memory are known once the shapes are timed)"
+        costs[name] = {} if shape.vocabulary == "used" else {"params_m": count_params_m(config, shape.name)}
+    budgets = resolve_budgets(space.budgets, costs[full])
+    remark = " (by their parameters; latency and memory are known once the shapes are timed)"
     return [size for size in sizes if not fits_any_budget(costs[size], budgets)], remark
 
 

@@ -11,12 +11,21 @@ from raydistill.config.shapes import shape_sort_key
 from raydistill.config.space import Space, corner_runs, shape_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
-from raydistill.evaluation.latency import warn_background_load
 from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, make_label_sets, prepare_shared_inputs
+from raydistill.results.formatting import format_count
 from raydistill.results.pareto import describe_nearest_miss, resolve_budgets
 from raydistill.results.shape_costs import shape_costs
-from raydistill.results.sweep_record import ShapeTable, SweepTeacher, TeacherPasses
-from raydistill.search.shape_latency import ShapeTiming, TimedShape, time_shapes
+from raydistill.results.sweep_record import (
+    SWEEP_FILE,
+    ShapeTable,
+    ShortlistCoverage,
+    SweepRecord,
+    SweepTeacher,
+    TeacherPasses,
+)
+from raydistill.search.serving_timing import latency_bounds
+from raydistill.search.shape_latency import ShapeTask, time_shapes
+from raydistill.search.shortlists import ensure_shortlists
 from raydistill.training.inputs import RunInputs, input_paths, run_label_folders
 from raydistill.training.records import InputFingerprints, repetition_warning
 from raydistill.training.run_folder import write_row_statistics
@@ -32,11 +41,13 @@ class PreparedSweep:
     Attributes:
         teacher: The teacher's scores, costs and properties, which sweep.json keeps.
         shapes: Costs of the shapes.
+        shortlists: What each shortlist excludes, by its name in the space.
         shared: Label sets and teacher cache.
     """
 
     teacher: SweepTeacher
     shapes: ShapeTable
+    shortlists: dict[str, ShortlistCoverage] = field(default_factory=dict)
     shared: SharedInputs = field(default_factory=SharedInputs)
 
     def inputs(self, run: Run, number: int, params: dict[str, Any]) -> RunInputs:
@@ -64,7 +75,7 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
         passes=TeacherPasses(labels=shared.label_hours, stores=shared.cache.store_hours),
         label_sets=describe_label_sets(runs, shared.label_folders),
     )
-    return PreparedSweep(teacher, shapes, shared)
+    return PreparedSweep(teacher, shapes, ensure_shortlists(space, runs, teacher), shared)
 
 
 def check_unchanged(run: Run, teacher: TeacherScores, sweep: Path) -> None:
@@ -106,60 +117,61 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
 
 
 def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: Path, device: str) -> ShapeTable:
-    """Costs of each shape with the teacher's number of beams, and with the fewest beams of the space.
+    """Costs of the shapes. A sweep with trials keeps its costs, since its trials are compared by them.
 
     Which tokens are used is known once the label sets exist. The costs of "used" are those of the first run that keeps
     the used tokens: runs on other label sets have a few other tokens.
     """
-    sizes = _shape_names(shape_runs(space), teacher.size)
-    beams = tuple(dict.fromkeys((teacher.beams, min([teacher.beams, *space.search.decoding.beams]))))
-    timing = ShapeTiming(
-        source_tokens=teacher.source_tokens,
-        output_tokens=teacher.output_tokens,
-        engine=teacher.engine,
-        precision=teacher.precision,
-        beams=beams,
-        # Trials of a sweep are compared, so noisy timings are repeated only before the first trial
-        remeasure_noisy=not (sweep / "trials").is_dir(),
-    )
-    print_progress(
-        f"latency: timing {len(sizes)} shapes, one at a time on an otherwise idle machine ({', '.join(sizes)})"
-    )
+    names = {run.student.shape.with_full_size(teacher.size).name for run in shape_runs(space)}
+    sizes = [name for name in _shape_names(shape_runs(space), teacher.size) if name in names]
+    record = SweepRecord.read_if_present(sweep / SWEEP_FILE)
+    if record is not None and (sweep / "trials").is_dir() and names <= record.shapes.costs.keys():
+        return record.shapes
     run = next((run for run in runs if run.student.vocabulary == "used"), runs[0])
     label_folders: dict[str, Path] = {}
     if run.student.vocabulary == "used":
         label_folders = run_label_folders(make_label_sets([run], device)[0], run)
-    paths = [*input_paths(run), *label_folders.values()]
-    timed = run_exclusive(time_shapes, run, sizes, timing, label_folders, device=device, input_paths=paths)
-    warn_background_load(
-        max(shape.background_cores for shapes in timed.values() for shape in shapes),
-        "the next sweep times the shapes again",
+    task = ShapeTask(
+        run=run,
+        sizes=sizes,
+        label_folders=label_folders,
+        source_tokens=teacher.source_tokens,
+        output_tokens=teacher.output_tokens,
+        precision=teacher.precision,
+        beams=teacher.beams,
+        fewest_beams=min([teacher.beams, *space.serving.beams]),
+        variants=space.serving.variants(device),
+        bounds=latency_bounds(space.budgets),
     )
-    return make_shape_table(teacher, beams, timed)
+    print_progress(
+        f"latency: timing {format_count(len(sizes), 'shape')} in pairs with the teacher, on an otherwise idle machine "
+        f"({', '.join(sizes)})"
+    )
+    paths = [*input_paths(run), *label_folders.values()]
+    shapes: ShapeTable = run_exclusive(time_shapes, task, device=device, input_paths=paths)
+    describe_shapes(shapes)
+    return shapes
 
 
-def make_shape_table(teacher: TeacherScores, beams: tuple[int, ...], timed: dict[str, list[TimedShape]]) -> ShapeTable:
-    """Print and collect the costs of the shapes. `beams` are the numbers of beams of each shape's timings.
-
-    A shape that was timed with another engine than the teacher's is not excluded by its latency or peak memory: the
-    figures of two engines cannot be compared.
-    """
-    engine = f"{teacher.engine} {teacher.precision}"
-    base = timed[teacher.size][0].costs["latency_ms"]
-    costs, fewest_beams, engines = {}, {}, {}
-    for size, shapes in timed.items():
-        engines[size] = shapes[0].engine
-        costs[size] = {**shapes[0].costs, "speedup": base / shapes[0].costs["latency_ms"]}
-        fewest_beams[size] = shapes[-1].costs
-        times = zip(beams, shapes, strict=True)
-        text = ", ".join(f"{shape.costs['latency_ms']:8.1f} ms for 32 (beams: {n})" for n, shape in times)
-        print_progress(f"  {size:>6}: {text}, {costs[size]['params_m']:.2f} M parameters")
-        if any(shape.engine != engine for shape in shapes):
-            fewest_beams[size] = {name: costs[size][name] for name in ("params_m", "memory_mb")}
+def describe_shapes(shapes: ShapeTable) -> None:
+    """Print the costs of the shapes, which timings exclude no size, and whether other processes disturbed them."""
+    engine = shapes.engines[shapes.teacher_size]
+    for size, costs in shapes.costs.items():
+        text = f"{costs['latency_ms']:8.1f} ms for 32, {costs['params_m']:.2f} M parameters"
+        cheapest = shapes.cheapest.get(size)
+        if cheapest and "latency_ms" in cheapest.timings:
+            text += f", {shapes.cheapest_costs(size)['latency_ms']:.1f} ms with {cheapest.config.label}"
+        print_progress(f"  {size:>6}: {text}")
+        if shapes.engines.get(size, engine) != engine:
             print_progress(
-                f"  {size:>6}: timed with {shapes[0].engine} instead of {engine}; these times exclude no size"
+                f"  {size:>6}: timed with {shapes.engines[size]} instead of {engine}; these times exclude no size"
             )
-    return ShapeTable(teacher_size=teacher.size, costs=costs, costs_fewest_beams=fewest_beams, engines=engines)
+    timings = [timing for serving in shapes.cheapest.values() for timing in serving.timings.values()]
+    if disturbed := sum(timing.ratio is None for timing in timings):
+        print_progress(
+            f"latency: other processes kept the machine busy during {format_count(disturbed, 'comparison')}, which "
+            f"exclude no size"
+        )
 
 
 def check_budgets(space: Space, sizes: Sequence[str], shapes: ShapeTable) -> None:
@@ -171,10 +183,10 @@ def check_budgets(space: Space, sizes: Sequence[str], shapes: ShapeTable) -> Non
     infeasible = [size for size in sizes if shapes.is_infeasible(size, space.budgets)]
     if len(infeasible) == len(sizes):
         budgets = dict(zip(space.budgets, resolve_budgets(space.budgets, shapes.teacher_costs), strict=True))
-        nearest = describe_nearest_miss({size: shapes.costs_fewest_beams[size] for size in sizes}, budgets)
+        nearest = describe_nearest_miss({size: shapes.cheapest_costs(size) for size in sizes}, budgets)
         raise UserError(
-            f"no size of the space fits any of its budgets; the nearest is {nearest}. Raise a budget, or add smaller "
-            f"sizes"
+            f"no size of the space fits any of its budgets, not even with its cheapest serving; the nearest is "
+            f"{nearest}. Raise a budget, or add smaller sizes"
         )
     if infeasible:
         print_progress(f"no budget admits {', '.join(infeasible)}: students of these sizes are not trained")

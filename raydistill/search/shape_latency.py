@@ -1,204 +1,242 @@
-"""Costs of each shape of a space, measured on untrained students before any training.
+"""Costs of each shape of a space, measured on untrained students before any training, in pairs with the teacher.
 
-Latency and memory of a model do not depend on the values of its weights.
+Latency and memory of a model do not depend on the values of its weights. The teacher and the shapes are timed in one
+process, and a shape is compared with the teacher only by the ratio of neighbouring calls.
 """
 
+import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from raydistill.cluster import snapshots
+import numpy as np
+
 from raydistill.config.run import Run, Student
-from raydistill.config.shapes import Shape, VocabularySize
-from raydistill.core.paths import raydistill_home
-from raydistill.evaluation import latency
-from raydistill.evaluation.serving import LATENCY_BATCH_SIZES
+from raydistill.config.serving import EngineVariant, ServingConfig
+from raydistill.config.shapes import Shape
+from raydistill.core.machine import reset_peak_rss
+from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, used_memory_mb
+from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, StoppingRule, time_pairs
 from raydistill.inference.decoding import Engine, EngineOptions, Workload
-from raydistill.inference.engines import open_engine
+from raydistill.inference.engines import open_engine, supported_precisions
+from raydistill.inference.shortlist import MAP_FILE, Shortlist, kept_tokens, write_map
 from raydistill.models import families
 from raydistill.models.loading import load_config
 from raydistill.models.pruning import random_units
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.shrinking import plan_student, shrink, student_config
 from raydistill.models.teacher import Teacher, open_teacher
+from raydistill.models.tokenization import load_tokenizer, tokens_by_id
 from raydistill.models.vocabulary import select_tokens, with_vocab_size
+from raydistill.results.sweep_record import CheapestServing, ShapeTable
+from raydistill.search.serving_timing import CostBounds, for_slow_calls, time_ms, time_rounds
+from raydistill.search.shortlists import NUM_MOST_USED
 from raydistill.training.tokenized_data import select_student_tokens
 
-# Cost by name: latency_ms (batch of 32) and latency_ms_b1 with their _low and _high, peak_mb, params_m, memory_mb
-ShapeCosts = dict[str, float]
-EngineOption = Literal["auto", "ctranslate2", "transformers"]
-# An engine on an untrained student, and memory in MB in use before the engine was opened
-OpenedStudent = tuple[Engine, float | None]
-REPETITION = latency.Repetition(repeats=7, min_seconds=1.0)
+# The latency that trials are compared by, and a latency that a budget may exclude a shape by.
+SEARCH_RULE = StoppingRule(min_pairs=10, precision=0.05, max_seconds=2.0)
+EXCLUSION_RULE = StoppingRule(max_seconds=6.0)
+
+COSTS = tuple(LATENCY_BATCH_SIZES)
 
 
 @dataclass(frozen=True)
-class ShapeTiming:
-    """How shapes are timed.
+class ShapeTask:
+    """What `time_shapes` measures.
 
     Attributes:
+        run: Names teacher, data set and engine; its training data decides which tokens are used.
+        sizes: Names of the students' shapes, such as "12-3".
+        label_folders: Folders of the label sets of the run by label source, in which tokens are used.
         source_tokens: Tokens read per row.
         output_tokens: Tokens written per row.
-        engine: Name of the engine that serves the teacher.
-        precision: That engine's precision.
-        beams: Numbers of beams to time with.
-        remeasure_noisy: Whether to repeat known timings that other processes disturbed.
+        precision: Full precision, as the teacher's scores were computed.
+        beams: The teacher's own number of beams.
+        fewest_beams: The fewest beams that a student may be served with.
+        variants: The engine variants that a student may be served with.
+        bounds: By cost, the bounds of all budgets.
     """
 
+    run: Run
+    sizes: Sequence[str]
+    label_folders: Mapping[str, Path]
     source_tokens: int
     output_tokens: int
-    engine: str
     precision: str
-    beams: tuple[int, ...]
-    remeasure_noisy: bool = True
+    beams: int
+    fewest_beams: int
+    variants: Sequence[EngineVariant]
+    bounds: Mapping[str, CostBounds]
+
+    def workload(self, cost: str, beams: int) -> Workload:
+        """The rows of a latency."""
+        return Workload(self.source_tokens, self.output_tokens, LATENCY_BATCH_SIZES[cost], beams)
 
 
-@dataclass(frozen=True)
-class TimedShape:
-    """Costs of a shape with a number of beams.
-
-    Attributes:
-        costs: Costs by name.
-        engine: Engine and precision of the timings, such as "ctranslate2 fp32".
-        background_cores: CPU cores that other processes kept busy during the measurement.
-    """
-
-    costs: ShapeCosts
-    engine: str
-    background_cores: float
-
-
-def time_shapes(
-    run: Run,
-    shapes: list[str],
-    timing: ShapeTiming,
-    label_folders: Mapping[str, Path],
-    device: str,
-    threads: int,
-) -> dict[str, list[TimedShape]]:
-    """Costs of each shape, as `time_shape` returns them. Call with `run_exclusive`, since load disturbs timings.
-
-    Args:
-        run: Names the teacher and the data; its training data decides which tokens are used.
-        shapes: Names of the shapes.
-        timing: Lengths, beams and the expected engine.
-        label_folders: Folders of the label sets of the run by label source.
-        device: "cpu" or "cuda".
-        threads: CPU threads of the engine.
-    """
-    assert run.teacher is not None
-    table = raydistill_home() / "latency.json"
-    snapshots.pull(table, *label_folders.values())
-    costs = {}
-    for name in shapes:
-        token_ids = _kept_tokens(run, Shape.parse(name).vocabulary, label_folders)
-        teacher = open_teacher(run.teacher, run.dataset, token_ids)
-        costs[name] = time_shape(teacher, name, timing, engine=run.evaluation.engine, device=device, threads=threads)
-    snapshots.save(table)
-    return costs
-
-
-def _kept_tokens(
-    run: Run, vocabulary: VocabularySize | None, label_folders: Mapping[str, Path]
-) -> tuple[int, ...] | None:
-    """Ids of as many tokens as a student of the run keeps; None for all.
-
-    The cost depends on how many tokens there are, so a number of tokens needs no look at the data.
-    """
-    assert run.teacher is not None
-    if vocabulary is None:
-        return None
-    teacher = open_teacher(run.teacher, run.dataset)
-    config = load_config(teacher.location)
-    if vocabulary != "used":
-        return select_tokens(teacher.tokenizer, config, {}, vocabulary)
-    used = run.model_copy(update={"student": run.student.model_copy(update={"vocabulary": vocabulary})})
-    return select_student_tokens(used, teacher.tokenizer, config, label_folders)
-
-
-def time_shape(
-    teacher: Teacher,
-    shape: str,
-    timing: ShapeTiming,
-    *,
-    engine: EngineOption,
-    device: str,
-    threads: int,
-) -> list[TimedShape]:
-    """Costs of one shape for each of `timing.beams`.
-
-    Known timings are read from RAYDISTILL_HOME/latency.json, and new ones are added.
-
-    Args:
-        teacher: The model whose layers the student has, with the tokens of the student.
-        shape: Name of the shape, such as "12-3" or "12-3-ffn0.5-0.25".
-        timing: Lengths, beams and the expected engine.
-        engine: The engine to open, if a timing is missing.
-        device: "cpu" or "cuda".
-        threads: CPU threads of the engine.
-    """
-    plan = plan_student(teacher.model.config, Student.of_shape(Shape.parse(shape)))
-    config = student_config(teacher.model.config, plan)
-    weights = {
-        "params_m": families.count_parameters(config) / 1e6,
-        "memory_mb": families.weights_mb(config, timing.precision),
-    }
-    architecture, machine = families.architecture_key(config), latency.hardware(device, threads)
-    make_key = partial(latency.measurement_key, machine, architecture, timing.engine, timing.precision)
+def time_shapes(task: ShapeTask, device: str, threads: int) -> ShapeTable:
+    """Costs of the teacher and of each size. Call with `run_exclusive`, since load disturbs timings."""
+    assert task.run.teacher is not None
+    teacher = open_teacher(task.run.teacher, task.run.dataset)
     with tempfile.TemporaryDirectory(prefix="raydistill-shape-", ignore_cleanup_errors=True) as scratch:
-
-        @cache
-        def open_student() -> OpenedStudent:
-            memory_before_mb = latency.used_memory_mb(device)
-            student = shrink(teacher.model, plan, units=random_units(teacher.model.config, plan, seed=0))
-            save_checkpoint(student, teacher.tokenizer, Path(scratch) / "model")
-            cache_dir = Path(scratch) / "engine"
-            options = EngineOptions(device=device, threads=threads, languages=teacher.languages, cache_dir=cache_dir)
-            return open_engine(Path(scratch) / "model", engine, options), memory_before_mb
-
-        return [_time_beams(beams, timing, make_key, open_student, weights) for beams in timing.beams]
+        timer = _ShapeTimer(task, teacher, Path(scratch), device, threads)
+        for size in task.sizes:
+            timer.time_size(size)
+        return timer.table()
 
 
-def _time_beams(
-    beams: int,
-    timing: ShapeTiming,
-    make_key: Callable[[Workload], dict[str, Any]],
-    open_student: Callable[[], OpenedStudent],
-    weights: ShapeCosts,
-) -> TimedShape:
-    """Latency with each batch size, and peak memory with the large one."""
-    costs, background_cores, engine = dict(weights), 0.0, ""
-    for cost, batch in LATENCY_BATCH_SIZES.items():
-        workload = Workload(timing.source_tokens, timing.output_tokens, batch, beams)
-        result, engine = _time_workload(workload, timing, make_key(workload), open_student)
-        costs |= result.as_costs(cost)
-        background_cores = max(background_cores, result.background_cores or 0.0)
-        if cost == "latency_ms" and result.peak_mb is not None:
-            costs["peak_mb"] = result.peak_mb
-    return TimedShape(costs, engine, background_cores)
+class _ShapeTimer:
+    """The teacher's open engine, with which the students of all sizes are compared, one after the other."""
+
+    def __init__(self, task: ShapeTask, teacher: Teacher, scratch: Path, device: str, threads: int) -> None:
+        self.task, self.teacher, self.scratch, self.device, self.threads = task, teacher, scratch, device, threads
+        self.teacher_size = families.size_name(teacher.model.config)
+        self.full = EngineVariant.of(task.precision)
+        memory_before_mb = used_memory_mb(device)
+        self.baseline = self._open(teacher.location, self.full)
+        self.engine = _name(self.baseline)
+        self.calls = {cost: self.baseline.make_benchmark_call(task.workload(cost, task.beams)) for cost in COSTS}
+        self.teacher_peak = self._peak_costs(self.calls["latency_ms"], memory_before_mb)
+        self.teacher_ms = {cost: time_ms(call) for cost, call in self.calls.items()}
+        self.baseline_calls_ms: dict[str, list[float]] = {cost: [] for cost in COSTS}
+        self.ratios: dict[str, dict[str, float]] = {}
+        self.other_costs: dict[str, dict[str, float]] = {}
+        self.engines = {self.teacher_size: self.engine}
+        self.cheapest: dict[str, CheapestServing] = {}
+
+    def time_size(self, size: str) -> None:
+        """Time a size with the teacher's own decoding, and with its cheapest serving if a budget bounds a latency."""
+        if size == self.teacher_size:
+            self.cheapest[size] = self._time_cheapest(self.teacher.location)
+            return
+        teacher = self._teacher_with_tokens(size)
+        config = teacher.model.config
+        plan = plan_student(config, Student.of_shape(Shape.parse(size)))
+        checkpoint = self.scratch / size
+        student = shrink(teacher.model, plan, units=random_units(config, plan, seed=0))
+        save_checkpoint(student, teacher.tokenizer, checkpoint)
+        memory_before_mb = used_memory_mb(self.device)
+        engine = self._open(checkpoint, self.full)
+        self.engines[size] = _name(engine)
+        calls = {cost: engine.make_benchmark_call(self.task.workload(cost, self.task.beams)) for cost in COSTS}
+        self.other_costs[size] = {
+            **_weights(checkpoint, self.task.precision),
+            **self._peak_costs(calls["latency_ms"], memory_before_mb),
+        }
+        timings = {cost: self._compare(cost, call, (), SEARCH_RULE) for cost, call in calls.items()}
+        self.ratios[size] = {cost: timing.best_ratio for cost, timing in timings.items()}
+        self.cheapest[size] = self._time_cheapest(checkpoint)
+
+    def _time_cheapest(self, checkpoint: str | Path) -> CheapestServing:
+        """The cheapest serving of a shape: the fewest beams, the fastest variant."""
+        model_type = self.teacher.model.config.model_type
+        supported = supported_precisions(self.baseline.name, self.device, model_type)
+        variants = [variant for variant in self.task.variants if variant.precision in supported] or [self.full]
+        memory_before_mb = used_memory_mb(self.device)
+        engines = {variant: self._open(checkpoint, variant) for variant in variants}
+        workload = self.task.workload("latency_ms", self.task.fewest_beams)
+        times = time_rounds({v: engine.make_benchmark_call(workload) for v, engine in engines.items()})
+        fastest = min(times, key=lambda variant: times[variant])
+        engine = engines.pop(fastest)
+        engines.clear()
+        smallest = min((_weights(checkpoint, v.precision) for v in variants), key=lambda costs: costs["memory_mb"])
+        timings: dict[str, PairedTiming] = {}
+        for cost in COSTS if engine.name == self.baseline.name else ():
+            if ratios := self.task.bounds.get(cost, CostBounds()).ratios(self.teacher_ms[cost]):
+                call = engine.make_benchmark_call(self.task.workload(cost, self.task.fewest_beams))
+                bounds = [EXCLUSION_MARGIN * ratio for ratio in ratios]
+                timings[cost] = self._compare(cost, call, bounds, EXCLUSION_RULE)
+        peak = self._peak_costs(engine.make_benchmark_call(workload), memory_before_mb)
+        config = ServingConfig(beams=self.task.fewest_beams, length_penalty=1.0).with_variant(fastest)
+        return CheapestServing(
+            config=config,
+            engine=_name(engine),
+            timings=timings,
+            costs={**smallest, **peak},
+        )
+
+    def table(self) -> ShapeTable:
+        """The costs of all sizes: the milliseconds are ratios times the teacher's median over all comparisons."""
+        teacher_ms = {
+            cost: statistics.median(calls) if (calls := self.baseline_calls_ms[cost]) else self.teacher_ms[cost]
+            for cost in COSTS
+        }
+        own = {**teacher_ms, **_weights(self.teacher.location, self.task.precision), **self.teacher_peak}
+        costs = {self.teacher_size: {**own, "speedup": 1.0}}
+        for size, ratios in self.ratios.items():
+            latencies = {cost: ratio * teacher_ms[cost] for cost, ratio in ratios.items()}
+            costs[size] = {**latencies, **self.other_costs[size], "speedup": 1 / ratios["latency_ms"]}
+        return ShapeTable(teacher_size=self.teacher_size, costs=costs, cheapest=self.cheapest, engines=self.engines)
+
+    def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
+        timing = time_pairs(self.calls[cost], call, bounds, for_slow_calls(rule, self.teacher_ms[cost]))
+        counted = [pair for pair in timing.pairs if not pair.disturbed] or timing.pairs
+        self.baseline_calls_ms[cost] += [ms for pair in counted for ms in pair.baseline_ms]
+        return timing
+
+    def _open(self, checkpoint: str | Path, variant: EngineVariant) -> Engine:
+        options = EngineOptions(
+            device=self.device,
+            threads=self.threads,
+            precision=variant.precision,
+            languages=self.teacher.languages,
+            cache_dir=self.scratch / "engines",
+            shortlist=self._arbitrary_map(checkpoint, variant.shortlist),
+        )
+        return open_engine(checkpoint, self.task.run.evaluation.engine, options)
+
+    def _arbitrary_map(self, checkpoint: str | Path, shortlist: str | int) -> Path | None:
+        """A fixed list of the first tokens, which is as fast as a list of other tokens.
+
+        A `source` list is at least as long as its tokens that are always allowed.
+        """
+        if shortlist == "off":
+            return None
+        tokenizer, config = load_tokenizer(checkpoint, self.teacher.languages), load_config(checkpoint)
+        size = min(shortlist if isinstance(shortlist, int) else NUM_MOST_USED, config.vocab_size)
+        path = self.scratch / f"map-{config.vocab_size}-{size}" / MAP_FILE
+        if not path.is_file():
+            ids = sorted({*range(size), *kept_tokens(tokenizer, config)})
+            write_map(path, Shortlist(np.array(ids)), tokens_by_id(tokenizer))
+        return path
+
+    def _teacher_with_tokens(self, shape: str) -> Teacher:
+        """The teacher with the tokens that a student of the shape keeps.
+
+        The cost depends on how many tokens there are, so a number of tokens needs no look at the data.
+        """
+        run, vocabulary = self.task.run, Shape.parse(shape).vocabulary
+        if vocabulary is None:
+            return self.teacher
+        config, tokenizer = load_config(self.teacher.location), self.teacher.tokenizer
+        if vocabulary == "used":
+            used = run.model_copy(update={"student": run.student.model_copy(update={"vocabulary": vocabulary})})
+            token_ids = select_student_tokens(used, tokenizer, config, self.task.label_folders)
+        else:
+            token_ids = select_tokens(tokenizer, config, {}, vocabulary)
+        assert run.teacher is not None
+        return open_teacher(run.teacher, run.dataset, token_ids)
+
+    def _peak_costs(self, call: Any, memory_before_mb: float | None) -> dict[str, float]:
+        """Peak memory of an engine and a call above the memory in use before, if the system reports it."""
+        reset_peak_rss()
+        call()
+        peak_mb = used_memory_mb(self.device, peak=True)
+        return {} if peak_mb is None or memory_before_mb is None else {"peak_mb": peak_mb - memory_before_mb}
 
 
-def _time_workload(
-    workload: Workload,
-    timing: ShapeTiming,
-    key: dict[str, Any],
-    open_student: Callable[[], OpenedStudent],
-) -> tuple[latency.Timing, str]:
-    """A timing from the table under `key`, or a new one, which is added to the table; and its engine."""
-    table, expected = raydistill_home() / "latency.json", f"{timing.engine} {timing.precision}"
-    known = latency.lookup(table, key)
-    if known is not None and not (known.noisy and timing.remeasure_noisy):
-        return known, expected
-    engine, memory_before_mb = open_student()
-    result = latency.measure(engine, workload, REPETITION, memory_before_mb)
-    # Another engine is opened if CTranslate2 cannot be used; the key does not describe that engine's timings
-    used = f"{engine.name} {engine.precision}"
-    if used == expected:
-        latency.record(table, key, result)
-    return result, used
+def _name(engine: Engine) -> str:
+    return f"{engine.name} {engine.precision}"
+
+
+def _weights(checkpoint: str | Path, precision: str) -> dict[str, float]:
+    """Parameters, and memory of the weights in a precision."""
+    config = load_config(checkpoint)
+    return {
+        "params_m": families.count_parameters(config) / 1e6,
+        "memory_mb": families.weights_mb(config, precision),
+    }
 
 
 def count_params_m(config: Any, shape: str) -> float:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from raydistill.config.serving import ServingConfig
 from raydistill.core.console import format_table
 from raydistill.results.formatting import format_count, format_score
-from raydistill.results.records import ServingConfig
 from raydistill.results.selection import Selection
 from raydistill.results.sweep_record import SweepTeacher
 from raydistill.results.tables import format_trial_counts, result_tables
@@ -54,25 +54,27 @@ def summary_record(selection: Selection) -> dict[str, Any]:
         "teacher": selection.record.teacher.model_dump(mode="json"),
         "front": list(dict.fromkeys(selection.trial_key(key) for key in selection.front_keys)),
         "choices": {name: selection.trial_key(key) if key else None for name, key in chosen.items()},
-        "decodings": {name: _dump(selection.student(key).decoding) if key else None for name, key in chosen.items()},
+        "serving": {name: _dump(selection.student(key).serving) if key else None for name, key in chosen.items()},
         "finalists": [
             {
                 "key": student.folder.name,
-                "decoding": _dump(student.decoding),
+                "serving": _dump(student.serving),
+                "speedup": student.metrics.get("speedup"),
+                "speedup_same_serving": student.metrics.get("speedup_same_serving"),
                 "metrics": student.metrics,
                 "interval": student.interval,
                 "test": student.test,
                 "front": student.key in selection.front_keys,
             }
             for student in selection.students
-            if student.decoding
+            if student.serving
         ],
         "trials": [{name: getattr(trial, name) for name in TRIAL_FIELDS} for trial in selection.trials],
     }
 
 
-def _dump(decoding: ServingConfig | None) -> dict[str, Any] | None:
-    return decoding.model_dump() if decoding else None
+def _dump(serving: ServingConfig | None) -> dict[str, Any] | None:
+    return serving.model_dump() if serving else None
 
 
 def _describe_teacher(teacher: SweepTeacher, metric: str) -> str:

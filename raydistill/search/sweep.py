@@ -4,7 +4,7 @@ A sweep has four steps:
 
     prepare (prepare.py)       score the teacher, time the shapes, write label sets and the teacher cache
     search (tune_search.py)    train the trials that Optuna proposes (study.py, trial.py)
-    serve (finalists.py)       measure the best trials with several ways of decoding on real rows
+    serve (finalists.py)       score and time the best trials in several serving configurations
     publish (this file)        export the chosen students, print the summary, write the page, update MLflow
 
 Every step keeps its results in the sweep's folder and does only what is missing, so a sweep that was killed is resumed
@@ -71,7 +71,7 @@ def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[s
                 serve_finalists(space, folder, prepared.teacher, device)
         else:
             print_progress(f"sweep {space.name}: {_describe_finished_search(stop_reason)}; nothing to run, in {folder}")
-            prepared = load_prepared(folder)
+            prepared = load_prepared(space, folder)
             # The command's budgets count, and may make other trials finalists
             write_sweep_record(space, folder, prepared, "running", stop_reason)
             if not all_served(space, folder, prepared.teacher):

@@ -11,13 +11,15 @@ import yaml
 from raydistill.cluster import snapshots
 from raydistill.config.loader import read_yaml
 from raydistill.config.run import RUNTIME_ONLY_FIELDS
-from raydistill.config.space import Space
+from raydistill.config.space import Space, corner_runs
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error, write_atomic
+from raydistill.inference.shortlist import stored_map
 from raydistill.results.records import count_finished_trials, device_hours
 from raydistill.results.sweep_record import SWEEP_FILE, StopReason, SweepRecord, read_sweep
 from raydistill.search.prepare import PreparedSweep
+from raydistill.search.shortlists import ensure_shortlists
 from raydistill.search.study import has_deleted_trials
 from raydistill.tracking.mlflow_runs import get_or_create_tracking_id
 from raydistill.tracking.mlflow_store import default_tracking_uri
@@ -77,8 +79,8 @@ def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
     if limit is not None and device_hours(folder) >= limit:
         return StopReason(f"the search's {limit:g} device-hours are used up")
     record = read_sweep(folder)
-    # Other budgets or fewer beams may admit shapes that were infeasible before
-    unchanged = record.budgets == space.budgets and record.decoding == space.search.decoding
+    # Other budgets or another way of serving may admit shapes that were infeasible before
+    unchanged = record.budgets == space.budgets and record.serving == space.serving
     return record.stop if record.stop.exhausted and unchanged and not has_deleted_trials(folder) else None
 
 
@@ -98,13 +100,21 @@ def write_sweep_record(
         shapes=prepared.shapes,
         budgets=space.budgets,
         tolerance=space.tolerance,
-        decoding=space.search.decoding,
+        serving=space.serving,
+        shortlists=prepared.shortlists,
         tracking_uri=space.tracking_uri or default_tracking_uri(),
         versions={name: version(name) for name in ("raydistill", "torch", "transformers", "ray", "optuna")},
     ).write(folder / SWEEP_FILE)
 
 
-def load_prepared(folder: Path) -> PreparedSweep:
-    """What sweep.json keeps of a sweep's preparation: enough to serve and to select, not to train."""
+def load_prepared(space: Space, folder: Path) -> PreparedSweep:
+    """What sweep.json keeps of a sweep's preparation: enough to serve and to select, not to train.
+
+    Shortlists that the space lists and that are missing are made.
+    """
     record = read_sweep(folder)
-    return PreparedSweep(record.teacher, record.shapes)
+    shortlists = record.shortlists
+    coverages = [shortlists.get(str(name)) for name in space.serving.named_shortlists]
+    if not all(coverage and stored_map(coverage.folder).is_file() for coverage in coverages):
+        shortlists = shortlists | ensure_shortlists(space, corner_runs(space), record.teacher)
+    return PreparedSweep(record.teacher, record.shapes, shortlists)

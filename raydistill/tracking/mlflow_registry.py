@@ -115,8 +115,10 @@ def _version_tags(selection: Selection, student: Trial) -> dict[str, str]:
         "latency_ms": student.metrics.get("latency_ms"),
         "params_m": student.metrics.get("params_m"),
         "measured_with": selection.measured_with(student),
-        "decoding": student.decoding.label if student.decoding else None,
         "tolerance": selection.record.tolerance,
+        "serving": student.serving.label if student.serving else None,
+        "speedup": student.metrics.get("speedup"),
+        "speedup_same_serving": student.metrics.get("speedup_same_serving"),
         "trial": student.folder.name,
     }
     return {name: str(value) for name, value in tags.items() if value is not None}
@@ -134,7 +136,7 @@ def _get_or_create_version(client: Any, model_name: str, run: Any, export_folder
         created = client.create_model_version(model_name, source, run_id=run_id, await_creation_for=0, tags=tags)
         return str(created.version)
     version = str(versions[0].version)
-    # The folder's name identifies weights and decoding, so that only the text files can have changed
+    # The folder's name identifies weights and serving configuration, so that only the text files can have changed
     if versions[0].tags.get(CARD_TAG) != card_digest:
         for file in ("README.md", MANIFEST, *MLFLOW_FILES):
             client.log_artifact(run_id, str(export_folder / file), export_folder.name)

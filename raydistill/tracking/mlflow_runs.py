@@ -22,6 +22,7 @@ from raydistill.results.page import refresh_report
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
 from raydistill.results.served_students import SERVED_FILE
+from raydistill.results.serving_latency import LATENCY_FILE
 from raydistill.results.sweep_record import SWEEP_FILE, read_sweep
 from raydistill.results.tables import choices_table, format_trial_counts, markdown_table, method_table
 from raydistill.tracking.checkpoints import download_checkpoint
@@ -32,11 +33,12 @@ from raydistill.tracking.mlflow_store import (
     translate_mlflow_errors,
 )
 
-# Metrics of a checkpoint that do not depend on the decoding
-DECODING_INDEPENDENT_METRICS = ("val_loss", "params_m", "memory_mb", "peak_mb", "device_hours", "teacher_device_hours")
+# Metrics of a checkpoint that do not depend on how it is served
+CHECKPOINT_METRICS = ("val_loss", "params_m", "device_hours", "teacher_device_hours")
 FINAL_METRICS = (
     *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "rows_per_s", "speedup"),
-    *DECODING_INDEPENDENT_METRICS,
+    *("speedup_same_serving", "memory_mb", "peak_mb"),
+    *CHECKPOINT_METRICS,
 )
 CHOSEN_TAG = "raydistill.chosen_for"
 VIEW_METRICS = ("latency_ms", "speedup", "params_m", "device_hours")
@@ -243,24 +245,26 @@ def _publish_result(client: Any, run_id: str, trial: Trial, final_points: list[M
 
 
 def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -> None:
-    """Log a finalist's metrics as DECODING/NAME, and served.json.
+    """Log a finalist's metrics as CONFIGURATION/NAME, and served.json.
 
-    Serving follows the end of the trial, and decodings may be added later.
+    Serving follows the end of the trial, and configurations may be added later. A new session changes all latencies.
     """
     path = trial.folder / SERVED_FILE
     if not path.is_file() or path.is_symlink():
         return
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    session = selection.sweep / LATENCY_FILE
+    digest = hashlib.sha256(path.read_bytes() + (session.read_bytes() if session.is_file() else b"")).hexdigest()
     if run.data.tags.get("raydistill.served") == digest:
         return
     values = {
-        f"{student.decoding.key}/{name}": value
+        f"{student.serving.key}/{name}": value
         for student in selection.students
-        if student.decoding and student.folder == trial.folder
+        if student.serving and student.folder == trial.folder
         for name, value in _final_metrics(student, selection.metric).items()
-        if name not in DECODING_INDEPENDENT_METRICS
+        if name not in CHECKPOINT_METRICS
     }
-    _log_constants(client, run, values)
+    time_ms = int(1000 * selection.session.started_at.timestamp()) if selection.session else run.info.start_time
+    _log_constants(client, run, values, time_ms)
     client.log_artifact(run.info.run_id, str(path))
     client.set_tag(run.info.run_id, "raydistill.served", digest)  # last, so that a kill repeats the lines above
 
@@ -273,7 +277,7 @@ def _publish_parent(
     links = {key: f"{experiment_url}/{child.info.run_id}" for key, child in children.items()}
     description = _describe_sweep(selection, links)
     client.set_tag(parent.info.run_id, "mlflow.note.content", description[:MAX_DESCRIPTION_CHARS])
-    _log_constants(client, parent, _teacher_metrics(selection))
+    _log_constants(client, parent, _teacher_metrics(selection), parent.info.start_time)
     _log_report(client, parent, selection, report_paths)
     _tag_chosen_trials(client, children, selection)
 
@@ -302,7 +306,7 @@ def _log_report(client: Any, parent: Any, selection: Selection, report_paths: li
     version = str(max(path.stat().st_mtime_ns for path in report_paths))
     if parent.data.tags.get("raydistill.report") == version:
         return
-    for path in [*report_paths, selection.sweep / "space.yaml", selection.sweep / SWEEP_FILE]:
+    for path in [*report_paths, *(selection.sweep / name for name in ("space.yaml", SWEEP_FILE, LATENCY_FILE))]:
         if path.exists():
             client.log_artifact(parent.info.run_id, str(path))
     client.set_tag(parent.info.run_id, "raydistill.report", version)
@@ -374,9 +378,9 @@ def _log_params(client: Any, run: Any, trial: Trial) -> None:
         client.log_batch(run.info.run_id, params=new[i : i + BATCH_LIMITS["params"]])
 
 
-def _log_constants(client: Any, run: Any, values: dict[str, float]) -> None:
-    """Log metrics with a constant time and step, so that logging them again adds nothing."""
-    points = [MetricPoint(name, value, run.info.start_time, 0) for name, value in values.items()]
+def _log_constants(client: Any, run: Any, values: dict[str, float], time_ms: int) -> None:
+    """Log metrics with a given time and step 0, so that logging them again adds nothing."""
+    points = [MetricPoint(name, value, time_ms, 0) for name, value in values.items()]
     _log_metrics(client, run.info.run_id, points)
 
 

@@ -4,12 +4,32 @@ from pathlib import Path
 
 import jinja2
 
+from raydistill.config.serving import ServingConfig
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.pareto import COST_UNITS
-from raydistill.results.records import ServingConfig, Trial
+from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.tables import markdown_table, metric_name
 
+# Loads FOLDER with CTranslate2 and transformers' tokenizer alone, and writes the texts that were scored.
+CTRANSLATE2_EXAMPLE = """\
+import json
+
+import ctranslate2
+from transformers import AutoTokenizer
+
+texts = ["a text", "another text"]
+serving = json.load(open("FOLDER/raydistill.json"))["serving"]
+settings = serving["ctranslate2"]
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", **settings["tokenizer"])
+translator = ctranslate2.Translator("FOLDER/ctranslate2", compute_type=settings["compute_type"])
+inputs = [settings["source_prefix"] + text for text in texts]
+ids = tokenizer(inputs, truncation=True, max_length=serving["max_source_tokens"]).input_ids
+sources = [tokenizer.convert_ids_to_tokens(row) for row in ids]
+prefixes = [settings["target_prefix"]] * len(sources)
+results = translator.translate_batch(sources, prefixes, **settings["translate_batch"])
+tokens = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+outputs = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]"""
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
@@ -24,7 +44,7 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     score_header = ["split", metric_name(selection.metric), "95 % interval"]
-    properties = [*_origin_rows(student, checkpoint), *_decoding_rows(student, checkpoint)]
+    properties = [*_origin_rows(student, checkpoint), *_serving_rows(selection, student, checkpoint)]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         selection=selection,
         student=student,
@@ -38,6 +58,7 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         costs=markdown_table(["cost", "student", "teacher"], _cost_rows(selection, student)),
         setup=selection.measured_with(student),
         loading_code=loading_example("FOLDER"),
+        ctranslate2_code=CTRANSLATE2_EXAMPLE,
     )
 
 
@@ -68,12 +89,22 @@ def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[st
     ]
 
 
-def _decoding_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
+def _serving_rows(selection: Selection, student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
+    """Decoding, precision, and the shortlist with what it excludes."""
     own = checkpoint.decoding
     if not own:
         return []
-    decoding = student.decoding or ServingConfig(beams=own["beams"], length_penalty=own["length_penalty"])
-    return [["decoding", f"{decoding.label}; {own['min_length']} to {own['max_length']} tokens"]]
+    serving = student.serving or ServingConfig(beams=own["beams"], length_penalty=own["length_penalty"])
+    rows = [["served with", f"{serving.label}; {own['min_length']} to {own['max_length']} tokens"]]
+    if student.serving:
+        rows.append(["precision", serving.precision])
+    if coverage := selection.record.shortlists.get(str(serving.shortlist)):
+        text = (
+            f"{coverage.allowed_tokens:,.0f} tokens for one text; "
+            f"{coverage.share_of_rows_outside:.1%} of the validation references have a token outside the list"
+        )
+        rows.append([f"shortlist {serving.shortlist}", text])
+    return rows
 
 
 def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
@@ -96,5 +127,9 @@ def _cost_rows(selection: Selection, student: Trial) -> list[list[str]]:
             teacher_cost = f"{teacher_costs[key]:.4g}" if key in teacher_costs else "-"
             rows.append([f"{key} ({unit})", f"{student.metrics[key]:.4g}", teacher_cost])
     if "speedup" in student.metrics:
-        rows.append(["speed-up, for a batch of 32", f"{student.metrics['speedup']:.2f}x", "1.00x"])
+        name = "speed-up over the teacher as it is served today, for a batch of 32"
+        rows.append([name, f"{student.metrics['speedup']:.2f}x", "1.00x"])
+    if "speedup_same_serving" in student.metrics:
+        name = "speed-up over the teacher served like this student, for a batch of 32"
+        rows.append([name, f"{student.metrics['speedup_same_serving']:.2f}x", "1.00x"])
     return rows

@@ -181,9 +181,10 @@ def test_live_sweeps_are_compared_by_the_hypervolume_of_the_grid(tmp_path: Path)
         "training": {"learning_rate": {"choice": [1e-3, 1e-4]}, "epochs": 4, "batch_size": 8, "patience": 99},
         "decoding": {"beams": 1, "max_length": 12},
     }
-    search = {"trials": 4, "sampler": "grid", "stopping": "off", "decoding": {"beams": []}}
+    search = {"trials": 4, "sampler": "grid", "stopping": "off"}
+    serving = {"beams": [], "precision": ["fp32"]}
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump({"name": "grid", "run": run, "search": search}))
+    path.write_text(yaml.safe_dump({"name": "grid", "run": run, "search": search, "serving": serving}))
     sweep = Path(last_json(command(tmp_path / "outputs", "sweep", path, "--json"))["sweep"])
     grid = read_grid(sweep)
     live = run_live_sweeps(sweep, 3, 2)

@@ -107,8 +107,9 @@ def test_sweep_resumes_after_a_full_disk(home: Path, tmp_path: Path) -> None:
         "decoding": {"beams": 1, "max_length": 12},
     }
     path = tmp_path / "full.yaml"
-    search = {"trials": 8, "sampler": "grid", "decoding": {"beams": [1]}}
-    path.write_text(yaml.safe_dump({"name": "full", "run": run, "search": search}))
+    search = {"trials": 8, "sampler": "grid"}
+    serving = {"beams": [1], "precision": ["fp32"]}
+    path.write_text(yaml.safe_dump({"name": "full", "run": run, "search": search, "serving": serving}))
     process = start_command(home, "sweep", path)
     wait_for_files(home, "sweeps/full/trials/*/result.json", 2, process)
     assert_stops_on_full_disk(home, process)

@@ -73,23 +73,23 @@ def test_choice_for_a_stored_budget_is_exported_and_registered_and_every_library
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
     assert (choice["budget"], choice["key"], choice["score"]) == ("fast", "a", 10.0)
-    assert choice["decoding"] == {"beams": 1, "length_penalty": 1.0}
+    assert choice["serving"] == {"beams": 1, "length_penalty": 1.0, "precision": "fp32", "shortlist": "off"}
     assert choice["registered"]["uri"] == "models:/mini@fast"
     assert choice["checkpoint"] == str(sweep / "exports" / "a-b1")
     assert f'from_pretrained("{sweep / "exports" / "a-b1"}")' in result.stderr
 
     client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     version = client.get_model_version_by_alias("mini", "fast")
-    assert version.tags["decoding"] == "1 beam"
+    assert version.tags["serving"] == "1 beam"
     folder = Path(version.source.removeprefix("file://"))
     card = (folder / "README.md").read_text()
     for text in ("chosen for: fast", "9.00 to 11.00", "| latency_ms (ms for a batch of 32) | 40 | 300 |", "1 beam"):
         assert text in card
-    measured = "ctranslate2 int8, some CPU, 2 threads"
-    assert "| speed-up, for a batch of 32 | 7.50x | 1.00x |" in card
+    measured = "ctranslate2 fp32, some CPU, 2 threads"
+    assert "| speed-up over the teacher as it is served today, for a batch of 32 | 7.50x | 1.00x |" in card
     assert f"Latencies were measured with {measured}." in card
     assert f"latencies measured with {measured}" in result.stderr
-    assert "7.50 times the teacher's speed" in result.stderr
+    assert "7.50 times the speed of the teacher as it is served today" in result.stderr
     assert version.tags["measured_with"] == measured
     sources = sentences(5, seed=3)
     import mlflow
@@ -194,7 +194,7 @@ def test_export_without_registration_uses_the_chosen_decoding_and_names_its_budg
     result = run("mini", "--within", "latency_ms=45", "--name", "cheap", "--no-register", "--json")
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
-    assert choice["decoding"]["beams"] == 1
+    assert choice["serving"]["beams"] == 1
     assert choice["registered"] is None
     folder = Path(choice["checkpoint"])
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)

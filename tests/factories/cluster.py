@@ -37,7 +37,8 @@ SPACE: dict[str, Any] = {
         "training": {"epochs": 60, "batch_size": 8, "warmup_steps": 2, "patience": 99, "seed": {"choice": [0, 1]}},
         "decoding": {"beams": 1, "max_length": 12},
     },
-    "search": {"trials": 8, "sampler": "grid", "decoding": {"beams": [1]}},
+    "search": {"trials": 8, "sampler": "grid"},
+    "serving": {"beams": [1], "precision": ["fp32"]},
     "budgets": {"any": {"params_m": 100}},
 }
 

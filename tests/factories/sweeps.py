@@ -2,18 +2,24 @@
 
 import json
 import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raydistill.config.space import DecodingSearch, Space
+from raydistill.config.serving import Serving, ServingConfig
+from raydistill.config.space import Space
 from raydistill.core.files import write_json_atomic
+from raydistill.evaluation.latency import Hardware
+from raydistill.evaluation.paired_latency import Pair, PairedTiming
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.results.records import ServingConfig
-from raydistill.results.served_students import SERVED_FILE, Hardware, ServedRecord, ServedStudent
+from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent
+from raydistill.results.serving_latency import LATENCY_FILE, LatencySession, TimedServing, read_session
 from raydistill.results.sweep_record import (
     SWEEP_FILE,
+    CheapestServing,
     ShapeTable,
     StopReason,
     SweepRecord,
@@ -45,6 +51,7 @@ KILL_SPACE: dict[str, Any] = {
         "decoding": {"beams": 1, "max_length": 12},
     },
     "search": {"trials": 6, "sampler": "grid"},
+    "serving": {"beams": [1], "precision": ["fp32"]},
     "budgets": {"any": {"params_m": 100}},
 }
 """A space of six short trials that lacks the teacher and the data set of `workspace.make_world`."""
@@ -83,14 +90,37 @@ def sweep_teacher(**changes: Any) -> SweepTeacher:
     return SweepTeacher.model_validate({**fields, **changes})
 
 
+def paired_timing(ratio: float, interval: tuple[float, float] | None = None, baseline_ms: float = 300) -> PairedTiming:
+    """A comparison of one undisturbed pair, by default with an interval of 1 % to either side."""
+    pair = Pair(baseline_ms=(baseline_ms,), student_ms=(ratio * baseline_ms,), seconds=1.0, background_cores=0.0)
+    fields: dict[str, Any] = {"confidence": 0.95, "bounds": (), "stop_reason": "precise", "pairs": (pair,)}
+    return PairedTiming(ratio=ratio, interval=interval or (0.99 * ratio, 1.01 * ratio), **fields)
+
+
 def shape_table(
-    costs: dict[str, dict[str, float]], fewest_beams: dict[str, dict[str, float]] | None = None, **changes: Any
+    costs: dict[str, dict[str, float]],
+    cheapest: Mapping[str, dict[str, float] | CheapestServing] | None = None,
+    **changes: Any,
 ) -> ShapeTable:
-    """Costs of shapes, of which the first is the teacher's; by default the number of beams changes nothing."""
-    fields: dict[str, Any] = {"teacher_size": next(iter(costs)), "engines": {}}
-    return ShapeTable(
-        **{**fields, **changes}, costs=costs, costs_fewest_beams=costs if fewest_beams is None else fewest_beams
-    )
+    """Costs of shapes, of which the first is the teacher's; by default no serving is cheaper than the teacher's."""
+    teacher = changes.get("teacher_size", next(iter(costs)))
+    servings = {
+        size: own
+        if isinstance(own, CheapestServing)
+        else CheapestServing(
+            config=ServingConfig(beams=1, length_penalty=1.0),
+            engine="ctranslate2 fp32",
+            timings={
+                name: paired_timing(value / costs[teacher][name])
+                for name, value in own.items()
+                if name.startswith("latency_ms")
+            },
+            costs={name: value for name, value in own.items() if not name.startswith("latency_ms")},
+        )
+        for size, own in (costs if cheapest is None else cheapest).items()
+    }
+    fields: dict[str, Any] = {"teacher_size": teacher, "engines": {}, "cheapest": servings}
+    return ShapeTable(**{**fields, **changes}, costs=costs)
 
 
 def sweep_record(teacher: SweepTeacher | None = None, **changes: Any) -> SweepRecord:
@@ -104,7 +134,8 @@ def sweep_record(teacher: SweepTeacher | None = None, **changes: Any) -> SweepRe
         "shapes": shape_table({teacher.size: teacher.costs}),
         "budgets": {},
         "tolerance": 0.5,
-        "decoding": DecodingSearch(),
+        "serving": Serving(),
+        "shortlists": {},
         "tracking_uri": mlflow_store.default_tracking_uri(),
         "versions": {},
     }
@@ -177,7 +208,7 @@ def change_result(folder: Path, **fields: Any) -> None:
 def make_student(sweep: Path, key: str, number: int, score: float, size: str = "4-1") -> Path:
     """Write a finished trial with a checkpoint that loads, served with its own four beams and with one beam."""
     folder = make_trial(sweep, key, number, score)
-    change_result(folder, size=size)  # latency is pooled per size, so trials of different cost need different sizes
+    change_result(folder, size=size)  # latency belongs to a size, so trials of different cost need different sizes
     save_tiny("bart", folder / "best")
     path = folder / "best" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 20}))  # as training leaves the file
@@ -192,25 +223,69 @@ def make_student(sweep: Path, key: str, number: int, score: float, size: str = "
     entries = []
     for beams, milliseconds in ((4, 10 * score), (1, 4 * score)):
         costs = {"latency_ms": milliseconds, "latency_ms_b1": 1.0}
-        entries.append(served_student(beams, 1.0, score, costs, precision="int8"))
-        np.savez(folder / f"rows-validation-{entries[-1].decoding.key}.npz", validation=np.full(20, score))
+        entries.append(served_student(beams, 1.0, score, costs))
+        np.savez(folder / f"rows-validation-{entries[-1].entry.config.key}.npz", validation=np.full(20, score))
     write_served(folder, *entries)
     return folder
 
 
+@dataclass(frozen=True)
+class Served:
+    """An entry of served.json, and the latencies of its shape and configuration."""
+
+    entry: ServedStudent
+    costs: dict[str, float]
+
+
 def served_student(
-    beams: int, length_penalty: float, score: float, costs: dict[str, float], **changes: Any
-) -> ServedStudent:
-    """An entry of served.json whose 95 % interval is one point to either side of its score."""
-    fields: dict[str, Any] = {"engine": "ctranslate2", "precision": "fp32", "version": "4.8.1", "hardware": MACHINE}
-    fields |= {"rows": 20, "background_cores": 0.0, "metrics": {"rouge2": score, "score": score}}
-    fields |= {"interval": (score - 1, score + 1), "costs": costs}
-    return ServedStudent(decoding=ServingConfig(beams=beams, length_penalty=length_penalty), **{**fields, **changes})
+    beams: int,
+    length_penalty: float,
+    score: float,
+    costs: dict[str, float],
+    config: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Served:
+    """A served student whose 95 % interval is one point to either side of its score."""
+    fields: dict[str, Any] = {"engine": "ctranslate2", "precision": "fp32", "version": "4.8.1", "rows": 20}
+    fields |= {"metrics": {"rouge2": score, "score": score}, "interval": (score - 1, score + 1), "memory_mb": 12.0}
+    serving = ServingConfig(beams=beams, length_penalty=length_penalty, **(config or {}))
+    return Served(ServedStudent(config=serving, **{**fields, **changes}), costs)
 
 
-def write_served(folder: Path, *entries: ServedStudent) -> None:
-    """Write served.json; the machine of the first entry counts."""
-    ServedRecord(hardware=entries[0].hardware, entries=list(entries)).write(folder / SERVED_FILE)
+def write_served(folder: Path, *students: Served) -> None:
+    """Write served.json of a trial, and add the latencies of its size to the session of the sweep.
+
+    The teacher takes 300 ms for 32 rows and 10 ms for one.
+    """
+    ServedRecord(entries=[student.entry for student in students]).write(folder / SERVED_FILE)
+    sweep = folder.parents[1]
+    session = read_session(sweep) or LatencySession.parse(
+        {
+            "started_at": "2026-01-01T00:00:00Z",
+            "hardware": MACHINE,
+            "versions": {},
+            "baseline": {"beams": 4, "length_penalty": 1.0},
+            "baseline_engine": "ctranslate2 fp32",
+            "baseline_ms": {"latency_ms": 300.0, "latency_ms_b1": 10.0},
+            "representatives": {},
+            "servings": [],
+        }
+    )
+    size = RunResult.read(folder / RESULT_FILE).size
+    added = [
+        TimedServing(
+            shape=str(size),
+            config=student.entry.config,
+            cost=cost,
+            engine=f"{student.entry.engine} {student.entry.precision}",
+            timing=paired_timing(student.costs.get(cost, baseline_ms) / baseline_ms),
+        )
+        for student in students
+        for cost, baseline_ms in session.baseline_ms.items()
+    ]
+    replaced = {(serving.shape, serving.config.key, serving.cost) for serving in added}
+    kept = [s for s in session.servings if (s.shape, s.config.key, s.cost) not in replaced]
+    session.model_copy(update={"servings": [*kept, *added]}).write(sweep / LATENCY_FILE)
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tests.factories.sweeps import change_result, make_trial, served_student, sw
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Trials a (served with two decodings), b and c (not served), and d (failed, with HTML in its reason)."""
+    """Trials a (served with two configurations), b and c (not served), and d (failed, with HTML in its reason)."""
     sweep_record(budgets={"fast": {"latency_ms": "50%"}}).write(tmp_path / "sweep.json")
     make_trial(tmp_path, "a", 0, 10.0)
     make_trial(tmp_path, "b", 1, 12.0)

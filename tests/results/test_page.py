@@ -23,7 +23,7 @@ def test_every_marker_has_a_tooltip_and_the_page_loads_nothing(sweep: Path) -> N
     ]
     assert "ROUGE-2 8.00 [7.00, 9.00] on validation" in tooltips["student-a_b1"]
     assert tooltips["student-a_b1"][-1] == "measured with ctranslate2 fp32, some CPU, 2 threads"
-    assert "10.00 times the teacher's speed" in tooltips["student-a_b1"]
+    assert "10.00 times the speed of the teacher" in tooltips["student-a_b1"]
     assert "<p>Latencies were measured with ctranslate2 fp32, some CPU, 2 threads.</p>" in page
     assert tooltips["teacher"][0] == "teacher big (4-4)"
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)

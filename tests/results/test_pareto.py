@@ -1,7 +1,6 @@
 """The Pareto front against brute force, and choices computed by hand."""
 
 import itertools
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from raydistill.results.pareto import (
     feasible,
     fits_any_budget,
     pareto_front,
-    pool_latency,
     resolve_bounds,
     resolve_budgets,
     rows_needed,
@@ -46,53 +44,6 @@ def test_front_equals_brute_force(points: list[tuple[int, int]]) -> None:
     front = pareto_front(candidates, "latency_ms")
     assert {c.key for c in front} == undominated
     assert [c.costs["latency_ms"] for c in front] == sorted(c.costs["latency_ms"] for c in front)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 3)), max_size=12))
-def test_front_with_pooled_latency_equals_brute_force_over_medians(points: list[tuple[int, int, int]]) -> None:
-    """A shape costs its median latency, so only its highest score is on the front; points are (score, ms, shape)."""
-    costs = pool_latency([{"latency_ms": ms} for _, ms, _ in points], [shape for _, _, shape in points])
-    medians = [median(m for _, m, other in points if other == shape) for _, _, shape in points]
-    assert [cost["latency_ms"] for cost in costs] == medians
-    candidates = [candidate(str(i), score, costs[i]["latency_ms"]) for i, (score, _, _) in enumerate(points)]
-    scores = [score for score, _, _ in points]
-    undominated = {
-        str(i)
-        for i, own in enumerate(zip(scores, medians, strict=True))
-        if not any(s >= own[0] and ms <= own[1] and (s, ms) != own for s, ms in zip(scores, medians, strict=True))
-    }
-    front = pareto_front(candidates, "latency_ms")
-    assert {c.key for c in front} == undominated
-    for shape in {shape for _, _, shape in points}:
-        scores_on_front = {scores[int(c.key)] for c in front if points[int(c.key)][2] == shape}
-        assert scores_on_front <= {max(score for score, _, other in points if other == shape)}
-
-
-def test_timing_noise_within_a_shape_does_not_count_as_cheaper() -> None:
-    """Of two equivalent students of one shape, at 100.0 and 99.5 ms, the higher score is chosen."""
-    base = np.linspace(0, 40, 400)
-    noise = np.where(np.arange(400) % 2 == 0, 2.0, -2.0)
-    timed = [{"latency_ms": 100.0, "params_m": 3.0}, {"latency_ms": 99.5, "params_m": 4.0}]
-
-    def make_pair(groups: list[str]) -> list[Candidate]:
-        costs = pool_latency(timed, groups)
-        return [Candidate("better", 20.2, base + 0.2, costs[0]), Candidate("lucky", 20.0, base + noise, costs[1])]
-
-    same, other = make_pair(["2-1", "2-1"]), make_pair(["2-1", "2-2"])
-    assert [c.costs["latency_ms"] for c in same] == [99.75, 99.75]
-    assert [c.costs["params_m"] for c in same] == [3.0, 4.0], "only latencies are pooled"
-    assert [c.key for c in pareto_front(same, "latency_ms")] == ["better"]
-    choice = choose(same, {"latency_ms": 100.0}, "rouge2", TOLERANCE)
-    assert choice.best is not None
-    assert choice.best.key == "better"
-    assert [c.key for c in pareto_front(other, "latency_ms")] == ["lucky", "better"]
-    assert choose(other, {"latency_ms": 100.0}, "rouge2", TOLERANCE).best is other[1]
-
-
-def test_pooled_spread_covers_all_measurements() -> None:
-    timed = [{"latency_ms": ms, "latency_ms_low": ms - 5, "latency_ms_high": ms + 5} for ms in (10.0, 14.0, 11.0)]
-    pooled = {"latency_ms": 11.0, "latency_ms_low": 5.0, "latency_ms_high": 19.0}
-    assert pool_latency([*timed, {"device_hours": 1.0}], ["a"] * 4) == [pooled] * 3 + [{"device_hours": 1.0}]
 
 
 @given(POINTS, st.integers(0, 5))
@@ -165,11 +116,6 @@ def test_nearest_miss_of_a_lower_bound_is_a_percentage_under() -> None:
     # 2-1: 1.2 times the latency, and 1.25 times the seconds per row
     miss = describe_nearest_miss(costs, {"bulk": {"rows_per_s": 100.0, "latency_ms": 50.0}})
     assert miss == "2-1 for bulk: rows_per_s 80 (20.0% under)"
-
-
-def test_rows_per_second_of_one_shape_are_pooled() -> None:
-    pooled = pool_latency([{"rows_per_s": 10.0}, {"rows_per_s": 12.0}, {"rows_per_s": 40.0}], ["a", "a", "b"])
-    assert pooled == [{"rows_per_s": 11.0}, {"rows_per_s": 11.0}, {"rows_per_s": 40.0}]
 
 
 def test_percentage_bounds_are_relative_to_the_teacher() -> None:

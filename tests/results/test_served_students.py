@@ -1,4 +1,4 @@
-"""Students as served: one per decoding, and the timings of trials that were not served."""
+"""Students as served: one per configuration, and the timings of trials that were not served."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from raydistill.results.selection import load_selection
 from raydistill.results.served_students import impute_served_timing
 
 
-def test_front_holds_pairs_of_checkpoint_and_decoding(sweep: Path) -> None:
+def test_front_holds_pairs_of_checkpoint_and_configuration(sweep: Path) -> None:
     selection = load_selection(sweep)
     assert selection.front_keys == ["a b1", "a b4-p0.6"]
     assert [selection.trial_key(key) for key in selection.front_keys] == ["a", "a"]

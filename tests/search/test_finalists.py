@@ -1,7 +1,7 @@
-"""Serving of finalists: which checkpoints with which decodings, and that scores and times are those of serving."""
+"""Serving of finalists: what is missing of first pass, scores and session, and that scores are those of serving."""
 
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +9,52 @@ import numpy as np
 import pytest
 
 from raydistill.config.run import Run
-from raydistill.config.space import DecodingSearch, Search, Space
+from raydistill.config.serving import EngineVariant, Serving, ServingConfig
+from raydistill.config.space import Search, Space
 from raydistill.data.corpus import read_corpus
-from raydistill.data.selection import read_part
+from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, Hardware
+from raydistill.evaluation.paired_latency import StoppingRule
 from raydistill.evaluation.scoring import evaluate
-from raydistill.evaluation.serving import benchmark_serving
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.results.page import make_tooltips
-from raydistill.results.plots import marker_id
-from raydistill.results.selection import load_selection, select_finalists
-from raydistill.results.served_students import read_served
-from raydistill.results.sweep_record import StopReason, SweepTeacher
-from raydistill.results.tables import trials_table
-from raydistill.search.finalists import (
-    PendingServing,
-    ServingTask,
-    decoding_grid,
-    find_unserved,
-    find_untested,
-    merge_served,
-    serve_checkpoint,
-    serving_config,
+from raydistill.results.selection import select_finalists
+from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent, read_served
+from raydistill.results.serving_latency import (
+    FIRST_PASS_FILE,
+    LATENCY_FILE,
+    TEACHER_SHAPE,
+    FirstPass,
+    FirstPassTime,
+    LatencySession,
+    TimedServing,
 )
+from raydistill.results.sweep_record import StopReason, SweepTeacher
+from raydistill.search import serving_timing
+from raydistill.search.finalists import (
+    ServingState,
+    describe_first_pass,
+    describe_scores,
+    find_untested,
+    score_checkpoint,
+)
+from raydistill.search.served_engine import ServedCheckpoint, ServingContext, engine_versions
+from raydistill.search.serving_timing import CostBounds, FirstPassTask, SessionTask, latency_bounds
 from raydistill.search.study import PROPOSALS_FILE, Proposal, ProposalLog
 from raydistill.search.sweep_folder import search_stop_reason
 from tests.factories.sweeps import (
     change_result,
     change_sweep,
     make_trial,
-    served_student,
+    paired_timing,
     sweep_record,
     sweep_teacher,
 )
 from tests.factories.workspace import make_world
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
-
-
-def test_the_grid_has_each_decoding_once_the_default_first_and_one_penalty_for_one_beam():
-    results = decoding_grid(BEAM, DecodingSearch(beams=[1, 4], length_penalty=[0.6, 1.0]))
-    assert [(beam.beams, beam.length_penalty) for beam in results] == [(4, 1.0), (1, 1.0), (4, 0.6)]
-    assert all(beam.max_length == 12 for beam in results)
-    assert decoding_grid(BEAM, DecodingSearch(beams=[], length_penalty=[])) == [BEAM]
+MACHINE: Hardware = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
+FP32, INT8 = EngineVariant("fp32", "off"), EngineVariant("int8", "off")
 
 
 def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
@@ -79,128 +81,186 @@ def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
     assert [trial.key for trial in select_finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
 
 
-def finished_sweep(folder: Path, teacher: Path, data: Path) -> tuple[Space, SweepTeacher]:
+def finished_sweep(folder: Path, teacher: Path, data: Path, **serving: Any) -> tuple[Space, SweepTeacher]:
     """A space whose sweep has one finished trial and nothing served, and the teacher's record."""
     space = Space.model_validate(
-        {"name": "m", "run": {"teacher": str(teacher), "dataset": {"name": str(data)}}, "search": {"trials": 1}}
+        {
+            "name": "m",
+            "run": {"teacher": str(teacher), "dataset": {"name": str(data)}},
+            "search": {"trials": 1},
+            "serving": serving,
+        }
     )
     record = sweep_teacher(costs={}, decoding=asdict(BEAM), data={"validation": "v", "test": "t"})
-    sweep_record(record, decoding=space.search.decoding).write(folder / "sweep.json")
+    sweep_record(record, serving=space.serving).write(folder / "sweep.json")
     CheckpointMetadata(decoding=asdict(BEAM)).write_to(make_trial(folder, "a", 0, 10.0) / "best")
     return space, record
 
 
-MACHINE = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
-ENGINE = {"engine": "transformers", "precision": "fp32", "version": version("transformers")}
+class Served:
+    """Writes by hand what the three steps of serving write."""
 
+    def __init__(self, space: Space, sweep: Path, teacher: SweepTeacher) -> None:
+        self.space, self.sweep, self.teacher = space, sweep, teacher
 
-def serve_by_hand(folder: Path, beams: list[BeamSearchParams], hardware: dict | None = None, **changes: object) -> None:
-    entries = []
-    for beam in beams:
+    def state(self, machine: Hardware | None = None, **serving: Any) -> ServingState:
+        space = self.space.model_copy(update={"serving": self.space.serving.model_copy(update=serving)})
+        return ServingState.load(space, self.sweep, self.teacher, MACHINE if machine is None else machine)
+
+    def write_first_pass(self, state: ServingState, unsupported: tuple[str, ...] = (), **ms: float) -> None:
+        """By default, int8 takes half of the time of fp32."""
+        times = [
+            FirstPassTime(
+                shape=checkpoint.shape,
+                beams=config.beams,
+                variant=variant,
+                ms=ms.get(variant.precision, 50.0 if variant.precision == "int8" else 100.0),
+            )
+            for checkpoint in state.representatives
+            for config in state.shape_decodings(checkpoint.shape)
+            for variant in state.variants
+            if variant.precision not in unsupported
+        ]
+        fields: dict[str, Any] = {"hardware": MACHINE, "versions": engine_versions(), "unsupported": unsupported}
+        FirstPass.parse({**fields, "times": times}).write(self.sweep / FIRST_PASS_FILE)
+
+    def write_scores(self, state: ServingState, **scores: float) -> None:
+        """Score what is missing, by default with 10 points on every row, in as many rounds as the rules need."""
+        for checkpoint in state.checkpoints:
+            while configs := state.unscored_configs(checkpoint):
+                for config in configs:
+                    score = scores.get(config.precision, 10.0)
+                    rows = np.full(20, score)
+                    np.savez(checkpoint.folder / f"rows-validation-{config.key}.npz", validation=rows)
+                    entry = ServedStudent(
+                        config=config,
+                        engine="ctranslate2",
+                        precision=config.precision,
+                        version=engine_versions()["ctranslate2"],
+                        rows=20,
+                        metrics={"rouge2": score},
+                        interval=(score - 1, score + 1),
+                        memory_mb=1.0,
+                    )
+                    record = read_served(checkpoint.folder) or ServedRecord(entries=[])
+                    record.with_entries([entry]).write(checkpoint.folder / SERVED_FILE)
+
+    def write_session(self, state: ServingState, **changes: Any) -> None:
+        """Time everything: every number of beams takes a quarter of the baseline's latency."""
+        servings = [
+            TimedServing(shape=shape, config=config, cost=cost, engine="e", timing=paired_timing(config.beams / 4))
+            for shape, configs in state.wanted_timings.items()
+            for config in configs
+            for cost in LATENCY_BATCH_SIZES
+            if (shape, config) != (TEACHER_SHAPE, state.baseline)
+        ]
         fields: dict[str, Any] = {
-            "costs": {"latency_ms": 5.0 * beam.beams},
-            **ENGINE,
-            "hardware": hardware or MACHINE,
-            **changes,
+            "started_at": datetime.now(UTC),
+            "hardware": MACHINE,
+            "versions": engine_versions(),
+            "baseline": state.baseline,
+            "baseline_engine": "e",
+            "baseline_ms": {"latency_ms": 100.0, "latency_ms_b1": 10.0},
+            "representatives": {},
+            "servings": servings,
         }
-        entries.append(served_student(beam.beams, beam.length_penalty, 1.0, **fields))
-    merge_served(folder, entries)
+        LatencySession(**{**fields, **changes}).write(self.sweep / LATENCY_FILE)
 
 
-def test_unserved_checkpoints_are_found_from_the_files(world, tmp_path):
-    """After the last trial, after a kill in between, and for a decoding that is added later."""
-    space, teacher = finished_sweep(tmp_path, *world)
-    student = tmp_path / "trials" / "a"
-    assert search_stop_reason(space, tmp_path) == StopReason()
-    assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [tmp_path, student]
-    beams = decoding_grid(BEAM, space.search.decoding)
-    serve_by_hand(tmp_path, beams)
-    assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [student]
-    serve_by_hand(student, beams)
-    assert find_unserved(space, tmp_path, teacher, MACHINE) == []
-    assert [entry.key for entry in find_untested(tmp_path, teacher)] == [
-        "a b1"
-    ]  # equal scores: one beam is the cheapest
-    assert find_untested(tmp_path, teacher.model_copy(update={"data": {"validation": "v"}})) == []
-    changes = space.model_copy(
-        update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3], length_penalty=[]))}
+@pytest.fixture
+def served(world, tmp_path: Path) -> Served:
+    """A sweep with one trial of size 4-1 that may be served with 4 beams, its own number, and with one."""
+    space, teacher = finished_sweep(tmp_path, *world, beams=[1, 4])
+    return Served(space, tmp_path, teacher)
+
+
+def test_first_pass_scores_and_session_are_found_missing_from_the_files(served: Served) -> None:
+    """After the last trial, after a kill between two steps, and for a number of beams that is added later."""
+    assert search_stop_reason(served.space, served.sweep) == StopReason()
+    assert [checkpoint.shape for checkpoint in served.state().missing_first_pass] == [TEACHER_SHAPE, "4-1"]
+    served.write_first_pass(served.state())
+    assert [checkpoint.key for checkpoint in served.state().missing_scores] == [TEACHER_SHAPE, "a"]
+    served.write_scores(served.state())
+    state = served.state()
+    assert not state.missing_scores
+    assert state.misses_timings
+    served.write_session(state)
+    assert served.state().is_complete
+    assert [student.key for student in find_untested(served.sweep, served.teacher)] == ["a b1-int8"]
+    assert find_untested(served.sweep, served.teacher.model_copy(update={"data": {"validation": "v"}})) == []
+    added = served.state(beams=[1, 4, 3])
+    assert [checkpoint.shape for checkpoint in added.missing_first_pass] == [TEACHER_SHAPE, "4-1"]
+    served.write_first_pass(added)
+    added = served.state(beams=[1, 4, 3])
+    assert {config.key for checkpoint in added.checkpoints for config in added.unscored_configs(checkpoint)} == {
+        "b3-p1-int8"
+    }
+    served.write_scores(added)
+    assert served.state(beams=[1, 4, 3]).misses_timings, "everything is timed again, in one session"
+
+
+def test_int8_that_is_not_faster_is_skipped_and_the_log_counts_what_is_skipped(served: Served) -> None:
+    served.write_first_pass(served.state(), int8=99.0)
+    state = served.state()
+    assert {config.key for config in state.wanted_configs(state.checkpoints[1])} == {"b4-p1"}
+    assert describe_first_pass(state).startswith("finalists: 4 of 8 combinations of shape, beams")
+
+
+def test_fp32_is_not_scored_with_other_beams_where_int8_is_not_inferior(served: Served) -> None:
+    served.write_first_pass(served.state())
+    served.write_scores(served.state())
+    state = served.state()
+    keys = {checkpoint.key: [c.key for c in state.wanted_configs(checkpoint)] for checkpoint in state.checkpoints}
+    assert keys == {key: ["b4-p1", "b4-p1-int8", "b1-int8"] for key in (TEACHER_SHAPE, "a")}
+    assert describe_scores(state).startswith("finalists: 6 pairs of checkpoint and configuration are scored; 2 are not")
+
+
+def test_a_precision_that_the_machine_lacks_is_left_out(served: Served) -> None:
+    served.write_first_pass(served.state(), unsupported=("int8",))
+    assert served.state().variants == [FP32]
+    assert not served.state().missing_first_pass
+
+
+def test_times_of_another_machine_or_engine_version_are_not_compared(served: Served) -> None:
+    served.write_first_pass(served.state())
+    served.write_scores(served.state())
+    served.write_session(served.state())
+    known: Hardware = {"kind": "cpu", "name": "a"}  # less is known before Ray starts
+    assert served.state(known).is_complete
+    assert served.state({}).is_complete
+    other = {**MACHINE, "name": "b"}
+    assert served.state(other).missing_first_pass
+    served.write_session(served.state(), versions={"ctranslate2": "0.1"})
+    assert served.state().misses_timings
+    session = LatencySession.read(served.sweep / LATENCY_FILE)
+    session.model_copy(update={"versions": engine_versions(), "servings": session.servings[1:]}).write(
+        served.sweep / LATENCY_FILE
     )
-    assert find_unserved(changes, tmp_path, teacher, MACHINE) == []  # three beams need a length penalty
-    changes = space.model_copy(update={"search": Search(trials=1, decoding=DecodingSearch(beams=[3]))})
-    left = find_unserved(changes, tmp_path, teacher, MACHINE)
-    assert [entry.folder for entry in left] == [tmp_path, student]
-    assert {beam.beams for entry in left for beam in entry.decodings} == {3}
+    assert served.state().misses_timings
+    record = read_served(served.sweep / "trials" / "a")
+    assert record
+    outdated = [entry.model_copy(update={"version": "0.1"}) for entry in record.entries]
+    record.model_copy(update={"entries": outdated}).write(served.sweep / "trials" / "a" / SERVED_FILE)
+    assert [checkpoint.key for checkpoint in served.state().missing_scores] == ["a"]
 
 
-def test_timings_of_another_machine_or_engine_do_not_count_and_are_kept(world, tmp_path):
-    space, teacher = finished_sweep(tmp_path, *world)
-    student = tmp_path / "trials" / "a"
-    beams = decoding_grid(BEAM, space.search.decoding)
-    for folder in (tmp_path, student):
-        serve_by_hand(folder, beams)
-    other_machine = {**MACHINE, "name": "b"}
-    known = {"kind": "cpu", "name": "a"}  # less is known before Ray starts
-    assert find_unserved(space, tmp_path, teacher, {}) == find_unserved(space, tmp_path, teacher, known) == []
-    assert [entry.decodings for entry in find_unserved(space, tmp_path, teacher, other_machine)] == [beams, beams]
-    for folder in (tmp_path, student):
-        serve_by_hand(folder, beams, other_machine, costs={"latency_ms": 50.0})
-    for machine in (MACHINE, other_machine):
-        assert find_unserved(space, tmp_path, teacher, machine) == []
-    assert {entry.metrics["latency_ms"] for entry in load_selection(tmp_path).students} == {
-        20.0,
-        5.0,
-        10.0,
-    }  # still of the first machine
-    served = read_served(tmp_path)
-    assert served
-    served.model_copy(update={"hardware": other_machine}).write(tmp_path / "served.json")
-    assert {entry.metrics["latency_ms"] for entry in load_selection(tmp_path).students} == {50.0}
-    serve_by_hand(student, beams, version="0.1")
-    assert [entry.folder for entry in find_unserved(space, tmp_path, teacher, MACHINE)] == [student]
-    assert len(read_served(student).entries) == 2 * len(beams)
+def test_the_teacher_is_timed_with_the_configurations_of_all_students(served: Served) -> None:
+    served.write_first_pass(served.state())
+    served.write_scores(served.state())
+    timings = served.state().wanted_timings
+    assert timings.keys() == {TEACHER_SHAPE, "4-1"}
+    assert {config.key for config in timings["4-1"]} <= {config.key for config in timings[TEACHER_SHAPE]}
 
 
-def test_speedup_is_relative_to_the_teachers_own_decoding_and_to_the_same_decoding(world, tmp_path):
-    finished_sweep(tmp_path, *world)
-    student = tmp_path / "trials" / "a"
-    beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
-    serve_by_hand(tmp_path, beams)  # 20 ms with its own four beams, 5 ms with one
-    serve_by_hand(student, beams, costs={"latency_ms": 2.5})
-    results = {entry.decoding.beams: entry.metrics for entry in load_selection(tmp_path).students}
-    assert {n: (m["speedup"], m["speedup_same_decoding"]) for n, m in results.items()} == {4: (8, 8), 1: (8, 2)}
-    header, rows = trials_table(load_selection(tmp_path).students, [], {}, "rouge2")
-    assert [row[header.index("speed-up (same decoding)")] for row in rows] == ["8.00x (8.00x)", "8.00x (2.00x)"]
-
-
-def test_latency_of_a_size_and_number_of_beams_is_the_median_of_its_students(world, tmp_path):
-    """In the table, front, choice and figure: 99.5, 100.0 and 107.0 ms are pooled, and 40 ms of one beam are not."""
-    _, record = finished_sweep(tmp_path, *world)
-    sweep_record(record, budgets={"fast": {"latency_ms": "50%"}}).write(tmp_path / "sweep.json")
-    make_trial(tmp_path, "b", 1, 10.1)
-    longer = BeamSearchParams(4, 0.6, 0, 12, 0, False, None)
-    served = {
-        ("a", BEAM): (20.0, 99.5),
-        ("b", BEAM): (20.1, 100.0),
-        ("b", longer): (20.3, 107.0),
-        ("b", BeamSearchParams(1, 1.0, 0, 12, 0, False, None)): (9.0, 40.0),
+def test_bounds_of_budgets_become_ratios() -> None:
+    budgets: dict[str, dict[str, float | str]] = {
+        "a": {"latency_ms": "60%", "params_m": 3},
+        "b": {"latency_ms": 50.0},
+        "c": {"latency_ms_b1": "45%"},
     }
-    serve_by_hand(tmp_path, [BEAM, longer], costs={"latency_ms": 300.0})
-    for (key, beam), (score, ms) in served.items():
-        folder = tmp_path / "trials" / key
-        serve_by_hand(folder, [beam], metrics={"rouge2": score}, costs={"latency_ms": ms})
-        np.savez(folder / f"rows-validation-{serving_config(beam).key}.npz", validation=np.full(20, score))
-    results = load_selection(tmp_path)
-    assert {entry.key: entry.metrics["latency_ms"] for entry in results.students} == {
-        **{key: 100.0 for key in ("a b4-p1", "b b4-p1", "b b4-p0.6")},
-        "b b1": 40.0,
-    }
-    assert results.front_keys == ["b b1", "b b4-p0.6"]
-    assert results.chosen_keys == {"fast": "b b4-p0.6"}
-    assert {entry.metrics["speedup"] for entry in results.students} == {3.0, 7.5}
-    assert results.student("b b4-p0.6").metrics["latency_ms_unpooled"] == 107.0
-    assert "latency_ms_unpooled" not in results.student("b b1").metrics
-    tooltip = ", ".join(make_tooltips(results)[marker_id("b b4-p0.6")])
-    assert "100.0 ms for a batch of 32, 107.0 ms in its own measurement" in tooltip
+    bounds = latency_bounds(budgets)
+    assert bounds["latency_ms"].ratios(200.0) == (0.6, 0.25)
+    assert bounds["latency_ms_b1"].ratios(200.0) == (0.45,)
 
 
 def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
@@ -214,8 +274,7 @@ def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit
     assert search_stop_reason(changes, tmp_path) is None, "a trial whose folder was deleted"
     (tmp_path / PROPOSALS_FILE).unlink()
     assert search_stop_reason(changes.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
-    fewer = Search(trials=9, decoding=DecodingSearch(beams=[1]))
-    assert search_stop_reason(changes.model_copy(update={"search": fewer}), tmp_path) is None
+    assert search_stop_reason(changes.model_copy(update={"serving": Serving(beams=[1])}), tmp_path) is None
     change_sweep(tmp_path, stop=StopReason("one hour is used up"))
     assert search_stop_reason(changes, tmp_path) is None
 
@@ -225,57 +284,61 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_serving_times_batches_of_32_and_scores_the_texts_of_an_evaluation(world):
-    """8 rows are timed as one padded batch of 32 and as 8 single rows, and the scores are of the 8 rows."""
-    teacher, data = world
-    run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": {"name": str(data)}})
-    corpus = read_corpus(run.dataset, "validation")
-    engine = open_engine(teacher, "transformers")
-    sizes = []
-
-    class Counted:
-        def generate(self, texts, beam, **settings):
-            sizes.append(len(texts))
-            return engine.generate(texts, beam, **settings)
-
-    served = benchmark_serving(Counted(), corpus, "rouge2", BEAM, 32)
-    assert sizes == [32, 32, 1, *[1] * 8]  # each batch size starts with a warm-up call
-    assert served.timings["latency_ms"].repeats == 1
-    assert served.timings["latency_ms_b1"].repeats == 8
-    expected = evaluate(engine, corpus, "rouge2", BEAM, max_source_tokens=32)
-    assert served.scores.metrics == expected.scores.metrics
-    assert np.array_equal(served.scores.row_stats, expected.scores.row_stats)
-
-
-def test_a_checkpoint_is_served_with_each_decoding_and_row_statistics_are_written(world, tmp_path):
+@pytest.fixture
+def context(world) -> ServingContext:
     teacher, data = world
     settings = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
-    run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})
-    beams = decoding_grid(BEAM, DecodingSearch(beams=[1], length_penalty=[]))
-    results = serve_checkpoint(
-        ServingTask(PendingServing(tmp_path, str(teacher), beams), run, "bleu", "validation"), "cpu", 1
-    )
-    assert [entry.decoding.beams for entry in results] == [4, 1]
-    four, entry = (served.costs for served in results)
-    assert entry["latency_ms"] < four["latency_ms"]
-    assert four["latency_ms_low"] <= four["latency_ms"] <= four["latency_ms_high"]
-    for served in results:
-        assert served.rows == 8
-        assert served.hardware["threads"] == 1
-        assert served.engine in ("ctranslate2", "transformers")
-        assert served.version == version(served.engine)
-    for name in ("b4-p1", "b1"):
-        with np.load(tmp_path / f"rows-validation-{name}.npz") as rows:
+    run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})  # chosen on all 8 rows
+    return ServingContext(run, "bleu", f"test-{teacher.parent.name}")
+
+
+def test_scores_are_those_of_an_evaluation_and_row_statistics_are_written(
+    context: ServingContext, world, tmp_path: Path
+) -> None:
+    checkpoint = ServedCheckpoint("a", "2-3", str(world[0]), tmp_path, BEAM)
+    configs = [checkpoint.own_config(), ServingConfig(beams=1, length_penalty=1.0, precision="int8")]
+    results = score_checkpoint(context, checkpoint, configs, "validation", "cpu", 1)
+    assert [(entry.config, entry.engine, entry.precision) for entry in results] == [
+        (configs[0], "ctranslate2", "fp32"),
+        (configs[1], "ctranslate2", "int8"),
+    ]
+    assert results[1].memory_mb == pytest.approx(results[0].memory_mb / 4)
+    corpus = read_corpus(context.run.dataset, "validation")
+    expected = evaluate(open_engine(world[0]), corpus, "bleu", BEAM, max_source_tokens=32)
+    assert results[0].metrics["bleu"] == expected.scores.metrics["bleu"]
+    for config in configs:
+        with np.load(tmp_path / f"rows-validation-{config.key}.npz") as rows:
             assert rows["validation"].shape == (8, 10)
 
 
-def test_a_checkpoint_is_served_on_the_rows_that_are_kept_for_the_choice(world, tmp_path):
-    teacher, data = world
-    settings = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0.5}
-    run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})
-    kept = read_part(run.dataset, "selection")
-    assert kept is not None
-    assert 0 < len(kept) < 8
-    pending = PendingServing(tmp_path, str(teacher), [BEAM])
-    [served] = serve_checkpoint(ServingTask(pending, run, "bleu", "validation"), "cpu", 1)
-    assert served.rows == len(kept)
+def test_first_pass_and_session_time_every_shape_and_configuration(
+    context: ServingContext, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shapes with the same tiny checkpoint, so that every ratio with equal settings is about 1."""
+    short = StoppingRule(min_pairs=2, max_seconds=0.5)
+    monkeypatch.setattr(serving_timing, "BOUNDED_RULE", short)
+    monkeypatch.setattr(serving_timing, "REPORTED_RULE", short)
+    teacher = ServedCheckpoint(TEACHER_SHAPE, TEACHER_SHAPE, str(world[0]), tmp_path, BEAM)
+    checkpoints = [teacher, replace(teacher, key="a", shape="2-3")]
+    own, fast = teacher.own_config(), ServingConfig(beams=1, length_penalty=1.0, precision="int8")
+    configs = {checkpoint.shape: [own, fast] for checkpoint in checkpoints}
+    variants = [FP32, EngineVariant("fp16", "off"), INT8]
+    record = serving_timing.run_first_pass(
+        FirstPassTask(context, checkpoints, configs, variants, "ctranslate2"), "cpu", 1
+    )
+    assert record.unsupported == ["fp16"]
+    assert {(t.shape, t.beams, t.variant) for t in record.times} == {
+        (shape, beams, variant) for shape in configs for beams in (4, 1) for variant in (FP32, INT8)
+    }
+    task = SessionTask(context, teacher, own, checkpoints, configs, {"latency_ms": CostBounds(shares=(0.5,))})
+    session = serving_timing.run_session(task, "cpu", 1)
+    assert all(session.is_timed(shape, config) for shape, own in configs.items() for config in own)
+    assert len(session.servings) == 6  # all but the baseline, for both costs
+    assert session.representatives == {TEACHER_SHAPE: TEACHER_SHAPE, "2-3": "a"}
+    by_key = {(s.shape, s.config.key, s.cost): s for s in session.servings}
+    assert by_key["2-3", "b1-int8", "latency_ms"].timing.bounds == (0.5,)
+    assert by_key["2-3", "b1-int8", "latency_ms_b1"].timing.bounds == ()
+    assert by_key[TEACHER_SHAPE, "b1-int8", "latency_ms"].timing.bounds == ()  # no budget selects the teacher
+    assert by_key["2-3", "b1-int8", "latency_ms"].engine == "ctranslate2 int8"
+    assert all(len(serving.timing.pairs) > 0 for serving in session.servings)
+    assert session.baseline_ms["latency_ms"] > session.baseline_ms["latency_ms_b1"] > 0

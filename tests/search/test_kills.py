@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from raydistill.results.records import ServingConfig
+from raydistill.config.serving import ServingConfig
 from raydistill.results.selection import select_finalists
 from raydistill.results.served_students import read_served
 from tests.factories.sweeps import KILL_SPACE, mlflow_children
@@ -23,6 +23,7 @@ from tests.factories.workspace import WORKER_PROCESSES, environment, make_world,
 KILLS = 20
 TRIAL_PROCESS = "ray::ImplicitFunc"
 DECODINGS = ("b1", "b2-p0.6", "b2-p1", "b4-p0.6", "b4-p1")
+SERVING = {"length_penalty": [0.6, 1.0], "precision": ["fp32"]}
 COMBINATIONS = {(method, size) for method in ("sft", "kd") for size in ("2-3", "2-2", "2-1")}
 
 
@@ -108,16 +109,16 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, killed: Counter[
 def check_finalists(sweep: Path, summary: dict) -> None:
     """Check that every finalist is served once with its own single beam, and with 2 and 4 beams and two penalties."""
     expected = {(key, name) for key in (t.key for t in select_finalists(sweep)) for name in DECODINGS}
-    served = [(t["key"], ServingConfig(**t["decoding"]).key) for t in summary["finalists"]]
+    served = [(t["key"], ServingConfig(**t["serving"]).key) for t in summary["finalists"]]
     assert len(served) == len(set(served))
     assert set(served) == expected
     assert {key for key, _ in expected} >= set(summary["front"]) != set()
     for key, name in expected:
         assert (sweep / "trials" / key / f"rows-validation-{name}.npz").is_file()
-    # The teacher is timed with each decoding too, for the speed-up at the same decoding
+    # The teacher is served with each decoding too
     teacher_served = read_served(sweep)
     assert teacher_served
-    assert sorted(entry.decoding.key for entry in teacher_served.entries) == sorted(DECODINGS)
+    assert sorted(entry.config.key for entry in teacher_served.entries) == sorted(DECODINGS)
     assert summary["choices"]["any"] in {key for key, _ in expected}
     assert (Path(summary["exports"]["any"]) / "model.safetensors").is_file()
 
@@ -138,7 +139,11 @@ def test_twenty_kills_at_random_moments_lose_and_repeat_no_trial(tmp_path):
         home = folder / "outputs"
         folder.mkdir()
         path = folder / "killed.yaml"
-        path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": {**KILL_SPACE["search"], "retries": 50}}))
+        path.write_text(
+            yaml.safe_dump(
+                {**KILL_SPACE, "run": run, "serving": SERVING, "search": {**KILL_SPACE["search"], "retries": 50}}
+            )
+        )
         summary = run_under_kills(path, home, rng, killed)
         assert {t["status"] for t in summary["trials"]} == {"done"}
         assert sorted((t["method"], t["size"]) for t in summary["trials"]) == sorted(COMBINATIONS)

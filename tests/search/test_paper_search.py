@@ -32,7 +32,7 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     env = make_xsum_caches(tmp_path)
     home = tmp_path / "outputs"
     space = ROOT / "search_spaces" / "kd_xsum.yaml"
-    few = ["run.training.max_steps=3", "search.concurrent=1", "search.trials=3", "search.decoding.beams=[1]"]
+    few = ["run.training.max_steps=3", "search.concurrent=1", "search.trials=3", "serving.beams=[1]"]
     few += ["run.dataset.selection_share=0"]  # half of the eight rows triggers the check for repetition
     few += ["run.decoding.max_length=16"]  # the random teacher writes up to 62 tokens, which every timing repeats
     settings = [part for setting in few for part in ("--set", setting)]

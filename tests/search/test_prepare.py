@@ -1,33 +1,49 @@
-"""Which sizes a sweep does not train, because no budget admits them."""
+"""Which sizes a sweep does not train, because no budget admits them even with their cheapest serving."""
 
 import pytest
 
+from raydistill.config.serving import ServingConfig
 from raydistill.config.space import Space, make_run, shape_runs
 from raydistill.core.errors import UserError
+from raydistill.results.sweep_record import CheapestServing, ShapeTable
 from raydistill.search.prepare import (
     PreparedSweep,
     _shape_names,
     check_budgets,
+    describe_shapes,
     find_infeasible_sizes,
-    make_shape_table,
 )
-from raydistill.search.shape_latency import TimedShape
-from tests.factories.sweeps import make_space, shape_table, sweep_teacher
+from tests.factories.sweeps import make_space, paired_timing, shape_table, sweep_teacher
+
+COSTS = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
 
 
-def test_a_size_is_infeasible_only_if_it_exceeds_the_budget_with_the_fewest_beams_too():
-    costs = {"2-3": {"latency_ms": 90.0}, "2-1": {"latency_ms": 50.0}}
-    fewest_beams = {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}}
-    shapes = shape_table(costs, fewest_beams)
-    for bound, infeasible in ((90, set()), (45, set()), ("50%", set()), (44, {"2-3"}), ("40%", {"2-3"})):
+def test_a_size_is_infeasible_only_if_its_cheapest_serving_is_above_the_bound_by_a_margin():
+    """The interval of 2-3 begins at 0.99 * 45 ms, which is 1.3 times 34.3 ms or 38.1 % of the teacher's 90 ms."""
+    shapes = shape_table(COSTS, {"2-3": {"latency_ms": 45.0}, "2-1": {"latency_ms": 30.0}})
+    for bound, infeasible in ((45, set()), (35, set()), ("39%", set()), (34, {"2-3"}), ("37%", {"2-3"})):
         space = make_space().model_copy(update={"budgets": {"fast": {"latency_ms": bound}}})
         assert find_infeasible_sizes(space, shapes) == infeasible
 
 
+def test_a_size_whose_interval_reaches_the_margin_or_is_unknown_is_trained():
+    def table(interval: tuple[float, float] | None) -> ShapeTable:
+        timing = paired_timing(0.8).model_copy(update={"interval": interval})
+        config = ServingConfig(beams=1, length_penalty=1.0)
+        serving = CheapestServing(config=config, engine="e", timings={"latency_ms": timing}, costs={})
+        return shape_table(COSTS, cheapest={"2-3": serving, "2-1": serving})
+
+    budgets = {"fast": {"latency_ms": "50%"}}
+    assert table((0.7, 0.9)).is_infeasible("2-1", budgets)
+    assert not table((0.6, 0.9)).is_infeasible("2-1", budgets)
+    assert not table(None).is_infeasible("2-1", budgets)
+
+
 def test_the_refusal_of_unreachable_budgets_names_the_nearest_shape_and_its_figure(capsys):
-    shapes = shape_table({"2-3": {"latency_ms": 90.0, "params_m": 5.0}, "2-1": {"latency_ms": 60.0, "params_m": 4.0}})
-    budgets = {"small": {"params_m": 2.0}, "fast": {"latency_ms": 50.0, "params_m": 4.5}}
-    with pytest.raises(UserError, match=r"the nearest is 2-1 for fast: latency_ms 60 \(20.0% over\)\. Raise a budget"):
+    costs = {"2-3": {"latency_ms": 90.0, "params_m": 5.0}, "2-1": {"latency_ms": 60.0, "params_m": 4.0}}
+    shapes = shape_table(costs)
+    budgets = {"small": {"params_m": 2.0}, "fast": {"latency_ms": 40.0, "params_m": 4.5}}
+    with pytest.raises(UserError, match=r"the nearest is 2-1 for fast: latency_ms 60 \(50.0% over\)\. Raise a budget"):
         check_budgets(make_space().model_copy(update={"budgets": budgets}), ["2-1", "2-3"], shapes)
     assert capsys.readouterr().err == ""
     budgets["fast"]["latency_ms"] = 60.0
@@ -37,20 +53,16 @@ def test_the_refusal_of_unreachable_budgets_names_the_nearest_shape_and_its_figu
 
 def test_a_shape_timed_with_another_engine_is_reported_and_not_excluded_by_its_latency(capsys):
     """CTranslate2 timed the teacher, but could not be used for 2-1, whose time is of a slower engine."""
-
-    def timed(engine: str, latency_ms: float, params_m: float) -> list[TimedShape]:
-        return [TimedShape({"latency_ms": latency_ms, "params_m": params_m, "memory_mb": 1.0}, engine, 0.0)]
-
-    shapes = {"2-3": timed("ctranslate2 fp32", 90.0, 5.0), "2-1": timed("transformers fp32", 300.0, 4.0)}
-    table = make_shape_table(sweep_teacher(size="2-3"), (4,), shapes)
-    assert table.engines == {"2-3": "ctranslate2 fp32", "2-1": "transformers fp32"}
+    costs = {"2-3": {"latency_ms": 90.0, "params_m": 5.0}, "2-1": {"latency_ms": 300.0, "params_m": 4.0}}
+    cheapest = {"2-3": costs["2-3"], "2-1": {"params_m": 4.0}}  # without a comparison of two engines
+    table = shape_table(costs, cheapest, engines={"2-3": "ctranslate2 fp32", "2-1": "transformers fp32"})
+    describe_shapes(table)
     assert "2-1: timed with transformers fp32 instead of ctranslate2 fp32; these times exclude no size" in (
         capsys.readouterr().err
     )
     assert table.is_infeasible("2-3", {"fast": {"latency_ms": "50%"}})
     assert not table.is_infeasible("2-1", {"fast": {"latency_ms": "50%"}})
     assert table.is_infeasible("2-1", {"small": {"params_m": 3.0}})
-    assert table.costs["2-1"]["latency_ms"] == 300.0
 
 
 def pruned_space(decoder_ffn: dict) -> Space:
@@ -61,10 +73,11 @@ def pruned_space(decoder_ffn: dict) -> Space:
 
 
 def test_shapes_with_fewer_units_are_infeasible_by_their_own_costs():
-    costs = {"2-3": 90.0, "2-3-ffn1-0.25": 60.0, "2-1": 55.0, "2-1-ffn1-0.25": 45.0}
+    costs = {"2-3": 90.0, "2-3-ffn1-0.25": 60.0, "2-1": 70.0, "2-1-ffn1-0.25": 45.0}
     shapes = shape_table({name: {"latency_ms": value} for name, value in costs.items()})
     space = pruned_space({"choice": [None, 0.25]})
-    assert find_infeasible_sizes(space, shapes) == {"2-3", "2-3-ffn1-0.25", "2-1"}
+    # The bound is 50 ms, and 65 ms with the margin
+    assert find_infeasible_sizes(space, shapes) == {"2-3", "2-1"}
 
 
 def test_a_trial_has_the_costs_of_its_shape_or_of_a_fit_between_the_ends_of_a_range(tmp_path):

@@ -30,8 +30,7 @@ def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
     run = {**KILL_SPACE["run"], "teacher": str(teacher)}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     path = tmp_path / "killed.yaml"
-    search = {**KILL_SPACE["search"], "decoding": {"beams": [1]}}
-    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "search": search}))
+    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
     home = tmp_path / "outputs"
     trials = home / "sweeps" / "killed" / "trials"
     started = subprocess.Popen(

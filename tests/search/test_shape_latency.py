@@ -1,79 +1,77 @@
-"""Costs of shapes: measured once, and again only if other processes disturbed the measurement."""
+"""Costs of shapes: timed in pairs with the teacher; the cheapest serving only where a budget bounds a latency."""
 
-import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from raydistill.config.run import Dataset
+from raydistill.config.run import Run
+from raydistill.config.serving import EngineVariant
+from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, StoppingRule
 from raydistill.models.teacher import open_teacher
-from raydistill.search.shape_latency import ShapeTiming, count_params_m, time_shape, time_shapes
+from raydistill.search import shape_latency
+from raydistill.search.serving_timing import CostBounds
+from raydistill.search.shape_latency import ShapeTask, count_params_m, time_shapes
 from raydistill.training.tokenized_data import select_student_tokens
 from tests.factories.models import save_tiny
 from tests.factories.training import make_run, write_run_workspace
 
-TIMING = ShapeTiming(5, 3, "transformers", "fp32", beams=(1,))
 
-
-def test_shape_is_timed_once_and_again_only_after_a_noisy_timing(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
-    teacher = open_teacher(str(save_tiny("bart", tmp_path / "m")), Dataset(name="demo"))
-    options = {"engine": "transformers", "device": "cpu", "threads": 1}
-
-    def timed(remeasure_noisy=True):
-        [shape] = time_shape(teacher, "2-1", replace(TIMING, remeasure_noisy=remeasure_noisy), **options)
-        assert shape.engine == "transformers fp32"
-        return shape
-
-    assert timed().costs["latency_ms"] < 9e9
-    table = tmp_path / "home" / "latency.json"
-    for background_cores, again in ((0.2, False), (3.0, True)):
-        data = json.loads(table.read_text())
-        assert len(data["timings"]) == 2  # batches of 32 and of 1
-        for entry in data["timings"].values():
-            entry["timing"] |= {"median_ms": 9e9, "background_cores": background_cores}
-        table.write_text(json.dumps(data))
-        assert timed(remeasure_noisy=False).costs["latency_ms"] == 9e9  # trials of a running sweep keep this timing
-        shape = timed()
-        assert (shape.costs["latency_ms"] < 9e9) == again
-        if not again:
-            assert shape.background_cores == 0.2
-    assert all(entry["timing"]["median_ms"] < 9e9 for entry in json.loads(table.read_text())["timings"].values())
-    # If the expected engine cannot be used, the fallback's timing is not stored
-    before = json.loads(table.read_text())
-    [fallback] = time_shape(teacher, "2-2", replace(TIMING, engine="ctranslate2"), **options)
-    assert fallback.engine == "transformers fp32"
-    assert json.loads(table.read_text()) == before
-
-
-def test_a_pruned_shape_is_timed_apart_from_the_shape_with_all_units(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
-    teacher = open_teacher(str(save_tiny("bart", tmp_path / "m")), Dataset(name="demo"))
-    options = {"engine": "transformers", "device": "cpu", "threads": 1}
-    [full], [pruned], [same] = (
-        time_shape(teacher, name, replace(TIMING, remeasure_noisy=False), **options)
-        for name in ("2-1", "2-1-ffn0.5-0.25", "2-1-ffn16-8")
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShapeTask:
+    """A tiny teacher with 2-3 layers, and the students 2-3 and 2-1."""
+    for rule in ("SEARCH_RULE", "EXCLUSION_RULE"):
+        monkeypatch.setattr(shape_latency, rule, StoppingRule(min_pairs=2, max_seconds=0.3))
+    return ShapeTask(
+        run=Run.model_validate({"name": "r", "teacher": str(save_tiny("bart", tmp_path / "m")), "dataset": "demo"}),
+        sizes=["2-3", "2-1"],
+        label_folders={},
+        source_tokens=5,
+        output_tokens=3,
+        precision="fp32",
+        beams=2,
+        fewest_beams=1,
+        variants=[EngineVariant("fp32", "off"), EngineVariant("fp16", "off"), EngineVariant("int8", 10)],
+        bounds={"latency_ms": CostBounds(shares=(0.5,)), "latency_ms_b1": CostBounds()},
     )
-    timings = json.loads((tmp_path / "home" / "latency.json").read_text())["timings"]
-    assert len(timings) == 4  # two shapes, batches of 32 and of 1
+
+
+def test_shapes_are_timed_in_pairs_and_their_cheapest_serving_for_the_bounded_cost(task: ShapeTask) -> None:
+    table = time_shapes(task, "cpu", 1)
+    assert table.teacher_size == "2-3"
+    assert table.costs.keys() == {"2-3", "2-1"}
+    assert table.costs["2-1"]["params_m"] < table.costs["2-3"]["params_m"]
+    teacher_ms, student_ms = (table.costs[size]["latency_ms"] for size in ("2-3", "2-1"))
+    assert table.costs["2-1"]["speedup"] == pytest.approx(teacher_ms / student_ms)
+    assert table.engines == {"2-3": "ctranslate2 fp32", "2-1": "ctranslate2 fp32"}
+    for size in ("2-3", "2-1"):  # a student may have the size of the teacher
+        cheapest = table.cheapest[size]
+        assert cheapest.config.beams == 1
+        assert cheapest.config.precision in ("fp32", "int8")  # CTranslate2 has no fp16 on a CPU
+        assert cheapest.timings.keys() == {"latency_ms"}
+        assert cheapest.timings["latency_ms"].bounds == (EXCLUSION_MARGIN * 0.5,)
+        assert cheapest.costs["memory_mb"] == pytest.approx(table.costs[size]["memory_mb"] / 4)  # int8
+
+
+def test_a_shape_with_fewer_units_has_its_own_costs(task: ShapeTask) -> None:
+    names = ["2-1", "2-1-ffn0.5-0.25", "2-1-ffn16-8"]
+    costs = time_shapes(replace(task, sizes=names, bounds={}), "cpu", 1).costs
+    full, pruned, same = (costs[name]["params_m"] for name in names)
     assert same == pruned
     # Per unit of a layer: 16 weights and a bias before the unit, and 16 weights after it
-    removed = (2 * (32 - 16) + (32 - 8)) * (16 + 1 + 16) / 1e6
-    assert full.costs["params_m"] - pruned.costs["params_m"] == pytest.approx(removed)
-    assert count_params_m(teacher.model.config, "2-1-ffn0.5-0.25") == pruned.costs["params_m"]
+    assert full - pruned == pytest.approx((2 * (32 - 16) + (32 - 8)) * (16 + 1 + 16) / 1e6)
+    config = open_teacher(str(task.run.teacher), task.run.dataset).model.config
+    assert count_params_m(config, "2-1-ffn0.5-0.25") == pruned
 
 
-def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(tmp_path, monkeypatch):
-    """The used tokens include those of the label set."""
-    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(task: ShapeTask, tmp_path: Path) -> None:
+    """The used tokens include those of the label set. A shortlist is made of the tokens that remain."""
     workspace = write_run_workspace(tmp_path)
     student = {"size": "2-1", "vocabulary": "used"}
-    data = {"name": str(workspace), "train_rows": 2}
-    run = make_run(workspace, "pl", evaluation={"engine": "transformers"}, student=student, dataset=data)
-    names = ["2-1", "2-1-vused", "2-1-v300"]
-    folders = {"pseudo": tmp_path / "labels"}
-    timed = time_shapes(run, names, TIMING, folders, device="cpu", threads=1)
-    params = {name: timed[name][0].costs["params_m"] for name in names}
+    run = make_run(workspace, "pl", student=student, dataset={"name": str(workspace), "train_rows": 2})
+    names, folders = ["2-1", "2-1-vused", "2-1-v300"], {"pseudo": tmp_path / "labels"}
+    table = time_shapes(replace(task, run=run, sizes=names, label_folders=folders), "cpu", 1)
+    params = {name: table.costs[name]["params_m"] for name in names}
     teacher = open_teacher(str(workspace / "teacher"), run.dataset)
     width, tokens = teacher.model.config.d_model, teacher.model.config.vocab_size
     assert params["2-1"] - params["2-1-v300"] == pytest.approx((tokens - 300) * width / 1e6)
@@ -81,4 +79,4 @@ def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(tmp_path, monkeypa
     used = select_student_tokens(run, teacher.tokenizer, teacher.model.config, folders)
     assert used is not None
     assert params["2-1"] - params["2-1-vused"] == pytest.approx((tokens - len(used)) * width / 1e6)
-    assert len(json.loads((tmp_path / "home" / "latency.json").read_text())["timings"]) == 6
+    assert "latency_ms" in table.cheapest["2-1-v300"].timings

@@ -15,8 +15,8 @@ ROWS = {"train": 400, "validation": 40, "test": 40}
 SEARCH = {
     "run.training.max_steps": 3,
     "search.concurrent": 1,  # two actors would import torch twice
-    "search.decoding.beams": [1, 2],
-    "search.decoding.length_penalty": [1.0],
+    "serving.beams": [1, 2],
+    "serving.precision": ["fp32"],
 }
 
 
@@ -55,12 +55,12 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
     for entry, (score, latency) in zip(finalists, points, strict=True):
         beaten = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in points)
         assert entry["front"] != beaten
-    teacher_ms = summary["teacher"]["costs"]["latency_ms"]  # the median over the decodings with equal beams
+    teacher_ms = summary["teacher"]["costs"]["latency_ms"]
     for budget, share in (("fast", 0.6), ("fastest", 0.45)):
-        key, decoding = summary["choices"][budget], summary["decodings"][budget]
+        key, serving = summary["choices"][budget], summary["serving"][budget]
         fitting = [t for t in finalists if t["metrics"]["latency_ms"] <= share * teacher_ms]
         assert (key is None) == (not fitting)
-        assert not fitting or (key, decoding) in [(t["key"], t["decoding"]) for t in fitting]
+        assert not fitting or (key, serving) in [(t["key"], t["serving"]) for t in fitting]
     for key, path in summary["exports"].items():
         assert summary["choices"][key] in path
         assert (Path(path) / "model.safetensors").is_file()
@@ -114,19 +114,16 @@ def test_a_finished_sweep_runs_no_trial_again_and_prints_the_same_front(demo):
 
 
 def test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command(demo):
-    """All trials are finished, as after a kill while finalists are served; the command adds one decoding."""
+    """All trials are finished, as after a kill while finalists are served; the command adds a number of beams."""
     home, _, summary, arguments, _ = demo
     sweep = Path(summary["sweep"])
     results = {p: p.stat().st_mtime_ns for p in sweep.glob("trials/*/result.json")}
-    for served in sweep.rglob("served.json"):
-        served.unlink()
-    again = last_json(command(home, *arguments, "--set", "search.decoding.beams=[1,2,3]", "--json"))
-    before, after = (
-        {(f["key"], f["decoding"]["beams"], f["decoding"]["length_penalty"]) for f in entry["finalists"]}
-        for entry in (summary, again)
-    )
+    for path in [*sweep.rglob("served.json"), sweep / "serving_latency.json"]:
+        path.unlink()
+    again = last_json(command(home, *arguments, "--set", "serving.beams=[1,2,3]", "--json"))
+    before, after = ({(f["key"], *f["serving"].values()) for f in entry["finalists"]} for entry in (summary, again))
     assert before < after
-    assert {beams for _, beams, _ in after - before} == {3}
+    assert {beams for _, beams, *_ in after - before} == {3}
     assert all(f["test"] for f in again["finalists"] if f["front"])
     assert {p: p.stat().st_mtime_ns for p in results} == results
     assert json.loads((sweep / "sweep.json").read_text())["status"] == "finished"
@@ -158,9 +155,9 @@ def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, t
     home, _, summary, *_ = demo
     [best] = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
     served = json.loads((Path(summary["sweep"]) / "trials" / best["key"] / "served.json").read_text())["entries"]
-    assert best["score"] in [entry["metrics"]["rouge2"] for entry in served if entry["decoding"] == best["decoding"]]
+    assert best["score"] in [entry["metrics"]["rouge2"] for entry in served if entry["config"] == best["serving"]]
     assert best["costs"]["params_m"] <= 100
-    assert GenerationConfig.from_pretrained(best["checkpoint"]).num_beams == best["decoding"]["beams"]
+    assert GenerationConfig.from_pretrained(best["checkpoint"]).num_beams == best["serving"]["beams"]
     checkpoint = Path(summary["sweep"]) / "trials" / summary["front"][0] / "best"
     card = json.loads((checkpoint / "raydistill.json").read_text())
     assert set(card) >= {"teacher", "size", "copied", "supervised", "config", "data", "scores", "versions"}

@@ -1,33 +1,44 @@
 """The export of a student: complete or absent after a kill at any step; created again only if its content changed."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ctranslate2
+import numpy as np
 import pytest
 
-from raydistill.config.run import Student
+from raydistill.config.run import Decoding, Student
+from raydistill.config.serving import ServingConfig
 from raydistill.core import artifact
 from raydistill.core.artifact import LockHeld
-from raydistill.models.loading import load_model
+from raydistill.core.errors import UserError
+from raydistill.evaluate import serving_options
+from raydistill.inference import mlflow_pyfunc
+from raydistill.inference.decoding import EngineOptions, resolve_decoding
+from raydistill.inference.engines import open_engine
+from raydistill.inference.shortlist import Shortlist, kept_tokens, stored_map, write_map
+from raydistill.models.loading import load_config, load_generation_config, load_model
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.pruning import random_units
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.shrinking import plan_student, shrink
-from raydistill.models.tokenization import load_tokenizer
+from raydistill.models.tokenization import load_tokenizer, tokens_by_id
 from raydistill.results.selection import Selection, load_selection
+from raydistill.results.sweep_record import ShortlistCoverage
 from raydistill.tracking import export
 from tests.factories.kills import kill_at_every_step
-from tests.factories.sweeps import make_student
+from tests.factories.models import sentences
+from tests.factories.sweeps import change_sweep, make_student, served_student, write_served
 
 
 @pytest.fixture
 def selection(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> Selection:
     """A sweep with one student. The files of MLflow and CTranslate2 are left out, which take seconds to create."""
     make_student(sweep, "a", 0, 10.0)
-    monkeypatch.setattr(export, "_add_ctranslate2_model", lambda folder: None)
+    monkeypatch.setattr(export, "_add_ctranslate2_model", lambda folder, options: None)
     monkeypatch.setattr(export, "write_mlmodel", lambda folder: (folder / "MLmodel").write_text("x"))
     return load_selection(sweep)
 
@@ -60,7 +71,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_export(selection: Selectio
     assert set(contents) == {old, contents[-1]}
 
 
-def test_an_export_is_created_again_if_weights_decoding_or_card_changed_or_a_file_is_missing(
+def test_an_export_is_created_again_if_weights_serving_or_card_changed_or_a_file_is_missing(
     selection: Selection,
 ) -> None:
     folder = export.export_student(selection, "a b1")
@@ -113,3 +124,49 @@ def test_a_student_with_fewer_units_is_exported_with_its_conversion(sweep: Path)
     written: Any = tokenizer.convert_tokens_to_ids(result.hypotheses[0])
     assert written == expected[: len(written)]
     assert len(written) > 5
+
+
+def test_plain_ctranslate2_mlflow_and_evaluate_write_the_texts_that_were_scored(sweep: Path) -> None:
+    """A student in int8 with a shortlist: the lines of the model card, without raydistill, give the same texts."""
+    checkpoint = make_student(sweep, "a", 0, 10.0) / "best"
+    config = ServingConfig(beams=2, length_penalty=0.6, precision="int8", shortlist=60)
+    tokenizer = load_tokenizer(checkpoint)
+    allowed = sorted({*range(60), *kept_tokens(tokenizer, load_config(checkpoint))})
+    write_map(stored_map("list"), Shortlist(np.array(allowed)), tokens_by_id(tokenizer))
+    coverage = ShortlistCoverage(
+        folder="list",
+        allowed_tokens=60.0,
+        allowed_tokens_batch=60.0,
+        share_of_tokens_outside=0.1,
+        share_of_rows_outside=0.256,
+    )
+    change_sweep(sweep, shortlists={"60": coverage})
+    variant = {"precision": config.precision, "shortlist": config.shortlist}
+    write_served(sweep / "trials" / "a", served_student(2, 0.6, 10.0, {"latency_ms": 30.0}, variant))
+
+    sources = sentences(12, seed=3)
+    options = EngineOptions(precision="int8", shortlist=stored_map("list"), cache_dir=sweep / "engine")
+    beam = resolve_decoding(Decoding(beams=2, length_penalty=0.6), load_generation_config(checkpoint), None, 128)
+    engine = open_engine(checkpoint, "ctranslate2", options)
+    scored = [h[0].text.strip() for h in engine.generate(sources, beam, max_source_tokens=32)]
+    full = open_engine(checkpoint, "ctranslate2", replace(options, precision="fp32", shortlist=None))
+    assert scored != [h[0].text.strip() for h in full.generate(sources, beam, max_source_tokens=32)]
+
+    folder = export.export_student(load_selection(sweep), f"a {config.key}")
+    assert folder.name == "a-b2-p0.6-int8-s60"
+    card = (folder / "README.md").read_text()
+    assert "25.6% of the validation references have a token outside the list" in card
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "ctranslate2" in block]
+    scope: dict[str, object] = {}
+    exec(code.replace("FOLDER", str(folder)).replace('["a text", "another text"]', repr(sources)), scope)
+    assert scope["outputs"] == scored
+    assert mlflow_pyfunc._load_pyfunc(str(folder)).predict(sources) == scored
+    evaluated = serving_options(str(folder), EngineOptions())
+    assert (evaluated.precision, evaluated.shortlist) == ("int8", folder / "vmap.txt")
+    serving = CheckpointMetadata.read_from(folder).serving
+    assert serving is not None
+    assert serving.config == config
+    assert (folder / "ctranslate2" / "vmap.txt").read_bytes() == stored_map("list").read_bytes()
+    shutil.rmtree(stored_map("list").parent)
+    with pytest.raises(UserError, match="the shortlist was deleted; run the sweep again"):
+        export.export_student(load_selection(sweep), f"a {config.key}")

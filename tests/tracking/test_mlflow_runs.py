@@ -121,7 +121,7 @@ def test_duplicate_runs_are_deleted(sweep: Path) -> None:
     assert {key: run.info.run_id for key, run in after.items()} == {"": parent, "a": original.info.run_id}
 
 
-def test_served_metrics_are_logged_once_per_decoding_after_the_trial_finished(sweep: Path) -> None:
+def test_served_metrics_are_logged_once_per_configuration_after_the_trial_finished(sweep: Path) -> None:
     folder = make_trial(sweep, "a", 0, 10.0)
     mlflow_runs.publish(sweep)
     costs = {"latency_ms": 50.0, "latency_ms_b1": 2.0}

@@ -1,0 +1,107 @@
+"""Which serving configurations of a checkpoint are worth scoring and timing, as pure functions.
+
+Two rules skip combinations that no budget would select:
+
+1. By speed. For a shape and a number of beams, an engine variant is skipped if another one is at least as exact and
+   at least as fast (`undominated_variants`).
+2. By score. All remaining variants are scored with the checkpoint's own decoding. The fastest variant that is not
+   inferior to the most exact one makes slower variants unnecessary: these are not scored with other decodings
+   (`configs_to_score`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from raydistill.config.serving import EngineVariant, ServingConfig
+from raydistill.evaluation.metrics import paired_bootstrap
+
+# A less exact variant must take at most this share of the time of a more exact one. First-pass times are rough.
+MIN_SAVING = 0.05
+# Points below the most exact variant that the paired 95 % interval of the difference may reach.
+MAX_INFERIORITY = 0.3
+
+# Per-row statistics of a configuration; None if the checkpoint was not scored with that configuration.
+RowsOf = Callable[[ServingConfig], np.ndarray | None]
+
+
+def undominated_variants(times: Mapping[EngineVariant, float]) -> list[EngineVariant]:
+    """The variants that no other variant dominates, the fastest first.
+
+    Args:
+        times: Milliseconds of each variant, for one shape and one number of beams.
+    """
+
+    def is_dominated(variant: EngineVariant) -> bool:
+        return any(
+            other != variant and other.is_as_exact_as(variant) and times[other] * (1 - MIN_SAVING) <= times[variant]
+            for other in times
+        )
+
+    return sorted((variant for variant in times if not is_dominated(variant)), key=lambda variant: times[variant])
+
+
+def configs_to_score(
+    decodings: Sequence[ServingConfig],
+    variants: Mapping[int, Sequence[EngineVariant]],
+    rows_of: RowsOf,
+    metric: str,
+) -> list[ServingConfig]:
+    """The configurations that a checkpoint is scored with, as far as the scores so far tell.
+
+    While a score with the checkpoint's own decoding is missing, only configurations with that decoding are returned.
+
+    Args:
+        decodings: The checkpoint's own decoding, then the others; their precision and shortlist are ignored.
+        variants: By number of beams, the variants that are not dominated, the fastest first.
+        rows_of: Per-row statistics of the scores so far.
+        metric: Name of the main score.
+    """
+    own, *others = decodings
+    fastest_first = variants[own.beams]
+    first = [own.with_variant(variant) for variant in sorted(fastest_first, key=lambda variant: variant.exactness)]
+    rows = {config.variant: rows_of(config) for config in first}
+    if any(array is None for array in rows.values()):
+        return first
+    most_exact = rows[first[0].variant]
+    assert most_exact is not None
+    fast_enough = []
+    for variant in fastest_first:
+        fast_enough.append(variant)
+        if variant == first[0].variant or _is_not_inferior(metric, rows[variant], most_exact):
+            break
+    return first + [
+        decoding.with_variant(variant)
+        for decoding in others
+        for variant in sorted(variants[decoding.beams], key=lambda variant: variant.exactness)
+        if variant in fast_enough
+    ]
+
+
+def _is_not_inferior(metric: str, rows: np.ndarray | None, most_exact: np.ndarray) -> bool:
+    """Whether the paired interval of the difference rows - most_exact lies above `-MAX_INFERIORITY`."""
+    assert rows is not None
+    if rows.shape != most_exact.shape or rows.dtype != most_exact.dtype:
+        return False  # of other rows
+    if np.array_equal(rows, most_exact):
+        return True
+    key = _RowsKey(rows.tobytes(), most_exact.tobytes(), rows.dtype.str, rows.shape)
+    return _lower_end(metric, key) > -MAX_INFERIORITY
+
+
+class _RowsKey(NamedTuple):
+    """Two arrays of per-row statistics, as the key of a cache."""
+
+    rows: bytes
+    most_exact: bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _lower_end(metric: str, key: _RowsKey) -> float:
+    """The lower end of the paired interval; the rules are applied to the same scores many times."""
+    rows, most_exact = (np.frombuffer(part, key.dtype).reshape(key.shape) for part in (key.rows, key.most_exact))
+    return paired_bootstrap(metric, rows, most_exact).low
