@@ -12,6 +12,7 @@ from raydistill.config.run import Run
 from raydistill.config.serving import EngineVariant, Serving, ServingConfig
 from raydistill.config.space import Search, Space
 from raydistill.data.corpus import read_corpus
+from raydistill.data.selection import read_part
 from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, Hardware
 from raydistill.evaluation.paired_latency import StoppingRule
 from raydistill.evaluation.scoring import evaluate
@@ -309,6 +310,21 @@ def test_scores_are_those_of_an_evaluation_and_row_statistics_are_written(
     for config in configs:
         with np.load(tmp_path / f"rows-validation-{config.key}.npz") as rows:
             assert rows["validation"].shape == (8, 10)
+
+
+def test_a_checkpoint_is_served_on_the_rows_that_are_kept_for_the_choice(
+    context: ServingContext, world, tmp_path: Path
+) -> None:
+    dataset = context.run.dataset.model_copy(update={"selection_share": 0.5})
+    context = replace(context, run=context.run.model_copy(update={"dataset": dataset}))
+    kept = read_part(dataset, "selection")
+    assert kept is not None
+    assert 0 < len(kept) < 8
+    assert context.split == "selection"
+    checkpoint = ServedCheckpoint("a", "2-3", str(world[0]), tmp_path, BEAM)
+    [served] = score_checkpoint(context, checkpoint, [checkpoint.own_config()], context.split, "cpu", 1)
+    assert (served.split, served.rows) == ("selection", len(kept))
+    assert (tmp_path / "rows-selection-b4-p1.npz").is_file()
 
 
 def test_first_pass_and_session_time_every_shape_and_configuration(
