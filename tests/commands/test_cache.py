@@ -112,6 +112,6 @@ def test_conversion_that_another_process_uses_is_not_removed(conversions, tmp_pa
     name, folder = next(iter(conversions.items()))
     with artifact.lock(folder):
         result = command(tmp_path / "outputs", "cache", "remove", name)
-    assert result.returncode == 2
+    assert result.returncode == os.EX_TEMPFAIL
     assert f"{folder}: in use by process {os.getpid()}" in result.stderr
     assert folder.exists()

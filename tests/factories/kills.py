@@ -98,7 +98,8 @@ def record_syncs_and_renames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 
 def check_synced_before_publication(events: list[tuple[str, str]], folder: Path) -> None:
     """Assert that all files and folders of an artifact were synced before its rename, and its parent folder after."""
-    rename = next((event for event in events if event[0] == "rename"), None)
+    renames = [event for event in events if event[0] == "rename" and Path(event[1]).parent == folder.parent]
+    rename = renames[0] if renames else None
     assert rename is not None, "the artifact was not renamed to its path"
     temporary = rename[1]
     before = {path for kind, path in events[: events.index(rename)] if kind == "fsync"}

@@ -273,10 +273,10 @@ def test_stopped_run_killed_while_scored_is_still_stopped(workspace, tmp_path, m
     whole = train(run, tmp_path / "whole", stop_at_second_validation(), RunInputs())
     score = validation.Validator.score
 
-    def interrupted_score(self, checkpoint, *arguments):
+    def interrupted_score(self, checkpoint, *arguments, **options):
         if checkpoint.name == "best":
             raise KeyboardInterrupt
-        return score(self, checkpoint, *arguments)
+        return score(self, checkpoint, *arguments, **options)
 
     monkeypatch.setattr(validation.Validator, "score", interrupted_score)
     with pytest.raises(KeyboardInterrupt):
