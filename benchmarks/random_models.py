@@ -9,6 +9,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     GenerationConfig,
+    MBartConfig,
     PegasusConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -52,6 +53,23 @@ def large_config(family: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast
         decoder_start_token_id=0,
     )
     return config, word_tokenizer(PEGASUS_VOCABULARY_SIZE, ["<pad>", "</s>", "<s>", "<unk>"])
+
+
+def mbart_config(tokens: int, encoder: int, decoder: int, width: int = 1024) -> MBartConfig:
+    """The configuration of an mBART with `tokens` words and the heads and feed-forward width of mBART-large."""
+    return MBartConfig(
+        vocab_size=tokens,
+        d_model=width,
+        encoder_layers=encoder,
+        decoder_layers=decoder,
+        encoder_attention_heads=16,
+        decoder_attention_heads=16,
+        encoder_ffn_dim=4096,
+        decoder_ffn_dim=4096,
+        scale_embedding=True,
+        decoder_start_token_id=5,
+        tie_word_embeddings=True,
+    )
 
 
 def _bart_config(size: str) -> BartConfig:

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MBartConfig, MBartForConditionalGeneration
+from transformers import MBartForConditionalGeneration
 
 from benchmarks.common import BenchmarkResult, describe_machine
-from benchmarks.random_models import SPECIAL_TOKENS, word_tokenizer
+from benchmarks.random_models import SPECIAL_TOKENS, mbart_config, word_tokenizer
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.corpus import Corpus, read_corpus
@@ -310,21 +310,8 @@ def run_large(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
 
 
 def _save_large(tokenizer: Any, folder: Path) -> None:
-    config = MBartConfig(
-        vocab_size=LARGE_VOCABULARY,
-        d_model=1024,
-        encoder_layers=12,
-        decoder_layers=1,
-        encoder_attention_heads=16,
-        decoder_attention_heads=16,
-        encoder_ffn_dim=4096,
-        decoder_ffn_dim=4096,
-        scale_embedding=True,
-        decoder_start_token_id=5,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
-    model = MBartForConditionalGeneration(config).eval()
+    model = MBartForConditionalGeneration(mbart_config(LARGE_VOCABULARY, 12, 1)).eval()
     model.generation_config.max_length = None
     convert_to_ctranslate2(model, tokenizer, folder)
 

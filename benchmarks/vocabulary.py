@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import MBartConfig, MBartForConditionalGeneration, PreTrainedModel
+from transformers import MBartForConditionalGeneration, PreTrainedModel
 
 from benchmarks.common import BenchmarkResult, describe_machine
-from benchmarks.random_models import SPECIAL_TOKENS, word_tokenizer
+from benchmarks.random_models import SPECIAL_TOKENS, mbart_config, word_tokenizer
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.corpus import Corpus, read_corpus
@@ -108,7 +108,7 @@ def run_large(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     full, kept = options.large_tokens
     encoder, decoder = options.layers
     torch.manual_seed(0)
-    model = MBartForConditionalGeneration(_mbart_config(full, encoder, decoder)).eval()
+    model = MBartForConditionalGeneration(mbart_config(full, encoder, decoder, LARGE_WIDTH)).eval()
     model.generation_config.max_length = None
     trimmed = trim_model(model, range(kept))
     parameters = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, trimmed)]
@@ -140,22 +140,6 @@ def run_large(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
         f"process, after the model was opened and has decoded once, less that before."
     )
     return records, f"{text}\n\n{markdown_table(header, cells)}"
-
-
-def _mbart_config(tokens: int, encoder: int, decoder: int) -> MBartConfig:
-    return MBartConfig(
-        vocab_size=tokens,
-        d_model=LARGE_WIDTH,
-        encoder_layers=encoder,
-        decoder_layers=decoder,
-        encoder_attention_heads=16,
-        decoder_attention_heads=16,
-        encoder_ffn_dim=4096,
-        decoder_ffn_dim=4096,
-        scale_embedding=True,
-        decoder_start_token_id=5,
-        tie_word_embeddings=True,
-    )
 
 
 def _convert(model: PreTrainedModel, tokens: int, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from raydistill.config.presets import teacher_preset
@@ -16,6 +17,7 @@ from raydistill.inference.shortlist import restrict_map
 from raydistill.models.loading import load_config
 from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens, tokens_by_id
 from raydistill.results.serving_latency import TEACHER_SHAPE
+from raydistill.training.tokenized_data import read_split
 
 ENGINE_LIBRARIES = ("ctranslate2", "transformers")
 
@@ -84,6 +86,13 @@ class ServingContext:
     def split(self) -> str:
         """The split that students are scored, timed and chosen on."""
         return selection_split(self.run.dataset)
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """The source texts of `split`, read once in each task."""
+        corpus = read_split(self.run.dataset, self.split)
+        assert corpus is not None, self.split
+        return list(corpus.sources)
 
     def max_source_tokens(self, checkpoint: str) -> int:
         """The number of source tokens that a checkpoint reads."""

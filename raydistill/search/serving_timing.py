@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from raydistill.config.serving import EngineVariant, ServingConfig
 from raydistill.core.console import print_progress
 from raydistill.core.machine import reset_peak_rss
-from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, hardware, used_memory_mb
+from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, Repetition, hardware, time_calls, used_memory_mb
 from raydistill.evaluation.paired_latency import PairedTiming, StoppingRule, time_pairs
 from raydistill.evaluation.serving import make_serving_call
 from raydistill.inference.decoding import Engine
@@ -27,7 +27,6 @@ from raydistill.search.served_engine import (
     engine_versions,
     open_served_engine,
 )
-from raydistill.training.tokenized_data import read_split
 
 # Rounds of the first pass: every variant is called once in each round.
 FIRST_PASS_ROUNDS = (3, 5)
@@ -245,10 +244,8 @@ def _make_call(
     context: ServingContext, checkpoint: ServedCheckpoint, engine: Engine, config: ServingConfig, cost: str
 ) -> tuple[Call, int]:
     """A call that decodes the rows of a cost, and how many batches it decodes."""
-    corpus = read_split(context.run.dataset, context.split)
-    assert corpus is not None
     max_source_tokens = context.max_source_tokens(checkpoint.checkpoint)
-    return make_serving_call(engine, corpus.sources, cost, checkpoint.beam(config), max_source_tokens)
+    return make_serving_call(engine, context.sources, cost, checkpoint.beam(config), max_source_tokens)
 
 
 def _baseline_ms(cost: str, servings: Sequence[TimedServing], session: _Session) -> float:
@@ -265,13 +262,7 @@ def _baseline_ms(cost: str, servings: Sequence[TimedServing], session: _Session)
 
 def time_ms(call: Call) -> float:
     """Median milliseconds of three calls after an untimed one."""
-    call()
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds)
+    return time_calls(call, Repetition(repeats=3, warmup=1, min_seconds=0.0)).median_ms
 
 
 def _peak_mb(call: Call, memory_before_mb: float | None, device: str) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from raydistill.config.serving import Serving, ServingConfig
 from raydistill.config.space import Space
@@ -30,6 +31,7 @@ from raydistill.results.sweep_record import (
 from raydistill.tracking import mlflow_store
 from raydistill.training.records import RESULT_FILE, RunResult
 from tests.factories.models import save_tiny
+from tests.factories.workspace import make_world
 
 RUN: dict[str, Any] = {
     "teacher": "t",
@@ -55,6 +57,16 @@ KILL_SPACE: dict[str, Any] = {
     "budgets": {"any": {"params_m": 100}},
 }
 """A space of six short trials that lacks the teacher and the data set of `workspace.make_world`."""
+
+
+def write_kill_space(folder: Path, **settings: Any) -> Path:
+    """Write a tiny teacher, a corpus and `KILL_SPACE` with further settings to a folder; return the space file."""
+    teacher, data = make_world(folder)
+    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
+    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
+    path = folder / "killed.yaml"
+    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, **settings}))
+    return path
 
 
 def make_space(**search: Any) -> Space:

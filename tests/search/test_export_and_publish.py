@@ -10,13 +10,19 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import yaml
 
 from raydistill.results.selection import load_selection
 from raydistill.search.sweep import export_and_publish
 from raydistill.tracking.mlflow_store import make_client
-from tests.factories.sweeps import KILL_SPACE, change_sweep, make_student, make_trial, shape_table, sweep_teacher
-from tests.factories.workspace import command, environment, last_json, make_world
+from tests.factories.sweeps import (
+    change_sweep,
+    make_student,
+    make_trial,
+    shape_table,
+    sweep_teacher,
+    write_kill_space,
+)
+from tests.factories.workspace import command, environment, last_json
 
 
 @pytest.fixture
@@ -104,14 +110,10 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_while_the_tracking_server_is_down(tmp_path: Path) -> None:
     """The server stops after the first trial, is down during a second command, and is back for a third."""
-    teacher, data = make_world(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
-    path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, "tracking_uri": f"http://127.0.0.1:{port}"}))
+    path = write_kill_space(tmp_path, tracking_uri=f"http://127.0.0.1:{port}")
     home = tmp_path / "outputs"
     refused = command(home, "sweep", path)
     assert refused.returncode == 2, "a first start without its server"

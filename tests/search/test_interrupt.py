@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.factories.sweeps import KILL_SPACE
-from tests.factories.workspace import command, environment, last_json, make_world, wait_for_ray_to_end
+from tests.factories.sweeps import write_kill_space
+from tests.factories.workspace import command, environment, last_json, wait_for_ray_to_end
 
 SERVED_AND_PUBLISHED = ("served.json", "exports", "front.html")
 
@@ -19,11 +18,7 @@ SERVED_AND_PUBLISHED = ("served.json", "exports", "front.html")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_interrupted_sweep_keeps_finished_trials_and_publishes_nothing(tmp_path: Path) -> None:
-    teacher, data = make_world(tmp_path)
-    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
-    path, home = tmp_path / "killed.yaml", tmp_path / "outputs"
-    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
+    path, home = write_kill_space(tmp_path), tmp_path / "outputs"
     process = subprocess.Popen(
         [sys.executable, "-m", "raydistill.sweep", str(path), "--json"],
         env=environment(),

@@ -13,7 +13,7 @@ import yaml
 
 from raydistill.models.loading import load_config
 from raydistill.search import shape_latency
-from tests.factories.sweeps import KILL_SPACE, mlflow_children
+from tests.factories.sweeps import mlflow_children, write_kill_space
 from tests.factories.workspace import command, environment, last_json, make_world, wait_for_ray_to_end
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +26,7 @@ def params_m(teacher: Path, size: str) -> float:
 
 def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
     """SIGKILL to the driver while some trials are finished and others run (test_kills.py repeats this twenty times)."""
-    teacher, data = make_world(tmp_path)
-    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
-    run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
-    path = tmp_path / "killed.yaml"
-    path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run}))
+    path = write_kill_space(tmp_path)
     home = tmp_path / "outputs"
     trials = home / "sweeps" / "killed" / "trials"
     started = subprocess.Popen(
