@@ -5,8 +5,8 @@ Two rules skip combinations that no budget would select:
 1. By speed. For a shape and a number of beams, an engine variant is skipped if another one is at least as exact and
    at least as fast (`undominated_variants`).
 2. By score. All remaining variants are scored with the checkpoint's own decoding. The fastest variant that is not
-   inferior to the most exact one makes slower variants unnecessary: these are not scored with other decodings
-   (`configs_to_score`).
+   inferior to the most exact one makes slower variants unnecessary: these are not scored with other decodings, unless
+   a decoding has no other variant (`configs_to_score`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,12 +72,13 @@ def configs_to_score(
         fast_enough.append(variant)
         if variant == first[0].variant or _is_not_inferior(metric, rows[variant], most_exact):
             break
-    return first + [
-        decoding.with_variant(variant)
-        for decoding in others
-        for variant in sorted(variants[decoding.beams], key=lambda variant: variant.exactness)
-        if variant in fast_enough
-    ]
+    configs = list(first)
+    for decoding in others:
+        kept = sorted(variants[decoding.beams], key=lambda variant: variant.exactness)
+        # Noise of the first pass may leave no fast variant with another number of beams. No decoding is skipped.
+        wanted = [variant for variant in kept if variant in fast_enough] or kept
+        configs += [decoding.with_variant(variant) for variant in wanted]
+    return configs
 
 
 def _is_not_inferior(metric: str, rows: np.ndarray | None, most_exact: np.ndarray) -> bool:

@@ -50,5 +50,13 @@ def test_other_decodings_are_scored_with_the_fastest_variant_that_is_not_inferio
 
 def test_a_variant_that_is_dominated_with_other_beams_is_not_scored_with_them() -> None:
     base = np.linspace(0, 40, 400)
+    variants = {4: VARIANTS, 1: [INT8_SHORT, FP32]}
+    configs = configs_to_score([OWN, GREEDY], variants, lambda config: base, "rouge2")
+    assert [config.variant for config in configs if config.beams == 1] == [INT8_SHORT]
+
+
+def test_each_decoding_is_scored_with_at_least_one_variant() -> None:
+    """The first pass found no fast variant with one beam, as a noisy machine may have it."""
+    base = np.linspace(0, 40, 400)
     configs = configs_to_score([OWN, GREEDY], {4: VARIANTS, 1: [FP32]}, lambda config: base, "rouge2")
-    assert [config.beams for config in configs] == [4] * 4
+    assert [config.variant for config in configs if config.beams == 1] == [FP32]
