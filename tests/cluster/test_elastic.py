@@ -29,6 +29,7 @@ from raydistill.training.records import RESULT_FILE, RunResult
 from raydistill.training.workers import Worker
 
 BATCHES = 60
+TRIAL_SECONDS = 20.0  # longer than the start of an actor on a busy machine
 
 
 def make_slow_batch_function(folder: Path) -> Callable[[int], BatchStats]:
@@ -109,12 +110,12 @@ class NodeChanges(Callback):
 
 
 def sweep_while_nodes_change(sweep: Path) -> None:
-    """Run ten trials while a second node joins and leaves. A trial lasts longer than the start of an actor."""
-    space = endless_space(10, None, 8.0, "tune")
+    """Run ten trials while a second node joins and leaves."""
+    space = endless_space(10, None, TRIAL_SECONDS, "tune")
     with cluster_head() as cluster:
         cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
         with ray_cluster():
-            context = TrialContext(space, sweep, synthetic_sweep(), "cpu", partial(record_node, 8.0))
+            context = TrialContext(space, sweep, synthetic_sweep(), "cpu", partial(record_node, TRIAL_SECONDS))
             run_search(context, [NodeChanges(cluster)])
 
 
