@@ -14,10 +14,11 @@ from typing import Any
 
 from benchmarks.common import BenchmarkResult, describe_machine
 from raydistill.config.run import Dataset, Decoding
+from raydistill.config.serving import ThroughputSetting
 from raydistill.core.console import print_progress
 from raydistill.core.machine import available_cores
 from raydistill.data.corpus import read_corpus
-from raydistill.evaluation.throughput import ThroughputSetting, measure_throughput, setting_grid
+from raydistill.evaluation.throughput import measure_throughput, setting_grid
 from raydistill.inference.decoding import Engine, EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.results.tables import markdown_table
@@ -27,7 +28,7 @@ MAX_TOKENS = 64
 
 def open_with(checkpoint: Path, options: EngineOptions, setting: ThroughputSetting) -> Engine:
     """Open CTranslate2 with a setting."""
-    return open_engine(checkpoint, "ctranslate2", setting.apply(options))
+    return open_engine(checkpoint, "ctranslate2", options.with_setting(setting))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from raydistill.config.run import StrictModel
 
@@ -99,6 +99,29 @@ class ServingConfig(StrictModel):
         return ", ".join(parts)
 
 
+class ThroughputSetting(StrictModel):
+    """Threads and batches of an engine that decodes many rows at once.
+
+    Attributes:
+        inter_threads: Batches that are decoded at the same time.
+        intra_threads: Threads per batch.
+        batch_tokens: Source tokens per batch, at most; None for the engine's default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    inter_threads: int = Field(ge=1)
+    intra_threads: int = Field(ge=1)
+    batch_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def label(self) -> str:
+        """The setting for readers, such as "2 batches of 2,400 tokens x 1 thread"."""
+        batches = f"{self.inter_threads} {'batch' if self.inter_threads == 1 else 'batches'}"
+        size = f" of {self.batch_tokens:,} tokens" if self.batch_tokens else ""
+        return f"{batches}{size} x {self.intra_threads} {'thread' if self.intra_threads == 1 else 'threads'}"
+
+
 class CTranslate2Serving(StrictModel):
     """What a CTranslate2 program needs to write the texts that were scored.
 
@@ -126,6 +149,7 @@ class ServingRecord(StrictModel):
         languages: Languages of source and target.
         vocabulary_map: The shortlist, a file in the export.
         ctranslate2: The same settings for CTranslate2; None if CTranslate2 cannot load the student.
+        throughput: Threads and batches that decode the most rows per second; None if the sweep did not measure them.
     """
 
     config: ServingConfig
@@ -133,6 +157,7 @@ class ServingRecord(StrictModel):
     languages: tuple[str, str] | None = None
     vocabulary_map: str | None = None
     ctranslate2: CTranslate2Serving | None = None
+    throughput: ThroughputSetting | None = None
 
 
 class Serving(StrictModel):

@@ -9,12 +9,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raydistill.config.serving import ThroughputSetting
 from raydistill.evaluation.latency import BackgroundLoad
-from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
+from raydistill.inference.decoding import BeamSearchParams, Engine
 from raydistill.models.tokenization import tokenize_sources
 
 # Source tokens per batch
@@ -22,35 +23,6 @@ CPU_BATCH_TOKENS = (1_200, 2_400, 4_800)
 GPU_BATCH_TOKENS = (4_096, 16_384, 65_536)
 BATCHES_PER_THREAD = 2
 PASSES = 3  # of which the median counts
-
-
-class ThroughputSetting(BaseModel):
-    """Threads and batches of an engine.
-
-    Attributes:
-        inter_threads: Batches that are decoded at the same time.
-        intra_threads: Threads per batch.
-        batch_tokens: Source tokens per batch, at most; None for the engine's default.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inter_threads: int = Field(ge=1)
-    intra_threads: int = Field(ge=1)
-    batch_tokens: int | None = Field(None, ge=1)
-
-    def apply(self, options: EngineOptions) -> EngineOptions:
-        """The options of an engine with this setting."""
-        return replace(
-            options, threads=self.intra_threads, inter_threads=self.inter_threads, batch_tokens=self.batch_tokens
-        )
-
-    @property
-    def label(self) -> str:
-        """The setting for readers, such as "2 batches of 2,400 tokens x 1 thread"."""
-        batches = f"{self.inter_threads} {'batch' if self.inter_threads == 1 else 'batches'}"
-        size = f" of {self.batch_tokens:,} tokens" if self.batch_tokens else ""
-        return f"{batches}{size} x {self.intra_threads} {'thread' if self.intra_threads == 1 else 'threads'}"
 
 
 class SettingThroughput(BaseModel):
@@ -106,6 +78,11 @@ class SettingGrid:
     def tokens_per_pass(self) -> int:
         """Source tokens with which no thread is idle for long: several of the largest batches for each split."""
         return BATCHES_PER_THREAD * max(inter for inter, _ in self.splits) * max(n or 1 for n in self.batch_tokens)
+
+    @classmethod
+    def of(cls, setting: ThroughputSetting) -> "SettingGrid":
+        """A single setting."""
+        return cls(((setting.inter_threads, setting.intra_threads),), (setting.batch_tokens,))
 
 
 def setting_grid(engine: str, device: str, threads: int) -> SettingGrid:

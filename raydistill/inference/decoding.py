@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.config.run import Decoding
+from raydistill.config.serving import ThroughputSetting
 from raydistill.core.errors import UserError
 from raydistill.inference.shortlist import Shortlist
 from raydistill.models import families, tokenization
@@ -87,6 +88,15 @@ class EngineOptions:
     shortlist: Path | None = None
     inter_threads: int = 1
     batch_tokens: int | None = None
+
+    def with_setting(self, setting: ThroughputSetting) -> "EngineOptions":
+        """The options with other threads and batches."""
+        return replace(
+            self,
+            threads=setting.intra_threads,
+            inter_threads=setting.inter_threads,
+            batch_tokens=setting.batch_tokens,
+        )
 
 
 class Engine(Protocol):

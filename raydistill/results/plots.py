@@ -29,6 +29,7 @@ COST_AXIS_LABELS = {
     "memory_mb": "Memory of the weights (MB)",
     "peak_mb": "Memory for a batch of 32 (MB)",
     "device_hours": "Training (device-hours)",
+    "rows_per_s": "Rows per second",
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raydistill.config.loader import read_yaml
+from raydistill.config.serving import ThroughputSetting
 from raydistill.config.space import COST_METRICS
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error
@@ -77,6 +78,13 @@ class Selection:
         """
         engine = self.record.shapes.engines.get(student.size, f"{self.teacher.engine} {self.teacher.precision}")
         return student.measured_with or f"{engine}, untrained, at the corpus's mean lengths"
+
+    def throughput_setting(self, student: Trial) -> ThroughputSetting | None:
+        """The threads and batches with which a student decodes the most rows per second; None if not measured."""
+        if self.session is None or student.serving is None:
+            return None
+        measured = self.session.throughput(student.size, student.serving)
+        return measured.setting if measured else None
 
     def trial_key(self, key: str) -> str:
         """The key of the trial whose checkpoint the student with this key uses."""
@@ -164,13 +172,16 @@ def choose_within(candidates: list[Candidate], bounds: dict[str, float], metric:
 def select_finalists(sweep: Path) -> list[Trial]:
     """The trials worth serving, by the measurements of the search: on the front of any cost, or chosen for a budget.
 
-    All costs that can be bounded count, since `raydistill choose` accepts budgets that the space does not name.
+    All costs that can be bounded count, since `raydistill choose` accepts budgets that the space does not name. Bounds
+    on costs that are measured on served students only, such as `rows_per_s`, are ignored.
     """
     record, trials = read_sweep(sweep), read_trials(sweep)
     candidates = make_candidates(trials, record.metric)
     keys = {candidate.key for cost in COST_METRICS for candidate in pareto_front(candidates, cost)}
+    measured = {cost for candidate in candidates for cost in candidate.costs}
     for bounds in resolve_budgets(record.budgets, record.teacher.costs):
-        best = choose(candidates, bounds, record.metric, record.tolerance).best
+        known = {cost: bound for cost, bound in bounds.items() if cost in measured}
+        best = choose(candidates, known, record.metric, record.tolerance).best
         keys |= {best.key} if best else set()
     return [trial for trial in trials if trial.key in keys]
 

@@ -20,7 +20,7 @@ SERVED_FILE = "served.json"
 # Metrics that depend on the shape and the serving configuration of a student and not on its weights.
 SHAPE_METRICS = (
     *(f"{cost}{suffix}" for cost in ("latency_ms", "latency_ms_b1") for suffix in ("", "_low", "_high")),
-    *("peak_mb", "memory_mb", "speedup", "speedup_same_serving"),
+    *("peak_mb", "memory_mb", "rows_per_s", "speedup", "speedup_same_serving"),
 )
 
 

@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from raydistill.config.serving import EngineVariant, ServingConfig
+from raydistill.config.serving import EngineVariant, ServingConfig, ThroughputSetting
 from raydistill.core.records import Record
 from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, Hardware
 from raydistill.evaluation.paired_latency import PairedTiming
@@ -44,6 +44,26 @@ class TimedServing(BaseModel):
     peak_mb: float | None = None
 
 
+class MeasuredThroughput(BaseModel):
+    """The rows per second of a shape as served with one configuration.
+
+    Attributes:
+        shape: Size of the student, or `TEACHER_SHAPE`.
+        config: The configuration.
+        setting: The threads and batches that decode the most rows per second.
+        rows_per_s: Rows per second of the median pass.
+        background_cores: Average number of CPU cores that other processes kept busy meanwhile.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: str
+    config: ServingConfig
+    setting: ThroughputSetting
+    rows_per_s: float = Field(gt=0)
+    background_cores: float
+
+
 class LatencySession(Record):
     """The content of serving_latency.json. The baseline is the teacher with its own decoding.
 
@@ -57,6 +77,7 @@ class LatencySession(Record):
         baseline_peak_mb: The baseline's peak memory.
         representatives: By shape, the key of the trial whose checkpoint was timed.
         servings: Everything else that was timed.
+        throughputs: Rows per second of the baseline and of the students; empty if no budget bounds them.
     """
 
     remedy: ClassVar[str | None] = "Delete this file and run the sweep again to measure again"
@@ -70,6 +91,7 @@ class LatencySession(Record):
     baseline_peak_mb: float | None = None
     representatives: dict[str, str]
     servings: list[TimedServing]
+    throughputs: tuple[MeasuredThroughput, ...] = ()
 
     @model_validator(mode="after")
     def _check_numbers(self) -> "LatencySession":
@@ -85,7 +107,7 @@ class LatencySession(Record):
         return self._is_baseline(shape, config) or len(self._find(shape, config)) == len(LATENCY_BATCH_SIZES)
 
     def costs(self, shape: str, config: ServingConfig) -> dict[str, float]:
-        """Milliseconds by cost, with `_low` and `_high` where the interval is known, and peak memory.
+        """Milliseconds by cost, with `_low` and `_high` where the interval is known, peak memory, and `rows_per_s`.
 
         The milliseconds are the ratio times the baseline's median in this session.
         """
@@ -98,8 +120,15 @@ class LatencySession(Record):
                 low, high = serving.timing.interval
                 costs |= {f"{serving.cost}_low": low * baseline_ms, f"{serving.cost}_high": high * baseline_ms}
             peaks.append(serving.peak_mb)
-        known = [peak for peak in peaks if peak is not None]
-        return {**costs, **({"peak_mb": max(known)} if known else {})}
+        if known := [peak for peak in peaks if peak is not None]:
+            costs["peak_mb"] = max(known)
+        if throughput := self.throughput(shape, config):
+            costs["rows_per_s"] = throughput.rows_per_s
+        return costs
+
+    def throughput(self, shape: str, config: ServingConfig) -> MeasuredThroughput | None:
+        """The rows per second of a configuration; None if they were not measured."""
+        return next((t for t in self.throughputs if t.shape == shape and t.config.key == config.key), None)
 
     def speedups(self, shape: str, config: ServingConfig) -> dict[str, float]:
         """How many times faster than the teacher, for a batch of 32 rows.

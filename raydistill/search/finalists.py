@@ -56,6 +56,7 @@ from raydistill.search.served_engine import (
     open_served_engine,
 )
 from raydistill.search.serving_rules import configs_to_score, undominated_variants
+from raydistill.search.serving_throughput import measure_throughputs
 from raydistill.search.serving_timing import (
     FirstPassTask,
     SessionTask,
@@ -209,14 +210,22 @@ class ServingState:
         return {shape: list(configs.values()) for shape, configs in wanted.items()}
 
     @property
+    def measures_throughput(self) -> bool:
+        """Whether a budget bounds the rows per second, which take minutes to measure."""
+        return any("rows_per_s" in bounds for bounds in self.space.budgets.values())
+
+    @property
     def misses_timings(self) -> bool:
         """Whether something that is compared was not timed in the last session on this machine."""
         session = read_session(self.sweep)
         if session is None or not self._is_current(session) or session.baseline != self.baseline:
             return True
-        return not all(
-            session.is_timed(shape, config) for shape, configs in self.wanted_timings.items() for config in configs
-        )
+        wanted = [(shape, config) for shape, configs in self.wanted_timings.items() for config in configs]
+        if not all(session.is_timed(shape, config) for shape, config in wanted):
+            return True
+        students = [(shape, config) for shape, config in wanted if shape != TEACHER_SHAPE]
+        served = [(TEACHER_SHAPE, self.baseline), *students] if self.measures_throughput else []
+        return not all(session.throughput(shape, config) for shape, config in served)
 
     @property
     def _kind(self) -> str:
@@ -328,6 +337,10 @@ class _Server:
         )
         inputs = self._inputs(state.representatives)
         session = run_exclusive(run_session, task, device=self.device, input_paths=inputs)
+        if state.measures_throughput:
+            print_progress("throughput: measuring the rows per second of the same configurations")
+            throughputs = run_exclusive(measure_throughputs, task, device=self.device, input_paths=inputs)
+            session = session.model_copy(update={"throughputs": tuple(throughputs)})
         session.write(self.sweep / LATENCY_FILE)
         warn_if_disturbed(session)
 

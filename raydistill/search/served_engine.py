@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
-from raydistill.config.serving import EngineVariant, ServingConfig
+from raydistill.config.serving import EngineVariant, ServingConfig, ThroughputSetting
 from raydistill.data.selection import selection_split
 from raydistill.evaluation.latency import engine_version
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
@@ -101,14 +101,21 @@ class ServingContext:
 
 
 def open_served_engine(
-    context: ServingContext, checkpoint: str, variant: EngineVariant, device: str, threads: int
+    context: ServingContext, checkpoint: str, variant: EngineVariant, device: str, threads: int | ThroughputSetting
 ) -> Engine:
-    """Open a checkpoint with a precision and a shortlist. Several engines may be open at once."""
+    """Open a checkpoint with a precision and a shortlist. Several engines may be open at once.
+
+    `threads` is the number of threads that share each batch, or a setting with several batches at once.
+    """
     run = context.run
     languages = resolve_languages(run.teacher, run.dataset)
     options = EngineOptions(
-        device=device, threads=threads, precision=variant.precision, languages=languages, cache_dir=context.cache_dir
+        device=device, precision=variant.precision, languages=languages, cache_dir=context.cache_dir
     )
+    if isinstance(threads, ThroughputSetting):
+        options = options.with_setting(threads)
+    else:
+        options = replace(options, threads=threads)
     if variant.shortlist == "off":
         return open_engine(checkpoint, run.evaluation.engine, options)
     with tempfile.TemporaryDirectory(prefix="raydistill-map-") as scratch:

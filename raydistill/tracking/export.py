@@ -8,7 +8,7 @@ from typing import Any
 
 from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
-from raydistill.config.serving import CTranslate2Serving, ServingConfig, ServingRecord
+from raydistill.config.serving import CTranslate2Serving, ServingConfig, ServingRecord, ThroughputSetting
 from raydistill.core import artifact
 from raydistill.core.artifact import MANIFEST, Manifest
 from raydistill.core.console import print_progress
@@ -67,7 +67,7 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
             check_symlinks(student.checkpoint)
             with artifact.build(export_folder, lambda: Manifest(kind=KIND, key=content_key)) as folder:
                 shutil.copytree(student.checkpoint, folder, dirs_exist_ok=True)
-                _write_serving(folder, config, vocabulary_map)
+                _write_serving(folder, config, vocabulary_map, selection.throughput_setting(student))
                 write_mlmodel(folder)
                 write_atomic(folder / "README.md", card.encode())
     return export_folder
@@ -106,7 +106,9 @@ def _content_key(config: ServingConfig, checkpoint: Path, vocabulary_map: Path |
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write_serving(folder: Path, config: ServingConfig, vocabulary_map: Path | None) -> None:
+def _write_serving(
+    folder: Path, config: ServingConfig, vocabulary_map: Path | None, throughput: ThroughputSetting | None
+) -> None:
     """Write decoding, shortlist, converted model and serving record, so that every reader serves as measured."""
     metadata = CheckpointMetadata.read_from(folder)
     run = metadata.config
@@ -127,6 +129,7 @@ def _write_serving(folder: Path, config: ServingConfig, vocabulary_map: Path | N
         languages=languages,
         vocabulary_map=MAP_FILE if vocabulary_map else None,
         ctranslate2=_add_ctranslate2_model(folder, options),
+        throughput=throughput,
     )
     decoding = {**(metadata.decoding or {}), "beams": config.beams, "length_penalty": config.length_penalty}
     metadata.model_copy(update={"serving": serving, "decoding": decoding}).write_to(folder)

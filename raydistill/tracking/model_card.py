@@ -90,7 +90,7 @@ def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[st
 
 
 def _serving_rows(selection: Selection, student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
-    """Decoding, precision, and the shortlist with what it excludes."""
+    """Decoding, precision, the shortlist with what it excludes, and the setting for many rows at once."""
     own = checkpoint.decoding
     if not own:
         return []
@@ -104,6 +104,8 @@ def _serving_rows(selection: Selection, student: Trial, checkpoint: CheckpointMe
             f"{coverage.share_of_rows_outside:.1%} of the validation references have a token outside the list"
         )
         rows.append([f"shortlist {serving.shortlist}", text])
+    if setting := selection.throughput_setting(student):
+        rows.append(["many rows at once", setting.label])
     return rows
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from raydistill.config.serving import ThroughputSetting
 from raydistill.evaluation import throughput
 from raydistill.evaluation.throughput import (
     SettingGrid,
     SettingThroughput,
     Throughput,
-    ThroughputSetting,
     measure_throughput,
     setting_grid,
 )
@@ -106,7 +106,7 @@ def test_throughput_of_an_engine(tmp_path: Path) -> None:
     options = EngineOptions(cache_dir=tmp_path / "cache", allow_fallback=False)
 
     def open_setting(s: ThroughputSetting) -> Engine:
-        return open_engine(folder, "ctranslate2", s.apply(options))
+        return open_engine(folder, "ctranslate2", options.with_setting(s))
 
     grid = SettingGrid(((2, 1), (1, 1)), (20,))
     result = measure_throughput(open_setting, grid, sentences(9, seed=3), replace(GREEDY, max_length=4), 16)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from raydistill.config.space import Space, corner_runs
+from raydistill.evaluation import throughput
 from raydistill.evaluation.paired_latency import StoppingRule
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.selection import load_selection
@@ -24,7 +25,7 @@ from raydistill.search.shortlists import ensure_shortlists
 from raydistill.search.summary import format_summary, summary_record
 from raydistill.search.sweep_folder import write_sweep_record
 from raydistill.tracking import export
-from tests.factories.sweeps import change_result, make_trial
+from tests.factories.sweeps import change_result, change_sweep, make_trial
 from tests.factories.workspace import make_world
 
 SHORT = StoppingRule(min_pairs=2, max_seconds=0.2)
@@ -72,6 +73,22 @@ def prepare_sweep(space: Space, sweep: Path) -> SweepTeacher:
     return teacher
 
 
+def check_throughput(sweep: Path) -> None:
+    """The student that was chosen by its throughput is exported with its setting of threads and batches."""
+    selection = load_selection(sweep)
+    assert selection.chosen_keys["bulk"]
+    chosen = selection.student(str(selection.chosen_keys["bulk"]))
+    assert chosen.metrics["rows_per_s"] >= 0.01 * selection.teacher.costs["rows_per_s"] > 0
+    setting = selection.throughput_setting(chosen)
+    assert setting
+    assert setting.batch_tokens in (20, 40, 60)
+    exported = export.export_student(selection, chosen.key)
+    serving = CheckpointMetadata.read_from(exported).serving
+    assert serving is not None
+    assert serving.throughput == setting
+    assert setting.label in (exported / "README.md").read_text()
+
+
 def test_a_sweep_is_served_once_and_timed_again_as_a_whole(
     space: Space, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,11 +129,20 @@ def test_a_sweep_is_served_once_and_timed_again_as_a_whole(
     before = (sweep / LATENCY_FILE).read_bytes()
     serve_finalists(space, sweep, teacher, "cpu")
     assert (sweep / LATENCY_FILE).read_bytes() == before
-    more = space.model_copy(update={"serving": space.serving.model_copy(update={"beams": [1, 3]})})
+    bulk = {"bulk": {"rows_per_s": "1%"}}
+    more = space.model_copy(
+        update={"serving": space.serving.model_copy(update={"beams": [1, 3]}), "budgets": {**space.budgets, **bulk}}
+    )
+    change_sweep(sweep, budgets=more.budgets)
+    monkeypatch.setattr(throughput, "CPU_BATCH_TOKENS", (20, 40, 60))
+    assert not all_served(more, sweep, teacher)
     serve_finalists(more, sweep, teacher, "cpu")
+    assert all_served(more, sweep, teacher)
     session = read_session(sweep)
     assert session is not None
     # The baseline has the teacher's own two beams. Other timings with two beams depend on the speed of int8
     timed = [session.baseline, *(s.config for s in session.servings if s.shape == TEACHER_SHAPE)]
     assert {config.beams for config in timed} == {1, 2, 3}
     assert (sweep / LATENCY_FILE).read_bytes() != before
+
+    check_throughput(sweep)
