@@ -141,6 +141,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
         "serving": trial.serving.model_dump() if trial.serving else None,
         "size": trial.size,
         "method": trial.method,
+        "split": trial.split,
         "score": best.score,
         "interval": trial.interval,
         "test": trial.test,
@@ -157,7 +158,7 @@ def _deliver_choice(selection: "Selection", item: BudgetChoice, register: bool, 
 
 def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate", trial: "Trial") -> str:
     """The chosen student with its scores, costs and the reason, one fact per line."""
-    from raydistill.results.formatting import format_interval
+    from raydistill.results.formatting import describe_split, format_interval
     from raydistill.results.pareto import COST_UNITS, describe_bounds
 
     def score_line(split: str, score: float, interval: Any) -> str:
@@ -165,7 +166,7 @@ def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate"
         return f"  {selection.metric} {score:.2f} on {split}{suffix}"
 
     lines = [f"{item.budget} ({describe_bounds(item.bounds)}): {best.label}"]
-    lines.append(score_line("validation", best.score, trial.interval))
+    lines.append(score_line(describe_split(trial.split), best.score, trial.interval))
     if trial.test and selection.metric in trial.test:
         lines.append(score_line("test", trial.test[selection.metric], trial.test.get("interval")))
     lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]

@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 
 
+def describe_split(split: str) -> str:
+    """The rows of a score for texts: "validation", "the selection rows" or "test"."""
+    return "the selection rows" if split == "selection" else split
+
+
 def format_number(value: float | None, digits: int, missing: str = "-", sign: bool = False) -> str:
     """A number with a fixed number of decimals; `missing` for None."""
     return missing if value is None else f"{value:{'+' if sign else ''}.{digits}f}"

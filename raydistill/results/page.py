@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from raydistill.core.files import write_atomic
-from raydistill.results.formatting import format_interval
+from raydistill.results.formatting import describe_split, format_interval
 from raydistill.results.plots import marker_id, plot_front, plot_learning_curves
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
@@ -95,7 +95,7 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
         lines.append(student.serving.label)
     if (score := student.score(selection.metric)) is not None:
         interval = f" {format_interval(student.interval)}" if student.interval else ""
-        lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on validation")
+        lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on {describe_split(student.split)}")
     if budgets := selection.budgets_of(student.key):
         lines.append(f"chosen for {', '.join(budgets)}")
     if student.status == "stopped":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from raydistill.config.shapes import shape_sort_key
+from raydistill.results.formatting import describe_split
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.sweep_record import SweepTeacher
@@ -63,7 +64,7 @@ def plot_front(selection: Selection, image_format: ImageFormat = "png") -> bytes
         _draw_choices(axes, selection.chosen_keys, shifted)
         note = "; methods of equal cost side by side" if shifted != points else ""
         axes.set_xlabel(COST_AXIS_LABELS.get(cost, cost) + note)
-        axes.set_ylabel(f"{metric_name(metric)} on validation (95 % interval)")
+        axes.set_ylabel(f"{metric_name(metric)} on {describe_split(selection.split)} (95 % interval)")
         style_axes(axes)
         if selection.name:
             axes.set_title(selection.name, loc="left", fontweight="bold")

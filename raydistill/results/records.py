@@ -41,15 +41,16 @@ class Trial:
         reason: Why the trial failed or was stopped.
         copied_layers: The teacher's layers that the student started from, by "encoder" and "decoder".
         params: The values that the search chose.
-        metrics: Scores on the validation split, and costs.
-        interval: 95 % confidence interval of the main metric on the validation split.
+        metrics: Scores on the rows of `split`, and costs.
+        interval: 95 % confidence interval of the main metric on these rows.
         test: Scores on the test split, with their "interval".
         steps: Optimiser steps taken.
         signature: How the scores were computed, in the notation of the metric's library.
         checkpoint: The best checkpoint; None if there is none.
         serving: How a student is served; None for a trial.
         measured_with: Engine, precision and hardware of a student's timings.
-        split: The split of `metrics`: "validation", or "selection" where some validation rows are kept for the choice.
+        split: The rows of `metrics`: "validation", which checks and search also use, or "selection", the rows that are
+            kept for the choice.
     """
 
     key: str
@@ -95,7 +96,7 @@ class Trial:
             return max((float(line.get("device_hours", 0.0)) for line in self.history()), default=0.0)
 
     def score(self, metric: str) -> float | None:
-        """The validation score."""
+        """The score that the trial, or the student, is chosen by."""
         return self.metrics.get(metric, self.metrics.get("score"))
 
     def row_statistics(self, split: str | None = None) -> np.ndarray | None:

@@ -59,9 +59,18 @@ class Selection:
         return any(student.serving for student in self.students)
 
     @property
+    def split(self) -> str:
+        """The rows that the students are scored and chosen on."""
+        return self.students[0].split if self.students else "validation"
+
+    @property
     def plotted_trials(self) -> list[Trial]:
-        """The students, and the trials that were not served with comparable timings."""
-        return [*self.students, *(impute_served_timing(self.trials, self.students) if self.has_served_students else [])]
+        """The students, and the trials that were not served with comparable timings.
+
+        Trials whose scores are of other rows than the students' are left out.
+        """
+        others = impute_served_timing(self.trials, self.students) if self.has_served_students else []
+        return [*self.students, *(trial for trial in others if trial.split == self.split)]
 
     def student(self, key: str) -> Trial:
         """The student with this key."""

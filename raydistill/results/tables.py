@@ -52,10 +52,11 @@ def trials_table(
     if any(map(_has_shrunk_encoder, trials)):
         columns["encoder from"] = _format_encoder
     name = metric_name(metric)
+    split = trials[0].split if trials else "validation"
     are_served = any(t.serving for t in trials)
     columns |= {
         f"test {name}": lambda t: format_score((t.test or {}).get(metric), (t.test or {}).get("interval")),
-        f"validation {name}": lambda t: format_score(t.score(metric), t.interval),
+        f"{split} {name}": lambda t: format_score(t.score(metric), t.interval),
         "ms (batch 32)": lambda t: format_number(t.metrics.get("latency_ms"), 0),
         "speed-up (teacher served the same way)" if are_served else "speed-up": _format_speedups,
         "params M": lambda t: format_number(t.metrics.get("params_m"), 1),

@@ -4,7 +4,7 @@ from typing import Any
 
 from raydistill.config.serving import ServingConfig
 from raydistill.core.console import format_table
-from raydistill.results.formatting import format_count, format_score
+from raydistill.results.formatting import describe_split, format_count, format_score
 from raydistill.results.selection import Selection
 from raydistill.results.sweep_record import SweepTeacher
 from raydistill.results.tables import format_trial_counts, result_tables
@@ -24,7 +24,7 @@ def format_summary(selection: Selection, failed: list[str], abandoned: list[str]
     message = selection.record.stop.message
     lines = [
         f"sweep {selection.name}: {format_trial_counts(selection.trials)}{f' ({message})' if message else ''}",
-        _describe_teacher(selection.teacher, metric),
+        _describe_teacher(selection.teacher, metric, selection.split),
     ]
     if lead1 := selection.teacher.lead1:
         lines.append(f"first sentence as summary (Lead-1): {metric} {lead1[metric]:.2f} on test")
@@ -61,6 +61,7 @@ def summary_record(selection: Selection) -> dict[str, Any]:
                 "serving": _dump(student.serving),
                 "speedup": student.metrics.get("speedup"),
                 "speedup_same_serving": student.metrics.get("speedup_same_serving"),
+                "split": student.split,
                 "metrics": student.metrics,
                 "interval": student.interval,
                 "test": student.test,
@@ -77,9 +78,11 @@ def _dump(serving: ServingConfig | None) -> dict[str, Any] | None:
     return serving.model_dump() if serving else None
 
 
-def _describe_teacher(teacher: SweepTeacher, metric: str) -> str:
+def _describe_teacher(teacher: SweepTeacher, metric: str, split: str) -> str:
     test, costs = teacher.test, teacher.costs
-    parts = [f"teacher {teacher.name} ({teacher.size}): {metric} {teacher.metrics[metric]:.2f} on validation"]
+    parts = [
+        f"teacher {teacher.name} ({teacher.size}): {metric} {teacher.metrics[metric]:.2f} on {describe_split(split)}"
+    ]
     if test:
         parts.append(f"{format_score(test.metrics[metric], test.interval)} on test")
     parts += [f"{costs['latency_ms']:.1f} ms for 32", f"{costs['params_m']:.2f} M parameters"]

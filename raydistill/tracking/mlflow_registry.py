@@ -112,6 +112,7 @@ def _version_tags(selection: Selection, student: Trial) -> dict[str, str]:
         "method": student.method,
         "metric": selection.metric,
         "score": student.score(selection.metric),
+        "split": student.split,
         "latency_ms": student.metrics.get("latency_ms"),
         "params_m": student.metrics.get("params_m"),
         "measured_with": selection.measured_with(student),

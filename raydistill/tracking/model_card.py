@@ -113,7 +113,7 @@ def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
     test = student.test or {}
     rows = []
     for split, value, interval in (
-        ("validation", student.score(selection.metric), student.interval),
+        (student.split, student.score(selection.metric), student.interval),
         ("test", test.get(selection.metric), test.get("interval")),
     ):
         if value is not None:

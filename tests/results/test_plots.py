@@ -82,6 +82,12 @@ def test_test_scores_are_fainter_markers_at_the_cost_of_the_front_and_the_teache
     assert "test score" in texts(plot_front(selection, "svg"))
 
 
+def test_axis_names_the_rows_that_students_are_chosen_on() -> None:
+    assert "ROUGE-2 on validation (95 % interval)" in texts(plot_front(full_selection(), "svg"))
+    served = [replace(trial, split="selection") for trial in TRIALS]
+    assert "ROUGE-2 on the selection rows (95 % interval)" in texts(plot_front(make_selection(served), "svg"))
+
+
 def test_only_markers_on_the_front_are_filled() -> None:
     groups = groups_by_id(plot_front(full_selection(), "svg"))
     fills = {key: marker_fill(groups[marker_id(key)]) for key in "abc"}
