@@ -52,7 +52,7 @@ class Dataset(StrictModel):
         ge=0,
         lt=1,
         description="share of the validation rows that is kept for the decoding and the choice of finished students, "
-        "by a hash of the row's id; the others are for checks, early stopping and search. Default: all rows for both",
+        "by a hash of the row's id; the others are for checks, early stopping and search. Default: 0.5 in a sweep, 0 in a run",
     )
     selection_split: str | None = Field(
         None,

@@ -34,6 +34,8 @@ LOWER_BOUNDED = frozenset({"rows_per_s"})
 # are compared by the same metric on the same rows.
 SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
 
+DEFAULT_SELECTION_SHARE = 0.5
+
 SHAPE_KEYS = ("student.size", "student.encoder_ffn", "student.decoder_ffn", "student.vocabulary")
 RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
 
@@ -217,8 +219,15 @@ def sampler_params(run: dict[str, Any], params: dict[str, Any]) -> dict[str, Any
 
 
 def make_run(space: Space, params: dict[str, Any], name: str) -> Run:
-    """The run of one trial, from its values by dotted key."""
-    return Run.model_validate(fill_run(space.run, params, name))
+    """The run of one trial, from its values by dotted key.
+
+    Half of the validation rows are kept for the choice, unless the space says otherwise.
+    """
+    run = Run.model_validate(fill_run(space.run, params, name))
+    if run.dataset.selection_share is not None or run.dataset.selection_split:
+        return run
+    dataset = run.dataset.model_copy(update={"selection_share": DEFAULT_SELECTION_SHARE})
+    return run.model_copy(update={"dataset": dataset})
 
 
 def corner_runs(space: Space) -> list[Run]:
