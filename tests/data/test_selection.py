@@ -98,7 +98,7 @@ def test_choice_on_rows_of_another_purpose_is_refused(split):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({}, (None, None)),
+        ({}, (0.5, None)),
         ({"selection_share": 0}, (0, None)),
         ({"selection_share": 0.2}, (0.2, None)),
         ({"selection_split": "held_out"}, (None, "held_out")),
