@@ -39,9 +39,6 @@ def make_world(folder: Path) -> tuple[Path, Path]:
 
 # Beginnings of the names of Ray's worker processes: label actors, trials of both launchers, exclusive tasks.
 WORKER_PROCESSES = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_run_with")
-# Ray ends idle workers while there are more workers than CPUs. With this setting the worker that scored the teacher
-# also serves the finalists, and torch is imported once.
-KEEP_IDLE_WORKERS = {"RAY_num_workers_soft_limit": "8"}
 # In the environment of every command; no output and no file may contain the values.
 SECRETS = {
     "HF_TOKEN": "hf_NotToBeSeen",
@@ -53,7 +50,14 @@ SECRETS = {
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a command: without RAYDISTILL_HOME, as for a new user, with short timings and with secrets."""
     own = {name: value for name, value in os.environ.items() if name != "RAYDISTILL_HOME"}
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAYDISTILL_TIMING_SECONDS": "0.2"}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAYDISTILL_TIMING_SECONDS": "0.2",
+        # Ray ends idle workers while there are more workers than CPUs. With this setting the worker that scored the
+        # teacher also serves the finalists, and torch is imported once.
+        "RAY_num_workers_soft_limit": "8",
+    }
     return {**own, **settings, **SECRETS, **extra}
 
 

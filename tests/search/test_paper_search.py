@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.factories.hub_cache import lay_out_dataset
 from tests.factories.models import lay_out_model, save_tiny
-from tests.factories.workspace import KEEP_IDLE_WORKERS, command, corpus_rows, last_json
+from tests.factories.workspace import command, corpus_rows, last_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     few += ["run.dataset.selection_share=0"]  # half of the eight rows triggers the check for repetition
     few += ["run.decoding.max_length=16"]  # the random teacher writes up to 62 tokens, which every timing repeats
     settings = [part for setting in few for part in ("--set", setting)]
-    done = command(home, "sweep", space, *settings, "--json", **env, **KEEP_IDLE_WORKERS)
+    done = command(home, "sweep", space, *settings, "--json", **env)
     summary = last_json(done)
     # The time of such a tiny 12-6 varies: if it exceeds both budgets, the size is not trained, and a message says so
     trained = {t["size"] for t in summary["trials"]}

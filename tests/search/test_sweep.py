@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from tests.factories.sweeps import mlflow_children
-from tests.factories.workspace import KEEP_IDLE_WORKERS, SECRETS, command, last_json
+from tests.factories.workspace import SECRETS, command, last_json
 
 ROOT = Path(__file__).parents[2]
 ROWS = {"train": 400, "validation": 40, "test": 40}
@@ -40,7 +40,7 @@ def run_demo_sweep(home, logs):
     teacher = command(home, "train", "demo", *small, "--json", RAY_TMPDIR=logs)
     settings = {**SEARCH, **{f"run.{key}": n for key, n in rows.items()}, "search.trials": 4}
     arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *set_options(**settings)]
-    summary = command(home, *arguments, "--json", RAY_TMPDIR=logs, **KEEP_IDLE_WORKERS)
+    summary = command(home, *arguments, "--json", RAY_TMPDIR=logs)
     return home, last_json(teacher), last_json(summary), arguments
 
 
@@ -134,7 +134,7 @@ def test_more_trials_under_the_same_name_are_added(demo):
     before = {p: p.stat().st_mtime_ns for p in Path(summary["sweep"]).glob("trials/*/result.json")}
     assert len(before) == 4
     smaller = ["--set", "run.training.micro_tokens=4096"]
-    more = last_json(command(home, *arguments, "--set", "search.trials=5", *smaller, "--json", **KEEP_IDLE_WORKERS))
+    more = last_json(command(home, *arguments, "--set", "search.trials=5", *smaller, "--json"))
     assert len(more["trials"]) == 5
     assert {t["key"] for t in summary["trials"]} < {t["key"] for t in more["trials"]}
     assert {p: p.stat().st_mtime_ns for p in before} == before
