@@ -52,7 +52,8 @@ class Dataset(StrictModel):
         ge=0,
         lt=1,
         description="share of the validation rows that is kept for the decoding and the choice of finished students, "
-        "by a hash of the row's id; the others are for checks, early stopping and search. Default: 0.5 in a sweep, 0 in a run",
+        "by a hash of the row's id; the others are for checks, early stopping and search. Default: 0.5 in a sweep, 0 "
+        "in a run",
     )
     selection_split: str | None = Field(
         None,
@@ -266,6 +267,12 @@ class Training(StrictModel):
     """Optimisation, validation and hardware."""
 
     learning_rate: float = Field(3e-4, gt=0, description="peak learning rate")
+    encoder_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of the encoder's layers, which may need a smaller one than a new or shrunk "
+        "decoder; default: learning_rate",
+    )
     optimizer: Literal["adamw", "adafactor"] = Field(
         "adamw", description="AdamW, or Adafactor with steps of the learning rate (not scaled by the weights)"
     )

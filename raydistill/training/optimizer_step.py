@@ -6,16 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from raydistill.config.run import Training
 from raydistill.data.batching import Examples, epoch_batches, shard_batch, split_by_tokens
+from raydistill.models import families
 from raydistill.training.distillation import DistillationStep, MicroBatch
 from raydistill.training.workers import Worker, all_reduce_gradients
+
+ParameterGroup = dict[str, Any]  # "params" and, where it differs from the optimiser's, "lr"
 
 # Length in tokens up to which torch's math attention kernel trains faster in bf16 on a CPU than its flash kernel.
 MATH_ATTENTION_MAX_TOKENS = 128
@@ -52,7 +57,7 @@ class OptimizerStep:
         cls, distillation: DistillationStep, settings: Training, worker: Worker | None = None
     ) -> "OptimizerStep":
         """A step with a new optimiser of the kind that the settings name."""
-        optimizer = make_optimizer(trainable_parameters(distillation.student), settings)
+        optimizer = make_optimizer(parameter_groups(distillation.student, settings), settings)
         return cls(distillation, settings, optimizer, worker or Worker())
 
     @cached_property
@@ -129,6 +134,19 @@ def trainable_parameters(model: torch.nn.Module) -> list[Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def parameter_groups(model: PreTrainedModel, settings: Training) -> list[ParameterGroup]:
+    """The trainable parameters for an optimiser, those of the encoder with `training.encoder_learning_rate`."""
+    parameters = trainable_parameters(model)
+    if settings.encoder_learning_rate is None:
+        return [{"params": parameters}]
+    encoder = {id(parameter) for parameter in families.encoder_parameters(model)}
+    groups: list[ParameterGroup] = [
+        {"params": [p for p in parameters if id(p) not in encoder]},
+        {"params": [p for p in parameters if id(p) in encoder], "lr": settings.encoder_learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def effective_lengths(examples: Examples) -> list[int]:
     """The length by which examples are sorted: target tokens, plus a quarter of the source tokens.
 
@@ -185,7 +203,7 @@ def seed_step(seed: int, rank: int, step: int) -> None:
     torch.manual_seed(random.Random(f"{seed}:{rank}:{step}").getrandbits(63))
 
 
-def make_optimizer(parameters: list[Parameter], settings: Training) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Parameter] | list[ParameterGroup], settings: Training) -> torch.optim.Optimizer:
     """Fused AdamW or Adafactor, selected by `training.optimizer`.
 
     Adafactor has the options of the paper's released recipe. torch's Adafactor always multiplies the step by the root

@@ -12,6 +12,7 @@ from raydistill.training.optimizer_step import (
     learning_rate_factor,
     make_optimizer,
     micro_batch_limits,
+    parameter_groups,
     trainable_parameters,
 )
 from raydistill.training.workers import Worker
@@ -84,6 +85,30 @@ def test_adafactor_steps_by_the_learning_rate_whatever_the_size_of_the_weights()
     weights.grad = signs * torch.outer(torch.rand(4) + 0.5, torch.rand(3) + 0.5)
     make_optimizer([weights], Training(optimizer="adafactor", learning_rate=1e-3)).step()
     torch.testing.assert_close(weights.detach(), start - 1e-3 * signs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_encoder_layers_have_their_own_learning_rate(family, tmp_path):
+    """The first step of AdamW changes each weight by the learning rate, in the direction of the gradient's sign."""
+    settings = Training(batch_size=6, learning_rate=1e-3, encoder_learning_rate=1e-4, adam_eps=1e-20, precision="fp32")
+    distillation = tiny_distillation(family, tmp_path / "t", "1-2")
+    student = distillation.student
+    before = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
+    step = OptimizerStep.create(distillation, settings)
+    step.run(step.read_inputs(range(6)))
+    largest = {name: float((student.get_parameter(name).detach() - old).abs().max()) for name, old in before.items()}
+    encoder = {name for name in largest if name.startswith(("encoder.", "model.encoder."))}
+    assert encoder
+    assert encoder < largest.keys()
+    for name, change in largest.items():
+        assert change == pytest.approx(1e-4 if name in encoder else 1e-3, rel=0.02), name
+
+
+def test_a_frozen_encoder_has_no_group(tmp_path):
+    distillation = tiny_distillation("bart", tmp_path / "t", "2-2")
+    assert not any(p.requires_grad for p in distillation.student.get_encoder().parameters())
+    [group] = parameter_groups(distillation.student, Training(encoder_learning_rate=1e-4))
+    assert len(group["params"]) == len(trainable_parameters(distillation.student))
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
