@@ -32,14 +32,9 @@ from raydistill.results.serving_latency import (
 )
 from raydistill.results.sweep_record import StopReason, SweepTeacher
 from raydistill.search import serving_timing
-from raydistill.search.finalists import (
-    ServingState,
-    describe_first_pass,
-    describe_scores,
-    find_untested,
-    score_checkpoint,
-)
+from raydistill.search.finalists import find_untested, score_checkpoint
 from raydistill.search.served_engine import ServedCheckpoint, ServingContext, engine_versions
+from raydistill.search.serving_state import ServingState, describe_first_pass, describe_scores
 from raydistill.search.serving_timing import CostBounds, FirstPassTask, SessionTask, latency_bounds
 from raydistill.search.study import PROPOSALS_FILE, Proposal, ProposalLog
 from raydistill.search.sweep_folder import search_stop_reason
