@@ -125,6 +125,7 @@ class ShapeTable(BaseModel):
         costs: By name of the shape, the costs with the teacher's own decoding in full precision, and "speedup".
         cheapest: By name of the shape of a student, its cheapest serving.
         engines: By name of the shape, engine and precision of the costs.
+        used_tokens: How many tokens the shapes of "used" tokens were timed with; None if there are none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -133,6 +134,7 @@ class ShapeTable(BaseModel):
     costs: dict[str, dict[str, float]]
     cheapest: dict[str, CheapestServing]
     engines: dict[str, str]
+    used_tokens: int | None = None
 
     @model_validator(mode="after")
     def _check_teacher_size(self) -> "ShapeTable":
@@ -164,6 +166,26 @@ class ShapeTable(BaseModel):
             **serving.costs,
             **{cost: timing.best_ratio * teacher[cost] for cost, timing in serving.timings.items()},
         }
+
+    def with_shapes_of(self, other: "ShapeTable") -> "ShapeTable":
+        """The table with the shapes of a table that was measured at another time.
+
+        Only ratios to the teacher are comparable, so the latencies of the other table are multiplied by the ratio of
+        this teacher's latencies to the other teacher's.
+        """
+        teacher, own = other.teacher_costs, self.teacher_costs
+        scale = {name: own[name] / teacher[name] for name in teacher if name.startswith("latency_ms")}
+        costs = {
+            shape: {name: value * scale.get(name, 1.0) for name, value in measured.items()}
+            for shape, measured in other.costs.items()
+        }
+        update = {
+            "costs": {**self.costs, **costs, self.teacher_size: self.costs[self.teacher_size]},
+            "cheapest": {**self.cheapest, **other.cheapest},
+            "engines": {**self.engines, **other.engines},
+            "used_tokens": other.used_tokens,
+        }
+        return self.model_copy(update=update)
 
     def _full_name(self, shape: str) -> str:
         """The name of a shape with the teacher's size in place of "full"."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.run import Run
-from raydistill.config.shapes import shape_sort_key
+from raydistill.config.shapes import Shape, shape_sort_key
 from raydistill.config.space import Space, corner_runs, shape_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
-from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, make_label_sets, prepare_shared_inputs
+from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, prepare_shared_inputs
 from raydistill.results.formatting import format_count
 from raydistill.results.pareto import describe_nearest_miss, resolve_budgets
 from raydistill.results.shape_costs import shape_costs
@@ -24,7 +24,7 @@ from raydistill.results.sweep_record import (
     TeacherPasses,
 )
 from raydistill.search.serving_timing import latency_bounds
-from raydistill.search.shape_latency import ShapeTask, time_shapes
+from raydistill.search.shape_latency import ShapeTask, time_larger_shapes, time_shapes
 from raydistill.search.shortlists import ensure_shortlists
 from raydistill.training.inputs import RunInputs, input_paths, run_label_folders
 from raydistill.training.records import InputFingerprints, repetition_warning
@@ -65,10 +65,17 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
     """Create what is missing of a sweep's shared parts. Finished parts are kept, so a second call only reads them."""
     runs = corner_runs(space)
     scores = _score_teacher(runs[0], sweep, device)
-    shapes = _time_shapes(space, runs, scores, sweep, device)
-    check_budgets(space, sorted({run.student.shape.name for run in shape_runs(space)}, key=shape_sort_key), shapes)
+    task = _make_shape_task(space, runs, scores, device)
+    recorded = _recorded_shapes(task, sweep)
+    shapes = recorded or _time_shapes(task, device)
+    sizes = sorted({run.student.shape.name for run in shape_runs(space)}, key=shape_sort_key)
+    check_budgets(space, sizes, shapes)
     total_epochs = space.search.trials * max(run.training.epochs for run in runs)
     shared = prepare_shared_inputs(runs, device, sweep / "cache.json", total_epochs)
+    labelled = replace(task, label_folders=run_label_folders(shared.label_folders, task.run))
+    if recorded is None and (retimed := _time_used_tokens_again(labelled, shapes, device)):
+        shapes = retimed
+        check_budgets(space, sizes, shapes)
     teacher = SweepTeacher(
         **dict(scores),
         costs=shapes.teacher_costs,
@@ -116,25 +123,18 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
     return scores
 
 
-def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: Path, device: str) -> ShapeTable:
-    """Costs of the shapes. A sweep with trials keeps its costs, since its trials are compared by them.
+def _make_shape_task(space: Space, runs: list[Run], teacher: TeacherScores, device: str) -> ShapeTask:
+    """What is timed of a space, before the label sets exist.
 
-    Which tokens are used is known once the label sets exist. The costs of "used" are those of the first run that keeps
-    the used tokens: runs on other label sets have a few other tokens.
+    The costs of "used" tokens are those of the first run that keeps the used tokens: runs on other label sets have a
+    few other tokens.
     """
-    names = {run.student.shape.with_full_size(teacher.size).name for run in shape_runs(space)}
-    sizes = [name for name in _shape_names(shape_runs(space), teacher.size) if name in names]
-    record = SweepRecord.read_if_present(sweep / SWEEP_FILE)
-    if record is not None and (sweep / "trials").is_dir() and names <= record.shapes.costs.keys():
-        return record.shapes
     run = next((run for run in runs if run.student.vocabulary == "used"), runs[0])
-    label_folders: dict[str, Path] = {}
-    if run.student.vocabulary == "used":
-        label_folders = run_label_folders(make_label_sets([run], device)[0], run)
-    task = ShapeTask(
+    names = {run.student.shape.with_full_size(teacher.size).name for run in shape_runs(space)}
+    return ShapeTask(
         run=run,
-        sizes=sizes,
-        label_folders=label_folders,
+        sizes=[name for name in _shape_names(shape_runs(space), teacher.size) if name in names],
+        label_folders={},
         source_tokens=teacher.source_tokens,
         output_tokens=teacher.output_tokens,
         precision=teacher.precision,
@@ -143,12 +143,52 @@ def _time_shapes(space: Space, runs: list[Run], teacher: TeacherScores, sweep: P
         variants=space.serving.variants(device),
         bounds=latency_bounds(space.budgets),
     )
+
+
+def _recorded_shapes(task: ShapeTask, sweep: Path) -> ShapeTable | None:
+    """The recorded costs of a sweep with trials, which are compared by these costs; None if they are to be measured."""
+    record = SweepRecord.read_if_present(sweep / SWEEP_FILE)
+    if record is not None and (sweep / "trials").is_dir() and set(task.sizes) <= record.shapes.costs.keys():
+        return record.shapes
+    return None
+
+
+def _time_shapes(task: ShapeTask, device: str) -> ShapeTable:
+    """Time the shapes of a task.
+
+    The teacher has not labelled the data yet, so "used" stands for the tokens of sources, original targets and existing
+    label sets. The labels can only add tokens, so these costs are lower bounds and exclude no shape that fits a budget.
+    """
     print_progress(
-        f"latency: timing {format_count(len(sizes), 'shape')} in pairs with the teacher, on an otherwise idle machine "
-        f"({', '.join(sizes)})"
+        f"latency: timing {format_count(len(task.sizes), 'shape')} in pairs with the teacher, on an otherwise idle "
+        f"machine ({', '.join(task.sizes)})"
     )
-    paths = [*input_paths(run), *label_folders.values()]
-    shapes: ShapeTable = run_exclusive(time_shapes, task, device=device, input_paths=paths)
+    shapes: ShapeTable = run_exclusive(time_shapes, task, device=device, input_paths=input_paths(task.run))
+    describe_shapes(shapes)
+    return shapes
+
+
+def _time_used_tokens_again(task: ShapeTask, shapes: ShapeTable, device: str) -> ShapeTable | None:
+    """Time the shapes of "used" tokens with the tokens of the label sets; None if these have hardly any other tokens.
+
+    Args:
+        task: With the label sets of the run.
+        shapes: All costs, measured before the label sets existed.
+        device: "cpu" or "cuda".
+    """
+    sizes = [size for size in task.sizes if Shape.parse(size).vocabulary == "used"]
+    if not sizes or not task.label_folders:
+        return None
+    paths = [*input_paths(task.run), *task.label_folders.values()]
+    task = replace(task, sizes=sizes)
+    added = run_exclusive(time_larger_shapes, task, shapes.used_tokens, device=device, input_paths=paths)
+    if added is None:
+        return None
+    print_progress(
+        f"latency: the label sets raise the number of used tokens from {shapes.used_tokens:,} to "
+        f"{added.used_tokens:,}; the shapes with these tokens were timed again"
+    )
+    shapes = shapes.with_shapes_of(added)
     describe_shapes(shapes)
     return shapes
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from raydistill.config.run import Run, Student
 from raydistill.config.serving import EngineVariant, ServingConfig
@@ -40,6 +41,7 @@ SEARCH_RULE = StoppingRule(min_pairs=10, precision=0.05, max_seconds=2.0)
 EXCLUSION_RULE = StoppingRule(max_seconds=6.0)
 
 COSTS = tuple(LATENCY_BATCH_SIZES)
+MAX_ADDED_TOKENS = 0.02  # share of the used tokens that label sets may add before shapes are timed again
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ def time_shapes(task: ShapeTask, device: str, threads: int) -> ShapeTable:
         return timer.table()
 
 
+def time_larger_shapes(task: ShapeTask, used_tokens: int, device: str, threads: int) -> ShapeTable | None:
+    """Costs of shapes of "used" tokens, if these tokens are considerably more than `used_tokens`; None otherwise.
+
+    Call with `run_exclusive`.
+    """
+    assert task.run.teacher is not None
+    teacher = open_teacher(task.run.teacher, task.run.dataset)
+    token_ids = _select_used_tokens(task, teacher.tokenizer, load_config(teacher.location))
+    return None if len(token_ids) <= (1 + MAX_ADDED_TOKENS) * used_tokens else time_shapes(task, device, threads)
+
+
 class _ShapeTimer:
     """The teacher's open engine, with which the students of all sizes are compared, one after the other."""
 
@@ -104,6 +117,7 @@ class _ShapeTimer:
         self.other_costs: dict[str, dict[str, float]] = {}
         self.engines = {self.teacher_size: self.engine}
         self.cheapest: dict[str, CheapestServing] = {}
+        self.used_tokens: int | None = None
 
     def time_size(self, size: str) -> None:
         """Time a size with the teacher's own decoding, and with its cheapest serving if a budget bounds a latency."""
@@ -167,7 +181,13 @@ class _ShapeTimer:
         for size, ratios in self.ratios.items():
             latencies = {cost: ratio * teacher_ms[cost] for cost, ratio in ratios.items()}
             costs[size] = {**latencies, **self.other_costs[size], "speedup": 1 / ratios["latency_ms"]}
-        return ShapeTable(teacher_size=self.teacher_size, costs=costs, cheapest=self.cheapest, engines=self.engines)
+        return ShapeTable(
+            teacher_size=self.teacher_size,
+            costs=costs,
+            cheapest=self.cheapest,
+            engines=self.engines,
+            used_tokens=self.used_tokens,
+        )
 
     def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
         timing = time_pairs(self.calls[cost], call, bounds, for_slow_calls(rule, self.teacher_ms[cost]))
@@ -211,8 +231,8 @@ class _ShapeTimer:
             return self.teacher
         config, tokenizer = load_config(self.teacher.location), self.teacher.tokenizer
         if vocabulary == "used":
-            used = run.model_copy(update={"student": run.student.model_copy(update={"vocabulary": vocabulary})})
-            token_ids = select_student_tokens(used, tokenizer, config, self.task.label_folders)
+            token_ids = _select_used_tokens(self.task, tokenizer, config)
+            self.used_tokens = len(token_ids)
         else:
             token_ids = select_tokens(tokenizer, config, {}, vocabulary)
         assert run.teacher is not None
@@ -224,6 +244,15 @@ class _ShapeTimer:
         call()
         peak_mb = used_memory_mb(self.device, peak=True)
         return {} if peak_mb is None or memory_before_mb is None else {"peak_mb": peak_mb - memory_before_mb}
+
+
+def _select_used_tokens(task: ShapeTask, tokenizer: PreTrainedTokenizerBase, config: Any) -> tuple[int, ...]:
+    """The ids of the tokens that "used" stands for in the run of a task."""
+    student = task.run.student.model_copy(update={"vocabulary": "used"})
+    run = task.run.model_copy(update={"student": student})
+    token_ids = select_student_tokens(run, tokenizer, config, task.label_folders)
+    assert token_ids is not None
+    return token_ids
 
 
 def _name(engine: Engine) -> str:

@@ -1,11 +1,15 @@
 """Which sizes a sweep does not train, because no budget admits them even with their cheapest serving."""
 
+from pathlib import Path
+
 import pytest
 
 from raydistill.config.serving import ServingConfig
 from raydistill.config.space import Space, make_run, shape_runs
 from raydistill.core.errors import UserError
+from raydistill.jobs import run_inputs
 from raydistill.results.sweep_record import CheapestServing, ShapeTable
+from raydistill.search import prepare
 from raydistill.search.prepare import (
     PreparedSweep,
     _shape_names,
@@ -100,3 +104,42 @@ def test_the_teachers_shape_is_timed_first_and_then_the_others_from_large_to_sma
     assert _shape_names(shape_runs(pruned_space({"choice": [None, 0.5, 0.25]})), "6-6") == [
         *("6-6", "2-3", "2-3-ffn1-0.5", "2-3-ffn1-0.25", "2-1", "2-1-ffn1-0.5", "2-1-ffn1-0.25")
     ]
+
+
+@pytest.mark.parametrize("vocabulary", [None, "used"])
+def test_unreachable_budgets_are_refused_before_any_label_or_cache_is_made(
+    vocabulary: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions of the jobs fail, so the refusal can only come before them."""
+    student = {"size": {"choice": ["2-3", "2-1"]}, "vocabulary": vocabulary}
+    run = {"teacher": "t", "dataset": "d", "method": "pl", "student": student}
+    space = Space.model_validate({"name": "s", "run": run, "budgets": {"small": {"params_m": 0.1}}})
+    suffix = "-vused" if vocabulary else ""
+    costs = {name: {"latency_ms": 90.0, "params_m": 5.0} for name in ("4-4", f"2-3{suffix}", f"2-1{suffix}")}
+    table = shape_table(costs, engines=dict.fromkeys(costs, "ctranslate2 fp32"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("labels or a cache would be made")
+
+    monkeypatch.setattr(run_inputs, "pseudolabel", fail)
+    monkeypatch.setattr(run_inputs, "build_teacher_cache", fail)
+    monkeypatch.setattr(prepare, "prepare_shared_inputs", fail)
+    monkeypatch.setattr(prepare, "_score_teacher", lambda *_: sweep_teacher())
+    monkeypatch.setattr(prepare, "run_exclusive", lambda *_, **__: table)
+    with pytest.raises(UserError, match="no size of the space fits any of its budgets"):
+        prepare.prepare(space, tmp_path, "cpu")
+
+
+def test_shapes_of_another_session_keep_their_ratio_to_the_teacher():
+    """2-1 takes half of the teacher's 100 ms in the second session: 45 of the 90 ms that the first session measured."""
+    first = shape_table(COSTS | {"2-1-vused": {"latency_ms": 40.0, "params_m": 1.0}}, used_tokens=900)
+    second = shape_table(
+        {"2-3": {"latency_ms": 100.0}, "2-1-vused": {"latency_ms": 50.0, "params_m": 2.0, "speedup": 2.0}},
+        used_tokens=1000,
+    )
+    merged = first.with_shapes_of(second)
+    assert merged.costs["2-1-vused"] == pytest.approx({"latency_ms": 45.0, "params_m": 2.0, "speedup": 2.0})
+    assert merged.used_tokens == 1000
+    assert merged.costs["2-1"] == first.costs["2-1"]
+    assert merged.teacher_costs == first.teacher_costs
+    assert merged.cheapest_costs("2-1-vused") == pytest.approx({"latency_ms": 45.0, "params_m": 2.0, "speedup": 2.0})

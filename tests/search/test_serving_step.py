@@ -60,7 +60,7 @@ def prepare_sweep(space: Space, sweep: Path) -> SweepTeacher:
     """Write sweep.json, and a finished trial whose student is the teacher itself."""
     runs = corner_runs(space)
     scores = prepare._score_teacher(runs[0], sweep, "cpu")
-    shapes = prepare._time_shapes(space, runs, scores, sweep, "cpu")
+    shapes = prepare._time_shapes(prepare._make_shape_task(space, runs, scores, "cpu"), "cpu")
     check_budgets(space, ["2-3"], shapes)
     teacher = SweepTeacher(**dict(scores), costs=shapes.teacher_costs, passes=TeacherPasses(), label_sets={})
     shortlists = ensure_shortlists(space, runs, teacher)

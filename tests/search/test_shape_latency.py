@@ -11,7 +11,7 @@ from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, StoppingRule
 from raydistill.models.teacher import open_teacher
 from raydistill.search import shape_latency
 from raydistill.search.serving_timing import CostBounds
-from raydistill.search.shape_latency import ShapeTask, count_params_m, time_shapes
+from raydistill.search.shape_latency import ShapeTask, count_params_m, time_larger_shapes, time_shapes
 from raydistill.training.tokenized_data import select_student_tokens
 from tests.factories.models import save_tiny
 from tests.factories.training import make_run, write_run_workspace
@@ -80,3 +80,20 @@ def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(task: ShapeTask, t
     assert used is not None
     assert params["2-1"] - params["2-1-vused"] == pytest.approx((tokens - len(used)) * width / 1e6)
     assert "latency_ms" in table.cheapest["2-1-v300"].timings
+    assert table.used_tokens == len(used)
+
+
+def test_shapes_of_used_tokens_are_timed_again_only_if_there_are_considerably_more(
+    task: ShapeTask, tmp_path: Path
+) -> None:
+    workspace = write_run_workspace(tmp_path)
+    run = make_run(workspace, "pl", student={"size": "2-1", "vocabulary": "used"})
+    task = replace(task, run=run, sizes=["2-1-vused"], label_folders={"pseudo": tmp_path / "labels"}, bounds={})
+    teacher = open_teacher(str(workspace / "teacher"), run.dataset)
+    used = select_student_tokens(run, teacher.tokenizer, teacher.model.config, task.label_folders)
+    assert used is not None
+    assert time_larger_shapes(task, round(len(used) / 1.01), "cpu", 1) is None
+    table = time_larger_shapes(task, round(len(used) / 1.03), "cpu", 1)
+    assert table is not None
+    assert table.used_tokens == len(used)
+    assert "latency_ms" in table.costs["2-1-vused"]
