@@ -58,10 +58,10 @@ class Speedup:
 
     Attributes:
         ms: median milliseconds of a call of the variant.
-        factor: baseline over variant; None if other processes disturbed all pairs.
+        factor: baseline over variant; None if all pairs are noisy.
         interval: the interval of the factor, 95 %.
         stop_reason: why the comparison ended.
-        dropped_pairs: pairs that other processes disturbed.
+        dropped_pairs: pairs that are noisy because of other processes.
     """
 
     ms: float

@@ -62,7 +62,7 @@ def main() -> None:
                 figures = [f"{measured.rows_per_s:.0f}{best}", f"{measured.rows_per_s / slowest:.2f}x"]
                 rows.append([name, precision, str(beams), measured.setting.label, *figures])
             print_progress(f"{name} {precision} {beams} beams: {result.best.setting.label}")
-    text = "Median of three passes. `*`: the setting that serves most; the last column compares with the slowest."
+    text = "Median of three passes. `*`: the fastest setting; the last column compares with the slowest."
     header = ["model", "precision", "beams", "setting", "rows per second", "over the slowest"]
     markdown = f"{text}\n\n{markdown_table(header, rows)}"
     print(BenchmarkResult("throughput", "Rows per second on a CPU", markdown, data, machine).write())

@@ -34,21 +34,21 @@ def sweep(
     from raydistill.config.presets import check_teacher
     from raydistill.config.space import read_space
 
-    checked = read_space(space, settings)
-    folder = raydistill_home() / "sweeps" / checked.name
-    _check_tracking(checked.tracking_uri, folder)
+    loaded_space = read_space(space, settings)
+    folder = raydistill_home() / "sweeps" / loaded_space.name
+    _check_tracking(loaded_space.tracking_uri, folder)
     if dry_run:
         from raydistill.search.dry_run import describe_plan
 
-        plan = describe_plan(checked, folder)
+        plan = describe_plan(loaded_space, folder)
         print_text(plan["text"], as_json)
         print_json({k: v for k, v in plan.items() if k != "text"}, as_json)
         return
-    if isinstance(checked.run.get("teacher"), str):
-        check_teacher(checked.run["teacher"])
+    if isinstance(loaded_space.run.get("teacher"), str):
+        check_teacher(loaded_space.run["teacher"])
     from raydistill.search.sweep import run_sweep
 
-    result = run_sweep(checked, folder, partial(print_text, as_json=as_json))
+    result = run_sweep(loaded_space, folder, partial(print_text, as_json=as_json))
     print_json(result, as_json)
     if not result["complete"]:
         raise typer.Exit(1)

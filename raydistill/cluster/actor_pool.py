@@ -94,10 +94,11 @@ def _configure_ray_data() -> None:
 def _make_actor_class(make_function: Callable[[], BatchFunction]) -> type:
     """Return the class of an actor that processes batches with the function that `make_function()` returns."""
 
-    # `make_function` is bound by closure: a constructor argument would be stored in the object store, where a
-    # restarted actor may no longer find it.
+    # `make_function` is bound by closure: a constructor argument would be stored in the object store, from which a
+    # restarted actor may no longer be able to read.
     class Actor:
-        # Ray reports an error raised here as the loss of an actor, without its cause. It is kept for the first batch.
+        # Ray reports an error raised here as the loss of an actor, without its cause. The error is kept and raised by
+        # the first batch.
         def __init__(self) -> None:
             self.error_message = ""
             self.error: Exception | None = None

@@ -37,7 +37,7 @@ class DrainMonitor:
         self.next_check = now + DRAIN_POLL_S
         try:
             return not self.node_ids.isdisjoint(draining_node_ids())
-        except (RayError, OSError, RuntimeError) as error:  # no others: a changed interface of Ray is an error
+        except (RayError, OSError, RuntimeError) as error:  # other errors are raised: Ray's interface has changed
             if not self.has_warned:
                 print_progress(f"draining nodes are not detected while Ray's head does not answer: {error}")
             self.has_warned = True

@@ -23,7 +23,8 @@ def run_exclusive(
     While the machine is available, all exclusive tasks run on it, so that their timings are comparable.
 
     Args:
-        input_paths: Files and folders that are copied to that machine first, if the machines share no folder.
+        input_paths: Files and folders that are copied to the machine of the task first, if the machines share no
+            folder.
         output_paths: Small files that are copied back afterwards.
     """
     import ray

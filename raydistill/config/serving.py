@@ -39,8 +39,9 @@ class EngineVariant(NamedTuple):
 
         The whole vocabulary is more exact than any shortlist, and a longer fixed list is more exact than a shorter one.
         """
-        mine, its = self.shortlist, other.shortlist
-        covers = mine in ("off", its) or (isinstance(mine, int) and isinstance(its, int) and mine >= its)
+        shortlist, other_shortlist = self.shortlist, other.shortlist
+        is_longer = isinstance(shortlist, int) and isinstance(other_shortlist, int) and shortlist >= other_shortlist
+        covers = is_longer or shortlist in ("off", other_shortlist)
         return covers and PRECISIONS.index(self.precision) <= PRECISIONS.index(other.precision)
 
     @property
@@ -72,7 +73,7 @@ class ServingConfig(StrictModel):
         return EngineVariant(self.precision, self.shortlist)
 
     def with_variant(self, variant: EngineVariant) -> "ServingConfig":
-        """The same decoding by another engine."""
+        """This configuration with the precision and shortlist of an engine variant."""
         return self.model_copy(update=variant._asdict())
 
     @property
@@ -141,14 +142,14 @@ class CTranslate2Serving(StrictModel):
 
 
 class ServingRecord(StrictModel):
-    """How an exported student is served, in its raydistill.json: with these settings its scores were computed.
+    """How an exported student is served; part of its raydistill.json. Its scores were computed with these settings.
 
     Attributes:
         config: Beams, length penalty, precision and shortlist.
         max_source_tokens: Tokens of a source that the student reads.
         languages: Languages of source and target.
         vocabulary_map: The shortlist, a file in the export.
-        ctranslate2: The same settings for CTranslate2; None if CTranslate2 cannot load the student.
+        ctranslate2: These settings as arguments of CTranslate2; None if CTranslate2 cannot load the student.
         throughput: Threads and batches that decode the most rows per second; None if the sweep did not measure them.
     """
 
@@ -187,8 +188,8 @@ class Serving(StrictModel):
     def decodings(self, own: ServingConfig) -> list[ServingConfig]:
         """A checkpoint's own decoding, then every other combination of beams and length penalty, without duplicates.
 
-        One beam is combined with one length penalty only, which has no effect there. Precision and shortlist are
-        those of `own`.
+        One beam is combined with one length penalty only, which has no effect there. Precision and shortlist are taken
+        from `own`.
         """
         grid = {own.key: own}
         for beams in self.beams:

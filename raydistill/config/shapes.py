@@ -4,7 +4,7 @@ import math
 import re
 from typing import Literal, NamedTuple
 
-FULL_SIZE = "full"  # the size of a student with the teacher's layers, whose numbers a run file does not have
+FULL_SIZE = "full"  # size of a student with all layers of its teacher; run files do not name the teacher's layers
 _USED_TOKENS_RANK = 1e9  # "used" is sorted behind numbers of tokens and before all tokens
 _NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
 _SHAPE_PATTERN = re.compile(rf"(full|\d+-\d+)(?:-ffn({_NUMBER})-({_NUMBER}))?(?:-v(used|\d+))?")
@@ -65,7 +65,10 @@ class Shape(NamedTuple):
 
 
 def shape_sort_key(name: str) -> tuple[list[float], str]:
-    """Sorts names of shapes from small to large: by layers, then by units and tokens. Other names come first."""
+    """Sorts names of shapes from small to large: by layers, then by units and tokens.
+
+    Texts that are not names of shapes come first.
+    """
     try:
         shape = Shape.parse(name)
     except ValueError:

@@ -26,7 +26,7 @@ COST_METRICS = {
     "memory_mb": "memory of the weights, in MB",
     "peak_mb": "peak memory while a batch of 32 rows is decoded, in MB",
     "device_hours": "device-hours of the trial",
-    "rows_per_s": "rows per second of many rows at once, with the threads and batches that serve most (a lower bound)",
+    "rows_per_s": "rows per second of many rows at once, with the best setting of threads and batches (a lower bound)",
 }
 # Measurements of which more is better: a budget bounds them from below.
 LOWER_BOUNDED = frozenset({"rows_per_s"})

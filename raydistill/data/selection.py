@@ -1,7 +1,8 @@
 """The rows that students are chosen on, apart from the rows of checks, early stopping and search.
 
-A score that a search maximises is too high for the setting that wins. The validation rows are therefore divided: a part
-for checks, early stopping and search, and a part for decoding and choice, which nothing has selected before.
+The score of a setting that a search selects is biased upwards on the rows of the search. The validation rows are
+therefore divided: one part for checks, early stopping and search, another part for the choice of decoding and student,
+on which nothing was selected before.
 """
 
 import hashlib

@@ -27,7 +27,7 @@ EXCLUSION_MARGIN = 1.3
 
 Call = Callable[[], object]
 Decision = Literal["below", "above", "undecided"]
-StopReason = Literal["bounds_cleared", "precise", "time_limit", "disturbed"]
+StopReason = Literal["bounds_cleared", "precise", "time_limit", "noisy"]
 PositiveMs = Annotated[float, Field(gt=0)]
 
 
@@ -36,7 +36,7 @@ class StoppingRule:
     """When a comparison ends.
 
     Attributes:
-        min_pairs: Undisturbed pairs before the first decision.
+        min_pairs: Pairs that are not noisy before the first decision.
         precision: The comparison ends when both ends of the interval differ from the ratio by at most this share.
         confidence: Probability that the interval covers the true ratio, whenever the comparison ends.
         max_seconds: The comparison ends without a decision after this time, or after RAYDISTILL_TIMING_SECONDS if that
@@ -72,7 +72,7 @@ class Pair(BaseModel):
         return log(statistics.median(self.student_ms) / statistics.median(self.baseline_ms))
 
     @property
-    def disturbed(self) -> bool:
+    def noisy(self) -> bool:
         """Whether other processes kept more than `MAX_BACKGROUND_CORES` busy. The rule does not see the call times."""
         return self.background_cores > MAX_BACKGROUND_CORES
 
@@ -81,14 +81,14 @@ class PairedTiming(BaseModel):
     """The latency of a student as a share of its baseline's latency.
 
     Attributes:
-        ratio: Median of the ratios of the undisturbed pairs; None if all pairs were disturbed.
-        interval: Confidence interval of the ratio; None if there are fewer undisturbed pairs than the rule asks for.
+        ratio: Median of the ratios of the pairs that are not noisy; None if all pairs are noisy.
+        interval: Confidence interval of the ratio; None if fewer pairs than the rule asks for are not noisy.
         confidence: Probability that the interval covers the true ratio.
         bounds: Ratios that the comparison was meant to decide.
         stop_reason: `bounds_cleared`: the interval holds none of the bounds. `precise`: the interval is as narrow as
-            the rule asks for. `time_limit`: neither was reached in time. `disturbed`: neither was reached in time, and
-            at least half of the pairs were disturbed.
-        pairs: All pairs in the order of the measurement, disturbed ones included.
+            the rule asks for. `time_limit`: neither was reached in time. `noisy`: neither was reached in time, and at
+            least half of the pairs are noisy.
+        pairs: All pairs in the order of the measurement, noisy pairs included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,13 +102,13 @@ class PairedTiming(BaseModel):
 
     @property
     def best_ratio(self) -> float:
-        """The ratio; if all pairs were disturbed, the median of the ratios of all pairs, which may be wrong."""
+        """The ratio; if all pairs are noisy, the median of the ratios of all pairs, which may be wrong."""
         return self.ratio or exp(statistics.median(pair.log_ratio for pair in self.pairs))
 
     @property
     def valid_pairs(self) -> int:
         """Number of pairs that the ratio is computed from."""
-        return sum(not pair.disturbed for pair in self.pairs)
+        return sum(not pair.noisy for pair in self.pairs)
 
     @property
     def dropped_pairs(self) -> int:
@@ -117,11 +117,14 @@ class PairedTiming(BaseModel):
 
     @property
     def background_cores(self) -> float:
-        """Average number of CPU cores that other processes kept busy, disturbed pairs included."""
+        """Average number of CPU cores that other processes kept busy, noisy pairs included."""
         return statistics.fmean(pair.background_cores for pair in self.pairs)
 
     def decided(self, bound: float) -> Decision:
-        """Return on which side of a ratio the student is. All bounds may be asked for: the interval is the same."""
+        """Return on which side of a ratio the student is.
+
+        Any bound may be given: the interval does not depend on the bounds.
+        """
         if self.interval is not None and self.interval[1] < bound:
             return "below"
         if self.interval is not None and self.interval[0] > bound:
@@ -161,14 +164,14 @@ def time_pairs(
 def compare_pairs(pairs: Iterable[Pair], bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
     """Take pairs until the rule ends the comparison. `time_pairs` describes the arguments."""
     taken: list[Pair] = []
-    ordered: list[float] = []  # logarithms of the ratios of undisturbed pairs
+    ordered: list[float] = []  # logarithms of the ratios of the pairs that are not noisy
     interval: tuple[float, float] | None = None
     stop_reason: StopReason | None = None
     seconds, max_seconds = 0.0, limit_seconds(rule.max_seconds)
     for pair in pairs:
         taken.append(pair)
         seconds += pair.seconds
-        if not pair.disturbed:
+        if not pair.noisy:
             bisect.insort(ordered, pair.log_ratio)
         if len(ordered) >= rule.min_pairs:
             interval = median_interval(ordered, rule.confidence)
@@ -176,7 +179,7 @@ def compare_pairs(pairs: Iterable[Pair], bounds: Sequence[float], rule: Stopping
         if stop_reason is not None or seconds >= max_seconds:
             break
     if stop_reason is None:
-        stop_reason = "disturbed" if len(taken) >= 2 * len(ordered) else "time_limit"
+        stop_reason = "noisy" if len(taken) >= 2 * len(ordered) else "time_limit"
     return PairedTiming(
         ratio=exp(statistics.median(ordered)) if ordered else None,
         interval=(exp(interval[0]), exp(interval[1])) if interval is not None else None,
@@ -199,9 +202,10 @@ def may_exclude(timing: PairedTiming, bound: float, margin: float = EXCLUSION_MA
 def _decisive(
     interval: tuple[float, float] | None, center: float, bounds: Sequence[float], precision: float
 ) -> StopReason | None:
-    """Return why the comparison ends with this interval; None if it continues. All arguments but the last two are logs.
+    """Return why the comparison ends with this interval; None if it continues.
 
-    Clear bounds come first: a comparison may reach both at the same pair.
+    `interval` and `center` are logarithms; `bounds` and `precision` are not. Clear bounds come first: a comparison may
+    reach both at the same pair.
     """
     if interval is None:
         return None

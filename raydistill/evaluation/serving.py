@@ -1,4 +1,4 @@
-"""The work of timing and scoring a checkpoint as it is served: real validation rows, always the same."""
+"""The call that times a checkpoint as it is served: it decodes a fixed choice of validation rows."""
 
 from collections.abc import Callable, Sequence
 

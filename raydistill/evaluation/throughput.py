@@ -1,8 +1,8 @@
-"""Measures the rows per second that an engine decodes at most: with several threads and sizes of batches.
+"""Measures the highest number of rows per second of an engine, over several settings of threads and batches.
 
 Latency is the time of one batch, in which all threads share the work of each layer. Of many rows, small models decode
-more per second if each thread decodes a batch of its own. How many batches and of which size serves most depends on
-model and processor, so that a few settings are measured.
+more per second if each thread decodes a batch of its own. Which number and size of batches gives the most rows per
+second depends on model and processor, so that a few settings are measured.
 """
 
 import itertools

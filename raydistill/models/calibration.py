@@ -22,7 +22,7 @@ class Calibration:
 
     @classmethod
     def of(cls, examples: Examples, max_rows: int = CALIBRATION_ROWS) -> "Calibration":
-        """At most `max_rows` examples at equal distances, the same ones at every call."""
+        """At most `max_rows` examples at equal distances, the same examples at every call."""
         count = min(max_rows, len(examples))
         return cls(examples, [i * len(examples) // count for i in range(count)])
 

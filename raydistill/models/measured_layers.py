@@ -25,7 +25,7 @@ class _Batch:
 
     Attributes:
         ids: Decoder input ids [rows, tokens].
-        is_token: Which of them count [rows, tokens].
+        is_token: True at real tokens, false at padding [rows, tokens].
         encoded: Encoder states [rows, source tokens, width].
         mask: Attention mask of the source [rows, source tokens].
         hidden: The teacher's last decoder states [real tokens, width].
@@ -41,8 +41,9 @@ class _Batch:
 def measure_layers(teacher: PreTrainedModel, num_layers: int, calibration: Calibration) -> dict[Layers, float]:
     """Return the divergences of sets of `num_layers` decoder layers, the lowest first.
 
-    The candidates are the choices of the rules in `RULES`, among them the paper's table, and the result of removing one
-    layer after another: from the sets with one layer less than before, the one of the lowest divergence remains.
+    The candidates are the choices of the rules in `RULES` (the paper's table is "spaced") and one set from greedy
+    removal: starting with all layers, the layer whose removal gives the lowest divergence is removed until `num_layers`
+    remain.
 
     The divergence of a set is the mean over target tokens of KL(teacher || student) in nats, where the student is the
     teacher without the other layers of its decoder, has seen the same target prefix, and was not trained.

@@ -23,7 +23,7 @@ UnitScores = dict[str, list[Tensor]]
 
 
 def random_units(teacher: PretrainedConfig, plan: LayerPlan, seed: int) -> KeptUnits:
-    """Return units drawn uniformly without replacement, for each side of which the plan removes some.
+    """Return units drawn uniformly without replacement, for each side whose units the plan reduces.
 
     Each teacher layer has its own draw, which depends on `seed`, side and layer only.
     """
@@ -40,7 +40,7 @@ def random_units(teacher: PretrainedConfig, plan: LayerPlan, seed: int) -> KeptU
 def best_units(
     teacher: PreTrainedModel, plan: LayerPlan, calibration: Calibration, decoder_from: PreTrainedModel | None = None
 ) -> KeptUnits:
-    """Return the units with the highest scores, for each side of which the plan removes some.
+    """Return the units with the highest scores, for each side whose units the plan reduces.
 
     `decoder_from` is the model whose decoder layers are copied, if that is not the teacher.
     """

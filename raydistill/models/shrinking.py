@@ -126,7 +126,7 @@ def shrink(
 
     If `plan.decoder` is None, the decoder layers are initialised randomly with `seed`. `decoder_from` is another model
     of the same architecture whose decoder layers are copied instead ("From" in the paper's Table 8). `units` are the
-    feed-forward units to keep, from `models.pruning`, for each side of which the plan removes some. A student of full
+    feed-forward units to keep, from `models.pruning`, for each side whose units the plan reduces. A student of full
     depth and with all units has exactly the teacher's logits; a student of full depth with fewer units has the logits
     of the teacher without the outputs of the other units.
 

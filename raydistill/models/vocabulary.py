@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def select_tokens(
             f"{len(kept)} tokens; give at least {len(kept)}"
         )
     order = sorted(token_by_id.keys() - kept, key=lambda i: (-counts.get(i, 0), i))
-    # Of a token that does not fit with its parts, the parts may still fit, and in a later pass the token itself.
+    # A token may not fit together with its parts. Its parts alone may fit, and a later pass then adds the token.
     while len(kept) < min(size, len(token_by_id)):
         for i in order:
             missing = with_parts(i) - kept
@@ -127,7 +128,7 @@ def trim_model(model: PreTrainedModel, token_ids: Sequence[int]) -> PreTrainedMo
     """Return a copy of a model, in eval mode, with the tokens of `token_ids` alone; token `token_ids[i]` has the id i.
 
     Rows of the embedding without a token are removed too. Tokens without a row, such as the <mask> of published BART
-    models, keep no row. The logits of the kept tokens are those of the model.
+    models, have no row in the copy either. The copy has the model's logits for the kept tokens.
 
     Raises:
         UserError: The encoder and the decoder have vocabularies of their own.
@@ -198,22 +199,27 @@ def _lowest_scored_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _parts_function(tokenizer: PreTrainedTokenizerBase) -> PartsOf:
-    """Return the function that gives the parts of a token; a token of a unigram model has none but itself.
+    """Return the function that gives the parts of a token; a token of a unigram model has one part, the token itself.
 
     Raises:
         UserError: The tokenizer is of a kind that cannot be trimmed.
     """
     if _is_marian(tokenizer):
-        models = [
+        models = [  # the highest score is merged first
             {piece.piece: -piece.score for piece in proto.pieces} for proto in _read_protos(tokenizer) if _is_bpe(proto)
         ]
-        # SentencePiece merges any two symbols whose concatenation is a piece, the highest score first.
-        return lambda token: {token}.union(*(merge_symbols(token, lambda a, b, m=m: m.get(a + b)) for m in models))  # type: ignore[misc]
+        rank_functions = [partial(_sentencepiece_rank, ranks) for ranks in models]
+        return lambda token: {token}.union(*(merge_symbols(token, rank) for rank in rank_functions))
     model = _read_model(tokenizer)
     if model["type"] == "Unigram":
         return lambda token: {token}
     ranks = {pair: rank for rank, pair in enumerate(map(_merge_pair, model["merges"]))}
     return lambda token: merge_symbols(token, lambda a, b: ranks.get((a, b)))
+
+
+def _sentencepiece_rank(ranks: Mapping[str, float], left: str, right: str) -> float | None:
+    """Return the rank of a merge: SentencePiece merges any two symbols whose concatenation is a piece."""
+    return ranks.get(left + right)
 
 
 def merge_symbols(token: str, rank: Callable[[str, str], float | None]) -> set[str]:

@@ -26,9 +26,13 @@ COST_UNITS = {
 class Candidate:
     """A scored student.
 
-    `score` is on validation, higher is better. `rows` holds the per-row statistics of the score as the metric's
-    bootstrap reads them, or None if they were not kept. `costs` are in the units of `COST_UNITS`. `intervals` are
-    confidence intervals of costs, where they are known.
+    Attributes:
+        key: Name of the student.
+        score: Score on the rows that students are chosen on; higher is better.
+        rows: Per-row statistics of the score as the metric's bootstrap reads them; None if they were not kept.
+        costs: Costs in the units of `COST_UNITS`.
+        label: The student in texts; the key if empty.
+        intervals: Confidence intervals of the costs that have one.
     """
 
     key: str
@@ -43,10 +47,14 @@ class Candidate:
 class Choice:
     """The chosen student and the reason for choosing it, in one to three sentences.
 
-    `best` is None if no student fits the bounds. `highest` has the highest score within the bounds. `non_inferior` are
-    the cheaper students within the bounds that are not inferior to the highest, cheapest first; `best` is the first of
-    them, or `highest` if there are none. `comparisons` holds the difference candidate - highest by key of the cheaper
-    and the more expensive candidates that were scored on the same rows.
+    Attributes:
+        best: The first student of `non_inferior`, or `highest` if the list is empty; None if no student fits the
+            bounds.
+        highest: The student with the highest score within the bounds.
+        non_inferior: The cheaper students within the bounds that are not inferior to `highest`, cheapest first.
+        comparisons: By key, the difference candidate - highest of the cheaper and the more expensive students that
+            were scored on the same rows as `highest`.
+        reason: Why `best` was chosen.
     """
 
     best: Candidate | None
@@ -155,13 +163,13 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
     scope = f"within {describe_bounds(bounds)}" if bounds else "of all students"
     top = f"{highest.label or highest.key} has the highest {metric}, {highest.score:.2f}, {scope}"
     if non_inferior:
-        outcome = _explain_replacement(highest, non_inferior, comparisons[best.key], cost, tolerance)
+        verdict = _explain_replacement(highest, non_inferior, comparisons[best.key], cost, tolerance)
     else:
-        outcome = _explain_highest(cheaper, comparisons, tolerance)
+        verdict = _explain_highest(cheaper, comparisons, tolerance)
     not_shown = cheaper[: cheaper.index(best)] if non_inferior else cheaper
     details = _explain_not_shown(not_shown, comparisons, highest, tolerance)
     details += _explain_doubt(more_expensive, comparisons, highest, tolerance)
-    return Choice(best, highest, non_inferior, comparisons, f"{top}{outcome}.{details}")
+    return Choice(best, highest, non_inferior, comparisons, f"{top}{verdict}.{details}")
 
 
 def rows_needed(comparison: Comparison, num_rows: int, tolerance: float) -> int | None:
@@ -258,7 +266,7 @@ def _explain_highest(cheaper: Sequence[Candidate], comparisons: dict[str, Compar
 def _explain_not_shown(
     not_shown: Sequence[Candidate], comparisons: dict[str, Comparison], highest: Candidate, tolerance: float
 ) -> str:
-    """A sentence on the cheapest student for which the rows are too few, else on the one nearest to the tolerance.
+    """A sentence on the cheapest student for which the rows are too few, else on the student nearest to the tolerance.
 
     `not_shown` are the students that are cheaper than the chosen one; the sentence is empty if none was compared.
     """
@@ -281,7 +289,10 @@ def _explain_not_shown(
 def _explain_doubt(
     more_expensive: Sequence[Candidate], comparisons: dict[str, Comparison], highest: Candidate, tolerance: float
 ) -> str:
-    """A sentence on the more expensive student that may be better by most, if by more than the tolerance."""
+    """A sentence on the more expensive student whose interval reaches furthest above the highest score.
+
+    The sentence is empty unless the interval reaches above the tolerance.
+    """
     compared = [c for c in more_expensive if c.key in comparisons]
     doubtful = max(compared, key=lambda c: comparisons[c.key].high, default=None)
     if doubtful is None or highest.rows is None or comparisons[doubtful.key].high < tolerance:

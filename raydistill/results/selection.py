@@ -159,10 +159,10 @@ def _served_teacher(sweep: Path, teacher: SweepTeacher, session: LatencySession)
 
 
 def choose_within(candidates: list[Candidate], bounds: dict[str, float], metric: str, tolerance: float) -> Choice:
-    """`choose`, with the reason of a choice whose cost is known too inaccurately to decide a bound.
+    """`choose`; the reason also names bounds that the accuracy of a latency leaves undecided.
 
     A bound that lies within the interval of a latency is undecided. An undecided bound counts as met if the median is
-    within the bound, which `choose` compares.
+    within the bound, because `choose` compares medians.
     """
     choice = choose(candidates, bounds, metric, tolerance)
     if choice.best is None:

@@ -30,10 +30,10 @@ class ServedStudent(BaseModel):
     Attributes:
         config: The configuration.
         engine: The engine that served the checkpoint.
-        precision: That engine's precision.
+        precision: Precision of the engine.
         version: Version of the engine's library.
         split: The scored split: "selection", or "validation" if no rows are kept for the choice.
-        rows: Number of its rows.
+        rows: Number of rows of the split.
         metrics: Scores on the split.
         interval: 95 % confidence interval of the main metric.
         memory_mb: Memory of the weights in MB.
@@ -66,7 +66,7 @@ class ServedRecord(Record):
         return next((entry for entry in self.entries if entry.config.key == config.key), None)
 
     def with_entries(self, entries: list[ServedStudent]) -> "ServedRecord":
-        """The record with further entries, which replace those of the same configurations."""
+        """The record with further entries, which replace earlier entries of these configurations."""
         by_key = {entry.config.key: entry for entry in [*self.entries, *entries]}
         return self.model_copy(update={"entries": list(by_key.values())})
 

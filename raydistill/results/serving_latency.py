@@ -1,8 +1,8 @@
 """The timings of a sweep, SWEEP/serving_latency.json, and of the first pass before them, SWEEP/first_pass.json.
 
 Latency belongs to a shape, a serving configuration and a number of rows, and not to the weights of a student. All
-timings of serving_latency.json were taken in one session, by one run of the command: times of two sessions differ by
-more than the students, and are never compared.
+timings of serving_latency.json were taken in one session, by one run of the command. Times of two sessions differ by
+more than two students do, so they are never compared.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from raydistill.evaluation.paired_latency import PairedTiming
 
 LATENCY_FILE = "serving_latency.json"
 FIRST_PASS_FILE = "first_pass.json"
-TEACHER_SHAPE = "teacher"  # a student may have the size of the teacher, and writes other texts
+TEACHER_SHAPE = "teacher"  # not the teacher's size: a student of that size has other texts and other times
 
 
 class TimedServing(BaseModel):
@@ -76,7 +76,7 @@ class LatencySession(Record):
         baseline_ms: The baseline's median milliseconds by cost.
         baseline_peak_mb: The baseline's peak memory.
         representatives: By shape, the key of the trial whose checkpoint was timed.
-        servings: Everything else that was timed.
+        servings: Timings of all other pairs of shape and configuration.
         throughputs: Rows per second of the baseline and of the students; empty if no budget bounds them.
     """
 
@@ -171,7 +171,7 @@ class FirstPassTime(BaseModel):
 class FirstPass(Record):
     """The content of first_pass.json: short timings that find the configurations of each shape worth scoring.
 
-    Only the times of one shape and one number of beams are compared, which were taken in alternation.
+    Only times of one shape and one number of beams are comparable, since they were taken in alternation.
 
     Attributes:
         hardware: The machine.
@@ -192,12 +192,12 @@ class FirstPass(Record):
         return {entry.variant: entry.ms for entry in self.times if (entry.shape, entry.beams) == (shape, beams)}
 
     def merged_with(self, other: "FirstPass") -> "FirstPass":
-        """This record with the timings and the unsupported precisions of another one."""
+        """This record with the timings and the unsupported precisions of another record."""
         unsupported = sorted({*self.unsupported, *other.unsupported})
         return self.with_times(other.times).model_copy(update={"unsupported": unsupported})
 
     def with_times(self, times: Iterable[FirstPassTime]) -> "FirstPass":
-        """The record with further timings, which replace those of the same shapes and numbers of beams."""
+        """The record with further timings, which replace earlier timings of these shapes and numbers of beams."""
         new = list(times)
         replaced = {(entry.shape, entry.beams) for entry in new}
         kept = [entry for entry in self.times if (entry.shape, entry.beams) not in replaced]

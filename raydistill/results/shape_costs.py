@@ -1,4 +1,4 @@
-"""The costs of a shape: those that were measured, or a linear fit between shapes of equal layers."""
+"""The measured costs of a shape, or a linear fit over measured shapes with equal layers."""
 
 from collections.abc import Mapping
 

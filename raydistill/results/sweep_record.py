@@ -66,7 +66,7 @@ class LabelSetScores(BaseModel):
 
 
 class ShortlistCoverage(BaseModel):
-    """A shortlist of a sweep, and what it excludes on the validation split.
+    """A shortlist of a sweep, and what it excludes on the rows that students are chosen on.
 
     Attributes:
         folder: The artifact with the vocabulary map, below RAYDISTILL_HOME/shortlists.

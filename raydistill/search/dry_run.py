@@ -18,7 +18,7 @@ from raydistill.data.corpus import corpus_statistics, read_corpus, split_names
 from raydistill.models.shrinking import plan_student
 from raydistill.paper.published import TABLE_4, TABLE_5, data_name, teacher_name
 from raydistill.results.formatting import format_count
-from raydistill.results.pareto import fits_any_budget, resolve_budgets
+from raydistill.results.pareto import bound_sign, fits_any_budget, resolve_budgets
 from raydistill.results.records import count_finished_trials
 from raydistill.results.sweep_record import SWEEP_FILE, SweepRecord
 
@@ -79,7 +79,10 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         f"pseudo-labels: {passes}",
         *disk.lines,
         f"expected device-hours: {f'about {hours:.0f}' if hours else 'not known'} ({hours_source})",
-        *[f"budget {name}: {', '.join(f'{k} <= {v}' for k, v in b.items())}" for name, b in space.budgets.items()],
+        *[
+            f"budget {name}: {', '.join(f'{cost} {bound_sign(cost)} {bound}' for cost, bound in bounds.items())}"
+            for name, bounds in space.budgets.items()
+        ],
         f"shapes that no budget admits, and that are not trained: {', '.join(infeasible) or 'none'}{remark}",
         describe_stopping(space),
     ]

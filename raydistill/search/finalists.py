@@ -52,7 +52,7 @@ from raydistill.search.serving_timing import (
     latency_bounds,
     run_first_pass,
     run_session,
-    warn_if_disturbed,
+    warn_if_noisy,
 )
 from raydistill.tracking.mlflow_runs import get_or_create_tracking_id
 from raydistill.training.records import SplitScores
@@ -85,26 +85,26 @@ def serve_finalists(space: Space, sweep: Path, teacher: TeacherScores, device: s
     if not state.is_complete:
         run = representative_run(space, sweep)
         check_unchanged(run, teacher, sweep)
-        server = _Server(sweep, make_context(run, sweep, teacher.metric), device)
-        state = server.run_first_pass(state)
-        server.score(state)
-        server.time(state)
-        run_exclusive(remove_serving_cache, server.context, device=device)
+        tasks = _ServingTasks(sweep, make_context(run, sweep, teacher.metric), device)
+        state = tasks.run_first_pass(state)
+        tasks.score(state)
+        tasks.time(state)
+        run_exclusive(remove_serving_cache, tasks.context, device=device)
     score_on_test(space, sweep, teacher, device)
 
 
-class _Server:
+class _ServingTasks:
     """Runs the three steps as exclusive tasks on the machine that times everything."""
 
     def __init__(self, sweep: Path, context: ServingContext, device: str) -> None:
         self.sweep, self.context, self.device = sweep, context, device
 
     def run_first_pass(self, state: ServingState) -> ServingState:
-        """Time the shapes whose first pass is missing; the state with the new record."""
+        """Time the shapes that the first pass lacks; returns the state with the new record."""
         if missing := state.missing_first_pass:
             shapes = ", ".join(checkpoint.shape for checkpoint in missing)
             print_progress(
-                f"finalists: a first pass over {format_count(len(state.variants), 'engine variant')}: {shapes}"
+                f"finalists: first pass over {format_count(len(state.variants), 'engine variant')} of {shapes}"
             )
             configs = {checkpoint.shape: state.shape_decodings(checkpoint.shape) for checkpoint in missing}
             task = FirstPassTask(self.context, missing, configs, state.variants, state.teacher.engine)
@@ -125,7 +125,7 @@ class _Server:
         return state
 
     def score(self, state: ServingState) -> None:
-        """Score the checkpoints with their configurations: first with the own decoding, then with the others."""
+        """Score the checkpoints: first each with its own decoding, then with the other decodings."""
         if missing := state.missing_scores:
             print_progress(f"finalists: serving {format_count(len(missing), 'checkpoint')} on real rows")
         for checkpoint in missing:
@@ -135,14 +135,14 @@ class _Server:
         print_progress(describe_scores(state))
 
     def time(self, state: ServingState) -> None:
-        """Time everything in one session, if something is not timed."""
+        """Time all pairs of shape and configuration in one session, unless all of them are timed."""
         if not state.misses_timings:
             return
         configs = state.wanted_timings
         count = sum(map(len, configs.values())) - 1
         print_progress(
-            f"latency: timing {format_count(len(configs), 'shape')} in {format_count(count, 'configuration')}, in "
-            f"pairs with the teacher on an otherwise idle machine"
+            f"latency: timing {format_count(count, 'pair')} of shape and configuration, each in alternation with the "
+            f"teacher, on an otherwise idle machine"
         )
         task = SessionTask(
             self.context,
@@ -159,7 +159,7 @@ class _Server:
             throughputs = run_exclusive(measure_throughputs, task, device=self.device, input_paths=inputs)
             session = session.model_copy(update={"throughputs": tuple(throughputs)})
         session.write(self.sweep / LATENCY_FILE)
-        warn_if_disturbed(session)
+        warn_if_noisy(session)
 
     def score_configs(
         self, checkpoint: ServedCheckpoint, configs: Sequence[ServingConfig], split: str
@@ -201,7 +201,7 @@ def score_checkpoint(
     corpus = read_split(context.run.dataset, split)
     assert corpus is not None, split
     max_source_tokens = context.max_source_tokens(checkpoint.checkpoint)
-    config_of_model = load_config(checkpoint.checkpoint)
+    model_config = load_config(checkpoint.checkpoint)
     entries = []
     for variant in dict.fromkeys(config.variant for config in configs):
         engine = open_served_engine(context, checkpoint.checkpoint, variant, device, threads)
@@ -220,7 +220,7 @@ def score_checkpoint(
                 rows=len(corpus),
                 metrics={**result.scores.metrics, "repetition": result.repetition_rate},
                 interval=result.score_interval,
-                memory_mb=families.weights_mb(config_of_model, engine.precision),
+                memory_mb=families.weights_mb(model_config, engine.precision),
             )
             entries.append(entry)
     return entries
@@ -253,12 +253,12 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
     untested = find_untested(sweep, teacher)
     if not untested:
         return
-    server = _Server(sweep, make_context(representative_run(space, sweep), sweep, teacher.metric), device)
+    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher.metric), device)
     for student in untested:
         served = read_served(student.folder)
         assert student.serving
         assert served
-        [result] = server.score_configs(served_checkpoint(student), [student.serving], "test")
+        [result] = tasks.score_configs(served_checkpoint(student), [student.serving], "test")
         test = SplitScores(**result.metrics, interval=result.interval)
         entries = [
             entry.model_copy(update={"test": test}) if entry.config.key == student.serving.key else entry
@@ -266,11 +266,11 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
         ]
         served.model_copy(update={"entries": entries}).write(student.folder / SERVED_FILE)
         snapshots.save(student.folder)
-    run_exclusive(remove_serving_cache, server.context, device=device)
+    run_exclusive(remove_serving_cache, tasks.context, device=device)
 
 
 def make_context(run: Run, sweep: Path, metric: str) -> ServingContext:
-    """What every serving task of a sweep needs. The shortlists are those of sweep.json."""
+    """What every serving task of a sweep needs. The shortlists are read from sweep.json."""
     coverages: dict[str, ShortlistCoverage] = read_sweep(sweep).shortlists
     maps = {
         int(name) if name.isdecimal() else name: stored_map(coverage.folder) for name, coverage in coverages.items()

@@ -52,9 +52,9 @@ class ProgressCallback(Callback):
         snapshots.pull_records(self.sweep / "trials" / trial.config["key"])
         now = time.monotonic()
         seconds = now - self.trial_start_times.get(trial.trial_id, now)
-        outcome = f"{self.metric} {result['score']:.2f}" if "score" in result else "failed"
-        outcome += ", stopped early" if result["status"] == "stopped" else ""
-        print_progress(f"{_name(trial)} finished after {seconds:.0f} s: {outcome}")
+        verdict = f"{self.metric} {result['score']:.2f}" if "score" in result else "failed"
+        verdict += ", stopped early" if result["status"] == "stopped" else ""
+        print_progress(f"{_name(trial)} finished after {seconds:.0f} s: {verdict}")
         print_progress(f"  {self.status_line(now)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -46,17 +46,17 @@ class ServedCheckpoint:
         return self.shape == TEACHER_SHAPE
 
     def own_config(self, precision: str = "fp32") -> ServingConfig:
-        """The own decoding with the whole vocabulary."""
+        """The serving configuration of the checkpoint's own decoding, with the whole vocabulary."""
         fields = {"beams": self.decoding.beams, "length_penalty": self.decoding.length_penalty}
         return ServingConfig.model_validate({**fields, "precision": precision})
 
     def beam(self, config: ServingConfig) -> BeamSearchParams:
-        """The own decoding with the beams and the length penalty of a configuration."""
+        """The checkpoint's own decoding with the beams and the length penalty of a configuration."""
         return replace(self.decoding, beams=config.beams, length_penalty=config.length_penalty)
 
     @property
     def input_paths(self) -> list[Path]:
-        """What another machine needs; a trial's folder is stored whole."""
+        """The paths that another machine needs to open the checkpoint. A trial's folder is stored as a whole."""
         path = Path(self.checkpoint)
         return [self.folder if path.is_relative_to(self.folder) else path]
 

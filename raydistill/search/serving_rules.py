@@ -18,9 +18,10 @@ import numpy as np
 from raydistill.config.serving import EngineVariant, ServingConfig
 from raydistill.evaluation.metrics import paired_bootstrap
 
-# A less exact variant must take at most this share of the time of a more exact one. First-pass times are rough.
+# A less exact variant must save at least this share of the time of a more exact one: first-pass times are rough.
 MIN_SAVING = 0.05
-# Points below the most exact variant that the paired 95 % interval of the difference may reach.
+# A variant is not inferior if the lower end of the paired 95 % interval of (variant - most exact variant) is above
+# minus this number of points.
 MAX_INFERIORITY = 0.3
 
 # Per-row statistics of a configuration; None if the checkpoint was not scored with that configuration.
@@ -28,7 +29,7 @@ RowsOf = Callable[[ServingConfig], np.ndarray | None]
 
 
 def undominated_variants(times: Mapping[EngineVariant, float]) -> list[EngineVariant]:
-    """The variants that no other variant dominates, the fastest first.
+    """The variants that no other variant dominates, fastest first.
 
     Args:
         times: Milliseconds of each variant, for one shape and one number of beams.
@@ -49,14 +50,14 @@ def configs_to_score(
     rows_of: RowsOf,
     metric: str,
 ) -> list[ServingConfig]:
-    """The configurations that a checkpoint is scored with, as far as the scores so far tell.
+    """The configurations to score a checkpoint with, given the scores that exist.
 
     While a score with the checkpoint's own decoding is missing, only configurations with that decoding are returned.
 
     Args:
         decodings: The checkpoint's own decoding, then the others; their precision and shortlist are ignored.
-        variants: By number of beams, the variants that are not dominated, the fastest first.
-        rows_of: Per-row statistics of the scores so far.
+        variants: By number of beams, the variants that are not dominated, fastest first.
+        rows_of: Per-row statistics of the scores that exist.
         metric: Name of the main score.
     """
     own, *others = decodings
@@ -75,7 +76,8 @@ def configs_to_score(
     configs = list(first)
     for decoding in others:
         kept = sorted(variants[decoding.beams], key=lambda variant: variant.exactness)
-        # Noise of the first pass may leave no fast variant with another number of beams. No decoding is skipped.
+        # A noisy first pass may have kept none of `fast_enough` for this number of beams. The decoding is then scored
+        # with all its variants.
         wanted = [variant for variant in kept if variant in fast_enough] or kept
         configs += [decoding.with_variant(variant) for variant in wanted]
     return configs
@@ -85,7 +87,7 @@ def _is_not_inferior(metric: str, rows: np.ndarray | None, most_exact: np.ndarra
     """Whether the paired interval of the difference rows - most_exact lies above `-MAX_INFERIORITY`."""
     assert rows is not None
     if rows.shape != most_exact.shape or rows.dtype != most_exact.dtype:
-        return False  # of other rows
+        return False  # scored on other rows
     if np.array_equal(rows, most_exact):
         return True
     key = _RowsKey(rows.tobytes(), most_exact.tobytes(), rows.dtype.str, rows.shape)
@@ -103,6 +105,9 @@ class _RowsKey(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _lower_end(metric: str, key: _RowsKey) -> float:
-    """The lower end of the paired interval; the rules are applied to the same scores many times."""
+    """Lower end of the paired interval, in points.
+
+    The end is cached, because the rules read the same pair of scores for every state.
+    """
     rows, most_exact = (np.frombuffer(part, key.dtype).reshape(key.shape) for part in (key.rows, key.most_exact))
     return paired_bootstrap(metric, rows, most_exact).low

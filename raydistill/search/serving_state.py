@@ -1,4 +1,4 @@
-"""What a sweep's folder holds of the serving of finalists, and what is missing (search/finalists.py does it)."""
+"""What a sweep's folder holds of the serving of finalists, and what is missing; finalists.py runs the missing steps."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,7 +50,8 @@ class ServingState:
 
     @classmethod
     def load(cls, space: Space, sweep: Path, teacher: TeacherScores, machine: Hardware) -> "ServingState":
-        """Find the finalists."""
+        """The state of a sweep: its finalists with a checkpoint, after their records are downloaded."""
+        # Selected again after the download, because the choice reads the per-row statistics that it adds.
         snapshots.pull(*(trial.folder for trial in select_finalists(sweep)))
         trials = tuple(trial for trial in select_finalists(sweep) if trial.checkpoint)
         return cls(space, sweep, teacher, machine, trials)
@@ -73,7 +74,10 @@ class ServingState:
 
     @cached_property
     def representatives(self) -> list[ServedCheckpoint]:
-        """A checkpoint of each shape, whose outputs have the lengths of good outputs: the one with the best score."""
+        """The teacher and, for each shape, the checkpoint with the best score.
+
+        The outputs of the best checkpoint have the lengths of good outputs.
+        """
         best: dict[str, Trial] = {}
         metric = self.teacher.metric
         for trial in self.trials:
@@ -128,7 +132,7 @@ class ServingState:
         ]
 
     def kept_variants(self, shape: str) -> dict[int, list[EngineVariant]]:
-        """By number of beams, the variants of a shape that no other one dominates, the fastest first."""
+        """By number of beams, the variants of a shape that no other variant dominates, fastest first."""
         assert self.first_pass is not None
         kept = {}
         for beams in {config.beams for config in self.shape_decodings(shape)}:
@@ -137,9 +141,10 @@ class ServingState:
         return kept
 
     def wanted_configs(self, checkpoint: ServedCheckpoint) -> list[ServingConfig]:
-        """The configurations that a checkpoint is scored with, as far as the scores so far tell.
+        """The configurations to score a checkpoint with, given the scores that exist.
 
-        The teacher is scored as the baseline too, so that its score is known on the rows of the choice.
+        The teacher is also scored with the baseline configuration, so that its score on the rows of the choice is
+        known.
         """
         rows_of = partial(read_scored_rows, checkpoint.folder, read_served(checkpoint.folder))
         variants = self.kept_variants(checkpoint.shape)
@@ -159,7 +164,10 @@ class ServingState:
 
     @property
     def wanted_timings(self) -> dict[str, list[ServingConfig]]:
-        """By shape, the configurations of its checkpoints; the teacher is timed with those of all students too."""
+        """By shape, the configurations of its checkpoints.
+
+        The teacher is also timed with the configurations of all students.
+        """
         wanted: dict[str, dict[str, ServingConfig]] = {TEACHER_SHAPE: {self.baseline.key: self.baseline}}
         for checkpoint in self.checkpoints:
             for config in self.wanted_configs(checkpoint):
@@ -203,7 +211,7 @@ def read_scored_rows(folder: Path, served: ServedRecord | None, config: ServingC
 
 
 def describe_first_pass(state: ServingState) -> str:
-    """How many combinations of shape, decoding and engine variant are skipped since another one dominates them."""
+    """How many combinations of shape, decoding and variant are skipped because another variant dominates them."""
     total = skipped = 0
     for checkpoint in state.representatives:
         kept = state.kept_variants(checkpoint.shape)
@@ -212,12 +220,12 @@ def describe_first_pass(state: ServingState) -> str:
             skipped += len(state.variants) - len(kept[config.beams])
     return (
         f"finalists: {skipped} of {format_count(total, 'combination')} of shape, beams, precision and shortlist are "
-        f"skipped: another one that is at least as exact is at least as fast"
+        f"skipped: another precision and shortlist that is at least as exact is at least as fast"
     )
 
 
 def describe_scores(state: ServingState) -> str:
-    """How many configurations of the checkpoints were not scored since a faster engine variant is not inferior."""
+    """How many configurations of the checkpoints were not scored because a faster variant is not inferior."""
     scored = skipped = 0
     for checkpoint in state.checkpoints:
         kept = state.kept_variants(checkpoint.shape)

@@ -28,7 +28,7 @@ from raydistill.search.served_engine import (
     open_served_engine,
 )
 
-# Rounds of the first pass: every variant is called once in each round.
+# Minimum and maximum number of rounds of the first pass; every variant is called once per round.
 FIRST_PASS_ROUNDS = (3, 5)
 FIRST_PASS_SECONDS = 1.0
 # A latency that a budget bounds is timed until the bound is decided; another latency is reported only.
@@ -151,14 +151,14 @@ def time_rounds(calls: Mapping[EngineVariant, Call]) -> dict[EngineVariant, floa
 def run_session(task: SessionTask, device: str, threads: int) -> LatencySession:
     """Time every shape with each of its configurations in pairs with the baseline. Call with `run_exclusive`.
 
-    Comparisons that other processes disturbed are repeated once at the end.
+    Noisy comparisons are repeated once at the end.
     """
     started_at = datetime.now(UTC).replace(microsecond=0)
     session = _Session(task, device, threads)
     servings = list(session.time_all())
-    disturbed = [serving for serving in servings if serving.timing.stop_reason == "disturbed"]
-    if disturbed:
-        repeated = {_identity(serving): serving for serving in session.time_all(disturbed)}
+    noisy = [serving for serving in servings if serving.timing.stop_reason == "noisy"]
+    if noisy:
+        repeated = {_identity(serving): serving for serving in session.time_all(noisy)}
         servings = [repeated.get(_identity(serving), serving) for serving in servings]
     return LatencySession(
         started_at=started_at,
@@ -190,7 +190,7 @@ class _Session:
         self.estimate_ms = {cost: time_ms(call) / batches for cost, (call, batches) in self.calls.items()}
 
     def time_all(self, only: Sequence[TimedServing] | None = None) -> Iterator[TimedServing]:
-        """Compare every shape and configuration, or those of `only`, with the baseline."""
+        """Compare every shape and configuration, or only the comparisons `only`, with the baseline."""
         wanted = None if only is None else {_identity(serving) for serving in only}
         for checkpoint in self._task.checkpoints:
             configs = self._task.configs[checkpoint.shape]
@@ -227,12 +227,12 @@ class _Session:
         """Time a call in pairs with the baseline. No budget selects the teacher, so its latency is only reported."""
         bounds = () if is_teacher else self._task.bounds.get(cost, CostBounds()).ratios(self.estimate_ms[cost])
         baseline_call, batches = self.calls[cost]
-        rule = for_slow_calls(BOUNDED_RULE if bounds else REPORTED_RULE, batches * self.estimate_ms[cost])
+        rule = extend_for_slow_calls(BOUNDED_RULE if bounds else REPORTED_RULE, batches * self.estimate_ms[cost])
         return time_pairs(baseline_call, call, bounds, rule)
 
 
-def for_slow_calls(rule: StoppingRule, baseline_ms: float) -> StoppingRule:
-    """The rule with time for some pairs of calls that take `baseline_ms`, if its own limit is shorter."""
+def extend_for_slow_calls(rule: StoppingRule, baseline_ms: float) -> StoppingRule:
+    """The rule with its time limit raised to `MIN_PAIRS_OF_SLOW_CALLS` pairs of calls that take `baseline_ms`."""
     return replace(rule, max_seconds=max(rule.max_seconds, 2 * MIN_PAIRS_OF_SLOW_CALLS * baseline_ms / 1000))
 
 
@@ -249,12 +249,12 @@ def _make_call(
 
 
 def _baseline_ms(cost: str, servings: Sequence[TimedServing], session: _Session) -> float:
-    """The baseline's median milliseconds for a batch, over all undisturbed pairs of the session.
+    """The baseline's median milliseconds for a batch, over all pairs of the session that are not noisy.
 
-    If every pair was disturbed, over all pairs; if nothing was compared, from the start of the session.
+    If every pair was noisy, over all pairs; without any comparison, the estimate from the start of the session.
     """
     pairs = [pair for serving in servings if serving.cost == cost for pair in serving.timing.pairs]
-    counted = [pair for pair in pairs if not pair.disturbed] or pairs
+    counted = [pair for pair in pairs if not pair.noisy] or pairs
     if not counted:
         return session.estimate_ms[cost]
     return statistics.median(ms for pair in counted for ms in pair.baseline_ms) / session.calls[cost][1]
@@ -273,12 +273,12 @@ def _peak_mb(call: Call, memory_before_mb: float | None, device: str) -> float |
     return None if peak_mb is None or memory_before_mb is None else peak_mb - memory_before_mb
 
 
-def warn_if_disturbed(session: LatencySession) -> None:
-    """Print a warning if comparisons have no undisturbed pair."""
-    disturbed = [serving for serving in session.servings if serving.timing.ratio is None]
-    if disturbed:
+def warn_if_noisy(session: LatencySession) -> None:
+    """Print a warning if all pairs of a comparison are noisy."""
+    noisy = [serving for serving in session.servings if serving.timing.ratio is None]
+    if noisy:
         print_progress(
-            f"latency: other processes kept the machine busy during all of {format_count(len(disturbed), 'comparison')}"
+            f"latency: other processes kept the machine busy during all of {format_count(len(noisy), 'comparison')}"
             f", whose ratios have no interval and may mislead the selection. End those processes, delete "
             f"serving_latency.json in the sweep's folder, and run the same command again"
         )

@@ -32,7 +32,7 @@ from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.models.tokenization import load_tokenizer, tokens_by_id
 from raydistill.models.vocabulary import select_tokens, with_vocab_size
 from raydistill.results.sweep_record import CheapestServing, ShapeTable
-from raydistill.search.serving_timing import CostBounds, for_slow_calls, time_ms, time_rounds
+from raydistill.search.serving_timing import CostBounds, extend_for_slow_calls, time_ms, time_rounds
 from raydistill.search.shortlists import NUM_MOST_USED
 from raydistill.training.tokenized_data import select_student_tokens
 
@@ -108,7 +108,7 @@ class _ShapeTimer:
         self.full = EngineVariant.of(task.precision)
         memory_before_mb = used_memory_mb(device)
         self.baseline = self._open(teacher.location, self.full)
-        self.engine = _name(self.baseline)
+        self.engine = _engine_label(self.baseline)
         self.calls = {cost: self.baseline.make_benchmark_call(task.workload(cost, task.beams)) for cost in COSTS}
         self.teacher_peak = self._peak_costs(self.calls["latency_ms"], memory_before_mb)
         self.teacher_ms = {cost: time_ms(call) for cost, call in self.calls.items()}
@@ -132,7 +132,7 @@ class _ShapeTimer:
         save_checkpoint(student, teacher.tokenizer, checkpoint)
         memory_before_mb = used_memory_mb(self.device)
         engine = self._open(checkpoint, self.full)
-        self.engines[size] = _name(engine)
+        self.engines[size] = _engine_label(engine)
         calls = {cost: engine.make_benchmark_call(self.task.workload(cost, self.task.beams)) for cost in COSTS}
         self.other_costs[size] = {
             **_weights(checkpoint, self.task.precision),
@@ -165,7 +165,7 @@ class _ShapeTimer:
         config = ServingConfig(beams=self.task.fewest_beams, length_penalty=1.0).with_variant(fastest)
         return CheapestServing(
             config=config,
-            engine=_name(engine),
+            engine=_engine_label(engine),
             timings=timings,
             costs={**smallest, **peak},
         )
@@ -190,8 +190,8 @@ class _ShapeTimer:
         )
 
     def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
-        timing = time_pairs(self.calls[cost], call, bounds, for_slow_calls(rule, self.teacher_ms[cost]))
-        counted = [pair for pair in timing.pairs if not pair.disturbed] or timing.pairs
+        timing = time_pairs(self.calls[cost], call, bounds, extend_for_slow_calls(rule, self.teacher_ms[cost]))
+        counted = [pair for pair in timing.pairs if not pair.noisy] or timing.pairs
         self.baseline_calls_ms[cost] += [ms for pair in counted for ms in pair.baseline_ms]
         return timing
 
@@ -224,7 +224,7 @@ class _ShapeTimer:
     def _teacher_with_tokens(self, shape: str) -> Teacher:
         """The teacher with the tokens that a student of the shape keeps.
 
-        The cost depends on how many tokens there are, so a number of tokens needs no look at the data.
+        A number of tokens is chosen without the data, since only the number affects the cost.
         """
         run, vocabulary = self.task.run, Shape.parse(shape).vocabulary
         if vocabulary is None:
@@ -255,7 +255,7 @@ def _select_used_tokens(task: ShapeTask, tokenizer: PreTrainedTokenizerBase, con
     return token_ids
 
 
-def _name(engine: Engine) -> str:
+def _engine_label(engine: Engine) -> str:
     return f"{engine.name} {engine.precision}"
 
 

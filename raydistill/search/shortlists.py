@@ -53,7 +53,7 @@ from raydistill.results.sweep_record import ShortlistCoverage, SweepTeacher
 from raydistill.training.tokenized_data import read_split
 
 KIND = "shortlist"
-FORMAT = 1  # part of the key; raise it when the same inputs give another list
+FORMAT = 1  # part of the key; raise it when the code makes another list from equal inputs
 # Of a `source` list: likely translations of each source token, and most used tokens that are always allowed.
 NUM_CANDIDATES = 20
 NUM_MOST_USED = 1000
@@ -149,14 +149,14 @@ class ShortlistInputs:
         """What a shortlist excludes on the rows that students are chosen on."""
         corpus = self._held_out
         sources, targets = self._tokenize(list(corpus.sources), list(corpus.targets))
-        alone = measure_coverage(shortlist, sources, targets)
+        single = measure_coverage(shortlist, sources, targets)
         batch = measure_coverage(shortlist, sources, targets, LATENCY_BATCH_SIZES["latency_ms"])
         return ShortlistCoverage(
             folder=folder,
-            allowed_tokens=alone.mean_allowed,
+            allowed_tokens=single.mean_allowed,
             allowed_tokens_batch=batch.mean_allowed,
-            share_of_tokens_outside=alone.share_of_tokens_outside,
-            share_of_rows_outside=alone.share_of_rows_outside,
+            share_of_tokens_outside=single.share_of_tokens_outside,
+            share_of_rows_outside=single.share_of_rows_outside,
         )
 
     def _tokenize(self, sources: list[str], targets: list[str]) -> tuple[Rows, Rows]:
@@ -176,7 +176,7 @@ class ShortlistInputs:
 
 
 def ensure_shortlists(space: Space, runs: Sequence[Run], teacher: SweepTeacher) -> dict[str, ShortlistCoverage]:
-    """Make the shortlists of a space that are missing, and print what each excludes; the coverage by name.
+    """Make the missing shortlists of a space, print what each excludes, and return the coverage by name.
 
     Raises:
         UserError: A label set of the sweep was deleted, or a token cannot be written to a vocabulary map.
@@ -192,8 +192,8 @@ def ensure_shortlists(space: Space, runs: Sequence[Run], teacher: SweepTeacher) 
         print_progress(
             f"shortlist {name}: allows {coverage.allowed_tokens:,.0f} tokens for one text and "
             f"{coverage.allowed_tokens_batch:,.0f} for 32 texts, of {len(tokens_by_id(inputs.tokenizer)):,}; "
-            f"{coverage.share_of_tokens_outside:.1%} of the tokens of the validation references are outside, in "
-            f"{coverage.share_of_rows_outside:.1%} of the references"
+            f"{coverage.share_of_tokens_outside:.1%} of the tokens of the references that students are chosen on are "
+            f"outside, in {coverage.share_of_rows_outside:.1%} of the references"
         )
     return coverages
 

@@ -31,9 +31,9 @@ from raydistill.results.sweep_record import StopReason
 from raydistill.training.records import RESULT_FILE, RunResult
 
 PROPOSALS_FILE = "proposals.json"
-# Consecutive proposals that were tried before or are infeasible, after which random combinations replace the sampler's
+# Consecutive rejected proposals (tried before, or infeasible) after which random combinations replace the sampler's
 MAX_DUPLICATES = 10
-# Consecutive proposals as above, after which the search ends, since random combinations are not new either
+# Consecutive rejected proposals after which the search ends
 MAX_REJECTIONS = 200
 
 
@@ -167,7 +167,7 @@ class SweepStudy:
         key = trial.user_attrs["key"]
         if result and result.get("finished"):
             self.finished_keys.add(key)
-            self._journal.add_trial(self._study.tell(trial, **self._outcome(result)))
+            self._journal.add_trial(self._study.tell(trial, **self._reported_values(result)))
         else:
             self.failed_keys.add(key)
             self._study.tell(trial, state=TrialState.FAIL)
@@ -192,10 +192,10 @@ class SweepStudy:
         suggest_params(self.space.run, fixed)  # sets `distributions`
         attrs = {"key": proposal.key, "number": proposal.number}
         return create_trial(
-            params=fixed.params, distributions=fixed.distributions, user_attrs=attrs, **self._outcome(report)
+            params=fixed.params, distributions=fixed.distributions, user_attrs=attrs, **self._reported_values(report)
         )
 
-    def _outcome(self, report: dict[str, Any]) -> dict[str, Any]:
+    def _reported_values(self, report: dict[str, Any]) -> dict[str, Any]:
         """How a finished trial counts in the study: its values, or pruned for a failed run."""
         if "score" not in report:
             return {"state": TrialState.PRUNED}
@@ -238,9 +238,11 @@ class SweepStudy:
         """Why no further trial starts, after `num_rejected` consecutive rejections; running trials are not affected."""
         search = self.space.search
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return StopReason(f"the {search.max_hours:g} hours of this run of the command are used up")
+            return StopReason(f"the time limit of this command is reached (search.max_hours = {search.max_hours:g})")
         if search.max_device_hours is not None and device_hours(self.sweep) >= search.max_device_hours:
-            return StopReason(f"the search's {search.max_device_hours:g} device-hours are used up")
+            return StopReason(
+                f"the limit of {search.max_device_hours:g} device-hours is reached (search.max_device_hours)"
+            )
         if self._queue:
             return StopReason()
         # Not before MAX_DUPLICATES, since listing a large space takes seconds
@@ -254,9 +256,10 @@ class SweepStudy:
         return StopReason()
 
     def _random_params(self) -> dict[str, Any]:
-        """A random combination, the same one for the same state of the study.
+        """A random combination, which is a function of the state of the study.
 
-        TPE does not avoid proposals that were tried before; in a space of few choices it can repeat one for ever.
+        TPE does not avoid proposals that were tried before; in a space of few choices it can repeat a proposal without
+        end.
         """
         run = self.space.run
         rng = random.Random(f"{self.space.search.seed}:{len(self._study.get_trials(deepcopy=False))}")
@@ -295,7 +298,7 @@ def trial_key(run: Run) -> str:
 
 
 def final_report(result: RunResult, cost: str) -> dict[str, Any]:
-    """What the search learns of a finished run.
+    """What is reported to the search about a finished run.
 
     Args:
         result: The run's result.

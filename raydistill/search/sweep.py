@@ -41,7 +41,7 @@ from raydistill.tracking.mlflow_runs import publish
 from raydistill.tracking.mlflow_store import TrackingUnavailable, ui_command
 from raydistill.training.preflight import check_space
 
-# Publishing takes seconds of a core that trains, plots included.
+# Seconds between publications; each takes some seconds of a core that could train.
 PUBLISH_INTERVAL_S = 60.0
 
 

@@ -41,7 +41,7 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
             _check_same_space(path, space)
         content = yaml.safe_dump(space.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomic(path, content.encode())
-        get_or_create_tracking_id(folder, space.name)  # saved with the sweep, so that all machines use the same
+        get_or_create_tracking_id(folder, space.name)  # saved with the sweep, so that all machines use the same id
         yield
 
 
@@ -77,7 +77,7 @@ def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
         return StopReason()
     limit = space.search.max_device_hours
     if limit is not None and device_hours(folder) >= limit:
-        return StopReason(f"the search's {limit:g} device-hours are used up")
+        return StopReason(f"the limit of {limit:g} device-hours is reached (search.max_device_hours)")
     record = read_sweep(folder)
     # Other budgets or another way of serving may admit shapes that were infeasible before
     unchanged = record.budgets == space.budgets and record.serving == space.serving

@@ -78,8 +78,8 @@ class Experiment:
     def runs_by_trial(self) -> dict[str, Any]:
         """This sweep's runs by trial key; the parent run under "".
 
-        A request that a proxy repeated may have created a second run of a trial. The run with more tags, which is the
-        one that was written to, is kept and the other deleted.
+        A request that a proxy repeated may have created a second run of a trial. The run with more tags, to which data
+        was logged, is kept; the duplicate is deleted.
         """
         runs: dict[str, Any] = {}
         for run in self._search_runs():

@@ -30,8 +30,8 @@ class RunInputs:
     Attributes:
         label_folders: Folders of label sets by label source.
         cache_root: The folder of the teacher cache, None for no cache.
-        cache_mode: The mode that `teacher_cache: auto` means.
-        compute_dtype: The dtype that `precision: auto` means, as measured on a worker.
+        cache_mode: The resolved value of `teacher_cache: auto`.
+        compute_dtype: The resolved value of `precision: auto`, as measured on a worker.
         costs: Latency, memory and parameters of the student.
         number: Position in the order of proposals of a sweep, for the result.
         params: The values that a sweep's search chose, for the result.

@@ -76,7 +76,7 @@ def prepare_student(run: Run, folder: Path, worker: Worker, label_folders: Mappi
 def make_student(run: Run, teacher: Teacher, units: KeptUnits | None = None) -> tuple[PreTrainedModel, LayerPlan]:
     """The untrained student of a teacher, and the layers that it copies and is supervised by.
 
-    `units` are the feed-forward units to keep on each side of which the run removes some.
+    `units` are the feed-forward units to keep, for each side whose units the plan reduces.
     """
     layer_plan = plan_student(teacher.model.config, run.student)
     copy_from = run.student.copy_from

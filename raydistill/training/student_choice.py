@@ -1,4 +1,4 @@
-"""What the student of a run copies of its teacher, where training rows decide: layers and feed-forward units.
+"""The layers and feed-forward units that a student copies from its teacher, where training rows decide about them.
 
 The choice is made once per run and recorded in its folder.
 """
@@ -39,13 +39,13 @@ class MeasuredLayers(BaseModel):
 class StudentChoice(Record):
     """What a student copies, RUN/student.json.
 
-    A resumed run and the other workers of a run read the record, since scores that two machines compute differ by
-    rounding, and so could the choice between two units or sets of layers of nearly equal scores.
+    A resumed run and the other workers of a run read the record, since two machines compute scores that differ by
+    rounding and could choose differently between nearly equal candidates.
 
     Attributes:
         layers: With `init: measured`, the candidates for the decoder layers, the lowest divergence first.
-        units: By side and for each teacher layer, the indices of the feed-forward units that the student keeps; only
-            sides of which the student keeps some.
+        units: By side and for each teacher layer, the indices of the feed-forward units that the student keeps, for
+            each side whose units the plan reduces.
     """
 
     remedy: ClassVar[str | None] = "Delete the folder of the run to start the run again"

@@ -38,14 +38,14 @@ def test_simulated_load_is_the_share_of_the_other_process():
     start, end = np.array([0.0]), np.array([600.0])
     assert np.mean([machine.busy_seconds(start, end) / 600 for machine in machines]) == pytest.approx(0.4, abs=0.05)
     pairs = [pair for machine in machines[:10] for pair in simulate_pairs(machine, BOUND)]
-    assert np.mean([pair.disturbed for pair in pairs]) == pytest.approx(0.4, abs=0.15)
+    assert np.mean([pair.noisy for pair in pairs]) == pytest.approx(0.4, abs=0.15)
     # A pair next to the other process takes longer.
-    calm = np.median([pair.seconds for pair in pairs if not pair.disturbed])
-    assert np.median([pair.seconds for pair in pairs if pair.disturbed]) > 1.2 * calm
+    quiet = np.median([pair.seconds for pair in pairs if not pair.noisy])
+    assert np.median([pair.seconds for pair in pairs if pair.noisy]) > 1.2 * quiet
 
 
 def test_table_names_the_worst_rates():
-    rates = {"calm": [measure_rates(Noise(0.02), 0.9, range(3))]}
+    rates = {"quiet": [measure_rates(Noise(0.02), 0.9, range(3))]}
     text = rates_table(rates)
     assert "wrong decisions of pairs 0.0%" in text
     assert "| 0.9 | 100.0% | 0.0% | 0.0% |" in text

@@ -82,22 +82,22 @@ def test_the_time_limit_ends_a_comparison_without_a_decision(monkeypatch):
     assert compare_pairs(ratios_around(0.5, 0.2), [0.9], RULE) == early
 
 
-def test_disturbed_pairs_are_kept_but_not_counted():
+def test_noisy_pairs_are_kept_but_not_counted():
     busy = (make_pair(9.0, cores=MAX_BACKGROUND_CORES + 0.01) for _ in itertools.count())
-    calm = ratios_around(0.5, 0.2)
-    timing = compare_pairs((next(calm if n % 3 else busy) for n in itertools.count()), [0.8], RULE)
+    quiet = ratios_around(0.5, 0.2)
+    timing = compare_pairs((next(quiet if n % 3 else busy) for n in itertools.count()), [0.8], RULE)
     assert (timing.valid_pairs, timing.dropped_pairs, len(timing.pairs)) == (15, 8, 23)
     assert timing.decided(0.8) == "below"
     assert timing.background_cores == pytest.approx(8 * (MAX_BACKGROUND_CORES + 0.01) / 23)
     assert timing.interval == compare_pairs(ratios_around(0.5, 0.2), [0.8], RULE).interval
 
 
-def test_too_many_disturbed_pairs_are_reported():
+def test_too_many_noisy_pairs_are_reported():
     timing = compare_pairs([make_pair(0.5, cores=2.0)] * 100, [0.8], StoppingRule(max_seconds=40))
-    assert (timing.stop_reason, timing.decided(0.8), len(timing.pairs)) == ("disturbed", "undecided", 40)
+    assert (timing.stop_reason, timing.decided(0.8), len(timing.pairs)) == ("noisy", "undecided", 40)
     assert (timing.ratio, timing.interval) == (None, None)
     mixed = compare_pairs([make_pair(0.5), make_pair(0.5, cores=2.0)] * 50, [0.5], StoppingRule(max_seconds=20))
-    assert (mixed.stop_reason, mixed.ratio, mixed.interval) == ("disturbed", 0.5, None)
+    assert (mixed.stop_reason, mixed.ratio, mixed.interval) == ("noisy", 0.5, None)
 
 
 def test_the_ratio_is_the_median_of_the_pairs_medians():
@@ -151,7 +151,7 @@ def test_calls_alternate_and_all_their_times_are_kept(no_background_load):
     assert timing.decided(2.0) == "below"
 
 
-def test_pairs_next_to_a_busy_process_are_disturbed():
+def test_pairs_next_to_a_busy_process_are_noisy():
     worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.2)
@@ -159,7 +159,7 @@ def test_pairs_next_to_a_busy_process_are_disturbed():
     finally:
         worker.kill()
         worker.wait()
-    assert timing.stop_reason == "disturbed"
+    assert timing.stop_reason == "noisy"
     assert timing.dropped_pairs >= len(timing.pairs) / 2
     assert timing.background_cores > MAX_BACKGROUND_CORES
 

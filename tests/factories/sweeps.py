@@ -103,7 +103,7 @@ def sweep_teacher(**changes: Any) -> SweepTeacher:
 
 
 def paired_timing(ratio: float, interval: tuple[float, float] | None = None, baseline_ms: float = 300) -> PairedTiming:
-    """A comparison of one undisturbed pair, by default with an interval of 1 % to either side."""
+    """A comparison of one pair that is not noisy, by default with an interval of 1 % to either side."""
     pair = Pair(baseline_ms=(baseline_ms,), student_ms=(ratio * baseline_ms,), seconds=1.0, background_cores=0.0)
     fields: dict[str, Any] = {"confidence": 0.95, "bounds": (), "stop_reason": "precise", "pairs": (pair,)}
     return PairedTiming(ratio=ratio, interval=interval or (0.99 * ratio, 1.01 * ratio), **fields)

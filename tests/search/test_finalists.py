@@ -93,7 +93,7 @@ def finished_sweep(folder: Path, teacher: Path, data: Path, **serving: Any) -> t
     return space, record
 
 
-class Served:
+class ServingSteps:
     """Writes by hand what the three steps of serving write."""
 
     def __init__(self, space: Space, sweep: Path, teacher: SweepTeacher) -> None:
@@ -164,13 +164,13 @@ class Served:
 
 
 @pytest.fixture
-def served(world, tmp_path: Path) -> Served:
+def served(world, tmp_path: Path) -> ServingSteps:
     """A sweep with one trial of size 4-1 that may be served with 4 beams, its own number, and with one."""
     space, teacher = finished_sweep(tmp_path, *world, beams=[1, 4])
-    return Served(space, tmp_path, teacher)
+    return ServingSteps(space, tmp_path, teacher)
 
 
-def test_first_pass_scores_and_session_are_found_missing_from_the_files(served: Served) -> None:
+def test_first_pass_scores_and_session_are_found_missing_from_the_files(served: ServingSteps) -> None:
     """After the last trial, after a kill between two steps, and for a number of beams that is added later."""
     assert search_stop_reason(served.space, served.sweep) == StopReason()
     assert [checkpoint.shape for checkpoint in served.state().missing_first_pass] == [TEACHER_SHAPE, "4-1"]
@@ -195,14 +195,14 @@ def test_first_pass_scores_and_session_are_found_missing_from_the_files(served: 
     assert served.state(beams=[1, 4, 3]).misses_timings, "everything is timed again, in one session"
 
 
-def test_int8_that_is_not_faster_is_skipped_and_the_log_counts_what_is_skipped(served: Served) -> None:
+def test_int8_that_is_not_faster_is_skipped_and_the_log_counts_what_is_skipped(served: ServingSteps) -> None:
     served.write_first_pass(served.state(), int8=99.0)
     state = served.state()
     assert {config.key for config in state.wanted_configs(state.checkpoints[1])} == {"b4-p1"}
     assert describe_first_pass(state).startswith("finalists: 4 of 8 combinations of shape, beams")
 
 
-def test_fp32_is_not_scored_with_other_beams_where_int8_is_not_inferior(served: Served) -> None:
+def test_fp32_is_not_scored_with_other_beams_where_int8_is_not_inferior(served: ServingSteps) -> None:
     served.write_first_pass(served.state())
     served.write_scores(served.state())
     state = served.state()
@@ -211,13 +211,13 @@ def test_fp32_is_not_scored_with_other_beams_where_int8_is_not_inferior(served: 
     assert describe_scores(state).startswith("finalists: 6 pairs of checkpoint and configuration are scored; 2 are not")
 
 
-def test_a_precision_that_the_machine_lacks_is_left_out(served: Served) -> None:
+def test_a_precision_that_the_machine_lacks_is_left_out(served: ServingSteps) -> None:
     served.write_first_pass(served.state(), unsupported=("int8",))
     assert served.state().variants == [FP32]
     assert not served.state().missing_first_pass
 
 
-def test_times_of_another_machine_or_engine_version_are_not_compared(served: Served) -> None:
+def test_times_of_another_machine_or_engine_version_are_not_compared(served: ServingSteps) -> None:
     served.write_first_pass(served.state())
     served.write_scores(served.state())
     served.write_session(served.state())
@@ -240,7 +240,7 @@ def test_times_of_another_machine_or_engine_version_are_not_compared(served: Ser
     assert [checkpoint.key for checkpoint in served.state().missing_scores] == ["a"]
 
 
-def test_the_teacher_is_timed_with_the_configurations_of_all_students(served: Served) -> None:
+def test_the_teacher_is_timed_with_the_configurations_of_all_students(served: ServingSteps) -> None:
     served.write_first_pass(served.state())
     served.write_scores(served.state())
     timings = served.state().wanted_timings

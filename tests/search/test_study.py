@@ -232,7 +232,7 @@ def test_no_trial_starts_after_max_hours(tmp_path):
     start_time = time.monotonic() - 3601  # the command's preparation took an hour
     study = SweepStudy(make_space(max_hours=1), tmp_path, start_time=start_time)
     assert study.propose("a") is None
-    assert study.stop_reason == StopReason("the 1 hours of this run of the command are used up")
+    assert study.stop_reason == StopReason("the time limit of this command is reached (search.max_hours = 1)")
 
 
 def test_no_trial_starts_after_max_device_hours(tmp_path):
@@ -245,7 +245,7 @@ def test_no_trial_starts_after_max_device_hours(tmp_path):
         status = "failed" if number else "done"
         write_result(tmp_path / "trials" / f"t{number}", status=status, metrics={"device_hours": hours})
     assert study.propose("2") is None
-    assert "device-hours are used up" in study.stop_reason.message
+    assert "device-hours is reached" in study.stop_reason.message
 
 
 def test_a_failed_run_is_finished_and_never_on_the_studys_front(tmp_path):
