@@ -31,7 +31,7 @@ def test_runtime_failure_of_ctranslate2_is_reported_with_its_message(tiny, monke
     ctranslate2_conversion.ensure_converted(
         tiny["bart"], tokenization.load_tokenizer(tiny["bart"]), tiny["cache"], 1, None
     )
-    message = "Library libcublas.so.12 is not texts or cannot be loaded"
+    message = "Library libcublas.so.12 is not found or cannot be loaded"
     reason = f"CTranslate2 failed on cpu: {message}; install it with `pip install nvidia-cublas-cu12`"
 
     def broken(*args, **kw):
