@@ -37,9 +37,9 @@ def check_same_engine(work_dir: Path, engine: EngineRecord) -> None:
         sync.pull(path)
         recorded = EngineRecord.read_if_present(path)
         if recorded is None:
+            recorded = engine
             engine.write(path)
-            sync.push(path)
-            return
+        sync.push(path)  # also if an actor was killed between the two steps
     if recorded.engine != engine.engine:
         raise UserError(
             f"{work_dir}: the batches so far were written by {recorded.engine}, and this machine opens "

@@ -223,10 +223,19 @@ def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
             raise UserError(
                 f"{folder}: complete, but written without CTranslate2: {reason}; allow this with --fallback"
             )
-        shutil.rmtree(work_dir, ignore_errors=True)  # left by a job that was killed before this last step
         if task.verbose:
             print_progress(f"pseudo-labels: already complete ({scan.rows} rows): {folder}")
-        return
+    else:
+        _label_and_merge(task, scan)
+    # Also for a complete set: the job that completed the set may have been killed before these steps
+    snapshots.save(folder)
+    sync.delete(work_dir)
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _label_and_merge(task: LabelTask, scan: SplitScan) -> None:
+    """Label the missing batches, and merge the outputs of all batches into the label set."""
+    work_dir = task.work_dir
     sync.pull(work_dir)
     plan = open_plan(task.plan_dir) or _make_plan(task, scan)
     (work_dir / "out").mkdir(exist_ok=True)
@@ -237,10 +246,7 @@ def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
     if missing:
         _label_batches(task, plan, missing)
         sync.pull(work_dir)
-    merge_outputs(plan, work_dir, folder, task.description, task.job.resolved_metric, scan.labelled)
-    snapshots.save(folder)
-    sync.delete(work_dir)
-    shutil.rmtree(work_dir, ignore_errors=True)
+    merge_outputs(plan, work_dir, task.folder, task.description, task.job.resolved_metric, scan.labelled)
 
 
 def _make_plan(task: LabelTask, scan: SplitScan) -> BatchPlan:
@@ -268,9 +274,13 @@ def _label_batches(task: LabelTask, plan: BatchPlan, batch_numbers: list[int]) -
         sync.pull(task.plan_dir, engine_path(task.work_dir))
         return Labeller(task, plan)
 
+    # Machines that share no folder share no lock, so a single actor records the engine before the others start
+    first = 1 if sync.open_storage() and not engine_path(task.work_dir).is_file() else 0
     try:
         on_done = progress.advance if progress else lambda stats: None
-        run_batches(batch_numbers, make_labeller, device=task.device, threads=task.job.threads, on_done=on_done)
+        for numbers in (batch_numbers[:first], batch_numbers[first:]):
+            if numbers:
+                run_batches(numbers, make_labeller, device=task.device, threads=task.job.threads, on_done=on_done)
     finally:
         if progress:
             progress.close()

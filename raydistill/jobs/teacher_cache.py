@@ -112,7 +112,7 @@ def build_teacher_cache(request: CacheRequest, mode: CacheMode) -> CacheStats:
             sync.push(*layout.stores)
             _build_missing_parts(request, mode, layout)
             layout.finish()
-            sync.push(*layout.array_sizes)
+        sync.push(*layout.array_sizes)  # also if a job was killed between `finish` and this step
     return CacheStats(sum(layout.array_sizes.values()), layout.device_seconds)
 
 

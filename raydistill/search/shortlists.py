@@ -222,13 +222,11 @@ def _ensure_shortlist(inputs: ShortlistInputs, name: str | int) -> ShortlistCove
     folder = stored_map(key).parent
     snapshots.pull(folder)
     with artifact.lock(folder, math.inf, print_progress):
-        existing = artifact.open_if_whole(folder, ShortlistManifest, KIND)
-        if existing is not None:
-            return existing.coverage
-        shortlist = inputs.make(name)
-        coverage = inputs.coverage(shortlist, key)
-        manifest = ShortlistManifest(kind=KIND, key=key, coverage=coverage)
-        with artifact.build(folder, lambda: manifest) as temporary:
-            write_map(temporary / MAP_FILE, shortlist, tokens_by_id(inputs.tokenizer))
+        manifest = artifact.open_if_whole(folder, ShortlistManifest, KIND)
+        if manifest is None:
+            shortlist = inputs.make(name)
+            manifest = ShortlistManifest(kind=KIND, key=key, coverage=inputs.coverage(shortlist, key))
+            with artifact.build(folder, lambda: manifest) as temporary:
+                write_map(temporary / MAP_FILE, shortlist, tokens_by_id(inputs.tokenizer))
     snapshots.save(folder)
-    return coverage
+    return manifest.coverage

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from raydistill.cluster import snapshots, sync
 from raydistill.config.run import Run
 from raydistill.config.space import Space
 from raydistill.core import artifact
@@ -68,3 +69,19 @@ def test_a_map_is_restricted_to_the_tokens_that_a_model_has(tmp_path: Path) -> N
     path.write_text("\ta b c\na\tb d\nd\ta\n")
     assert restrict_map(path, list("abcd"), tmp_path) == path
     assert restrict_map(path, list("abc"), tmp_path).read_text() == "\ta b c\na\tb\n"
+
+
+def test_a_shortlist_that_was_made_before_a_kill_reaches_the_storage(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "storage").mkdir()
+    monkeypatch.setenv(sync.STORAGE_ENV, f"file://{tmp_path / 'storage'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ensure_shortlists(space, runs_of(space), sweep_teacher())
+    coverage = ensure_shortlists(space, runs_of(space), sweep_teacher())["20"]
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "other"))
+    path = stored_map(coverage.folder)
+    snapshots.pull(path.parent)
+    assert path.is_file()
