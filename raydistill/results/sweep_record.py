@@ -99,14 +99,25 @@ class SweepTeacher(TeacherScores):
     label_sets: dict[str, LabelSetScores]
 
 
+class PredictedRatio(BaseModel):
+    """A latency as a share of the teacher's that was predicted from timed shapes, with a margin to both sides."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: float
+    low: float
+    high: float
+
+
 class CheapestServing(BaseModel):
     """The cheapest serving of a size, by which alone the size may be excluded before training.
 
     Attributes:
         config: The fewest beams, and the fastest precision and shortlist.
         engine: Engine and precision of the timings.
-        timings: By latency that a budget bounds, the pairs with the teacher.
+        timings: By latency that a budget bounds, the pairs with the teacher; empty for a predicted shape.
         costs: Parameters, memory of the weights in the smallest precision, and peak memory.
+        predicted: By latency that a budget bounds, the prediction; empty for a timed shape.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +126,19 @@ class CheapestServing(BaseModel):
     engine: str
     timings: dict[str, PairedTiming]
     costs: dict[str, float]
+    predicted: dict[str, PredictedRatio] = Field(default_factory=dict)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """By latency that a budget bounds, the share of the teacher's."""
+        timed = {cost: timing.best_ratio for cost, timing in self.timings.items()}
+        return {**{cost: prediction.ratio for cost, prediction in self.predicted.items()}, **timed}
+
+    def exceeds(self, cost: str, bound: float) -> bool:
+        """Whether a latency is certainly above a share of the teacher's, by `EXCLUSION_MARGIN`."""
+        if cost in self.timings:
+            return may_exclude(self.timings[cost], bound)
+        return cost in self.predicted and self.predicted[cost].low > EXCLUSION_MARGIN * bound
 
 
 class ShapeTable(BaseModel):
@@ -126,6 +150,9 @@ class ShapeTable(BaseModel):
         cheapest: By name of the shape of a student, its cheapest serving.
         engines: By name of the shape, engine and precision of the costs.
         used_tokens: How many tokens the shapes of "used" tokens were timed with; None if there are none.
+        predicted: Names of the shapes whose latencies are predicted from the others.
+        prediction_error: Root mean square of the relative errors with which the timed shapes predict the latency of
+            each other, for a batch of 32; None if every shape was timed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -135,6 +162,8 @@ class ShapeTable(BaseModel):
     cheapest: dict[str, CheapestServing]
     engines: dict[str, str]
     used_tokens: int | None = None
+    predicted: tuple[str, ...] = ()
+    prediction_error: float | None = None
 
     @model_validator(mode="after")
     def _check_teacher_size(self) -> "ShapeTable":
@@ -150,8 +179,8 @@ class ShapeTable(BaseModel):
     def is_infeasible(self, shape: str, budgets: dict[str, dict[str, Any]]) -> bool:
         """Whether no budget admits a student of the shape of this name, even with its cheapest serving.
 
-        A latency excludes a shape only if the whole interval of its ratio is above the bound by `EXCLUSION_MARGIN`,
-        and peak memory only if it exceeds the bound by this margin.
+        A latency excludes a shape only if the whole interval of its ratio, timed or predicted, is above the bound by
+        `EXCLUSION_MARGIN`, and peak memory only if it exceeds the bound by this margin.
         """
         resolved = resolve_budgets(budgets, self.teacher_costs)
         return bool(resolved) and all(self._exceeds(shape, bounds) for bounds in resolved)
@@ -164,7 +193,7 @@ class ShapeTable(BaseModel):
             return {cost: value for cost, value in self.costs.get(name, {}).items() if cost == "params_m"}
         return {
             **serving.costs,
-            **{cost: timing.best_ratio * teacher[cost] for cost, timing in serving.timings.items()},
+            **{cost: ratio * teacher[cost] for cost, ratio in serving.ratios.items()},
         }
 
     def with_shapes_of(self, other: "ShapeTable") -> "ShapeTable":
@@ -184,6 +213,7 @@ class ShapeTable(BaseModel):
             "cheapest": {**self.cheapest, **other.cheapest},
             "engines": {**self.engines, **other.engines},
             "used_tokens": other.used_tokens,
+            "predicted": (*(name for name in self.predicted if name not in other.costs), *other.predicted),
         }
         return self.model_copy(update=update)
 
@@ -194,14 +224,14 @@ class ShapeTable(BaseModel):
     def _exceeds(self, shape: str, bounds: dict[str, float]) -> bool:
         """Whether a shape certainly exceeds one of the bounds; costs that are not known do not."""
         costs, serving = self.cheapest_costs(shape), self.cheapest.get(self._full_name(shape))
-        timings = serving.timings if serving else {}
         exact = {name: bound for name, bound in bounds.items() if name in ("params_m", "memory_mb")}
         rough = {"peak_mb": EXCLUSION_MARGIN * bounds["peak_mb"]} if "peak_mb" in bounds else {}
-        return not fits_any_budget(costs, [{**exact, **rough}]) or any(
-            may_exclude(timing, bounds[cost] / self.teacher_costs[cost])
-            for cost, timing in timings.items()
-            if cost in bounds
-        )
+        if not fits_any_budget(costs, [{**exact, **rough}]):
+            return True
+        if serving is None:
+            return False
+        latencies = [cost for cost in serving.ratios if cost in bounds]
+        return any(serving.exceeds(cost, bounds[cost] / self.teacher_costs[cost]) for cost in latencies)
 
 
 class SweepRecord(Record):

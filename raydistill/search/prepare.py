@@ -199,13 +199,19 @@ def describe_shapes(shapes: ShapeTable) -> None:
     for size, costs in shapes.costs.items():
         text = f"{costs['latency_ms']:8.1f} ms for 32, {costs['params_m']:.2f} M parameters"
         cheapest = shapes.cheapest.get(size)
-        if cheapest and "latency_ms" in cheapest.timings:
+        if cheapest and "latency_ms" in cheapest.ratios:
             text += f", {shapes.cheapest_costs(size)['latency_ms']:.1f} ms with {cheapest.config.label}"
-        print_progress(f"  {size:>6}: {text}")
+        print_progress(f"  {size:>6}: {text}{', predicted' if size in shapes.predicted else ''}")
         if shapes.engines.get(size, engine) != engine:
             print_progress(
                 f"  {size:>6}: timed with {shapes.engines[size]} instead of {engine}; these times exclude no size"
             )
+    if shapes.prediction_error is not None:
+        num_timed = len(shapes.costs) - len(shapes.predicted)
+        print_progress(
+            f"latency: {format_count(len(shapes.predicted), 'shape')} predicted from {num_timed}, which predict each "
+            f"other with an error of {shapes.prediction_error:.1%} (root mean square)"
+        )
     timings = [timing for serving in shapes.cheapest.values() for timing in serving.timings.values()]
     if disturbed := sum(timing.ratio is None for timing in timings):
         print_progress(

@@ -2,8 +2,12 @@
 
 Latency and memory of a model do not depend on the values of its weights. The teacher and the shapes are timed in one
 process, and a shape is compared with the teacher only by the ratio of neighbouring calls.
+
+Of a space with many shapes, some are timed. A fit predicts the others (results/shape_costs.py), of which those near the
+bound of a budget are timed too.
 """
 
+import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raydistill.config.run import Run, Student
 from raydistill.config.serving import EngineVariant, ServingConfig
-from raydistill.config.shapes import Shape
+from raydistill.config.shapes import Shape, VocabularySize
 from raydistill.core.machine import reset_peak_rss
 from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, used_memory_mb
 from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, StoppingRule, time_pairs
@@ -31,7 +35,8 @@ from raydistill.models.shrinking import plan_student, shrink, student_config
 from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.models.tokenization import load_tokenizer, tokens_by_id
 from raydistill.models.vocabulary import select_tokens, with_vocab_size
-from raydistill.results.sweep_record import CheapestServing, ShapeTable
+from raydistill.results.shape_costs import prediction_errors, select_spread_shapes, shape_costs
+from raydistill.results.sweep_record import CheapestServing, PredictedRatio, ShapeTable
 from raydistill.search.serving_timing import CostBounds, extend_for_slow_calls, time_ms, time_rounds
 from raydistill.search.shortlists import NUM_MOST_USED
 from raydistill.training.tokenized_data import select_student_tokens
@@ -42,6 +47,12 @@ EXCLUSION_RULE = StoppingRule(max_seconds=6.0)
 
 COSTS = tuple(LATENCY_BATCH_SIZES)
 MAX_ADDED_TOKENS = 0.02  # share of the used tokens that label sets may add before shapes are timed again
+
+# Shapes that are timed before the others are predicted: about two for each coefficient of the fit.
+MAX_TIMED_SHAPES = 14
+# The margin of a prediction is this number of its root mean square errors, and at least this share.
+MARGIN_ERRORS = 3.0
+MIN_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,8 +94,7 @@ def time_shapes(task: ShapeTask, device: str, threads: int) -> ShapeTable:
     teacher = open_teacher(task.run.teacher, task.run.dataset)
     with tempfile.TemporaryDirectory(prefix="raydistill-shape-", ignore_cleanup_errors=True) as scratch:
         timer = _ShapeTimer(task, teacher, Path(scratch), device, threads)
-        for size in task.sizes:
-            timer.time_size(size)
+        timer.time_all()
         return timer.table()
 
 
@@ -118,6 +128,20 @@ class _ShapeTimer:
         self.engines = {self.teacher_size: self.engine}
         self.cheapest: dict[str, CheapestServing] = {}
         self.used_tokens: int | None = None
+        self.tokens: dict[VocabularySize, tuple[int, ...]] = {}
+
+    def time_all(self) -> None:
+        """Time some shapes if there are many, and of the others those whose prediction is near a bound."""
+        sizes = list(self.task.sizes)
+        first = sizes
+        if len(sizes) > MAX_TIMED_SHAPES:
+            first = select_spread_shapes([size for size in sizes if size != self.teacher_size], MAX_TIMED_SHAPES)
+            first += [self.teacher_size] if self.teacher_size in sizes else []
+        for size in first:
+            self.time_size(size)
+        for size in sizes:
+            if size not in first and self._is_near_a_bound(size):
+                self.time_size(size)
 
     def time_size(self, size: str) -> None:
         """Time a size with the teacher's own decoding, and with its cheapest serving if a budget bounds a latency."""
@@ -170,6 +194,58 @@ class _ShapeTimer:
             costs={**smallest, **peak},
         )
 
+    def _predict_cheapest(self, size: str) -> dict[str, PredictedRatio]:
+        """By latency that a budget bounds, the ratio that the timed shapes predict for a shape, with its margin."""
+        predicted = {}
+        for cost in COSTS:
+            timed = {
+                name: serving.timings[cost].best_ratio
+                for name, serving in self.cheapest.items()
+                if cost in serving.timings
+            }
+            costs = shape_costs({name: {cost: ratio} for name, ratio in timed.items()}, Shape.parse(size))
+            if costs:
+                ratio, margin = costs[cost], max(MIN_MARGIN, MARGIN_ERRORS * _root_mean_square(timed))
+                predicted[cost] = PredictedRatio(ratio=ratio, low=ratio * (1 - margin), high=ratio * (1 + margin))
+        return predicted
+
+    def _is_near_a_bound(self, size: str) -> bool:
+        """Whether a prediction does not tell if a bound excludes the shape; without a prediction, also True."""
+        predicted, cost_bounds = self._predict_cheapest(size), self.task.bounds
+        if not shape_costs(self.ratios, Shape.parse(size)):
+            return True
+        for cost in COSTS:
+            for bound in cost_bounds.get(cost, CostBounds()).ratios(self.teacher_ms[cost]):
+                if cost not in predicted or predicted[cost].low <= EXCLUSION_MARGIN * bound <= predicted[cost].high:
+                    return True
+        return False
+
+    def _add_predictions(self, costs: dict[str, dict[str, float]], teacher_ms: dict[str, float]) -> tuple[str, ...]:
+        """Add the costs of the shapes that were not timed; returns their names.
+
+        Parameters and memory of the weights are exact. The configuration is that of the largest timed shape.
+        """
+        names = tuple(size for size in self.task.sizes if size not in self.cheapest)
+        largest = next((serving for size, serving in self.cheapest.items() if size != self.teacher_size), None)
+        for size in names:
+            assert largest is not None
+            config = self._config(size)
+            ratios = shape_costs(self.ratios, Shape.parse(size))
+            latencies = {cost: ratios[cost] * teacher_ms[cost] for cost in COSTS}
+            weights = _config_weights(config, self.task.precision)
+            peak = shape_costs(self.other_costs, Shape.parse(size)).get("peak_mb")
+            peaks = {} if peak is None else {"peak_mb": peak}
+            costs[size] = {**latencies, **weights, **peaks, "speedup": 1 / ratios["latency_ms"]}
+            self.cheapest[size] = CheapestServing(
+                config=largest.config,
+                engine=largest.engine,
+                timings={},
+                costs=_config_weights(config, largest.config.precision),
+                predicted=self._predict_cheapest(size),
+            )
+            self.engines[size] = self.engine
+        return names
+
     def table(self) -> ShapeTable:
         """The costs of all sizes: the milliseconds are ratios times the teacher's median over all comparisons."""
         teacher_ms = {
@@ -181,13 +257,20 @@ class _ShapeTimer:
         for size, ratios in self.ratios.items():
             latencies = {cost: ratio * teacher_ms[cost] for cost, ratio in ratios.items()}
             costs[size] = {**latencies, **self.other_costs[size], "speedup": 1 / ratios["latency_ms"]}
+        predicted = self._add_predictions(costs, teacher_ms)
         return ShapeTable(
             teacher_size=self.teacher_size,
             costs=costs,
             cheapest=self.cheapest,
             engines=self.engines,
             used_tokens=self.used_tokens,
+            predicted=predicted,
+            prediction_error=self._error() if predicted else None,
         )
+
+    def _error(self) -> float:
+        """Root mean square of the relative errors of predicted latencies for a batch of 32."""
+        return _root_mean_square({size: ratios["latency_ms"] for size, ratios in self.ratios.items()})
 
     def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
         timing = time_pairs(self.calls[cost], call, bounds, extend_for_slow_calls(rule, self.teacher_ms[cost]))
@@ -221,22 +304,36 @@ class _ShapeTimer:
             write_map(path, Shortlist(np.array(ids)), tokens_by_id(tokenizer))
         return path
 
+    def _config(self, size: str) -> Any:
+        """The configuration of a student of a shape."""
+        config = self.teacher.model.config
+        if Shape.parse(size).vocabulary is not None:
+            config = with_vocab_size(config, len(self._token_ids(size)))
+        return student_config(config, plan_student(config, Student.of_shape(Shape.parse(size))))
+
     def _teacher_with_tokens(self, shape: str) -> Teacher:
-        """The teacher with the tokens that a student of the shape keeps.
+        """The teacher with the tokens that a student of the shape keeps."""
+        if Shape.parse(shape).vocabulary is None:
+            return self.teacher
+        run = self.task.run
+        assert run.teacher is not None
+        return open_teacher(run.teacher, run.dataset, self._token_ids(shape))
+
+    def _token_ids(self, shape: str) -> tuple[int, ...]:
+        """The tokens that a student of the shape keeps, chosen once per number.
 
         A number of tokens is chosen without the data, since only the number affects the cost.
         """
-        run, vocabulary = self.task.run, Shape.parse(shape).vocabulary
-        if vocabulary is None:
-            return self.teacher
-        config, tokenizer = load_config(self.teacher.location), self.teacher.tokenizer
-        if vocabulary == "used":
-            token_ids = _select_used_tokens(self.task, tokenizer, config)
-            self.used_tokens = len(token_ids)
-        else:
-            token_ids = select_tokens(tokenizer, config, {}, vocabulary)
-        assert run.teacher is not None
-        return open_teacher(run.teacher, run.dataset, token_ids)
+        vocabulary = Shape.parse(shape).vocabulary
+        assert vocabulary is not None
+        if vocabulary not in self.tokens:
+            config, tokenizer = load_config(self.teacher.location), self.teacher.tokenizer
+            if vocabulary == "used":
+                self.tokens[vocabulary] = used = _select_used_tokens(self.task, tokenizer, config)
+                self.used_tokens = len(used)
+            else:
+                self.tokens[vocabulary] = select_tokens(tokenizer, config, {}, vocabulary)
+        return self.tokens[vocabulary]
 
     def _peak_costs(self, call: Any, memory_before_mb: float | None) -> dict[str, float]:
         """Peak memory of an engine and a call above the memory in use before, if the system reports it."""
@@ -259,9 +356,18 @@ def _engine_label(engine: Engine) -> str:
     return f"{engine.name} {engine.precision}"
 
 
+def _root_mean_square(measured: Mapping[str, float]) -> float:
+    """Of the relative errors with which each measured shape is predicted from the others; 0 if none can be."""
+    errors = list(prediction_errors(measured).values())
+    return math.sqrt(statistics.mean(error**2 for error in errors)) if errors else 0.0
+
+
 def _weights(checkpoint: str | Path, precision: str) -> dict[str, float]:
+    return _config_weights(load_config(checkpoint), precision)
+
+
+def _config_weights(config: Any, precision: str) -> dict[str, float]:
     """Parameters, and memory of the weights in a precision."""
-    config = load_config(checkpoint)
     return {
         "params_m": families.count_parameters(config) / 1e6,
         "memory_mb": families.weights_mb(config, precision),

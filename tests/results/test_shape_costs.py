@@ -3,7 +3,7 @@
 import pytest
 
 from raydistill.config.shapes import Shape
-from raydistill.results.shape_costs import shape_costs
+from raydistill.results.shape_costs import prediction_errors, select_spread_shapes, shape_costs
 
 
 def linear_costs(encoder: float, decoder: float) -> dict[str, float]:
@@ -44,5 +44,40 @@ def test_costs_are_linear_in_a_number_of_tokens():
 
 
 def test_without_a_comparable_shape_there_are_no_costs():
-    assert shape_costs(CORNERS, Shape("6-2", 0.5, 0.5)) == {}
+    same_layers = {name: costs for name, costs in CORNERS.items() if name != "6-1"}
+    assert shape_costs(same_layers, Shape("6-2", 0.5, 0.5)) == {}
     assert shape_costs({"6-3": CORNERS["6-3"]}, Shape("6-3", None, 512)) == {}
+
+
+SIZES = ("6-6", "6-3", "6-2", "6-1", "3-3", "2-2", "3-1")
+SHAPES = [Shape(size, encoder, decoder) for size in SIZES for encoder in (None, 0.25) for decoder in (None, 0.5)]
+
+
+def sum_of_parts(shape: Shape) -> float:
+    """An invented latency: 5 ms, 1 ms per encoder layer, 7 ms per decoder layer, 2 and 3 ms for all of their units."""
+    encoder, decoder = map(int, shape.size.split("-"))
+    return 5 + encoder * (1 + 2 * (shape.encoder_ffn or 1)) + decoder * (7 + 3 * (shape.decoder_ffn or 1))
+
+
+def test_few_measured_shapes_predict_the_others_of_a_space():
+    names = [shape.name for shape in SHAPES]
+    selected = select_spread_shapes(names, 10)
+    assert len(set(selected)) == 10
+    measured = {name: {"latency_ms": sum_of_parts(Shape.parse(name))} for name in selected}
+    for shape in SHAPES:
+        assert shape_costs(measured, shape) == pytest.approx({"latency_ms": sum_of_parts(shape)})
+    errors = prediction_errors({name: costs["latency_ms"] for name, costs in measured.items()})
+    assert errors.keys() == set(selected)
+    assert all(abs(error) < 1e-9 for error in errors.values())
+
+
+def test_error_of_a_prediction_is_that_of_a_fit_without_the_shape():
+    """Three points of a line with the middle one raised by 10: its neighbours predict 30 there instead of 40."""
+    errors = prediction_errors({"6-1": 20.0, "6-2": 40.0, "6-3": 40.0})
+    assert errors["6-2"] == pytest.approx(30 / 40 - 1)
+    assert errors["6-1"] == pytest.approx(40 / 20 - 1)
+    assert prediction_errors({"6-1": 20.0, "6-2": 40.0}) == {}
+
+
+def test_all_shapes_are_selected_where_there_are_no_more():
+    assert set(select_spread_shapes(["6-3", "6-1"], 10)) == {"6-3", "6-1"}

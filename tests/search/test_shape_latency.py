@@ -97,3 +97,29 @@ def test_shapes_of_used_tokens_are_timed_again_only_if_there_are_considerably_mo
     assert table is not None
     assert table.used_tokens == len(used)
     assert "latency_ms" in table.costs["2-1-vused"]
+
+
+def test_of_many_shapes_some_are_timed_and_the_others_predicted(
+    task: ShapeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far from a bound, a prediction decides whether the shape is excluded; near a bound, the shape is timed."""
+    monkeypatch.setattr(shape_latency, "MAX_TIMED_SHAPES", 4)
+    monkeypatch.setattr(shape_latency, "MARGIN_ERRORS", 0.0)  # errors of short timings are large
+    sizes = [f"{size}{units}" for size in ("2-3", "2-2", "2-1") for units in ("", "-ffn1-0.5", "-ffn1-0.25")]
+    far = replace(task, sizes=sizes, bounds={"latency_ms": CostBounds(shares=(0.001, 100.0))})
+    table = time_shapes(far, "cpu", 1)
+    assert len(table.predicted) == len(sizes) - 5  # the shape of the teacher is timed too
+    assert table.costs.keys() == table.cheapest.keys() == table.engines.keys() == set(sizes)
+    assert table.prediction_error is not None
+    config = open_teacher(str(task.run.teacher), task.run.dataset).model.config
+    for name in table.predicted:
+        assert table.costs[name]["params_m"] == count_params_m(config, name)
+        assert table.costs[name].keys() == table.costs["2-1-ffn1-0.25"].keys()
+        assert table.cheapest[name].predicted.keys() == {"latency_ms"}
+        assert table.is_infeasible(name, {"tiny": {"latency_ms": "0.1%"}})
+        assert not table.is_infeasible(name, {"large": {"latency_ms": "10000%"}})
+
+    monkeypatch.setattr(shape_latency, "MIN_MARGIN", 1e6)  # everything is near each bound
+    near = time_shapes(replace(far, bounds={"latency_ms": CostBounds(shares=(0.5,))}), "cpu", 1)
+    assert near.predicted == ()
+    assert near.prediction_error is None
