@@ -16,6 +16,11 @@ GREEDY = BeamSearchParams(1, 1.0, 0, 20, 0, True, None)
 TEXTS = sentences(9, seed=4)
 
 
+def max_int8_difference() -> float:
+    """Points of BLEU that int8 may differ from fp32 on a trained model; with AVX2, 0.40 were measured (4 beams)."""
+    return 0.3 if has_avx512() else 0.6
+
+
 def has_avx512() -> bool:
     """Whether int8 products are exact here. With AVX2 they saturate, and a random model is off by 1.5 per token."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
