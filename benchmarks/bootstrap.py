@@ -22,7 +22,7 @@ LOOP_RESAMPLES = 200  # the loop's time is measured for these and scaled to all 
 
 def time_product(metric: str, a: np.ndarray, b: np.ndarray) -> float:
     """Seconds of the package's paired bootstrap, with the drawing of the rows."""
-    metrics._resample_counts.cache_clear()
+    metrics.resample_counts.cache_clear()
     return _seconds(lambda: metrics.paired_bootstrap(metric, a, b))
 
 
@@ -47,7 +47,7 @@ def time_scipy(metric: str, a: np.ndarray, b: np.ndarray) -> float:
         if metric != "bleu":
             return (sums[0] - sums[1]) / len(a)
         halves = (np.stack(sums[:10], axis=-1), np.stack(sums[10:], axis=-1))
-        first, second = (metrics._bleu_from_sums(np.atleast_2d(half)) for half in halves)
+        first, second = (metrics.bleu_from_sums(np.atleast_2d(half)) for half in halves)
         return first - second
 
     columns = [column for rows in (a, b) for column in rows.reshape(len(rows), -1).astype(float).T]

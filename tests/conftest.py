@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +23,86 @@ LONGEST_FILES = (
     "tests/jobs/test_teacher_cache.py",
 )
 
+# Tests of the default run that may take more CPU time than LONG_TEST_SECONDS, with what no shorter test shows. Any
+# other test that takes as long is named at the end of the run: shorten the test, or mark the test `slow`.
+LONG_TEST_SECONDS = 20
+LONG_TESTS = {
+    "test_batch_that_kills_its_actor_every_time_stops_the_job_with_a_remedy": (
+        "Ray starts the actor again as often as the job allows"
+    ),
+    "test_choice_for_a_stored_budget_is_exported_and_registered_and_every_library_loads_it": (
+        "the command, and the exported student in every library"
+    ),
+    "test_commands_of_the_model_card_predict_and_serve": "the commands of the model card",
+    "test_export_without_registration_uses_the_chosen_decoding_and_names_its_budgets": (
+        "the command without a tracking server"
+    ),
+    "test_engines_agree_on_a_trained_model": "only a trained model has clear outputs",
+    "test_a_job_whose_driver_was_killed_labels_every_row_once": (
+        "the command is killed, resumes, and is compared with a command that was not killed"
+    ),
+    "test_complete_set_is_reused_and_other_precision_or_rules_give_another_set": "label sets of two precisions",
+    "test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_refused": "label sets of two teachers",
+    "test_truncated_batch_is_labelled_again": "the job finds damaged outputs itself",
+    "test_cache_mode_of_an_interrupted_build_is_kept_by_the_next_command": (
+        "a build of the teacher cache is interrupted and resumed"
+    ),
+    "test_auto_mode_follows_the_measured_times": "the times are measured by the job",
+    "test_job_builds_the_parts_of_a_build_in_one_process_and_only_missing_ones": (
+        "the job on several actors builds the bytes of a build in one process"
+    ),
+    "test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint": "Ray Train restarts a worker",
+    "test_a_trial_is_retried_as_often_as_the_space_says": "Tune's retries, with each launcher",
+    "test_a_trial_without_a_cost_fails_and_a_deleted_trial_is_run_again": "Tune's own resume",
+    "test_both_launchers_give_the_same_losses": "a run in each launcher",
+    "test_only_transient_errors_are_retried": "Ray Train's retries",
+    "test_two_data_parallel_workers_equal_one_with_the_same_global_batch": "two real workers average their gradients",
+    "test_workers_listen_on_loopback_and_a_single_worker_has_no_process_group": "the sockets of real workers",
+    "test_a_decision_to_stop_is_kept_when_another_machine_finishes_the_run": "a run on two machines with a storage",
+    "test_a_worker_that_was_cut_off_changes_nothing_that_its_successor_wrote": "two processes write the same run",
+    "test_workers_on_two_machines_train_the_same_random_start": "workers without a shared folder",
+    "test_pseudolabel_command_with_a_named_teacher_in_the_hub_cache": "the command with the name of a teacher",
+    "test_the_papers_kd_search_runs_unchanged_to_a_registered_choice": "the README's example from start to end",
+    "test_resume_after_sigkill_loses_and_repeats_no_trial": "a killed sweep resumes",
+    "test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep": "the commands after a sweep",
+    "test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command": (
+        "a sweep that was killed after its last trial"
+    ),
+    "test_more_trials_under_the_same_name_are_added": "a finished sweep is extended",
+    "test_two_workers_train_the_weights_of_one_worker": "two real processes",
+}
+SPECIAL_MARKERS = {"slow", "gpu", "cluster", "browser", "soak"}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that take longest first."""
     ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: ranks.get(item.nodeid.split("::")[0], len(ranks)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Record the CPU time of a test, with the processes that the test started and waited for."""
+    started = cpu_seconds()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu_seconds", cpu_seconds() - started))
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its finished child processes."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests of the default run that take long and are not in LONG_TESTS. They do not fail the run."""
+    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+        seconds = dict(report.user_properties).get("cpu_seconds", 0.0)
+        known = report.nodeid.split("::")[-1].split("[")[0] in LONG_TESTS or SPECIAL_MARKERS & set(report.keywords)
+        if report.when == "call" and seconds > LONG_TEST_SECONDS and not known:
+            terminalreporter.write_line(f"long test, not in LONG_TESTS of conftest.py: {seconds:.0f} s {report.nodeid}")
 
 
 @pytest.fixture(scope="session", autouse=True)

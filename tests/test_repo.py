@@ -35,7 +35,7 @@ def help_text(command: str) -> str:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=500,
         check=True,
         cwd=ROOT,
     )
@@ -78,6 +78,15 @@ def test_space_in_the_readme_is_valid(tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(spaces[0], encoding="utf-8")
     space = read_space(tmp_path / "space.yaml")
     assert set(space.budgets) == {"fast", "half"}
+
+
+def test_long_tests_of_the_default_run_exist() -> None:
+    tests = ROOT / "tests"
+    names = re.findall(r'^    "(test_\w+)": ', (tests / "conftest.py").read_text(encoding="utf-8"), re.MULTILINE)
+    files = (path.read_text(encoding="utf-8") for path in tests.rglob("test_*.py"))
+    defined = {name for text in files for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+    assert len(names) > 20
+    assert set(names) <= defined
 
 
 def test_documents_have_no_problems() -> None:

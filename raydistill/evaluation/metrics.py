@@ -316,15 +316,15 @@ def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resam
     stacked = np.concatenate([rows.reshape(n, -1).astype(np.float64) for rows in systems], axis=1)
     chunk = max(1, _CHUNK_ENTRIES // n)
     sums = [
-        _resample_counts(n, min(chunk, n_resamples - start), seed, start).astype(np.float64) @ stacked
+        resample_counts(n, min(chunk, n_resamples - start), seed, start).astype(np.float64) @ stacked
         for start in range(0, n_resamples, chunk)
     ]
     parts = np.split(np.concatenate(sums), len(systems), axis=1)
-    return [_bleu_from_sums(part) if metric == "bleu" else part[:, 0] / n for part in parts]
+    return [bleu_from_sums(part) if metric == "bleu" else part[:, 0] / n for part in parts]
 
 
 @lru_cache(maxsize=16)  # at most 16 times 2 MB; the comparisons of a sweep have the same number of rows
-def _resample_counts(n: int, count: int, seed: int, start: int) -> np.ndarray:
+def resample_counts(n: int, count: int, seed: int, start: int) -> np.ndarray:
     """Return how often each of `n` rows is drawn in the resamples from `start` on, uint8 [count, n].
 
     Drawing rows and counting them is faster than `Generator.multinomial`, which draws one binomial number per row.
@@ -335,7 +335,7 @@ def _resample_counts(n: int, count: int, seed: int, start: int) -> np.ndarray:
     return counts.astype(np.uint8)  # a count above 255 has a probability of about 1 / 256!
 
 
-def _bleu_from_sums(sums: np.ndarray) -> np.ndarray:
+def bleu_from_sums(sums: np.ndarray) -> np.ndarray:
     """Return the corpus BLEU, [samples], of summed statistics [samples, 10]; formula of sacrebleu's `compute_bleu`."""
     correct, total, length, reference = sums[:, :4], sums[:, 4:8], sums[:, 8], sums[:, 9]
     with np.errstate(divide="ignore", invalid="ignore"):

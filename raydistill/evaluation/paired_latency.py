@@ -22,6 +22,7 @@ from raydistill.evaluation.latency import MAX_BACKGROUND_CORES, BackgroundLoad, 
 # Short calls are repeated for this time in each half of a pair. The system counts CPU time in ticks of 10 ms, so that
 # the load by other processes is not known for much shorter times.
 MIN_HALF_SECONDS = 0.1
+WARMUP_CALLS = 2  # of each engine, before the first pair
 # A shape is excluded before training only if its ratio is above the bound by this factor, see `may_exclude`.
 EXCLUSION_MARGIN = 1.3
 
@@ -137,7 +138,6 @@ def time_pairs(
     student_call: Call,
     bounds: Sequence[float] = (),
     rule: StoppingRule | None = None,
-    warmup: int = 2,
 ) -> PairedTiming:
     """Time baseline and student in alternation until the ratio of their latencies is clear of all bounds, or precise.
 
@@ -152,12 +152,11 @@ def time_pairs(
         bounds: Ratios to decide, such as a budget's share of the teacher's latency. Without a bound, the comparison
             ends when the interval is precise.
         rule: When the comparison ends.
-        warmup: Untimed calls of each engine before the first pair, at least 1.
 
     Returns:
         The ratio with its interval and all call times. `stop_reason` says whether the comparison could decide.
     """
-    halves = _Half(baseline_call, warmup), _Half(student_call, warmup)
+    halves = _Half(baseline_call), _Half(student_call)
     return compare_pairs(_measure_pairs(*halves), bounds, rule or StoppingRule())
 
 
@@ -190,13 +189,13 @@ def compare_pairs(pairs: Iterable[Pair], bounds: Sequence[float], rule: Stopping
     )
 
 
-def may_exclude(timing: PairedTiming, bound: float, margin: float = EXCLUSION_MARGIN) -> bool:
+def may_exclude(timing: PairedTiming, bound: float) -> bool:
     """Return whether a shape may be excluded before training, because its students cannot meet the bound.
 
     Latency of untrained weights at fixed lengths is not the latency of trained weights on real rows. Therefore the
-    whole interval must be above `margin` times the bound. An undecided shape is not excluded.
+    whole interval must be above `EXCLUSION_MARGIN` times the bound. An undecided shape is not excluded.
     """
-    return timing.decided(bound * margin) == "above"
+    return timing.decided(bound * EXCLUSION_MARGIN) == "above"
 
 
 def _decisive(
@@ -220,9 +219,9 @@ def _decisive(
 class _Half:
     """One side of the pairs: a call, and how often a pair repeats the call."""
 
-    def __init__(self, call: Call, warmup: int) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
-        seconds = [self._timed_seconds() for _ in range(max(1, warmup))]
+        seconds = [self._timed_seconds() for _ in range(WARMUP_CALLS)]
         self._repeats = max(1, ceil(MIN_HALF_SECONDS / max(min(seconds), 1e-6)))
 
     def measure(self) -> tuple[float, ...]:

@@ -4,13 +4,13 @@ import json
 import multiprocessing
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import simulated
 from benchmarks.scaling import SECONDS_PER_STEP, TrialSleep, assign_slots, endless_space, read_sleep, synthetic_sweep
 from benchmarks.simulated import SLEEP_FILE, simulated_engine, simulated_run
 from benchmarks.simulated_nodes import Meter, cluster_nodes
@@ -20,6 +20,7 @@ from raydistill.inference.decoding import BeamSearchParams, EngineOptions
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.training.inputs import RunInputs
+from tests.factories.clock import FakeClock
 from tests.factories.workspace import environment
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +40,10 @@ def test_meter_interpolates_cpu_seconds_between_samples() -> None:
     assert meter.cpu_between(5, 15) == {"driver": 1, "gcs": 0.5, "rest of the head": 0}
 
 
-def test_simulated_engine_sleeps_in_proportion_to_the_characters() -> None:
+def test_simulated_engine_sleeps_in_proportion_to_the_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(now=0.0)
+    monkeypatch.setattr(simulated, "time", clock)
     engine = simulated_engine("teacher", "auto", EngineOptions(device="cuda"), seconds_per_char=0.01)
-    start = time.monotonic()
     rows = engine.generate(
         ["a" * 6, "b c d e"],
         BeamSearchParams(4, 1.0, 0, 9, 0, False, None),
@@ -49,11 +51,14 @@ def test_simulated_engine_sleeps_in_proportion_to_the_characters() -> None:
         batch_size=9,
         n_best=2,
     )
-    assert time.monotonic() - start == pytest.approx(0.13, abs=0.05)
+    assert clock.now == pytest.approx(0.13)
     assert [[h.text for h in row] for row in rows] == [["aaaaaa"] * 2, ["b c d e"] * 2]
 
 
-def test_simulated_run_writes_the_files_of_a_run_and_is_not_repeated(tmp_path: Path) -> None:
+def test_simulated_run_writes_the_files_of_a_run_and_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated, "time", FakeClock())
     run = Run.model_validate(
         {"name": "r", "teacher": "t", "dataset": "d", "student": {"size": "2-1"}, "training": {"max_steps": 10}}
     )
@@ -69,7 +74,7 @@ def test_simulated_run_writes_the_files_of_a_run_and_is_not_repeated(tmp_path: P
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     _, start, end, seconds = json.loads((tmp_path / SLEEP_FILE).read_text())
     assert seconds == pytest.approx(0.1)
-    assert end - start >= 0.1
+    assert end - start == pytest.approx(0.1)
     assert simulated_run(run, tmp_path, report, inputs, seconds_per_step=100) == result
 
 

@@ -268,7 +268,6 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_snapshot(
     run = write_file(use_machine("one") / "runs/r/state", "old").parent
     write_file(run / "checkpoint-1/model", "old")
     snapshots.save(run)
-    write, delete = sync.Storage._write, sync.Storage.delete
     lock, count = threading.Lock(), 0
 
     def counted(method: Any) -> Any:
@@ -283,8 +282,8 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_snapshot(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(sync.Storage, "_write", counted(write))
-        patch.setattr(sync.Storage, "delete", counted(delete))
+        for name in ("upload", "write", "delete"):
+            patch.setattr(sync.Storage, name, counted(getattr(sync.Storage, name)))
         with pytest.raises(Killed):
             write_two_snapshots(run)
     texts = set(pulled(use_machine("two"), "runs/r").values())

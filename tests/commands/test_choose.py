@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
 import urllib.request
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ctranslate2
+import mlflow
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -21,7 +21,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from raydistill.choose import parse_bounds
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json, write_json_atomic
-from raydistill.inference import mlflow_pyfunc
 from raydistill.models.metadata import METADATA_FILE
 from raydistill.results.selection import load_selection
 from raydistill.tracking import mlflow_store
@@ -33,7 +32,7 @@ from tests.factories.workspace import background, free_port
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "raydistill.choose", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 def test_bounds_are_parsed_and_invalid_ones_rejected() -> None:
@@ -52,10 +51,12 @@ def test_bounds_are_parsed_and_invalid_ones_rejected() -> None:
 
 
 def test_input_is_checked_before_slow_imports(sweep: Path) -> None:
-    start = time.monotonic()
-    bad_bound = run("mini", "--within", "latency=900")
-    assert time.monotonic() - start < 4  # under one second on an idle machine
-    assert bad_bound.returncode == 2
+    code = (
+        "import sys\nfrom raydistill.choose import main\nsys.argv = ['choose', 'mini', '--within', 'latency=900']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, {'torch', 'mlflow'} & set(sys.modules))"
+    )
+    bad_bound = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert bad_bound.stdout == "2 set()\n"
     assert "cannot bound 'latency'" in bad_bound.stderr
     infinite = run("mini", "--within", "latency_ms=inf")
     assert infinite.returncode == 2
@@ -135,10 +136,10 @@ def test_commands_of_the_model_card_predict_and_serve(exported: Path, tmp_path: 
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = {"predictions": mlflow_pyfunc._load_pyfunc(str(exported)).predict(["a text", "another text"])}
+    expected = {"predictions": mlflow.pyfunc.load_model(str(exported)).predict(["a text", "another text"])}
     assert json.loads(done.stdout) == expected
     _, url, _, header, _, data = shlex.split(request)
     http_request = urllib.request.Request(
@@ -146,12 +147,10 @@ def test_commands_of_the_model_card_predict_and_serve(exported: Path, tmp_path: 
     )
     ping = url.replace("invocations", "ping")
     with background(shlex.split(serve), tmp_path / "log", lambda: urllib.request.urlopen(ping).close(), **environment):
-        assert json.loads(urllib.request.urlopen(http_request, timeout=60).read()) == expected
+        assert json.loads(urllib.request.urlopen(http_request, timeout=300).read()) == expected
 
 
 def test_mlflow_uses_the_whole_machine_by_default(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlflow
-
     path = exported / METADATA_FILE
     metadata = read_json(path)
     metadata["config"]["evaluation"]["engine"] = "transformers"
@@ -178,7 +177,7 @@ distributions = packages_distributions()
 roots = {module.split(".")[0] for module in sys.modules}
 print(json.dumps({name.lower(): version(name) for root in roots for name in distributions.get(root, [])}))
 """
-    done = subprocess.run([sys.executable, "-c", program, str(exported)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, str(exported)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     imported = json.loads(done.stdout)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]

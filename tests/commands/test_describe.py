@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 from tests.factories.data_files import GOOD, ROWS, write_jsonl
 
@@ -13,10 +12,8 @@ def run(*arguments: str, module: str = "raydistill.describe") -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_help_is_fast_and_has_an_example():
-    start = time.monotonic()
+def test_help_has_an_example():
     done = run("--help")
-    assert time.monotonic() - start < 3  # about half a second on an idle machine
     assert done.returncode == 0
     assert "raydistill describe demo" in done.stdout
 

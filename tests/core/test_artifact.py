@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -258,21 +257,19 @@ def test_waiting_for_a_lock_says_so_once_and_ends_when_the_lock_is_free(tmp_path
     process = hold_lock(tmp_path / "x", 1)
     messages: list[str] = []
     with artifact.lock(tmp_path / "x", timeout=math.inf, on_wait=messages.append):
-        assert process.wait(timeout=5) == 0
+        assert process.wait(timeout=60) == 0
     assert len(messages) == 1
     assert messages[0].endswith("; waiting")
 
 
 def test_a_timeout_ends_the_wait_for_a_lock(tmp_path):
     process = hold_lock(tmp_path / "x", 60)
-    started = time.monotonic()
     try:
         with pytest.raises(LockHeld), artifact.lock(tmp_path / "x", timeout=0.3):
             pass
     finally:
         process.kill()
         process.wait()
-    assert time.monotonic() - started < 10
 
 
 def test_a_reader_never_sees_a_half_replaced_artifact(tmp_path):

@@ -95,6 +95,7 @@ def test_summary_of_an_election_names_the_winner_of_the_report():
     assert checked >= 5
 
 
+@pytest.mark.slow
 def test_generation_takes_under_two_seconds():
     demo._generate_splits.cache_clear()
     demo.load_vocabulary.cache_clear()

@@ -75,7 +75,7 @@ def test_bleu_is_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     expected = sacrebleu.corpus_bleu(predictions, [references], smooth_method="exp", tokenize="13a").score
     rows = metrics.bleu_rows(predictions, references)
     assert metrics.corpus_bleu(rows) == expected
-    assert metrics._bleu_from_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
+    assert metrics.bleu_from_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
     assert metrics.score("bleu", predictions, references).metrics["bleu"] == expected
 
 
@@ -136,7 +136,7 @@ def test_bootstrap_scores_equal_a_loop_over_resampled_rows(metric: str) -> None:
     else:
         systems = [rng.uniform(0, 60, size=40), rng.uniform(0, 60, size=40)]
     resampled = metrics._bootstrap_scores(metric, systems, 0, 30)
-    counts = metrics._resample_counts(40, 30, 0, 0)
+    counts = metrics.resample_counts(40, 30, 0, 0)
     assert counts.sum(axis=1).tolist() == [40] * 30
     for i, row_counts in enumerate(counts):
         drawn = [row for row, count in enumerate(row_counts) for _ in range(count)]
@@ -180,7 +180,7 @@ def test_comparisons_with_a_reference_equal_those_one_by_one() -> None:
 def test_bootstrap_resamples_in_chunks_of_bounded_memory() -> None:
     """10,000 resamples of 2,000 rows would be 160 MB as one matrix of counts."""
     rows = np.random.default_rng(8).uniform(0, 50, size=2000)
-    metrics._resample_counts.cache_clear()
+    metrics.resample_counts.cache_clear()
     tracemalloc.start()
     scores = metrics._bootstrap_scores("rouge2", [rows], 0, 10_000)[0]
     peak = tracemalloc.get_traced_memory()[1]

@@ -9,7 +9,7 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from raydistill.evaluation import paired_latency
+from raydistill.evaluation import latency, paired_latency
 from raydistill.evaluation.latency import MAX_BACKGROUND_CORES
 from raydistill.evaluation.paired_latency import (
     Pair,
@@ -21,6 +21,7 @@ from raydistill.evaluation.paired_latency import (
 )
 from raydistill.inference.decoding import EngineOptions, Workload
 from raydistill.inference.engines import open_engine
+from tests.factories.clock import FakeClock
 from tests.factories.models import save_tiny
 
 RULE = StoppingRule(max_seconds=10_000)
@@ -40,6 +41,14 @@ def ratios_around(center, spread):
 def no_background_load(monkeypatch):
     """Drop no pair, whatever runs on the machine of this test."""
     monkeypatch.setattr(paired_latency, "MAX_BACKGROUND_CORES", 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = FakeClock(now=0.0)
+    for module in (latency, paired_latency):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 def test_a_clear_ratio_is_decided_after_15_pairs():
@@ -126,31 +135,46 @@ def test_a_shape_is_excluded_only_if_its_whole_interval_is_above_the_bound_with_
     lower = timing.interval[0]
     assert may_exclude(timing, lower / 1.31)
     assert not may_exclude(timing, lower / 1.29)
-    assert may_exclude(timing, lower / 1.29, margin=1.2)
     assert not may_exclude(compare_pairs([], [0.1], RULE), 0.1)
 
 
-def test_calls_alternate_and_all_their_times_are_kept(no_background_load):
+def test_calls_alternate_and_all_their_times_are_kept(clock, no_background_load):
     order: list[str] = []
 
     def call(name, seconds):
         order.append(name)
-        time.sleep(seconds)
+        clock.sleep(seconds)
 
     timing = time_pairs(
-        lambda: call("B", 0.12), lambda: call("S", 0.03), [2.0], StoppingRule(min_pairs=10, max_seconds=30), warmup=3
+        lambda: call("B", 0.125), lambda: call("S", 0.03125), [2.0], StoppingRule(min_pairs=10, max_seconds=30)
     )
     # Long calls are timed once per pair; short ones are repeated, with an untimed call before them.
-    [repeats] = {len(pair.student_ms) for pair in timing.pairs}
-    assert 1 < repeats <= 4
-    assert {len(pair.baseline_ms) for pair in timing.pairs} == {1}
-    student = (1 + repeats) * "S"
-    assert "".join(order[6:]) == (f"B{student}{student}B" * 5)
-    assert timing.ratio is not None
-    assert 0.15 < timing.ratio < 0.6
+    assert {pair.student_ms for pair in timing.pairs} == {(31.25, 31.25, 31.25, 31.25)}
+    assert {pair.baseline_ms for pair in timing.pairs} == {(125.0,)}
+    assert {pair.seconds for pair in timing.pairs} == {0.125 + 5 * 0.03125}
+    assert "".join(order) == "BBSS" + "BSSSSSSSSSSB" * 5
+    assert timing.ratio == pytest.approx(0.25)
     assert timing.decided(2.0) == "below"
 
 
+def test_the_background_load_of_each_pair_is_measured(clock, monkeypatch):
+    """Each measurement of the load begins before the calls of its pair and ends after them."""
+    starts = []
+
+    class Load:
+        def __init__(self):
+            starts.append(clock.now)
+
+        def mean_cores(self):
+            return clock.now - starts[-1]  # above the limit
+
+    monkeypatch.setattr(paired_latency, "BackgroundLoad", Load)
+    timing = time_pairs(lambda: clock.sleep(0.25), lambda: clock.sleep(0.375), [0.5], StoppingRule(max_seconds=2))
+    assert [pair.background_cores for pair in timing.pairs] == [0.625] * 4
+    assert (timing.stop_reason, timing.dropped_pairs) == ("noisy", 4)
+
+
+@pytest.mark.slow
 def test_pairs_next_to_a_busy_process_are_noisy():
     worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
@@ -164,6 +188,7 @@ def test_pairs_next_to_a_busy_process_are_noisy():
     assert timing.background_cores > MAX_BACKGROUND_CORES
 
 
+@pytest.mark.slow
 def test_a_shallow_ctranslate2_student_is_faster_than_its_teacher(tmp_path, no_background_load):
     calls = []
     for layers in (6, 1):

@@ -1,6 +1,5 @@
 """Throughput: the settings that are tried, the best of them, and engines with parallel batches."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from raydistill.inference.ctranslate2_engine import CTranslate2Engine
 from raydistill.inference.decoding import Engine, EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.models import tokenization
+from tests.factories.clock import FakeClock
 from tests.factories.engines import GREEDY, first_texts
 from tests.factories.models import save_tiny, sentences
 
@@ -59,14 +59,16 @@ class SleepingEngine:
 
     name = "ctranslate2"
 
-    def __init__(self, seconds_per_row: float, tokenizer: Any) -> None:
-        self.seconds_per_row, self.tokenizer = seconds_per_row, tokenizer
+    def __init__(self, clock: FakeClock, seconds_per_row: float, tokenizer: Any) -> None:
+        self.clock, self.seconds_per_row, self.tokenizer = clock, seconds_per_row, tokenizer
 
     def generate(self, texts: list[str], *_: Any, **__: Any) -> None:
-        time.sleep(self.seconds_per_row * len(texts))
+        self.clock.sleep(self.seconds_per_row * len(texts))
 
 
-def test_sizes_of_batches_are_tried_with_the_best_threads(tmp_path: Path) -> None:
+def test_sizes_of_batches_are_tried_with_the_best_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(throughput, "time", clock)
     tokenizer = tokenization.load_tokenizer(save_tiny("marian", tmp_path / "m"))
     # Milliseconds per row: two batches of one thread are faster than one batch of two, and large batches fastest
     cost: dict[tuple[int, int, int | None], float]
@@ -75,13 +77,13 @@ def test_sizes_of_batches_are_tried_with_the_best_threads(tmp_path: Path) -> Non
 
     def open_setting(s: ThroughputSetting) -> Any:
         opened.append((s.inter_threads, s.intra_threads, s.batch_tokens))
-        return SleepingEngine(cost[opened[-1]] / 1000, tokenizer)
+        return SleepingEngine(clock, cost[opened[-1]] / 1000, tokenizer)
 
     texts = sentences(5, seed=1)
     result = measure_throughput(open_setting, SettingGrid(((1, 2), (2, 1)), (10, 20, 40)), texts, GREEDY, 16)
     assert opened == [(1, 2, 20), (2, 1, 20), (2, 1, 10), (2, 1, 40)]
     assert result.best.setting == setting(2, 1, 40)
-    assert result.best.rows_per_s <= 1000
+    assert [measured.rows_per_s for measured in result.settings] == pytest.approx([250, 500, 1000 / 3, 1000])
     assert [len(measured.seconds) for measured in result.settings] == [throughput.PASSES] * 4
     num_tokens = sum(map(len, tokenization.tokenize_sources(tokenizer, texts, 16)))
     assert num_tokens * result.rows / len(texts) == pytest.approx(2 * 2 * 40, abs=32), (

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from raydistill.config.space import Space
 from raydistill.core.files import write_json_atomic
 from raydistill.evaluation.latency import Hardware
 from raydistill.evaluation.paired_latency import Pair, PairedTiming
+from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent
 from raydistill.results.serving_latency import LATENCY_FILE, LatencySession, TimedServing, read_session
@@ -320,3 +321,20 @@ def mlflow_children(home: Path) -> list[tuple[str, str]]:
             "where t.key = 'raydistill.trial' and r.lifecycle_stage = 'active'"
         )
         return store.execute(query).fetchall()
+
+
+def finished_sweep(folder: Path, teacher: Path, data: Path, **serving: Any) -> tuple[Space, SweepTeacher]:
+    """A space whose sweep has one finished trial and nothing served, and the teacher's record."""
+    decoding = asdict(BeamSearchParams(4, 1.0, 0, 12, 0, False, None))
+    space = Space.model_validate(
+        {
+            "name": "m",
+            "run": {"teacher": str(teacher), "dataset": {"name": str(data)}},
+            "search": {"trials": 1},
+            "serving": serving,
+        }
+    )
+    record = sweep_teacher(costs={}, decoding=decoding, data={"validation": "v", "test": "t"})
+    sweep_record(record, serving=space.serving).write(folder / "sweep.json")
+    CheckpointMetadata(decoding=decoding).write_to(make_trial(folder, "a", 0, 10.0) / "best")
+    return space, record

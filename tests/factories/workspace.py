@@ -92,7 +92,7 @@ def wait_for_ray_to_end(home: Path) -> None:
 
     The node's two agents are killed: they do not end if the driver was killed while Ray was starting.
     """
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         remaining = processes_of(home)
         agents = [process for process in remaining if "Agent" in process.name()]
@@ -125,7 +125,7 @@ def background(
     with log.open("wb") as output:
         process = subprocess.Popen(arguments, env={**os.environ, **env}, stdout=output, stderr=output, cwd=log.parent)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             try:

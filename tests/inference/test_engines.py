@@ -11,8 +11,10 @@ import torch
 from raydistill.config.run import Decoding
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metrics import bleu_rows, corpus_bleu
-from raydistill.inference.decoding import BeamSearchParams, EngineOptions, resolve_decoding
+from raydistill.inference.ctranslate2_engine import CTranslate2Engine
+from raydistill.inference.decoding import BeamSearchParams, EngineOptions, Workload, resolve_decoding
 from raydistill.inference.engines import open_engine
+from raydistill.inference.transformers_engine import TransformersEngine
 from raydistill.models import loading
 from tests.factories.engines import (
     GREEDY,
@@ -43,6 +45,40 @@ def test_n_best_with_blank_texts_and_no_texts(tiny, engine_name):
     assert scores == sorted(scores, reverse=True)
     with pytest.raises(ValueError, match="n_best 5 is more than the 4 beams"):
         engine.generate(TEXTS, beam, max_source_tokens=50, n_best=5)
+
+
+@pytest.mark.parametrize("output_tokens", [2, 12])
+def test_a_benchmark_call_of_transformers_decodes_the_tokens_of_its_workload(tiny, output_tokens, monkeypatch):
+    engine = open_engine(tiny["marian"], "transformers")
+    assert isinstance(engine, TransformersEngine)
+    shapes = []
+    generate = engine.model.generate
+
+    def record_shape(**arguments):
+        out = generate(**arguments)
+        shapes.append((arguments["input_ids"].shape, out.sequences.shape))
+        return out
+
+    monkeypatch.setattr(engine.model, "generate", record_shape)
+    engine.make_benchmark_call(Workload(10, output_tokens, batch=4, beams=2))()
+    assert shapes == [((4, 10), (4, 1 + output_tokens))]  # the outputs begin with the decoder's start token
+
+
+@pytest.mark.parametrize("output_tokens", [2, 12])
+def test_a_benchmark_call_of_ctranslate2_decodes_the_tokens_of_its_workload(tiny, output_tokens):
+    engine = open_ctranslate2(tiny, "marian")
+    assert isinstance(engine, CTranslate2Engine)
+    lengths = []
+
+    class Recorder:
+        def translate_batch(self, sources, *arguments, **options):
+            results = translator.translate_batch(sources, *arguments, **options)
+            lengths.extend((len(row), len(result.hypotheses[0])) for row, result in zip(sources, results, strict=True))
+
+    translator = engine.converted.translator
+    engine.converted = replace(engine.converted, translator=Recorder())
+    engine.make_benchmark_call(Workload(10, output_tokens, batch=4, beams=2))()
+    assert lengths == [(10, output_tokens)] * 4
 
 
 @pytest.mark.parametrize("engine_name", ["ctranslate2", "transformers"])

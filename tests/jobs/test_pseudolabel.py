@@ -1,5 +1,6 @@
 """The pseudo-label job on Ray: its label set, how it resumes after a kill, what it refuses."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,7 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +21,7 @@ from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 from raydistill.data.streaming import scan_split
-from raydistill.inference.decoding import EngineOptions, resolve_decoding
+from raydistill.inference.decoding import Engine, EngineOptions, Hypothesis, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _slug, describe_job, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan
@@ -165,9 +169,9 @@ class KilledCommand:
         self.arguments += ["--engine", "transformers", "--batch-chars", "3000", "--n-best", "2"]
         self.finished_batches: dict[Path, int] = {}
 
-    def start(self) -> subprocess.Popen:
+    def start(self, program: Sequence[str] = ("-m", "raydistill.pseudolabel")) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "raydistill.pseudolabel", *map(str, self.arguments)],
+            [sys.executable, *program, *map(str, self.arguments)],
             env=environment(),
             cwd=self.home.parent,
             stdout=subprocess.DEVNULL,
@@ -239,10 +243,16 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[st
         else:
             continue
         counts["with_parts"] += parts
-    _, errors = running.communicate(timeout=280)
+    lines = finished_labels(job, running, tmp_path / "whole", rows)
+    return {**counts, "rows": rows, "lines": len(lines)}
+
+
+def finished_labels(job: KilledCommand, running: subprocess.Popen, whole_root: Path, rows: int) -> list[dict]:
+    """The labels of a job that was killed, after its last command: those of an uninterrupted job."""
+    _, errors = running.communicate(timeout=560)
     assert running.returncode == 0, errors.decode()[-2000:]
     lines = job.labels()
-    whole = KilledCommand(tmp_path / "whole", rows)
+    whole = KilledCommand(whole_root, rows)
     last_json(command(whole.home, "pseudolabel", *whole.arguments, "--json"))
     expected = whole.labels()
     keys = [(row["id"], row["rank"]) for row in lines]
@@ -250,12 +260,58 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[st
     assert keys == [(row["id"], row["rank"]) for row in expected]
     assert [row["target"] for row in lines] == [row["target"] for row in expected]
     assert [row["score"] for row in lines] == pytest.approx([row["score"] for row in expected], abs=1e-5)
-    return {**counts, "rows": rows, "lines": len(lines)}
+    return lines
 
 
-def test_resumed_job_labels_every_row_once(tmp_path):
-    counts = kill_and_resume(tmp_path, rows=500, kills=2, seed=5)
-    assert counts["driver"] + counts["worker"] == 2
+LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED = """
+import os, signal
+from raydistill.core.console import ProgressBar
+from raydistill.pseudolabel import main
+
+finished = []
+
+def kill_this_process(self, *arguments):
+    finished.append(arguments)
+    if len(finished) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressBar.advance = kill_this_process
+main()
+"""
+
+
+def test_a_job_whose_driver_was_killed_labels_every_row_once(tmp_path):
+    job = KilledCommand(tmp_path / "killed", rows=500)
+    running = job.start(("-c", LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED))
+    _, errors = running.communicate()
+    assert running.returncode == -signal.SIGKILL, errors.decode()[-2000:]
+    wait_for_ray_to_end(job.home)
+    job.check_untouched()
+    assert len(job.finished_batches) >= 2
+    finished_labels(job, job.start(), tmp_path / "whole", 500)
+
+
+def open_engine_of_a_killed_worker(marker: Path, *arguments: Any, **options: Any) -> Engine:
+    """Open an engine that kills its process at the first batch, if no process was killed before."""
+    engine = open_engine(*arguments, **options)
+    generate = engine.generate
+
+    def kill_or_generate(*arguments: Any, **options: Any) -> list[list[Hypothesis]]:
+        with contextlib.suppress(FileExistsError):
+            marker.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return generate(*arguments, **options)
+
+    engine.generate = kill_or_generate  # type: ignore[method-assign]
+    return engine
+
+
+def test_the_batch_of_a_killed_worker_is_labelled_by_its_successor(teacher_and_data, label_set, tmp_path):
+    marker = tmp_path / "killed"
+    factory = partial(open_engine_of_a_killed_worker, marker)
+    folder = pseudolabel(make_job(teacher_and_data), tmp_path / "labels", verbose=False, engine_factory=factory)
+    assert marker.exists()
+    assert list(read_candidates(folder)) == list(read_candidates(label_set))
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,11 +54,6 @@ def make_run(world, name, **training):
 def history(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: json.loads(line)[key] for key in HISTORY_KEYS} for line in lines]
-
-
-def saved_step(folder):
-    """The step of the saved state of a run; 0 if there is none."""
-    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("state/step-*.safetensors")), default=0)
 
 
 def assert_same_losses(a, b, tolerance):
@@ -215,30 +208,38 @@ def test_two_data_parallel_workers_equal_one_with_the_same_global_batch(ray_here
     assert_same_losses(history(tmp_path / "one"), history(tmp_path / "two"), 1e-4)
 
 
+@dataclass
+class KilledTrain:
+    """A `train_fn` that kills its process after the second validation of the first attempt.
+
+    The steps of all validations are appended to `steps`.
+    """
+
+    steps: Path
+
+    def __call__(self, run, folder, report, inputs, worker):
+        first_attempt = not self.steps.exists()
+
+        def record(metrics, path):
+            with self.steps.open("a") as file:
+                file.write(f"{metrics['step']}\n")
+            if first_attempt and len(self.steps.read_text().splitlines()) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return report(metrics, path)
+
+        return train(run, folder, record, inputs, worker)
+
+
 def test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint(ray_here, world, tmp_path):
     """The losses equal those of an undisturbed run, and the steps before the checkpoint are not repeated."""
-    run = make_run(world, "killed", epochs=12)
+    run = make_run(world, "killed")
     train_in_this_process(run, tmp_path / "untouched")
-    folder = tmp_path / "killed"
-    steps_at_kill = []
-
-    def kill():
-        while (step := saved_step(folder)) < 6:
-            time.sleep(0.02)
-        for process in psutil.process_iter(["cmdline"]):
-            is_worker = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
-            if is_worker and process.environ().get("RAYDISTILL_HOME") == os.environ["RAYDISTILL_HOME"]:
-                steps_at_kill.append(step)
-                os.kill(process.pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    result = train_with_ray_train(TrainJob(run, folder, RunInputs()))
-    killer.join(10)
-    assert steps_at_kill
-    assert steps_at_kill[0] < 72, "the run finished before its worker was killed"
+    killed = KilledTrain(tmp_path / "steps")
+    result = train_with_ray_train(TrainJob(run, tmp_path / "killed", RunInputs(), killed))
     assert result.status == "done"
-    assert_same_losses(history(tmp_path / "untouched"), history(folder), 1e-6)
+    assert_same_losses(history(tmp_path / "untouched"), history(tmp_path / "killed"), 1e-6)
+    validated = [int(step) for step in killed.steps.read_text().split()]
+    assert validated == [line["step"] for line in history(tmp_path / "killed")]
 
 
 def test_a_run_that_never_fits_the_cluster_is_refused(ray_here, world):

@@ -1,291 +1,38 @@
-"""Serving of finalists: what is missing of first pass, scores and session, and that scores are those of serving."""
+"""Serving of finalists: scores are those of serving; the whole step on tiny real models, without Ray."""
 
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from raydistill.config.run import Run
-from raydistill.config.serving import EngineVariant, Serving, ServingConfig
-from raydistill.config.space import Search, Space
+from raydistill.config.serving import ServingConfig
+from raydistill.config.space import Space, corner_runs
 from raydistill.data.corpus import read_corpus
 from raydistill.data.selection import read_part
-from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, Hardware
+from raydistill.evaluation import throughput
 from raydistill.evaluation.paired_latency import StoppingRule
 from raydistill.evaluation.scoring import evaluate
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.results.selection import select_finalists
-from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent, read_served
-from raydistill.results.serving_latency import (
-    FIRST_PASS_FILE,
-    LATENCY_FILE,
-    TEACHER_SHAPE,
-    FirstPass,
-    FirstPassTime,
-    LatencySession,
-    TimedServing,
-)
-from raydistill.results.sweep_record import StopReason, SweepTeacher
-from raydistill.search import serving_timing
-from raydistill.search.finalists import find_untested, score_checkpoint
-from raydistill.search.served_engine import ServedCheckpoint, ServingContext, engine_versions
-from raydistill.search.serving_state import ServingState, describe_first_pass, describe_scores
-from raydistill.search.serving_timing import CostBounds, FirstPassTask, SessionTask, latency_bounds
-from raydistill.search.study import PROPOSALS_FILE, Proposal, ProposalLog
-from raydistill.search.sweep_folder import search_stop_reason
-from tests.factories.sweeps import (
-    change_result,
-    change_sweep,
-    make_trial,
-    paired_timing,
-    sweep_record,
-    sweep_teacher,
-)
+from raydistill.results.selection import load_selection
+from raydistill.results.serving_latency import LATENCY_FILE, TEACHER_SHAPE, read_session
+from raydistill.results.sweep_record import SweepTeacher
+from raydistill.results.tables import result_tables
+from raydistill.search import finalists, prepare, serving_timing, shape_latency
+from raydistill.search.finalists import all_served, score_checkpoint, serve_finalists
+from raydistill.search.served_engine import ServedCheckpoint, ServingContext
+from raydistill.search.summary import format_summary, summary_record
+from raydistill.search.sweep_folder import write_sweep_record
+from raydistill.tracking import export
+from tests.factories.sweeps import change_result, change_sweep, make_trial
 from tests.factories.workspace import make_world
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
-MACHINE: Hardware = {"kind": "cpu", "name": "a", "cores": 2, "threads": 2}
-FP32, INT8 = EngineVariant("fp32", "off"), EngineVariant("int8", "off")
-
-
-def test_finalists_are_on_a_front_or_chosen(tmp_path: Path):
-    """a and b are on the front of latency, c of parameters, d of device-hours, e is chosen, f is neither.
-
-    No budget bounds parameters or device-hours alone, but a later `choose` may.
-    """
-    budgets = {"both": {"params_m": 2.5, "latency_ms": 55}}
-    sweep_record(sweep_teacher(costs={}), budgets=budgets).write(tmp_path / "sweep.json")
-    for number, (key, score, latency, params, hours) in enumerate(
-        [
-            ("a", 10.0, 50.0, 3.0, 2.0),
-            ("b", 20.0, 90.0, 4.0, 2.0),
-            ("c", 9.0, 60.0, 2.0, 2.0),
-            ("d", 8.0, 70.0, 5.0, 1.0),
-            ("e", 7.0, 55.0, 2.5, 2.0),
-            ("f", 6.0, 70.0, 5.0, 2.0),
-        ]
-    ):
-        folder = make_trial(tmp_path, key, number, score)
-        costs = {"latency_ms": latency, "params_m": params, "device_hours": hours}
-        change_result(folder, metrics={"rouge2": score, **costs})
-        np.savez(folder / "rows.npz", validation=np.full(20, score))
-    assert [trial.key for trial in select_finalists(tmp_path)] == ["a", "b", "c", "d", "e"]
-
-
-def finished_sweep(folder: Path, teacher: Path, data: Path, **serving: Any) -> tuple[Space, SweepTeacher]:
-    """A space whose sweep has one finished trial and nothing served, and the teacher's record."""
-    space = Space.model_validate(
-        {
-            "name": "m",
-            "run": {"teacher": str(teacher), "dataset": {"name": str(data)}},
-            "search": {"trials": 1},
-            "serving": serving,
-        }
-    )
-    record = sweep_teacher(costs={}, decoding=asdict(BEAM), data={"validation": "v", "test": "t"})
-    sweep_record(record, serving=space.serving).write(folder / "sweep.json")
-    CheckpointMetadata(decoding=asdict(BEAM)).write_to(make_trial(folder, "a", 0, 10.0) / "best")
-    return space, record
-
-
-class ServingSteps:
-    """Writes by hand what the three steps of serving write."""
-
-    def __init__(self, space: Space, sweep: Path, teacher: SweepTeacher) -> None:
-        self.space, self.sweep, self.teacher = space, sweep, teacher
-
-    def state(self, machine: Hardware | None = None, **serving: Any) -> ServingState:
-        space = self.space.model_copy(update={"serving": self.space.serving.model_copy(update=serving)})
-        return ServingState.load(space, self.sweep, self.teacher, MACHINE if machine is None else machine)
-
-    def write_first_pass(self, state: ServingState, unsupported: tuple[str, ...] = (), **ms: float) -> None:
-        """By default, int8 takes half of the time of fp32."""
-        times = [
-            FirstPassTime(
-                shape=checkpoint.shape,
-                beams=config.beams,
-                variant=variant,
-                ms=ms.get(variant.precision, 50.0 if variant.precision == "int8" else 100.0),
-            )
-            for checkpoint in state.representatives
-            for config in state.shape_decodings(checkpoint.shape)
-            for variant in state.variants
-            if variant.precision not in unsupported
-        ]
-        fields: dict[str, Any] = {"hardware": MACHINE, "versions": engine_versions(), "unsupported": unsupported}
-        FirstPass.parse({**fields, "times": times}).write(self.sweep / FIRST_PASS_FILE)
-
-    def write_scores(self, state: ServingState, **scores: float) -> None:
-        """Score what is missing, by default with 10 points on every row, in as many rounds as the rules need."""
-        for checkpoint in state.checkpoints:
-            while configs := state.unscored_configs(checkpoint):
-                for config in configs:
-                    score = scores.get(config.precision, 10.0)
-                    rows = np.full(20, score)
-                    np.savez(checkpoint.folder / f"rows-validation-{config.key}.npz", validation=rows)
-                    entry = ServedStudent(
-                        config=config,
-                        engine="ctranslate2",
-                        precision=config.precision,
-                        version=engine_versions()["ctranslate2"],
-                        rows=20,
-                        metrics={"rouge2": score},
-                        interval=(score - 1, score + 1),
-                        memory_mb=1.0,
-                    )
-                    record = read_served(checkpoint.folder) or ServedRecord(entries=[])
-                    record.with_entries([entry]).write(checkpoint.folder / SERVED_FILE)
-
-    def write_session(self, state: ServingState, **changes: Any) -> None:
-        """Time everything: every number of beams takes a quarter of the baseline's latency."""
-        servings = [
-            TimedServing(shape=shape, config=config, cost=cost, engine="e", timing=paired_timing(config.beams / 4))
-            for shape, configs in state.wanted_timings.items()
-            for config in configs
-            for cost in LATENCY_BATCH_SIZES
-            if (shape, config) != (TEACHER_SHAPE, state.baseline)
-        ]
-        fields: dict[str, Any] = {
-            "started_at": datetime.now(UTC),
-            "hardware": MACHINE,
-            "versions": engine_versions(),
-            "baseline": state.baseline,
-            "baseline_engine": "e",
-            "baseline_ms": {"latency_ms": 100.0, "latency_ms_b1": 10.0},
-            "representatives": {},
-            "servings": servings,
-        }
-        LatencySession(**{**fields, **changes}).write(self.sweep / LATENCY_FILE)
-
-
-@pytest.fixture
-def served(world, tmp_path: Path) -> ServingSteps:
-    """A sweep with one trial of size 4-1 that may be served with 4 beams, its own number, and with one."""
-    space, teacher = finished_sweep(tmp_path, *world, beams=[1, 4])
-    return ServingSteps(space, tmp_path, teacher)
-
-
-def test_first_pass_scores_and_session_are_found_missing_from_the_files(served: ServingSteps) -> None:
-    """After the last trial, after a kill between two steps, and for a number of beams that is added later."""
-    assert search_stop_reason(served.space, served.sweep) == StopReason()
-    assert [checkpoint.shape for checkpoint in served.state().missing_first_pass] == [TEACHER_SHAPE, "4-1"]
-    served.write_first_pass(served.state())
-    assert [checkpoint.key for checkpoint in served.state().missing_scores] == [TEACHER_SHAPE, "a"]
-    served.write_scores(served.state())
-    state = served.state()
-    assert not state.missing_scores
-    assert state.misses_timings
-    served.write_session(state)
-    assert served.state().is_complete
-    assert [student.key for student in find_untested(served.sweep, served.teacher)] == ["a b1-int8"]
-    assert find_untested(served.sweep, served.teacher.model_copy(update={"data": {"validation": "v"}})) == []
-    added = served.state(beams=[1, 4, 3])
-    assert [checkpoint.shape for checkpoint in added.missing_first_pass] == [TEACHER_SHAPE, "4-1"]
-    served.write_first_pass(added)
-    added = served.state(beams=[1, 4, 3])
-    assert {config.key for checkpoint in added.checkpoints for config in added.unscored_configs(checkpoint)} == {
-        "b3-p1-int8"
-    }
-    served.write_scores(added)
-    assert served.state(beams=[1, 4, 3]).misses_timings, "everything is timed again, in one session"
-
-
-def test_int8_that_is_not_faster_is_skipped_and_the_log_counts_what_is_skipped(served: ServingSteps) -> None:
-    served.write_first_pass(served.state(), int8=99.0)
-    state = served.state()
-    assert {config.key for config in state.wanted_configs(state.checkpoints[1])} == {"b4-p1"}
-    assert describe_first_pass(state).startswith("finalists: 4 of 8 combinations of shape, beams")
-
-
-def test_fp32_is_not_scored_with_other_beams_where_int8_is_not_inferior(served: ServingSteps) -> None:
-    served.write_first_pass(served.state())
-    served.write_scores(served.state())
-    state = served.state()
-    keys = {checkpoint.key: [c.key for c in state.wanted_configs(checkpoint)] for checkpoint in state.checkpoints}
-    assert keys == {key: ["b4-p1", "b4-p1-int8", "b1-int8"] for key in (TEACHER_SHAPE, "a")}
-    assert describe_scores(state).startswith("finalists: 6 pairs of checkpoint and configuration are scored; 2 are not")
-
-
-def test_a_precision_that_the_machine_lacks_is_left_out(served: ServingSteps) -> None:
-    served.write_first_pass(served.state(), unsupported=("int8",))
-    assert served.state().variants == [FP32]
-    assert not served.state().missing_first_pass
-
-
-def test_times_of_another_machine_or_engine_version_are_not_compared(served: ServingSteps) -> None:
-    served.write_first_pass(served.state())
-    served.write_scores(served.state())
-    served.write_session(served.state())
-    known: Hardware = {"kind": "cpu", "name": "a"}  # less is known before Ray starts
-    assert served.state(known).is_complete
-    assert served.state({}).is_complete
-    other = {**MACHINE, "name": "b"}
-    assert served.state(other).missing_first_pass
-    served.write_session(served.state(), versions={"ctranslate2": "0.1"})
-    assert served.state().misses_timings
-    session = LatencySession.read(served.sweep / LATENCY_FILE)
-    session.model_copy(update={"versions": engine_versions(), "servings": session.servings[1:]}).write(
-        served.sweep / LATENCY_FILE
-    )
-    assert served.state().misses_timings
-    record = read_served(served.sweep / "trials" / "a")
-    assert record
-    outdated = [entry.model_copy(update={"version": "0.1"}) for entry in record.entries]
-    record.model_copy(update={"entries": outdated}).write(served.sweep / "trials" / "a" / SERVED_FILE)
-    assert [checkpoint.key for checkpoint in served.state().missing_scores] == ["a"]
-
-
-def test_the_teacher_is_timed_with_the_configurations_of_all_students(served: ServingSteps) -> None:
-    served.write_first_pass(served.state())
-    served.write_scores(served.state())
-    timings = served.state().wanted_timings
-    assert timings.keys() == {TEACHER_SHAPE, "4-1"}
-    assert {config.key for config in timings["4-1"]} <= {config.key for config in timings[TEACHER_SHAPE]}
-
-
-def test_bounds_of_budgets_become_ratios() -> None:
-    budgets: dict[str, dict[str, float | str]] = {
-        "a": {"latency_ms": "60%", "params_m": 3},
-        "b": {"latency_ms": 50.0},
-        "c": {"latency_ms_b1": "45%"},
-    }
-    bounds = latency_bounds(budgets)
-    assert bounds["latency_ms"].ratios(200.0) == (0.6, 0.25)
-    assert bounds["latency_ms_b1"].ratios(200.0) == (0.45,)
-
-
-def test_an_exhausted_search_is_not_started_again_unless_other_budgets_may_admit_more(world, tmp_path):
-    space, _ = finished_sweep(tmp_path, *world)
-    changes = space.model_copy(update={"search": Search(trials=9)})
-    assert search_stop_reason(changes, tmp_path) is None
-    change_sweep(tmp_path, stop=StopReason("all tried", exhausted=True))
-    assert search_stop_reason(changes, tmp_path) == StopReason("all tried", exhausted=True)
-    deleted = ProposalLog(proposals=(Proposal(key="deleted", number=9, params={}),))
-    deleted.write(tmp_path / PROPOSALS_FILE)
-    assert search_stop_reason(changes, tmp_path) is None, "a trial whose folder was deleted"
-    (tmp_path / PROPOSALS_FILE).unlink()
-    assert search_stop_reason(changes.model_copy(update={"budgets": {"b": {"params_m": 9}}}), tmp_path) is None
-    assert search_stop_reason(changes.model_copy(update={"serving": Serving(beams=[1])}), tmp_path) is None
-    change_sweep(tmp_path, stop=StopReason("one hour is used up"))
-    assert search_stop_reason(changes, tmp_path) is None
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def context(world) -> ServingContext:
-    teacher, data = world
-    settings = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16}
-    run = Run.model_validate({"name": "x", "teacher": str(teacher), "dataset": settings})  # chosen on all 8 rows
-    return ServingContext(run, "bleu", f"test-{teacher.parent.name}")
 
 
 def test_scores_are_those_of_an_evaluation_and_row_statistics_are_written(
@@ -322,34 +69,122 @@ def test_a_checkpoint_is_served_on_the_rows_that_are_kept_for_the_choice(
     assert (tmp_path / "rows-selection-b4-p1.npz").is_file()
 
 
-def test_first_pass_and_session_time_every_shape_and_configuration(
-    context: ServingContext, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two shapes with the same tiny checkpoint, so that every ratio with equal settings is about 1."""
-    short = StoppingRule(min_pairs=2, max_seconds=0.5)
-    monkeypatch.setattr(serving_timing, "BOUNDED_RULE", short)
-    monkeypatch.setattr(serving_timing, "REPORTED_RULE", short)
-    teacher = ServedCheckpoint(TEACHER_SHAPE, TEACHER_SHAPE, str(world[0]), tmp_path, BEAM)
-    checkpoints = [teacher, replace(teacher, key="a", shape="2-3")]
-    own, fast = teacher.own_config(), ServingConfig(beams=1, length_penalty=1.0, precision="int8")
-    configs = {checkpoint.shape: [own, fast] for checkpoint in checkpoints}
-    variants = [FP32, EngineVariant("fp16", "off"), INT8]
-    record = serving_timing.run_first_pass(
-        FirstPassTask(context, checkpoints, configs, variants, "ctranslate2"), "cpu", 1
-    )
-    assert record.unsupported == ["fp16"]
-    assert {(t.shape, t.beams, t.variant) for t in record.times} == {
-        (shape, beams, variant) for shape in configs for beams in (4, 1) for variant in (FP32, INT8)
+# The whole serving step: shapes, shortlists, first pass, scores, session, choice
+
+
+SHORT = StoppingRule(min_pairs=2, max_seconds=0.2)
+
+
+def run_here(function: Callable[..., Any], *args: Any, device: str, **_: Any) -> Any:
+    """`run_exclusive` in this process, with one thread."""
+    return function(*args, device, 1)
+
+
+@pytest.fixture
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(prepare, "run_exclusive", run_here)
+    monkeypatch.setattr(finalists, "run_exclusive", run_here)
+    for name in ("BOUNDED_RULE", "REPORTED_RULE"):
+        monkeypatch.setattr(serving_timing, name, SHORT)
+    for name in ("SEARCH_RULE", "EXCLUSION_RULE"):
+        monkeypatch.setattr(shape_latency, name, SHORT)
+    teacher, data = make_world(tmp_path)
+    run = {
+        "teacher": str(teacher),
+        "dataset": {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16},
+        "student": {"size": "2-3"},
+        "training": {"teacher_cache": "off"},
+        "decoding": {"beams": 2, "max_length": 12},
     }
-    task = SessionTask(context, teacher, own, checkpoints, configs, {"latency_ms": CostBounds(shares=(0.5,))})
-    session = serving_timing.run_session(task, "cpu", 1)
-    assert all(session.is_timed(shape, config) for shape, own in configs.items() for config in own)
-    assert len(session.servings) == 6  # all but the baseline, for both costs
-    assert session.representatives == {TEACHER_SHAPE: TEACHER_SHAPE, "2-3": "a"}
-    by_key = {(s.shape, s.config.key, s.cost): s for s in session.servings}
-    assert by_key["2-3", "b1-int8", "latency_ms"].timing.bounds == (0.5,)
-    assert by_key["2-3", "b1-int8", "latency_ms_b1"].timing.bounds == ()
-    assert by_key[TEACHER_SHAPE, "b1-int8", "latency_ms"].timing.bounds == ()  # no budget selects the teacher
-    assert by_key["2-3", "b1-int8", "latency_ms"].engine == "ctranslate2 int8"
-    assert all(len(serving.timing.pairs) > 0 for serving in session.servings)
-    assert session.baseline_ms["latency_ms"] > session.baseline_ms["latency_ms_b1"] > 0
+    serving = {"beams": [1], "precision": ["fp32", "int8", "fp16"], "shortlist": ["off", 30]}
+    budgets = {"slow": {"latency_ms": 1e6}, "any": {"params_m": 100}}
+    return Space.model_validate({"name": "s", "run": run, "serving": serving, "budgets": budgets})
+
+
+def prepare_sweep(space: Space, sweep: Path) -> SweepTeacher:
+    """Write sweep.json, and a finished trial whose student is the teacher itself."""
+    prepared = prepare.prepare(space, sweep, "cpu")
+    write_sweep_record(space, sweep, prepared, "running")
+    folder = make_trial(sweep, "a", 0, 10.0)
+    change_result(folder, size="2-3", metrics={"rouge2": 10.0, **prepared.shapes.costs["2-3"]})
+    [run] = corner_runs(space)
+    shutil.copytree(str(run.teacher), folder / "best", dirs_exist_ok=True)
+    metadata = CheckpointMetadata(teacher="big", config=run, decoding=prepared.teacher.decoding)
+    metadata.write_to(folder / "best")
+    return prepared.teacher
+
+
+def check_throughput(sweep: Path) -> None:
+    """The student that was chosen by its throughput is exported with its setting of threads and batches."""
+    selection = load_selection(sweep)
+    assert selection.chosen_keys["bulk"]
+    chosen = selection.student(str(selection.chosen_keys["bulk"]))
+    assert chosen.metrics["rows_per_s"] >= 0.01 * selection.teacher.costs["rows_per_s"] > 0
+    setting = selection.throughput_setting(chosen)
+    assert setting
+    assert setting.batch_tokens in (20, 40, 60)
+    exported = export.export_student(selection, chosen.key)
+    serving = CheckpointMetadata.read_from(exported).serving
+    assert serving is not None
+    assert serving.throughput == setting
+    assert setting.label in (exported / "README.md").read_text()
+
+
+def test_a_sweep_is_served_once_and_timed_again_as_a_whole(
+    space: Space, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tmp_path / "home" / "sweeps" / "s"
+    sweep.mkdir(parents=True)
+    teacher = prepare_sweep(space, sweep)
+    assert not all_served(space, sweep, teacher)
+    serve_finalists(space, sweep, teacher, "cpu")
+    messages = capsys.readouterr().err
+    assert "shortlist 30: allows" in messages
+    assert "this device does not compute in fp16" in messages
+    assert "combinations of shape, beams, precision and shortlist are skipped" in messages
+    assert all_served(space, sweep, teacher)
+
+    selection = load_selection(sweep)
+    assert {student.serving.beams for student in selection.students if student.serving} <= {1, 2}
+    assert "a b2-p1" in {student.key for student in selection.students}
+    for student in selection.students:
+        assert student.metrics["speedup"] == pytest.approx(
+            selection.teacher.costs["latency_ms"] / student.metrics["latency_ms"]
+        )
+        assert "speedup_same_serving" in student.metrics
+    assert {s.test is not None for s in selection.students if s.key in selection.front_keys} == {True}
+    assert selection.teacher.interval == selection.student("a b2-p1").interval, "the student is the teacher"
+    summary = summary_record(selection)
+    assert {f["key"] for f in summary["finalists"]} == {"a"}
+    assert "finalists as served" in format_summary(selection, [], [])
+    header, rows = result_tables(selection)[1]
+    assert {"speed-up (teacher served the same way)", "serving"} <= set(header)
+    assert len(rows) == len(selection.students)
+
+    monkeypatch.setattr(export, "write_mlmodel", lambda folder: (folder / "MLmodel").write_text("x"))
+    exported = export.export_student(selection, str(selection.chosen_keys["any"]))
+    serving = CheckpointMetadata.read_from(exported).serving
+    assert serving is not None
+    assert serving.config == selection.student(str(selection.chosen_keys["any"])).serving
+
+    before = (sweep / LATENCY_FILE).read_bytes()
+    serve_finalists(space, sweep, teacher, "cpu")
+    assert (sweep / LATENCY_FILE).read_bytes() == before
+    bulk = {"bulk": {"rows_per_s": "1%"}}
+    more = space.model_copy(
+        update={"serving": space.serving.model_copy(update={"beams": [1, 3]}), "budgets": {**space.budgets, **bulk}}
+    )
+    change_sweep(sweep, budgets=more.budgets)
+    monkeypatch.setattr(throughput, "CPU_BATCH_TOKENS", (20, 40, 60))
+    assert not all_served(more, sweep, teacher)
+    serve_finalists(more, sweep, teacher, "cpu")
+    assert all_served(more, sweep, teacher)
+    session = read_session(sweep)
+    assert session is not None
+    # The baseline has the teacher's own two beams. Other timings with two beams depend on the speed of int8
+    timed = [session.baseline, *(s.config for s in session.servings if s.shape == TEACHER_SHAPE)]
+    assert {config.beams for config in timed} == {1, 2, 3}
+    assert (sweep / LATENCY_FILE).read_bytes() != before
+
+    check_throughput(sweep)

@@ -1,6 +1,5 @@
 """The paper's KD search, as a user runs it."""
 
-import re
 import sqlite3
 from pathlib import Path
 
@@ -35,15 +34,11 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
     few = ["run.training.max_steps=3", "search.concurrent=1", "search.trials=3", "serving.beams=[1]"]
     few += ["run.dataset.selection_share=0"]  # half of the eight rows triggers the check for repetition
     few += ["run.decoding.max_length=16"]  # the random teacher writes up to 62 tokens, which every timing repeats
+    few += ["budgets={any: {latency_ms: 1000%}}"]  # the time of a tiny 12-6 varies, and may exceed the space's budgets
     settings = [part for setting in few for part in ("--set", setting)]
     done = command(home, "sweep", space, *settings, "--json", **env)
     summary = last_json(done)
-    # The time of such a tiny 12-6 varies: if it exceeds both budgets, the size is not trained, and a message says so
-    trained = {t["size"] for t in summary["trials"]}
-    served = re.search(r"no budget admits ([^:]+):", done.stderr)
-    infeasible = set(served[1].split(", ")) if served else set()
-    assert trained | infeasible == {"12-6", "12-3", "12-1"}
-    assert not trained & infeasible
+    assert {t["size"] for t in summary["trials"]} == {"12-6", "12-3", "12-1"}
     assert all(t["method"] == "kd" for t in summary["trials"])
     # After three steps of a random student on eight rows, some trials repeat one word and fail
     assert "done" in {t["status"] for t in summary["trials"]}

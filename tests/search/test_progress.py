@@ -1,6 +1,5 @@
 """The lines that a search prints."""
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +7,10 @@ import pytest
 
 from raydistill.config.space import Search
 from raydistill.results.sweep_record import TeacherPasses
+from raydistill.search import progress as progress_module
 from raydistill.search.progress import ProgressCallback
 from tests.factories import sweeps
+from tests.factories.clock import FakeClock
 from tests.factories.sweeps import sweep_record, sweep_teacher
 
 
@@ -22,14 +23,17 @@ def write_result(sweep: Path, key: str, size: str, status: str, **metrics: float
     sweeps.write_result(sweep / "trials" / key, status=status, size=size, metrics=metrics)
 
 
-def test_a_finished_trial_is_followed_by_the_state_of_the_search(capsys, tmp_path):
-    """One trial was finished before, and the teacher's passes took a quarter of an hour."""
+def test_a_finished_trial_is_followed_by_the_state_of_the_search(capsys, tmp_path, monkeypatch):
+    """One trial was finished before, and the teacher's passes took a quarter of an hour. Each trial takes a minute."""
+    clock = FakeClock()
+    monkeypatch.setattr(progress_module, "time", clock)
     write_record(tmp_path, 0.25)
     write_result(tmp_path, "before", "2-2", "done", rouge2=15.0, device_hours=1.0)
-    progress = ProgressCallback(tmp_path, Search(trials=6), "rouge2", start_time=time.monotonic() - 240)
+    progress = ProgressCallback(tmp_path, Search(trials=6), "rouge2")
     for number, (size, score) in enumerate([("2-3", 20.0), ("2-1", 9.0), ("2-3", 18.0)]):
         trial = SimpleNamespace(trial_id=str(number), config={"number": number, "key": f"k{number}", "size": size})
         progress.on_trial_start(0, [], trial)
+        clock.sleep(60)
         progress.on_trial_result(0, [], trial, {"step": 5, "score": score - 1})
         write_result(tmp_path, f"k{number}", size, "done", rouge2=score, device_hours=0.5)
         progress.on_trial_result(
@@ -37,10 +41,11 @@ def test_a_finished_trial_is_followed_by_the_state_of_the_search(capsys, tmp_pat
         )
     failed = SimpleNamespace(trial_id="9", config={"number": 9, "key": "k9", "size": "2-1"})
     progress.on_trial_start(0, [], failed)
+    clock.sleep(60)
     write_result(tmp_path, "k9", "2-1", "failed", device_hours=0.25)
     progress.on_trial_result(0, [], failed, {"finished": True, "status": "failed", "device_hours": 0.25})
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-2] == "trial 9 k9 finished after 0 s: failed"
+    assert lines[-2] == "trial 9 k9 finished after 60 s: failed"
     # four trials in four minutes, one left
     assert lines[-1] == (
         "  5 of 6 trials finished; 3.000 device-hours; about 1 min left; best so far: 2-1 9.00, 2-2 15.00, 2-3 20.00"

@@ -1,11 +1,9 @@
 """Whole sweeps on Ray, as a user runs them: one that is killed, one with early stopping; and invalid input."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,23 @@ from tests.factories.workspace import command, environment, last_json, make_worl
 ROOT = Path(__file__).parents[2]
 
 
+SWEEP_UNTIL_TWO_TRIALS_ARE_FINISHED = """
+import os, signal
+from raydistill.search.progress import ProgressCallback, finished_trials
+from raydistill.sweep import main
+
+on_trial_result = ProgressCallback.on_trial_result
+
+def kill_this_process(self, *arguments, **info):
+    on_trial_result(self, *arguments, **info)
+    if len(finished_trials(self.sweep)) >= 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ProgressCallback.on_trial_result = kill_this_process
+main()
+"""
+
+
 def params_m(teacher: Path, size: str) -> float:
     """Millions of parameters of a student of this size."""
     return shape_latency.count_params_m(load_config(teacher), size)
@@ -30,22 +45,17 @@ def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
     home = tmp_path / "outputs"
     trials = home / "sweeps" / "killed" / "trials"
     started = subprocess.Popen(
-        [sys.executable, "-m", "raydistill.sweep", str(path)],
+        [sys.executable, "-c", SWEEP_UNTIL_TWO_TRIALS_ARE_FINISHED, str(path)],
         env=environment(),
         cwd=home.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while len(list(trials.glob("*/result.json"))) < 2:
-        assert started.poll() is None, "the sweep ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(started.pid, signal.SIGKILL)
-    started.communicate()
+    _, errors = started.communicate()
+    assert started.returncode == -signal.SIGKILL, errors.decode()[-2000:]
     before = {p: p.stat().st_mtime_ns for p in trials.glob("*/result.json")}
-    assert len(before) < 6
+    assert 2 <= len(before) < 6
     wait_for_ray_to_end(home)
     summary = last_json(command(home, "sweep", path, "--json"))
     assert len(summary["trials"]) == 6

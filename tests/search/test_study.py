@@ -416,14 +416,13 @@ def test_finished_trials_are_recognised_by_their_folders(tmp_path, lost):
 
 
 @pytest.mark.parametrize("content", ['{"op_code": 99}\n', '{"op_code": 0, "stu', "\0"])
-def test_a_damaged_journal_and_the_lock_of_a_killed_process_are_replaced(tmp_path, content):
+def test_a_damaged_journal_and_the_lock_of_a_killed_process_are_replaced(tmp_path, monkeypatch, content):
     """A full disk leaves half a line, and Optuna would append the next line to the same line."""
     run_trial(SweepStudy(make_space(), tmp_path), "a")
     (tmp_path / "study.log").write_text(content)
     (tmp_path / "study.log.lock").symlink_to(tmp_path / "study.log")
-    started = time.monotonic()
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("Optuna waits for a lock"))
     assert SweepStudy(make_space(), tmp_path).num_finished == 1
-    assert time.monotonic() - started < 25, "Optuna waits 30 seconds for a lock"
     assert len(load_optuna_study(tmp_path).trials) == 1
 
 

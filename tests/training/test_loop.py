@@ -1,16 +1,19 @@
 """The loop: optimiser steps, learning rates, validations and early stopping."""
 
 import math
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from raydistill.config.run import Loss
 from raydistill.models import families
+from raydistill.training import loop, prefetch
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.loop import NonFiniteLoss, fit, set_train_mode
 from raydistill.training.optimizer_step import OptimizerStep
+from tests.factories.clock import FakeClock
 from tests.factories.training import (
     SETTINGS,
     fit_and_record,
@@ -112,35 +115,41 @@ def test_nan_metric_ends_the_run(tmp_path):
         )
 
 
-class LateTensor(torch.Tensor):
-    """A tensor whose values arrive 0.2 s after they are read, as from a GPU that is still working."""
+def test_step_time_includes_waiting_for_inputs_and_loss_values(tmp_path, monkeypatch):
+    """On a GPU a step returns before its work is done: its loss values arrive half a second after they are read.
 
-    def tolist(self):
-        time.sleep(0.2)
-        return super().tolist()
+    The inputs are read in another thread. They take a quarter of a second from when the step waits for them.
+    """
+    clock, asked = FakeClock(now=0.0), threading.Event()
 
+    def monotonic():
+        asked.set()
+        return clock.now
 
-class SlowStep(OptimizerStep):
-    """Steps whose inputs take 0.3 s to read, and whose losses arrive late."""
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(monotonic=monotonic))
 
-    def read_inputs(self, batch):
-        time.sleep(0.3)
-        return super().read_inputs(batch)
+    class LateTensor(torch.Tensor):
+        def tolist(self):
+            clock.sleep(0.5)
+            return super().tolist()
 
-    def run(self, inputs):
-        return {name: value.as_subclass(LateTensor) for name, value in super().run(inputs).items()}
+    class SlowStep(OptimizerStep):
+        def read_inputs(self, batch):
+            asked.wait()
+            clock.sleep(0.25)
+            return super().read_inputs(batch)
 
+        def run(self, inputs):
+            return {name: value.as_subclass(LateTensor) for name, value in super().run(inputs).items()}
 
-def test_step_time_includes_waiting_for_inputs_and_loss_values(tmp_path):
-    """On a GPU a step returns before its work is done; here the loss values arrive late."""
     distillation = tiny_distillation("bart", tmp_path / "t")
     settings = SETTINGS.model_copy(update={"max_steps": 1})
     (tmp_path / "run").mkdir()
     step = SlowStep.create(distillation, settings)
     [metrics] = fit(step, tmp_path / "run", rising_scores(distillation), no_report).history
-    assert metrics["step_ms"] >= 500
-    waited_ms = metrics["data_wait"] * metrics["step_ms"]
-    assert 200 <= waited_ms <= metrics["step_ms"] - 200
+    assert metrics["step_ms"] == 750
+    assert metrics["data_wait"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("family", ["bart", "marian", "t5"])

@@ -85,7 +85,7 @@ def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
     with artifact.lock(folder), pytest.raises(TransientError, match=r"run: in use by process \d+ on "):
         train(make_run(workspace), folder, fail_if_called)
     assert list(folder.iterdir()) == []
-    monkeypatch.setattr(training_run, "LOCK_TIMEOUT_S", 30)
+    monkeypatch.setattr(training_run, "LOCK_TIMEOUT_S", 600)
     hold_lock = (
         "import sys, time; from pathlib import Path; from raydistill.core import artifact\n"
         "with artifact.lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)"

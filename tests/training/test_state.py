@@ -1,7 +1,6 @@
 """A run's saved state: a killed run resumes to the same weights and metrics."""
 
 import itertools
-import time
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from raydistill.training import loop
 from raydistill.training.loop import fit
 from raydistill.training.optimizer_step import OptimizerStep
+from tests.factories.clock import FakeClock
 from tests.factories.training import (
     SETTINGS,
     fit_and_record,
@@ -88,27 +88,33 @@ def test_killed_run_resumes_to_the_weights_of_an_undisturbed_run(kill_point, opt
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["manifest.json", "step-6.safetensors"]
 
 
-def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tmp_path):
-    """Each validation takes 0.2 s, and each start-up takes 5 s; the first process is killed at its third validation."""
+def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tmp_path, monkeypatch):
+    """A start-up takes 5 s, a step 1 s, a validation 0.25 s; the first process is killed at its third validation."""
     distillation = tiny_distillation("bart", tmp_path / "t")
     save_weights = rising_scores(distillation)
+    clock = FakeClock()
+    monkeypatch.setattr(loop, "time", clock)
+
+    class TimedStep(OptimizerStep):
+        def run(self, inputs):
+            clock.sleep(1)
+            return super().run(inputs)
 
     def slow_validation(folder, engine):
-        time.sleep(0.2)
+        clock.sleep(0.25)
         return save_weights(folder)
 
     def step():
-        return OptimizerStep.create(distillation, SETTINGS)
+        return TimedStep.create(distillation, SETTINGS)
 
     folder = tmp_path / "run"
     folder.mkdir()
     with pytest.raises(Killed):
-        fit(step(), folder, slow_validation, kill_at_step(3), started_at=time.monotonic() - 5)
-    saved = read_state(folder).seconds
-    assert 5.6 <= saved < 8
-    state = fit(step(), folder, slow_validation, no_report, started_at=time.monotonic() - 5)
-    assert saved + 5.6 <= state.history[-1]["time_s"] <= state.seconds < saved + 8
-    assert state.history[2]["time_s"] == pytest.approx(saved, abs=1e-3)
+        fit(step(), folder, slow_validation, kill_at_step(3), started_at=clock.now - 5)
+    assert read_state(folder).seconds == 5 + 3 * 1.25
+    state = fit(step(), folder, slow_validation, no_report, started_at=clock.now - 5)
+    assert [line["time_s"] for line in state.history] == [6.25, 7.5, 8.75, 15.0, 16.25, 17.5]
+    assert state.seconds == 17.5
 
 
 def test_resumed_run_continues_the_learning_rate_schedule(tmp_path):
