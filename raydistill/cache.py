@@ -54,9 +54,10 @@ def cache() -> None:
     """The cache (`outputs/cache`): states of teachers that all trials of a sweep read, and converted checkpoints.
 
     The teacher states are stored in `encoder-KEY` and `decoder-KEY`, checkpoints that were converted for CTranslate2 in
-    `ctranslate2/KEY`, and pickled checkpoints that were converted to safetensors in `safetensors/KEY`. Any of them may
-    be removed at any time while no run reads from it; a run that needs it builds it again. With `--json` each command
-    ends with one JSON object on stdout.
+    `ctranslate2/KEY`, and pickled checkpoints that were converted to safetensors in `safetensors/KEY`. A sweep that was
+    killed while its students were served leaves `serving-SWEEP/KEY`. Any of them may be removed at any time while no
+    run reads from it; a run that needs it builds it again. With `--json` each command ends with one JSON object on
+    stdout.
 
     Examples:
 
@@ -121,8 +122,9 @@ def remove(
 
 def _remove_leftovers() -> None:
     """Delete the temporary folders of killed commands; a lock protects the folders of running commands."""
-    root = raydistill_home() / "cache"
-    for parent in (root, *(root / name for name in conversions.KINDS)):
+    home = raydistill_home()
+    artifact_folders = (home / "cache", *conversions.conversion_folders(), home / "labels", home / "shortlists")
+    for parent in (*artifact_folders, *home.glob("sweeps/*/exports/")):
         for folder in artifact.artifacts_with_leftovers(parent):
             with suppress(LockHeld), artifact.lock(folder):
                 artifact.remove_leftovers(folder)

@@ -15,6 +15,7 @@ from raydistill.inference.transformers_engine import TORCH_DTYPES, TransformersE
 from raydistill.models import loading, tokenization
 
 EngineName = Literal["auto", "ctranslate2", "transformers"]
+FALLBACK_NOTICE = "using transformers"  # in the message that says why CTranslate2 is not used
 # What transformers computes in where CTranslate2 cannot be used.
 FALLBACK_PRECISIONS = {"int8": "fp32", "int8_float16": "fp16"}
 
@@ -45,7 +46,7 @@ def open_engine(
             if not options.allow_fallback:
                 raise UserError(f"{checkpoint}: CTranslate2 cannot be used: {error}; use engine transformers") from None
             if log is not None:
-                log(f"{checkpoint}: using transformers, since {error}")
+                log(f"{checkpoint}: {FALLBACK_NOTICE}, since {error}")
             options = replace(options, precision=FALLBACK_PRECISIONS.get(options.precision, options.precision))
     return _open_transformers_engine(checkpoint, options)
 

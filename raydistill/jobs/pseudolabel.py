@@ -319,7 +319,7 @@ class Labeller:
         job, teacher = task.job, task.description.teacher
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
         from raydistill.inference.decoding import CalibrationRows, EngineOptions
-        from raydistill.inference.engines import open_engine
+        from raydistill.inference.engines import FALLBACK_NOTICE, open_engine
 
         if any(getattr(teacher, name) != value for name, value in _teacher_fingerprints(teacher.path).items()):
             raise UserError(f"{teacher.path}: the teacher changed since the job started; run the command again")
@@ -342,7 +342,7 @@ class Labeller:
         )
         self._engine_name = f"{self._engine.name} {self._engine.precision}"
         self._batch_size = GPU_BATCH_SIZE if task.device == "cuda" else CPU_BATCH_SIZES[self._engine.name]
-        fallback_reason = " ".join(line for line in messages if "using transformers" in line)
+        fallback_reason = " ".join(line for line in messages if FALLBACK_NOTICE in line)
         engine = EngineRecord(engine=self._engine_name, fallback_reason=fallback_reason)
         check_same_engine(task.work_dir, engine)
 

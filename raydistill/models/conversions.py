@@ -12,6 +12,7 @@ from raydistill.core.paths import raydistill_home
 
 # The kind of the artifacts in each folder below HOME/cache.
 KINDS = {"ctranslate2": "conversion", "safetensors": "safetensors"}
+SERVING_PREFIX = "serving-"  # of the folders with the students that a sweep is serving, converted for CTranslate2
 
 
 class ConversionManifest(Manifest):
@@ -45,6 +46,17 @@ class ConversionInfo:
 def default_folder(name: str) -> Path:
     """The folder of the conversions of a format, "ctranslate2" or "safetensors"."""
     return raydistill_home() / "cache" / name
+
+
+def serving_folder(sweep_id: str) -> Path:
+    """The folder of the conversions that a sweep needs while its students are served."""
+    return default_folder(f"{SERVING_PREFIX}{sweep_id}")
+
+
+def conversion_folders() -> dict[Path, str]:
+    """The folders of conversions, with the kind of their artifacts; also those of sweeps that were killed."""
+    serving = (raydistill_home() / "cache").glob(f"{SERVING_PREFIX}*/")
+    return {default_folder(name): kind for name, kind in KINDS.items()} | dict.fromkeys(serving, KINDS["ctranslate2"])
 
 
 def make_manifest(
@@ -89,8 +101,8 @@ def ensure_built(
 def list_conversions() -> list[ConversionInfo]:
     """The conversions below HOME/cache, least recently used first."""
     conversions = []
-    for name, kind in KINDS.items():
-        for folder in default_folder(name).glob("[!.]*/"):
+    for parent, kind in conversion_folders().items():
+        for folder in parent.glob("[!.]*/"):
             manifest = artifact.open_if_whole(folder, ConversionManifest, kind)
             size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             used = (folder / MANIFEST if manifest else folder).stat().st_mtime

@@ -7,6 +7,7 @@ result.json. A trial writes result.json last: a trial that has one is finished.
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +50,7 @@ class Trial:
         checkpoint: The best checkpoint; None if there is none.
         serving: How a student is served; None for a trial.
         measured_with: Engine, precision and hardware of a student's timings.
+        engine: The engine of the trial's own scores, with its precision; None if no text was scored.
         split: The rows of `metrics`: "validation", which checks and search also use, or "selection", the rows that are
             kept for the choice.
     """
@@ -72,6 +74,7 @@ class Trial:
     seed: int = 0
     serving: ServingConfig | None = None
     measured_with: str = ""
+    engine: str | None = None
     split: str = "validation"
 
     @property
@@ -169,6 +172,7 @@ def _read_finished(folder: Path) -> Trial:
         signature=result.signature,
         checkpoint=checkpoint if has_checkpoint else None,
         seed=result.seed,
+        engine=result.engine,
     )
 
 
@@ -208,6 +212,11 @@ def read_trials(sweep: Path) -> list[Trial]:
         elif (folder / "run.json").exists():
             trials.append(_read_running(folder))
     return sorted(trials, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
+
+
+def scoring_engines(trials: Iterable[Trial]) -> list[str]:
+    """The engines of the trials' own scores. Scores of different engines can differ by more than the students."""
+    return sorted({trial.engine for trial in trials if trial.engine})
 
 
 def count_finished_trials(sweep: Path) -> int:

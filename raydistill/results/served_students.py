@@ -53,6 +53,10 @@ class ServedStudent(BaseModel):
     memory_mb: float
     test: SplitScores | None = None
 
+    def as_split_scores(self) -> SplitScores:
+        """The scores with the engine that generated the texts."""
+        return SplitScores(**self.metrics, interval=self.interval, engine=f"{self.engine} {self.precision}")
+
 
 class ServedRecord(Record):
     """The content of served.json: one entry per configuration, the checkpoint's own decoding first."""

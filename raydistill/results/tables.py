@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from raydistill.results.costs import shared_pass_hours
 from raydistill.results.formatting import format_count, format_number, format_score
 from raydistill.results.pareto import COST_UNITS, bound_sign
-from raydistill.results.records import Trial
+from raydistill.results.records import Trial, scoring_engines
 from raydistill.results.selection import Selection
 
 TextTable = tuple[list[str], list[list[str]]]
@@ -35,7 +35,7 @@ def trials_table(
     """One row per trial: finished trials by cost, then running ones, then failed ones with the reason.
 
     The first column marks the front with `*`; the note names the budgets that a trial was chosen for. The columns for
-    encoder layers and serving appear only if some trial needs them.
+    encoder layers, serving and the engine of the scores appear only if some trial needs them.
 
     Args:
         trials: Trials of a sweep or students as served.
@@ -65,6 +65,8 @@ def trials_table(
     }
     if are_served:
         columns["serving"] = lambda t: t.serving.label if t.serving else "-"
+    elif len(scoring_engines(trials)) > 1:
+        columns["engine"] = lambda t: t.engine or "-"
     columns["note"] = lambda t: _format_note(t, choices)
     ordered = sorted(trials, key=lambda t: (STATUS_ORDER[t.status], t.metrics.get("latency_ms", 0.0), t.number or 0))
     return list(columns), [[cell(trial) for cell in columns.values()] for trial in ordered]

@@ -55,7 +55,6 @@ from raydistill.search.serving_timing import (
     warn_if_noisy,
 )
 from raydistill.tracking.mlflow_runs import get_or_create_tracking_id
-from raydistill.training.records import SplitScores
 from raydistill.training.run_folder import write_row_statistics
 from raydistill.training.teacher_record import TeacherScores
 from raydistill.training.tokenized_data import read_split
@@ -259,7 +258,7 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
         assert student.serving
         assert served
         [result] = tasks.score_configs(served_checkpoint(student), [student.serving], "test")
-        test = SplitScores(**result.metrics, interval=result.interval)
+        test = result.as_split_scores()
         entries = [
             entry.model_copy(update={"test": test}) if entry.config.key == student.serving.key else entry
             for entry in served.entries

@@ -1,6 +1,7 @@
 """Progress of a search on stderr: a line for each validation and for each finished trial."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from ray.tune import Callback
 from raydistill.cluster import snapshots
 from raydistill.config.space import Search
 from raydistill.core.console import print_progress
-from raydistill.results.records import Trial, count_finished_trials, device_hours, read_trials
+from raydistill.core.errors import TransientError
+from raydistill.results.records import Trial, count_finished_trials, device_hours, read_trials, scoring_engines
 
 
 class ProgressCallback(Callback):
@@ -49,7 +51,8 @@ class ProgressCallback(Callback):
             if "score" in result:
                 print_progress(f"  {_name(trial)}: step {result.get('step')}, {self.metric} {result['score']:.2f}")
             return
-        snapshots.pull_records(self.sweep / "trials" / trial.config["key"])
+        with suppress(TransientError):  # the storage is unavailable: the line counts the trials that are known here
+            snapshots.pull_records(self.sweep / "trials" / trial.config["key"])
         now = time.monotonic()
         seconds = now - self.trial_start_times.get(trial.trial_id, now)
         verdict = f"{self.metric} {result['score']:.2f}" if "score" in result else "failed"
@@ -79,6 +82,8 @@ class ProgressCallback(Callback):
             parts.append(f"about {minutes:.0f} min left")
         if best:
             parts.append(f"best so far: {', '.join(f'{size} {score:.2f}' for size, score in sorted(best.items()))}")
+        if len(engines := scoring_engines(finished)) > 1:
+            parts.append(f"scored by different engines: {', '.join(engines)}")
         return "; ".join(parts)
 
     def estimate_minutes_left(self, elapsed_s: float, num_finished: int, hours: float) -> float | None:

@@ -14,6 +14,7 @@ from raydistill.evaluation.latency import engine_version
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.inference.shortlist import restrict_map
+from raydistill.models import conversions
 from raydistill.models.loading import load_config
 from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens, tokens_by_id
 from raydistill.results.serving_latency import TEACHER_SHAPE
@@ -80,7 +81,7 @@ class ServingContext:
     @property
     def cache_dir(self) -> Path:
         """Where the tasks of a command keep converted models; `remove_serving_cache` deletes the folder."""
-        return Path(tempfile.gettempdir()) / f"raydistill-serving-{self.sweep_id}"
+        return conversions.serving_folder(self.sweep_id)
 
     @property
     def split(self) -> str:

@@ -24,6 +24,8 @@ from raydistill.config.corners import MAX_CORNERS, iter_corners, resolve_point
 from raydistill.config.distributions import split_parameters, suggest_params
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
 from raydistill.config.space import Search, Space, make_run, sampler_params
+from raydistill.core.console import print_progress
+from raydistill.core.errors import TransientError
 from raydistill.core.files import corrupt_file_error
 from raydistill.core.records import Record
 from raydistill.results.records import device_hours, repeat_trial_remedy
@@ -223,12 +225,25 @@ class SweepStudy:
         proposal = self._proposals.setdefault(key, Proposal(key=key, number=number, params=params))
         path = self.sweep / PROPOSALS_FILE
         ProposalLog(proposals=tuple(self._proposals.values())).write(path)
-        snapshots.save(self.sweep)
+        self._save_proposals()
         trial.set_user_attr("key", key)
         trial.set_user_attr("number", proposal.number)
         self._running[trial_id] = trial
         self.proposed_keys.add(key)
         return proposal
+
+    def _save_proposals(self) -> None:
+        """Copy the proposals to the storage. If the storage does not answer, the next proposal copies them.
+
+        Raises:
+            TransientError: Another command has taken over the sweep.
+        """
+        try:
+            snapshots.save(self.sweep)
+        except TransientError as error:
+            if not isinstance(error.__context__, OSError):
+                raise
+            print_progress(f"the search continues without a copy of its proposals in the storage: {error.__context__}")
 
     def _enqueue(self, params: dict[str, Any]) -> None:
         """Let `ask` return these values next."""

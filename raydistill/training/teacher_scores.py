@@ -45,7 +45,7 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
         metrics=validation.scores.metrics,
         interval=validation.score_interval,
         repetition=validation.repetition_rate,
-        test=SplitScores(**test.scores.metrics, interval=test.score_interval) if test else None,
+        test=SplitScores(**test.scores.metrics, interval=test.score_interval, engine=test.engine) if test else None,
         source_tokens=_mean_length(data.sources["train"]),
         output_tokens=_mean_length(targets),
         decoding=asdict(beam),

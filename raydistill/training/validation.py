@@ -16,7 +16,7 @@ from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.evaluation.metrics import signature
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions, resolve_decoding
-from raydistill.inference.engines import EngineName, open_engine
+from raydistill.inference.engines import FALLBACK_NOTICE, EngineName, open_engine
 from raydistill.inference.shortlist import MAP_FILE, fixed_shortlist, kept_tokens, write_map
 from raydistill.models import families, tokenization
 from raydistill.models.saving import save_checkpoint
@@ -167,7 +167,7 @@ class Validator:
         checkpoints incomparable.
         """
         if required_engine is None:
-            return open_engine(folder, self.run.evaluation.engine, options)
+            return open_engine(folder, self.run.evaluation.engine, options, log=_print_fallback)
         name: EngineName = "ctranslate2" if required_engine.startswith("ctranslate2 ") else "transformers"
         precision = required_engine.removeprefix(f"{name} ")
         if precision == "int8":  # of validations, which have it in their options
@@ -211,6 +211,12 @@ class Validator:
             student.config.vocab_size,
         )
         return float(cross_entropy), int(is_token.sum())
+
+
+def _print_fallback(message: str) -> None:
+    """Print why another engine than CTranslate2 scores the run; other messages of an engine are not printed."""
+    if FALLBACK_NOTICE in message:
+        print_progress(message)
 
 
 def score_splits(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from raydistill.results.selection import load_selection
 from raydistill.results.served_students import impute_served_timing
+from tests.factories.sweeps import served_student
 
 
 def test_front_holds_pairs_of_checkpoint_and_configuration(sweep: Path) -> None:
@@ -31,3 +32,10 @@ def test_unserved_trial_of_a_size_without_served_students_is_left_out(sweep: Pat
     other_size = replace(selection.trials[1], size="4-3")
     imputed = impute_served_timing([other_size, selection.trials[2]], selection.students)
     assert [trial.key for trial in imputed] == ["c"]
+
+
+def test_scores_of_the_test_split_name_the_engine_that_scored_it() -> None:
+    entry = served_student(1, 1.0, 20.0, {}, precision="int8").entry
+    scores = entry.as_split_scores()
+    assert scores.engine == "ctranslate2 int8"
+    assert (scores.metrics, scores.interval) == (entry.metrics, entry.interval)

@@ -1,5 +1,6 @@
 """Cells of the trials table, and Markdown escaping."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from raydistill.results.records import Trial
@@ -31,6 +32,13 @@ def test_a_shrunk_encoder_adds_a_column() -> None:
     shrunk = Trial("e", Path("e"), "done", size="2-2", copied_layers={"encoder": [0, 3], "decoder": [0]})
     header, rows = trials_table([shrunk], [], {}, "rouge2")
     assert rows[0][header.index("encoder from")] == "0 3"
+
+
+def test_a_column_names_the_engine_if_different_engines_scored_the_trials() -> None:
+    first, second = (replace(trial, engine=f"{name} fp32") for trial, name in zip(TRIALS, ("b", "a"), strict=False))
+    header, rows = trials_table([first, second, *TRIALS[2:]], [], {}, "rouge2")
+    assert [row[header.index("engine")] for row in rows] == ["a fp32", "b fp32", "-", "-", "-"]
+    assert "engine" not in trials_table([first, *TRIALS[2:]], [], {}, "rouge2")[0]
 
 
 def test_markdown_table_escapes_vertical_bars_and_line_breaks() -> None:

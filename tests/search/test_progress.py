@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from raydistill.cluster import snapshots
 from raydistill.config.space import Search
+from raydistill.core.errors import TransientError
 from raydistill.results.sweep_record import TeacherPasses
 from raydistill.search import progress as progress_module
 from raydistill.search.progress import ProgressCallback
@@ -83,3 +85,19 @@ def test_the_time_left_respects_the_limits_of_the_search(tmp_path):
     assert minutes_left(max_device_hours=3.5) == 15  # one of the three was the teacher's
     assert minutes_left(max_hours=1.2, max_device_hours=3.5) == pytest.approx(7)
     assert minutes_left(max_device_hours=2.5) == 0
+
+
+def test_an_outage_of_the_storage_does_not_end_the_search(capsys, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise TransientError("no answer")
+
+    monkeypatch.setattr(snapshots, "pull_records", fail)
+    write_record(tmp_path, 0.25)
+    progress = ProgressCallback(tmp_path, Search(trials=2), "rouge2")
+    for key, engine in (("k1", "ctranslate2 fp32"), ("k2", "transformers fp32")):
+        sweeps.write_result(tmp_path / "trials" / key, engine=engine, size="2-1", metrics={"rouge2": 9.0})
+    trial = SimpleNamespace(trial_id="a", config={"number": 1, "key": "k1"})
+    progress.on_trial_result(0, [], trial, {"finished": True, "status": "done", "score": 9.0})
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("  2 of 2 trials finished")
+    assert line.endswith("; scored by different engines: ctranslate2 fp32, transformers fp32")

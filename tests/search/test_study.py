@@ -15,9 +15,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from raydistill.cluster import snapshots, sync
 from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, make_run, read_space
-from raydistill.core.errors import UserError
+from raydistill.core.errors import TransientError, UserError
 from raydistill.results.sweep_record import StopReason, TeacherPasses
 from raydistill.search.study import (
     Proposal,
@@ -449,3 +450,29 @@ def test_units_are_searched_and_name_the_trials(tmp_path):
     feasible = propose_all(SweepStudy(space, tmp_path / "b", infeasible_sizes={"2-1-ffn1-0.5"}))
     assert [proposal.params for proposal in feasible] == [{"student.decoder_ffn": None}]
     assert trial_key(make_run(space, {"student.decoder_ffn": 1.0}, "r")) == keys[0]
+
+
+def test_an_outage_of_the_storage_does_not_end_the_search_but_another_command_does(tmp_path, monkeypatch, capsys):
+    home, storage = tmp_path / "home", tmp_path / "storage"
+    storage.mkdir()
+    monkeypatch.setenv("RAYDISTILL_HOME", str(home))
+    monkeypatch.setenv(sync.STORAGE_ENV, f"file://{storage}")
+    sweep = home / "sweeps" / "s"
+    sweep.mkdir(parents=True)
+    (sweep / "space.yaml").touch()
+    with snapshots.writer(sweep):
+        study = SweepStudy(make_space(), sweep)
+        with monkeypatch.context() as patch:
+            patch.setattr(sync.Storage, "list_objects", lambda *_, **__: (_ for _ in ()).throw(OSError("no answer")))
+            assert study.propose("a") is not None
+        assert "the search continues without a copy of its proposals in the storage: no answer" in (
+            capsys.readouterr().err
+        )
+        proposals = [study.propose(name) for name in "bc"]
+        assert None not in proposals
+        monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "other"))
+        with snapshots.writer(tmp_path / "other" / "sweeps" / "s"):
+            assert len(read_proposals(tmp_path / "other" / "sweeps" / "s")) == 3
+            monkeypatch.setenv("RAYDISTILL_HOME", str(home))
+            with pytest.raises(TransientError, match="another worker has taken over"):
+                study.propose("d")

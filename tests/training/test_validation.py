@@ -96,10 +96,13 @@ def test_all_validations_of_a_run_use_one_engine(workspace, tmp_path, monkeypatc
     assert (resumed.engine, resumed.best_step, resumed.test) == (whole.engine, whole.best_step, whole.test)
 
 
-def test_engine_of_the_first_validation_scores_the_whole_run(workspace, tmp_path, monkeypatch):
-    """CTranslate2 fails at the first validation only: transformers scores all of them."""
+def test_engine_of_the_first_validation_scores_the_whole_run(workspace, tmp_path, monkeypatch, capsys):
+    """CTranslate2 fails at the first validation only: transformers scores all of them, and the reason is printed."""
     fail_conversion(monkeypatch, call=1)
     result = train(make_run(workspace), tmp_path / "run", no_report)
+    messages = capsys.readouterr().err
+    assert messages.count("using transformers, since") == 1
+    assert "converting for CTranslate2" not in messages
     assert [metrics["engine"] for metrics in read_metrics(tmp_path / "run")] == ["transformers fp32"] * 2
     assert (result.engine, result.test.engine) == ("transformers fp32", "transformers fp32")
     scores = CheckpointMetadata.read_from(tmp_path / "run" / "best").scores
