@@ -142,8 +142,8 @@ def test_sweep_name_cannot_lead_to_another_artifact_folder(sweep):
 def test_forwarded_environment_contains_no_secret(monkeypatch):
     """Ray's dashboard shows the environment that a command requests."""
     for name in FORWARDED_ENV:
-        monkeypatch.setenv(name, "tell-everybody")
-    assert redact("tell-everybody") == "tell-everybody"
+        monkeypatch.setenv(name, "show-everybody")
+    assert redact("show-everybody") == "show-everybody"
 
 
 def test_password_in_a_space_is_refused_and_not_printed(tmp_path):
@@ -170,11 +170,11 @@ def test_tracking_uri_with_a_password_is_refused(sweep):
 
 
 def test_mlflow_receives_no_secret_and_no_external_file(sweep, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", "tell-nobody")
+    monkeypatch.setenv("HF_TOKEN", "show-nobody")
     folder = make_trial(sweep, "a", 0, 10.0)
-    secrets = {"name": "tell-nobody", "dataset": {"name": "d", "languages": ["tell-nobody", "de"]}}
+    secrets = {"name": "show-nobody", "dataset": {"name": "d", "languages": ["show-nobody", "de"]}}
     write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", **secrets})
-    change_result(folder, reason="401: tell-nobody")
+    change_result(folder, reason="401: show-nobody")
     mlflow_runs.publish(sweep)
     run = runs_of(sweep)["a"]
     assert run.data.params["teacher"] == "http://***@host/t"
@@ -182,7 +182,7 @@ def test_mlflow_receives_no_secret_and_no_external_file(sweep, monkeypatch, tmp_
     assert run.data.tags["raydistill.reason"] == "401: ***"
     with sqlite3.connect(mlflow_store.default_tracking_uri().removeprefix("sqlite:///")) as database:
         dump = "\n".join(database.iterdump())
-    assert not re.search("hunter22|tell-nobody", dump)
+    assert not re.search("hunter22|show-nobody", dump)
     (tmp_path / "key").write_text("private")
     (make_trial(sweep, "b", 1, 9.0) / "best" / "key").symlink_to(tmp_path / "key")
     with pytest.raises(UserError, match=r"best/key: symbolic link to a file outside"):

@@ -194,7 +194,7 @@ def _time_used_tokens_again(task: ShapeTask, shapes: ShapeTable, device: str) ->
 
 
 def describe_shapes(shapes: ShapeTable) -> None:
-    """Print the costs of the shapes, which timings exclude no size, and whether other processes disturbed them."""
+    """Print the costs of the shapes, which timings exclude no size, and whether timings were noisy."""
     engine = shapes.engines[shapes.teacher_size]
     for size, costs in shapes.costs.items():
         text = f"{costs['latency_ms']:8.1f} ms for 32, {costs['params_m']:.2f} M parameters"
@@ -213,9 +213,9 @@ def describe_shapes(shapes: ShapeTable) -> None:
             f"other with an error of {shapes.prediction_error:.1%} (root mean square)"
         )
     timings = [timing for serving in shapes.cheapest.values() for timing in serving.timings.values()]
-    if disturbed := sum(timing.ratio is None for timing in timings):
+    if noisy := sum(timing.ratio is None for timing in timings):
         print_progress(
-            f"latency: other processes kept the machine busy during {format_count(disturbed, 'comparison')}, which "
+            f"latency: other processes kept the machine busy during {format_count(noisy, 'comparison')}, which "
             f"exclude no size"
         )
 

@@ -101,7 +101,8 @@ def _serving_rows(selection: Selection, student: Trial, checkpoint: CheckpointMe
     if coverage := selection.record.shortlists.get(str(serving.shortlist)):
         text = (
             f"{coverage.allowed_tokens:,.0f} tokens for one text; "
-            f"{coverage.share_of_rows_outside:.1%} of the validation references have a token outside the list"
+            f"{coverage.share_of_rows_outside:.1%} of the references of the rows that students are chosen on have a "
+            f"token outside the list"
         )
         rows.append([f"shortlist {serving.shortlist}", text])
     if setting := selection.throughput_setting(student):

@@ -74,7 +74,7 @@ def test_workers_on_two_machines_train_the_same_random_start(workspace, tmp_path
     deadline = time.monotonic() + 500
     while any(machine.exitcode is None for machine in machines) and time.monotonic() < deadline:
         time.sleep(0.1)
-        if any(machine.exitcode for machine in machines):  # the other worker would wait for ever
+        if any(machine.exitcode for machine in machines):  # the other worker would wait without end
             break
     assert [machine.exitcode for machine in machines] == [0, 0]
     starts = [tmp_path / name / "runs" / run.name / "start" / "model.safetensors" for name in "ab"]

@@ -47,7 +47,7 @@ def test_without_a_server_students_are_exported_and_the_table_is_printed_first(o
 
 
 def test_a_trial_whose_size_lost_its_budget_is_abandoned_and_not_counted_as_failed(offline_sweep: Path) -> None:
-    """Otherwise the command would end with status 1 and ask to be rerun for ever."""
+    """Otherwise the command would end with status 1 and ask to be rerun without end."""
     sweep = offline_sweep
     make_student(sweep, "a", 0, 10.0)
     make_trial(sweep, "b", 1, 9.0, status=None)

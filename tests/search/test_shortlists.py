@@ -45,7 +45,7 @@ def test_shortlists_are_made_once_and_excluded_tokens_are_counted(
     assert coverages["20"].allowed_tokens == coverages["20"].allowed_tokens_batch == len(fixed.always)
     assert len(kept) <= len(fixed.always) <= 20 + len(kept)
     assert 0 < coverages["20"].share_of_tokens_outside < coverages["20"].share_of_rows_outside <= 1
-    assert "of the tokens of the validation references are outside" in capsys.readouterr().err
+    assert "of the tokens of the references that students are chosen on are outside" in capsys.readouterr().err
     times = [stored_map(coverage.folder).stat().st_mtime_ns for coverage in coverages.values()]
     assert ensure_shortlists(space, runs_of(space), sweep_teacher()) == coverages
     assert [stored_map(coverage.folder).stat().st_mtime_ns for coverage in coverages.values()] == times

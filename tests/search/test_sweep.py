@@ -53,8 +53,8 @@ def test_the_demo_sweep_ends_with_trials_front_choices_and_pictures(demo):
     assert {t["key"] for t in finalists if t["front"]} == set(summary["front"]) <= {t["key"] for t in summary["trials"]}
     points = [(t["metrics"]["rouge2"], t["metrics"]["latency_ms"]) for t in finalists]
     for entry, (score, latency) in zip(finalists, points, strict=True):
-        beaten = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in points)
-        assert entry["front"] != beaten
+        dominated = any(s >= score and ms <= latency and (s, ms) != (score, latency) for s, ms in points)
+        assert entry["front"] != dominated
     for budget, share in (("fast", 0.6), ("fastest", 0.45)):
         key, serving = summary["choices"][budget], summary["serving"][budget]
         fitting = [t for t in finalists if t["speedup"] >= 1 / share]  # over the teacher as served, in one session

@@ -155,7 +155,7 @@ def test_plain_ctranslate2_mlflow_and_evaluate_write_the_texts_that_were_scored(
     folder = export.export_student(load_selection(sweep), f"a {config.key}")
     assert folder.name == "a-b2-p0.6-int8-s60"
     card = (folder / "README.md").read_text()
-    assert "25.6% of the validation references have a token outside the list" in card
+    assert "25.6% of the references of the rows that students are chosen on have a token outside the list" in card
     [code] = [block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "ctranslate2" in block]
     scope: dict[str, object] = {}
     exec(code.replace("FOLDER", str(folder)).replace('["a text", "another text"]', repr(sources)), scope)
