@@ -66,7 +66,8 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
         if existing is None or existing.key != content_key:
             check_symlinks(student.checkpoint)
             with artifact.build(export_folder, lambda: Manifest(kind=KIND, key=content_key)) as folder:
-                shutil.copytree(student.checkpoint, folder, dirs_exist_ok=True)
+                ignore = shutil.ignore_patterns(MANIFEST)  # the export has a manifest of its own, written last
+                shutil.copytree(student.checkpoint, folder, dirs_exist_ok=True, ignore=ignore)
                 _write_serving(folder, config, vocabulary_map, selection.throughput_setting(student))
                 write_mlmodel(folder)
                 write_atomic(folder / "README.md", card.encode())

@@ -23,7 +23,7 @@ from raydistill.inference.shortlist import Shortlist, kept_tokens, stored_map, w
 from raydistill.models.loading import load_config, load_generation_config, load_model
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.pruning import random_units
-from raydistill.models.saving import save_checkpoint
+from raydistill.models.saving import CHECKPOINT_KIND, save_checkpoint
 from raydistill.models.shrinking import plan_student, shrink
 from raydistill.models.tokenization import load_tokenizer, tokens_by_id
 from raydistill.results.selection import Selection, load_selection
@@ -37,7 +37,8 @@ from tests.factories.sweeps import change_sweep, make_student, served_student, w
 @pytest.fixture
 def selection(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> Selection:
     """A sweep with one student. The files of MLflow and CTranslate2 are left out, which take seconds to create."""
-    make_student(sweep, "a", 0, 10.0)
+    folder = make_student(sweep, "a", 0, 10.0)
+    artifact.seal(folder / "best", artifact.Manifest(kind=CHECKPOINT_KIND))
     monkeypatch.setattr(export, "_add_ctranslate2_model", lambda folder, options: None)
     monkeypatch.setattr(export, "write_mlmodel", lambda folder: (folder / "MLmodel").write_text("x"))
     return load_selection(sweep)
@@ -52,20 +53,22 @@ def card(folder: Path) -> str | None:
     return (folder / "README.md").read_text()
 
 
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_export(selection: Selection) -> None:
+@pytest.mark.parametrize("has_old", [True, False])
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_export(selection: Selection, has_old: bool) -> None:
     """The second export differs in its model card, which names one more budget."""
     folder = export.export_student(selection, "a b1")
     saved = shutil.copytree(folder, selection.sweep / "saved")
-    old = card(folder)
+    old = card(folder) if has_old else None
 
     def prepare() -> None:
-        shutil.copytree(saved, folder)
+        if has_old:
+            shutil.copytree(saved, folder)
 
     def write_new() -> None:
         export.export_student(selection, "a b1", "cheap")
 
     contents = kill_at_every_step(write_new, prepare, folder, card)
-    assert len(contents) > 30
+    assert len(contents) > (69 if has_old else 58)
     assert contents[0] == old
     assert contents[-1] not in (old, None)
     assert set(contents) == {old, contents[-1]}
