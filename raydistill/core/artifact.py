@@ -7,14 +7,18 @@ on disk. An artifact is created in one of two ways:
     seal    completes a folder whose parts several processes wrote in place
 
 Temporary folders have random names and the suffix ".tmp"; a folder that is being replaced or deleted has the suffix
-".old". After a kill, `is_complete`, `open_artifact` and `build` finish an interrupted replacement, and `build` removes
-the folders that the killed process left. Names that start with a dot are never artifacts.
+".old", and in a replacement the name of the temporary folder. After a kill between the two renames of a replacement,
+`is_complete`, `open_artifact` and `build` finish it. `build` removes all other folders that killed processes left, and
+no reader touches them. Names that start with a dot are never artifacts.
 
 The lock of FOLDER is the file .NAME.lock next to FOLDER. The system releases the lock when its owner dies. An owner
 that is stopped keeps the lock, and others wait. If the connection to a shared file system breaks, the system may give
-the lock to another process while the first one still runs. The new owner deletes the temporary folder of the first one
-before anything else. The first one then has nothing to publish, and `build` raises a TransientError; so does a build of
-an artifact whose generation changed. All this needs a file system on which a change by one machine is seen by others.
+the lock to another process while the first one still runs. The lock file holds a random token of its owner: before
+`build`, `seal`, `remove` and `remove_leftovers` change an artifact, they compare the token of every lock that the
+calling thread holds, and raise a TransientError if one is lost. The new owner deletes the temporary folder of the first
+one before anything else. The first one then has nothing to publish, and `build` raises a TransientError; so does a
+build of an artifact whose generation changed. All this needs a file system on which a change by one machine is seen by
+others.
 """
 
 import errno
@@ -27,6 +31,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +40,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from raydistill.core.errors import TransientError, UserError
-from raydistill.core.files import OLD_SUFFIX, PARSE_ERRORS, TEMPORARY_SUFFIX, fsync, fsync_folder
+from raydistill.core.files import OLD_SUFFIX, TEMPORARY_SUFFIX, fsync, fsync_folder, make_folder
 from raydistill.core.records import Record
 
 MANIFEST = "manifest.json"
@@ -62,6 +67,10 @@ class Manifest(Record):
 ManifestType = TypeVar("ManifestType", bound=Manifest)
 
 
+# The artifacts whose locks the current thread holds, by absolute path, each with the token in its lock file.
+_held_locks: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("_held_locks", default=())
+
+
 class LockHeld(TransientError):
     """Another process holds the lock of an artifact."""
 
@@ -79,13 +88,15 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
         LockHeld: Another process holds the lock for longer than `timeout`. The message names its host and process.
     """
     path = lock_path(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    token = secrets.token_hex(8)
+    owned = (folder.absolute(), token)
     descriptor = -1
 
     def write_owner(acquired: int) -> None:
         nonlocal descriptor
         descriptor = acquired
-        _write_owner(acquired)
+        _write_owner(acquired, token)
 
     file_lock = FileLock(path, on_acquired=write_owner, preserve_lock_file=True)
     try:
@@ -98,11 +109,16 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
             file_lock.acquire(timeout=-1 if timeout == float("inf") else timeout)
         except Timeout:
             raise LockHeld(f"{message}; wait until that process ends, or stop it") from None
+    _held_locks.set((*_held_locks.get(), owned))
     try:
         yield
     finally:
-        os.ftruncate(descriptor, 0)  # not the path, which may be the file of another owner if this lock was lost
-        file_lock.release()
+        _held_locks.set(tuple(other for other in _held_locks.get() if other != owned))
+        try:
+            if _is_owner(*owned):  # else the file names another owner
+                os.ftruncate(descriptor, 0)
+        finally:
+            file_lock.release()
 
 
 def lock_path(folder: Path) -> Path:
@@ -123,10 +139,10 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
         make_manifest: Called after the block. `files` and `generation` of its result are replaced.
 
     Raises:
-        TransientError: Another process took over during the block, so this process has lost the lock.
+        TransientError: Another process took over before or during the block, so this process has lost the lock.
         OSError: The disk is full, for example.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     remove_leftovers(folder)
     generation = _generation(folder)
     temporary = _sibling(folder, TEMPORARY_SUFFIX)
@@ -151,6 +167,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
     """Complete a folder: sync all files and folders to disk, then write the manifest with the size of every file.
 
     Raises:
+        TransientError: Another process took over, so this process has lost its lock.
         OSError: The disk is full, for example.
     """
     sizes = {}
@@ -162,6 +179,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
             fsync(path)
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
         fsync_folder(Path(parent))
+    _check_locks()
     manifest.model_copy(update={"files": dict(sorted(sizes.items()))}).write(folder / MANIFEST)
 
 
@@ -213,7 +231,11 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete an artifact. A kill leaves either the artifact or nothing under its name. The caller holds the lock."""
+    """Delete an artifact. A kill leaves either the artifact or nothing under its name. The caller holds the lock.
+
+    Raises:
+        TransientError: Another process took over, so this process has lost its lock.
+    """
     remove_leftovers(folder)
     if folder.exists():
         old = _sibling(folder, OLD_SUFFIX)
@@ -226,7 +248,11 @@ def remove_leftovers(folder: Path) -> None:
     """Finish an interrupted replacement and delete the temporary folders of killed processes.
 
     The caller holds the lock, so that no other process is building the artifact.
+
+    Raises:
+        TransientError: Another process took over, so this process has lost its lock.
     """
+    _check_locks()
     _finish_replacement(folder)
     for path in _siblings(folder, TEMPORARY_SUFFIX, OLD_SUFFIX):
         _delete(path)
@@ -241,10 +267,13 @@ def artifacts_with_leftovers(parent: Path) -> list[Path]:
 def _publish(temporary: Path, folder: Path, descriptor: int) -> None:
     """Move a sealed temporary folder to its place. A kill between the two renames is repaired by the next access.
 
+    The first rename is the sign for readers that the temporary folder may replace the artifact. Without an existing
+    artifact there is no such sign, so that a reader never publishes what this process may still discard.
+
     Raises:
         TransientError: Another process, to which the lock was given, deleted the temporary folder.
     """
-    old = _sibling(folder, OLD_SUFFIX)
+    old = temporary.with_suffix(OLD_SUFFIX)
     replaces = folder.exists()
     if replaces:
         os.rename(folder, old)
@@ -277,15 +306,16 @@ def _superseded(folder: Path) -> TransientError:
 
 
 def _finish_replacement(folder: Path) -> bool:
-    """If the folder is missing, move a sealed temporary folder, which a kill left, to its place.
+    """If the folder is missing, complete a replacement whose first rename only was done.
 
     Returns:
         Whether this process or, meanwhile, another one has changed what is at the place of the folder.
     """
     if folder.exists():
         return (folder / MANIFEST).is_file()
-    for path in _siblings(folder, TEMPORARY_SUFFIX):
-        if not _is_sealed(path):
+    for old in _siblings(folder, OLD_SUFFIX):
+        path = old.with_suffix(TEMPORARY_SUFFIX)
+        if not (path / MANIFEST).is_file():  # a removal, or a replacement whose temporary folder is being deleted
             continue
         try:
             os.rename(path, folder)
@@ -295,15 +325,6 @@ def _finish_replacement(folder: Path) -> bool:
                 raise  # the others: another process was faster, or this process may not write here
         return True
     return folder.exists()
-
-
-def _is_sealed(folder: Path) -> bool:
-    """Whether a folder has a manifest and every file that the manifest lists, whatever the kind of artifact."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_bytes())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except PARSE_ERRORS:
-        return False
 
 
 def _delete(folder: Path) -> None:
@@ -340,16 +361,32 @@ def _siblings(folder: Path, *suffixes: str) -> list[Path]:
     ]
 
 
-def _write_owner(descriptor: int) -> None:
-    """Write who holds a lock into its file, for the message of `lock`."""
+def _check_locks() -> None:
+    """TransientError if a lock of this thread was given to another process, or its file was deleted."""
+    for folder, token in _held_locks.get():
+        if not _is_owner(folder, token):
+            raise _superseded(folder)
+
+
+def _is_owner(folder: Path, token: str) -> bool:
+    """Whether the lock file of an artifact names the owner with a token; no if the file cannot be read."""
+    try:
+        # By path: the file may be another one now, and NFS shows changes by other machines to a file that is opened.
+        return lock_path(folder).read_bytes().endswith(f"\n{token}".encode())
+    except OSError:
+        return False
+
+
+def _write_owner(descriptor: int, token: str) -> None:
+    """Write who holds a lock into its file: a line for the message of `lock`, and the token."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} since {since}".encode(), 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()} since {since}\n{token}".encode(), 0)
 
 
 def _read_owner(path: Path) -> str:
     for _ in range(10):  # the owner may have the lock and not yet have written its name
-        if owner := path.read_text(encoding="utf-8", errors="replace").strip():
+        if owner := path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip():
             return owner[:200]
         time.sleep(0.01)
     return "another process"

@@ -35,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The folder is synced too, so that the new name outlives a power failure. If the block raises, the temporary file is
     removed and `path` is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # A random suffix and not the process ID: on a shared folder, processes of two machines may have equal IDs.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
@@ -45,6 +45,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents if they are missing, and flush every new name to disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
 
 
 def fsync(path: Path) -> None:

@@ -35,7 +35,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 CUT_SECONDS = 60.0
-STAGES = ("block", "publish", "renames")
+STAGES = ("before", "block", "publish", "renames")
 
 
 @pytest.fixture(scope="module")

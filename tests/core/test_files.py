@@ -17,6 +17,7 @@ from raydistill.core.files import (
     safe_join,
     write_json_atomic,
 )
+from tests.factories.kills import record_syncs_and_renames
 
 
 def test_atomic_path_replaces_the_file_at_the_end_of_the_block(tmp_path):
@@ -44,6 +45,15 @@ def test_atomic_path_leaves_nothing_if_the_block_raises(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_path_syncs_new_parent_folders_in_their_parents(tmp_path, monkeypatch):
+    events = record_syncs_and_renames(monkeypatch)
+    with atomic_path(tmp_path / "a" / "b" / "x.txt") as temporary:
+        temporary.write_text("text")
+    created = [("fsync", str(folder)) for folder in (tmp_path, tmp_path / "a")]
+    assert events[:2] == created
+    assert events[-1] == ("fsync", str(tmp_path / "a" / "b"))
 
 
 def test_json_round_trip_of_numpy_values_and_paths(tmp_path):

@@ -1,8 +1,10 @@
 """Fault injection: kills a writer of an artifact at each of its steps, and records what the writer syncs to disk."""
 
+import itertools
 import os
-import subprocess
+import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,48 +12,97 @@ from typing import Any, TypeVar
 import pytest
 
 Content = TypeVar("Content")
-# Operations that change a folder, as Python's audit events name them. "open" is counted for writing only.
-CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.link", "os.chmod"}
+# Operations that change a folder, as Python's audit events name them, with the position of the argument that holds the
+# descriptor of the folder that the path is relative to. "open" is counted for writing only.
+CHANGES = {
+    **{"open": None, "os.truncate": None, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2},
+    **{"os.link": 2, "os.chmod": 2, "os.utime": 3},
+}
 
 
 def run_killed_at(step: int, action: Callable[[], None], folder: Path) -> bool:
     """Run `action` in a child process that ends before the change number `step`; whether the child reached it."""
-    child = os.fork()
-    if child == 0:
-        _die_at(step, folder)
-        try:
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    steps = itertools.count(1)
+
+    def die() -> None:
+        if next(steps) == step:
+            os._exit(9)
+
+    code = _run_in_child(action, die, folder)
     assert code in (0, 9)
     return code == 9
 
 
-def _die_at(step: int, folder: Path) -> None:
-    """End this process like a SIGKILL does, before its change number `step` below the artifact's parent folder."""
-    count = 0
+def count_calls_before_changes(action: Callable[[], None], call: Callable[[], None], folder: Path) -> int:
+    """Run `action` in a child process that calls `call` before each change; the number of changes.
+
+    Fails if `action` or `call` fails.
+    """
+    reader, writer = os.pipe()
+
+    def call_and_count() -> None:
+        call()
+        os.write(writer, b".")
+
+    code = _run_in_child(action, call_and_count, folder)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        num_changes = len(pipe.read())
+    assert code == 0, f"failed after {num_changes} changes"
+    return num_changes
+
+
+def _run_in_child(action: Callable[[], None], before_change: Callable[[], None], folder: Path) -> int:
+    """The exit code of a child process that runs `action`; 1 if `action` raises."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            _call_before_changes(before_change, folder)
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _call_before_changes(call: Callable[[], None], folder: Path) -> None:
+    """From now on, call a function before each change of this process below the artifact's parent folder."""
+    is_calling = False
 
     def change() -> None:
-        nonlocal count
-        count += 1
-        if count == step:
-            os._exit(9)
+        nonlocal is_calling
+        if not is_calling:  # the function may change the folder itself
+            is_calling = True
+            call()
+            is_calling = False
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        writes = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if event in CHANGES and writes and str(args[0]).startswith(str(folder.parent)):
+        if event not in CHANGES or (event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            return
+        if _changed_path(event, args).startswith(str(folder.parent)):
             change()
 
     fsync = os.fsync
 
-    def counted_fsync(fd: int) -> None:
+    def fsync_after_call(fd: int) -> None:
         change()
         fsync(fd)
 
-    os.fsync = counted_fsync  # type: ignore[assignment]
+    os.fsync = fsync_after_call  # type: ignore[assignment]
     sys.addaudithook(hook)
+
+
+def _changed_path(event: str, args: tuple[Any, ...]) -> str:
+    """The path that an audit event names. `shutil.rmtree` deletes by name and the descriptor of the parent folder."""
+    if isinstance(args[0], int):
+        return os.readlink(f"/proc/self/fd/{args[0]}")
+    position = CHANGES[event]
+    descriptor = -1 if position is None else args[position]
+    parent = os.readlink(f"/proc/self/fd/{descriptor}") if descriptor >= 0 else ""
+    return os.path.join(parent, os.fsdecode(args[0]))
 
 
 def kill_at_every_step(
@@ -69,8 +120,8 @@ def kill_at_every_step(
     step = 0
     while True:
         step += 1
-        for path in folder.parent.iterdir():
-            subprocess.run(["rm", "-rf", str(path)], check=True)
+        shutil.rmtree(folder.parent)
+        folder.parent.mkdir()
         prepare()
         killed = run_killed_at(step, action, folder)
         contents.append(content(folder))

@@ -24,7 +24,7 @@ from raydistill.core.errors import TransientError
 
 KIND = "test artifact"
 FILES = ("a.txt", "inner/b.txt")
-PAUSES = ("block", "publish", "renames", "upload")
+PAUSES = ("before", "block", "publish", "renames", "upload")
 LARGE = "checkpoint/model"  # the file whose upload pauses; larger than one part of an upload to a bucket
 LARGE_BYTES = 24_000_000
 RETRY_SECONDS = 150
@@ -45,12 +45,14 @@ def build(folder: Path, text: str, pause: Callable[[str], None]) -> None:
 
     artifact._publish = pause_and_publish  # type: ignore[assignment]
     os.rename = pause_and_rename  # type: ignore[assignment]
-    with artifact.lock(folder), artifact.build(folder, lambda: Manifest(kind=KIND, key=text)) as temporary:
-        for name in FILES:
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            pause("block")
+    with artifact.lock(folder):
+        pause("before")
+        with artifact.build(folder, lambda: Manifest(kind=KIND, key=text)) as temporary:
+            for name in FILES:
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+                pause("block")
 
 
 def save(folder: Path, text: str, pause: Callable[[str], None]) -> None:
