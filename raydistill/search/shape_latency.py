@@ -210,7 +210,7 @@ class _ShapeTimer:
         return predicted
 
     def _is_near_a_bound(self, size: str) -> bool:
-        """Whether a prediction does not tell if a bound excludes the shape; without a prediction, also True."""
+        """Whether a prediction does not decide whether a bound excludes the shape; without a prediction, also True."""
         predicted, cost_bounds = self._predict_cheapest(size), self.task.bounds
         if not shape_costs(self.ratios, Shape.parse(size)):
             return True
