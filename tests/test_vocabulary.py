@@ -45,7 +45,7 @@ OPTUNA_TELL = re.compile(r"\.tell\(|ask-and-tell")
 # A variable, a parameter or a function is named after the thing that it holds.
 NAMES = {
     *{"found", "place", "one", "told", "anew", "beside", "taught", "theirs", "barred", "held"},
-    *{"mine", "its", "seen", "got", "given", "admitted", "died", "also", "calm", "disturbed", "beaten"},
+    *{"mine", "its", "got", "given", "admitted", "died", "also", "calm", "disturbed", "beaten"},
 }
 # Definitions of the first version, each of which has a name of the field now (DESIGN.md, section 1).
 DEFINITIONS = {
