@@ -107,16 +107,24 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Pr
 def load_generation_config(checkpoint: str | Path) -> GenerationConfig:
     """Return the checkpoint's generation config, or one made from config.json; unset values are None.
 
+    Older checkpoints keep beams, lengths and length penalty in config.json. `AutoConfig` drops these values, so the file
+    itself is read, as `from_pretrained` of a model does.
+
     Raises:
-        UserError: `generation_config.json` cannot be used.
+        UserError: The file cannot be used.
     """
     folder = resolve_checkpoint(checkpoint, weights=False)
-    if not (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_model_config(load_config(checkpoint))
+    path = folder / "generation_config.json"
     try:
-        return GenerationConfig.from_pretrained(folder)
+        if path.is_file():
+            return GenerationConfig.from_pretrained(folder)
+        load_config(checkpoint)  # checks the file
+        path = folder / "config.json"
+        return GenerationConfig.from_model_config(json.loads(path.read_text(encoding="utf-8")))
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{folder / 'generation_config.json'}: cannot be used: {error}") from None
+        raise UserError(f"{path}: cannot be used: {error}") from None
 
 
 def _check_weight_shapes(info: dict[str, Any], checkpoint: str | Path) -> None:

@@ -3,9 +3,11 @@
 import pytest
 
 from raydistill.config.presets import TEACHERS
+from raydistill.config.run import Decoding
 from raydistill.core.errors import UserError
+from raydistill.inference.decoding import resolve_decoding
 from raydistill.models import loading
-from tests.factories.models import edit_config
+from tests.factories.models import FAMILIES, edit_config, save_tiny
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,18 @@ def test_presets_have_the_reference_decoding_parameters():
         d = preset.decoding
         actual = (d.beams, d.length_penalty, d.min_length, d.max_length, d.no_repeat_ngram, preset.max_source_tokens)
         assert actual == expected, (family, dataset)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_of_an_older_checkpoint_is_read_from_its_config_json(family, tmp_path):
+    """Scores of a teacher use the model's own generation config; labels and CTranslate2 read the files."""
+    checkpoint = save_tiny(family, tmp_path / "m")
+    (checkpoint / "generation_config.json").unlink()
+    legacy = {"num_beams": 6, "length_penalty": 2.0, "min_length": 5, "max_length": 42, "no_repeat_ngram_size": 3}
+    edit_config(checkpoint, **legacy, early_stopping=True)
+    read, loaded = loading.load_generation_config(checkpoint), loading.load_model(checkpoint).generation_config
+    assert {name: getattr(read, name) for name in legacy} == legacy
+    decodings = [resolve_decoding(Decoding(), config, None, 64) for config in (read, loaded)]
+    assert decodings[0] == decodings[1]
+    for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id", "bad_words_ids", "repetition_penalty"):
+        assert getattr(read, name) == getattr(loaded, name), name
