@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from raydistill._app import make_app, run_app
+from raydistill.config.presets import DATASETS
 from raydistill.config.run import Columns, Dataset
 from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
@@ -53,6 +54,9 @@ def describe(  # noqa: PLR0913
         corpus, duplicates = inspect_corpus(dataset, name, need_targets=target is not None or source is None)
         reports[name] = _split_record(corpus, duplicates)
         print_text(_format_split(name, corpus, duplicates), json)
+        if name == "train" and (paper := _paper_rows(data)):
+            reports[name]["paper_rows"] = paper
+            print_text(f"Table 3 of the paper: {paper:,} training rows", json)
         problems += [] if skip_bad_rows else corpus.skipped
         problems += duplicates
     print_text(f"splits: {', '.join(splits)}", json)
@@ -60,6 +64,12 @@ def describe(  # noqa: PLR0913
     print_json({"data": data, "splits": splits, "usable": usable, "described": reports}, json)
     if not usable:
         raise UserError(_format_problems(data, reports, skip_bad_rows))
+
+
+def _paper_rows(data: str) -> int | None:
+    """The number of training rows of a named data set in Table 3 of the paper."""
+    preset = DATASETS.get(data)
+    return preset.paper_stats[0] if preset and preset.paper_stats else None
 
 
 def _split_record(corpus: Corpus, duplicates: list[BadRow]) -> dict[str, Any]:

@@ -77,6 +77,14 @@ def parse_record(record: RecordOrError, columns: Columns, index: int, need_targe
     return texts[0], texts[1], texts[2]
 
 
+def is_blank(record: RecordOrError, columns: Columns) -> bool:
+    """Whether the source or the target of a record is a string of white space."""
+    if isinstance(record, str):
+        return False
+    values = [_get_field(record, name) for name in (columns.source, columns.target) if name]
+    return any(isinstance(value, str) and not value.strip() for value in values)
+
+
 def _match_requested(record: dict[str, Any], requested: Columns, need_targets: bool) -> Columns | None:
     """The requested columns if the record has them; absent names are completed with known ones."""
     target = requested.target

@@ -6,15 +6,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Columns, Dataset
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
-from raydistill.data.columns import parse_record, resolve_columns
+from raydistill.data.columns import is_blank, parse_record, resolve_columns
 from raydistill.data.readers import EXTENSIONS, RecordOrError, find_split_files, read_records
 
 _LOOK_AHEAD = 100  # records from which the columns are detected
@@ -213,13 +214,28 @@ def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tup
     if not objects:
         raise UserError(_unreadable_split_message(dataset, split, first_records))
     columns = resolve_columns(_requested_columns(dataset), objects, dataset.name, need_targets)
+    preset = DATASETS.get(dataset.name)
+    skips_blank_rows = preset is not None and preset.skip_blank_rows
 
     def parsed_rows() -> Iterator[Row | BadRow]:
+        num_blank = 0
         for index, (location, record) in enumerate(chain(first_records, records)):
+            if skips_blank_rows and is_blank(record, columns):
+                num_blank += 1
+                continue
             row = parse_record(record, columns, index, need_targets)
             yield BadRow(*location, row) if isinstance(row, str) else Row(location, *row)
+        if num_blank:
+            _report_blank_rows(dataset.name, split, num_blank)
 
     return columns, parsed_rows()
+
+
+@lru_cache(maxsize=64)
+def _report_blank_rows(name: str, split: str, count: int) -> None:
+    """Print once per process that blank rows of a named data set are left out."""
+    rows = "1 row" if count == 1 else f"{count:,} rows"
+    print_progress(f"{name}: {rows} of the {split} split without a source or a target left out")
 
 
 def row_limit(dataset: Dataset, split: str) -> float:

@@ -107,8 +107,8 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Pr
 def load_generation_config(checkpoint: str | Path) -> GenerationConfig:
     """Return the checkpoint's generation config, or one made from config.json; unset values are None.
 
-    Older checkpoints keep beams, lengths and length penalty in config.json. `AutoConfig` drops these values, so the file
-    itself is read, as `from_pretrained` of a model does.
+    Older checkpoints keep beams, lengths and length penalty in config.json. `AutoConfig` drops these values, so the
+    file itself is read, as `from_pretrained` of a model does.
 
     Raises:
         UserError: The file cannot be used.

@@ -54,3 +54,37 @@ def test_data_sets_are_read_from_the_cache_without_network(tmp_path):
     assert "validation" in no_split
     assert "no/such: the Hugging Face hub cannot be reached and the data set is not in the cache" in unknown
     assert no_config.startswith("abisee/cnn_dailymail (1.0.0): cannot be loaded")
+
+
+READ_WITH_BLANK_ROWS = """
+from raydistill.config.run import Dataset
+from raydistill.core.errors import UserError
+from raydistill.data.corpus import read_corpus
+from raydistill.data.streaming import scan_split, usable_rows
+for name in ("xsum", "wmt16_en_ro", "EdinburghNLP/xsum"):
+    dataset = Dataset(name=name)
+    try:
+        corpus, scan = read_corpus(dataset, "train"), scan_split(dataset, "train")
+        streamed = [row.id for row in usable_rows(dataset, "train", scan)]
+        print(corpus.ids, streamed, corpus.fingerprint == scan.fingerprint, scan.labelled)
+    except UserError as error:
+        print("error:", str(error).splitlines()[0])
+"""
+
+
+def test_blank_rows_of_named_data_sets_are_left_out_and_reported(tmp_path):
+    """The hub's XSUM and WMT16 have rows without a text, which the paper's numbers of rows exclude."""
+    blank = {"document": " \n", "summary": "a summary", "id": "blank"}
+    lay_out_dataset(tmp_path, "EdinburghNLP/xsum", None, {"train": [ROWS[0], blank, *ROWS[1:]]}, "refs/convert/parquet")
+    pairs = [("one", "unu"), ("two", ""), ("three", "trei")]
+    translations = [{"translation": {"en": en, "ro": ro}} for en, ro in pairs]
+    lay_out_dataset(tmp_path, "wmt/wmt16", "ro-en", {"train": translations})
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", READ_WITH_BLANK_ROWS]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    xsum, wmt, by_hub_name = done.stdout.splitlines()
+    assert xsum == "['a', 'b', 'c'] ['a', 'b', 'c'] True True"
+    assert wmt == "['0', '2'] ['0', '2'] True True"
+    assert by_hub_name.startswith("error: 1 rows that cannot be used")
+    assert done.stderr.count("xsum: 1 row of the train split without a source or a target left out") == 1
+    assert done.stderr.count("wmt16_en_ro: 1 row of the train split") == 1
