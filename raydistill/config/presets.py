@@ -24,7 +24,7 @@ class DatasetPreset:
         languages: Source and target language codes, for mBART.
         paper_stats: Training rows, mean source words and mean target words in Table 3 of the paper.
         skip_blank_rows: Whether rows without a source or a target are left out. The paper's XSUM has 28 training rows
-            less than the hub's, and its WMT16 has one row less.
+            less than the hub's, and the paper's WMT16 one row less.
     """
 
     hub: str
