@@ -4,7 +4,7 @@ Nothing is trained. How a checkpoint is served is part of the selection, since f
 cost no quality: `choose` compares pairs of a checkpoint and a serving configuration. There are three steps:
 
     first pass   short timings of every shape find the configurations that may matter (serving_timing.py)
-    scores       each checkpoint decodes the validation rows with its configurations (serving_rules.py)
+    scores       each checkpoint decodes the selection rows with its configurations (serving_rules.py)
     session      every shape is timed with each of its configurations, in pairs with the teacher (serving_timing.py)
 
 Each step keeps its results in the sweep's folder. If anything that is compared was not timed in the last session, the

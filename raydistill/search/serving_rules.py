@@ -2,7 +2,7 @@
 
 Two rules skip combinations that no budget would select:
 
-1. By speed. For a shape and a number of beams, an engine variant is skipped if another one is at least as exact and
+1. By speed. For a shape and a number of beams, an engine variant is skipped if another variant is at least as exact and
    at least as fast (`undominated_variants`).
 2. By score. All remaining variants are scored with the checkpoint's own decoding. The fastest variant that is not
    inferior to the most exact one makes slower variants unnecessary: these are not scored with other decodings, unless
