@@ -45,7 +45,7 @@ from raydistill.core.records import Record
 
 MANIFEST = "manifest.json"
 _SIBLING = rf"\.(?P<name>.+)\.[0-9a-f]{{8}}({re.escape(TEMPORARY_SUFFIX)}|{re.escape(OLD_SUFFIX)})"
-MAX_REPLACEMENTS = 10  # that other processes may finish while `is_complete` looks at a folder
+MAX_REPLACEMENTS = 10  # how often `is_complete` looks again after another process replaced the folder
 
 
 class Manifest(Record):
@@ -132,7 +132,7 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
 
     A kill at any moment leaves the existing artifact, the new one, or none if there was none. If the block raises, the
     temporary folder is deleted and an existing artifact is unchanged. The caller holds the lock of the artifact, or of
-    an artifact around it. The block must not delete the temporary folder itself, not even to create it again.
+    an artifact that contains it. The block must not delete the temporary folder itself, not even to create it again.
 
     Args:
         folder: The artifact. Parent folders are created.
@@ -265,7 +265,7 @@ def artifacts_with_leftovers(parent: Path) -> list[Path]:
 
 
 def _publish(temporary: Path, folder: Path, descriptor: int) -> None:
-    """Move a sealed temporary folder to its place. A kill between the two renames is repaired by the next access.
+    """Move a sealed temporary folder to the path of the artifact. The next access repairs a kill between the renames.
 
     The first rename is the sign for readers that the temporary folder may replace the artifact. Without an existing
     artifact there is no such sign, so that a reader never publishes what this process may still discard.
@@ -309,7 +309,7 @@ def _finish_replacement(folder: Path) -> bool:
     """If the folder is missing, complete a replacement whose first rename only was done.
 
     Returns:
-        Whether this process or, meanwhile, another one has changed what is at the place of the folder.
+        Whether the folder may exist now: this or another process completed the replacement.
     """
     if folder.exists():
         return (folder / MANIFEST).is_file()
@@ -322,7 +322,8 @@ def _finish_replacement(folder: Path) -> bool:
             fsync_folder(folder.parent)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EROFS, errno.EACCES):
-                raise  # the others: another process was faster, or this process may not write here
+                raise
+            # the errors above mean that another process was faster or that this process may not write here
         return True
     return folder.exists()
 

@@ -47,7 +47,7 @@ class CacheDecisions(Record):
     """The content of cache.json. A resumed sweep keeps these decisions.
 
     Attributes:
-        precision: What `precision: auto` stands for on the workers; None if no run needs it.
+        precision: The resolved value of `precision: auto` on the workers; None if no run needs it.
         groups: Decisions by the runs' `cache_group_key`.
     """
 
@@ -55,7 +55,7 @@ class CacheDecisions(Record):
     groups: dict[str, CacheDecision] = Field(default_factory=dict)
 
     def with_group(self, name: str, decision: CacheDecision) -> "CacheDecisions":
-        """The decisions with another one for a group."""
+        """These decisions with a new decision for a group."""
         return self.model_copy(update={"groups": {**self.groups, name: decision}})
 
 
@@ -65,8 +65,8 @@ class PreparedCache:
 
     Attributes:
         root: The folder of all stores.
-        modes: What `teacher_cache: auto` stands for, by the runs' `cache_group_key`.
-        compute_dtype: What `precision: auto` stands for on the workers; None if no run needs it.
+        modes: The resolved values of `teacher_cache: auto`, by the runs' `cache_group_key`.
+        compute_dtype: The resolved value of `precision: auto` on the workers; None if no run needs it.
         store_hours: Device-hours by array of a store. Another sweep may read the same stores.
     """
 
@@ -81,7 +81,7 @@ class PreparedCache:
         return tuple(sorted({self.root / store.partition("/")[0] for store in self.store_hours})) if self.root else ()
 
     def mode_for(self, run: Run) -> CacheMode:
-        """What `teacher_cache: auto` stands for in a run."""
+        """The resolved value of `teacher_cache: auto` in a run."""
         return self.modes.get(cache_group_key(run), "off")
 
 
@@ -147,7 +147,7 @@ def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[st
 
 
 def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> str | None:
-    """What `precision: auto` stands for on the workers; None if no run that reads the cache sets it.
+    """The resolved value of `precision: auto` on the workers; None if no run that reads the cache sets it.
 
     A worker determines the dtype, since this machine may have no GPU. The dtype is recorded, since the stores' keys
     contain it.

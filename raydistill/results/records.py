@@ -105,7 +105,7 @@ class Trial:
     def row_statistics(self, split: str | None = None) -> np.ndarray | None:
         """Per-row statistics of the main metric, [rows] or [rows, 10]; None if the trial has none.
 
-        `split`: by default, the split of `metrics`.
+        `split`: by default, the split of the trial's scores in `metrics`.
         """
         split = split or self.split
         return read_row_statistics(self.folder / rows_filename(split, self.serving), split)

@@ -38,7 +38,7 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
 
     The folder holds the checkpoint with its chosen decoding as the default, a model card, MLflow's `MLmodel`, the
     vocabulary map if the student is served with a shortlist, and `ctranslate2/` if CTranslate2 supports the model. Its
-    raydistill.json holds the serving record. The folder is an artifact; one with the same content is kept.
+    raydistill.json holds the serving record. The folder is an artifact; an export with equal content is kept.
 
     Args:
         selection: The sweep.
