@@ -11,11 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from raydistill.core.files import write_atomic, write_json_atomic
 from raydistill.evaluation.latency import hardware
+from raydistill.models.families import size_name
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# The keys of config.json that, with the numbers of layers, decide the speed of a model of any family
+SPEED_KEYS = (
+    *("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "encoder_ffn_dim", "decoder_ffn_dim"),
+    *("encoder_attention_heads", "decoder_attention_heads", "activation_function", "vocab_size"),
+)
 PACKAGES = ("torch", "transformers", "ctranslate2", "ray")
 
 
@@ -33,6 +41,12 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         "commit": _commit(),
         "load_before": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+def architecture_key(config: PretrainedConfig) -> str:
+    """All settings that decide the speed of a model, as text: "marian 6-6 d_model=512 ..."."""
+    settings = [f"{name}={getattr(config, name)}" for name in SPEED_KEYS if hasattr(config, name)]
+    return " ".join([config.model_type, size_name(config), *settings])
 
 
 def device_suffix(device: str, *parts: str) -> str:

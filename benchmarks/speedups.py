@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
-from benchmarks.common import BenchmarkResult, describe_machine, device_suffix
+from benchmarks.common import BenchmarkResult, architecture_key, describe_machine, device_suffix
 from benchmarks.random_models import large_config
 from raydistill.config.run import Student
 from raydistill.core.console import print_progress
@@ -75,7 +75,7 @@ def time_size(
     workload = Workload(source_tokens=source_tokens, output_tokens=output_tokens, batch=options.batch, beams=case.beams)
     key = latency.measurement_key(
         latency.hardware(options.device, options.threads),
-        families.architecture_key(families.with_num_layers(teacher.config, *layers.size)),
+        architecture_key(families.with_num_layers(teacher.config, *layers.size)),
         options.engine,
         options.precision,
         workload,

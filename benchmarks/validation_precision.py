@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.common import BenchmarkResult, describe_machine
+from benchmarks.common import BenchmarkResult, architecture_key, describe_machine
 from raydistill.config.presets import resolve_metric
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
@@ -30,7 +30,7 @@ from raydistill.evaluation.scoring import evaluate
 from raydistill.inference import shortlist
 from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
-from raydistill.models import families, loading, tokenization
+from raydistill.models import loading, tokenization
 from raydistill.models.tokenization import resolve_max_tokens
 from raydistill.results.tables import markdown_table
 from raydistill.training.tokenized_data import read_split
@@ -114,7 +114,7 @@ def score_student(checkpoint: Path, precision: str, map_path: Path | None, task:
         result = evaluate(engine, task.corpus, task.metric, beam, max_source_tokens=task.max_source_tokens)
     return Student(
         name=checkpoint.parent.name if checkpoint.name == "best" else checkpoint.name,
-        shape=families.architecture_key(config),
+        shape=architecture_key(config),
         score=result.scores.metrics[task.metric],
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu_started,

@@ -239,7 +239,7 @@ def _evaluate_checkpoint(
         metric=task.metric,
         result=result,
         ms_per_row=1000 * result.seconds / len(corpus),
-        engine=f"{engine.name} {engine.precision}",
+        engine=result.engine,
         params_m=count_parameters(config) / 1e6,
         beams=beam.beams,
         signature=signature(task.metric),

@@ -18,7 +18,7 @@ from raydistill.models.hub import weight_files
 from raydistill.results import records
 from raydistill.tracking import mlflow_runs, mlflow_store
 from tests.factories.models import Malicious, replace_by_pickle, save_tiny
-from tests.factories.sweeps import change_result, make_trial, runs_of
+from tests.factories.sweeps import change_result, change_sweep, make_trial, runs_of
 from tests.factories.workspace import command
 
 
@@ -164,8 +164,9 @@ def test_password_in_a_space_is_refused_and_not_printed(tmp_path):
 
 def test_tracking_uri_with_a_password_is_refused(sweep):
     for uri in ("http://me:hunter22@127.0.0.1:9", "postgresql://me:hunter22@127.0.0.1/x"):
+        change_sweep(sweep, tracking_uri=uri)
         with pytest.raises(UserError, match="contains a password or token") as error:
-            mlflow_runs.publish(sweep, uri)
+            mlflow_runs.publish(sweep)
         assert "hunter22" not in str(error.value)
 
 

@@ -5,11 +5,11 @@ therefore divided: one part for checks, early stopping and search, another part 
 on which nothing was selected before.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 
 from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
+from raydistill.core.hashing import hash_fraction
 from raydistill.data.corpus import Corpus, read_corpus, split_names
 
 SELECTION = "selection"
@@ -72,7 +72,7 @@ def divide_validation(corpus: Corpus, share: float) -> ValidationParts:
     """
     has_ids = corpus.columns.id is not None
     keys = corpus.ids if has_ids else map("\0".join, zip(corpus.sources, corpus.targets, strict=True))
-    in_selection = [_hash_fraction(key) < share for key in keys]
+    in_selection = [hash_fraction(key) < share for key in keys]
     if all(in_selection) or not any(in_selection):
         raise UserError(
             f"{corpus.name}: {len(corpus)} validation rows are too few for a part for the search and a part for the "
@@ -83,11 +83,6 @@ def divide_validation(corpus: Corpus, share: float) -> ValidationParts:
         search=_take(corpus, [i for i, chosen in enumerate(in_selection) if not chosen]),
         selection=replace(selection, split=SELECTION),
     )
-
-
-def _hash_fraction(key: str) -> float:
-    """A number from 0 to 1 that depends on the text only."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def _take(corpus: Corpus, rows: list[int]) -> Corpus:

@@ -55,10 +55,6 @@ class Timing:
         """Whether other processes kept more than `MAX_BACKGROUND_CORES` busy."""
         return self.background_cores is not None and self.background_cores > MAX_BACKGROUND_CORES
 
-    def as_costs(self, name: str) -> dict[str, float]:
-        """Return the median as `name`, with `name_low` and `name_high`."""
-        return {name: self.median_ms, f"{name}_low": self.low_ms, f"{name}_high": self.high_ms}
-
 
 @dataclass(frozen=True)
 class Repetition:
@@ -104,6 +100,17 @@ def used_memory_mb(device: str, peak: bool = False) -> float | None:
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 1e6
     return rss_mb(peak)
+
+
+def measure_peak_mb(call: Callable[[], object], device: str, memory_before_mb: float | None) -> float | None:
+    """Peak memory in megabytes of an engine and a call of the engine; None if the system does not report it.
+
+    `memory_before_mb` is the value of `used_memory_mb` before the engine was opened, which is subtracted.
+    """
+    reset_peak_rss()
+    call()
+    peak_mb = used_memory_mb(device, peak=True)
+    return None if peak_mb is None or memory_before_mb is None else peak_mb - memory_before_mb
 
 
 def limit_seconds(seconds: float) -> float:

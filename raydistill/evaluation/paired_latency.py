@@ -189,6 +189,11 @@ def compare_pairs(pairs: Iterable[Pair], bounds: Sequence[float], rule: Stopping
     )
 
 
+def valid_pairs(pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """Return the pairs that are not noisy; all pairs if every pair is noisy."""
+    return [pair for pair in pairs if not pair.noisy] or pairs
+
+
 def may_exclude(timing: PairedTiming, bound: float) -> bool:
     """Return whether a shape may be excluded before training, because its students cannot meet the bound.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from raydistill.data.corpus import Corpus
 from raydistill.evaluation.metrics import Scores, bootstrap_interval, repetition_rate, score
-from raydistill.inference.decoding import BeamSearchParams, Engine
+from raydistill.inference.decoding import BeamSearchParams, Engine, engine_label
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ def evaluate(
         scored.repetition_rate,
         predictions,
         seconds,
-        f"{engine.name} {engine.precision}",
+        engine_label(engine),
     )

@@ -5,8 +5,6 @@ CTranslate2 redistributes the probability of the forbidden tokens to the others 
 differ.
 """
 
-import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from raydistill.config.run import Decoding
 from raydistill.config.serving import CTranslate2Serving
 from raydistill.core import artifact
+from raydistill.core.hashing import content_hash
 from raydistill.core.records import Record
 from raydistill.inference import cublas
 from raydistill.inference.ctranslate2_conversion import (
@@ -295,8 +294,7 @@ def _calibration_logprob_diff(
         "languages": options.languages,
         "shortlist": engine.shortlist.key if engine.shortlist else None,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = engine.folder / f"rows-{digest}.json"
+    path = engine.folder / f"rows-{content_hash(key)}.json"
     with artifact.lock(engine.folder, math.inf):
         record = CalibrationRecord.read_if_present(path)
         if record is None:

@@ -134,6 +134,11 @@ class Engine(Protocol):
         """
 
 
+def engine_label(engine: Engine) -> str:
+    """Return name and precision of an engine, as records hold them: "ctranslate2 int8"."""
+    return f"{engine.name} {engine.precision}"
+
+
 def resolve_decoding(
     requested: Decoding,
     checkpoint: PreTrainedModel | GenerationConfig | None,

@@ -15,7 +15,6 @@ the lists of its rows: with a `source` shortlist, a text may depend on the other
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,10 +30,10 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path, corrupt_file_error
 from raydistill.core.paths import raydistill_home
 from raydistill.inference.word_alignment import Rows, Translations
+from raydistill.models.tokenization import BYTE_TOKEN
 
 MAP_FILE = "vmap.txt"  # the name that CTranslate2 reads in a model's folder
 SEPARATORS = re.compile(r"[ \t\n\r]")  # cannot be part of a token in the file
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
@@ -234,7 +233,6 @@ class Coverage:
         rows_outside: Texts with a token that is not allowed.
         tokens_outside: Tokens that are not allowed.
         mean_allowed: Tokens that are allowed, averaged over the batches.
-        outside: Ids of the tokens that are not allowed, with their counts, most frequent first.
     """
 
     rows: int
@@ -242,7 +240,6 @@ class Coverage:
     rows_outside: int
     tokens_outside: int
     mean_allowed: float
-    outside: list[tuple[int, int]]
 
     @property
     def share_of_tokens_outside(self) -> float:
@@ -262,21 +259,20 @@ def measure_coverage(shortlist: Shortlist, sources: Rows, targets: Rows, batch_s
         targets: Token ids of the targets: row i belongs to `sources[i]`.
         batch_size: Rows per batch; a `source` shortlist allows the union over the rows of a batch.
     """
-    outside: Counter[int] = Counter()
-    rows_outside, sizes = 0, []
+    rows_outside = tokens_outside = 0
+    sizes = []
     for start in range(0, len(targets), batch_size):
         allowed = shortlist.allowed(sources[start : start + batch_size])
         sizes.append(len(allowed))
         members = set(allowed.tolist())
         for row in targets[start : start + batch_size]:
-            missing = [token for token in row if token not in members]
-            outside.update(missing)
+            missing = sum(token not in members for token in row)
+            tokens_outside += missing
             rows_outside += bool(missing)
     return Coverage(
         rows=len(targets),
         tokens=sum(len(row) for row in targets),
         rows_outside=rows_outside,
-        tokens_outside=outside.total(),
+        tokens_outside=tokens_outside,
         mean_allowed=float(np.mean(sizes)) if sizes else 0.0,
-        outside=sorted(outside.items(), key=lambda item: (-item[1], item[0])),
     )

@@ -318,7 +318,7 @@ class Labeller:
     def __init__(self, task: LabelTask, plan: BatchPlan) -> None:
         job, teacher = task.job, task.description.teacher
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        from raydistill.inference.decoding import CalibrationRows, EngineOptions
+        from raydistill.inference.decoding import CalibrationRows, EngineOptions, engine_label
         from raydistill.inference.engines import FALLBACK_NOTICE, open_engine
 
         if any(getattr(teacher, name) != value for name, value in _teacher_fingerprints(teacher.path).items()):
@@ -340,7 +340,7 @@ class Labeller:
             log=messages.append,
             calibration=CalibrationRows(tuple(sources), self._beam, self._max_source_tokens),
         )
-        self._engine_name = f"{self._engine.name} {self._engine.precision}"
+        self._engine_name = engine_label(self._engine)
         self._batch_size = GPU_BATCH_SIZE if task.device == "cuda" else CPU_BATCH_SIZES[self._engine.name]
         fallback_reason = " ".join(line for line in messages if FALLBACK_NOTICE in line)
         engine = EngineRecord(engine=self._engine_name, fallback_reason=fallback_reason)

@@ -5,8 +5,6 @@ best candidate, the candidates of a row are adjacent, and rows keep the order of
 `dropped.parquet` (`id`, `reason`).
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from raydistill.core import artifact
 from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error
+from raydistill.core.hashing import content_hash
 from raydistill.label_sets.manifest import LABEL_SET, LabelManifest, PseudolabelManifest
 
 PART_ROWS = 50_000
@@ -44,8 +43,7 @@ class LabelSet:
 
 def label_set_key(teacher: str, data: str, decoding: dict[str, Any]) -> str:
     """The content key in the folder name of a label set: a hash of teacher, data and decoding settings."""
-    text = json.dumps({"teacher": teacher, "data": data, "decoding": decoding}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash({"teacher": teacher, "data": data, "decoding": decoding})
 
 
 class Candidate(NamedTuple):

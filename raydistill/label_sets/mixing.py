@@ -1,10 +1,10 @@
 """Training targets from one or more label sources: original targets and label sets, each with a weight."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from raydistill.config.label_sources import LabelSource
 from raydistill.core.errors import UserError
+from raydistill.core.hashing import hash_fraction
 from raydistill.label_sets.label_set import LabelSet
 
 
@@ -65,5 +65,4 @@ def _repeat_count(source: str, row_id: str, weight: float) -> int:
     The draw depends on the source, so that half of one source and half of another one are different rows.
     """
     whole, fraction = divmod(weight, 1)
-    draw = int.from_bytes(hashlib.sha256(f"{source}\0{row_id}".encode()).digest()[:8], "big") / 2**64
-    return int(whole) + (draw < fraction)
+    return int(whole) + (hash_fraction(f"{source}\0{row_id}") < fraction)

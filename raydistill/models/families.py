@@ -27,15 +27,13 @@ BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8_float16": 1, "int8
 class ConfigKeys:
     """Names of the keys of a family's config.json.
 
-    `cost` lists the keys that, together with the numbers of layers, decide the speed of a model. `decoder` lists the
-    keys that decide the shapes of a decoder layer.
+    `decoder` lists the keys that decide the shapes of a decoder layer.
     """
 
     encoder_layers: str
     decoder_layers: str
     encoder_ffn: str
     decoder_ffn: str
-    cost: tuple[str, ...]
     decoder: tuple[str, ...]
 
 
@@ -44,7 +42,6 @@ _T5_KEYS = ConfigKeys(
     decoder_layers="num_decoder_layers",
     encoder_ffn="d_ff",
     decoder_ffn="d_ff",
-    cost=("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj", "vocab_size"),
     decoder=("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj"),
 )
 _BART_KEYS = ConfigKeys(
@@ -52,10 +49,6 @@ _BART_KEYS = ConfigKeys(
     decoder_layers="decoder_layers",
     encoder_ffn="encoder_ffn_dim",
     decoder_ffn="decoder_ffn_dim",
-    cost=(
-        *("d_model", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads"),
-        *("decoder_attention_heads", "activation_function", "vocab_size"),
-    ),
     decoder=("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function"),
 )
 CONFIG_KEYS = {**dict.fromkeys(("bart", "pegasus", "mbart", "marian"), _BART_KEYS), "t5": _T5_KEYS}
@@ -126,12 +119,6 @@ def decoder_architecture(config: PretrainedConfig) -> dict[str, Any]:
     keys = CONFIG_KEYS[config.model_type]
     names = (*keys.decoder, keys.decoder_layers)
     return {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
-
-
-def architecture_key(config: PretrainedConfig) -> str:
-    """Return all settings that decide the speed of a model, as text: "marian 6-6 d_model=512 ..."."""
-    settings = [f"{name}={getattr(config, name)}" for name in CONFIG_KEYS[config.model_type].cost]
-    return " ".join([config.model_type, size_name(config), *settings])
 
 
 def count_parameters(config: PretrainedConfig) -> int:

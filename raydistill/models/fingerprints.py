@@ -1,13 +1,13 @@
 """Fingerprints of checkpoints: SHA-256 over weights, over configuration and tokenizer, over a teacher's outputs."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from raydistill.core.hashing import content_hash
 from raydistill.models.hub import check_weights, resolve_checkpoint, safe_open, weight_files
 from raydistill.models.loading import load_config
 from raydistill.models.tokenization import MARIAN_FILES, TOKENIZER_FILES
@@ -40,8 +40,7 @@ def teacher_key(checkpoint: str | Path) -> str:
     config = {
         key: value for key, value in load_config(checkpoint).to_dict().items() if key not in _non_forward_config_keys()
     }
-    text = json.dumps([weights_fingerprint(checkpoint), config], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return content_hash([weights_fingerprint(checkpoint), config])
 
 
 def settings_fingerprint(checkpoint: str | Path) -> str:

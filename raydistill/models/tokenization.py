@@ -1,5 +1,6 @@
 """Loads and checks tokenizers, sets languages, resolves length limits, and turns texts into token ids."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from raydistill.models.loading import load_config, load_generation_config
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of SentencePiece, for characters that no token contains
 Languages = tuple[str, str]  # source, target
 
 
@@ -150,6 +152,12 @@ def resolve_max_tokens(
     default = 512 if field == "max_source_tokens" else 128
     limit = getattr(preset or DATASETS.get(dataset.name), field, default)
     return min(limit, positions) if positions else int(limit)
+
+
+def source_limit(teacher: str, dataset: Dataset, checkpoint: str | Path) -> int:
+    """Return the number of source tokens that a teacher or its student reads, see `resolve_max_tokens`."""
+    preset = teacher_preset(teacher, dataset.name)
+    return resolve_max_tokens("max_source_tokens", dataset, preset, load_config(checkpoint))
 
 
 def tokenize_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:

@@ -29,11 +29,11 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from raydistill.config.shapes import VocabularySize
 from raydistill.core.errors import UserError
+from raydistill.models.tokenization import BYTE_TOKEN
 
 # Tensors with a row (or, the bias of the logits, a column) for each token, by the last two parts of their names.
 TOKEN_ROWS = re.compile(r"(?:^|\.)(?:shared|embed_tokens|lm_head)\.weight$")
 LOGITS_BIAS = "final_logits_bias"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # Marian's multilingual models start a source with such a token.
 MARIAN_LANGUAGE = re.compile(r">>.+<<")
 TOKENIZER_JSON = "tokenizer.json"

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from raydistill.config.presets import teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.serving import EngineVariant, ServingConfig, ThroughputSetting
 from raydistill.data.selection import selection_split
@@ -15,8 +14,7 @@ from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOption
 from raydistill.inference.engines import open_engine
 from raydistill.inference.shortlist import restrict_map
 from raydistill.models import conversions
-from raydistill.models.loading import load_config
-from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens, tokens_by_id
+from raydistill.models.tokenization import load_tokenizer, resolve_languages, source_limit, tokens_by_id
 from raydistill.results.serving_latency import TEACHER_SHAPE
 from raydistill.training.tokenized_data import read_split
 
@@ -97,8 +95,7 @@ class ServingContext:
 
     def max_source_tokens(self, checkpoint: str) -> int:
         """The number of source tokens that a checkpoint reads."""
-        preset = teacher_preset(str(self.run.teacher), self.run.dataset.name)
-        return resolve_max_tokens("max_source_tokens", self.run.dataset, preset, load_config(checkpoint))
+        return source_limit(str(self.run.teacher), self.run.dataset, checkpoint)
 
 
 def open_served_engine(

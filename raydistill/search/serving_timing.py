@@ -12,11 +12,17 @@ from datetime import UTC, datetime
 
 from raydistill.config.serving import EngineVariant, ServingConfig
 from raydistill.core.console import print_progress
-from raydistill.core.machine import reset_peak_rss
-from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, Repetition, hardware, time_calls, used_memory_mb
-from raydistill.evaluation.paired_latency import PairedTiming, StoppingRule, time_pairs
+from raydistill.evaluation.latency import (
+    LATENCY_BATCH_SIZES,
+    Repetition,
+    hardware,
+    measure_peak_mb,
+    time_calls,
+    used_memory_mb,
+)
+from raydistill.evaluation.paired_latency import PairedTiming, StoppingRule, time_pairs, valid_pairs
 from raydistill.evaluation.serving import make_serving_call
-from raydistill.inference.decoding import Engine
+from raydistill.inference.decoding import Engine, engine_label
 from raydistill.inference.engines import supported_precisions
 from raydistill.models.loading import load_config
 from raydistill.results.formatting import format_count
@@ -181,12 +187,12 @@ class _Session:
         memory_before_mb = used_memory_mb(device)
         variant = task.baseline.variant
         self._baseline = open_served_engine(task.context, task.teacher.checkpoint, variant, device, threads)
-        self.baseline_engine = f"{self._baseline.name} {self._baseline.precision}"
+        self.baseline_engine = engine_label(self._baseline)
         self.calls: dict[str, tuple[Call, int]] = {
             cost: _make_call(task.context, task.teacher, self._baseline, task.baseline, cost)
             for cost in LATENCY_BATCH_SIZES
         }
-        self.baseline_peak_mb = _peak_mb(self.calls["latency_ms"][0], memory_before_mb, device)
+        self.baseline_peak_mb = measure_peak_mb(self.calls["latency_ms"][0], device, memory_before_mb)
         self.estimate_ms = {cost: time_ms(call) / batches for cost, (call, batches) in self.calls.items()}
 
     def time_all(self, only: Sequence[TimedServing] | None = None) -> Iterator[TimedServing]:
@@ -213,12 +219,12 @@ class _Session:
         engine = open_served_engine(self._task.context, checkpoint.checkpoint, variant, self._device, self._threads)
         for config, cost in pairs:
             call, _ = _make_call(self._task.context, checkpoint, engine, config, cost)
-            peak_mb = _peak_mb(call, memory_before_mb, self._device) if cost == "latency_ms" else None
+            peak_mb = measure_peak_mb(call, self._device, memory_before_mb) if cost == "latency_ms" else None
             yield TimedServing(
                 shape=checkpoint.shape,
                 config=config,
                 cost=cost,
-                engine=f"{engine.name} {engine.precision}",
+                engine=engine_label(engine),
                 timing=self._compare(call, cost, checkpoint.is_teacher),
                 peak_mb=peak_mb,
             )
@@ -253,24 +259,15 @@ def _baseline_ms(cost: str, servings: Sequence[TimedServing], session: _Session)
 
     If every pair was noisy, over all pairs; without any comparison, the estimate from the start of the session.
     """
-    pairs = [pair for serving in servings if serving.cost == cost for pair in serving.timing.pairs]
-    counted = [pair for pair in pairs if not pair.noisy] or pairs
-    if not counted:
+    pairs = valid_pairs([pair for serving in servings if serving.cost == cost for pair in serving.timing.pairs])
+    if not pairs:
         return session.estimate_ms[cost]
-    return statistics.median(ms for pair in counted for ms in pair.baseline_ms) / session.calls[cost][1]
+    return statistics.median(ms for pair in pairs for ms in pair.baseline_ms) / session.calls[cost][1]
 
 
 def time_ms(call: Call) -> float:
     """Median milliseconds of three calls after an untimed one."""
     return time_calls(call, Repetition(repeats=3, warmup=1, min_seconds=0.0)).median_ms
-
-
-def _peak_mb(call: Call, memory_before_mb: float | None, device: str) -> float | None:
-    """Peak memory in MB of the engine and a call, above the memory that was in use before the engine was opened."""
-    reset_peak_rss()
-    call()
-    peak_mb = used_memory_mb(device, peak=True)
-    return None if peak_mb is None or memory_before_mb is None else peak_mb - memory_before_mb
 
 
 def warn_if_noisy(session: LatencySession) -> None:

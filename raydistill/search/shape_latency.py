@@ -21,10 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from raydistill.config.run import Run, Student
 from raydistill.config.serving import EngineVariant, ServingConfig
 from raydistill.config.shapes import Shape, VocabularySize
-from raydistill.core.machine import reset_peak_rss
-from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, used_memory_mb
-from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, StoppingRule, time_pairs
-from raydistill.inference.decoding import Engine, EngineOptions, Workload
+from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, measure_peak_mb, used_memory_mb
+from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, StoppingRule, time_pairs, valid_pairs
+from raydistill.inference.decoding import Engine, EngineOptions, Workload, engine_label
 from raydistill.inference.engines import open_engine, supported_precisions
 from raydistill.inference.shortlist import MAP_FILE, Shortlist, kept_tokens, write_map
 from raydistill.models import families
@@ -118,7 +117,7 @@ class _ShapeTimer:
         self.full = EngineVariant.of(task.precision)
         memory_before_mb = used_memory_mb(device)
         self.baseline = self._open(teacher.location, self.full)
-        self.engine = _engine_label(self.baseline)
+        self.engine = engine_label(self.baseline)
         self.calls = {cost: self.baseline.make_benchmark_call(task.workload(cost, task.beams)) for cost in COSTS}
         self.teacher_peak = self._peak_costs(self.calls["latency_ms"], memory_before_mb)
         self.teacher_ms = {cost: time_ms(call) for cost, call in self.calls.items()}
@@ -156,7 +155,7 @@ class _ShapeTimer:
         save_checkpoint(student, teacher.tokenizer, checkpoint)
         memory_before_mb = used_memory_mb(self.device)
         engine = self._open(checkpoint, self.full)
-        self.engines[size] = _engine_label(engine)
+        self.engines[size] = engine_label(engine)
         calls = {cost: engine.make_benchmark_call(self.task.workload(cost, self.task.beams)) for cost in COSTS}
         self.other_costs[size] = {
             **_weights(checkpoint, self.task.precision),
@@ -189,7 +188,7 @@ class _ShapeTimer:
         config = ServingConfig(beams=self.task.fewest_beams, length_penalty=1.0).with_variant(fastest)
         return CheapestServing(
             config=config,
-            engine=_engine_label(engine),
+            engine=engine_label(engine),
             timings=timings,
             costs={**smallest, **peak},
         )
@@ -274,8 +273,7 @@ class _ShapeTimer:
 
     def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
         timing = time_pairs(self.calls[cost], call, bounds, extend_for_slow_calls(rule, self.teacher_ms[cost]))
-        counted = [pair for pair in timing.pairs if not pair.noisy] or timing.pairs
-        self.baseline_calls_ms[cost] += [ms for pair in counted for ms in pair.baseline_ms]
+        self.baseline_calls_ms[cost] += [ms for pair in valid_pairs(timing.pairs) for ms in pair.baseline_ms]
         return timing
 
     def _open(self, checkpoint: str | Path, variant: EngineVariant) -> Engine:
@@ -336,11 +334,8 @@ class _ShapeTimer:
         return self.tokens[vocabulary]
 
     def _peak_costs(self, call: Any, memory_before_mb: float | None) -> dict[str, float]:
-        """Peak memory of an engine and a call above the memory in use before, if the system reports it."""
-        reset_peak_rss()
-        call()
-        peak_mb = used_memory_mb(self.device, peak=True)
-        return {} if peak_mb is None or memory_before_mb is None else {"peak_mb": peak_mb - memory_before_mb}
+        peak_mb = measure_peak_mb(call, self.device, memory_before_mb)
+        return {} if peak_mb is None else {"peak_mb": peak_mb}
 
 
 def _select_used_tokens(task: ShapeTask, tokenizer: PreTrainedTokenizerBase, config: Any) -> tuple[int, ...]:
@@ -350,10 +345,6 @@ def _select_used_tokens(task: ShapeTask, tokenizer: PreTrainedTokenizerBase, con
     token_ids = select_student_tokens(run, tokenizer, config, task.label_folders)
     assert token_ids is not None
     return token_ids
-
-
-def _engine_label(engine: Engine) -> str:
-    return f"{engine.name} {engine.precision}"
 
 
 def _root_mean_square(measured: Mapping[str, float]) -> float:

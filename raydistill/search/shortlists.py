@@ -4,8 +4,6 @@ A shortlist is an artifact below RAYDISTILL_HOME/shortlists, whose name is a has
 tokenizer, training split, label sets and the rules of the list. It is made once, after the label sets exist.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from raydistill.core import artifact
 from raydistill.core.artifact import Manifest
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
+from raydistill.core.hashing import content_hash
 from raydistill.core.paths import raydistill_home
 from raydistill.data.corpus import Corpus
 from raydistill.data.selection import selection_split
@@ -112,7 +111,7 @@ class ShortlistInputs:
             "labels": [folder.name for folder in self.label_folders],
             "max_tokens": [self.max_source_tokens, self.max_target_tokens],
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content_hash(content)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -4,8 +4,6 @@ The state of a search is SWEEP/proposals.json and the results in the trials' fol
 from them, in memory. The journal SWEEP/study.log is a copy of the finished trials for optuna-dashboard and never read.
 """
 
-import hashlib
-import json
 import random
 import time
 from collections.abc import Collection
@@ -27,6 +25,7 @@ from raydistill.config.space import Search, Space, make_run, sampler_params
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError
 from raydistill.core.files import corrupt_file_error
+from raydistill.core.hashing import content_hash
 from raydistill.core.records import Record
 from raydistill.results.records import device_hours, repeat_trial_remedy
 from raydistill.results.sweep_record import StopReason
@@ -308,8 +307,7 @@ def trial_key(run: Run) -> str:
     Settings at their default do not count, so a setting that a later release adds does not change existing keys.
     """
     settings = run.model_dump(mode="json", exclude={"name": True, **RUNTIME_ONLY_FIELDS}, exclude_defaults=True)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{run.method}-{run.student.shape.name}-{digest}"
+    return f"{run.method}-{run.student.shape.name}-{content_hash(settings, digits=8)}"
 
 
 def final_report(result: RunResult, cost: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ that was interrupted resumes with the missing parts.
 """
 
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -28,13 +27,8 @@ BATCH_TOKENS = 8192  # padded source tokens of a batch of the teacher
 PartVectors = dict[Path, dict[int, np.ndarray]]
 
 
-def build_cache(
-    layout: CacheLayout, teacher: PreTrainedModel, progress: Callable[[int, int], None] | None = None
-) -> None:
+def build_cache(layout: CacheLayout, teacher: PreTrainedModel) -> None:
     """Build the missing parts in this process.
-
-    Args:
-        progress: Called after each part with the number of finished parts and of all parts of this call.
 
     Raises:
         UserError: The arrays exceed the limit or the free disk space.
@@ -45,10 +39,8 @@ def build_cache(
         missing = layout.missing_parts()
         layout.prepare()
         with torch.inference_mode():
-            for num_finished, number in enumerate(missing, start=1):
+            for number in missing:
                 build_part(layout, teacher, number)
-                if progress:
-                    progress(num_finished, len(missing))
         layout.finish()
 
 

@@ -4,8 +4,6 @@ Encoder states are one array per set of sources. Decoder states are one array pe
 layers can be added later. All arrays are divided into the same parts of sources.
 """
 
-import hashlib
-import json
 import math
 import shutil
 from contextlib import AbstractContextManager
@@ -19,6 +17,7 @@ import torch
 from raydistill.core import artifact
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
+from raydistill.core.hashing import content_hash
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache import store
 
@@ -75,13 +74,13 @@ class CacheLayout:
     def encoder_store(self) -> Path:
         """The folder of the encoder states; its name is also the lock group of all stores of the layout."""
         layout = (store.FORMAT_VERSION, store.PART_TOKENS, store.WINDOW_ROWS)
-        key = _content_key(layout, self.teacher_key, self.source_examples.sources_key, asdict(self.dtypes))
+        key = content_hash([layout, self.teacher_key, self.source_examples.sources_key, asdict(self.dtypes)])
         return self.root / f"encoder-{key}"
 
     @cached_property
     def decoder_stores(self) -> list[Path]:
         """The folders of the decoder states, one per label set."""
-        keys = [_content_key(self.encoder_store.name, e.targets_key) for e, _ in self.label_sets]
+        keys = [content_hash([self.encoder_store.name, e.targets_key]) for e, _ in self.label_sets]
         return [self.root / f"decoder-{key}" for key in keys]
 
     @property
@@ -203,8 +202,3 @@ def check_disk_space(root: Path, needed_bytes: int) -> None:
             f"disk space (`raydistill cache` lists stores), set RAYDISTILL_HOME to a larger disk, or set "
             f"training.teacher_cache to auto or off"
         )
-
-
-def _content_key(*parts: object) -> str:
-    """16 hexadecimal digits of the sha256 of the parts as JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,27 +1,29 @@
 """Export a student as one folder that transformers, CTranslate2 and MLflow can load."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.presets import teacher_preset
-from raydistill.config.run import Run
 from raydistill.config.serving import CTranslate2Serving, ServingConfig, ServingRecord, ThroughputSetting
 from raydistill.core import artifact
 from raydistill.core.artifact import MANIFEST, Manifest
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import check_symlinks, read_json, write_atomic, write_json_atomic
+from raydistill.core.hashing import content_hash
 from raydistill.inference.ctranslate2_conversion import CTranslate2Unavailable, ensure_converted
 from raydistill.inference.ctranslate2_engine import describe_serving
 from raydistill.inference.decoding import EngineOptions
 from raydistill.inference.shortlist import MAP_FILE, restrict_map, stored_map
 from raydistill.models.fingerprints import settings_fingerprint, weights_fingerprint
-from raydistill.models.loading import load_config
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.models.tokenization import load_tokenizer, resolve_languages, resolve_max_tokens, tokens_by_id
+from raydistill.models.tokenization import (
+    load_tokenizer,
+    resolve_languages,
+    source_limit,
+    tokens_by_id,
+)
 from raydistill.results.records import repeat_trial_remedy
 from raydistill.results.selection import Selection
 from raydistill.tracking.checkpoints import download_checkpoint
@@ -104,7 +106,7 @@ def _content_key(config: ServingConfig, checkpoint: Path, vocabulary_map: Path |
         "shortlist": hashlib.sha256(vocabulary_map.read_bytes()).hexdigest() if vocabulary_map else None,
         "card": card,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content_hash(content)
 
 
 def _write_serving(
@@ -126,7 +128,7 @@ def _write_serving(
     )
     serving = ServingRecord(
         config=config,
-        max_source_tokens=_max_source_tokens(run, folder),
+        max_source_tokens=source_limit(str(run.teacher), run.dataset, folder),
         languages=languages,
         vocabulary_map=MAP_FILE if vocabulary_map else None,
         ctranslate2=_add_ctranslate2_model(folder, options),
@@ -134,11 +136,6 @@ def _write_serving(
     )
     decoding = {**(metadata.decoding or {}), "beams": config.beams, "length_penalty": config.length_penalty}
     metadata.model_copy(update={"serving": serving, "decoding": decoding}).write_to(folder)
-
-
-def _max_source_tokens(run: Run, folder: Path) -> int:
-    preset = teacher_preset(str(run.teacher), run.dataset.name)
-    return resolve_max_tokens("max_source_tokens", run.dataset, preset, load_config(folder))
 
 
 def _write_decoding(folder: Path, config: ServingConfig) -> None:

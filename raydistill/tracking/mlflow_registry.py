@@ -13,7 +13,7 @@ from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
-from raydistill.tracking.mlflow_runs import find_run, publish_lock, publish_locked, resolve_tracking_uri
+from raydistill.tracking.mlflow_runs import find_run, publish_lock, publish_locked
 from raydistill.tracking.mlflow_store import check_tracking, configure_mlflow, make_client, translate_mlflow_errors
 
 CARD_TAG = "raydistill.card"  # SHA-256 of the README.md among a version's files
@@ -37,9 +37,7 @@ class RegisteredVersion:
     uri: str
 
 
-def register_choice(
-    sweep: Path, student_key: str, budget_name: str, export_folder: Path, tracking_uri: str | None = None
-) -> RegisteredVersion:
+def register_choice(sweep: Path, student_key: str, budget_name: str, export_folder: Path) -> RegisteredVersion:
     """Register an exported student as a version of the model named after the sweep, with an alias for the budget.
 
     Repeating the call creates no new version, and choosing another student moves the alias. The sweep is published
@@ -50,7 +48,6 @@ def register_choice(
         student_key: Key of the student in the sweep's `Selection`.
         budget_name: The budget's name, from which the alias is made.
         export_folder: The exported student, whose files become the version's artifacts.
-        tracking_uri: The store; by default the sweep's own.
 
     Raises:
         UserError: The student has no checkpoint.
@@ -61,7 +58,7 @@ def register_choice(
         student = next((student for student in selection.students if student.key == student_key), None)
         if student is None or student.checkpoint is None:
             raise UserError(f"{sweep}: {student_key} has no finished checkpoint to register")
-        uri = resolve_tracking_uri(selection, tracking_uri)
+        uri = selection.record.tracking_uri
         run = _published_run(selection, student, uri)
         with translate_mlflow_errors(uri):
             client, name, alias = make_client(uri), selection.name, mlflow_alias(budget_name)
@@ -99,7 +96,7 @@ def _published_run(selection: Selection, student: Trial, uri: str) -> Any:
     with translate_mlflow_errors(uri):
         run = find_run(selection, key, uri)
     if run is None or run.data.tags.get("raydistill.done") != "1":
-        publish_locked(selection.sweep, uri, finished=selection.record.status == "finished")
+        publish_locked(selection.sweep, finished=selection.record.status == "finished")
         with translate_mlflow_errors(uri):
             run = find_run(selection, key, uri)
     return run

@@ -111,28 +111,27 @@ class Experiment:
                 return
 
 
-def publish(sweep: Path, tracking_uri: str | None = None, finished: bool = False) -> TrackedSweep:
-    """Bring MLflow and the sweep's report files up to date with the sweep's folder.
+def publish(sweep: Path, finished: bool = False) -> TrackedSweep:
+    """Bring the sweep's MLflow store and report files up to date with the sweep's folder.
 
     It is safe to repeat and to kill at any point. Checkpoints that another machine wrote are downloaded first.
 
     Args:
         sweep: The sweep's folder.
-        tracking_uri: The store; by default the sweep's own.
         finished: Whether the search is over, so that trials without a result count as killed.
 
     Raises:
         TrackingUnavailable: The store failed; publishing again later logs everything that is missing.
     """
     with publish_lock(sweep):
-        return publish_locked(sweep, tracking_uri, finished)
+        return publish_locked(sweep, finished)
 
 
-def publish_locked(sweep: Path, tracking_uri: str | None, finished: bool) -> TrackedSweep:
+def publish_locked(sweep: Path, finished: bool) -> TrackedSweep:
     """`publish` for a caller that holds `publish_lock`."""
     selection = load_selection(sweep)
     report_paths = refresh_report(selection)
-    uri = resolve_tracking_uri(selection, tracking_uri)
+    uri = selection.record.tracking_uri
     check_tracking(uri)
     with translate_mlflow_errors(uri):
         experiment = open_experiment(selection, uri)
@@ -175,11 +174,6 @@ def open_experiment(selection: Selection, uri: str) -> Experiment:
 def find_run(selection: Selection, key: str, uri: str) -> Any:
     """The run of a trial; None if it was not published yet."""
     return open_experiment(selection, uri).runs_by_trial().get(key)
-
-
-def resolve_tracking_uri(selection: Selection, tracking_uri: str | None) -> str:
-    """The requested store, else the sweep's own."""
-    return tracking_uri or selection.record.tracking_uri
 
 
 def flatten_params(data: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -12,7 +12,7 @@ from raydistill.search.early_stopping import peer_curves
 from raydistill.search.sweep_folder import sweep_lock
 from raydistill.tracking import mlflow_runs, mlflow_store
 from tests.factories.machines import files_under, write_file
-from tests.factories.sweeps import KILL_SPACE, make_space, make_sweep, make_trial
+from tests.factories.sweeps import KILL_SPACE, change_sweep, make_space, make_sweep, make_trial
 from tests.factories.workspace import command, last_json, make_world
 
 
@@ -44,15 +44,16 @@ def test_two_machines_publish_a_sweep_into_the_same_run(
     use(monkeypatch, homes["head"])
     with sweep_lock(make_space(), homes["head"]):
         make_sweep(homes["head"])
+        change_sweep(homes["head"], tracking_uri=uri)
         snapshots.save(make_trial(homes["head"], "k", 0, 10.0))
         if first == "head":
-            mlflow_runs.publish(homes["head"], uri)
+            mlflow_runs.publish(homes["head"])
         snapshots.save(homes["head"])
     use(monkeypatch, homes["other"])
     snapshots.pull_records(homes["other"])
-    mlflow_runs.publish(homes["other"], uri)
+    mlflow_runs.publish(homes["other"])
     use(monkeypatch, homes["head"])
-    mlflow_runs.publish(homes["head"], uri)
+    mlflow_runs.publish(homes["head"])
     assert len(parent_runs(uri)) == 1
 
 

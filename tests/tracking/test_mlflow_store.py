@@ -10,7 +10,7 @@ import pytest
 
 from raydistill.core.errors import UserError
 from raydistill.tracking import mlflow_runs, mlflow_store
-from tests.factories.sweeps import make_trial
+from tests.factories.sweeps import change_sweep, make_trial
 
 CREATE_UNTIL_THE_THIRD_TABLE = """
 import os, signal, sys
@@ -69,8 +69,9 @@ def test_a_server_that_does_not_answer_is_reported_after_a_short_timeout(sweep, 
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        change_sweep(sweep, tracking_uri=uri)
         with pytest.raises(mlflow_store.TrackingUnavailable, match="does not answer"):
-            mlflow_runs.publish(sweep, uri)
+            mlflow_runs.publish(sweep)
         assert (sweep / "front.png").exists()
         server.listen()  # accepts connections and never answers
         with pytest.raises(mlflow_store.TrackingUnavailable, match="does not answer"):
