@@ -10,8 +10,13 @@ from benchmarks.common import architecture_key
 
 def test_architecture_key_ignores_dropout_and_depends_on_sizes() -> None:
     assert architecture_key(BartConfig()) == architecture_key(BartConfig(dropout=0.3))
-    change: dict[str, Any]
-    for change in ({"decoder_layers": 2}, {"d_model": 16}, {"decoder_ffn_dim": 64}, {"vocab_size": 99}):
+    changes: list[dict[str, Any]] = [
+        {"decoder_layers": 2},
+        {"d_model": 16},
+        {"decoder_ffn_dim": 64},
+        {"vocab_size": 99},
+    ]
+    for change in changes:
         assert architecture_key(BartConfig()) != architecture_key(BartConfig(**change))
 
 

@@ -1,7 +1,9 @@
 """What is cached: the union of what runs read, what fits and is faster to read, and the limit of disk space."""
 
+import itertools
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,7 @@ from raydistill.config.run import Run
 from raydistill.core import machine
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
+from raydistill.teacher_cache import policy
 from raydistill.teacher_cache.layout import CacheLayout
 from raydistill.teacher_cache.policy import (
     EpochTimes,
@@ -63,12 +66,21 @@ def test_auto_caches_states_that_fit_and_are_faster_to_read(
         assert f"{epochs} epochs in total" in chosen_reason
 
 
-def test_measured_times_grow_with_the_corpus(teacher, tmp_path):
-    small, large = (measure_epoch_times(cache_layout(tmp_path, cache_examples(n)), teacher) for n in (9, 9 * 40))
-    assert all(value > 0 for value in (small.encoder, small.decoder, small.read_encoder, small.read_decoder))
+def test_measured_times_are_scaled_to_the_corpus(teacher, tmp_path, monkeypatch):
+    """The clock advances by half a second whenever it is read: a batch and the file of the disk take as long."""
+    ticks = itertools.count(0, 0.5)
+    monkeypatch.setattr(policy, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    layouts = [cache_layout(tmp_path, cache_examples(n)) for n in (9, 9 * 40)]
+    small, large = (measure_epoch_times(layout, teacher) for layout in layouts)
+    assert small.encoder >= 0.5
     assert large.encoder > 5 * small.encoder
-    assert large.read_encoder > 5 * small.read_encoder
-    assert measure_read_rate(tmp_path, cold_cache=True) > 1e6
+    assert large.decoder > 5 * small.decoder >= 2.5
+    rate = policy.PROBE_BYTES / 0.5
+    for layout, times in zip(layouts, (small, large), strict=True):
+        encoder_bytes = layout.array_sizes[layout.encoder_array]
+        assert times.read_encoder == encoder_bytes / rate
+        assert times.read_decoder == (sum(layout.array_sizes.values()) - encoder_bytes) / rate
+    assert measure_read_rate(tmp_path, cold_cache=True) == rate
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".probe")]
 
 
