@@ -34,6 +34,7 @@ from raydistill.cluster.sync import (
     LOCAL_SUFFIXES,
     Storage,
     in_parallel,
+    is_completion_marker,
     markers_last,
     synced_paths,
     transient_errors,
@@ -144,6 +145,8 @@ class StoredFolder:
         path = Path(self.snapshot_object(name))
         with corrupt_file_error(path, Snapshot.remedy):
             record = dict(json.loads(content))
+            if not NAME_PATTERN.fullmatch(name) or record["name"] != name:
+                raise ValueError("not a snapshot of this folder")
         return Snapshot.from_json(record, path)
 
     def snapshot_object(self, name: str) -> str:
@@ -181,7 +184,8 @@ class StoredFolder:
     def download(self, snapshot: Snapshot, *, records_only: bool = False) -> None:
         """Replace the local files by those of a snapshot; FileNotFoundError if an object was deleted.
 
-        With `records_only`, only records are downloaded, and no local file is deleted.
+        Completion markers that differ are deleted first and written last, so that a kill leaves no complete folder with
+        files of two snapshots. With `records_only`, only records are downloaded, and other local files are kept.
         """
         self.marker.unlink(missing_ok=True)
         local = self.scan()
@@ -189,13 +193,14 @@ class StoredFolder:
         with corrupt_file_error(self.path, "Delete this folder from the storage"):
             targets = {path: safe_join(self.path, path) for path in wanted}
         outdated = [path for path, file in wanted.items() if local.get(path) != file.version]
+        unwanted = [] if records_only else [path for path in local if path not in wanted]
+        removed = {*unwanted, *(path for path in outdated if is_completion_marker(path) and path in local)}
+        for path in sorted(removed, key=is_completion_marker, reverse=True):
+            _delete_file(self.path, path)
         markers_last(
             lambda path: self.storage.download(self.file_object(wanted[path]), targets[path], wanted[path].mtime_ns),
             outdated,
         )
-        if not records_only:
-            for path in local.keys() - wanted.keys():
-                _delete_file(self.path, path)
         self.write_marker(snapshot.model_copy(update={"records_only": records_only}))
 
     def write_marker(self, snapshot: Snapshot) -> None:
@@ -203,11 +208,19 @@ class StoredFolder:
         snapshot.write(self.marker)
 
     def save(self) -> None:
-        """Publish a snapshot of the local files, if they changed since the last snapshot of this machine."""
+        """Publish a snapshot of the local files, if they changed since the last snapshot of this machine.
+
+        Raises:
+            UserError: The local files changed, and only the records were downloaded.
+        """
         base, local = self.base(), self.scan()
         if base is not None and base.versions == local:
             return
-        assert base is None or not base.records_only, f"{self.path}: pull the folder before it is changed"
+        if base is not None and base.records_only:
+            raise UserError(
+                f"{self.path}: a file was changed here, but only the records of the folder were downloaded; delete the "
+                f"folder and run the same command again"
+            )
         with lock(self.state / "writer", LOCK_TIMEOUT_S):
             newest = self.read_newest()
             if newest.name and newest.versions == local:
@@ -296,6 +309,8 @@ class FolderWriter:
         try:
             size = self.folder.storage.upload(source, self.folder.file_object(file))
         except FileNotFoundError:
+            if source.exists():  # the error of a storage whose bucket or folder is missing
+                raise
             return None
         return path, file.model_copy(update={"size": size})
 

@@ -149,14 +149,13 @@ class Storage:
     def _write(self, source: BinaryIO, name: str) -> int:
         from pyarrow.fs import LocalFileSystem
 
-        target = written = f"{self.root}/{name}"
+        target = f"{self.root}/{name}"
         if isinstance(self.filesystem, LocalFileSystem):  # unlike an object, a local file is visible while it grows
-            written = f"{target}{TEMPORARY_SUFFIX}"
-            self.filesystem.create_dir(target.rpartition("/")[0])
-        with self.filesystem.open_output_stream(written) as stream:
-            shutil.copyfileobj(source, stream, 2**20)
-        if written != target:
-            self.filesystem.move(written, target)
+            with atomic_path(Path(target)) as temporary, temporary.open("wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+        else:
+            with self.filesystem.open_output_stream(target) as stream:
+                shutil.copyfileobj(source, stream, 2**20)
         return source.tell()
 
 
@@ -252,9 +251,14 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> li
         return list(pool.map(function, items))
 
 
+def is_completion_marker(name: str) -> bool:
+    """Whether the file of a name marks the other files of its folder as complete."""
+    return name.rpartition("/")[2] in COMPLETION_MARKERS
+
+
 def markers_last(transfer: Callable[[str], Any], names: Collection[str]) -> None:
     """Transfer files by name in parallel; completion markers follow when all other files have been transferred."""
-    markers = [name for name in names if name.rpartition("/")[2] in COMPLETION_MARKERS]
+    markers = [name for name in names if is_completion_marker(name)]
     in_parallel(transfer, [name for name in names if name not in markers])
     in_parallel(transfer, markers)
 

@@ -1,5 +1,6 @@
 """Folders with one writer at a time, as machines that share no folder see them through a storage."""
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -374,6 +375,111 @@ def test_readers_on_the_writers_machine_do_not_touch_its_files(use_machine: UseM
         assert (run / "metrics.jsonl").read_text() == "1, 2"
 
 
+def test_a_file_that_the_storage_cannot_take_is_not_left_out_of_a_snapshot(
+    use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A storage reports a missing bucket or folder as the system reports a missing file."""
+    run = write_file(use_machine("one") / "runs/r/result.json", "{}").parent
+    write_file(run / "best/model", "weights")
+    write = sync.Storage._write
+
+    def write_without_bucket(self: sync.Storage, source: Any, name: str) -> int:
+        if name.endswith("best/model"):
+            raise FileNotFoundError(2, "NO_SUCH_BUCKET")
+        return write(self, source, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sync.Storage, "_write", write_without_bucket)
+        with pytest.raises(TransientError, match="NO_SUCH_BUCKET"):
+            snapshots.save(run)
+    assert pulled(use_machine("two"), "runs/r") == {}
+    use_machine("one")
+    snapshots.save(run)
+    assert pulled(use_machine("two"), "runs/r") == {"result.json": "{}", "best/model": "weights"}
+
+
+def test_a_file_that_is_deleted_during_a_save_is_left_out(
+    use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_file(use_machine("one") / "runs/r/result.json", "{}").parent
+    write_file(run / "checkpoint-1/model", "weights")
+    scan = StoredFolder.scan
+
+    def scan_and_delete(self: StoredFolder) -> Any:
+        versions = scan(self)
+        (run / "checkpoint-1/model").unlink(missing_ok=True)
+        return versions
+
+    writer = claim(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredFolder, "scan", scan_and_delete)
+        writer.save()
+    assert pulled(use_machine("two"), "runs/r") == {"result.json": "{}"}
+
+
+@pytest.mark.parametrize(("step", "records_only"), [(0, False), (1, False), (2, False), (3, False), (1, True)])
+def test_a_download_killed_at_any_step_leaves_no_complete_folder_of_two_snapshots(
+    use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch, step: int, records_only: bool
+) -> None:
+    markers = {name: name.partition("/")[0] for name in ("best/manifest.json", "result.json")}
+    files = [*markers, "best/model", "metrics.jsonl"]
+    for name in files:
+        write_file(use_machine("one") / "runs/r" / name, "old")
+    snapshots.save(use_machine("one") / "runs/r")
+    local = use_machine("two") / "runs/r"
+    pull = snapshots.pull_records if records_only else snapshots.pull
+    pull(local)
+    for name in files:
+        write_file(use_machine("one") / "runs/r" / name, "newer")
+    snapshots.save(use_machine("one") / "runs/r")
+    use_machine("two")
+    download, num_downloads = sync.Storage.download, 0
+
+    def download_or_die(*args: Any) -> None:
+        nonlocal num_downloads
+        num_downloads += 1
+        if num_downloads > step:
+            raise Killed
+        download(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sync, "MAX_TRANSFERS", 1)
+        patch.setattr(sync.Storage, "download", download_or_die)
+        with pytest.raises(Killed):
+            pull(local)
+    texts = files_under(local)
+    for marker, part in markers.items():
+        if marker in texts:
+            assert {texts[name] for name in texts if part == "result.json" or name.startswith(part)} == {texts[marker]}
+    pull(local)
+    expected = ["metrics.jsonl", "result.json"] if records_only else files
+    assert files_under(local) == dict.fromkeys(expected, "newer")
+
+
+def test_a_killed_download_leaves_no_completion_marker_that_the_snapshot_lacks(
+    use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run was deleted and started again on another machine."""
+    run = write_file(use_machine("one") / "runs/r/result.json", "old").parent
+    write_file(run / "metrics.jsonl", "old")
+    snapshots.save(run)
+    assert pulled(use_machine("two"), "runs/r")
+    use_machine("one")
+    (run / "result.json").unlink()
+    write_file(run / "metrics.jsonl", "newer")
+    snapshots.save(run)
+    local = use_machine("two") / "runs/r"
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sync.Storage, "download", die)
+        with pytest.raises(Killed):
+            snapshots.pull(local)
+    assert files_under(local) == {"metrics.jsonl": "old"}
+
+
 def test_a_folder_of_which_only_records_are_here_cannot_be_saved(use_machine: UseMachine) -> None:
     run = write_file(use_machine("one") / "runs/r/result.json", "{}").parent
     write_file(run / "best/model", "weights")
@@ -381,7 +487,7 @@ def test_a_folder_of_which_only_records_are_here_cannot_be_saved(use_machine: Us
     copy = use_machine("two") / "runs/r"
     snapshots.pull_records(copy)
     write_file(copy / "served.json", "{}")
-    with pytest.raises(AssertionError):
+    with pytest.raises(UserError, match=f"{copy}: .*delete the folder"):
         snapshots.save(copy)
 
 
@@ -394,6 +500,23 @@ def test_a_damaged_snapshot_is_an_error_that_names_the_object(use_machine: UseMa
         folder.storage.write(content, name)
         with pytest.raises(UserError, match=f"{name}: .*Delete this object from the storage"):
             snapshots.pull(use_machine("two") / "runs/r")
+
+
+@pytest.mark.parametrize("name", ["copy", "99999999-00000000-00000000"])
+@pytest.mark.parametrize("content_name", ["copy", "00000001-00000000-00000000"])
+def test_a_foreign_object_between_the_snapshots_is_an_error_that_names_the_object(
+    use_machine: UseMachine, name: str, content_name: str
+) -> None:
+    run = write_file(use_machine("one") / "runs/r/state.json", "1").parent
+    snapshots.save(run)
+    folder = stored_folder(run)
+    content = json.dumps(snapshots.Snapshot(name=content_name).to_json())
+    folder.storage.write(content.encode(), folder.snapshot_object(name))
+    write_file(run / "state.json", "2")
+    for call in (snapshots.save, snapshots.pull):
+        use_machine("one" if call is snapshots.save else "two")
+        with pytest.raises(UserError, match=f"{folder.snapshot_object(name)}: .*Delete this object from the storage"):
+            call(Path(os.environ["RAYDISTILL_HOME"]) / "runs/r")
 
 
 def test_a_snapshot_with_a_file_outside_of_its_folder_is_refused(use_machine: UseMachine) -> None:

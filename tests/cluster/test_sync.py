@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pyarrow.fs import S3FileSystem
 
 from raydistill.cluster import snapshots, sync
 from raydistill.core.errors import TransientError, UserError
+from tests.factories.kills import record_syncs_and_renames
 from tests.factories.machines import files_under, write_file
 
 UseMachine = Callable[[str], Path]
@@ -66,6 +68,31 @@ def test_unreachable_storage_raises_a_transient_error(
     monkeypatch.setattr(sync, "open_storage", lambda: sync.Storage(filesystem, "shared/x", tmp_path))
     with pytest.raises(TransientError, match="Nothing is lost: run the same command again"):
         call(folder)
+
+
+def test_two_writers_of_one_object_in_a_folder_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second writer replaces the object while the first one is in the middle, and nobody reads a mix."""
+    (tmp_path / "storage").mkdir()
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(sync.STORAGE_ENV, f"file://{tmp_path / 'storage'}")
+    storage = sync.open_storage()
+    assert storage is not None
+
+    class Interrupted(BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() == 0:
+                storage.write(b"second, longer", "out/batch-1")
+            return super().read(size)
+
+    events = record_syncs_and_renames(monkeypatch)
+    assert storage._write(Interrupted(b"first"), "out/batch-1") == 5
+    assert storage.read("out/batch-1") == b"first"
+    assert [path.name for path in (tmp_path / "storage/out").iterdir()] == ["batch-1"]
+    synced = [path for kind, path in events if kind == "fsync"]
+    assert sum("batch-1" in path for path in synced) == 2, "both contents are on disk before they get their name"
+    assert synced.count(str(tmp_path / "storage/out")) == 2
 
 
 def test_delete_removes_a_folder_from_the_storage(use_machine: UseMachine) -> None:

@@ -73,21 +73,21 @@ def test_a_reader_at_any_step_of_a_build_sees_the_old_or_the_new_artifact_and_do
     folder = tmp_path / "x"
     if old:
         make(folder, old)
-    seen = tmp_path / "seen"
-    seen.touch()
+    log = tmp_path / "log"
+    log.touch()
 
     def read():
-        with seen.open("a") as file:
+        with log.open("a") as file:
             file.write(f"{content(folder)}\n")
 
     num_steps = count_calls_before_changes(lambda: make(folder, "new"), read, folder)
-    texts = seen.read_text().split()
+    texts = log.read_text().split()
     assert num_steps == len(texts) == BUILD_STEPS[old]
     switch = texts.index("new")
     assert set(texts[:switch]) == {str(old)}
     assert set(texts[switch:]) == {"new"}
     assert content(folder) == "new"
-    assert leftovers(folder) == ["seen"]
+    assert leftovers(folder) == ["log"]
 
 
 @pytest.mark.parametrize("old", ["old", None])
