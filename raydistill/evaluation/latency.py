@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -31,6 +30,7 @@ TIMING_LIMIT_ENV = "RAYDISTILL_TIMING_SECONDS"
 MAX_REPEATS = 1000
 # CPU cores that other processes may keep busy during a measurement. Background services need less, a training run more.
 MAX_BACKGROUND_CORES = 0.5
+LOCK_TIMEOUT_S = 60.0  # a process holds the lock of the table while it replaces the file
 
 Hardware = dict[str, str | int]
 
@@ -238,11 +238,12 @@ def record(table: Path, measurement: dict[str, Any], timing: Timing) -> None:
     Several processes may store timings at the same time; the file is replaced as a whole.
 
     Raises:
+        LockHeld: The lock of the table was not acquired within `LOCK_TIMEOUT_S`.
         UserError: The table is damaged or was written by another version of raydistill.
     """
     now = datetime.now(UTC).replace(microsecond=0)
     row = LatencyRow(timing=timing, host=platform.node(), measured_at=now, measurement=measurement)
-    with artifact.lock(table, math.inf):
+    with artifact.lock(table, LOCK_TIMEOUT_S):
         LatencyTable(timings={**_read_table(table).timings, entry_name(measurement): row}).write(table)
 
 

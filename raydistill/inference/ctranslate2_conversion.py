@@ -6,7 +6,6 @@ covers the weights, the configuration, the tokenizer and the versions of both li
 
 import copy
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
+from raydistill.core.files import corrupt_file_error, read_json
 from raydistill.inference.decoding import LogFunction, random_token_rows, tokenize_and_clamp, torch_threads
 from raydistill.models import conversions, fingerprints, loading, tokenization
 from raydistill.models.hub import resolve_checkpoint
@@ -173,8 +173,14 @@ def _teacher_forced_logprobs(
 
 
 def target_prefix(folder: Path, tokens: list[str], config: Any) -> list[str]:
-    """Return the prefix of every output of the converted model in `folder`; see `ConvertedModel`."""
-    has_no_start = json.loads((folder / "config.json").read_text())["decoder_start_token"] is None
+    """Return the prefix of every output of the converted model in `folder`; see `ConvertedModel`.
+
+    Raises:
+        UserError: The converted model's config.json is missing or damaged.
+    """
+    path = folder / "config.json"
+    with corrupt_file_error(path):
+        has_no_start = read_json(path)["decoder_start_token"] is None
     return [tokens[config.decoder_start_token_id]] if has_no_start else []
 
 

@@ -238,7 +238,7 @@ def open_ctranslate2_engine(
         if options.device != "cpu":  # cuBLAS is loaded by the first call, which fails if it is missing
             engine.make_benchmark_call(Workload(source_tokens=2, output_tokens=1, batch=1, beams=1), ["a text"])()
         if calibration is not None:
-            logprob_diff = _calibration_logprob_diff(engine, checkpoint, options, calibration)
+            logprob_diff = _calibration_logprob_diff(engine, checkpoint, options, calibration, log)
     except RuntimeError as error:  # a missing library, or not enough GPU memory
         remedy = "; install it with `pip install nvidia-cublas-cu12`" if "libcublas" in str(error) else ""
         raise CTranslate2Unavailable(f"CTranslate2 failed on {options.device}: {error}{remedy}") from None
@@ -284,7 +284,11 @@ def _check_available(options: EngineOptions) -> None:
 
 
 def _calibration_logprob_diff(
-    engine: CTranslate2Engine, checkpoint: str | Path, options: EngineOptions, calibration: CalibrationRows
+    engine: CTranslate2Engine,
+    checkpoint: str | Path,
+    options: EngineOptions,
+    calibration: CalibrationRows,
+    log: LogFunction | None,
 ) -> float:
     """Return `max_logprob_diff` on the engine's outputs for the calibration rows; cached in the conversion's folder."""
     key = {
@@ -295,7 +299,7 @@ def _calibration_logprob_diff(
         "shortlist": engine.shortlist.key if engine.shortlist else None,
     }
     path = engine.folder / f"rows-{content_hash(key)}.json"
-    with artifact.lock(engine.folder, math.inf):
+    with artifact.lock(engine.folder, math.inf, log):
         record = CalibrationRecord.read_if_present(path)
         if record is None:
             logprob_diff = _measure_logprob_diff(engine, checkpoint, options, calibration)

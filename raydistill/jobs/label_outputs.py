@@ -1,6 +1,5 @@
 """Output files of a pseudo-label job, one per planned batch, and the label set that is merged from them."""
 
-import math
 import platform
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelDescription, PseudolabelManifest
 
+LOCK_TIMEOUT_S = 600.0  # a process holds the lock for one download and one upload of a small file
+
 
 class EngineRecord(Record):
     """The engine of all batches of a label set, and why CTranslate2 was not used ("" if it was)."""
@@ -31,9 +32,10 @@ def check_same_engine(work_dir: Path, engine: EngineRecord) -> None:
 
     Raises:
         UserError: The batches so far were written by another engine.
+        LockHeld: The lock of the record was not acquired within `LOCK_TIMEOUT_S`.
     """
     path = engine_path(work_dir)
-    with artifact.lock(path, math.inf):
+    with artifact.lock(path, LOCK_TIMEOUT_S):
         sync.pull(path)
         recorded = EngineRecord.read_if_present(path)
         if recorded is None:

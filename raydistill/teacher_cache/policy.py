@@ -1,6 +1,7 @@
 """What to cache of a teacher: the states that runs read, and whether a cache is faster than recomputing them."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,19 +168,16 @@ def _time_teacher(layout: CacheLayout, teacher: PreTrainedModel) -> tuple[float,
 def measure_read_rate(root: Path, cold_cache: bool) -> float:
     """Bytes per second for reading a file under `root`; `cold_cache`: after dropping the file from the page cache."""
     root.mkdir(parents=True, exist_ok=True)
-    path = root / f".probe-{os.getpid()}"
-    try:
-        with path.open("wb") as file:
-            file.write(os.urandom(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-            if cold_cache:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with tempfile.TemporaryFile(dir=root) as file:
+        file.write(os.urandom(PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        if cold_cache:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
         started = time.perf_counter()
-        num_bytes = len(path.read_bytes())
+        num_bytes = len(file.read())
         return num_bytes / (time.perf_counter() - started)
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _bytes_by_kind(layout: CacheLayout) -> tuple[int, int]:

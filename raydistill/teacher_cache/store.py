@@ -16,7 +16,6 @@ from pydantic import ConfigDict, field_validator
 
 from raydistill.core import artifact
 from raydistill.core.artifact import MANIFEST, LockHeld, Manifest
-from raydistill.core.errors import UserError
 from raydistill.core.files import TEMPORARY_SUFFIX, write_atomic
 from raydistill.core.records import Record
 
@@ -187,10 +186,10 @@ def remove(info: StoreInfo) -> None:
     """Delete a store.
 
     Raises:
-        UserError: The store is being built.
+        LockHeld: The store is being built.
     """
     try:
         with artifact.lock(info.folder.with_name(info.record.lock_group)):
             artifact.remove(info.folder)
     except LockHeld as error:
-        raise UserError(f"{info.folder}: is being built: {error}") from None
+        raise LockHeld(f"{info.folder}: is being built: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raydistill.core import artifact
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path
 from raydistill.core.paths import raydistill_home
@@ -137,7 +138,7 @@ def _create_sqlite_store(path: Path) -> None:
     """
     if path.is_file() and path.stat().st_size:
         return
-    with artifact.lock(path, math.inf):
+    with artifact.lock(path, math.inf, print_progress):
         if path.is_file() and path.stat().st_size:
             return
         for leftover in path.parent.glob(f".{path.name}.*.tmp*"):  # from a killed process; includes SQLite's journal

@@ -6,6 +6,7 @@ FOLDER/student.json             layers and units that the student copies, where 
 FOLDER/metrics.jsonl            the metrics of every validation
 FOLDER/checkpoint-STEP/         the best checkpoint while the run is training; best/ afterwards
 FOLDER/state/                   the saved state (state.py); removed when the run is finished
+FOLDER/.engine/                 the converted checkpoint during a validation
 FOLDER/rows.npz                 per-row statistics of the scores
 FOLDER/result.json              the result, written last: the run is finished
 
@@ -32,6 +33,8 @@ from raydistill.training.records import (
     write_run,
 )
 from raydistill.training.state import STATE_FOLDER
+
+CONVERSION_FOLDER = ".engine"
 
 
 def check_same_config(folder: Path, run: Run) -> None:
@@ -77,8 +80,10 @@ def delete_working_files(folder: Path, result: RunResult) -> None:
     delete_checkpoints(folder)
     if not result.scored:
         artifact.remove(folder / "best")
+    shutil.rmtree(folder / CONVERSION_FOLDER, ignore_errors=True)
     for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def delete_checkpoints(folder: Path, keep_step: int | None = None) -> None:

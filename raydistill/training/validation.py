@@ -22,6 +22,7 @@ from raydistill.models import families, tokenization
 from raydistill.models.saving import save_checkpoint
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.training.losses import OutputTargets, output_loss
+from raydistill.training.run_folder import CONVERSION_FOLDER
 from raydistill.training.student import StudentSetup, set_generation_config
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split
 from raydistill.training.workers import Worker
@@ -133,7 +134,7 @@ class Validator:
         splits = [split for split in splits if split in self.data.corpora]
         if self.metric == VALIDATION_LOSS or not splits:
             return {}
-        conversion_folder = folder.parent / ".engine"
+        conversion_folder = folder.parent / CONVERSION_FOLDER
         options = EngineOptions(
             device=self.device,
             threads=self.run.training.threads,

@@ -79,11 +79,12 @@ def test_two_writers_of_one_object_in_a_folder_do_not_share_a_temporary_file(
     monkeypatch.setenv(sync.STORAGE_ENV, f"file://{tmp_path / 'storage'}")
     storage = sync.open_storage()
     assert storage is not None
+    write = storage.write
 
     class Interrupted(BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
             if self.tell() == 0:
-                storage.write(b"second, longer", "out/batch-1")
+                write(b"second, longer", "out/batch-1")
             return super().read(size)
 
     events = record_syncs_and_renames(monkeypatch)

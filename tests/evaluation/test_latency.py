@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from raydistill.cluster.start import FORWARDED_ENV
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.machine import reset_peak_rss, rss_mb
 from raydistill.evaluation import latency
@@ -218,6 +219,13 @@ def test_timing_is_noisy_above_the_limit_of_background_load():
 def _record_many(table: Path, worker: int) -> None:
     for i in range(20):
         latency.record(table, measurement(beams=worker, batch=i), Timing(worker, worker, worker, i))
+
+
+def test_a_lock_of_the_table_that_is_not_released_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "LOCK_TIMEOUT_S", 0.1)
+    table = tmp_path / "latency.json"
+    with artifact.lock(table), pytest.raises(artifact.LockHeld, match=r"latency\.json: in use by process"):
+        latency.record(table, measurement(), Timing(1, 1, 1, 1))
 
 
 def test_concurrent_processes_record_all_timings(tmp_path):

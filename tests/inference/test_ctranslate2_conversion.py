@@ -102,6 +102,14 @@ def test_temporary_failures_are_not_cached(tmp_path, monkeypatch):
     assert ctranslate2_conversion.ensure_converted(folder, tokenizer, cache, 1, None).is_dir()
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_foreign_config_of_a_converted_model_is_an_error_that_names_the_file(content, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}: damaged: "):
+        ctranslate2_conversion.target_prefix(tmp_path, ["a"], None)
+
+
 def test_truncated_conversion_is_replaced(tmp_path):
     folder, cache = save_tiny("bart", tmp_path / "m"), tmp_path / "cache"
     engine = open_engine(folder, options=EngineOptions(cache_dir=cache, allow_fallback=False))

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.inference import ctranslate2_conversion, ctranslate2_engine
 from raydistill.inference.ctranslate2_engine import CTranslate2Engine
@@ -101,6 +104,24 @@ def test_stored_calibration_result_is_used_and_a_damaged_one_is_an_error(content
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         open_engine(folder, options=options, calibration=calibration)
+
+
+def test_a_process_that_waits_for_a_validation_on_calibration_rows_says_so(tiny):
+    options = EngineOptions(cache_dir=tiny["cache"])
+    engine = open_engine(tiny["bart"], options=options)
+    messages, waiting = [], threading.Event()
+
+    def log(message):
+        messages.append(message)
+        waiting.set()
+
+    calibration = CalibrationRows(tuple(TEXTS[:1]), GREEDY, 49)
+    with ThreadPoolExecutor(1) as pool:
+        with artifact.lock(engine.folder):
+            opened = pool.submit(open_engine, tiny["bart"], options=options, calibration=calibration, log=log)
+            assert waiting.wait(60)
+        assert opened.result().name == "ctranslate2"
+    assert messages[0].startswith(f"{engine.folder}: in use by process")
 
 
 @pytest.mark.skipif(not has_avx512(), reason="without AVX512, int8 products of this random model saturate")

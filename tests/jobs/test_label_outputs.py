@@ -2,7 +2,10 @@
 
 import pytest
 
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import UserError
+from raydistill.jobs import label_outputs
 from raydistill.jobs.label_outputs import EngineRecord, check_same_engine, engine_path, is_batch_complete
 
 
@@ -17,6 +20,12 @@ def test_io_error_deletes_no_batch(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not is_batch_complete(path)
     assert not path.exists()
+
+
+def test_a_lock_of_the_engine_that_is_not_released_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_outputs, "LOCK_TIMEOUT_S", 0.1)
+    with artifact.lock(engine_path(tmp_path)), pytest.raises(LockHeld, match=r"engine\.json: in use by process"):
+        check_same_engine(tmp_path, EngineRecord(engine="ctranslate2 fp32", fallback_reason=""))
 
 
 def test_outputs_of_two_engines_are_not_mixed(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.teacher_cache import store
@@ -77,7 +78,7 @@ def test_store_that_is_being_built_is_not_removed(teacher, tmp_path):
     layout = cache_layout(tmp_path, cache_examples())
     build_cache(layout, teacher)
     for info in store.list_stores(tmp_path):
-        with layout.lock(), pytest.raises(UserError, match=f"{info.folder}: is being built"):
+        with layout.lock(), pytest.raises(LockHeld, match=f"{info.folder}: is being built"):
             store.remove(info)
     assert not layout.is_incomplete()
 

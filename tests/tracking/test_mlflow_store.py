@@ -4,10 +4,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.tracking import mlflow_runs, mlflow_store
 from tests.factories.sweeps import change_sweep, make_trial
@@ -42,6 +45,22 @@ def test_local_store_can_be_created_after_a_kill_during_creation(tmp_path):
     experiment_id = mlflow_store.get_or_create_experiment(client, "mine", f"sqlite:///{file}")
     assert client.get_experiment(experiment_id).name == "mine"
     assert not list(tmp_path.glob(".*.tmp*"))
+
+
+def test_a_process_that_waits_for_the_creation_of_a_local_store_says_so(tmp_path, capsys):
+    file = tmp_path / "mlflow.db"
+    with ThreadPoolExecutor(1) as pool:
+        with artifact.lock(file):
+            waiting = pool.submit(mlflow_store._create_sqlite_store, file)
+            message = ""
+            while "in use by process" not in message:
+                assert not waiting.done()
+                message += capsys.readouterr().err
+                time.sleep(0.01)
+            file.write_text("created by the owner of the lock")
+        waiting.result()
+    assert "; waiting" in message
+    assert file.read_text() == "created by the owner of the lock"
 
 
 def test_local_store_that_cannot_be_created_is_reported(tmp_path):

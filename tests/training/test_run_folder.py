@@ -19,6 +19,7 @@ from raydistill.models.tokenization import load_tokenizer
 from raydistill.training import run as training_run
 from raydistill.training import run_folder
 from raydistill.training.inputs import RunInputs
+from raydistill.training.records import RunResult
 from raydistill.training.run import train
 from raydistill.training.tokenized_data import input_fingerprints
 from tests.factories.models import save_tiny
@@ -95,6 +96,17 @@ def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
     threading.Timer(0.5, other_process.kill).start()
     assert train(make_run(workspace), folder, no_report).status == "done"
     assert other_process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_the_end_of_a_run_deletes_temporary_files_and_the_folder_of_a_conversion_that_was_killed(status, tmp_path):
+    for name in (".engine/.abc.0123abcd.tmp/model.bin", ".engine/abc/model.bin", ".rows.npz.0123abcd.tmp", "rows.npz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "best" / ".x.0123abcd.tmp").mkdir(parents=True)
+    run_folder.delete_working_files(tmp_path, RunResult.model_construct(status=status))
+    kept = ["best", ".x.0123abcd.tmp"] if status == "done" else []
+    assert {path.name for path in tmp_path.rglob("*")} == {*kept, "rows.npz"}
 
 
 def test_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
