@@ -229,7 +229,7 @@ class StoredFolder:
                 FolderWriter(self).save()
 
     def read_newest(self, other_than: str = "-") -> Snapshot:
-        """The newest snapshot whose name does not start with `other_than`."""
+        """The newest snapshot whose name does not start with `other_than`; default: a prefix that no name has."""
         for _ in range(MAX_ATTEMPTS):
             with suppress(FileNotFoundError):  # its writer has published a newer one
                 return self.read([name for name in self.snapshot_names() if not name.startswith(other_than)][-1])
@@ -319,7 +319,7 @@ class FolderWriter:
         return f"{self.prefix}-{self.sequence:08d}"
 
     def _publish(self, files: dict[str, StoredFile]) -> Snapshot:
-        """Write a snapshot, and delete the last but two with the objects that only that snapshot uses."""
+        """Write a snapshot, and delete the third newest snapshot with the objects that only that snapshot uses."""
         folder = self.folder
         snapshot = Snapshot(name=self._next_name, files=files)
         self.sequence += 1
@@ -384,7 +384,7 @@ def writer(path: Path) -> Iterator[None]:
 
 
 def save(*paths: Path) -> None:
-    """Publish a snapshot of each folder or file that changed; one that is not held by `writer` is claimed first.
+    """Publish a snapshot of each folder or file that changed. A folder that no `writer` holds is claimed first.
 
     Raises:
         TransientError: Another worker has claimed a folder that `writer` holds, or the storage does not answer.
@@ -395,10 +395,10 @@ def save(*paths: Path) -> None:
 
 
 def pull(*paths: Path) -> None:
-    """Download the newest snapshot of each folder or file; local files that it does not have are deleted.
+    """Download the newest snapshot of each folder or file; local files that the snapshot lacks are deleted.
 
-    Nothing happens if the local files come from that snapshot, also if they changed since, and if a process of this
-    machine is writing the folder.
+    Nothing happens if the local files come from the newest snapshot, even if they changed since, or if a process of
+    this machine is writing the folder.
 
     Raises:
         TransientError: The storage does not answer.

@@ -179,7 +179,7 @@ def test_a_save_that_began_before_a_claim_is_ignored(use_machine: UseMachine, mo
 def test_a_save_during_which_another_worker_claims_the_folder_fails(
     use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the worker would end in the belief that its last save counts."""
+    """Otherwise the worker would end because it believes that its last save counts."""
     run = write_file(use_machine("one") / "runs/r/state.json", "100").parent
     cut_off = claim(run)
     cut_off.save()
