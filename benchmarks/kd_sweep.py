@@ -40,7 +40,7 @@ from raydistill.models.teacher import open_teacher
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.training import optimizer_step
 from raydistill.training.inputs import RunInputs
-from raydistill.training.records import RunResult
+from raydistill.training.records import RUN_FILE, RunResult, read_run
 from raydistill.training.run import train
 from raydistill.training.student import make_student
 from raydistill.training.tokenized_data import load_tokenized_data, make_examples
@@ -143,7 +143,7 @@ def seconds_between(lines: list[tuple[float, str]], first: str, then: str) -> fl
 
 def read_trial_name(folder: Path) -> str:
     """`trial_name` of the trial in a folder."""
-    return trial_name(Run.model_validate_json((folder / "run.json").read_text()))
+    return trial_name(read_run(folder / RUN_FILE))
 
 
 def trial_name(run: Run) -> str:

@@ -98,7 +98,7 @@ def record_trial(
     `teacher_repetition` is the repetition in the teacher's outputs, with which a student's is compared.
     """
     history = trial.history()
-    seconds = tuple(3600 * line["device_hours"] for line in history)
+    seconds = tuple(3600 * line.device_hours for line in history)
     scoring_seconds = 3600 * trial.metrics["device_hours"] - (seconds[-1] if seconds else 0.0)
     rows = {
         split: len(values) for split in ("validation", "test") if (values := trial.row_statistics(split)) is not None
@@ -112,7 +112,7 @@ def record_trial(
         validation_scoring_seconds=scoring_seconds * validation_share,
         score=trial.score(metric) if trial.scored else None,
         latency_ms=latency_ms,
-        collapsed=tuple(bool(collapse_reason(line.get("repetition", 0.0), teacher_repetition)) for line in history),
+        collapsed=tuple(bool(collapse_reason(line.repetition or 0.0, teacher_repetition)) for line in history),
         warmup=warmup_share(trial),
     )
 

@@ -16,7 +16,7 @@ from raydistill.inference.decoding import BeamSearchParams, EngineOptions, Hypot
 from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN
 from raydistill.training.inputs import RunInputs
 from raydistill.training.loop import ReportFn
-from raydistill.training.records import RESULT_FILE, RunResult
+from raydistill.training.records import RESULT_FILE, RunResult, write_history
 from raydistill.training.run_folder import check_same_config
 from raydistill.training.workers import Worker
 
@@ -87,7 +87,7 @@ def simulated_run(
             history.append(
                 {"step": round(steps * progress), "total_steps": steps, "score": score, "device_hours": hours}
             )
-            write_atomic(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+            write_history(folder, history)
             if report(history[-1], folder):
                 break
         sleep = [os.getpid(), start, time.time(), seconds_per_step * history[-1]["step"]]

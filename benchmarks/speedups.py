@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+from benchmarks import latency_table
 from benchmarks.common import BenchmarkResult, architecture_key, describe_machine, device_suffix
 from benchmarks.random_models import large_config
 from raydistill.config.run import Student
@@ -73,7 +74,7 @@ def time_size(
     layers = plan_layers(families.num_layers(teacher.config), Student(size=size))
     source_tokens, output_tokens = case_lengths(case)
     workload = Workload(source_tokens=source_tokens, output_tokens=output_tokens, batch=options.batch, beams=case.beams)
-    key = latency.measurement_key(
+    key = latency_table.measurement_key(
         latency.hardware(options.device, options.threads),
         architecture_key(families.with_num_layers(teacher.config, *layers.size)),
         options.engine,
@@ -81,7 +82,7 @@ def time_size(
         workload,
     )
     table = raydistill_home() / "speedups.json"
-    if recorded := latency.lookup(table, key):
+    if recorded := latency_table.lookup(table, key):
         return recorded
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -98,7 +99,7 @@ def time_size(
             ),
         )
         timing = latency.measure(engine, workload, latency.Repetition(options.repeats, min_seconds=0.0))
-    latency.record(table, key, timing)
+    latency_table.record(table, key, timing)
     return timing
 
 

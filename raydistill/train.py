@@ -1,7 +1,6 @@
 """`raydistill train`: trains a student or a teacher, launched by Ray Train."""
 
 import contextlib
-import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
-    from raydistill.training.records import RunResult
+    from raydistill.training.records import RunResult, Validation
 
 app = make_app()
 DEMO_RUN = Path(__file__).parent / "data" / "demo_teacher.yaml"
@@ -121,9 +120,9 @@ class MetricsFollower:
     """Context manager that prints each new validation of the run in `folder` as one line."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.folder = folder
         self.closed = threading.Event()
-        self.num_reported = len(self._read_lines())
+        self.num_reported = len(self._read_history())
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -133,28 +132,33 @@ class MetricsFollower:
         self.closed.set()
         self.thread.join()
 
-    def _read_lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+    def _read_history(self) -> "list[Validation]":
+        from raydistill.training.records import read_history
+
+        return read_history(self.folder)
 
     def _follow(self) -> None:
         while True:
             is_last = self.closed.wait(1.0)
-            with contextlib.suppress(UserError):  # the storage is unavailable; the next iteration tries again
-                snapshots.pull_records(self.path.parent)
-            lines = self._read_lines()
-            for line in lines[self.num_reported :]:
-                print_progress(_describe_validation(json.loads(line)))
-            self.num_reported = len(lines)
+            # The storage or the disk is unavailable, or a line is damaged: the next iteration tries again
+            with contextlib.suppress(UserError, OSError):
+                snapshots.pull_records(self.folder)
+            with contextlib.suppress(UserError, OSError):
+                history = self._read_history()
+                for validation in history[self.num_reported :]:
+                    print_progress(_describe_validation(validation))
+                self.num_reported = len(history)
             if is_last:
                 return
 
 
-def _describe_validation(metrics: dict[str, Any]) -> str:
-    scores = ", ".join(f"{name} {metrics[name]:.2f}" for name in ("rouge2", "bleu") if name in metrics)
-    return (
-        f"  step {metrics['step']:>6}, epoch {metrics['epoch']:.2f}, {metrics['time_s']:.0f} s: "
-        f"loss {metrics['loss']:.3f}, validation loss {metrics['val_loss']:.3f}, {scores}"
-    )
+def _describe_validation(validation: "Validation") -> str:
+    numbers = validation.numbers
+    losses = {"loss": numbers.get("loss"), "validation loss": validation.val_loss}
+    parts = [f"{name} {value:.3f}" for name, value in losses.items() if value is not None]
+    parts += [f"{name} {numbers[name]:.2f}" for name in ("rouge2", "bleu") if name in numbers]
+    progress = f"step {validation.step:>6}, epoch {validation.epoch:.2f}, {validation.time_s:.0f} s"
+    return f"  {progress}: {', '.join(parts)}"
 
 
 def main() -> None:

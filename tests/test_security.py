@@ -11,7 +11,7 @@ import torch
 
 from raydistill.cluster.start import FORWARDED_ENV
 from raydistill.core.errors import UserError
-from raydistill.core.files import read_json, write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, read_json, write_json_atomic
 from raydistill.core.secrets import redact
 from raydistill.models import loading, tokenization
 from raydistill.models.hub import weight_files
@@ -174,7 +174,8 @@ def test_mlflow_receives_no_secret_and_no_external_file(sweep, monkeypatch, tmp_
     monkeypatch.setenv("HF_TOKEN", "show-nobody")
     folder = make_trial(sweep, "a", 0, 10.0)
     secrets = {"name": "show-nobody", "dataset": {"name": "d", "languages": ["show-nobody", "de"]}}
-    write_json_atomic(folder / "run.json", {"teacher": "http://me:hunter22@host/t", **secrets})
+    secrets["teacher"] = "http://me:hunter22@host/t"
+    write_json_atomic(folder / "run.json", {"schema": SCHEMA_VERSION, **secrets})
     change_result(folder, reason="401: show-nobody")
     mlflow_runs.publish(sweep)
     run = runs_of(sweep)["a"]

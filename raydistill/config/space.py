@@ -40,6 +40,9 @@ SHAPE_KEYS = ("student.size", "student.encoder_ffn", "student.decoder_ffn", "stu
 RESOURCE_KEYS = ("training.workers", "training.threads", "training.gpus", "training.launcher")
 
 
+SearchCost = Literal["latency_ms", "latency_ms_b1", "params_m", "device_hours"]
+
+
 class Search(StrictModel):
     """How trials are proposed, scheduled and stopped."""
 
@@ -51,9 +54,7 @@ class Search(StrictModel):
     concurrent: int | None = Field(
         None, ge=1, description="maximum number of concurrent trials; default: as many as fit on the cluster"
     )
-    cost: Literal["latency_ms", "latency_ms_b1", "params_m", "device_hours"] = Field(
-        "latency_ms", description="cost to minimise while the score is maximised"
-    )
+    cost: SearchCost = Field("latency_ms", description="cost to minimise while the score is maximised")
     retries: int = Field(2, ge=0, description="retries per failed trial")
     stopping: Literal["auto", "per_shape", "off"] = Field(
         "auto",

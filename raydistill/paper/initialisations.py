@@ -140,9 +140,9 @@ def _early_losses(group: SeedGroup) -> dict[int, float | None]:
     losses: dict[int, float | None] = {}
     for trial in group.completed:
         early = [
-            line["val_loss"]
+            line.val_loss
             for line in trial.history()
-            if "val_loss" in line and abs(line["epoch"] - EARLY_EPOCH) < EARLY_TOLERANCE
+            if line.val_loss is not None and abs(line.epoch - EARLY_EPOCH) < EARLY_TOLERANCE
         ]
         losses[trial.seed] = early[0] if early else None
     return losses

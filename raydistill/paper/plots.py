@@ -57,11 +57,9 @@ def _draw_loss_curves(axes: Any, group: SeedGroup, colour: str) -> None:
     layers = ",".join(map(str, group.decoder_layers)) or "random"
     source = "" if group.decoder_source in ("", "teacher") else f" from {Path(group.decoder_source).name}"
     for i, trial in enumerate(group.completed):
-        history = [line for line in trial.history() if "val_loss" in line]
+        history = [(line.epoch, line.val_loss) for line in trial.history() if line.val_loss is not None]
         label = f"{init_name(group)} ({layers}){source}" if i == 0 else None
-        axes.plot(
-            [line["epoch"] for line in history], [line["val_loss"] for line in history], color=colour, label=label
-        )
+        axes.plot([epoch for epoch, _ in history], [loss for _, loss in history], color=colour, label=label)
 
 
 def _paper_points(dataset: str) -> dict[str, list[Point]]:

@@ -60,8 +60,7 @@ class Sweep:
     @cached_property
     def dataset_name(self) -> str | None:
         """The paper's name of the data set, or a short name; None before the first trial."""
-        names = ((trial.run_config().get("dataset") or {}).get("name") for trial in self.trials)
-        return next((data_name(str(name)) for name in names if name), None)
+        return next((data_name(trial.run_config().dataset.name) for trial in self.trials), None)
 
     @property
     def teacher_test_score(self) -> float | None:
@@ -165,7 +164,7 @@ class SeedGroup:
     @cached_property
     def min_val_losses(self) -> dict[int, float | None]:
         """The minimum validation cross-entropy by seed, over all completed trials."""
-        losses = {t.seed: [line["val_loss"] for line in t.history() if "val_loss" in line] for t in self.completed}
+        losses = {t.seed: [v.val_loss for v in t.history() if v.val_loss is not None] for t in self.completed}
         return {seed: min(values, default=None) for seed, values in losses.items()}
 
     @property
@@ -197,7 +196,7 @@ def load_seed_groups(folders: Iterable[Path]) -> tuple[list[Sweep], list[SeedGro
             collapsed = trial.status == "failed" and "repetition" in trial.metrics
             if trial.status != "done" and not collapsed:
                 continue
-            run = Run.model_validate(trial.run_config())
+            run = trial.run_config()
             settings = run.model_dump(mode="json", exclude={"name": True, "training": {"seed"}})
             # Groups do not span sweeps: teachers of one name may differ, and so do the hours of teacher passes
             key = (sweep.folder, json.dumps(settings, sort_keys=True))

@@ -6,8 +6,6 @@ trials share it.
 
 from collections.abc import Iterable
 
-from raydistill.config.run import Run
-from raydistill.core.files import corrupt_file_error
 from raydistill.results.records import Trial
 from raydistill.results.sweep_record import TeacherPasses
 
@@ -18,8 +16,7 @@ def required_passes(trial: Trial, passes: TeacherPasses) -> TeacherPasses | None
     Every method needs its label sets. `kd` also needs the whole teacher cache; the other methods read only its encoder
     states, unless the run turns the cache off.
     """
-    with corrupt_file_error(trial.folder / "run.json"):
-        run = Run.model_validate(trial.run_config())
+    run = trial.run_config()
     if run.label_key not in passes.labels:
         return None
     stores = passes.stores

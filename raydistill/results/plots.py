@@ -139,8 +139,7 @@ def marker_id(key: str) -> str:
 
 
 def _draw_learning_curve(axes: Any, trial: Trial, metric: str, is_chosen: bool) -> None:
-    history = [(line.get("epoch", 0.0), line.get(metric, line.get("score"))) for line in trial.history()]
-    points = [(epoch, score) for epoch, score in history if score is not None]
+    points = [(line.epoch, line.numbers.get(metric, line.score)) for line in trial.history()]
     if not points:
         return
     epochs, scores = zip(*points, strict=True)

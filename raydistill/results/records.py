@@ -4,7 +4,6 @@ SWEEP/space.yaml, SWEEP/sweep.json, and for each trial SWEEP/trials/KEY/run.json
 result.json. A trial writes result.json last: a trial that has one is finished.
 """
 
-import json
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,14 +13,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydistill.config.run import Student
+from raydistill.config.run import Run
 from raydistill.config.serving import ServingConfig
 from raydistill.config.shapes import FULL_SIZE, Shape
 from raydistill.core.errors import UserError
-from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, read_json, safe_join
+from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, safe_join
 from raydistill.core.paths import raydistill_home
 from raydistill.results.sweep_record import SWEEP_FILE, read_sweep
-from raydistill.training.records import RESULT_FILE, RunResult, SplitScores
+from raydistill.training.records import (
+    RESULT_FILE,
+    RUN_FILE,
+    RunResult,
+    SplitScores,
+    Validation,
+    read_history,
+    read_run,
+)
 
 MAX_ROW_BYTES = 2**30  # unpacked size of per-row statistics: ten numbers for each of 13 million rows
 
@@ -95,8 +102,7 @@ class Trial:
         """Device-hours of the trial; of a running trial, until its last validation."""
         if self.status != "running":
             return self.metrics.get("device_hours", 0.0)
-        with corrupt_file_error(self.folder / "metrics.jsonl"):
-            return max((float(line.get("device_hours", 0.0)) for line in self.history()), default=0.0)
+        return max((validation.device_hours for validation in self.history()), default=0.0)
 
     def score(self, metric: str) -> float | None:
         """The score that the trial, or the student, is chosen by."""
@@ -110,27 +116,13 @@ class Trial:
         split = split or self.split
         return read_row_statistics(self.folder / rows_filename(split, self.serving), split)
 
-    def history(self) -> list[dict[str, Any]]:
-        """The validations in order. An incomplete last line, which a kill can leave, is skipped.
+    def history(self) -> list[Validation]:
+        """The validations in order.
 
         Raises:
-            UserError: Another line is not a JSON mapping.
+            UserError: metrics.jsonl is damaged.
         """
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-        validations = []
-        for i, line in enumerate(lines):
-            if not line.strip():
-                continue
-            try:
-                validations.append(dict(json.loads(line).items()))
-            except (ValueError, AttributeError, RecursionError) as error:
-                if i == len(lines) - 1:
-                    break
-                raise _corrupt_trial_error(path, f"line {i + 1}: {error}") from None
-        return validations
+        return read_history(self.folder, repeat_trial_remedy(self.folder))
 
     def requested_shape(self) -> Shape:
         """The shape that the run's config names, which running trials have too.
@@ -138,14 +130,15 @@ class Trial:
         Raises:
             UserError: run.json is damaged.
         """
-        with corrupt_file_error(self.folder / "run.json"):
-            return Student.model_validate(self.run_config().get("student", {})).shape
+        return self.run_config().student.shape
 
-    def run_config(self) -> dict[str, Any]:
-        """The resolved run from run.json, as a nested mapping; empty if there is no run.json."""
-        path = self.folder / "run.json"
-        config = read_json(path) if path.exists() else {}
-        return {name: value for name, value in config.items() if name != "schema"}
+    def run_config(self) -> Run:
+        """The resolved run from run.json.
+
+        Raises:
+            UserError: run.json is missing, is damaged, or has another schema version.
+        """
+        return read_run(self.folder / RUN_FILE)
 
 
 def _read_finished(folder: Path) -> Trial:
@@ -184,23 +177,21 @@ def scores_with_interval(scores: SplitScores | None) -> dict[str, Any] | None:
 
 
 def _read_running(folder: Path) -> Trial:
-    run = read_json(folder / "run.json")
-    with corrupt_file_error(folder / "run.json"):
-        return Trial(
-            key=folder.name,
-            folder=folder,
-            status="running",
-            method=str(run.get("method") or ""),
-            size=_known_shape_name(run),
-            labels=str(run.get("labels") or ""),
-            seed=int((run.get("training") or {}).get("seed") or 0),
-        )
+    run = read_run(folder / RUN_FILE)
+    return Trial(
+        key=folder.name,
+        folder=folder,
+        status="running",
+        method=run.method,
+        size=_known_shape_name(run),
+        labels=run.resolved_labels,
+        seed=run.training.seed,
+    )
 
 
-def _known_shape_name(run: dict[str, Any]) -> str:
+def _known_shape_name(run: Run) -> str:
     """The name of a run's shape; an empty text if the run has the teacher's layers, whose number it does not name."""
-    shape = Student.model_validate(run.get("student", {})).shape
-    return "" if shape.size == FULL_SIZE else shape.name
+    return "" if run.student.shape.size == FULL_SIZE else run.student.shape.name
 
 
 def read_trials(sweep: Path) -> list[Trial]:
@@ -209,7 +200,7 @@ def read_trials(sweep: Path) -> list[Trial]:
     for folder in sorted((sweep / "trials").glob("*/")):
         if (folder / RESULT_FILE).exists():
             trials.append(_read_finished(folder))
-        elif (folder / "run.json").exists():
+        elif (folder / RUN_FILE).exists():
             trials.append(_read_running(folder))
     return sorted(trials, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
 

@@ -4,11 +4,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raydistill.config.loader import read_yaml
 from raydistill.config.serving import ThroughputSetting
 from raydistill.config.space import COST_METRICS
 from raydistill.core.errors import UserError
-from raydistill.core.files import corrupt_file_error
 from raydistill.results.pareto import Candidate, Choice, choose, pareto_front, resolve_bounds, resolve_budgets
 from raydistill.results.records import Trial, read_trials
 from raydistill.results.served_students import expand_by_serving, impute_served_timing, read_served
@@ -114,11 +112,6 @@ def load_selection(sweep: Path, tolerance: float | None = None) -> Selection:
     if tolerance is not None:
         record = record.model_copy(update={"tolerance": tolerance})
     trials = read_trials(sweep)
-    space = read_yaml(sweep / "space.yaml")[0] if (sweep / "space.yaml").exists() else {}
-    with corrupt_file_error(sweep / "space.yaml"):
-        cost = (space.get("search") or {}).get("cost", "latency_ms")
-        if cost not in COST_METRICS:
-            raise ValueError(f"search.cost is {cost!r}")
     session = read_session(sweep)
     students = expand_by_serving(trials, session)
     teacher = _served_teacher(sweep, record.teacher, session) if students and session else record.teacher
@@ -137,10 +130,10 @@ def load_selection(sweep: Path, tolerance: float | None = None) -> Selection:
         sweep=sweep,
         record=record,
         teacher=teacher,
-        cost=cost,
+        cost=record.cost,
         trials=trials,
         students=students,
-        front_keys=[c.key for c in pareto_front(candidates, cost)],
+        front_keys=[c.key for c in pareto_front(candidates, record.cost)],
         bounds=bounds,
         choices=choices,
         session=session if any(student.serving for student in students) else None,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from raydistill.config.run import NAME_PATTERN
 from raydistill.config.serving import Serving, ServingConfig
 from raydistill.config.shapes import Shape
-from raydistill.config.space import check_bounds
+from raydistill.config.space import SearchCost, check_bounds
 from raydistill.core.errors import UserError
 from raydistill.core.records import Record
 from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, may_exclude
@@ -243,6 +243,7 @@ class SweepRecord(Record):
         stop: Why the search ended.
         teacher: The teacher.
         shapes: Costs of the shapes.
+        cost: The cost that the search minimises.
         budgets: Bounds by budget, as in the space.
         tolerance: Points of the metric that a cheaper student may be worse and still be chosen.
         serving: The configurations that finalists are served with.
@@ -256,6 +257,7 @@ class SweepRecord(Record):
     stop: StopReason
     teacher: SweepTeacher
     shapes: ShapeTable
+    cost: SearchCost
     budgets: dict[str, dict[str, float | str]]
     tolerance: float = Field(ge=0)
     serving: Serving

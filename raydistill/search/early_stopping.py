@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from raydistill.config.run import Training
-from raydistill.core.files import corrupt_file_error
 from raydistill.results.records import Trial, read_trials
 
 Curve = Sequence[tuple[float, float]]  # (share of the run's steps, validation score), in order of steps
@@ -80,16 +78,13 @@ def warmup_share(trial: Trial) -> float:
     history = trial.history()
     if not history:
         return 0.0
-    with corrupt_file_error(trial.folder / "metrics.jsonl"):
-        total = int(history[-1]["total_steps"])
-    with corrupt_file_error(trial.folder / "run.json"):
-        return Training.model_validate(trial.run_config().get("training", {})).get_warmup_steps(total) / total
+    total = history[-1].total_steps
+    return trial.run_config().training.get_warmup_steps(total) / total
 
 
 def validation_curve(trial: Trial) -> Curve:
     """The validation scores of a trial. A run that ended before its last step keeps its best score until the end."""
-    with corrupt_file_error(trial.folder / "metrics.jsonl"):
-        points = [(line["step"] / line["total_steps"], float(line["score"])) for line in trial.history()]
+    points = [(validation.step / validation.total_steps, validation.score) for validation in trial.history()]
     if trial.status == "done" and points and points[-1][0] < 1:
         points.append((1.0, max(score for _, score in points)))
     return points

@@ -47,12 +47,13 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
 
 def _check_same_space(path: Path, space: Space) -> None:
     """Check that a space has the run, points, sampler and cost of the space in a file."""
-    recorded, current = read_yaml(path)[0], space.model_dump(mode="json")
+    content = read_yaml(path)[0]
     with corrupt_file_error(path, "Delete this file, if the sweep was started with the same space"):
-        same_run = without_runtime_fields(recorded["run"]) == without_runtime_fields(current["run"])
-        changed = [] if same_run else ["run"]
-        changed += ["points"] if recorded.get("points") != current["points"] else []
-        changed += [f"search.{k}" for k in ("sampler", "cost") if recorded["search"][k] != current["search"][k]]
+        recorded = Space.model_validate(content)
+    changed = [] if without_runtime_fields(recorded.run) == without_runtime_fields(space.run) else ["run"]
+    changed += ["points"] if recorded.points != space.points else []
+    changed += ["search.sampler"] if recorded.search.sampler != space.search.sampler else []
+    changed += ["search.cost"] if recorded.search.cost != space.search.cost else []
     if changed:
         raise UserError(
             f"{path.parent}: this sweep was started with another {' and '.join(changed)}, and trials of different "
@@ -98,6 +99,7 @@ def write_sweep_record(
         stop=stop_reason or StopReason(),
         teacher=prepared.teacher,
         shapes=prepared.shapes,
+        cost=space.search.cost,
         budgets=space.budgets,
         tolerance=space.tolerance,
         serving=space.serving,

@@ -206,14 +206,14 @@ def _publish_history(client: Any, run: Any, trial: Trial) -> tuple[int, int]:
     """Log the validations that are not logged yet; returns the time (ms) and step of the last one."""
     start_ms, history = run.info.start_time, trial.history()
     # Timestamps depend on the record alone, so that MLflow stores a line that is logged twice only once
-    times = [start_ms + round(1000 * float(line.get("time_s", 0))) for line in history]
-    steps = [int(line.get("step", 0)) for line in history]
+    times = [start_ms + round(1000 * validation.time_s) for validation in history]
+    steps = [validation.step for validation in history]
     num_logged = min(int(run.data.tags.get("raydistill.lines", 0)), len(history))
     points = [
         MetricPoint(name, float(value), time_ms, step)
-        for line, time_ms, step in list(zip(history, times, steps, strict=True))[num_logged:]
-        for name, value in line.items()
-        if name not in ("step", "total_steps", "time_s") and _is_number(value)
+        for validation, time_ms, step in list(zip(history, times, steps, strict=True))[num_logged:]
+        for name, value in validation.numbers.items()
+        if name not in ("step", "total_steps", "time_s")
     ]
     _log_metrics(client, run.info.run_id, points)
     if len(history) > num_logged:
@@ -362,7 +362,7 @@ def _final_metrics(trial: Trial, metric: str) -> dict[str, float]:
 def _log_params(client: Any, run: Any, trial: Trial) -> None:
     from mlflow.entities import Param
 
-    params = flatten_params(trial.run_config())
+    params = flatten_params(trial.run_config().model_dump(mode="json"))
     if trial.size:
         params["size"] = trial.size
     params |= {f"copied.{side}": json.dumps(layers) for side, layers in trial.copied_layers.items()}

@@ -1,6 +1,5 @@
 """The training loop of a run: optimiser steps, validations, early stopping and saved states."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from raydistill.config.run import Training
-from raydistill.core.files import write_atomic
 from raydistill.models import families
 from raydistill.training.optimizer_step import OptimizerStep, StepInputs, learning_rate_factor, seed_step
 from raydistill.training.prefetch import Prefetcher, prefetch
+from raydistill.training.records import write_history
 from raydistill.training.run_folder import delete_checkpoints
 from raydistill.training.state import TrainingState, has_state, load_state, save_progress, save_state
 from raydistill.training.workers import Worker, broadcast_metrics
@@ -189,8 +188,7 @@ class TrainingLoop:
             state.ended_early, state.reason = True, f"no better score in {state.checks_since_best} validations"
 
     def _save(self) -> None:
-        lines = [json.dumps(metrics) + "\n" for metrics in self.state.history]
-        write_atomic(self.folder / "metrics.jsonl", "".join(lines).encode())
+        write_history(self.folder, self.state.history)
         save_state(self.folder, self.state, self.student, self.step.optimizer)
         delete_checkpoints(self.folder, keep_step=self.state.best_step)
 

@@ -1,13 +1,23 @@
 """The records in the folder of a run. The module imports no torch, so that results are read without it."""
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from raydistill.config.run import Run
-from raydistill.core.files import SCHEMA_VERSION, check_schema, corrupt_file_error, read_json, write_json_atomic
+from raydistill.core.errors import UserError
+from raydistill.core.files import (
+    SCHEMA_VERSION,
+    check_schema,
+    corrupt_file_error,
+    read_json,
+    write_atomic,
+    write_json_atomic,
+)
 from raydistill.core.records import Record
 from raydistill.models.metadata import SplitScores
 
@@ -15,6 +25,7 @@ if TYPE_CHECKING:
     from raydistill.models.shrinking import LayerPlan
 
 RUN_FILE = "run.json"
+HISTORY_FILE = "metrics.jsonl"
 FINGERPRINTS_FILE = "input_fingerprints.json"
 RESULT_FILE = "result.json"
 DEGENERATE_REPETITION = 0.5  # share of a model's outputs that repeat themselves, above which the model is not usable
@@ -35,6 +46,79 @@ def read_run(path: Path) -> Run:
 def write_run(path: Path, run: Run) -> None:
     """Write the config of a run."""
     write_json_atomic(path, {"schema": SCHEMA_VERSION, **run.model_dump(mode="json")})
+
+
+class Validation(BaseModel):
+    """A validation of a run: a line of metrics.jsonl.
+
+    Scores, loss terms and further measurements are fields of their names, such as "rouge2" and "loss_logits".
+
+    Attributes:
+        step: Optimiser steps taken.
+        total_steps: Optimiser steps of the whole run.
+        score: What checkpoints are compared by; higher is better.
+        epoch: Passes over the training data.
+        time_s: Seconds since the start of the run.
+        device_hours: Hours of all devices since the start of the run.
+        val_loss: Cross-entropy in nats per target token of the validation split.
+        repetition: Share of the outputs that repeat themselves.
+        engine: The engine of the scores, with its precision; None where no text is scored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, FiniteFloat]
+    step: int = Field(ge=0)
+    total_steps: int = Field(gt=0)
+    score: FiniteFloat
+    epoch: FiniteFloat = 0.0
+    time_s: FiniteFloat = 0.0
+    device_hours: FiniteFloat = 0.0
+    val_loss: FiniteFloat | None = None
+    repetition: FiniteFloat | None = None
+    engine: str | None = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All values that were measured, by name."""
+        measured = self.model_dump(exclude={"engine"}, exclude_unset=True)
+        return {name: value for name, value in measured.items() if value is not None}
+
+
+def write_history(folder: Path, validations: Iterable[Mapping[str, Any]]) -> None:
+    """Write the validations of a run, given as fields of `Validation`."""
+    lines = (Validation.model_validate(metrics).model_dump_json(exclude_unset=True) for metrics in validations)
+    write_atomic(folder / HISTORY_FILE, "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_history(folder: Path, remedy: str | None = None) -> list[Validation]:
+    """Read the validations of a run in order. An incomplete last line, which a kill can leave, is skipped.
+
+    Args:
+        folder: The run's folder.
+        remedy: What the user can do about a damaged file; by default, delete the folder.
+
+    Raises:
+        UserError: Another line is not a validation.
+    """
+    path = folder / HISTORY_FILE
+    if not path.exists():
+        return []
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    validations = []
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            validations.append(Validation.model_validate(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            if i == len(lines) - 1:
+                break
+            detail = error.errors()[0] if isinstance(error, ValidationError) else None
+            problem = f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail else str(error)
+            raise UserError(
+                f"{path}: damaged: line {i + 1}: {problem}. {remedy or f'Delete {folder} and run the command again'}"
+            ) from None
+    return validations
 
 
 class InputFingerprints(Record):

@@ -12,7 +12,7 @@ import yaml
 
 from raydistill.config.serving import Serving, ServingConfig
 from raydistill.config.space import Space
-from raydistill.core.files import write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.evaluation.latency import Hardware
 from raydistill.evaluation.paired_latency import Pair, PairedTiming
 from raydistill.inference.decoding import BeamSearchParams
@@ -30,7 +30,7 @@ from raydistill.results.sweep_record import (
     read_sweep,
 )
 from raydistill.tracking import mlflow_store
-from raydistill.training.records import RESULT_FILE, RunResult
+from raydistill.training.records import RESULT_FILE, RunResult, write_history
 from tests.factories.models import save_tiny
 from tests.factories.workspace import make_world
 
@@ -145,6 +145,7 @@ def sweep_record(teacher: SweepTeacher | None = None, **changes: Any) -> SweepRe
         "stop": StopReason(),
         "teacher": teacher,
         "shapes": shape_table({teacher.size: teacher.costs}),
+        "cost": "latency_ms",
         "budgets": {},
         "tolerance": 0.5,
         "serving": Serving(),
@@ -171,14 +172,16 @@ def make_sweep(folder: Path) -> Path:
 def make_trial(sweep: Path, key: str, number: int, score: float, status: str | None = "done") -> Path:
     """Write the folder of a trial with two validations; a `status` of None leaves the trial running."""
     folder = sweep / "trials" / key
-    run = {"name": sweep.name, "teacher": "big", "dataset": {"name": "d"}, "method": "kd"}
+    run = {"schema": SCHEMA_VERSION, "name": sweep.name, "teacher": "big", "dataset": {"name": "d"}, "method": "kd"}
     run |= {"student": {"size": "4-1"}, "training": {"learning_rate": 3e-4}}
     write_json_atomic(folder / "run.json", run)
+    scores = {1: score - 1, 2: score}
     lines = [
-        {"step": 10 * i, "epoch": i / 2, "time_s": 1.5 * i, "val_loss": 3.0 - i, "rouge2": score - 2 + i}
+        {"step": 10 * i, "total_steps": 20, "epoch": i / 2, "time_s": 1.5 * i, "val_loss": 3.0 - i}
+        | {"rouge2": scores[i], "score": scores[i]}
         for i in (1, 2)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_history(folder, lines)
     if status:
         finish_trial(folder, number, score, status)
     return folder

@@ -14,6 +14,7 @@ from raydistill.paper import published
 from raydistill.paper.seed_groups import load_seed_groups
 from raydistill.paper.tables import describe_sweeps, make_tables
 from raydistill.results.sweep_record import read_sweep
+from raydistill.training.records import write_run as write_run_record
 from tests.factories.sweeps import change_result, change_sweep, sweep_record, sweep_teacher, write_result
 from tests.factories.workspace import command, last_json
 
@@ -32,9 +33,9 @@ def write_run(sweep: Path, name: str, losses: tuple[float, float], settings: dic
     folder = sweep / "trials" / name
     folder.mkdir(parents=True)
     run = Run.model_validate({"name": "s", "teacher": "bart", "dataset": "xsum", **settings})
-    (folder / "run.json").write_text(run.model_dump_json())
+    write_run_record(folder / "run.json", run)
     history = [
-        {"step": step, "epoch": epoch, "val_loss": loss}
+        {"step": step, "total_steps": VALIDATIONS[-1][0], "epoch": epoch, "val_loss": loss, "score": -loss}
         for (step, epoch), loss in zip(VALIDATIONS, losses, strict=True)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from raydistill.core.files import write_json_atomic
+from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.results.records import Trial
 from raydistill.results.selection import load_selection
 from raydistill.results.sweep_record import TeacherPasses
@@ -16,7 +16,7 @@ def write_run(folder: Path, method: str, size: str, score: float, hours: float, 
     """A finished trial of which only run.json is written."""
     key = f"{method}{size}{score}"
     run = {"name": "m", "teacher": "t", "dataset": {"name": "d"}, "method": method, "labels": labels}
-    write_json_atomic(folder / key / "run.json", run)
+    write_json_atomic(folder / key / "run.json", {"schema": SCHEMA_VERSION, **run})
     return Trial(key, folder / key, "done", method=method, size=size, metrics={"rouge2": score, "device_hours": hours})
 
 

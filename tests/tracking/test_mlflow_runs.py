@@ -16,6 +16,8 @@ from raydistill.core.errors import TransientError, UserError
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 from tests.factories.sweeps import finish_trial, make_trial, runs_of, served_student, write_served
 
+THIRD_VALIDATION = {"step": 30, "total_steps": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5, "score": 12.5}
+
 
 def test_checkpoint_of_another_machine_is_downloaded_before_it_is_published(
     sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -55,7 +57,7 @@ def test_repeated_publishing_follows_a_sweep_without_duplicates(sweep: Path) -> 
     assert before[""].info.status == "RUNNING"
 
     with (running / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5}) + "\n")
+        file.write(json.dumps(THIRD_VALIDATION) + "\n")
         file.write('{"step": 40, "rou')  # an incomplete line, as a kill leaves it
     finish_trial(running, 1, 12.5)
     make_trial(sweep, "c", 2, 1.0, status="failed")
@@ -154,7 +156,7 @@ def test_plots_are_updated_only_after_a_trial_finished(sweep: Path) -> None:
 
     first = publish_and_stat()
     with (running / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5}) + "\n")
+        file.write(json.dumps(THIRD_VALIDATION) + "\n")
     assert publish_and_stat() == first
     assert runs_of(sweep)["b"].data.metrics["val_loss"] == 0.5  # metrics are always up to date
     for name in first:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from raydistill.config.run import Training
+from raydistill.config.run import Run, Training
 from raydistill.results.records import read_trials
 from raydistill.training.loop import fit
 from raydistill.training.optimizer_step import OptimizerStep
+from raydistill.training.records import write_run
 from raydistill.training.workers import Worker
 from tests.factories.training import (
     FP32,
@@ -65,7 +66,7 @@ def test_running_trial_is_charged_for_its_gpus_or_cpu_threads(tmp_path):
     distillation = tiny_distillation("bart", tmp_path / "t")
     folder = tmp_path / "trials" / "run"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text("{}")
+    write_run(folder / "run.json", Run.model_validate({"name": "r", "teacher": "t", "dataset": "d"}))
     step = OptimizerStep.create(distillation, threads)
     state = fit(step, folder, rising_scores(distillation), no_report)
     [trial] = read_trials(tmp_path)
