@@ -23,7 +23,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
@@ -46,6 +46,7 @@ from raydistill.core.records import Record
 
 SNAPSHOTS, OBJECTS = ".snapshots", ".objects"
 LOCAL_STATE = ".storage"
+EXPORTS = "exports"  # a folder of this name in a stored folder holds what can be made again from the other files
 RUN_FOLDERS = "trials"  # a folder of this name in a stored folder holds further stored folders
 LOCK_TIMEOUT_S = 60.0
 MAX_ATTEMPTS = 10  # to read a snapshot that its writer replaces meanwhile
@@ -193,7 +194,11 @@ class StoredFolder:
         with corrupt_file_error(self.path, "Delete this folder from the storage"):
             targets = {path: safe_join(self.path, path) for path in wanted}
         outdated = [path for path, file in wanted.items() if local.get(path) != file.version]
-        unwanted = [] if records_only else [path for path in local if path not in wanted]
+        unwanted = (
+            []
+            if records_only
+            else [path for path in local if path not in wanted and not self._is_new_export(path, wanted)]
+        )
         removed = {*unwanted, *(path for path in outdated if is_completion_marker(path) and path in local)}
         for path in sorted(removed, key=is_completion_marker, reverse=True):
             _delete_file(self.path, path)
@@ -202,6 +207,11 @@ class StoredFolder:
             outdated,
         )
         self.write_marker(snapshot.model_copy(update={"records_only": records_only}))
+
+    def _is_new_export(self, path: str, wanted: Collection[str]) -> bool:
+        """Whether a file belongs to an export that the snapshot lacks: `choose` exports without saving the sweep."""
+        export = "/".join(Path(path).parts[:2])
+        return path.startswith(f"{EXPORTS}/") and not any(name.startswith(f"{export}/") for name in wanted)
 
     def write_marker(self, snapshot: Snapshot) -> None:
         """Record the snapshot that the local files come from."""

@@ -62,6 +62,22 @@ def test_pull_brings_the_newest_snapshot_and_deletes_other_files(use_machine: Us
     assert not (use_machine("two") / "runs/r/checkpoint-1").exists(), "no empty folder is left"
 
 
+def test_pull_keeps_exports_that_were_made_on_this_machine_only(use_machine: UseMachine) -> None:
+    """`choose` on a second machine exports a student without saving the sweep."""
+    sweep = use_machine("one") / "sweeps/s"
+    write_file(sweep / "sweep.json", "1")
+    write_file(sweep / "exports/a/model", "new")
+    snapshots.save(sweep)
+    other = use_machine("two") / "sweeps/s"
+    write_file(other / "exports/b/model", "made here")
+    write_file(other / "exports/a/model", "old")
+    write_file(other / "exports/a/left", "old")
+    files = {"sweep.json": "1", "exports/a/model": "new", "exports/b/model": "made here"}
+    assert pulled(use_machine("two"), "sweeps/s") == files
+    snapshots.save(other)
+    assert pulled(use_machine("one"), "sweeps/s") == files
+
+
 def test_unchanged_files_are_neither_uploaded_nor_downloaded_again(
     use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
