@@ -119,7 +119,9 @@ def test_of_many_shapes_some_are_timed_and_the_others_predicted(
         assert table.is_infeasible(name, {"tiny": {"latency_ms": "0.1%"}})
         assert not table.is_infeasible(name, {"large": {"latency_ms": "10000%"}})
 
+    monkeypatch.setattr(shape_latency, "MAX_TIMED_SHAPES", 2)
     monkeypatch.setattr(shape_latency, "MIN_MARGIN", 1e6)  # everything is near each bound
-    near = time_shapes(replace(far, bounds={"latency_ms": CostBounds(shares=(0.5,))}), "cpu", 1)
+    bounds = {"latency_ms": CostBounds(shares=(0.5,))}
+    near = time_shapes(replace(far, sizes=[size for size in sizes if size.startswith("2-1")], bounds=bounds), "cpu", 1)
     assert near.predicted == ()
     assert near.prediction_error is None
