@@ -405,7 +405,8 @@ def save(*paths: Path) -> None:
 
 
 def pull(*paths: Path) -> None:
-    """Download the newest snapshot of each folder or file; local files that the snapshot lacks are deleted.
+    """Download the newest snapshot of each folder or file; local files that the snapshot lacks are deleted,
+    except exports that were made on this machine only.
 
     Nothing happens if the local files come from the newest snapshot, even if they changed since, or if a process of
     this machine is writing the folder.

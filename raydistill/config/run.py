@@ -271,7 +271,7 @@ class Training(StrictModel):
         None,
         gt=0,
         description="peak learning rate of the encoder's layers, which may need a smaller one than a new or shrunk "
-        "decoder; default: learning_rate",
+        "decoder; no effect if the encoder is frozen; default: learning_rate",
     )
     optimizer: Literal["adamw", "adafactor"] = Field(
         "adamw", description="AdamW, or Adafactor with steps of the learning rate (not scaled by the weights)"

@@ -219,14 +219,16 @@ def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tup
 
     def parsed_rows() -> Iterator[Row | BadRow]:
         num_blank = 0
-        for index, (location, record) in enumerate(chain(first_records, records)):
-            if skips_blank_rows and is_blank(record, columns):
-                num_blank += 1
-                continue
-            row = parse_record(record, columns, index, need_targets)
-            yield BadRow(*location, row) if isinstance(row, str) else Row(location, *row)
-        if num_blank:
-            _report_blank_rows(dataset.name, split, num_blank)
+        try:
+            for index, (location, record) in enumerate(chain(first_records, records)):
+                if skips_blank_rows and is_blank(record, columns):
+                    num_blank += 1
+                    continue
+                row = parse_record(record, columns, index, need_targets)
+                yield BadRow(*location, row) if isinstance(row, str) else Row(location, *row)
+        finally:  # also if a reader needs no more rows
+            if num_blank:
+                _report_blank_rows(dataset.name, split, num_blank)
 
     return columns, parsed_rows()
 

@@ -69,20 +69,26 @@ class SettingGrid:
     Attributes:
         splits: Pairs of parallel batches and threads per batch.
         batch_tokens: Source tokens per batch, ascending; None for the engine's default.
+        min_pass_tokens: Source tokens that a pass has at least, so that passes with other settings are as long.
     """
 
     splits: tuple[tuple[int, int], ...]
     batch_tokens: tuple[int | None, ...]
+    min_pass_tokens: int = 0
 
     @property
     def tokens_per_pass(self) -> int:
         """Source tokens with which no thread is idle for long: several of the largest batches for each split."""
-        return BATCHES_PER_THREAD * max(inter for inter, _ in self.splits) * max(n or 1 for n in self.batch_tokens)
+        num_tokens = (
+            BATCHES_PER_THREAD * max(inter for inter, _ in self.splits) * max(n or 1 for n in self.batch_tokens)
+        )
+        return max(num_tokens, self.min_pass_tokens)
 
-    @classmethod
-    def of(cls, setting: ThroughputSetting) -> "SettingGrid":
-        """A single setting."""
-        return cls(((setting.inter_threads, setting.intra_threads),), (setting.batch_tokens,))
+    def only(self, setting: ThroughputSetting) -> "SettingGrid":
+        """A single setting, with passes as long as those of this grid."""
+        return SettingGrid(
+            ((setting.inter_threads, setting.intra_threads),), (setting.batch_tokens,), self.tokens_per_pass
+        )
 
 
 def setting_grid(engine: str, device: str, threads: int) -> SettingGrid:

@@ -84,7 +84,8 @@ class Selection:
         Before a student is served, its shape is timed with untrained weights at fixed output lengths.
         """
         engine = self.record.shapes.engines.get(student.size, f"{self.teacher.engine} {self.teacher.precision}")
-        return student.measured_with or f"{engine}, untrained, at the corpus's mean lengths"
+        predicted = ", predicted" if student.size in self.record.shapes.predicted else ""
+        return student.measured_with or f"{engine}, untrained, at the corpus's mean lengths{predicted}"
 
     def throughput_setting(self, student: Trial) -> ThroughputSetting | None:
         """The threads and batches with which a student decodes the most rows per second; None if not measured."""

@@ -11,6 +11,7 @@ number), and v thousands of tokens.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -64,24 +65,31 @@ def select_spread_shapes(names: Sequence[str], count: int) -> list[str]:
     """Some shapes, from which the fit predicts the others: each differs as much as possible from those before it.
 
     Rounds of a greedy choice, as Gram-Schmidt orthogonalisation with pivoting makes it: the next shape is the one with
-    the largest part that the shapes of the round so far do not explain. Each round spans all dimensions of the shapes,
-    so that two rounds leave a fit whose error can be estimated.
+    the largest part that the shapes of the round so far do not explain. A round spans all dimensions of the shapes, for
+    each group of comparable shapes, so that two rounds leave a fit whose error can be estimated. The first round is
+    complete, whatever `count` is.
 
     Args:
         names: Names of the shapes.
-        count: Number of shapes to select.
+        count: Number of shapes to select, if the first round needs no more.
     """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(_group(Shape.parse(name)), []).append(name)
     selected: list[str] = []
     while len(selected) < min(count, len(names)):
-        remaining = [name for name in names if name not in selected]
-        for name in _select_round(remaining):
-            if len(selected) < count:
+        is_first = not selected
+        rounds = [_select_round([name for name in group if name not in selected]) for group in groups.values()]
+        for name in chain.from_iterable(rounds):
+            if is_first or len(selected) < count:
                 selected.append(name)
     return selected
 
 
 def _select_round(names: list[str]) -> list[str]:
     """Names whose rows are linearly independent and span those of all names, by decreasing unexplained part."""
+    if not names:
+        return []
     rows = np.array([_row(Shape.parse(name)) for name in names])
     rest = rows / (np.abs(rows).max(axis=0) + 1e-12)  # so that no column decides by its unit
     start = np.linalg.norm(rest, axis=1)
@@ -115,10 +123,13 @@ def _design(names: Sequence[str]) -> np.ndarray:
 
 def _is_comparable(measured: Shape, shape: Shape) -> bool:
     """Whether the units of both shapes are shares or both are numbers, and likewise the tokens."""
-    numbers = isinstance(measured.vocabulary, int) and isinstance(shape.vocabulary, int)
-    if not (numbers or measured.vocabulary == shape.vocabulary):
-        return False
-    return all(isinstance(a, int) == isinstance(b, int) for a, b in zip(measured.ffn, shape.ffn, strict=True))
+    return _group(measured) == _group(shape)
+
+
+def _group(shape: Shape) -> tuple[object, ...]:
+    """What comparable shapes have in common: the kind of units of each side, and of tokens."""
+    tokens = "number" if isinstance(shape.vocabulary, int) else shape.vocabulary
+    return (*(isinstance(units, int) for units in shape.ffn), tokens)
 
 
 def _row(shape: Shape) -> list[float]:

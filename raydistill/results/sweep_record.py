@@ -208,12 +208,14 @@ class ShapeTable(BaseModel):
             shape: {name: value * scale.get(name, 1.0) for name, value in measured.items()}
             for shape, measured in other.costs.items()
         }
+        kept = [name for name in self.predicted if name not in other.costs]
         update = {
             "costs": {**self.costs, **costs, self.teacher_size: self.costs[self.teacher_size]},
             "cheapest": {**self.cheapest, **other.cheapest},
             "engines": {**self.engines, **other.engines},
             "used_tokens": other.used_tokens,
-            "predicted": (*(name for name in self.predicted if name not in other.costs), *other.predicted),
+            "predicted": (*kept, *other.predicted),
+            "prediction_error": (self.prediction_error if kept else None) or other.prediction_error,
         }
         return self.model_copy(update=update)
 

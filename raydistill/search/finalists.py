@@ -45,7 +45,7 @@ from raydistill.search.serving_state import (
     representative_run,
     served_checkpoint,
 )
-from raydistill.search.serving_throughput import measure_throughputs
+from raydistill.search.serving_throughput import measure_throughputs, warn_if_busy
 from raydistill.search.serving_timing import (
     FirstPassTask,
     SessionTask,
@@ -157,6 +157,7 @@ class _ServingTasks:
             print_progress("throughput: measuring the rows per second of the same configurations")
             throughputs = run_exclusive(measure_throughputs, task, device=self.device, input_paths=inputs)
             session = session.model_copy(update={"throughputs": tuple(throughputs)})
+            warn_if_busy(throughputs)
         session.write(self.sweep / LATENCY_FILE)
         warn_if_noisy(session)
 

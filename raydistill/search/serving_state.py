@@ -50,7 +50,7 @@ class ServingState:
 
     @classmethod
     def load(cls, space: Space, sweep: Path, teacher: TeacherScores, machine: Hardware) -> "ServingState":
-        """The state of a sweep: its finalists with a checkpoint, after their records are downloaded."""
+        """The state of a sweep: its finalists with a checkpoint, after their folders are downloaded."""
         # Selected again after the download, because the choice reads the per-row statistics that it adds.
         snapshots.pull(*(trial.folder for trial in select_finalists(sweep)))
         trials = tuple(trial for trial in select_finalists(sweep) if trial.checkpoint)

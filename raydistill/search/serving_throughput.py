@@ -4,8 +4,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from raydistill.config.serving import EngineVariant, ServingConfig, ThroughputSetting
+from raydistill.core.console import print_progress
+from raydistill.evaluation.latency import MAX_BACKGROUND_CORES
 from raydistill.evaluation.throughput import SettingGrid, measure_throughput, setting_grid
 from raydistill.inference.decoding import Engine
+from raydistill.results.formatting import format_count
 from raydistill.results.serving_latency import MeasuredThroughput
 from raydistill.search.served_engine import ServedCheckpoint, open_served_engine
 from raydistill.search.serving_timing import SessionTask
@@ -34,13 +37,16 @@ class _Decoder:
         """The checkpoint with a setting."""
         return open_served_engine(self.context, self.checkpoint.checkpoint, variant, self.device, setting)
 
-    def measure(self, config: ServingConfig, setting: ThroughputSetting | None) -> MeasuredThroughput:
-        """The rows per second of a configuration with a setting, or with the best of several."""
+    def settings(self, variant: EngineVariant) -> SettingGrid:
+        """The settings to try for a variant."""
         whole_machine = ThroughputSetting(inter_threads=1, intra_threads=self.threads)
-        engine = self.open(config.variant, whole_machine).name
+        return setting_grid(self.open(variant, whole_machine).name, self.device, self.threads)
+
+    def measure(self, config: ServingConfig, settings: SettingGrid) -> MeasuredThroughput:
+        """The rows per second of a configuration with the best of some settings."""
         result = measure_throughput(
             partial(self.open, config.variant),
-            SettingGrid.of(setting) if setting else setting_grid(engine, self.device, self.threads),
+            settings,
             self.context.sources,
             self.checkpoint.beam(config),
             self.context.max_source_tokens(self.checkpoint.checkpoint),
@@ -55,8 +61,19 @@ class _Decoder:
 
 
 def _measure_shape(decoder: _Decoder, configs: Sequence[ServingConfig]) -> Iterator[MeasuredThroughput]:
-    setting = None
+    settings = decoder.settings(configs[0].variant)
     for config in configs:
-        measured = decoder.measure(config, setting)
-        setting = measured.setting
+        measured = decoder.measure(config, settings)
+        settings = settings.only(measured.setting)
         yield measured
+
+
+def warn_if_busy(throughputs: Sequence[MeasuredThroughput]) -> None:
+    """Print a warning if other processes kept the machine busy."""
+    busy = [measured for measured in throughputs if measured.background_cores > MAX_BACKGROUND_CORES]
+    if busy:
+        print_progress(
+            f"throughput: other processes kept the machine busy during {format_count(len(busy), 'measurement')} of "
+            f"{len(throughputs)}, which may mislead the selection. End those processes, delete serving_latency.json in "
+            f"the sweep's folder, and run the same command again"
+        )

@@ -47,7 +47,7 @@ EXCLUSION_RULE = StoppingRule(max_seconds=6.0)
 COSTS = tuple(LATENCY_BATCH_SIZES)
 MAX_ADDED_TOKENS = 0.02  # share of the used tokens that label sets may add before shapes are timed again
 
-# Shapes that are timed before the others are predicted: about two for each coefficient of the fit.
+# Shapes that are timed at least before the others are predicted: about two for each coefficient of the fit.
 MAX_TIMED_SHAPES = 14
 # The margin of a prediction is this number of its root mean square errors, and at least this share.
 MARGIN_ERRORS = 3.0
@@ -167,9 +167,7 @@ class _ShapeTimer:
 
     def _time_cheapest(self, checkpoint: str | Path) -> CheapestServing:
         """The cheapest serving of a shape: the fewest beams, the fastest variant."""
-        model_type = self.teacher.model.config.model_type
-        supported = supported_precisions(self.baseline.name, self.device, model_type)
-        variants = [variant for variant in self.task.variants if variant.precision in supported] or [self.full]
+        variants = self._supported_variants()
         memory_before_mb = used_memory_mb(self.device)
         engines = {variant: self._open(checkpoint, variant) for variant in variants}
         workload = self.task.workload("latency_ms", self.task.fewest_beams)
@@ -177,7 +175,7 @@ class _ShapeTimer:
         fastest = min(times, key=lambda variant: times[variant])
         engine = engines.pop(fastest)
         engines.clear()
-        smallest = min((_weights(checkpoint, v.precision) for v in variants), key=lambda costs: costs["memory_mb"])
+        smallest = self._smallest_weights(load_config(checkpoint))
         timings: dict[str, PairedTiming] = {}
         for cost in COSTS if engine.name == self.baseline.name else ():
             if ratios := self.task.bounds.get(cost, CostBounds()).ratios(self.teacher_ms[cost]):
@@ -193,25 +191,36 @@ class _ShapeTimer:
             costs={**smallest, **peak},
         )
 
+    def _supported_variants(self) -> list[EngineVariant]:
+        """The variants of the task that the device computes; full precision if there are none."""
+        model_type = self.teacher.model.config.model_type
+        supported = supported_precisions(self.baseline.name, self.device, model_type)
+        return [variant for variant in self.task.variants if variant.precision in supported] or [self.full]
+
     def _predict_cheapest(self, size: str) -> dict[str, PredictedRatio]:
-        """By latency that a budget bounds, the ratio that the timed shapes predict for a shape, with its margin."""
+        """By latency that a budget bounds, the ratio that the timed shapes predict for a shape, with its margin.
+
+        Noisy timings exclude no shape, and predict none. Without a known error there is no margin and no prediction.
+        """
         predicted = {}
         for cost in COSTS:
-            timed = {
-                name: serving.timings[cost].best_ratio
-                for name, serving in self.cheapest.items()
-                if cost in serving.timings
-            }
+            timings = {name: serving.timings.get(cost) for name, serving in self.cheapest.items()}
+            timed = {name: timing.ratio for name, timing in timings.items() if timing and timing.ratio is not None}
             costs = shape_costs({name: {cost: ratio} for name, ratio in timed.items()}, Shape.parse(size))
-            if costs:
-                ratio, margin = costs[cost], max(MIN_MARGIN, MARGIN_ERRORS * _root_mean_square(timed))
+            error = _root_mean_square_error(timed)
+            if costs and error is not None:
+                ratio, margin = costs[cost], max(MIN_MARGIN, MARGIN_ERRORS * error)
                 predicted[cost] = PredictedRatio(ratio=ratio, low=ratio * (1 - margin), high=ratio * (1 + margin))
         return predicted
 
     def _is_near_a_bound(self, size: str) -> bool:
-        """Whether a prediction does not decide whether a bound excludes the shape; without a prediction, also True."""
+        """Whether a prediction does not decide whether a bound excludes the shape; without a prediction, also True.
+
+        A ratio that is not above 0 is no prediction.
+        """
         predicted, cost_bounds = self._predict_cheapest(size), self.task.bounds
-        if not shape_costs(self.ratios, Shape.parse(size)):
+        ratios = shape_costs(self.ratios, Shape.parse(size))
+        if not ratios or min(ratios[cost] for cost in COSTS) <= 0 or self._error() is None:
             return True
         for cost in COSTS:
             for bound in cost_bounds.get(cost, CostBounds()).ratios(self.teacher_ms[cost]):
@@ -222,12 +231,12 @@ class _ShapeTimer:
     def _add_predictions(self, costs: dict[str, dict[str, float]], teacher_ms: dict[str, float]) -> tuple[str, ...]:
         """Add the costs of the shapes that were not timed; returns their names.
 
-        Parameters and memory of the weights are exact. The configuration is that of the largest timed shape.
+        Parameters and memory of the weights are exact. The configuration is that of the first timed shape.
         """
         names = tuple(size for size in self.task.sizes if size not in self.cheapest)
-        largest = next((serving for size, serving in self.cheapest.items() if size != self.teacher_size), None)
+        first = next((serving for size, serving in self.cheapest.items() if size != self.teacher_size), None)
         for size in names:
-            assert largest is not None
+            assert first is not None
             config = self._config(size)
             ratios = shape_costs(self.ratios, Shape.parse(size))
             latencies = {cost: ratios[cost] * teacher_ms[cost] for cost in COSTS}
@@ -236,14 +245,19 @@ class _ShapeTimer:
             peaks = {} if peak is None else {"peak_mb": peak}
             costs[size] = {**latencies, **weights, **peaks, "speedup": 1 / ratios["latency_ms"]}
             self.cheapest[size] = CheapestServing(
-                config=largest.config,
-                engine=largest.engine,
+                config=first.config,
+                engine=first.engine,
                 timings={},
-                costs=_config_weights(config, largest.config.precision),
+                costs=self._smallest_weights(config),
                 predicted=self._predict_cheapest(size),
             )
             self.engines[size] = self.engine
         return names
+
+    def _smallest_weights(self, config: Any) -> dict[str, float]:
+        """Parameters, and memory of the weights in the precision that needs the least."""
+        weights = [_config_weights(config, variant.precision) for variant in self._supported_variants()]
+        return min(weights, key=lambda costs: costs["memory_mb"])
 
     def table(self) -> ShapeTable:
         """The costs of all sizes: the milliseconds are ratios times the teacher's median over all comparisons."""
@@ -267,9 +281,9 @@ class _ShapeTimer:
             prediction_error=self._error() if predicted else None,
         )
 
-    def _error(self) -> float:
-        """Root mean square of the relative errors of predicted latencies for a batch of 32."""
-        return _root_mean_square({size: ratios["latency_ms"] for size, ratios in self.ratios.items()})
+    def _error(self) -> float | None:
+        """Root mean square of the relative errors of predicted latencies for a batch of 32; None if not known."""
+        return _root_mean_square_error({size: ratios["latency_ms"] for size, ratios in self.ratios.items()})
 
     def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
         timing = time_pairs(self.calls[cost], call, bounds, extend_for_slow_calls(rule, self.teacher_ms[cost]))
@@ -347,10 +361,10 @@ def _select_used_tokens(task: ShapeTask, tokenizer: PreTrainedTokenizerBase, con
     return token_ids
 
 
-def _root_mean_square(measured: Mapping[str, float]) -> float:
-    """Of the relative errors with which each measured shape is predicted from the others; 0 if none can be."""
+def _root_mean_square_error(measured: Mapping[str, float]) -> float | None:
+    """Of the relative errors with which each measured shape is predicted from the others; None if none can be."""
     errors = list(prediction_errors(measured).values())
-    return math.sqrt(statistics.mean(error**2 for error in errors)) if errors else 0.0
+    return math.sqrt(statistics.mean(error**2 for error in errors)) if errors else None
 
 
 def _weights(checkpoint: str | Path, precision: str) -> dict[str, float]:

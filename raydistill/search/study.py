@@ -22,6 +22,7 @@ from raydistill.config.corners import MAX_CORNERS, iter_corners, resolve_point
 from raydistill.config.distributions import split_parameters, suggest_params
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
 from raydistill.config.space import Search, Space, make_run, sampler_params
+from raydistill.core.artifact import LockHeld
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError
 from raydistill.core.files import corrupt_file_error
@@ -240,7 +241,7 @@ class SweepStudy:
         try:
             snapshots.save(self.sweep)
         except TransientError as error:
-            if not isinstance(error.__context__, OSError):
+            if isinstance(error, LockHeld) or not isinstance(error.__context__, OSError):
                 raise
             print_progress(f"the search continues without a copy of its proposals in the storage: {error.__context__}")
 

@@ -81,3 +81,16 @@ def test_error_of_a_prediction_is_that_of_a_fit_without_the_shape():
 
 def test_all_shapes_are_selected_where_there_are_no_more():
     assert set(select_spread_shapes(["6-3", "6-1"], 10)) == {"6-3", "6-1"}
+
+
+def test_selected_shapes_predict_those_of_each_kind_of_tokens():
+    """Shapes with all, with used and with a number of tokens are not comparable; each kind has its own fit."""
+    shapes = [
+        Shape(size, encoder, None, tokens)
+        for size in ("12-6", "12-3", "12-1")
+        for encoder in (None, 0.5, 0.25)
+        for tokens in (None, "used", 30_000, 8_000)
+    ]
+    selected = select_spread_shapes([shape.name for shape in shapes], 14)
+    measured = {name: {"latency_ms": sum_of_parts(Shape.parse(name))} for name in selected}
+    assert all(shape_costs(measured, shape) for shape in shapes)
