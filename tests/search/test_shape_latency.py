@@ -14,6 +14,7 @@ from raydistill.search.serving_timing import CostBounds
 from raydistill.search.shape_latency import ShapeTask, count_params_m, time_larger_shapes, time_shapes
 from raydistill.training.tokenized_data import select_student_tokens
 from tests.factories.models import save_tiny
+from tests.factories.sweeps import paired_timing
 from tests.factories.training import make_run, write_run_workspace
 
 
@@ -104,24 +105,29 @@ def test_of_many_shapes_some_are_timed_and_the_others_predicted(
 ) -> None:
     """Far from a bound, a prediction decides whether the shape is excluded; near a bound, the shape is timed."""
     monkeypatch.setattr(shape_latency, "MAX_TIMED_SHAPES", 4)
-    monkeypatch.setattr(shape_latency, "MARGIN_ERRORS", 0.0)  # errors of short timings are large
+    # Real timings may be noisy, and then predict nothing
+    timing = paired_timing(0.7, (0.69, 0.71))
+    monkeypatch.setattr(shape_latency, "time_pairs", lambda *_: timing)
     sizes = [f"{size}{units}" for size in ("2-3", "2-1") for units in ("", "-ffn1-0.5", "-ffn1-0.25")]
     far = replace(task, sizes=sizes, bounds={"latency_ms": CostBounds(shares=(0.001, 100.0))})
     table = time_shapes(far, "cpu", 1)
     assert len(table.predicted) == len(sizes) - 5  # the shape of the teacher is timed too
     assert table.costs.keys() == table.cheapest.keys() == table.engines.keys() == set(sizes)
-    assert table.prediction_error is not None
+    assert table.prediction_error == pytest.approx(0.0, abs=1e-9)
     config = open_teacher(str(task.run.teacher), task.run.dataset).model.config
     for name in table.predicted:
         assert table.costs[name]["params_m"] == count_params_m(config, name)
         assert table.costs[name].keys() == table.costs["2-1-ffn1-0.25"].keys()
-        assert table.cheapest[name].predicted.keys() == {"latency_ms"}
+        assert table.cheapest[name].ratios == pytest.approx({"latency_ms": 0.7})
         assert table.is_infeasible(name, {"tiny": {"latency_ms": "0.1%"}})
         assert not table.is_infeasible(name, {"large": {"latency_ms": "10000%"}})
 
     monkeypatch.setattr(shape_latency, "MAX_TIMED_SHAPES", 2)
-    monkeypatch.setattr(shape_latency, "MIN_MARGIN", 1e6)  # everything is near each bound
-    bounds = {"latency_ms": CostBounds(shares=(0.5,))}
+    bounds = {"latency_ms": CostBounds(shares=(0.7 / EXCLUSION_MARGIN,))}
     near = time_shapes(replace(far, sizes=[size for size in sizes if size.startswith("2-1")], bounds=bounds), "cpu", 1)
     assert near.predicted == ()
     assert near.prediction_error is None
+
+    noisy = paired_timing(0.7).model_copy(update={"ratio": None})
+    monkeypatch.setattr(shape_latency, "time_pairs", lambda *_: noisy)
+    assert time_shapes(replace(far, sizes=sizes[3:]), "cpu", 1).predicted == (), "noisy timings predict nothing"
