@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.cluster import sync
+from tests.factories.machines import machine_switch
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,4 @@ def use_machine(
         (tmp_path / "storage").mkdir()
         address = f"file://{tmp_path / 'storage'}"
     monkeypatch.setenv(sync.STORAGE_ENV, address)
-
-    def switch(name: str) -> Path:
-        home = tmp_path / name
-        home.mkdir(exist_ok=True)
-        monkeypatch.setenv("RAYDISTILL_HOME", str(home))
-        return home
-
-    return switch
+    return machine_switch(tmp_path, monkeypatch)

@@ -7,6 +7,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raydistill.cluster import snapshots
 from raydistill.cluster.sync import STORAGE_ENV
 
@@ -16,6 +18,18 @@ def use_home(home: Path, storage: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     storage.mkdir(exist_ok=True)
     os.environ |= {"RAYDISTILL_HOME": str(home), STORAGE_ENV: f"file://{storage}", "OMP_NUM_THREADS": "1"}
+
+
+def machine_switch(parent: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A function that makes this process one of the machine with a name, and returns the machine's home in `parent`."""
+
+    def switch(name: str) -> Path:
+        home = parent / name
+        home.mkdir(exist_ok=True)
+        monkeypatch.setenv("RAYDISTILL_HOME", str(home))
+        return home
+
+    return switch
 
 
 def start_on_machine(home: Path, storage: Path, function: Callable[..., object], *arguments: Any) -> BaseProcess:

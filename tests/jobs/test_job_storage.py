@@ -19,7 +19,7 @@ from raydistill.label_sets.label_set import read_manifest
 from raydistill.models.loading import load_model
 from raydistill.teacher_cache.builder import build_cache
 from tests.factories.label_sets import write_labels
-from tests.factories.machines import write_file
+from tests.factories.machines import machine_switch, write_file
 from tests.factories.models import save_tiny
 from tests.factories.teacher_cache import cache_examples, cache_layout
 
@@ -31,14 +31,7 @@ def use_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UseMachine:
     """Return a function that switches to the machine with a name and returns its home; all share one storage."""
     (tmp_path / "storage").mkdir()
     monkeypatch.setenv(sync.STORAGE_ENV, f"file://{tmp_path / 'storage'}")
-
-    def switch(name: str) -> Path:
-        home = tmp_path / name
-        home.mkdir(exist_ok=True)
-        monkeypatch.setenv("RAYDISTILL_HOME", str(home))
-        return home
-
-    return switch
+    return machine_switch(tmp_path, monkeypatch)
 
 
 def label_task(folder: Path) -> Any:
