@@ -1,5 +1,6 @@
 """A full disk: commands stop with a clear message, lose nothing, and resume by the same command."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -34,13 +35,10 @@ def home(tmp_path: Path) -> Iterator[Path]:
 def fill_disk(home: Path) -> Path:
     """Write a file that takes all free space."""
     filler = home / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(b"\0" * 65536)
-                file.flush()
-        except OSError:
-            pass
+    # Without a buffer, whose last bytes `close` would write, and fail.
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"\0" * 65536)
     return filler
 
 
