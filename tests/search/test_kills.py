@@ -21,6 +21,7 @@ from tests.factories.sweeps import KILL_SPACE, mlflow_children
 from tests.factories.workspace import WORKER_PROCESSES, environment, make_world, processes_of, wait_for_ray_to_end
 
 KILLS = 20
+SERVING_KILLS = 4
 TRIAL_PROCESS = "ray::ImplicitFunc"
 DECODINGS = ("b1", "b2-p0.6", "b2-p1", "b4-p0.6", "b4-p1")
 SERVING = {"length_penalty": [0.6, 1.0], "precision": ["fp32"]}
@@ -80,17 +81,22 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, killed: Counter[
     """Start the sweep again after every kill until it finishes, and return its summary.
 
     A sweep may finish before its first kill. A result must not change after any kill. `killed` counts kills by the
-    name of the process; workers and drivers are killed in turn.
+    name of the process; workers and drivers are killed in turn. The finalists of a round are served
+    without further kills after `SERVING_KILLS`: students are timed in one session, which every kill starts again.
     """
     finished: dict[Path, int] = {}
+    serving_kills = 0
     process = start(path, home)
     while True:
         now = results_of(home)
         assert {p: now.get(p) for p in finished} == finished, "a finished trial was repeated"
         finished = now
+        undisturbed = enough_kills(killed) or serving_kills >= SERVING_KILLS
         try:
-            out, errors = process.communicate(timeout=rng.uniform(1, 18) if not enough_kills(killed) else 280)
+            out, errors = process.communicate(timeout=400 if undisturbed else rng.uniform(1, 18))
         except subprocess.TimeoutExpired:
+            assert not undisturbed, "the sweep does not finish without kills"
+            serving_kills += len(finished) == len(COMBINATIONS)
             if killed.total() < 2 * killed["driver"]:  # the driver must recover from the loss
                 if name := kill_worker(home, rng, process):
                     killed[name] += 1
