@@ -22,6 +22,8 @@ from tests.factories.workspace import WORKER_PROCESSES, environment, make_world,
 
 KILLS = 20
 SERVING_KILLS = 4
+# About twice the time from a command's start to its first trial on two slow cores: shorter, and no trial ever starts.
+MAX_SECONDS_BETWEEN_KILLS = 40
 TRIAL_PROCESS = "ray::ImplicitFunc"
 DECODINGS = ("b1", "b2-p0.6", "b2-p1", "b4-p0.6", "b4-p1")
 SERVING = {"length_penalty": [0.6, 1.0], "precision": ["fp32"]}
@@ -93,7 +95,7 @@ def run_under_kills(path: Path, home: Path, rng: random.Random, killed: Counter[
         finished = now
         undisturbed = enough_kills(killed) or serving_kills >= SERVING_KILLS
         try:
-            out, errors = process.communicate(timeout=400 if undisturbed else rng.uniform(1, 18))
+            out, errors = process.communicate(timeout=400 if undisturbed else rng.uniform(1, MAX_SECONDS_BETWEEN_KILLS))
         except subprocess.TimeoutExpired:
             assert not undisturbed, "the sweep does not finish without kills"
             serving_kills += len(finished) == len(COMBINATIONS)
