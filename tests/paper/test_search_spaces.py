@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config.corners import resolve_point
+from raydistill.config.corners import iter_corners, resolve_point
 from raydistill.config.run import parse_size
 from raydistill.config.space import corner_runs, make_run, read_space
 from raydistill.models.layer_choice import layers_to_copy
@@ -16,6 +16,8 @@ from raydistill.search.dry_run import describe_plan
 SPACES = Path(__file__).parents[2] / "search_spaces"
 TABLES = sorted(SPACES.glob("table*.yaml"))
 MINI = sorted(SPACES.glob("mini_table*.yaml"))
+# All others compare settings at one size with the recipe of the paper's table.
+SEARCHES = [SPACES / f"{name}.yaml" for name in ("best_xsum", "kd_xsum", "mscmdlets", "multi30k", "quickstart")]
 
 
 @pytest.fixture
@@ -138,6 +140,38 @@ def test_miniature_spaces_run_every_setting_with_three_seeds(path):
         seeds_by_setting.setdefault(setting, set()).add(run.training.seed)
     assert all(seeds == {0, 1, 2} for seeds in seeds_by_setting.values())
     assert len(MINI) == 3
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_searches_vary_the_learning_rate_by_depth_and_give_trained_encoders_a_rate_of_their_own(path):
+    run = read_space(path).run
+    rates, encoder_layers = {}, set()
+    corners = list(iter_corners(run, keys=("training.learning_rate", "training.encoder_learning_rate")))
+    for params in corners:
+        encoder, _ = parse_size(params["student.size"])
+        rates.setdefault(params["student.size"], set()).add(params["training.learning_rate"])
+        encoder_layers.add(encoder)
+    assert all(len(values) == 2 for values in rates.values())  # the bounds of a range
+    largest = {size: max(values) for size, values in rates.items()}
+    single = [rate for size, rate in largest.items() if parse_size(size)[1] == 1]
+    deeper = [rate for size, rate in largest.items() if parse_size(size)[1] > 1]
+    assert min(single) > max(deeper)
+    for params in corners:  # an encoder with all layers and units is frozen
+        shrunk = parse_size(params["student.size"])[0] < max(encoder_layers)
+        shrunk |= params.get("student.encoder_ffn", 1) != 1
+        assert ("training.encoder_learning_rate" in params) == shrunk
+
+
+def test_points_of_the_papers_kd_search_have_the_papers_learning_rate():
+    space = read_space(SPACES / "kd_xsum.yaml")
+    runs = [make_run(space, resolve_point(space.run, point), "s") for point in space.points]
+    assert {(run.training.learning_rate, run.loss.alpha_hidden) for run in runs} == {(3e-4, 3)}
+
+
+def test_every_setting_of_the_miniature_of_table_5_has_two_learning_rates():
+    runs = corner_runs(read_space(SPACES / "mini_table5.yaml"))
+    rates = {size: {r.training.learning_rate for r in runs if r.student.size == size} for size in ("6-3", "6-1")}
+    assert rates == {"6-3": {5e-4, 2e-3}, "6-1": {2e-3, 4e-3}}
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

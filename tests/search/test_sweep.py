@@ -144,7 +144,7 @@ def test_more_trials_under_the_same_name_are_added(demo):
 
 def test_another_space_under_the_same_name_is_refused(demo):
     home, _, _, arguments, _ = demo
-    refused = command(home, *arguments, "--set", "run.training.learning_rate=0.5")
+    refused = command(home, *arguments, "--set", "run.training.batch_size=16")
     assert refused.returncode == 2
     assert "started with another run" in refused.stderr
 
