@@ -25,6 +25,8 @@ class DatasetPreset:
         paper_stats: Training rows, mean source words and mean target words in Table 3 of the paper.
         skip_blank_rows: Whether rows without a source or a target are left out. The paper's XSUM has 28 training rows
             less than the hub's, and the paper's WMT16 one row less.
+        targets_have_lines: Whether targets have several lines. The released models write targets of one line, except
+            Pegasus, which has a token for line breaks; see `joins_lines`.
     """
 
     hub: str
@@ -37,6 +39,7 @@ class DatasetPreset:
     languages: tuple[str, str] | None = None
     paper_stats: tuple[int, float, float] | None = None
     skip_blank_rows: bool = False
+    targets_have_lines: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ DATASETS: dict[str, DatasetPreset] = {
         max_target_tokens=142,
         paper_stats=(262_567, 756, 56),  # the hub has 287,113 training rows
         skip_blank_rows=True,
+        targets_have_lines=True,
     ),
     "wmt16_en_ro": DatasetPreset(
         "wmt/wmt16",
@@ -198,6 +202,14 @@ def resolve_metric(dataset: str, requested: str = "auto") -> str:
     if requested != "auto":
         return requested
     return DATASETS[dataset].metric if dataset in DATASETS else "rouge2"
+
+
+def joins_lines(dataset: str) -> bool:
+    """Whether targets are trained on as one line, except by a tokenizer with a token for line breaks.
+
+    True for the named data sets whose targets have several lines; the texts of other data sets are used as they are.
+    """
+    return dataset in DATASETS and DATASETS[dataset].targets_have_lines
 
 
 def check_teacher(name: str) -> None:

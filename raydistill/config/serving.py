@@ -148,6 +148,7 @@ class ServingRecord(StrictModel):
         config: Beams, length penalty, precision and shortlist.
         max_source_tokens: Tokens of a source that the student reads.
         languages: Languages of source and target.
+        line_break: The token that the tokenizer writes for a line break; None if there is no such token.
         vocabulary_map: The shortlist, a file in the export.
         ctranslate2: These settings as arguments of CTranslate2; None if CTranslate2 cannot load the student.
         throughput: Threads and batches that decode the most rows per second; None if the sweep did not measure them.
@@ -156,6 +157,7 @@ class ServingRecord(StrictModel):
     config: ServingConfig
     max_source_tokens: int
     languages: tuple[str, str] | None = None
+    line_break: str | None = None
     vocabulary_map: str | None = None
     ctranslate2: CTranslate2Serving | None = None
     throughput: ThroughputSetting | None = None

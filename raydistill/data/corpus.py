@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raydistill.config.presets import DATASETS
+from raydistill.config.presets import DATASETS, joins_lines
 from raydistill.config.run import Columns, Dataset
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
@@ -216,6 +216,7 @@ def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tup
     columns = resolve_columns(_requested_columns(dataset), objects, dataset.name, need_targets)
     preset = DATASETS.get(dataset.name)
     skips_blank_rows = preset is not None and preset.skip_blank_rows
+    normalizes_lines = joins_lines(dataset.name)
 
     def parsed_rows() -> Iterator[Row | BadRow]:
         num_blank = 0
@@ -224,13 +225,23 @@ def open_rows(dataset: Dataset, split: str, *, need_targets: bool = True) -> tup
                 if skips_blank_rows and is_blank(record, columns):
                     num_blank += 1
                     continue
-                row = parse_record(record, columns, index, need_targets)
-                yield BadRow(*location, row) if isinstance(row, str) else Row(location, *row)
+                texts = parse_record(record, columns, index, need_targets)
+                if isinstance(texts, str):
+                    yield BadRow(*location, texts)
+                else:
+                    row = Row(location, *texts)
+                    yield _normalize_lines(row) if normalizes_lines else row
         finally:  # also if a reader needs no more rows
             if num_blank:
                 _report_blank_rows(dataset.name, split, num_blank)
 
     return columns, parsed_rows()
+
+
+def _normalize_lines(row: Row) -> Row:
+    """The row with a target whose lines are separated by single line breaks, without space around them."""
+    lines = (line.strip() for line in row.target.splitlines())
+    return row._replace(target="\n".join(line for line in lines if line))
 
 
 @lru_cache(maxsize=64)

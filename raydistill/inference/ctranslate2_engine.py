@@ -41,7 +41,6 @@ from raydistill.inference.decoding import (
     Workload,
     benchmark_inputs,
     clamp_to_positions,
-    decode_text,
     generate_longest_first,
     resolve_decoding,
     tokenize_and_clamp,
@@ -159,7 +158,11 @@ class CTranslate2Engine:
         )
         return [
             [
-                Hypothesis(decode_text(self.tokenizer, [self.token_to_id[t] for t in tokens]), score, len(tokens) + 1)
+                Hypothesis(
+                    tokenization.decode_text(self.tokenizer, [self.token_to_id[t] for t in tokens]),
+                    score,
+                    len(tokens) + 1,
+                )
                 for tokens, score in zip(result.hypotheses, result.scores, strict=True)
             ]
             for result in results

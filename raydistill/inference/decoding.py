@@ -279,11 +279,6 @@ def tokenize_and_clamp(
     return tokenization.tokenize_sources(tokenizer, texts, min(max_tokens, limit))
 
 
-def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of token ids without special tokens and surrounding whitespace."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
     """Set the number of CPU threads of torch inside the block; None leaves the number unchanged."""

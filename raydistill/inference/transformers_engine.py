@@ -15,13 +15,13 @@ from raydistill.inference.decoding import (
     Workload,
     benchmark_inputs,
     clamp_to_positions,
-    decode_text,
     fixed_length_params,
     generate_longest_first,
     tokenize_and_clamp,
     torch_threads,
 )
 from raydistill.inference.shortlist import Shortlist
+from raydistill.models.tokenization import decode_text
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # To return scores, generate() keeps the fp32 log-probabilities of the whole vocabulary for every step: 39 GB for mBART

@@ -47,7 +47,7 @@ CHARS_PER_TOKEN = 5  # approximately, to estimate how much of a long source the 
 CPU_BATCH_SIZES = {"ctranslate2": 32, "transformers": 16}
 GPU_BATCH_SIZE = 128
 # Part of the key of a label set. Raise it when an engine writes other texts with the same settings.
-DECODING_VERSION = 2
+DECODING_VERSION = 3
 
 # Opens the teacher in an actor, with the parameters of inference.engines.open_engine.
 EngineFactory = Callable[..., "Engine"]

@@ -2,8 +2,9 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from raydistill.models.loading import load_config, load_generation_config
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
+LINE_BREAK_TOKENS = {"pegasus": "<n>"}  # by model type; google-research/pegasus replaces "\n" by this token
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of SentencePiece, for characters that no token contains
 Languages = tuple[str, str]  # source, target
 
@@ -26,6 +28,8 @@ def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -
     `languages` are (source, target): codes such as ("en_XX", "ro_RO") for mBART, ("en", "ro") for T5; other families
     ignore them. Without languages, mBART's target language is the one that the checkpoint's configuration starts with,
     and T5's task is summarization.
+
+    Two settings are added to the tokenizer: `source_prefix`, and `line_break`, Pegasus' token for a line break or None.
 
     Raises:
         UserError: Files are missing or unreadable, the vocabulary exceeds the embedding, or a language is unknown.
@@ -50,6 +54,7 @@ def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -
         raise UserError(f"{checkpoint}: the tokenizer cannot be loaded: {first_error_line(error)}") from None
     check_vocabulary(config, tokenizer, checkpoint)
     tokenizer.source_prefix = source_prefix(config, languages)
+    set_line_break(tokenizer, LINE_BREAK_TOKENS.get(config.model_type))
     if config.model_type == "mbart":
         _set_mbart_languages(tokenizer, config, folder, languages, checkpoint)
     return tokenizer
@@ -74,6 +79,28 @@ def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
             f"{beyond[0]!r}; tokenizer and model do not belong together"
         )
     tokenizer.split_special_tokens = True
+
+
+# Line breaks
+
+
+def set_line_break(tokenizer: Any, token: str | None) -> None:
+    """Set the token that stands for a line break of targets, if the vocabulary has this token.
+
+    The tokenizer itself replaces a line break by a space.
+    """
+    tokenizer.line_break = token if token is not None and token in tokenizer.get_vocab() else None
+
+
+def line_break(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the token that stands for a line break of targets, None if there is no such token."""
+    return getattr(tokenizer, "line_break", None)
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return the text of token ids, without special tokens and surrounding whitespace, with its line breaks."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return text.replace(line_break(tokenizer) or "\n", "\n").strip()
 
 
 # Languages and tasks
@@ -173,11 +200,19 @@ def tokenize_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_t
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def tokenize_targets(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
-    """Return the label ids of each target text, truncated to `max_tokens`; special tokens at the end are kept."""
+def tokenize_targets(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, join_lines: bool = False
+) -> list[list[int]]:
+    """Return the label ids of each target text, truncated to `max_tokens`; special tokens at the end are kept.
+
+    A line break is the tokenizer's token for line breaks if it has one, see `load_tokenizer`. Otherwise, `join_lines`
+    replaces line breaks by spaces; without `join_lines` the tokenizer reads them as any other character.
+    """
     if not texts:
         return []
-    encoded = tokenizer(text_target=list(texts), truncation=True, max_length=max_tokens, return_attention_mask=False)
+    replacement = line_break(tokenizer) or (" " if join_lines else None)
+    texts = [text.replace("\n", replacement) for text in texts] if replacement else list(texts)
+    encoded = tokenizer(text_target=texts, truncation=True, max_length=max_tokens, return_attention_mask=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 

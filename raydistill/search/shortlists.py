@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raydistill.cluster import snapshots
 from raydistill.config.label_sources import parse_labels
-from raydistill.config.presets import teacher_preset
+from raydistill.config.presets import joins_lines, teacher_preset
 from raydistill.config.run import Dataset, Run
 from raydistill.config.space import Space
 from raydistill.core import artifact
@@ -107,6 +107,7 @@ class ShortlistInputs:
             "source": [NUM_CANDIDATES, NUM_MOST_USED],
             "tokenizer": settings_fingerprint(self.checkpoint),
             "languages": self.languages,
+            "join_lines": joins_lines(self.dataset.name),
             "data": [self._corpus("train").fingerprint, self._held_out.fingerprint],
             "labels": [folder.name for folder in self.label_folders],
             "max_tokens": [self.max_source_tokens, self.max_target_tokens],
@@ -161,7 +162,7 @@ class ShortlistInputs:
     def _tokenize(self, sources: list[str], targets: list[str]) -> tuple[Rows, Rows]:
         return (
             tokenize_sources(self.tokenizer, sources, self.max_source_tokens),
-            tokenize_targets(self.tokenizer, targets, self.max_target_tokens),
+            tokenize_targets(self.tokenizer, targets, self.max_target_tokens, joins_lines(self.dataset.name)),
         )
 
     @property

@@ -19,6 +19,7 @@ from raydistill.inference.shortlist import MAP_FILE, restrict_map, stored_map
 from raydistill.models.fingerprints import settings_fingerprint, weights_fingerprint
 from raydistill.models.metadata import CheckpointMetadata
 from raydistill.models.tokenization import (
+    line_break,
     load_tokenizer,
     resolve_languages,
     source_limit,
@@ -118,8 +119,9 @@ def _write_serving(
     assert run is not None
     _write_decoding(folder, config)
     languages = resolve_languages(run.teacher, run.dataset)
+    tokenizer = load_tokenizer(folder, languages)
     if vocabulary_map is not None:
-        tokens = tokens_by_id(load_tokenizer(folder, languages))
+        tokens = tokens_by_id(tokenizer)
         restricted = restrict_map(vocabulary_map, tokens, folder)
         if restricted == vocabulary_map:
             shutil.copy(vocabulary_map, folder / MAP_FILE)
@@ -130,6 +132,7 @@ def _write_serving(
         config=config,
         max_source_tokens=source_limit(str(run.teacher), run.dataset, folder),
         languages=languages,
+        line_break=line_break(tokenizer),
         vocabulary_map=MAP_FILE if vocabulary_map else None,
         ctranslate2=_add_ctranslate2_model(folder, options),
         throughput=throughput,

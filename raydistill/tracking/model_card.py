@@ -29,7 +29,8 @@ sources = [tokenizer.convert_ids_to_tokens(row) for row in ids]
 prefixes = [settings["target_prefix"]] * len(sources)
 results = translator.translate_batch(sources, prefixes, **settings["translate_batch"])
 tokens = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
-outputs = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]"""
+outputs = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+outputs = [text.replace(serving["line_break"] or "\\n", "\\n").strip() for text in outputs]"""
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 

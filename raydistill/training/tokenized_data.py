@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raydistill.config.label_sources import LabelSource, parse_labels
-from raydistill.config.presets import TeacherPreset, resolve_metric
+from raydistill.config.presets import TeacherPreset, joins_lines, resolve_metric
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
@@ -106,7 +106,7 @@ def tokenize_split(
     assert corpus is not None
     if side == "source":
         return tokenize_sources(tokenizer, corpus.sources, max_length)
-    return tokenize_targets(tokenizer, corpus.targets, max_length)
+    return tokenize_targets(tokenizer, corpus.targets, max_length, joins_lines(dataset.name))
 
 
 def make_examples(
@@ -166,10 +166,11 @@ def _count_training_tokens(
     corpus = read_split(dataset, "train")
     assert corpus is not None
     counts = count_tokens(tokenize_sources(tokenizer, corpus.sources, UNLIMITED_TOKENS))
-    counts += count_tokens(tokenize_targets(tokenizer, corpus.targets, UNLIMITED_TOKENS))
+    join_lines = joins_lines(dataset.name)
+    counts += count_tokens(tokenize_targets(tokenizer, corpus.targets, UNLIMITED_TOKENS, join_lines))
     for _, folder in label_folders:
         texts = list(read_label_set(folder).targets.values())
-        counts += count_tokens(tokenize_targets(tokenizer, texts, UNLIMITED_TOKENS))
+        counts += count_tokens(tokenize_targets(tokenizer, texts, UNLIMITED_TOKENS, join_lines))
     return counts
 
 
@@ -189,6 +190,6 @@ def _make_examples(
     rows, targets = select_targets(corpus.ids, corpus.targets, labels, label_sets)
     return Examples(
         tokenize_split(tokenizer, dataset, "train", "source", max_source_tokens),
-        tokenize_targets(tokenizer, targets, max_target_tokens),
+        tokenize_targets(tokenizer, targets, max_target_tokens, joins_lines(dataset.name)),
         rows,
     )

@@ -88,3 +88,35 @@ def test_blank_rows_of_named_data_sets_are_left_out_and_reported(tmp_path):
     assert by_hub_name.startswith("error: 1 rows that cannot be used")
     assert done.stderr.count("xsum: 1 row of the train split without a source or a target left out") == 1
     assert done.stderr.count("wmt16_en_ro: 1 row of the train split") == 1
+
+
+READ_LINES = """
+import json
+from raydistill.config.run import Dataset
+from raydistill.data.corpus import read_corpus
+from raydistill.data.streaming import scan_split, usable_rows
+for name, config in (("cnn_dailymail", None), ("abisee/cnn_dailymail", "3.0.0"), ("xsum", None)):
+    dataset = Dataset(name=name, config=config)
+    corpus, scan = read_corpus(dataset, "train"), scan_split(dataset, "train")
+    streamed = [[row.source, row.target] for row in usable_rows(dataset, "train", scan)]
+    assert corpus.fingerprint == scan.fingerprint
+    assert streamed == [list(pair) for pair in zip(corpus.sources, corpus.targets)]
+    print(json.dumps([*streamed[0], corpus.fingerprint]))
+"""
+
+
+def test_line_breaks_of_the_targets_of_cnn_dailymail_have_one_form(tmp_path):
+    """Highlights of CNN/DailyMail are a line each. Other texts and data sets are read as they are."""
+    highlights = "Daniel Radcliffe turns 18 Monday .\nYoung actor has no plans . \r\n\n NEW: Films to come ."
+    article = {"article": "(CNN) -- He turns 18 .\nHe says so .", "highlights": highlights, "id": "x1"}
+    lay_out_dataset(tmp_path, "abisee/cnn_dailymail", "3.0.0", {"train": [article]})
+    document = {"document": "The full cost .\nRepair work\nis ongoing .", "summary": "Clean-up .", "id": "1"}
+    lay_out_dataset(tmp_path, "EdinburghNLP/xsum", None, {"train": [document]}, "refs/convert/parquet")
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", READ_LINES], env=env, capture_output=True, text=True, check=True)
+    cnn, by_hub_name, xsum = map(json.loads, done.stdout.splitlines())
+    lines = "Daniel Radcliffe turns 18 Monday .\nYoung actor has no plans .\nNEW: Films to come ."
+    assert cnn[:2] == [article["article"], lines]
+    assert by_hub_name[:2] == [article["article"], highlights]  # only named data sets are changed
+    assert cnn[2] != by_hub_name[2]
+    assert xsum[:2] == [document["document"], document["summary"]]

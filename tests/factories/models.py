@@ -48,6 +48,7 @@ def save_tiny(
     marian_padding_row: float = 0.0,
     t5_gated: bool = False,
     sentencepiece_type: str = "unigram",
+    line_breaks: bool = False,
     seed: int = 0,
 ) -> Path:
     """Save a random model of a family (config, generation config, safetensors) and its tokenizer to `folder`.
@@ -56,14 +57,19 @@ def save_tiny(
     a non-zero `final_logits_bias` (not for t5). `padded_rows`: additional rows of the embedding beyond the vocabulary.
     `marian_padding_row`: scale of Marian's padding row (0 in published models). `t5_gated`: use the architecture of T5
     1.1, with gated feed-forward layers and an untied output head. `sentencepiece_type`: "unigram", or "bpe" for
-    Marian. mBART is set to `LANGUAGES`.
+    Marian. `line_breaks`: Pegasus' tokenizer has the token `<n>`, as the published ones, and the model writes it
+    wherever it may (not with `logits_bias`). mBART is set to `LANGUAGES`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(family, folder, sentencepiece_type)
+    tokenizer = _tokenizer(family, folder, sentencepiece_type, line_breaks)
     vocab_size = len(tokenizer) + padded_rows
     config = _config(family, tokenizer, vocab_size, encoder_layers, decoder_layers, **_sizes(locals()))
     model = build(config, seed=seed, logits_bias=logits_bias, marian_padding_row=marian_padding_row)
+    if line_breaks:
+        bias = model.final_logits_bias
+        assert isinstance(bias, torch.Tensor)
+        bias[:, tokenizer.get_vocab()["<n>"]] = 30.0
     if family == "bart":  # as in facebook/bart-large-cnn
         model.generation_config.forced_bos_token_id = tokenizer.bos_token_id
     model.save_pretrained(folder)
@@ -216,7 +222,9 @@ def _config(
     return transformers.MarianConfig(activation_function="swish", **sizes)
 
 
-def _tokenizer(family: str, folder: Path, sentencepiece_type: str) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    family: str, folder: Path, sentencepiece_type: str, line_breaks: bool = False
+) -> PreTrainedTokenizerBase:
     if family == "bart":
         return _byte_level_bpe()
     pieces = _pieces(folder if family == "marian" else None, sentencepiece_type)
@@ -234,6 +242,7 @@ def _tokenizer(family: str, folder: Path, sentencepiece_type: str) -> PreTrained
         return transformers.T5Tokenizer(vocab=_scored(head, pieces, tail))
     if family == "pegasus":
         head = ["<pad>", "</s>", "<mask_1>", "<mask_2>", *[f"<unk_{i}>" for i in range(2, 103)], "<unk>"]
+        head += ["<n>"] if line_breaks else []
         return transformers.PegasusTokenizer(vocab=_scored(head, pieces, []))
     if family == "mbart":
         from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES

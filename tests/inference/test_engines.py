@@ -214,3 +214,13 @@ def test_parity_of_engines_on_a_thousand_rows(tmp_path, beams, precision, identi
     assert sum(a == b for a, b in zip(*outputs, strict=True)) >= identical * len(texts)
     scores = [corpus_bleu(bleu_rows(texts_of_engine, list(references))) for texts_of_engine in outputs]
     assert abs(scores[0] - scores[1]) <= score
+
+
+@pytest.mark.parametrize("name", ["transformers", "ctranslate2"])
+def test_texts_have_line_breaks_instead_of_the_token_of_pegasus(tmp_path, name):
+    folder = save_tiny("pegasus", tmp_path / "pegasus", line_breaks=True)
+    engine = open_engine(folder, name, EngineOptions(cache_dir=tmp_path / "cache"))
+    beam = replace(GREEDY, min_length=15, no_repeat_ngram=2)  # other tokens between the line breaks
+    texts = first_texts(engine.generate(TEXTS, beam, max_source_tokens=50))
+    assert all("\n" in text for text in texts)
+    assert not any("<n>" in text for text in texts)

@@ -8,6 +8,7 @@ from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
 from raydistill.models import loading, tokenization
 from raydistill.models.teacher import open_teacher
+from raydistill.models.vocabulary import trim_tokenizer
 from tests.factories.models import FAMILIES, edit_config, save_tiny, sentences
 
 
@@ -140,3 +141,35 @@ def test_t5_without_a_task_for_the_languages_lists_its_tasks(tiny, tmp_path):
     edit_config(folder, task_specific_params={"translation_en_to_ro": {"prefix": "to Romanian: "}})
     with pytest.raises(UserError, match=r"no task translation_en_to_de; this T5 knows translation_en_to_ro"):
         open_teacher(str(folder), Dataset(name="mine", languages=("en", "de")))
+
+
+def test_pegasus_reads_and_writes_line_breaks_of_targets_as_its_token(tmp_path, tiny):
+    """google-research/pegasus replaces "\\n" by "<n>"; PegasusTokenizer alone reads a line break as a space."""
+    lines = "The old man.\nMy brother sees the harbour.\n\nNo one."
+    tokenizer = tokenization.load_tokenizer(save_tiny("pegasus", tmp_path / "pegasus", line_breaks=True))
+    [ids] = tokenization.tokenize_targets(tokenizer, [lines], 100)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<n>")) == 3
+    assert tokenizer.unk_token_id not in ids
+    assert tokenization.decode_text(tokenizer, ids) == lines
+    assert "<n>" in tokenizer.decode(ids)
+    # Vocabularies without the token, and sources, are read as by the tokenizer alone
+    plain = tokenization.load_tokenizer(tiny["pegasus"])
+    assert tokenization.tokenize_targets(plain, [lines], 100) == plain([lines]).input_ids
+    assert tokenization.tokenize_sources(tokenizer, [lines], 100) == tokenizer([lines]).input_ids
+
+
+def test_other_families_join_lines_only_on_request(tiny):
+    tokenizer = tokenization.load_tokenizer(tiny["bart"])
+    two_lines, one_line = ["The old man.\nNo one."], ["The old man. No one."]
+    joined = tokenization.tokenize_targets(tokenizer, two_lines, 100, join_lines=True)
+    assert joined == tokenization.tokenize_targets(tokenizer, one_line, 100)
+    [kept] = tokenization.tokenize_targets(tokenizer, two_lines, 100)
+    assert tokenization.decode_text(tokenizer, kept) == two_lines[0]
+
+
+def test_line_break_token_is_known_to_a_trimmed_tokenizer_that_keeps_it(tmp_path):
+    tokenizer = tokenization.load_tokenizer(save_tiny("pegasus", tmp_path / "pegasus", line_breaks=True))
+    token = tokenizer.convert_tokens_to_ids("<n>")
+    all_ids = range(len(tokenizer))
+    assert tokenization.line_break(trim_tokenizer(tokenizer, all_ids)) == "<n>"
+    assert tokenization.line_break(trim_tokenizer(tokenizer, [i for i in all_ids if i != token])) is None

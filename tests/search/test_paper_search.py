@@ -15,7 +15,10 @@ def make_xsum_caches(folder: Path) -> dict[str, str]:
     model = save_tiny("bart", folder / "bart", encoder_layers=12, decoder_layers=12, dropout=0.0)
     lay_out_model(folder / "hub", "facebook/bart-large-xsum", model)
     splits = {
-        split: [{"document": r["source"], "summary": r["target"], "id": r["id"]} for r in corpus_rows(n, seed)]
+        split: [
+            {"document": r["source"].replace(". ", ".\n"), "summary": r["target"], "id": r["id"]}
+            for r in corpus_rows(n, seed)
+        ]
         for seed, (split, n) in enumerate({"train": 80, "validation": 8, "test": 8}.items())
     }
     lay_out_dataset(folder / "datasets", "EdinburghNLP/xsum", None, splits, "refs/convert/parquet")
