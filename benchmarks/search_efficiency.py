@@ -7,6 +7,11 @@ real sweeps in empty homes: this search and random full-length search.
 
     raydistill sweep benchmarks/spaces/search_demo.yaml
     python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 300 --live 0
+
+A grid can also be the file that `benchmarks.train_grid` writes. `--candidates` also replays the methods that the search
+does not use: `benchmarks.numeric_study` and a comparison of each trial with all cheaper trials.
+
+    python -m benchmarks.search_efficiency benchmarks/grids/search_shapes.json --seeds 100 --candidates
 """
 
 import argparse
@@ -17,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import BenchmarkResult, describe_machine
+from benchmarks.numeric_study import MultivariateStudy, NumericStudy
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
 from raydistill.core.console import print_progress
+from raydistill.core.records import Record
 from raydistill.results.records import Trial, read_trials
 from raydistill.results.sweep_record import read_sweep
 from raydistill.results.tables import markdown_table
@@ -37,15 +44,10 @@ from raydistill.training.run import collapse_reason
 
 SHARES = (0.9, 0.95, 0.99)  # of the grid's hypervolume; chosen before the first replay
 MAIN_SHARE = 0.95
-SEARCHES = {
-    "this search": {"sampler": "tpe", "stopping": "per_shape"},
-    "TPE, full length": {"sampler": "tpe", "stopping": "off"},
-    "random, stopped per shape": {"sampler": "random", "stopping": "per_shape"},
-    "random, full length": {"sampler": "random", "stopping": "off"},
-}
 # The current defaults: the grid's space file may be of an earlier release, and the grid did not use its values.
 STOPPING_SETTINGS = Search().model_dump(include={"grace", "reduction"})
 OURS, BASELINE = "this search", "random, full length"
+MAX_COST_RATIO = 1.05  # of the cost of a peer over that of the trial, where trials of other shapes are peers
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class RecordedTrial:
             and test.
         validation_scoring_seconds: the part of `scoring_seconds` for validation, which a stopped trial needs too.
         score: the final score; None for a failed trial.
-        latency_ms: the latency of the student's shape.
+        cost: what the search minimises of the student's shape, such as the latency.
         collapsed: for each validation, whether the outputs would count as a failure.
         warmup: the share of the steps that are warm-up.
     """
@@ -71,7 +73,7 @@ class RecordedTrial:
     scoring_seconds: float
     validation_scoring_seconds: float
     score: float | None
-    latency_ms: float
+    cost: float
     collapsed: tuple[bool, ...]
     warmup: float = 0.0
 
@@ -83,16 +85,89 @@ class RecordedTrial:
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """A finished trial of a search: device-seconds of the search until its end, its score and latency."""
+    """A finished trial of a search: device-seconds of the search until its end, its score and cost."""
 
     seconds: float
     score: float
-    latency_ms: float
+    cost: float
 
 
-def record_trial(
-    trial: Trial, metric: str, latency_ms: float, teacher_repetition: float | None = None
-) -> RecordedTrial:
+PeerRule = Callable[[RecordedTrial, RecordedTrial], bool]  # whether the first trial is compared with the second
+
+
+def has_same_shape(trial: RecordedTrial, other: RecordedTrial) -> bool:
+    """The rule of the search: trials of one shape are peers."""
+    return trial.size == other.size
+
+
+def is_not_more_expensive(trial: RecordedTrial, other: RecordedTrial) -> bool:
+    """A trial is compared with the trials of about its cost or less, which its student has to surpass for the front."""
+    return other.cost <= MAX_COST_RATIO * trial.cost
+
+
+@dataclass(frozen=True)
+class SearchMethod:
+    """A method of search.
+
+    Attributes:
+        sampler: the sampler of the space.
+        stopping: the early stopping of the space.
+        study: the study that proposes trials.
+        is_peer: which trials a trial is compared with.
+    """
+
+    sampler: str
+    stopping: str
+    study: type[SweepStudy] = SweepStudy
+    is_peer: PeerRule = has_same_shape
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of `search` in the space."""
+        return {"sampler": self.sampler, "stopping": self.stopping}
+
+
+SEARCHES = {
+    "this search": SearchMethod("tpe", "per_shape"),
+    "TPE, full length": SearchMethod("tpe", "off"),
+    "random, stopped per shape": SearchMethod("random", "per_shape"),
+    "random, full length": SearchMethod("random", "off"),
+}
+CANDIDATES = {
+    "TPE over numbers": SearchMethod("tpe", "per_shape", study=NumericStudy),
+    "multivariate TPE over numbers": SearchMethod("tpe", "per_shape", study=MultivariateStudy),
+    "this search, compared with cheaper trials": SearchMethod("tpe", "per_shape", is_peer=is_not_more_expensive),
+    "multivariate TPE over numbers, compared with cheaper trials": SearchMethod(
+        "tpe", "per_shape", study=MultivariateStudy, is_peer=is_not_more_expensive
+    ),
+}
+
+
+class Grid(Record):
+    """The file of a grid.
+
+    Attributes:
+        name: name of the space.
+        space: the space, with choices only.
+        reference: score and cost of the reference point.
+        pass_seconds: device-seconds of the teacher's passes.
+        trials: the trials by key, in the order of their start.
+    """
+
+    name: str
+    space: Space
+    reference: tuple[float, float]
+    pass_seconds: float
+    trials: dict[str, RecordedTrial]
+
+    @property
+    def target(self) -> "Target":
+        """The hypervolume of all trials, and the reference point."""
+        scored = [(trial.score, trial.cost) for trial in self.trials.values() if trial.score is not None]
+        return Target(hypervolume(scored, self.reference), self.reference, self.pass_seconds)
+
+
+def record_trial(trial: Trial, metric: str, cost: float, teacher_repetition: float | None = None) -> RecordedTrial:
     """Convert a finished trial, with the device time of start-up, training, validations and final scoring.
 
     `teacher_repetition` is the repetition in the teacher's outputs, with which a student's is compared.
@@ -111,7 +186,7 @@ def record_trial(
         scoring_seconds=scoring_seconds,
         validation_scoring_seconds=scoring_seconds * validation_share,
         score=trial.score(metric) if trial.scored else None,
-        latency_ms=latency_ms,
+        cost=cost,
         collapsed=tuple(bool(collapse_reason(line.repetition or 0.0, teacher_repetition)) for line in history),
         warmup=warmup_share(trial),
     )
@@ -120,25 +195,42 @@ def record_trial(
 def read_grid(sweep: Path) -> dict[str, RecordedTrial]:
     """The finished trials of a sweep, by key, in the order of their start."""
     record = read_sweep(sweep)
-    latency_ms = {size: costs["latency_ms"] for size, costs in record.shapes.costs.items()}
+    costs = {size: costs[record.cost] for size, costs in record.shapes.costs.items()}
     finished = [trial for trial in read_trials(sweep) if trial.status != "running"]
     repetition = record.teacher.repetition
-    return {t.key: record_trial(t, record.metric, latency_ms[t.size], repetition) for t in finished}
+    return {t.key: record_trial(t, record.metric, costs[t.size], repetition) for t in finished}
+
+
+def open_grid(path: Path) -> Grid:
+    """The grid of a file, or of the folder of a finished sweep.
+
+    The reference point of a sweep is half the teacher's score and the teacher's cost.
+    """
+    if path.is_file():
+        return Grid.read(path)
+    record = read_sweep(path)
+    return Grid(
+        name=path.name,
+        space=read_space(path / "space.yaml"),
+        reference=(record.teacher.metrics[record.metric] / 2, record.teacher.costs[record.cost]),
+        pass_seconds=3600 * record.teacher.passes.total_hours,
+        trials=read_grid(path),
+    )
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area that (score, latency) points dominate, bounded by a reference point of low score and high latency."""
+    """The area that (score, cost) points dominate, bounded by a reference point of low score and high cost."""
     area, best_score = 0.0, reference[0]
-    for score, latency_ms in sorted(points, key=lambda point: (point[1], -point[0])):
-        if latency_ms < reference[1] and score > best_score:
-            area += (score - best_score) * (reference[1] - latency_ms)
+    for score, cost in sorted(points, key=lambda point: (point[1], -point[0])):
+        if cost < reference[1] and score > best_score:
+            area += (score - best_score) * (reference[1] - cost)
             best_score = score
     return area
 
 
 def points_hypervolume(points: Sequence[SearchPoint], reference: tuple[float, float]) -> float:
     """`hypervolume` of a search's points."""
-    return hypervolume([(point.score, point.latency_ms) for point in points], reference)
+    return hypervolume([(point.score, point.cost) for point in points], reference)
 
 
 def truncate_trial(trial: RecordedTrial, peer_curves: Sequence[Curve], search: Any) -> tuple[int, float, float | None]:
@@ -165,26 +257,28 @@ def replay(
     space: Space,
     grid: dict[str, RecordedTrial],
     is_enough: Callable[[Sequence[SearchPoint]], bool] = lambda points: False,
+    method: SearchMethod | None = None,
 ) -> list[SearchPoint]:
     """Replay one search over the grid until `is_enough(points)`, or until the search or the grid is exhausted."""
+    method = method or SearchMethod(space.search.sampler, space.search.stopping)
     points: list[SearchPoint] = []
-    curves: list[tuple[str, Curve]] = []
+    curves: list[tuple[RecordedTrial, Curve]] = []
     total_seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="raydistill-replay-") as folder:
-        study = SweepStudy(space, Path(folder))
+        study = method.study(space, Path(folder))
         for trial_id in map(str, range(len(grid))):
             proposal = study.propose(trial_id)
             if proposal is None:
                 break
             trial = grid[proposal.key]
-            peer_curves = [curve for size, curve in curves if size == trial.size]
+            peer_curves = [curve for other, curve in curves if method.is_peer(trial, other)]
             num_validations, seconds, score = truncate_trial(trial, peer_curves, space.search)
             total_seconds += seconds
             report: dict[str, Any] = {"finished": True, "status": "failed"}
             if score is not None:
-                curves.append((trial.size, trial.curve[:num_validations]))
-                points.append(SearchPoint(total_seconds, score, trial.latency_ms))
-                report |= {"status": "done", "score": score, "latency_ms": trial.latency_ms}
+                curves.append((trial, trial.curve[:num_validations]))
+                points.append(SearchPoint(total_seconds, score, trial.cost))
+                report |= {"status": "done", "score": score, space.search.cost: trial.cost}
             study.report(trial_id, report)
             if is_enough(points):
                 break
@@ -216,18 +310,16 @@ def _ratio(ours: Any, baseline: Any) -> Any:
 
 
 def replay_all(
-    space: Space,
-    grid: dict[str, RecordedTrial],
-    seeds: int,
-    is_enough: Callable[[Sequence[SearchPoint]], bool],
+    grid: Grid, methods: Mapping[str, SearchMethod], seeds: int, is_enough: Callable[[Sequence[SearchPoint]], bool]
 ) -> dict[str, list[list[SearchPoint]]]:
-    """Replay each of `SEARCHES` with every seed, each until `is_enough(points)`."""
+    """Replay each method with every seed, each until `is_enough(points)`."""
+    space, trials = grid.space, grid.trials
     replays: dict[str, list[list[SearchPoint]]] = {}
-    for name, changes in SEARCHES.items():
-        settings = {**changes, **STOPPING_SETTINGS, "trials": len(grid)}
+    for name, method in methods.items():
+        settings = {**method.settings, **STOPPING_SETTINGS, "trials": len(trials)}
         searches = [space.search.model_copy(update={**settings, "seed": seed}) for seed in range(seeds)]
         spaces = [space.model_copy(update={"search": search, "points": []}) for search in searches]
-        replays[name] = [replay(seeded_space, grid, is_enough) for seeded_space in spaces]
+        replays[name] = [replay(seeded_space, trials, is_enough, method) for seeded_space in spaces]
         print_progress(f"{name}: {seeds} replays")
     return replays
 
@@ -238,7 +330,7 @@ class Target:
 
     Attributes:
         grid_hypervolume: the hypervolume of all trials of the grid.
-        reference: score and latency of the reference point.
+        reference: score and cost of the reference point.
         pass_seconds: device-seconds of the teacher's passes, which every search needs before its first trial.
     """
 
@@ -307,16 +399,16 @@ def _finite_or_none(values: Iterable[float]) -> list[float | None]:
 def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[SearchPoint]]:
     """Run this search and the baseline as real sweeps over the grid's space, each in an empty home.
 
-    Trials run one at a time, as in the replays. Points have the latencies of the grid, so that hypervolumes are
+    Trials run one at a time, as in the replays. Points have the costs of the grid, so that hypervolumes are
     comparable: the live sweeps time the shapes at another time.
     """
     points_by_search = {}
-    latency_ms = {trial.size: trial.latency_ms for trial in read_grid(sweep).values()}
+    costs = {trial.size: trial.cost for trial in read_grid(sweep).values()}
     for name in (OURS, BASELINE):
         with tempfile.TemporaryDirectory(prefix="raydistill-live-") as folder:
             home = Path(folder)
             _copy_teacher(sweep.absolute().parents[1], home)
-            changes = {**SEARCHES[name], **STOPPING_SETTINGS, "seed": seed, "trials": trials, "concurrent": 1}
+            changes = {**SEARCHES[name].settings, **STOPPING_SETTINGS, "seed": seed, "trials": trials, "concurrent": 1}
             settings = [f"search.{key}={json.dumps(value)}" for key, value in changes.items()]
             settings += ["points=[]", "budgets={}", "tracking_uri=null"]
             command = [sys.executable, "-m", "raydistill.sweep", str(sweep / "space.yaml")]
@@ -326,7 +418,7 @@ def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[Searc
             for trial in read_grid(home / "sweeps" / sweep.name).values():
                 seconds += trial.total_seconds
                 score = -math.inf if trial.score is None else trial.score  # a failed trial costs time and adds nothing
-                points.append(SearchPoint(seconds, score, latency_ms[trial.size]))
+                points.append(SearchPoint(seconds, score, costs[trial.size]))
             points_by_search[name] = points
     return points_by_search
 
@@ -347,7 +439,7 @@ def live_rows(
         reached = points_hypervolume(points, target.reference) / target.grid_hypervolume
         total = f"{points[-1].seconds:.0f}"
         rows.append([name, str(len(points)), total, f"{reached:.1%}", *(_format_number(t, 0) for t in times)])
-        values = [_finite_or_none((point.seconds, point.score, point.latency_ms)) for point in points]
+        values = [_finite_or_none((point.seconds, point.score, point.cost)) for point in points]
         records.append({"live": name, "points": values, "reached": reached, "seconds": _finite_or_none(times)})
     return rows, records
 
@@ -356,13 +448,12 @@ def main() -> None:
     """Run the command line."""
     options = _parse_arguments()
     machine = describe_machine()
-    grid, target = read_grid(options.sweep), make_target(options.sweep)
+    grid = open_grid(options.grid)
+    target = grid.target
     enough = max(SHARES) * target.grid_hypervolume
+    methods = {**(CANDIDATES if options.candidates else {}), **SEARCHES}
     replays = replay_all(
-        read_space(options.sweep / "space.yaml"),
-        grid,
-        options.seeds,
-        lambda points: points_hypervolume(points, target.reference) >= enough,
+        grid, methods, options.seeds, lambda points: points_hypervolume(points, target.reference) >= enough
     )
     rows, records = [], []
     for share in SHARES:
@@ -371,36 +462,29 @@ def main() -> None:
         records += share_records
     header = ["share of the grid's hypervolume", "search", "device-seconds (quartiles)", "ratio to random"]
     header += ["ratio with the teacher's passes", "reached"]
-    text = describe_grid(options, grid, target) + markdown_table(header, rows)
+    text = describe_grid(grid, options.seeds) + markdown_table(header, rows)
     if options.live is not None:
-        live = run_live_sweeps(options.sweep, options.live, options.live_trials or len(grid) // 3)
+        live = run_live_sweeps(options.grid, options.live, options.live_trials or len(grid.trials) // 3)
         rows, live_records = live_rows(live, target)
         header = ["live", "trials", "device-seconds in total", "share of the grid's hypervolume"]
         text += "\n\n" + markdown_table([*header, *(f"device-seconds to {share:.0%}" for share in SHARES)], rows)
         records += live_records
-    path = BenchmarkResult("search_efficiency", "Search efficiency", text, records, machine).write()
+    path = BenchmarkResult("search_efficiency", "Search efficiency", text, records, machine, options.suffix).write()
     print(path.read_text(encoding="utf-8"))
 
 
-def make_target(sweep: Path) -> Target:
-    """The hypervolume of a finished grid; the reference point is half the teacher's score and the teacher's latency."""
-    record, grid = read_sweep(sweep), read_grid(sweep)
-    reference = (record.teacher.metrics[record.metric] / 2, record.teacher.costs["latency_ms"])
-    scored = [(trial.score, trial.latency_ms) for trial in grid.values() if trial.score is not None]
-    return Target(hypervolume(scored, reference), reference, 3600 * record.teacher.passes.total_hours)
-
-
-def describe_grid(options: argparse.Namespace, grid: dict[str, RecordedTrial], target: Target) -> str:
+def describe_grid(grid: Grid, seeds: int) -> str:
     """A paragraph about the grid and how trials are charged."""
-    failed = sum(trial.score is None for trial in grid.values())
-    score, latency_ms = target.reference
+    target, trials = grid.target, grid.trials.values()
+    failed = sum(trial.score is None for trial in trials)
+    score, cost = target.reference
     return (
-        f"Grid: {options.sweep.name}, {len(grid)} trials ({failed} failed) of {len({t.size for t in grid.values()})} "
-        f"shapes, {sum(t.total_seconds for t in grid.values()):.0f} device-seconds in total with start-up, validations "
-        f"and final scoring; the teacher's passes took {target.pass_seconds:.0f}, the same for every search. "
-        f"{options.seeds} seeds. Reference point: half the teacher's score ({score:.2f}) and the teacher's latency "
-        f"({latency_ms:.1f} ms). A stopped trial costs the whole trial's scoring on validation, and none on test. "
-        f"Trials are compared after {STOPPING_SETTINGS['grace']:.3g} of their steps, and the better "
+        f"Grid: {grid.name}, {len(trials)} trials ({failed} failed) of {len({t.size for t in trials})} shapes, "
+        f"{sum(t.total_seconds for t in trials):.0f} device-seconds in total with start-up, validations and final "
+        f"scoring; the teacher's passes took {target.pass_seconds:.0f}, the same for every search. {seeds} seeds. "
+        f"Reference point: half the teacher's score ({score:.2f}) and the teacher's {grid.space.search.cost} "
+        f"({cost:.4g}). A stopped trial costs the whole trial's scoring on validation, and none on test. Trials are "
+        f"compared after {STOPPING_SETTINGS['grace']:.3g} of their steps, and the better "
         f"1/{STOPPING_SETTINGS['reduction']} continue. A replay that never reaches the share counts as infinitely "
         f"long.\n\n"
     )
@@ -408,13 +492,17 @@ def describe_grid(options: argparse.Namespace, grid: dict[str, RecordedTrial], t
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="folder of a finished sweep over a grid")
+    parser.add_argument("grid", type=Path, help="folder of a finished sweep over a grid, or the file of a grid")
     parser.add_argument("--seeds", type=int, default=300, help="replays per search; default: 300")
     parser.add_argument("--live", type=int, metavar="SEED", help="also run one pair of real sweeps with this seed")
     parser.add_argument("--live-trials", type=int, help="trials of each real sweep; default: a third of the grid")
+    parser.add_argument("--candidates", action="store_true", help="also replay methods that the search does not use")
+    parser.add_argument("--suffix", default="", help="suffix of the names of the result files")
     options = parser.parse_args()
-    if any(trial.status == "stopped" for trial in read_trials(options.sweep)):
-        parser.error(f"{options.sweep}: some trials were stopped early; train a grid with stopping: off")
+    if options.live is not None and not options.grid.is_dir():
+        parser.error("--live needs the folder of a sweep")
+    if options.grid.is_dir() and any(trial.status == "stopped" for trial in read_trials(options.grid)):
+        parser.error(f"{options.grid}: some trials were stopped early; train a grid with stopping: off")
     return options
 
 

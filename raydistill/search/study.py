@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict
 
 from raydistill.cluster import snapshots
 from raydistill.config.corners import MAX_CORNERS, iter_corners, resolve_point
-from raydistill.config.distributions import split_parameters, suggest_params
+from raydistill.config.distributions import TrialLike, split_parameters, suggest_params
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
-from raydistill.config.space import Search, Space, make_run, sampler_params
+from raydistill.config.space import Space, make_run, sampler_params
 from raydistill.core.artifact import LockHeld
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError
@@ -107,7 +107,7 @@ class SweepStudy:
         self.stop_reason = StopReason()
         self._running: dict[str, optuna.Trial] = {}  # by the caller's id
         create_study = partial(optuna.create_study, study_name=space.name, directions=["maximize", "minimize"])
-        self._study = create_study(sampler=_make_sampler(space.search))
+        self._study = create_study(sampler=self._make_sampler())
         self._journal = create_study(storage=_new_journal(sweep / "study.log"))
         self._proposals = read_proposals(sweep)  # by key
         self._add_results()
@@ -141,7 +141,7 @@ class SweepStudy:
             elif num_rejected >= MAX_DUPLICATES:
                 self._enqueue(self._random_params())
             trial = self._study.ask()
-            params = suggest_params(self.space.run, trial)
+            params = self._suggest(trial)
             run = make_run(self.space, params, self.space.name)
             key = trial_key(run)
             if run.student.shape.name in self.infeasible_sizes:
@@ -189,9 +189,23 @@ class SweepStudy:
             self._study.add_trial(trial)
             self._journal.add_trial(trial)
 
+    def _make_sampler(self) -> optuna.samplers.BaseSampler:
+        """The sampler; a grid is a queue of initial points, for which any sampler works."""
+        if self.space.search.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=self.space.search.seed)
+        return optuna.samplers.TPESampler(seed=self.space.search.seed, multivariate=False)
+
+    def _suggest(self, trial: TrialLike) -> dict[str, Any]:
+        """The values by dotted key that the sampler suggests for a trial."""
+        return suggest_params(self.space.run, trial)
+
+    def _sampler_values(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Values by dotted key as values by sampler name; the inverse of `_suggest`."""
+        return sampler_params(self.space.run, params)
+
     def _finished_trial(self, proposal: Proposal, report: dict[str, Any]) -> FrozenTrial:
-        fixed = FixedTrial(sampler_params(self.space.run, proposal.params))
-        suggest_params(self.space.run, fixed)  # sets `distributions`
+        fixed = FixedTrial(self._sampler_values(proposal.params))
+        self._suggest(fixed)  # sets `distributions`
         attrs = {"key": proposal.key, "number": proposal.number}
         return create_trial(
             params=fixed.params, distributions=fixed.distributions, user_attrs=attrs, **self._reported_values(report)
@@ -247,7 +261,7 @@ class SweepStudy:
 
     def _enqueue(self, params: dict[str, Any]) -> None:
         """Let `ask` return these values next."""
-        self._study.enqueue_trial(sampler_params(self.space.run, params))
+        self._study.enqueue_trial(self._sampler_values(params))
 
     def _find_stop_reason(self, num_rejected: int) -> StopReason:
         """Why no further trial starts, after `num_rejected` consecutive rejections; running trials are not affected."""
@@ -350,10 +364,3 @@ def _new_journal(path: Path) -> JournalStorage:
     for old in (path, *path.parent.glob(f"{path.name}.lock*")):
         old.unlink(missing_ok=True)
     return JournalStorage(JournalFileBackend(str(path)))
-
-
-def _make_sampler(search: Search) -> optuna.samplers.BaseSampler:
-    """The sampler; a grid is a queue of initial points, for which any sampler works."""
-    if search.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=search.seed)
-    return optuna.samplers.TPESampler(seed=search.seed, multivariate=False)

@@ -11,10 +11,13 @@ import yaml
 
 from benchmarks.search_efficiency import (
     RecordedTrial,
+    SearchMethod,
     SearchPoint,
     Target,
     compare_searches,
+    has_same_shape,
     hypervolume,
+    is_not_more_expensive,
     live_rows,
     ratio_of_medians,
     read_grid,
@@ -122,7 +125,7 @@ def test_recorded_seconds_include_startup_training_validations_and_scoring(tmp_p
     np.savez(folder / "rows.npz", validation=np.full(30, 10.0), test=np.full(10, 9.0))
     assert record_trial(trial, "rouge2", 7.0).validation_scoring_seconds == pytest.approx(6)
     assert recorded.total_seconds == pytest.approx(36)
-    assert (recorded.score, recorded.latency_ms, recorded.curve) == (10.0, 7.0, [(0.5, 9.0), (1.0, 10.0)])
+    assert (recorded.score, recorded.cost, recorded.curve) == (10.0, 7.0, [(0.5, 9.0), (1.0, 10.0)])
 
 
 def space_runs() -> list[Run]:
@@ -143,7 +146,23 @@ def test_a_replay_tries_every_combination_once(stopping: str, seconds: set[float
         assert len(points) == 4
         totals.add(points[-1].seconds)
     assert totals <= seconds
-    assert hypervolume([(p.score, p.latency_ms) for p in points], (0, 10)) == 8 * 6
+    assert hypervolume([(p.score, p.cost) for p in points], (0, 10)) == 8 * 6
+
+
+def test_a_trial_can_be_compared_with_the_trials_that_cost_no_more():
+    small, large = recorded_trial("2-1", 4.0), recorded_trial("2-2", 4.0)  # of costs 4 and 8
+    assert [is_not_more_expensive(large, other) for other in (small, large)] == [True, True]
+    assert [is_not_more_expensive(small, other) for other in (small, large)] == [True, False]
+    assert [has_same_shape(large, other) for other in (small, large)] == [False, True]
+    # The larger student is worse than the smaller one at the first comparison, and then stops after 13 of 45 seconds.
+    by_size = {"2-2": recorded_trial("2-2", 2.0), "2-1": recorded_trial("2-1", 8.0)}
+    grid = {trial_key(run): by_size[str(run.student.size)] for run in space_runs()}
+    method = SearchMethod("random", "per_shape", is_peer=is_not_more_expensive)
+    totals = set()
+    for seed in range(6):
+        space = SPACE.model_copy(update={"search": SPACE.search.model_copy(update={"seed": seed})})
+        totals.add(replay(space, grid, method=method)[-1].seconds)
+    assert min(totals) == 45 + 45 + 13 + 13
 
 
 def test_a_replay_ends_when_its_points_are_enough():
@@ -191,7 +210,7 @@ def test_live_sweeps_are_compared_by_the_hypervolume_of_the_grid(tmp_path: Path)
     assert [len(points) for points in live.values()] == [2, 2]
     for points in live.values():
         assert 0 < points[0].seconds < points[1].seconds
-        assert {point.latency_ms for point in points} <= {trial.latency_ms for trial in grid.values()}
+        assert {point.cost for point in points} <= {trial.cost for trial in grid.values()}
     rows, records = live_rows(live, Target(1.0, (0.0, 1e9), 0.0))
     assert [row[0] for row in rows] == list(live)
     assert all(np.isfinite(record["reached"]) for record in records)
