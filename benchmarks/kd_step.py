@@ -6,12 +6,16 @@ process. Requires torch, transformers and, for the Trainer, accelerate; neither 
 
 naive     KD that runs teacher and student in full
 shared    KD that runs the encoder once for teacher and student
-ours      KD of this package, from the teacher cache
+ours      KD of this package, from the teacher cache, which is in memory after the first steps
+ours@R    the same with reads of at most R GB/s, as from a disk whose cache is cold
 trainer   SFT with Hugging Face's Seq2SeqTrainer
 ours-sft  SFT of this package, with encoder states from the cache
 
+The baselines have the attention kernels and the clipping of this package. In bf16, the teacher and all frozen weights
+of the student are stored in bf16, so that no step converts them. No side computes states that it does not read.
+
     python -m benchmarks.kd_step                       # two threads, batch 4: about 12 minutes
-    python -m benchmarks.kd_step --device cuda --batch 64 --family pegasus
+    python -m benchmarks.kd_step --device cuda --batch 64 --family pegasus --read-gbps 0.5 1 3
 """
 
 import argparse
@@ -22,9 +26,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks.common import BenchmarkResult, describe_machine, device_suffix
 from raydistill.config.run import Loss, Student, Training
@@ -43,10 +49,10 @@ from raydistill.models.freezing import FrozenParts, freeze
 from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
-from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
+from raydistill.teacher_cache.reader import RaggedArray, open_decoder_states, open_encoder_states
 from raydistill.teacher_cache.store import DtypeName
 from raydistill.training.distillation import DistillationStep
-from raydistill.training.optimizer_step import OptimizerStep
+from raydistill.training.optimizer_step import OptimizerStep, attention_kernel, clip_and_step
 from raydistill.training.prefetch import prefetch
 from raydistill.training.workers import Worker
 
@@ -62,6 +68,7 @@ RATIOS = [
     ("SFT: Seq2SeqTrainer / ours", "trainer", "ours-sft", "seconds"),
     ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb"),
 ]
+READ_RATES = (0.5, 1.0, 3.0)  # GB/s: a network disk, a SATA disk at its best, an NVMe disk
 FORWARDED_OPTIONS = ("device", "threads", "batch", "source", "target", "family", "layers", "size", "steps", "profile")
 
 
@@ -159,6 +166,28 @@ def kd_loss(student_output: Any, teacher_output: Any, labels: Tensor, phi: list[
     return loss.alpha_data * cross_entropy + loss.alpha_logits * temperature**2 * kl + loss.alpha_hidden * hidden
 
 
+def prepare_precision(models: Models, precision: str) -> None:
+    """Store the teacher and the frozen weights of the student in the precision in which they are used, in place."""
+    if precision != "bf16":
+        return
+    teacher: Any = models.teacher
+    teacher.to(torch.bfloat16)
+    for parameter in models.student.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def decode_with_states(model: PreTrainedModel, encoder_states: Tensor, batch: dict[str, Tensor]) -> Any:
+    """The outputs of a model with the hidden states of its decoder, and without those of its encoder."""
+    return model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states),
+        attention_mask=batch["attention_mask"],
+        decoder_input_ids=batch["decoder_input_ids"],
+        output_hidden_states=True,
+        use_cache=False,
+    )
+
+
 def time_steps(call: Callable[[], Any], count: int, device: str) -> list[float]:
     """Seconds per step of `count` steps, one value per measurement, after the measurements of the warm-up."""
     steps = STEPS_PER_MEASUREMENT[device]
@@ -181,8 +210,10 @@ def synchronize(device: str) -> None:
 def make_baseline_step(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
     """A KD step with a live teacher: "naive" runs both models in full, "shared" runs the encoder once for both."""
     models = make_models(options)
-    student = models.student.to(options.device).train()
+    student: Any = models.student.to(options.device).train()
     student.get_encoder().eval()
+    prepare_precision(models, precision)
+    autocast = torch.bfloat16 if precision == "bf16" else None
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     examples = make_examples(options, student.config.vocab_size)
@@ -193,19 +224,21 @@ def make_baseline_step(side: str, options: argparse.Namespace, precision: str) -
         labels = batch.pop("labels")  # with labels, transformers would compute a cross-entropy that is not used
         batch["decoder_input_ids"] = families.shift_right(student, labels)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(options.device, torch.bfloat16, enabled=precision == "bf16"):
-            arguments: dict[str, Any] = {"output_hidden_states": True, "use_cache": False}
-            if side == "shared":
-                with torch.no_grad():
-                    encoder_outputs = student.get_encoder()(batch["input_ids"], batch["attention_mask"])
-                arguments["encoder_outputs"] = encoder_outputs
-            with torch.no_grad():
-                teacher_output = models.teacher(**batch, **arguments)
-            student_output = student(**batch, **arguments)
+        longest = max(batch["input_ids"].shape[1], labels.shape[1])
+        with (
+            torch.autocast(options.device, torch.bfloat16, enabled=autocast is not None),
+            attention_kernel(longest, options.device, autocast),
+        ):
+            with torch.no_grad():  # the encoder is frozen on both sides
+                inputs = batch["input_ids"], batch["attention_mask"]
+                student_states = teacher_states = student.get_encoder()(*inputs).last_hidden_state
+                if side == "naive":
+                    teacher_states = models.teacher.get_encoder()(*inputs).last_hidden_state
+                teacher_output = decode_with_states(models.teacher, teacher_states, batch)
+            student_output = decode_with_states(student, student_states, batch)
             loss = kd_loss(student_output, teacher_output, labels, models.layout.supervised_decoder)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        clip_and_step(optimizer, parameters, 1.0)
         return loss.detach()
 
     return step
@@ -255,6 +288,54 @@ def time_trainer(options: argparse.Namespace, precision: str) -> list[float]:
 # This package
 
 
+class Disk:
+    """Counts the bytes that are read, and limits their rate.
+
+    Args:
+        gbps: The limit in GB/s; None for none.
+    """
+
+    def __init__(self, gbps: float | None) -> None:
+        self.seconds_per_byte = 0.0 if gbps is None else 1e-9 / gbps
+        self.num_bytes = 0
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def read(self, num_bytes: int) -> None:
+        """Wait as long as the disk needs for these bytes after all earlier ones."""
+        with self._lock:
+            self.num_bytes += num_bytes
+            self._free_at = max(self._free_at, time.perf_counter()) + num_bytes * self.seconds_per_byte
+            free_at = self._free_at
+        time.sleep(max(0.0, free_at - time.perf_counter()))
+
+
+@dataclass(frozen=True)
+class DiskArray(RaggedArray):
+    """An array of the cache that is read from a `Disk`."""
+
+    disk: Disk
+
+    def read_flat(self, rows: Sequence[int]) -> Tensor:
+        """As `RaggedArray.read_flat`, at the rate of the disk."""
+        self._wait(rows)
+        return super().read_flat(rows)
+
+    def read_padded(self, rows: Sequence[int]) -> Tensor:
+        """As `RaggedArray.read_padded`, at the rate of the disk."""
+        self._wait(rows)
+        return super().read_padded(rows)
+
+    def _wait(self, rows: Sequence[int]) -> None:
+        bytes_per_vector = self.parts[0].width * self.dtype.itemsize
+        self.disk.read(int(self.lengths[list(rows)].sum()) * bytes_per_vector)
+
+
+def on_disk(array: RaggedArray, disk: Disk) -> DiskArray:
+    """The same array, read from a disk."""
+    return DiskArray(array.parts, array.part_numbers, array.offsets, array.lengths, array.dtype, disk)
+
+
 def _cache_layout(
     options: argparse.Namespace, models: Models, precision: DtypeName, decoder_states: bool
 ) -> CacheLayout:
@@ -272,9 +353,9 @@ def make_cache(options: argparse.Namespace, precision: DtypeName) -> None:
 
 
 def make_distillation_step(
-    options: argparse.Namespace, method: Any, precision: DtypeName, autocast_dtype: torch.dtype | None
+    options: argparse.Namespace, method: Any, precision: DtypeName, autocast_dtype: torch.dtype | None, disk: Disk
 ) -> DistillationStep:
-    """The product's step, which reads the stores that `make_cache` has built."""
+    """The product's step, which reads the stores that `make_cache` has built, from a disk."""
     models = make_models(options)
     cache = _cache_layout(options, models, precision, decoder_states=method == "kd")
     student, layout = models.student, models.layout
@@ -291,8 +372,11 @@ def make_distillation_step(
         layout,
         encoder_shared=True,
         lm_head_shared=True,
-        cached_encoder_states=open_encoder_states(cache),
-        cached_decoder_states=open_decoder_states(cache) if method == "kd" else {},
+        cached_encoder_states=on_disk(open_encoder_states(cache), disk),
+        cached_decoder_states={
+            layer: on_disk(array, disk)
+            for layer, array in (open_decoder_states(cache) if method == "kd" else {}).items()
+        },
         lm_head_weight=None if autocast_dtype is None else lm_head.weight.detach().to(autocast_dtype),
     )
     student.train()
@@ -300,10 +384,20 @@ def make_distillation_step(
     return step
 
 
+def read_mb_per_step(options: argparse.Namespace, distillation: DistillationStep) -> float:
+    """MB that a step reads from the cache; all rows have the same length."""
+    encoder = distillation.cached_encoder_states
+    assert encoder is not None
+    num_vectors = options.batch * (options.source + options.target * len(distillation.cached_decoder_states))
+    return num_vectors * encoder.parts[0].width * encoder.dtype.itemsize / 1e6
+
+
 def time_from_cache(side: str, options: argparse.Namespace, precision: Any) -> tuple[list[float], dict[str, Any]]:
     """Seconds per step, as from `time_steps`, of the product's training loop, and further figures."""
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-    distillation = make_distillation_step(options, "sft" if side == "ours-sft" else "kd", precision, autocast_dtype)
+    disk = Disk(options.read_limit)
+    method = "sft" if side == "ours-sft" else "kd"
+    distillation = make_distillation_step(options, method, precision, autocast_dtype, disk)
     settings = Training(batch_size=options.batch, learning_rate=LEARNING_RATE, precision=precision)
     optimizer_step = OptimizerStep.create(distillation, settings, Worker(device=options.device))
     reset_peak_memory(options.device)
@@ -316,6 +410,7 @@ def time_from_cache(side: str, options: argparse.Namespace, precision: Any) -> t
         seconds = time_steps(step, options.steps, options.device)
         wait_share = feed.wait_seconds / (time.perf_counter() - start)
         figures: dict[str, Any] = {"data_wait": wait_share, "loss": float(step())}
+        figures["read_mb"] = read_mb_per_step(options, distillation)
         if options.profile:
             figures["profile"] = profile_step(step, options.device)
         return seconds, figures
@@ -390,10 +485,13 @@ def compare(options: argparse.Namespace) -> None:
     machine = describe_machine(options.device)
     figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.cache_root) as cache:
+        sides = [("cache", "cache", None), *((side, side, None) for side in SIDES)]
+        sides += [(f"ours@{rate:g}", "ours", rate) for rate in options.read_gbps]
         for precision in options.precisions:
-            for side in ("cache", *SIDES):
-                name = f"{side} {precision}"
-                figures[name] = measure_side(options, side, precision, cache)
+            for label, side, rate in sides:
+                name = f"{label} {precision}"
+                side_options = argparse.Namespace(**{**vars(options), "read_limit": rate})
+                figures[name] = measure_side(side_options, side, precision, cache)
                 shown = {key: value for key, value in figures[name].items() if key != "profile"}
                 print(f"{name}: {json.dumps(shown)}", file=sys.stderr)
     title = (
@@ -413,6 +511,7 @@ def measure_side(options: argparse.Namespace, side: str, precision: str, cache: 
         torch.cuda.empty_cache()
         return figures
     forwarded = [f"--{name}={getattr(options, name)}" for name in FORWARDED_OPTIONS]
+    forwarded += [f"--read-limit={options.read_limit}"] if options.read_limit else []
     command = [sys.executable, "-m", "benchmarks.kd_step", *forwarded, f"--side={side}", f"--precision={precision}"]
     done = subprocess.run([*command, f"--cache={cache}"], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -420,13 +519,16 @@ def measure_side(options: argparse.Namespace, side: str, precision: str, cache: 
 
 def as_markdown(figures: dict[str, dict[str, Any]]) -> str:
     """A table of the sides, a table of `RATIOS`, and the profiles."""
-    rows = ["| side | s per step, median | range | peak MB | waiting for data |", "|---|---|---|---|---|"]
+    rows = ["| side | s per step, median | range | peak MB | waiting for data | MB read per step | GB/s |"]
+    rows += ["|---|---|---|---|---|---|---|"]
     for name, side in figures.items():
         if side:
             wait = f"{100 * side['data_wait']:.1f} %" if "data_wait" in side else ""
+            read_mb = side.get("read_mb")
+            read = f"{read_mb:.0f} | {read_mb / 1e3 / side['seconds']:.2f}" if read_mb else " | "
             rows.append(
                 f"| {name} | {side['seconds']:.3f} | {side['fastest']:.3f} to {side['slowest']:.3f} "
-                f"| {side['peak_mb']:.0f} | {wait} |"
+                f"| {side['peak_mb']:.0f} | {wait} | {read} |"
             )
 
     def ratio(a: str, b: str, measure: str = "seconds") -> str:
@@ -434,7 +536,9 @@ def as_markdown(figures: dict[str, dict[str, Any]]) -> str:
 
     precisions = list(dict.fromkeys(name.split()[1] for name in figures))
     rows += ["", f"| ratio | {' | '.join(precisions)} |", f"|---|{'---|' * len(precisions)}"]
-    for text, a, b, measure in RATIOS:
+    limited = dict.fromkeys(name.split()[0] for name in figures if "@" in name)
+    at_rates = [(f"KD: naive / {side} GB/s", "naive", side, "seconds") for side in limited]
+    for text, a, b, measure in [*RATIOS, *at_rates]:
         if all(f"{side} {p}" in figures for side in (a, b) for p in precisions):
             rows.append(f"| {text} | {' | '.join(ratio(f'{a} {p}', f'{b} {p}', measure) for p in precisions)} |")
     if len(precisions) > 1:
@@ -457,10 +561,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="measured steps, after the warm-up; default: 5, on a GPU 40")
     parser.add_argument("--profile", type=int, default=0, help="1: add torch's profile of a step of each side")
     parser.add_argument("--cache-root", help="folder for the cache; default: the system's for temporary files")
+    parser.add_argument(
+        "--read-gbps", nargs="*", type=float, default=READ_RATES, help=f"rates of a cold cache; default: {READ_RATES}"
+    )
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--side", choices=["cache", *SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
+    parser.add_argument("--read-limit", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.steps = options.steps or {"cpu": 5, "cuda": 40}[options.device]
     if options.steps < STEPS_PER_MEASUREMENT[options.device]:

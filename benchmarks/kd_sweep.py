@@ -2,14 +2,17 @@
 
 This package is timed with the whole `raydistill sweep` command: start of Ray, score of the teacher, latency
 table, teacher pass, 12 trials and their scores. The released method is timed with training and scoring alone: the
-encoder runs at every step, once for both models; random batches; `generate` for validation; float32; one run at a time
-with all threads; the same steps and validations. Then one run is repeated with each difference enabled in turn.
+encoder runs at every step, once for both models; batches of similar length; `generate` for validation, longest rows
+first; bf16 where the processor computes in bf16, with the teacher stored in bf16; fused AdamW; one run at a time with
+all threads; the same steps and validations. Then one run of this package's loop is repeated with each of its methods
+enabled in turn, beginning with float32 and random batches.
 
     python -m benchmarks.kd_sweep --teacher ../shared/teachers/multi30k-marian-6-6 \
         --data ../shared/data/multi30k_en_de --train-rows 2000
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -27,10 +30,11 @@ import torch
 import yaml
 
 from benchmarks.common import RESULTS, BenchmarkResult, describe_machine
-from benchmarks.kd_step import kd_loss
+from benchmarks.kd_step import decode_with_states, kd_loss
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corner_runs
 from raydistill.core.files import write_json_atomic
+from raydistill.data.batching import epoch_batches
 from raydistill.evaluation.metrics import score
 from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
@@ -44,6 +48,7 @@ from raydistill.training.records import RUN_FILE, RunResult, read_run
 from raydistill.training.run import train
 from raydistill.training.student import make_student
 from raydistill.training.tokenized_data import load_tokenized_data, make_examples
+from raydistill.training.workers import Worker
 
 THREADS = os.cpu_count() or 1
 PARTIAL_RESULT = RESULTS / "kd_sweep.partial.json"
@@ -168,11 +173,15 @@ class ReleasedMethod:
         self.start = time.monotonic()
         self.student, self.layers = make_student(run, self.teacher)
         freeze(self.student, resolve_frozen_parts(run, self.layers))
+        self.autocast = optimizer_step.autocast_dtype(run.training, Worker())
+        # A copy, since later runs make their students from the teacher of this process
+        teacher: Any = copy.deepcopy(self.teacher.model)
+        self.teacher_model = teacher.to(self.autocast or torch.float32)
         self.data = load_tokenized_data(run, None, self.teacher.tokenizer, self.student.config)
         self.examples = make_examples(run, self.data, self.teacher.tokenizer, inputs.label_folders)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
         settings = run.training
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self.optimizer = optimizer_step.make_optimizer(self.parameters, settings)
         self.total_steps = round(-(-len(self.examples) // settings.batch_size) * settings.epochs)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: optimizer_step.learning_rate_factor(step, settings, self.total_steps)
@@ -184,11 +193,13 @@ class ReleasedMethod:
         """Train with a validation after every epoch; return the seconds and the best checkpoint's BLEU on test."""
         best_score, best_weights, step = -1.0, {}, 0
         batch_size = self.run.training.batch_size
+        lengths, epoch = optimizer_step.effective_lengths(self.examples), 0
         while step < self.total_steps:
-            order = torch.randperm(len(self.examples)).tolist()
-            for first in range(0, len(order), batch_size)[: self.total_steps - step]:
-                self.train_step(order[first : first + batch_size])
+            batches = epoch_batches(lengths, batch_size, self.run.training.seed, epoch)
+            for rows in batches[: self.total_steps - step]:
+                self.train_step(rows)
                 step += 1
+            epoch += 1
             validation_score = self.bleu("validation", beams=2)
             if validation_score > best_score:
                 weights = self.student.state_dict()
@@ -206,21 +217,21 @@ class ReleasedMethod:
         labels = pad_to_tensor([examples.targets[i] for i in rows], -100)
         sources = [examples.sources[examples.source_indices[i]] for i in rows]
         ids, mask = pad_to_tensor(sources, student.config.pad_token_id), make_attention_mask(sources)
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            arguments: dict[str, Any] = {
-                # Not `labels`, with which transformers would compute a cross-entropy that is not used.
-                "decoder_input_ids": families.shift_right(student, labels),
-                "attention_mask": mask,
-                "encoder_outputs": student.get_encoder()(ids, mask),
-                "output_hidden_states": True,
-                "use_cache": False,
-            }
-            teacher_output = self.teacher.model(**arguments)
-        student_output = student(**arguments)
-        kd_loss(student_output, teacher_output, labels, self.layers.supervised_decoder, self.run.loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.run.training.gradient_clip)
-        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Not `labels`, with which transformers would compute a cross-entropy that is not used.
+        batch = {"decoder_input_ids": families.shift_right(student, labels), "attention_mask": mask}
+        longest = max(ids.shape[1], labels.shape[1])
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=self.autocast is not None),
+            optimizer_step.attention_kernel(longest, "cpu", self.autocast),
+        ):
+            with torch.no_grad():
+                states = self.teacher_model.get_encoder()(ids, mask).last_hidden_state  # also the student's
+                teacher_output = decode_with_states(self.teacher_model, states, batch)
+            student_output = decode_with_states(student, states, batch)
+            loss = kd_loss(student_output, teacher_output, labels, self.layers.supervised_decoder, self.run.loss)
+        loss.backward()
+        optimizer_step.clip_and_step(self.optimizer, self.parameters, self.run.training.gradient_clip)
         self.schedule.step()
 
     def bleu(self, split: str, beams: int) -> float:

@@ -63,6 +63,7 @@ class Side:
         processes: number of processes.
         threads: threads per process.
         batch_size: rows generated at once; by default as in the label job.
+        sorted_rows: whether a plain loop reads the rows by length, longest first, instead of in the order of the data.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Side:
     processes: int = 2
     threads: int = 1
     batch_size: int | None = None
+    sorted_rows: bool = False
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class OptimizerStep:
         for micro_batch in inputs.micro_batches:
             with (
                 torch.autocast(self.worker.device_type, dtype=self.autocast, enabled=self.autocast is not None),
-                attention_kernel(micro_batch, self.worker.device_type, self.autocast),
+                attention_kernel(_longest(micro_batch), self.worker.device_type, self.autocast),
             ):
                 loss, term_sums = self.distillation.loss_terms(micro_batch.to(self.worker.device), scales)
             loss.backward()
@@ -169,16 +169,17 @@ def micro_batch_limits(settings: Training, worker: Worker, encoder_shared: bool)
     return max(1, int(DEFAULT_MICRO_TOKENS * settings.gpus)), 0.25 if encoder_shared else 1.0
 
 
-def attention_kernel(
-    micro_batch: MicroBatch, device_type: str, autocast: torch.dtype | None
-) -> AbstractContextManager[None]:
-    """A context in which attention uses the fastest kernel for training a micro-batch.
+def _longest(micro_batch: MicroBatch) -> int:
+    return max(micro_batch.labels.shape[1], micro_batch.source_mask.shape[1])
+
+
+def attention_kernel(longest: int, device_type: str, autocast: torch.dtype | None) -> AbstractContextManager[None]:
+    """A context in which attention uses the fastest kernel for training on up to `longest` source or target tokens.
 
     This is torch's own choice, except for sequences up to `MATH_ATTENTION_MAX_TOKENS` in bf16 on a CPU: there the
     backward pass of torch's flash kernel is not faster for short sequences than for long ones (256 heads of 15 tokens
     on one core: 13.2 ms, and 2.3 ms with the math kernel; docs/log.md).
     """
-    longest = max(micro_batch.labels.shape[1], micro_batch.source_mask.shape[1])
     if device_type == "cpu" and autocast is torch.bfloat16 and longest <= MATH_ATTENTION_MAX_TOKENS:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
