@@ -47,7 +47,7 @@ from raydistill.core.records import Record
 SNAPSHOTS, OBJECTS = ".snapshots", ".objects"
 LOCAL_STATE = ".storage"
 EXPORTS = "exports"  # a folder of this name in a stored folder holds what can be made again from the other files
-RUN_FOLDERS = "trials"  # a folder of this name in a stored folder holds further stored folders
+RUN_FOLDERS = ("trials", "seeds")  # folders of these names in a stored folder hold further stored folders
 LOCK_TIMEOUT_S = 60.0
 MAX_ATTEMPTS = 10  # to read a snapshot that its writer replaces meanwhile
 
@@ -166,7 +166,7 @@ class StoredFolder:
         for parent, folders, names in os.walk(self.path):
             folders[:] = [name for name in folders if not name.endswith(LOCAL_SUFFIXES)]
             if Path(parent) == self.path:
-                folders[:] = [name for name in folders if name != RUN_FOLDERS]
+                folders[:] = [name for name in folders if name not in RUN_FOLDERS]
             for path in (Path(parent, name) for name in names if not name.endswith(LOCAL_SUFFIXES)):
                 with suppress(FileNotFoundError):  # replaced meanwhile
                     versions[path.relative_to(self.path).as_posix()] = _version(path)
@@ -438,7 +438,7 @@ def _pull_records(storage: Storage, parent: str) -> None:
         folder, _, snapshot = name.removeprefix(f"{SNAPSHOTS}/").rpartition("/")
         newest[folder] = snapshot.removesuffix(".json")
     # A checkpoint or an export that other runs read as their teacher is stored once more under its own path
-    runs = [name for name in newest if name == parent or Path(name).parent.name == RUN_FOLDERS]
+    runs = [name for name in newest if name == parent or Path(name).parent.name in RUN_FOLDERS]
     in_parallel(lambda name: StoredFolder(storage, storage.path_of(name)).pull_records(newest[name]), runs)
 
 

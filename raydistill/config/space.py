@@ -70,6 +70,13 @@ class Search(StrictModel):
     reduction: int = Field(
         3, ge=2, description="at each comparison, the best 1/reduction of the trials of an architecture continue"
     )
+    seeds: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="number of seeds, the search's own included, that the chosen student of each budget and its "
+        "nearest rival are trained with after the search; their scores are then means over the seeds",
+    )
     max_device_hours: float | None = Field(
         None, gt=0, description="no trial starts after trials and teacher passes have used this many device-hours"
     )
@@ -178,7 +185,12 @@ def check_run_space(space: Space, path: Path | str, lines: dict[KeyPath, int]) -
     """
     try:
         _, parameters = split_parameters(space.run)
-        _check_shared_fields(space.run, [parameter.key for parameter in parameters])
+        keys = [parameter.key for parameter in parameters]
+        _check_shared_fields(space.run, keys)
+        if space.search.seeds > 1 and "training.seed" in keys:
+            raise SpaceError("search.seeds", "trains with further seeds; do not search run.training.seed as well")
+        if space.search.seeds > 1 and not space.budgets:
+            raise SpaceError("search.seeds", "trains the students that budgets choose; name a budget in `budgets`")
         if space.search.sampler == "grid" and any(p.distribution.choice is None for p in parameters):
             raise SpaceError("search.sampler", "grid needs choices only; a range has infinitely many values")
         points = (resolve_point(space.run, point) for point in space.points)

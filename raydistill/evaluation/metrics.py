@@ -19,6 +19,7 @@ ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _LOG_OF_ZERO = -9999999999.0  # sacrebleu's value for log 0
 NUM_RESAMPLES = 10_000  # an end of a 95 % interval then has a standard error of 0.7 % of the interval's width
+_SEED_STREAM = 2**32 - 1  # apart from the streams of `resample_counts`
 _CHUNK_ENTRIES = 2_000_000  # drawn rows at a time; limits memory to about 50 MB
 
 
@@ -236,23 +237,67 @@ def paired_bootstrap_over_seeds(
     return _summarize(a_score - b_score, differences)
 
 
-def compare_with_reference(metric: str, systems: Sequence[np.ndarray], reference: np.ndarray) -> list[Comparison]:
+SeedRuns = Sequence[np.ndarray]  # per-row statistics of a system, [rows] or [rows, 10], one array per training seed
+
+
+def compare_with_reference(
+    metric: str, systems: Sequence[np.ndarray | SeedRuns], reference: np.ndarray | SeedRuns
+) -> list[Comparison]:
     """`paired_bootstrap` of each system against one reference, system minus reference, over the same resamples.
+
+    A system that was trained with several seeds has the mean score of its runs. Its seeds are resampled too, each
+    system's apart from the others', so that the interval covers further training runs as well as further rows.
 
     Args:
         metric: Name of the score.
-        systems: Per-row statistics of each system, [rows] or [rows, 10].
+        systems: Per-row statistics of each system, [rows] or [rows, 10], or one such array per seed.
         reference: Per-row statistics of the reference.
 
     Raises:
         ValueError: The systems have different numbers of rows, or none.
     """
-    *scores, reference_scores = _bootstrap_scores(metric, [*systems, reference], 0, NUM_RESAMPLES)
-    reference_score = corpus_score(metric, reference)
-    return [
-        _summarize(corpus_score(metric, rows) - reference_score, resampled - reference_scores)
-        for rows, resampled in zip(systems, scores, strict=True)
+    runs_by_system = [[runs] if isinstance(runs, np.ndarray) else list(runs) for runs in (*systems, reference)]
+    scores = iter(_bootstrap_scores(metric, [rows for runs in runs_by_system for rows in runs], 0, NUM_RESAMPLES))
+    *means, reference_mean = [
+        (mean_score(metric, runs), _resample_seeds([next(scores) for _ in runs], stream))
+        for stream, runs in enumerate(runs_by_system)
     ]
+    return [_summarize(mean - reference_mean[0], resampled - reference_mean[1]) for mean, resampled in means]
+
+
+def mean_score(metric: str, runs: SeedRuns) -> float:
+    """Return the mean of the corpus scores of several runs."""
+    return float(np.mean([corpus_score(metric, rows) for rows in runs]))
+
+
+def bootstrap_interval_over_seeds(metric: str, runs: SeedRuns) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean score of several runs, over rows and seeds.
+
+    Raises:
+        ValueError: The runs have different numbers of rows, or none.
+    """
+    resampled = _resample_seeds(_bootstrap_scores(metric, list(runs), 0, NUM_RESAMPLES), 0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resample_seeds(scores: Sequence[np.ndarray], stream: int) -> np.ndarray:
+    """Return the mean over seeds drawn with replacement, [n_resamples], for each resample of the rows.
+
+    One seed less than there are is drawn. The variance of the mean over resamples is then s^2 / n for n seeds with the
+    sample variance s^2, and not (n - 1) / n of this (Rao and Wu 1988, "Resampling Inference With Complex Survey
+    Data"), which matters because n is small.
+
+    Args:
+        scores: The scores of each seed, [n_resamples] each.
+        stream: Number of the random stream; systems with different streams are resampled independently.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    stacked = np.stack(scores)
+    shape = (len(scores) - 1, stacked.shape[1])
+    drawn = np.random.default_rng([_SEED_STREAM, stream]).integers(0, len(scores), size=shape)
+    return np.take_along_axis(stacked, drawn, axis=0).mean(axis=0)
 
 
 def is_repetitive(text: str) -> bool:

@@ -1,7 +1,7 @@
 """Budgets, the Pareto front and the choice of a student, as pure functions over candidates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class Candidate:
         costs: Costs in the units of `COST_UNITS`.
         label: The student in texts; the key if empty.
         intervals: Confidence intervals of the costs that have one.
+        other_seeds: Per-row statistics of the same student trained with other seeds; `score` is then the mean.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Candidate:
     costs: dict[str, float] = field(compare=False)
     label: str = ""
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict, compare=False)
+    other_seeds: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,30 @@ def _compare(metric: str, others: Sequence[Candidate], highest: Candidate) -> di
     reference = highest.rows
     if reference is None or len(reference) == 0:
         return {}
-    rows = {c.key: c.rows for c in others if c.rows is not None and len(c.rows) == len(reference)}
-    if not rows:
+    runs = {c.key: [c.rows, *c.other_seeds] for c in others if c.rows is not None and len(c.rows) == len(reference)}
+    if not runs:
         return {}
-    return dict(zip(rows, compare_with_reference(metric, list(rows.values()), reference), strict=True))
+    reference_runs = [reference, *highest.other_seeds]
+    return dict(zip(runs, compare_with_reference(metric, list(runs.values()), reference_runs), strict=True))
+
+
+def nearest_rival(choice: Choice, trial_of: Callable[[str], str]) -> str | None:
+    """The student of another trial that the choice is least certain against; None if none was compared.
+
+    This is the student with the highest score if another one was chosen for being cheaper. Otherwise it is the student
+    whose interval of the difference reaches highest.
+
+    Args:
+        choice: The choice.
+        trial_of: Returns the trial of a student; a trial has a student for each serving configuration.
+    """
+    if choice.best is None or choice.highest is None:
+        return None
+    own = trial_of(choice.best.key)
+    if trial_of(choice.highest.key) != own:
+        return choice.highest.key
+    others = {key: comparison for key, comparison in choice.comparisons.items() if trial_of(key) != own}
+    return max(others, key=lambda key: (others[key].high, key), default=None)
 
 
 def _explain_replacement(

@@ -1,13 +1,15 @@
 """The records in a sweep's folder, from which all tables, figures, choices and MLflow runs are derived.
 
 SWEEP/space.yaml, SWEEP/sweep.json, and for each trial SWEEP/trials/KEY/run.json, metrics.jsonl, rows.npz, best/ and
-result.json. A trial writes result.json last: a trial that has one is finished.
+result.json. A trial writes result.json last: a trial that has one is finished. SWEEP/seeds/KEY-seedN/ has the same
+files for the run of trial KEY with seed N.
 """
 
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ from raydistill.training.records import (
     read_run,
 )
 
+SEED_RUNS = "seeds"  # the folder of the runs of trials with other seeds
+SEED_SEPARATOR = "-seed"
 MAX_ROW_BYTES = 2**30  # unpacked size of per-row statistics: ten numbers for each of 13 million rows
 
 
@@ -60,6 +64,8 @@ class Trial:
         engine: The engine of the trial's own scores, with its precision; None if no text was scored.
         split: The rows of `metrics`: "validation", which checks and search also use, or "selection", the rows that are
             kept for the choice.
+        repeats: The same run with other seeds (`search.seeds`). Of a student: those that are served like the student,
+            and `metrics` are then means over all seeds.
     """
 
     key: str
@@ -83,6 +89,12 @@ class Trial:
     measured_with: str = ""
     engine: str | None = None
     split: str = "validation"
+    repeats: tuple["Trial", ...] = ()
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of scored runs, which differ in their seeds."""
+        return 1 + sum(repeat.scored for repeat in self.repeats)
 
     @property
     def label(self) -> str:
@@ -90,7 +102,8 @@ class Trial:
         if self.number is None:
             return self.key
         serving = f", {self.serving.label}" if self.serving else ""
-        return f"{self.size} {self.method} (trial {self.number}{serving})"
+        seeds = f", mean of {self.num_seeds} seeds" if self.serving and self.repeats else ""
+        return f"{self.size} {self.method} (trial {self.number}{serving}{seeds})"
 
     @property
     def scored(self) -> bool:
@@ -195,14 +208,34 @@ def _known_shape_name(run: Run) -> str:
 
 
 def read_trials(sweep: Path) -> list[Trial]:
-    """Every trial that was started: the finished ones by number, then those without result.json ("running")."""
-    trials = []
-    for folder in sorted((sweep / "trials").glob("*/")):
-        if (folder / RESULT_FILE).exists():
-            trials.append(_read_finished(folder))
-        elif (folder / RUN_FILE).exists():
-            trials.append(_read_running(folder))
+    """Every trial that was started: the finished ones by number, then those without result.json ("running").
+
+    Runs of the trials with other seeds are in `repeats`.
+    """
+    repeats = defaultdict(list)
+    for run in _read_runs(sweep / SEED_RUNS):
+        repeats[run.key.rpartition(SEED_SEPARATOR)[0]].append(run)
+    trials = [
+        replace(trial, repeats=tuple(sorted(repeats[trial.key], key=lambda run: run.seed)))
+        for trial in _read_runs(sweep / "trials")
+    ]
     return sorted(trials, key=lambda trial: (trial.status == "running", trial.number or 0, trial.key))
+
+
+def _read_runs(parent: Path) -> list[Trial]:
+    """The runs of the folders in `parent`, by name."""
+    runs = []
+    for folder in sorted(parent.glob("*/")):
+        if (folder / RESULT_FILE).exists():
+            runs.append(_read_finished(folder))
+        elif (folder / RUN_FILE).exists():
+            runs.append(_read_running(folder))
+    return runs
+
+
+def seed_run_folder(sweep: Path, key: str, seed: int) -> Path:
+    """The folder in which the run of a trial is repeated with another seed."""
+    return sweep / SEED_RUNS / f"{key}{SEED_SEPARATOR}{seed}"
 
 
 def scoring_engines(trials: Iterable[Trial]) -> list[str]:
@@ -258,8 +291,9 @@ def find_sweep(name_or_path: str) -> Path:
 
 
 def device_hours(sweep: Path) -> float:
-    """Device-hours of the sweep so far: all trials, whatever their status, and the teacher's passes."""
-    return read_sweep(sweep).teacher.passes.total_hours + sum(trial.device_hours for trial in read_trials(sweep))
+    """Device-hours of the sweep so far: trials and repeats of any status, and the teacher's passes."""
+    runs = [run for trial in read_trials(sweep) for run in (trial, *trial.repeats)]
+    return read_sweep(sweep).teacher.passes.total_hours + sum(run.device_hours for run in runs)
 
 
 def repeat_trial_remedy(folder: Path) -> str:

@@ -4,12 +4,19 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from raydistill.config.serving import ThroughputSetting
 from raydistill.config.space import COST_METRICS
 from raydistill.core.errors import UserError
 from raydistill.results.pareto import Candidate, Choice, choose, pareto_front, resolve_bounds, resolve_budgets
 from raydistill.results.records import Trial, read_trials
-from raydistill.results.served_students import expand_by_serving, impute_served_timing, read_served
+from raydistill.results.served_students import (
+    expand_by_serving,
+    impute_served_timing,
+    read_served,
+    with_interval_over_seeds,
+)
 from raydistill.results.serving_latency import TEACHER_SHAPE, LatencySession, read_session
 from raydistill.results.sweep_record import SweepRecord, SweepTeacher, read_sweep
 
@@ -116,6 +123,7 @@ def load_selection(sweep: Path, tolerance: float | None = None) -> Selection:
     session = read_session(sweep)
     students = expand_by_serving(trials, session)
     teacher = _served_teacher(sweep, record.teacher, session) if students and session else record.teacher
+    students = [with_interval_over_seeds(student, record.metric) for student in students]
     students = students or [trial for trial in trials if trial.scored]
     candidates = make_candidates(students, record.metric)
     bounds: dict[str, dict[str, float]] = {}
@@ -202,5 +210,14 @@ def make_candidates(trials: list[Trial], metric: str) -> list[Candidate]:
                 if trial.serving and {f"{cost}_low", f"{cost}_high"} <= trial.metrics.keys()
             }
             rows = trial.row_statistics()
-            candidates.append(Candidate(trial.key, float(score), rows, costs, trial.label, intervals))
+            candidate = Candidate(trial.key, float(score), rows, costs, trial.label, intervals)
+            candidates.append(replace(candidate, other_seeds=_other_seeds(trial, rows)))
     return candidates
+
+
+def _other_seeds(student: Trial, rows: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """The per-row statistics of a student's repeats; empty for a trial that is not served."""
+    if rows is None or not student.serving:
+        return ()
+    others = [repeat.row_statistics() for repeat in student.repeats]
+    return tuple(own for own in others if own is not None and len(own) == len(rows))

@@ -4,6 +4,8 @@ SWEEP/served.json holds the scores of the teacher, SWEEP/trials/KEY/served.json 
 to a checkpoint and a configuration; timings are in SWEEP/serving_latency.json.
 """
 
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from raydistill.config.serving import ServingConfig
 from raydistill.core.records import Record
+from raydistill.evaluation.metrics import bootstrap_interval_over_seeds
 from raydistill.results.records import Trial, scores_with_interval
 from raydistill.results.serving_latency import LatencySession
 from raydistill.training.records import SplitScores
@@ -85,7 +88,7 @@ def read_served(folder: Path) -> ServedRecord | None:
 
 
 def expand_by_serving(trials: list[Trial], session: LatencySession | None) -> list[Trial]:
-    """One student per scored trial and configuration that the session timed."""
+    """One student per scored trial and configuration that the session timed, with means over the trial's seeds."""
     students = []
     for trial in trials if session else []:
         served = read_served(trial.folder) if trial.scored else None
@@ -93,8 +96,50 @@ def expand_by_serving(trials: list[Trial], session: LatencySession | None) -> li
             assert session is not None
             if session.is_timed(trial.size, entry.config):
                 is_own = i == 0 and entry.config.variant == session.baseline.variant
-                students.append(_with_serving(trial, entry, session, is_own))
+                entries = [(trial, entry), *_repeat_entries(trial, entry)]
+                runs = [_with_serving(run, own, session, is_own) for run, own in entries]
+                students.append(_average_over_seeds(runs, entry.metrics))
     return students
+
+
+def _repeat_entries(trial: Trial, entry: ServedStudent) -> Iterator[tuple[Trial, ServedStudent]]:
+    """The scored repeats of a trial with their scores for the configuration and the rows of an entry of the trial."""
+    for repeat in trial.repeats:
+        served = read_served(repeat.folder) if repeat.scored else None
+        own = served.find(entry.config) if served else None
+        if own and (own.split, own.rows) == (entry.split, entry.rows):
+            yield repeat, own
+
+
+def _average_over_seeds(runs: Sequence[Trial], score_names: Iterable[str]) -> Trial:
+    """The first of several runs with means of the scores; of the test scores once every run has them.
+
+    The other runs are its `repeats`. Intervals of means are those of `with_interval_over_seeds`.
+    """
+    student, *repeats = runs
+    if not repeats:
+        return replace(student, repeats=())
+    means = {name: statistics.fmean(run.metrics[name] for run in runs) for name in score_names}
+    tests = [run.test for run in runs if run.test]
+    names = [name for name in tests[0] if name != "interval"] if len(tests) == len(runs) else []
+    test = {name: statistics.fmean(scores[name] for scores in tests) for name in names} or None
+    return replace(student, metrics={**student.metrics, **means}, interval=None, test=test, repeats=tuple(repeats))
+
+
+def with_interval_over_seeds(student: Trial, metric: str) -> Trial:
+    """A student with repeats and the intervals of its mean scores, over rows and seeds; other students as they are."""
+    if not student.repeats:
+        return student
+    test_interval = _interval_over_seeds(student, metric, "test") if student.test else None
+    test = {**(student.test or {}), "interval": list(test_interval)} if test_interval else student.test
+    return replace(student, interval=_interval_over_seeds(student, metric, student.split), test=test)
+
+
+def _interval_over_seeds(student: Trial, metric: str, split: str) -> tuple[float, float] | None:
+    """The interval of the mean score on a split; None if the per-row statistics of a run are missing."""
+    rows = [run_rows for run in (student, *student.repeats) if (run_rows := run.row_statistics(split)) is not None]
+    complete = len(rows) == student.num_seeds and len(set(map(len, rows))) == 1
+    return bootstrap_interval_over_seeds(metric, rows) if complete else None
 
 
 def impute_served_timing(trials: list[Trial], students: list[Trial]) -> list[Trial]:

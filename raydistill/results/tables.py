@@ -35,7 +35,7 @@ def trials_table(
     """One row per trial: finished trials by cost, then running ones, then failed ones with the reason.
 
     The first column marks the front with `*`; the note names the budgets that a trial was chosen for. The columns for
-    encoder layers, serving and the engine of the scores appear only if some trial needs them.
+    encoder layers, serving, seeds and the engine of the scores appear only if some trial needs them.
 
     Args:
         trials: Trials of a sweep or students as served.
@@ -65,6 +65,8 @@ def trials_table(
     }
     if are_served:
         columns["serving"] = lambda t: t.serving.label if t.serving else "-"
+        if any(t.repeats for t in trials):
+            columns["seeds"] = lambda t: str(t.num_seeds)
     elif len(scoring_engines(trials)) > 1:
         columns["engine"] = lambda t: t.engine or "-"
     columns["note"] = lambda t: _format_note(t, choices)
@@ -105,12 +107,14 @@ def choices_table(selection: Selection, links: dict[str, str] | None = None) -> 
 def method_table(selection: Selection) -> TextTable:
     """One row per method: its number of trials, their device-hours, and the hours of the teacher passes they need.
 
+    The hours of a trial include those of its runs with other seeds.
+
     The table compares no scores: methods have different numbers of trials, and the best of more trials is higher.
     """
     rows = []
     for method in sorted({trial.method for trial in selection.trials if trial.method}):
         trials = [trial for trial in selection.trials if trial.method == method]
-        trial_hours = sum(trial.device_hours for trial in trials)
+        trial_hours = sum(run.device_hours for trial in trials for run in (trial, *trial.repeats))
         teacher_hours = shared_pass_hours(trials, selection.teacher.passes)
         rows.append([method, str(len(trials)), f"{trial_hours:.3f}", f"{teacher_hours:.3f}"])
     return ["method", "trials", "device h, trials", "device h, teacher"], rows

@@ -226,6 +226,42 @@ def score_checkpoint(
     return entries
 
 
+def serve_repeats(space: Space, sweep: Path, teacher: TeacherScores, trials: Sequence[Trial], device: str) -> int:
+    """Score the repeats of trials with the configurations that the trials are scored with; return their number.
+
+    Args:
+        space: The sweep's space.
+        sweep: The sweep's folder.
+        teacher: The teacher's record from sweep.json.
+        trials: Served trials, whose repeats may lack scores.
+        device: "cpu" or "cuda".
+    """
+    missing = [(repeat, configs) for trial in trials for repeat, configs in unserved_repeats(trial)]
+    if not missing:
+        return 0
+    snapshots.pull(*(repeat.folder for repeat, _ in missing))
+    print_progress(f"seeds: scoring {format_count(len(missing), 'student')} on real rows")
+    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher.metric), device)
+    for repeat, configs in missing:
+        tasks.score_configs(served_checkpoint(repeat), configs, tasks.context.split)
+        snapshots.save(repeat.folder)
+    run_exclusive(remove_serving_cache, tasks.context, device=device)
+    return len(missing)
+
+
+def unserved_repeats(trial: Trial) -> list[tuple[Trial, list[ServingConfig]]]:
+    """The scored repeats of a trial that lack scores, with the configurations that only the trial is scored with."""
+    served = read_served(trial.folder)
+    configs = [entry.config for entry in served.entries] if served else []
+    result = []
+    for repeat in trial.repeats:
+        own = read_served(repeat.folder)
+        missing = [config for config in configs if own is None or own.find(config) is None]
+        if repeat.scored and missing:
+            result.append((repeat, missing))
+    return result
+
+
 def remove_serving_cache(context: ServingContext, device: str, threads: int) -> None:
     """Delete the converted models of a command on the machine of the exclusive tasks."""
     shutil.rmtree(context.cache_dir, ignore_errors=True)
@@ -245,7 +281,8 @@ def find_untested(sweep: Path, teacher: TeacherScores) -> list[Trial]:
         return []
     selection = load_selection(sweep)
     keys = {*selection.front_keys, *(key for key in selection.chosen_keys.values() if key)}
-    return [s for s in selection.students if s.key in keys and s.test is None and s.serving and s.checkpoint]
+    students = [s for s in selection.students if s.key in keys and s.serving and s.checkpoint]
+    return [student for student in students if student.test is None]
 
 
 def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str) -> None:
@@ -254,10 +291,13 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
     if not untested:
         return
     tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher.metric), device)
-    for student in untested:
+    runs = [run for student in untested for run in (student, *student.repeats)]
+    for student in runs:
         served = read_served(student.folder)
         assert student.serving
         assert served
+        if (entry := served.find(student.serving)) and entry.test:
+            continue
         [result] = tasks.score_configs(served_checkpoint(student), [student.serving], "test")
         test = result.as_split_scores()
         entries = [

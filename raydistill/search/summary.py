@@ -4,7 +4,9 @@ from typing import Any
 
 from raydistill.config.serving import ServingConfig
 from raydistill.core.console import format_table
+from raydistill.evaluation.metrics import corpus_score
 from raydistill.results.formatting import describe_split, format_count, format_score
+from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.sweep_record import SweepTeacher
 from raydistill.results.tables import format_trial_counts, result_tables
@@ -62,6 +64,7 @@ def summary_record(selection: Selection) -> dict[str, Any]:
                 "speedup": student.metrics.get("speedup"),
                 "speedup_same_serving": student.metrics.get("speedup_same_serving"),
                 "split": student.split,
+                "seeds": _seed_scores(selection, student),
                 "metrics": student.metrics,
                 "interval": student.interval,
                 "test": student.test,
@@ -72,6 +75,12 @@ def summary_record(selection: Selection) -> dict[str, Any]:
         ],
         "trials": [{name: getattr(trial, name) for name in TRIAL_FIELDS} for trial in selection.trials],
     }
+
+
+def _seed_scores(selection: Selection, student: Trial) -> dict[str, float]:
+    """The main score of each seed of a student, whose mean is the student's score."""
+    rows = {str(run.seed): run.row_statistics() for run in (student, *student.repeats)}
+    return {seed: corpus_score(selection.metric, own) for seed, own in rows.items() if own is not None}
 
 
 def _dump(serving: ServingConfig | None) -> dict[str, Any] | None:

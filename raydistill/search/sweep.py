@@ -1,10 +1,11 @@
 """A whole sweep, from its space to exported and registered students. Start reading here.
 
-A sweep has four steps:
+A sweep has five steps:
 
     prepare (prepare.py)       score the teacher, time the shapes, write label sets and the teacher cache
     search (tune_search.py)    train the trials that Optuna proposes (study.py, trial.py)
     serve (finalists.py)       score and time the best trials in several serving configurations
+    repeat (seeds.py)          train the chosen students and their nearest rivals with further seeds, if asked for
     publish (this file)        export the chosen students, print the summary, write the page, update MLflow
 
 Every step keeps its results in the sweep's folder and does only what is missing, so a sweep that was killed is resumed
@@ -31,6 +32,7 @@ from raydistill.results.sweep_record import StopReason
 from raydistill.search.finalists import all_served, serve_finalists
 from raydistill.search.prepare import PreparedSweep, prepare
 from raydistill.search.progress import ProgressCallback
+from raydistill.search.seeds import all_repeated, repeat_with_seeds
 from raydistill.search.summary import format_summary, summary_record
 from raydistill.search.sweep_folder import load_prepared, search_stop_reason, sweep_lock, write_sweep_record
 from raydistill.search.trial import TrialContext
@@ -69,18 +71,28 @@ def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[s
                 device = cluster_device()
                 prepared, stop_reason = _prepare_and_search(space, folder, device, start_time)
                 serve_finalists(space, folder, prepared.teacher, device)
+                repeat_with_seeds(TrialContext(space, folder, prepared, device))
         else:
             print_progress(f"sweep {space.name}: {_describe_finished_search(stop_reason)}; nothing to run, in {folder}")
             prepared = load_prepared(space, folder)
             # The command's budgets count, and may make other trials finalists
             write_sweep_record(space, folder, prepared, "running", stop_reason)
-            if not all_served(space, folder, prepared.teacher):
-                with ray_cluster():
-                    serve_finalists(space, folder, prepared.teacher, cluster_device())
+            _serve_and_repeat(space, folder, prepared)
         write_sweep_record(space, folder, prepared, "finished", stop_reason)
         summary = export_and_publish(load_selection(folder), echo)
         snapshots.save(folder)
         return summary
+
+
+def _serve_and_repeat(space: Space, folder: Path, prepared: PreparedSweep) -> None:
+    """Do what is missing of the steps after a search. Ray is started only if something is missing."""
+    if not all_served(space, folder, prepared.teacher):
+        with ray_cluster():
+            serve_finalists(space, folder, prepared.teacher, cluster_device())
+    if not all_repeated(space, folder):
+        with ray_cluster():
+            device = cluster_device()
+            repeat_with_seeds(TrialContext(space, folder, prepare(space, folder, device), device))
 
 
 def _describe_finished_search(stop_reason: StopReason) -> str:

@@ -13,7 +13,7 @@ from raydistill.config.space import Search, Space, make_run
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import corrupt_file_error
 from raydistill.jobs.train import Metrics, TrainFn, TrainJob, train_and_sync, train_with_ray_train
-from raydistill.results.records import repeat_trial_remedy
+from raydistill.results.records import repeat_trial_remedy, seed_run_folder
 from raydistill.search.early_stopping import peer_curves, should_stop_early
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.study import final_report
@@ -41,12 +41,17 @@ class TrialContext:
     train_fn: TrainFn = train
 
     def make_job(self, config: dict[str, Any]) -> TrainJob:
-        """The training job of a proposal."""
+        """The training job of a proposal; with a "seed", of the repeat of a trial, which is not stopped early."""
         run = make_run(self.space, config["params"], self.space.name)
-        folder = self.sweep / "trials" / config["key"]
+        seed = config.get("seed")
+        if seed is None:
+            folder = self.sweep / "trials" / config["key"]
+        else:
+            run = run.model_copy(update={"training": run.training.model_copy(update={"seed": seed})})
+            folder = seed_run_folder(self.sweep, config["key"], seed)
         inputs = self.prepared.inputs(run, config["number"], config["params"])
         search = self.space.search
-        check_stop = partial(early_stop_reason, folder, search) if search.stops_early else None
+        check_stop = partial(early_stop_reason, folder, search) if search.stops_early and seed is None else None
         return TrainJob(run, folder, inputs, self.train_fn, check_stop)
 
 
@@ -57,7 +62,7 @@ def tune_trial(config: dict[str, Any], *, context: TrialContext, train_in_actor:
     error that a restart would repeat, such as a lack of memory, ends the trial; the next command retries it.
 
     Args:
-        config: A `Proposal` as a mapping.
+        config: A `Proposal` or a `SeedProposal` as a mapping.
         context: What all trials have in common.
         train_in_actor: Whether to train in this process, a reused actor that holds the CPUs and the GPU of a trial;
             otherwise this process only waits for a Ray Train job.

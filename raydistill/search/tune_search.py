@@ -1,11 +1,12 @@
 """The search as a Ray Tune experiment: runs as many trials at a time as the cluster can hold."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+from pydantic import BaseModel
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import Searcher
@@ -50,17 +51,12 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
         return StopReason()
     for run in runs:
         check_capacity(run, context.device)
-    in_actor = all(resolve_launcher(run, context.device) == "tune" for run in runs)
-    limit = ConcurrencyLimit(partial(max_concurrent, runs, context.device), space.search.concurrent)
-    trial = partial(tune_trial, context=context, train_in_actor=in_actor)
-    trial.__name__ = "trial"  # type: ignore[attr-defined]
-    resources = max_worker_resources(runs, context.device) if in_actor else DRIVER_ONLY_RESOURCES
-    trainable = tune.with_resources(trial, tune.PlacementGroupFactory([resources]))
+    tuner = TrialTuner(context, runs, callbacks)
     started = StartedTrials()
     for attempt in range(1 + space.search.retries):
         # Tune does not retry a trial whose reused actor was lost together with its machine; a new study does
         study = make_study() if attempt else study
-        _run_tuner(trainable, StudySearcher(study, limit), reuse_actors=in_actor, callbacks=[started, *callbacks])
+        tuner.run(study, started)
         if study.failed_keys <= started.keys:
             break
     # The next command retries failed trials, even if the space has no further combination
@@ -68,8 +64,64 @@ def run_search(context: TrialContext, callbacks: list[Callback], start_time: flo
     return replace(study.stop_reason, exhausted=study.stop_reason.exhausted and not num_failed)
 
 
+class TrialQueue(Protocol):
+    """Proposes trials one after the other: the study of a search, or the repeats of its best trials."""
+
+    @property
+    def num_running(self) -> int:
+        """Number of trials that were proposed and not reported yet."""
+
+    @property
+    def num_remaining(self) -> int:
+        """Number of trials to run."""
+
+    def propose(self, trial_id: str) -> BaseModel | None:
+        """The next trial; None if there is none."""
+
+    def report(self, trial_id: str, result: dict[str, Any] | None) -> None:
+        """Record the end of a trial; None if it was lost."""
+
+
+class TrialTuner:
+    """Runs the trials of a queue with Ray Tune, as many at a time as the cluster can hold.
+
+    Args:
+        context: What all trials have in common.
+        runs: Runs with every combination of resources of the trials.
+        callbacks: Tune's callbacks.
+    """
+
+    def __init__(self, context: TrialContext, runs: list[Run], callbacks: Sequence[Callback]) -> None:
+        self.context, self.callbacks = context, callbacks
+        self.in_actor = all(resolve_launcher(run, context.device) == "tune" for run in runs)
+        self.limit = ConcurrencyLimit(partial(max_concurrent, runs, context.device), context.space.search.concurrent)
+        trial = partial(tune_trial, context=context, train_in_actor=self.in_actor)
+        trial.__name__ = "trial"  # type: ignore[attr-defined]
+        resources = max_worker_resources(runs, context.device) if self.in_actor else DRIVER_ONLY_RESOURCES
+        self.trainable = tune.with_resources(trial, tune.PlacementGroupFactory([resources]))
+
+    def run(self, queue: TrialQueue, *callbacks: Callback) -> None:
+        """Run the remaining trials of a queue, with further callbacks before those of all trials."""
+        keep_aws_keys_from_tune()
+        tune.Tuner(
+            self.trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(queue, self.limit),
+                num_samples=queue.num_remaining,
+                reuse_actors=self.in_actor,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                failure_config=tune.FailureConfig(max_failures=self.context.space.search.retries),
+                callbacks=[*callbacks, *self.callbacks],
+                verbose=0,
+                **sync.ray_storage_options(self.context.sweep / ".ray"),
+            ),
+        ).fit()
+
+
 class StudySearcher(Searcher):
-    """Tune's view of a `SweepStudy`.
+    """Tune's view of a queue of trials.
 
     Args:
         study: Proposes the trials.
@@ -77,7 +129,7 @@ class StudySearcher(Searcher):
             search starts.
     """
 
-    def __init__(self, study: SweepStudy, max_concurrent: Callable[[], int]) -> None:
+    def __init__(self, study: TrialQueue, max_concurrent: Callable[[], int]) -> None:
         super().__init__()
         self.study = study
         self.max_concurrent = max_concurrent
@@ -109,23 +161,6 @@ class StartedTrials(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called when the trial's actor exists."""
         self.keys.add(trial.config["key"])
-
-
-def _run_tuner(trainable: Any, searcher: StudySearcher, *, reuse_actors: bool, callbacks: list[Callback]) -> None:
-    """Run the remaining trials of the searcher's study."""
-    study = searcher.study
-    keep_aws_keys_from_tune()
-    tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=study.num_remaining, reuse_actors=reuse_actors),
-        run_config=tune.RunConfig(
-            name="tune",
-            failure_config=tune.FailureConfig(max_failures=study.space.search.retries),
-            callbacks=callbacks,
-            verbose=0,
-            **sync.ray_storage_options(study.sweep / ".ray"),
-        ),
-    ).fit()
 
 
 def max_concurrent(runs: list[Run], device: str) -> int:

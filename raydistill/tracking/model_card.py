@@ -87,7 +87,12 @@ def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[st
         *([["teacher's commit", checkpoint.teacher_commit]] if checkpoint.teacher_commit else []),
         *[[f"fingerprint of the {split} data", mark] for split, mark in checkpoint.data.items()],
         ["made with", versions],
+        *([["seeds", _describe_seeds(student)]] if student.repeats else []),
     ]
+
+
+def _describe_seeds(student: Trial) -> str:
+    return f"scores are means of {student.num_seeds} training runs; this checkpoint is the run with seed {student.seed}"
 
 
 def _serving_rows(selection: Selection, student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:

@@ -177,6 +177,39 @@ def test_comparisons_with_a_reference_equal_those_one_by_one() -> None:
         metrics.compare_with_reference("rouge2", [reference[1:]], reference)
 
 
+def test_seeds_are_resampled_with_the_variance_of_their_mean() -> None:
+    """Rows of equal scores leave the variance of the seeds alone: s^2 / n, computed by hand.
+
+    Of n seeds, n - 1 are drawn: of (1, 2, 6) nine pairs with means 1, 1.5, 1.5, 2, 3.5, 3.5, 4, 4, 6.
+    """
+    three = [np.full(40, score) for score in (1.0, 2.0, 6.0)]
+    assert metrics.bootstrap_interval_over_seeds("rouge2", three) == (1.0, 6.0)
+    scores = metrics._resample_seeds([np.full(90_000, score) for score in (1.0, 2.0, 6.0)], 0)
+    assert sorted(set(scores)) == [1, 1.5, 2, 3.5, 4, 6]
+    assert np.mean(scores == 1.5) == pytest.approx(2 / 9, abs=0.01)
+    assert np.mean(scores) == pytest.approx(3.0, abs=0.03)
+    assert np.var(scores) == pytest.approx(7 / 3, rel=0.03)  # s^2 = 7
+    assert metrics.mean_score("rouge2", three) == 3.0
+
+
+def test_comparison_of_seeds_covers_rows_and_seeds_of_both_sides() -> None:
+    """The variance of a difference of means is that of the rows plus s^2 / n of each side (here 2 and 0.5)."""
+    rng = np.random.default_rng(9)
+    base = rng.normal(20, 5, size=400)
+    a, b = [base + shift + rng.normal(0, 8, size=400) for shift in (0.0, 2.0)], [base - 1.0, base + 1.0]
+    runs = [
+        [rows - rows.mean() + mean for rows, mean in zip(side, means, strict=True)]
+        for side, means in ((a, (20.0, 24.0)), (b, (20.0, 22.0)))
+    ]
+    [comparison] = metrics.compare_with_reference("rouge2", [runs[0]], runs[1])
+    assert comparison.difference == pytest.approx(1.0)
+    # Of two seeds one is drawn, so that differences of 20 - 22, 20 - 20, 24 - 22 and 24 - 20 are equally frequent
+    assert comparison.low == pytest.approx(-2.0, abs=1.3)
+    assert comparison.high == pytest.approx(4.0, abs=1.3)
+    [one_seed] = metrics.compare_with_reference("rouge2", [runs[0][0]], runs[1][0])
+    assert one_seed.high - one_seed.low < 0.5 * (comparison.high - comparison.low)
+
+
 def test_bootstrap_resamples_in_chunks_of_bounded_memory() -> None:
     """10,000 resamples of 2,000 rows would be 160 MB as one matrix of counts."""
     rows = np.random.default_rng(8).uniform(0, 50, size=2000)

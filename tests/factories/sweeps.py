@@ -17,6 +17,7 @@ from raydistill.evaluation.latency import Hardware
 from raydistill.evaluation.paired_latency import Pair, PairedTiming
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models.metadata import CheckpointMetadata
+from raydistill.results.records import seed_run_folder
 from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent
 from raydistill.results.serving_latency import LATENCY_FILE, LatencySession, TimedServing, read_session
 from raydistill.results.sweep_record import (
@@ -243,6 +244,27 @@ def make_student(sweep: Path, key: str, number: int, score: float, size: str = "
         np.savez(folder / f"rows-validation-{entries[-1].entry.config.key}.npz", validation=np.full(20, score))
     write_served(folder, *entries)
     return folder
+
+
+def make_repeat(sweep: Path, key: str, seed: int, score: float, rows: np.ndarray | None = None) -> Path:
+    """Write the finished run of a trial with another seed, with 0.5 device-hours; with `rows`, served with four beams.
+
+    `rows` are per-row statistics of the validation split.
+    """
+    folder = make_trial(sweep, "repeat", 0, score)
+    change_result(folder, seed=seed, metrics={"rouge2": score, "device_hours": 0.5})
+    if rows is not None:
+        serve_trial(folder, score, rows)
+    target = seed_run_folder(sweep, key, seed)
+    target.parent.mkdir(exist_ok=True)
+    return folder.rename(target)
+
+
+def serve_trial(folder: Path, score: float, rows: np.ndarray, latency_ms: float = 100.0) -> None:
+    """Write the scores and timings of a trial that is served with four beams, and its per-row statistics."""
+    served = served_student(4, 1.0, score, {"latency_ms": latency_ms, "latency_ms_b1": 1.0}, rows=len(rows))
+    np.savez(folder / f"rows-validation-{served.entry.config.key}.npz", validation=rows)
+    write_served(folder, served)
 
 
 @dataclass(frozen=True)

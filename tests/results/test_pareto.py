@@ -17,6 +17,7 @@ from raydistill.results.pareto import (
     describe_nearest_miss,
     feasible,
     fits_any_budget,
+    nearest_rival,
     pareto_front,
     resolve_bounds,
     resolve_budgets,
@@ -250,3 +251,39 @@ def test_reason_names_the_nearest_miss_when_nothing_fits() -> None:
     assert choose([], {}, "rouge2", TOLERANCE).reason == "no student has finished yet"
     unmeasured = choose([candidate("a", 2, 100)], {"memory_mb": 9}, "rouge2", TOLERANCE)
     assert "memory_mb was not measured" in unmeasured.reason
+
+
+def with_seeds(key: str, latency: float, *scores: float) -> Candidate:
+    """A candidate of equal rows, trained with one seed for each score."""
+    rows = [np.full(30, score) for score in scores]
+    mean = float(np.mean(scores))
+    return Candidate(key, mean, rows[0], {"latency_ms": latency}, f"student {key}", other_seeds=tuple(rows[1:]))
+
+
+def test_seeds_that_vary_by_more_than_the_tolerance_do_not_replace_the_best() -> None:
+    """The means differ by 0.1; with seeds of 19.9 or 21.9 against 20.9 and 21.1, the difference may be -1.2."""
+    best, cheaper = with_seeds("best", 2, 20.9, 21.1), with_seeds("cheaper", 1, 19.9, 21.9)
+    choice = choose([best, cheaper], {}, "rouge2", TOLERANCE)
+    assert choice.best is best
+    assert choice.comparisons["cheaper"].low == pytest.approx(-1.2)
+    steady = with_seeds("cheaper", 1, 20.8, 21.0)
+    assert choose([best, steady], {}, "rouge2", TOLERANCE).best is steady
+
+
+def test_the_nearest_rival_is_of_another_trial() -> None:
+    def trial_of(key: str) -> str:
+        return key.split()[0]
+
+    rows = np.random.default_rng(0).normal(20, 5, size=200)
+    best = candidate("best 4", 21.0, 3, rows + 1.0)
+    own = candidate("best 1", 20.9, 2, rows + 0.9)  # the same trial with fewer beams
+    near, far = candidate("near 4", 20.0, 2.5, rows), candidate("far 4", 15.0, 1, rows - 5)
+    choice = choose([best, own, near, far], {}, "rouge2", TOLERANCE)
+    assert choice.best is own
+    assert nearest_rival(choice, trial_of) == "near 4"  # the highest is of the same trial
+    close = candidate("near 4", 20.95, 1.5, rows + 0.95)
+    choice = choose([best, close, far], {}, "rouge2", TOLERANCE)
+    assert choice.best is close
+    assert nearest_rival(choice, trial_of) == "best 4"
+    assert nearest_rival(choose([best, own], {}, "rouge2", TOLERANCE), trial_of) is None
+    assert nearest_rival(choose([], {}, "rouge2", TOLERANCE), trial_of) is None
