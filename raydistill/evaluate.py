@@ -45,7 +45,7 @@ def evaluate(  # noqa: PLR0913
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")] = None,
     languages: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: as in training"),
+        typer.Option(help="languages of multilingual teachers, such as eng_Latn ron_Latn; default: as in training"),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if available")] = "auto",
     predictions: Annotated[Path | None, typer.Option(help="write the outputs to this file, one JSON per line")] = None,
@@ -217,20 +217,20 @@ def _evaluate_checkpoint(
     from raydistill.inference.decoding import resolve_decoding
     from raydistill.inference.engines import open_engine
     from raydistill.models.families import count_parameters
-    from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint
-    from raydistill.models.tokenization import resolve_max_tokens
+    from raydistill.models.loading import load_config, locate_checkpoint
+    from raydistill.models.tokenization import load_target_generation_config, resolve_max_tokens
 
     preset = teacher_preset(checkpoint, task.dataset.name)
     location = locate_checkpoint(checkpoint, task.dataset.name)
     config = load_config(location)
+    options = replace(options, languages=options.languages or training_languages(checkpoint, task.dataset))
     beam = resolve_decoding(
         Decoding(beams=beams),
-        load_generation_config(location),
+        load_target_generation_config(location, options.languages),
         preset.decoding if preset else None,
         resolve_max_tokens("max_target_tokens", task.dataset, preset, config),
     )
     print_progress(f"{checkpoint}: {len(corpus)} rows, {'1 beam' if beam.beams == 1 else f'{beam.beams} beams'}")
-    options = replace(options, languages=options.languages or training_languages(checkpoint, task.dataset))
     options = serving_options(checkpoint, options)
     engine = open_engine(location, engine_name, options, log=print_progress)
     max_source_tokens = resolve_max_tokens("max_source_tokens", task.dataset, preset, config)

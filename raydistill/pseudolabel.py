@@ -19,9 +19,7 @@ app = make_app()
 
 @app.command()
 def pseudolabel(  # noqa: PLR0913
-    teacher: Annotated[
-        str, typer.Option(help="a named teacher (bart, pegasus, mbart, marian, t5, demo), a hub name or a path")
-    ],
+    teacher: Annotated[str, typer.Option(help="a named teacher (such as bart, nllb or demo), a hub name or a path")],
     dataset: Annotated[
         str | None,
         typer.Option(help="a named data set, a hub name, a file or a folder; default: the teacher's data set"),
@@ -59,7 +57,7 @@ def pseudolabel(  # noqa: PLR0913
     ] = None,
     languages: Annotated[
         tuple[str, str] | None,
-        typer.Option(help="source and target for mBART and T5, such as en_XX ro_RO; default: from the preset"),
+        typer.Option(help="languages of multilingual teachers, such as eng_Latn ron_Latn; default: from the preset"),
     ] = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="skip and count rows without text")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,

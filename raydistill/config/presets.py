@@ -51,7 +51,9 @@ class TeacherPreset:
         revision: Revision of the repository.
         decoding: Beam search settings.
         max_source_tokens, max_target_tokens: Lengths after truncation.
-        languages: Source and target language codes, for mBART and T5.
+        languages: Source and target language codes, for teachers that need them.
+        multilingual: Whether the teacher translates between many languages, so that `languages` hold for the named
+            data set only.
     """
 
     hub: str
@@ -60,6 +62,7 @@ class TeacherPreset:
     max_source_tokens: int = 1024
     max_target_tokens: int = 128
     languages: tuple[str, str] | None = None
+    multilingual: bool = False
 
 
 DATASETS: dict[str, DatasetPreset] = {
@@ -101,6 +104,8 @@ BART_CNN_REVISION = "37f520fa929c961707657b28798b30c003dd100b"
 PEGASUS_XSUM_REVISION = "8d8ffc158a3bee9fbb03afacdfc347c823c5ec8b"
 MBART_EN_RO_REVISION = "2534e987b9ed03c416bbbaefa1a39e3441439bdd"
 T5_BASE_REVISION = "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"
+NLLB_REVISION = "f8d333a098d19b4fd9a8b18f94170487ad3f821d"
+M2M100_REVISION = "55c2e61bbf05dfb8d7abccdc3fae6fc8512fd636"
 UNPINNED_REVISION = "main"
 
 TEACHERS: dict[str, dict[str, TeacherPreset]] = {
@@ -137,6 +142,37 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
             Decoding(beams=5, length_penalty=1.0, max_length=128),
             max_source_tokens=128,
             languages=("en_XX", "ro_RO"),
+        ),
+    },
+    # Multilingual models as published, without fine-tuning. The beam sizes are those of their papers.
+    "mbart50": {
+        "wmt16_en_ro": TeacherPreset(
+            "facebook/mbart-large-50-many-to-many-mmt",
+            UNPINNED_REVISION,
+            Decoding(beams=5, length_penalty=1.0, max_length=128),
+            max_source_tokens=128,
+            languages=("en_XX", "ro_RO"),
+            multilingual=True,
+        ),
+    },
+    "nllb": {
+        "wmt16_en_ro": TeacherPreset(
+            "facebook/nllb-200-distilled-600M",
+            NLLB_REVISION,
+            Decoding(beams=4, length_penalty=1.0, max_length=128),
+            max_source_tokens=128,
+            languages=("eng_Latn", "ron_Latn"),
+            multilingual=True,
+        ),
+    },
+    "m2m100": {
+        "wmt16_en_ro": TeacherPreset(
+            "facebook/m2m100_418M",
+            M2M100_REVISION,
+            Decoding(beams=5, length_penalty=1.0, max_length=128),
+            max_source_tokens=128,
+            languages=("en", "ro"),
+            multilingual=True,
         ),
     },
     "marian": {

@@ -65,7 +65,9 @@ class Dataset(StrictModel):
     max_source_tokens: int | None = Field(None, ge=4, description="default: the preset's, else 512")
     max_target_tokens: int | None = Field(None, ge=2, description="default: the preset's, else 128")
     languages: tuple[str, str] | None = Field(
-        None, description="source and target for mBART and T5, such as [en_XX, ro_RO]; default: the preset's"
+        None,
+        description="source and target for multilingual teachers and T5, by the codes of the teacher: [en_XX, ro_RO] "
+        "(mBART), [eng_Latn, ron_Latn] (NLLB-200), [en, ro] (M2M100, T5); default: the preset's",
     )
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error, read_json
 from raydistill.inference.decoding import LogFunction, random_token_rows, tokenize_and_clamp, torch_threads
-from raydistill.models import conversions, fingerprints, loading, tokenization
+from raydistill.models import conversions, families, fingerprints, loading, tokenization
 from raydistill.models.hub import resolve_checkpoint
 
 # Part of the key of a conversion: changes whenever this module converts a checkpoint to other files.
@@ -54,8 +54,8 @@ class TokenPairs:
 class ConvertedModel:
     """An open converted model.
 
-    `tokens` are all tokens by id. `target_prefix` are the tokens that every output must begin with: the format has no
-    start token for mBART, so the start token is passed as a prefix.
+    `tokens` are the tokens of all rows of the embedding, see `embedding_tokens`. `target_prefix` are the tokens that
+    every output must begin with: the format has no start token for mBART, so the start token is passed as a prefix.
     """
 
     translator: Any
@@ -85,6 +85,10 @@ def convert_to_ctranslate2(
 
         def _load(self) -> Any:
             spec = super()._load()
+            spec.config.bos_token = spec.config.bos_token or tokenizer.cls_token  # mBART-50 has no bos_token
+            if model.config.model_type != "marian":  # its loader removes the padding token
+                tokens = tokenization.embedding_tokens(tokenizer, model.config)
+                spec._vocabularies = {side: [tokens] for side in spec._vocabularies}
             _move_to_front(spec, set(tokenizer.all_special_tokens))
             return spec
 
@@ -202,8 +206,6 @@ def unsupported_reason(
 def _unsupported_vocabulary(config: Any, tokenizer: PreTrainedTokenizerBase) -> str | None:
     size = len(tokenization.tokens_by_id(tokenizer))
     mask_ids = [] if tokenizer.mask_token is None else [tokenizer.mask_token_id]
-    if config.vocab_size > size:
-        return f"the embedding is padded to {config.vocab_size} rows beyond the tokenizer's {size}"
     if config.vocab_size < size and mask_ids != list(range(config.vocab_size, size)):
         return f"the tokenizer's {size} tokens are more than the embedding's {config.vocab_size} rows"
     if config.model_type == "marian":
@@ -311,7 +313,7 @@ def _convert_and_validate(
 def _probe_logprob_diff(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int
 ) -> float:
-    tokens = tokenization.tokens_by_id(tokenizer)
+    tokens = tokenization.embedding_tokens(tokenizer, model.config)
     translator = open_translator(folder, "cpu", threads, "float32")
     converted = ConvertedModel(translator, tokens, target_prefix(folder, tokens, model.config))
     return max_logprob_diff(converted, model, tokenizer, make_probe_pairs(tokenizer, model.config), threads)
@@ -326,9 +328,8 @@ def _padding_row_norm(model: PreTrainedModel) -> float:
 def _converter_config(config: Any) -> Any:
     """Return a copy of the config with settings that CTranslate2's converter reads and transformers 5 does not set."""
     config = copy.deepcopy(config)
-    if config.model_type in ("bart", "pegasus", "mbart"):
-        config.normalize_before = config.model_type != "bart"
-        config.normalize_embedding = config.model_type != "pegasus"
+    family = families.family_of(config)
+    config.normalize_before, config.normalize_embedding = family.pre_norm, family.embedding_norm
     if config.model_type == "mbart":
         config.tokenizer_class = None
     if config.model_type == "t5":

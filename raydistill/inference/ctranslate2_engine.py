@@ -85,7 +85,7 @@ class CTranslate2Engine:
         self.tokenizer, self.config, self.generation_config = tokenizer, config, generation_config
         self.folder, self.device, self.precision = folder, options.device, options.precision
         self.batch_tokens, self.inter_threads = options.batch_tokens, options.inter_threads
-        tokens = tokenization.tokens_by_id(tokenizer)
+        tokens = tokenization.embedding_tokens(tokenizer, config)
         self.token_to_id = {token: i for i, token in enumerate(tokens)}
         self.shortlist: Shortlist | None = None
         with tempfile.TemporaryDirectory() as scratch:
@@ -205,7 +205,7 @@ def describe_serving(converted: Path, checkpoint: str | Path, options: EngineOpt
     config, generation_config = loading.load_config(checkpoint), loading.load_generation_config(checkpoint)
     tokenizer = tokenization.load_tokenizer(checkpoint, options.languages)
     tokenization.set_config_target_language(config, generation_config, tokenizer)
-    tokens = tokenization.tokens_by_id(tokenizer)
+    tokens = tokenization.embedding_tokens(tokenizer, config)
     beam = clamp_to_positions(resolve_decoding(Decoding(), generation_config, None, DEFAULT_TARGET_TOKENS), 1, config)
     languages = {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
     return CTranslate2Serving(

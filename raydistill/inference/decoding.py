@@ -70,9 +70,9 @@ class EngineOptions:
     """Options of `open_engine`.
 
     `precision` is auto, fp32, bf16, fp16, int8_float16 or int8; auto means fp32 on the CPU and bf16 on a GPU.
-    `languages` are the (source, target) languages of mBART and T5. `cache_dir` holds converted models (default:
-    HOME/cache/ctranslate2). With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by transformers.
-    `shortlist` is a vocabulary map, which limits the tokens of the outputs (see `inference.shortlist`).
+    `languages` are the (source, target) languages of multilingual models and T5. `cache_dir` holds converted models
+    (default: HOME/cache/ctranslate2). With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by
+    transformers. `shortlist` is a vocabulary map, which limits the tokens of the outputs (see `inference.shortlist`).
 
     CTranslate2 decodes `inter_threads` batches at the same time, each with `threads` threads, of up to `batch_tokens`
     source tokens (default: by the batch size in rows, at most 2,400 on a CPU). The transformers engine decodes one

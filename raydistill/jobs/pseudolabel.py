@@ -163,23 +163,22 @@ def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
         UserError: The teacher cannot be used, or `n_best` is larger than the number of beams.
     """
     from raydistill.inference.decoding import resolve_decoding
-    from raydistill.models.loading import load_config, load_generation_config, locate_checkpoint
-    from raydistill.models.tokenization import resolve_languages, resolve_max_tokens
+    from raydistill.models.loading import load_config, locate_checkpoint
+    from raydistill.models.tokenization import load_target_generation_config, resolve_languages, resolve_max_tokens
 
     preset = teacher_preset(job.teacher, job.dataset.name)
     checkpoint = locate_checkpoint(job.teacher, job.dataset.name)
     checkpoint = str(Path(checkpoint).absolute()) if Path(checkpoint).is_dir() else checkpoint
     config = load_config(checkpoint)
     max_target_tokens = resolve_max_tokens("max_target_tokens", job.dataset, preset, config)
-    beam = resolve_decoding(
-        job.decoding, load_generation_config(checkpoint), preset.decoding if preset else None, max_target_tokens
-    )
+    languages = resolve_languages(job.teacher, job.dataset)
+    generation_config = load_target_generation_config(checkpoint, languages)
+    beam = resolve_decoding(job.decoding, generation_config, preset.decoding if preset else None, max_target_tokens)
     if job.pseudo.n_best > beam.beams:
         raise UserError(
             f"{job.pseudo.n_best} candidates per row need as many beams, and the teacher has {beam.beams}; set --beams"
         )
     max_source_tokens = resolve_max_tokens("max_source_tokens", job.dataset, preset, config)
-    languages = resolve_languages(job.teacher, job.dataset)
     return LabelDescription(
         teacher=TeacherRecord(name=job.teacher, path=checkpoint, **_teacher_fingerprints(checkpoint)),
         data=DataRecord(

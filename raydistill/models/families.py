@@ -1,4 +1,4 @@
-"""One interface to BART, Pegasus, mBART, Marian and T5: sizes, encoder, decoder, LM head, parameter groups."""
+"""One interface to all families of models: sizes, encoder, decoder, LM head, parameter groups."""
 
 import contextlib
 import copy
@@ -18,41 +18,66 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.masking_utils import eager_mask
+from transformers.models.m2m_100.modeling_m2m_100 import shift_tokens_right
 
 WEIGHTS_BEFORE_DROPOUT = "eager_before_dropout"  # name of an attention implementation
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8_float16": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
-class ConfigKeys:
-    """Names of the keys of a family's config.json.
+class Family:
+    """The names and the properties in which families of encoder-decoders differ.
 
-    `decoder` lists the keys that decide the shapes of a decoder layer.
+    Attributes:
+        encoder_layers: Key of config.json with the number of encoder layers.
+        decoder_layers: Key with the number of decoder layers.
+        encoder_ffn: Key with the feed-forward units of an encoder layer.
+        decoder_ffn: Key with the feed-forward units of a decoder layer; equal to `encoder_ffn` if both sides share it.
+        decoder: Keys that decide the shapes of a decoder layer.
+        dropout: Key of the residual dropout.
+        layers: Attribute of an encoder or decoder stack that lists its layers.
+        relative_positions: Whether positions are biases of the attention, so that a text can have any length.
+        pre_norm: Whether the norm of a layer comes before attention and feed-forward layer.
+        embedding_norm: Whether the embeddings are normalised.
     """
 
-    encoder_layers: str
-    decoder_layers: str
-    encoder_ffn: str
-    decoder_ffn: str
-    decoder: tuple[str, ...]
+    encoder_layers: str = "encoder_layers"
+    decoder_layers: str = "decoder_layers"
+    encoder_ffn: str = "encoder_ffn_dim"
+    decoder_ffn: str = "decoder_ffn_dim"
+    decoder: tuple[str, ...] = ("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function")
+    dropout: str = "dropout"
+    layers: str = "layers"
+    relative_positions: bool = False
+    pre_norm: bool = False
+    embedding_norm: bool = False
+
+    @property
+    def one_ffn_width(self) -> bool:
+        """Whether encoder and decoder have the same number of feed-forward units."""
+        return self.encoder_ffn == self.decoder_ffn
 
 
-_T5_KEYS = ConfigKeys(
+_T5 = Family(
     encoder_layers="num_layers",
     decoder_layers="num_decoder_layers",
     encoder_ffn="d_ff",
     decoder_ffn="d_ff",
     decoder=("d_model", "d_kv", "d_ff", "num_heads", "feed_forward_proj"),
+    dropout="dropout_rate",
+    layers="block",
+    relative_positions=True,
+    pre_norm=True,
 )
-_BART_KEYS = ConfigKeys(
-    encoder_layers="encoder_layers",
-    decoder_layers="decoder_layers",
-    encoder_ffn="encoder_ffn_dim",
-    decoder_ffn="decoder_ffn_dim",
-    decoder=("d_model", "decoder_ffn_dim", "decoder_attention_heads", "activation_function"),
-)
-CONFIG_KEYS = {**dict.fromkeys(("bart", "pegasus", "mbart", "marian"), _BART_KEYS), "t5": _T5_KEYS}
-FAMILIES = tuple(CONFIG_KEYS)
+# By `model_type` in config.json. NLLB-200 has the type of M2M100, and mBART-50 the type of mBART.
+FAMILIES = {
+    "bart": Family(embedding_norm=True),
+    "pegasus": Family(pre_norm=True),
+    "mbart": Family(pre_norm=True, embedding_norm=True),
+    "marian": Family(),
+    "m2m_100": Family(pre_norm=True),
+    "t5": _T5,
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,7 @@ class StackOutputs:
     """Outputs of an encoder or decoder stack.
 
     `last_hidden_state`: [batch, tokens, width]. `layers`: the output of each layer, same shape, only if requested; the
-    last entry is taken after the final norm of the stack (Pegasus, mBART, T5), so it equals `last_hidden_state`.
+    last entry is taken after the final norm of the stack (of pre-norm families), so it equals `last_hidden_state`.
     `attentions`: for each decoder layer the weights of self-attention [batch, heads, tokens, tokens] and of
     cross-attention [batch, heads, tokens, source tokens], only if requested.
     """
@@ -73,10 +98,15 @@ class StackOutputs:
 # Configurations
 
 
+def family_of(config: PretrainedConfig) -> Family:
+    """Return the family of a model."""
+    return FAMILIES[config.model_type]
+
+
 def num_layers(config: PretrainedConfig) -> tuple[int, int]:
     """Return the numbers of encoder and decoder layers."""
-    keys = CONFIG_KEYS[config.model_type]
-    return getattr(config, keys.encoder_layers), getattr(config, keys.decoder_layers)
+    family = family_of(config)
+    return getattr(config, family.encoder_layers), getattr(config, family.decoder_layers)
 
 
 def size_name(config: PretrainedConfig) -> str:
@@ -87,18 +117,30 @@ def size_name(config: PretrainedConfig) -> str:
 def with_num_layers(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
     """Return a copy of the config with other numbers of layers."""
     config = copy.deepcopy(config)
-    keys = CONFIG_KEYS[config.model_type]
-    setattr(config, keys.encoder_layers, encoder)
-    setattr(config, keys.decoder_layers, decoder)
-    if config.model_type != "t5":
-        config.num_hidden_layers = encoder
+    family = family_of(config)
+    setattr(config, family.encoder_layers, encoder)
+    setattr(config, family.decoder_layers, decoder)
+    config.num_hidden_layers = encoder
+    return config
+
+
+def without_layerdrop(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of the config with which training never skips a layer.
+
+    Published M2M100 models skip 5 % of the layers in training (LayerDrop, Fan et al. 2019). Losses that compare the
+    outputs of layers need every layer.
+    """
+    config = copy.deepcopy(config)
+    for key in ("encoder_layerdrop", "decoder_layerdrop"):
+        if getattr(config, key, 0.0):
+            setattr(config, key, 0.0)
     return config
 
 
 def ffn_units(config: PretrainedConfig) -> tuple[int, int]:
     """Return the feed-forward units of an encoder and of a decoder layer."""
-    keys = CONFIG_KEYS[config.model_type]
-    return getattr(config, keys.encoder_ffn), getattr(config, keys.decoder_ffn)
+    family = family_of(config)
+    return getattr(config, family.encoder_ffn), getattr(config, family.decoder_ffn)
 
 
 def with_ffn_units(config: PretrainedConfig, encoder: int, decoder: int) -> PretrainedConfig:
@@ -106,18 +148,18 @@ def with_ffn_units(config: PretrainedConfig, encoder: int, decoder: int) -> Pret
 
     T5 has one number for both sides, so `encoder` and `decoder` must be equal.
     """
-    assert encoder == decoder or config.model_type != "t5"
+    family = family_of(config)
+    assert encoder == decoder or not family.one_ffn_width
     config = copy.deepcopy(config)
-    keys = CONFIG_KEYS[config.model_type]
-    setattr(config, keys.encoder_ffn, encoder)
-    setattr(config, keys.decoder_ffn, decoder)
+    setattr(config, family.encoder_ffn, encoder)
+    setattr(config, family.decoder_ffn, decoder)
     return config
 
 
 def decoder_architecture(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings in which two models must agree to exchange decoder layers."""
-    keys = CONFIG_KEYS[config.model_type]
-    names = (*keys.decoder, keys.decoder_layers)
+    family = family_of(config)
+    names = (*family.decoder, family.decoder_layers)
     return {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
 
 
@@ -138,7 +180,7 @@ def weights_mb(config: PretrainedConfig, precision: str = "fp32") -> float:
 
 def max_positions(config: PretrainedConfig) -> int | None:
     """Return the largest number of tokens that the model has positions for; None (T5) means no limit."""
-    return None if config.model_type == "t5" else int(config.max_position_embeddings)
+    return None if family_of(config).relative_positions else int(config.max_position_embeddings)
 
 
 # Forward passes
@@ -181,7 +223,8 @@ def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, T
     Given a 2-D mask, transformers tests in each forward pass whether all of its values are one. On a GPU the test waits
     for all kernels queued so far, so the next step would not be prepared in the meantime.
     """
-    if model.config._attn_implementation != "sdpa" or model.config.model_type == "t5":  # T5 adds its biases to masks
+    # Biases of relative positions are added to the masks.
+    if model.config._attn_implementation != "sdpa" or family_of(model.config).relative_positions:
         return {"encoder_attention_mask": mask}
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
     return {"attention_mask": causal[None, None], "encoder_attention_mask": mask.bool()[:, None, None, :]}
@@ -240,6 +283,8 @@ def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | Non
 
 def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Return the decoder input ids of labels [batch, tokens], where -100 is padding, by the model's own rule."""
+    if model.config.model_type == "m2m_100":  # shifts the labels in its forward pass only
+        return shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
     shift: Any = model.prepare_decoder_input_ids_from_labels
     return shift(labels)
 
@@ -270,7 +315,8 @@ def ffn_role(tensor_name: str) -> FfnRole | None:
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """Return the decoder layers, in order."""
     stack: Any = model.get_decoder()
-    return stack.block if model.config.model_type == "t5" else stack.layers
+    layers: torch.nn.ModuleList = getattr(stack, family_of(model.config).layers)
+    return layers
 
 
 def ffn_output_layers(stack: torch.nn.Module) -> list[torch.nn.Linear]:

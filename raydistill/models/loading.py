@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, Pr
 from raydistill.config.presets import DEMO_TEACHER_RUN, teacher_preset
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
-from raydistill.models.families import CONFIG_KEYS, FAMILIES
+from raydistill.models.families import FAMILIES, family_of
 from raydistill.models.hub import (
     check_no_missing_weights,
     check_weights,
@@ -142,8 +142,8 @@ def _check_weights_size(config: PretrainedConfig, folder: Path, checkpoint: str 
 
     Without this check, `from_pretrained` would allocate and randomly initialise the missing weights.
     """
-    keys = CONFIG_KEYS[config.model_type]
-    sides = ((keys.encoder_layers, keys.encoder_ffn), (keys.decoder_layers, keys.decoder_ffn))
+    family = family_of(config)
+    sides = ((family.encoder_layers, family.encoder_ffn), (family.decoder_layers, family.decoder_ffn))
     try:
         feed_forward = sum(2 * getattr(config, layers) * getattr(config, width) for layers, width in sides)
         num_parameters = int(config.d_model * (config.vocab_size + feed_forward))

@@ -70,7 +70,7 @@ def plan_student(teacher: PretrainedConfig, student: Student) -> LayerPlan:
         _resolve_units("encoder", student.encoder_ffn, encoder),
         _resolve_units("decoder", student.decoder_ffn, decoder),
     )
-    if teacher.model_type == "t5" and ffn[0] != ffn[1]:
+    if families.family_of(teacher).one_ffn_width and ffn[0] != ffn[1]:
         raise UserError(
             f"T5 has one feed-forward width for both sides, so student.encoder_ffn and student.decoder_ffn must have "
             f"the same value; got {ffn[0] or 'all'} and {ffn[1] or 'all'} of {encoder} units"
@@ -80,7 +80,7 @@ def plan_student(teacher: PretrainedConfig, student: Student) -> LayerPlan:
 
 def student_config(teacher: PretrainedConfig, plan: LayerPlan) -> PretrainedConfig:
     """Return the config of a planned student."""
-    config = families.with_num_layers(teacher, *plan.size)
+    config = families.without_layerdrop(families.with_num_layers(teacher, *plan.size))
     encoder, decoder = families.ffn_units(teacher)
     return families.with_ffn_units(config, plan.ffn[0] or encoder, plan.ffn[1] or decoder)
 

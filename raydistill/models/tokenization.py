@@ -19,15 +19,17 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiec
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
 LINE_BREAK_TOKENS = {"pegasus": "<n>"}  # by model type; google-research/pegasus replaces "\n" by this token
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of SentencePiece, for characters that no token contains
+LANGUAGE_CODE = re.compile(r"[a-z]{2}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")  # of mBART and of NLLB-200
 Languages = tuple[str, str]  # source, target
 
 
 def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, checked against its embedding table.
 
-    `languages` are (source, target): codes such as ("en_XX", "ro_RO") for mBART, ("en", "ro") for T5; other families
-    ignore them. Without languages, mBART's target language is the one that the checkpoint's configuration starts with,
-    and T5's task is summarization.
+    `languages` are (source, target): codes such as ("en_XX", "ro_RO") for mBART, ("eng_Latn", "ron_Latn") for
+    NLLB-200, ("en", "ro") for M2M100 and T5; other families ignore them. Without languages, the target language of
+    mBART, NLLB-200 and M2M100 is the one that the checkpoint's configurations start with, and T5's task is
+    summarization.
 
     Two settings are added to the tokenizer: `source_prefix`, and `line_break`, Pegasus' token for a line break or None.
 
@@ -55,8 +57,8 @@ def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -
     check_vocabulary(config, tokenizer, checkpoint)
     tokenizer.source_prefix = source_prefix(config, languages)
     set_line_break(tokenizer, LINE_BREAK_TOKENS.get(config.model_type))
-    if config.model_type == "mbart":
-        _set_mbart_languages(tokenizer, config, folder, languages, checkpoint)
+    if language_tokens(tokenizer):
+        _set_languages(tokenizer, config, folder, languages, checkpoint)
     return tokenizer
 
 
@@ -107,11 +109,14 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def resolve_languages(teacher: str | None, dataset: Dataset) -> Languages | None:
-    """Return source and target language: the data set's, else the named teacher's, else the named data set's."""
+    """Return source and target language: the data set's, else the named teacher's, else the named data set's.
+
+    The languages of a named multilingual teacher hold for named data sets only.
+    """
     if dataset.languages or teacher is None:
         return dataset.languages
     if preset := teacher_preset(teacher, dataset.name):
-        return preset.languages
+        return None if preset.multilingual and dataset.name not in DATASETS else preset.languages
     return DATASETS[dataset.name].languages if dataset.name in DATASETS else None
 
 
@@ -134,23 +139,49 @@ def source_prefix(config: PretrainedConfig, languages: Languages | None) -> str:
 
 
 def set_target_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make an mBART model generate the tokenizer's target language, in place; other families are not changed."""
+    """Make a multilingual model generate the tokenizer's target language, in place; others are not changed."""
     set_config_target_language(model.config, model.generation_config, tokenizer)
 
 
 def set_config_target_language(
     config: PretrainedConfig, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Set mBART's target language in both configurations, in place.
+    """Set the target language of a multilingual model in both configurations, in place.
 
-    mBART-25 starts the decoder with the token of the language; mBART-50 forces it as the first token.
+    mBART-25 starts the decoder with the token of the language. mBART-50, M2M100 and NLLB-200 force it as the first
+    token of an output.
     """
-    if config.model_type != "mbart" or getattr(tokenizer, "tgt_lang", None) is None:
+    tokens = language_tokens(tokenizer)
+    if not tokens or tokenizer.tgt_lang is None:
         return
-    token_id = tokenizer.convert_tokens_to_ids(tokenizer.tgt_lang)
-    key = "forced_bos_token_id" if _is_mbart50(tokenizer) else "decoder_start_token_id"
-    setattr(config, key, token_id)
-    setattr(generation_config, key, token_id)
+    token_id: Any = tokenizer.convert_tokens_to_ids(tokens[tokenizer.tgt_lang])
+    if _starts_with_language(tokenizer):
+        config.decoder_start_token_id = generation_config.decoder_start_token_id = token_id
+    else:
+        generation_config.forced_bos_token_id = token_id
+
+
+def load_target_generation_config(checkpoint: str | Path, languages: Languages | None) -> GenerationConfig:
+    """Return a checkpoint's generation config with the target language, see `set_config_target_language`.
+
+    Raises:
+        UserError: As `load_tokenizer` and `load_generation_config`.
+    """
+    config, generation_config = load_config(checkpoint), load_generation_config(checkpoint)
+    set_config_target_language(config, generation_config, load_tokenizer(checkpoint, languages))
+    return generation_config
+
+
+def language_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the token of each language by the language's code; empty for tokenizers without languages.
+
+    The tokens of mBART ("en_XX") and NLLB-200 ("eng_Latn") are the codes, the token of M2M100's "en" is "__en__".
+    """
+    if not hasattr(tokenizer, "src_lang"):
+        return {}
+    by_code: dict[str, str] | None = getattr(tokenizer, "lang_code_to_token", None)
+    codes = [token for token in tokenizer.all_special_tokens if LANGUAGE_CODE.fullmatch(token)]
+    return dict(zip(codes, codes, strict=True)) if by_code is None else by_code
 
 
 # Lengths and token ids
@@ -222,34 +253,51 @@ def tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token for _, token in by_id]
 
 
-def _set_mbart_languages(
+def embedding_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[str]:
+    """Return the token of each row of the embedding table.
+
+    Published T5, mT5, M2M100 and NLLB-200 models have more rows than tokens. A row without a token gets the name
+    "<unused_N>", where N is its id.
+    """
+    by_id = {i: token for token, i in tokenizer.get_vocab().items()}
+    return [by_id.get(i, f"<unused_{i}>") for i in range(config.vocab_size)]
+
+
+def _set_languages(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     folder: Path,
     languages: Languages | None,
     checkpoint: str | Path,
 ) -> None:
-    """Set `src_lang` and `tgt_lang` of an mBART tokenizer; raise UserError if a language is unknown or missing."""
-    vocabulary = tokenizer.get_vocab()
+    """Set `src_lang` and `tgt_lang` of a multilingual tokenizer.
+
+    Raises:
+        UserError: A language is unknown or missing.
+    """
+    tokens = language_tokens(tokenizer)
     for code in languages or ():
-        if code not in vocabulary or "_" not in code:
-            known = sorted(w for w in tokenizer.all_special_tokens if len(w) == 5 and w[2] == "_")
-            raise UserError(f"{checkpoint}: unknown language {code!r}; the tokenizer knows {', '.join(known)}")
+        if code not in tokens:
+            raise UserError(f"{checkpoint}: unknown language {code!r}; the tokenizer knows {', '.join(sorted(tokens))}")
     if languages:
         tokenizer.src_lang, tokenizer.tgt_lang = languages
-    elif getattr(tokenizer, "tgt_lang", None) is None:
+    elif tokenizer.tgt_lang is None:
         generation = load_generation_config(folder)
-        start = generation.forced_bos_token_id if _is_mbart50(tokenizer) else config.decoder_start_token_id
-        token = tokenizer.convert_ids_to_tokens(start) if start is not None else None
-        if token is None or token in (tokenizer.eos_token, tokenizer.bos_token):
+        first = config.decoder_start_token_id if _starts_with_language(tokenizer) else generation.forced_bos_token_id
+        token = "" if first is None else str(tokenizer.convert_ids_to_tokens(first))
+        codes = {token: code for code, token in tokens.items()}
+        if token not in codes:
+            source, target = sorted(tokens)[:2]
             raise UserError(
-                f"{checkpoint}: the checkpoint names no languages; set `languages: [en_XX, ro_RO]` in the data set, "
-                f"or give `--languages en_XX ro_RO`"
+                f"{checkpoint}: the checkpoint names no languages; set `languages: [{source}, {target}]`, with source "
+                f"and target of your data, in the data set, or give `--languages {source} {target}`; the tokenizer "
+                f"knows {', '.join(sorted(tokens))}"
             )
-        tokenizer.tgt_lang = token
+        tokenizer.tgt_lang = codes[token]
     # Only the setter of src_lang updates the special tokens of the source.
     tokenizer.src_lang = tokenizer.src_lang
 
 
-def _is_mbart50(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return "MBart50" in type(tokenizer).__name__
+def _starts_with_language(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the decoder starts with the token of the language (mBART-25)."""
+    return "MBartTokenizer" in type(tokenizer).__name__

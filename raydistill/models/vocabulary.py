@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from raydistill.config.shapes import VocabularySize
 from raydistill.core.errors import UserError
-from raydistill.models.tokenization import BYTE_TOKEN, line_break, set_line_break
+from raydistill.models.tokenization import BYTE_TOKEN, language_tokens, line_break, set_line_break
 
 # Tensors with a row (or, the bias of the logits, a column) for each token, by the last two parts of their names.
 TOKEN_ROWS = re.compile(r"(?:^|\.)(?:shared|embed_tokens|lm_head)\.weight$")
@@ -114,7 +114,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int])
                 if path.name not in (TOKENIZER_JSON, "tokenizer_config.json"):
                     path.unlink()
         else:
-            _trim_marian_files(folder, tokenizer, new_ids)
+            _trim_sentencepiece_files(folder, tokenizer, new_ids)
         _edit_json(folder / "tokenizer_config.json", lambda state: _renumber_added_tokens(state, new_ids))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*sacremoses.*")
@@ -182,15 +182,16 @@ def _required_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
         for token, i in vocabulary.items()
         if len(token) == 1 or BYTE_TOKEN.fullmatch(token) or MARIAN_LANGUAGE.fullmatch(token)
     }
-    required |= {vocabulary[token] for token in _lowest_scored_pieces(tokenizer) if token in vocabulary}
+    others = {*_lowest_scored_pieces(tokenizer), *language_tokens(tokenizer).values()}
+    required |= {vocabulary[token] for token in others if token in vocabulary}
     return required & set(vocabulary.values())
 
 
 def _lowest_scored_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the piece with the lowest score of each unigram model of a tokenizer."""
-    if _is_marian(tokenizer):
-        protos = (proto for proto in _read_protos(tokenizer) if not _is_bpe(proto))
-        return [min(proto.pieces, key=lambda piece: float(piece.score)).piece for proto in protos]
+    if protos := _read_protos(tokenizer):
+        unigrams = (proto for proto in protos.values() if not _is_bpe(proto))
+        return [min(proto.pieces, key=lambda piece: float(piece.score)).piece for proto in unigrams]
     model = _read_model(tokenizer)
     return [min(model["vocab"], key=lambda entry: float(entry[1]))[0]] if model["type"] == "Unigram" else []
 
@@ -204,9 +205,9 @@ def _parts_function(tokenizer: PreTrainedTokenizerBase) -> PartsOf:
     Raises:
         UserError: The tokenizer is of a kind that cannot be trimmed.
     """
-    if _is_marian(tokenizer):
+    if protos := _read_protos(tokenizer):
         models = [  # the highest score is merged first
-            {piece.piece: -piece.score for piece in proto.pieces} for proto in _read_protos(tokenizer) if _is_bpe(proto)
+            {piece.piece: -piece.score for piece in proto.pieces} for proto in protos.values() if _is_bpe(proto)
         ]
         rank_functions = [partial(_sentencepiece_rank, ranks) for ranks in models]
         return lambda token: {token}.union(*(merge_symbols(token, rank) for rank in rank_functions))
@@ -314,42 +315,45 @@ def _renumber_added_tokens(state: dict[str, Any], new_ids: Mapping[int, int]) ->
         }
 
 
-def _trim_marian_files(folder: Path, tokenizer: PreTrainedTokenizerBase, new_ids: Mapping[int, int]) -> None:
-    """Remove tokens from vocab.json, source.spm and target.spm.
+def _trim_sentencepiece_files(folder: Path, tokenizer: PreTrainedTokenizerBase, new_ids: Mapping[int, int]) -> None:
+    """Remove tokens from vocab.json and from the SentencePiece models of Marian or M2M100.
+
+    M2M100's languages are not in vocab.json: their ids follow those of all other tokens.
 
     A piece of SentencePiece that vocab.json lacks stays: a text with this piece has an unknown token, as before.
     """
     vocabulary = tokenizer.get_vocab()
     removed = {token for token, i in vocabulary.items() if i not in new_ids}
-    for name, proto in zip(("source.spm", "target.spm"), _read_protos(tokenizer), strict=True):
+    for name, proto in _read_protos(tokenizer).items():
         normal = _PROTOS.ModelProto.SentencePiece.NORMAL
         pieces = [piece for piece in proto.pieces if piece.type != normal or piece.piece not in removed]
         del proto.pieces[:]
         proto.pieces.extend(pieces)
         proto.trainer_spec.vocab_size = len(pieces)
         (folder / name).write_bytes(proto.SerializeToString())
-    kept = {token: new_ids[i] for token, i in vocabulary.items() if i in new_ids}
+    languages = set(language_tokens(tokenizer).values())
+    kept = {token: new_ids[i] for token, i in vocabulary.items() if i in new_ids and token not in languages}
     (folder / "vocab.json").write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
 
 
-def _read_protos(tokenizer: Any) -> list[Any]:
-    """Return the SentencePiece models of the source and the target of a Marian tokenizer.
+def _read_protos(tokenizer: Any) -> dict[str, Any]:
+    """Return the SentencePiece models that Marian and M2M100 tokenizers read, by file name; empty for others.
 
     Raises:
         UserError: Source and target have vocabularies of their own.
     """
-    if tokenizer.separate_vocabs:
-        raise UserError("student.vocabulary: a tokenizer with two vocabularies cannot be trimmed")
-    protos = []
-    for spm in (tokenizer.spm_source, tokenizer.spm_target):
-        proto = _PROTOS.ModelProto()
-        proto.ParseFromString(spm.serialized_model_proto())
-        protos.append(proto)
+    processors: dict[str, Any] = {}
+    if hasattr(tokenizer, "spm_source"):
+        if tokenizer.separate_vocabs:
+            raise UserError("student.vocabulary: a tokenizer with two vocabularies cannot be trimmed")
+        processors = {"source.spm": tokenizer.spm_source, "target.spm": tokenizer.spm_target}
+    elif hasattr(tokenizer, "sp_model"):
+        processors = {"sentencepiece.bpe.model": tokenizer.sp_model}
+    protos: dict[str, Any] = {}
+    for name, processor in processors.items():
+        protos[name] = _PROTOS.ModelProto()
+        protos[name].ParseFromString(processor.serialized_model_proto())
     return protos
-
-
-def _is_marian(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return hasattr(tokenizer, "spm_source")
 
 
 def _is_bpe(proto: Any) -> bool:
@@ -363,7 +367,7 @@ def _edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _copy_settings(tokenizer: Any, trimmed: Any) -> None:
-    """Copy the settings that `load_tokenizer` makes, and mBART's languages."""
+    """Copy the settings that `load_tokenizer` makes, languages included."""
     trimmed.source_prefix = getattr(tokenizer, "source_prefix", "")
     set_line_break(trimmed, line_break(tokenizer))
     trimmed.split_special_tokens = tokenizer.split_special_tokens

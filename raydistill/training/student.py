@@ -134,11 +134,12 @@ def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
 
     T5 has a single dropout rate, which covers all three.
     """
-    is_t5 = model.config.model_type == "t5"
-    setattr(model.config, "dropout_rate" if is_t5 else "dropout", dropout)
+    family = families.family_of(model.config)
+    one_rate = family.dropout == "dropout_rate"
+    setattr(model.config, family.dropout, dropout)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
         # Attention modules, which have a head_dim, store attention dropout in an attribute of this name.
-        elif isinstance(getattr(module, "dropout", None), float) and (is_t5 or not hasattr(module, "head_dim")):
+        elif isinstance(getattr(module, "dropout", None), float) and (one_rate or not hasattr(module, "head_dim")):
             module.dropout = dropout  # type: ignore[assignment]

@@ -1,5 +1,6 @@
-"""Small random models of the five families with working tokenizers, created without downloads."""
+"""Small random models of every family with working tokenizers, created without downloads."""
 
+import functools
 import hashlib
 import io
 import json
@@ -12,8 +13,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES = ("bart", "pegasus", "mbart", "marian", "t5")
-LANGUAGES = ("en_XX", "ro_RO")
+FAMILIES = ("bart", "pegasus", "mbart", "mbart50", "m2m100", "nllb", "marian", "t5")
+LANGUAGES = {  # of the multilingual families: source and target
+    "mbart": ("en_XX", "ro_RO"),
+    "mbart50": ("en_XX", "ro_RO"),
+    "m2m100": ("en", "ro"),
+    "nllb": ("eng_Latn", "ron_Latn"),
+}
 
 _WHO = ("the old man", "a young woman", "my brother", "the city council", "two small dogs", "no one")
 _DOES = ("sees", "has lost", "wants to buy", "is painting", "will remember", "runs towards")
@@ -54,11 +60,13 @@ def save_tiny(
     """Save a random model of a family (config, generation config, safetensors) and its tokenizer to `folder`.
 
     All weights are random, including biases and norms, so that an error in any weight has an effect. `logits_bias`: use
-    a non-zero `final_logits_bias` (not for t5). `padded_rows`: additional rows of the embedding beyond the vocabulary.
-    `marian_padding_row`: scale of Marian's padding row (0 in published models). `t5_gated`: use the architecture of T5
-    1.1, with gated feed-forward layers and an untied output head. `sentencepiece_type`: "unigram", or "bpe" for
-    Marian. `line_breaks`: Pegasus' tokenizer has the token `<n>`, as the published ones, and the model writes it
-    wherever it may (not with `logits_bias`). mBART is set to `LANGUAGES`.
+    a non-zero `final_logits_bias`, in families that have one. `padded_rows`: additional rows of the embedding beyond
+    the vocabulary. `marian_padding_row`: scale of Marian's padding row (0 in published models). `t5_gated`: use the
+    architecture of T5 1.1, with gated feed-forward layers and an untied output head. `sentencepiece_type`: "unigram",
+    or "bpe" for Marian. `line_breaks`: Pegasus' tokenizer has the token `<n>`, as the published ones, and the model
+    writes it wherever it may (not with `logits_bias`). The multilingual families are set to `LANGUAGES`: mBART by its
+    tokenizer and its start token, the others by the forced first token, as checkpoints that are fine-tuned on a pair of
+    languages.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,8 +80,12 @@ def save_tiny(
         bias[:, tokenizer.get_vocab()["<n>"]] = 30.0
     if family == "bart":  # as in facebook/bart-large-cnn
         model.generation_config.forced_bos_token_id = tokenizer.bos_token_id
+    if family in ("mbart50", "m2m100", "nllb"):
+        model.generation_config.forced_bos_token_id = _language_id(tokenizer, LANGUAGES[family][1])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if family == "nllb":
+        _write_hub_files_of_nllb(folder)
     return folder
 
 
@@ -103,7 +115,7 @@ def build(
             table = model.get_input_embeddings().weight
             assert isinstance(table, torch.Tensor)
             table[config.pad_token_id].mul_(marian_padding_row)
-        if logits_bias:
+        if logits_bias and hasattr(model, "final_logits_bias"):
             bias = model.final_logits_bias
             assert isinstance(bias, torch.Tensor)
             bias.copy_(0.5 * torch.randn(bias.shape, generator=generator))
@@ -213,13 +225,32 @@ def _config(
     if family == "bart":
         sizes["decoder_start_token_id"] = tokenizer.eos_token_id
         return transformers.BartConfig(activation_function="gelu", **sizes)
-    if family == "mbart":
-        sizes["decoder_start_token_id"] = tokenizer.convert_tokens_to_ids(LANGUAGES[1])
-        return transformers.MBartConfig(scale_embedding=True, **sizes)
+    if family in LANGUAGES:
+        return _multilingual_config(family, tokenizer, sizes | {"scale_embedding": True})
     sizes |= {"bos_token_id": None, "scale_embedding": True}
     if family == "pegasus":
         return transformers.PegasusConfig(activation_function="relu", **sizes)
     return transformers.MarianConfig(activation_function="swish", **sizes)
+
+
+def _multilingual_config(
+    family: str, tokenizer: PreTrainedTokenizerBase, sizes: dict[str, Any]
+) -> transformers.PretrainedConfig:
+    if family == "mbart":
+        sizes["decoder_start_token_id"] = _language_id(tokenizer, LANGUAGES["mbart"][1])
+        return transformers.MBartConfig(**sizes)
+    sizes["decoder_start_token_id"] = tokenizer.eos_token_id
+    if family == "mbart50":
+        return transformers.MBartConfig(**sizes | {"tokenizer_class": "MBart50Tokenizer"})
+    sizes |= {"activation_function": "relu", "attention_dropout": 0.0}
+    if family == "nllb":
+        return transformers.M2M100Config(**sizes | {"tokenizer_class": "NllbTokenizer"})
+    return transformers.M2M100Config(**sizes)
+
+
+def _language_id(tokenizer: Any, code: str) -> int:
+    """Return the id of a language's token, which is the code itself except in M2M100."""
+    return int(tokenizer.convert_tokens_to_ids(f"__{code}__" if hasattr(tokenizer, "get_lang_id") else code))
 
 
 def _tokenizer(
@@ -227,15 +258,34 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     if family == "bart":
         return _byte_level_bpe()
-    pieces = _pieces(folder if family == "marian" else None, sentencepiece_type)
+    if family in ("m2m100", "nllb"):
+        sentencepiece_type = "bpe"
+    model_proto = _sentencepiece_model(sentencepiece_type)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+    pieces = [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.get_piece_size())]
     if family == "marian":
         words = ["</s>", "<unk>", *[piece for piece, _ in pieces], "<pad>"]
         (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-        spm = str(folder / "source.spm")
-        shutil.copy(spm, folder / "target.spm")
+        spm_file = str(folder / "source.spm")
+        for name in ("source.spm", "target.spm"):
+            (folder / name).write_bytes(model_proto)
         return transformers.MarianTokenizer(
-            spm, str(folder / "target.spm"), str(folder / "vocab.json"), source_lang="en", target_lang="de"
+            spm_file, str(folder / "target.spm"), str(folder / "vocab.json"), source_lang="en", target_lang="de"
         )
+    if family in ("m2m100", "nllb"):
+        (folder / "sentencepiece.bpe.model").write_bytes(model_proto)
+    if family == "m2m100":
+        from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as CODES_OF
+
+        words = ["<s>", "<pad>", "</s>", "<unk>", *[piece for piece, _ in pieces]]
+        (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        return transformers.M2M100Tokenizer(
+            str(folder / "vocab.json"),
+            str(folder / "sentencepiece.bpe.model"),
+            additional_special_tokens=[f"__{code}__" for code in CODES_OF["m2m100"]],
+        )
+    if family == "nllb":
+        return _nllb_tokenizer(folder / "sentencepiece.bpe.model")
     if family == "t5":
         head = ["<pad>", "</s>", "<unk>"]
         tail = [f"<extra_id_{i}>" for i in reversed(range(100))]
@@ -248,7 +298,13 @@ def _tokenizer(
         from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 
         vocab = _scored(["<s>", "<pad>", "</s>", "<unk>"], pieces, [*FAIRSEQ_LANGUAGE_CODES, "<mask>"])
-        return transformers.MBartTokenizer(vocab=vocab, src_lang=LANGUAGES[0], tgt_lang=LANGUAGES[1])
+        source, target = LANGUAGES["mbart"]
+        return transformers.MBartTokenizer(vocab=vocab, src_lang=source, tgt_lang=target)
+    if family == "mbart50":
+        from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as CODES
+
+        vocab = _scored(["<s>", "<pad>", "</s>", "<unk>"], pieces, [*CODES, "<mask>"])
+        return transformers.MBart50Tokenizer(vocab=vocab)
     raise ValueError(f"{family!r} is none of {FAMILIES}")
 
 
@@ -256,8 +312,9 @@ def _scored(head: list[str], pieces: list[tuple[str, float]], tail: list[str]) -
     return [*[(word, 0.0) for word in head], *pieces, *[(word, 0.0) for word in tail]]
 
 
-def _pieces(folder: Path | None, model_type: str) -> list[tuple[str, float]]:
-    """Return a SentencePiece vocabulary without special pieces; if `folder` is given, save source.spm in it."""
+@functools.cache
+def _sentencepiece_model(model_type: str) -> bytes:
+    """Return a SentencePiece model; ids 0 to 2 are special pieces."""
     model_proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences(300)),
@@ -269,10 +326,34 @@ def _pieces(folder: Path | None, model_type: str) -> list[tuple[str, float]]:
         num_threads=1,
         minloglevel=2,
     )
-    if folder is not None:
-        (folder / "source.spm").write_bytes(model_proto.getvalue())
-    spm = sentencepiece.SentencePieceProcessor(model_proto=model_proto.getvalue())
-    return [(spm.id_to_piece(i), spm.get_score(i)) for i in range(3, spm.get_piece_size())]
+    return model_proto.getvalue()
+
+
+def _nllb_tokenizer(sentencepiece_model: Path) -> PreTrainedTokenizerBase:
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import NllbConverter, SentencePieceExtractor
+
+    parts: Any = SentencePieceExtractor(str(sentencepiece_model)).extract(BPE)
+    vocab = NllbConverter.convert_from_spm(vocab=parts["vocab"])["vocab"]
+    return transformers.NllbTokenizer(vocab=vocab, merges=parts["merges"])
+
+
+def _write_hub_files_of_nllb(folder: Path) -> None:
+    """Replace the tokenizer's configuration by the older form of the published NLLB-200 models.
+
+    Their languages are in special_tokens_map.json, and no language is set.
+    """
+    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    special |= {"cls_token": "<s>", "sep_token": "</s>"}
+    mask = {"content": "<mask>", "lstrip": True, "normalized": True, "rstrip": False, "single_word": False}
+    settings: dict[str, Any] = {**special, "mask_token": {"__type": "AddedToken", **mask}}
+    settings["tokenizer_class"] = "NllbTokenizer"
+    settings |= {"src_lang": None, "tgt_lang": None, "additional_special_tokens": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    special_tokens = {**special, "mask_token": mask, "additional_special_tokens": FAIRSEQ_LANGUAGE_CODES}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens))
 
 
 def _byte_level_bpe() -> PreTrainedTokenizerBase:

@@ -47,7 +47,7 @@ def text_pairs(n, seed=0):
 def tiny_distillation(family, folder, student: str | Student = "2-2", n=6, dropout=0.0, loss=KD_LOSS):
     """A kd step of a teacher of 2-3 layers, saved in `folder`, and a `student` of it over `n` pairs."""
     if not (folder / "config.json").is_file():
-        save_tiny(family, folder, dropout=dropout, logits_bias=family != "t5")
+        save_tiny(family, folder, dropout=dropout, logits_bias=True)
     teacher, tokenizer = load_model(folder), load_tokenizer(folder)
     teacher.requires_grad_(False)
     plan = plan_student(teacher.config, Student(size=student) if isinstance(student, str) else student)

@@ -32,6 +32,23 @@ def test_converted_model_has_the_log_probabilities_of_transformers(tiny, family)
     assert first_texts(engine.generate(TEXTS, greedy, max_source_tokens=50)) == first_texts(expected)
 
 
+@pytest.mark.parametrize("family", ["t5", "m2m100", "nllb"])
+def test_rows_without_a_token_are_converted(family, tmp_path):
+    """Published models of these families have more rows in their embedding than tokens, and a random model uses all."""
+    folder = save_tiny(family, tmp_path / "m", padded_rows=8)
+    tokenizer, config = tokenization.load_tokenizer(folder), loading.load_config(folder)
+    assert tokenization.embedding_tokens(tokenizer, config)[-9:-1] == [
+        tokenization.tokens_by_id(tokenizer)[-1],
+        *[f"<unused_{i}>" for i in range(config.vocab_size - 8, config.vocab_size - 1)],
+    ]
+    engine = open_engine(folder, "ctranslate2", EngineOptions(cache_dir=tmp_path / "cache", allow_fallback=False))
+    converted = ctranslate2_conversion.ensure_converted(folder, tokenizer, tmp_path / "cache", 1, None)
+    assert probe_logprob_diff(converted, loading.load_model(folder), tokenizer) < 0.005
+    greedy = replace(GREEDY, forced_bos_token_id=engine.generation_config.forced_bos_token_id)
+    expected = open_engine(folder, "transformers").generate(TEXTS, greedy, max_source_tokens=50)
+    assert first_texts(engine.generate(TEXTS, greedy, max_source_tokens=50)) == first_texts(expected)
+
+
 def test_max_logprob_diff_detects_another_model(tiny, tmp_path):
     other = loading.load_model(save_tiny("bart", tmp_path, seed=1))
     tokenizer = tokenization.load_tokenizer(tiny["bart"])

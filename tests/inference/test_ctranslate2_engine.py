@@ -16,16 +16,29 @@ from raydistill.inference.decoding import CalibrationRows, EngineOptions
 from raydistill.inference.engines import open_engine
 from raydistill.models import tokenization
 from tests.factories.engines import GREEDY, TEXTS, first_texts, has_avx512, open_ctranslate2
-from tests.factories.models import save_tiny
+from tests.factories.models import LANGUAGES, save_tiny
 
 
-def test_mbart_languages_share_one_conversion(tiny):
-    romanian = open_ctranslate2(tiny, "mbart", languages=("en_XX", "ro_RO"))
-    german = open_ctranslate2(tiny, "mbart", languages=("en_XX", "de_DE"))
-    reference = open_engine(tiny["mbart"], "transformers", EngineOptions(languages=("en_XX", "de_DE")))
-    texts = first_texts(german.generate(TEXTS, GREEDY, max_source_tokens=50))
-    assert texts == first_texts(reference.generate(TEXTS, GREEDY, max_source_tokens=50))
-    assert texts != first_texts(romanian.generate(TEXTS, GREEDY, max_source_tokens=50))
+def greedy_texts(engine):
+    """Outputs that begin with the language that the engine is set to."""
+    greedy = replace(GREEDY, forced_bos_token_id=engine.generation_config.forced_bos_token_id)
+    return first_texts(engine.generate(TEXTS, greedy, max_source_tokens=50))
+
+
+@pytest.mark.parametrize(
+    ("family", "german"), [("mbart", "de_DE"), ("mbart50", "de_DE"), ("m2m100", "de"), ("nllb", "deu_Latn")]
+)
+def test_languages_share_one_conversion(tiny, family, german):
+    english, romanian = LANGUAGES[family]
+    to_romanian = open_ctranslate2(tiny, family, languages=(english, romanian))
+    to_german = open_ctranslate2(tiny, family, languages=(english, german))
+    assert isinstance(to_romanian, CTranslate2Engine)
+    assert isinstance(to_german, CTranslate2Engine)
+    assert to_romanian.folder == to_german.folder
+    texts = greedy_texts(to_german)
+    reference = open_engine(tiny[family], "transformers", EngineOptions(languages=(english, german)))
+    assert texts == greedy_texts(reference)
+    assert texts != greedy_texts(to_romanian)
 
 
 @pytest.mark.parametrize("fails", ["opening", "first call"])

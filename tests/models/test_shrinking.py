@@ -9,7 +9,7 @@ from raydistill.models import families, shrinking
 from raydistill.models.loading import load_model
 from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.models.teacher import open_teacher
-from tests.factories.models import FAMILIES, save_tiny
+from tests.factories.models import FAMILIES, edit_config, save_tiny
 
 
 def test_a_layer_can_be_copied_several_times():
@@ -27,7 +27,7 @@ def logits(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_student_of_full_depth_equals_its_teacher(family, tmp_path):
-    teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
+    teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=True)))
     student = shrink(teacher, plan_layers((2, 3), Student()), seed=1)
     assert torch.equal(logits(student), logits(teacher))
 
@@ -35,7 +35,7 @@ def test_student_of_full_depth_equals_its_teacher(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_student_computes_with_the_copied_layers(family, tmp_path):
     """Deleting the layers that are not copied from the teacher gives the student."""
-    teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=family != "t5")))
+    teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=True)))
     student = shrink(teacher, plan_layers((2, 3), Student(size="1-2", copied=LayerChoice(encoder=[1], decoder=[0, 2]))))
     assert families.num_layers(student.config) == (1, 2)
     name = "block" if family == "t5" else "layers"
@@ -60,6 +60,20 @@ def test_student_computes_with_the_copied_layers(family, tmp_path):
         assert torch.allclose(
             decoded, families.decode(teacher, decoder_ids, encoded, mask).last_hidden_state, atol=1e-6
         )
+
+
+def test_students_skip_no_layers_in_training(tmp_path):
+    """Published M2M100 models skip layers at random, and the hidden states of skipped layers would be missing."""
+    folder = save_tiny("m2m100", tmp_path / "t", dropout=0.0)
+    edit_config(folder, encoder_layerdrop=1.0, decoder_layerdrop=1.0, attention_dropout=0.0)
+    teacher = load_model(folder)
+    student = shrink(teacher, plan_layers((2, 3), Student()))
+    assert (student.config.encoder_layerdrop, student.config.decoder_layerdrop) == (0.0, 0.0)
+    ids = torch.randint(5, 40, (2, 9))
+    encoded = families.encode(student.train(), ids, torch.ones_like(ids), layers=True)
+    assert len(encoded.layers) == 2
+    expected = families.encode(teacher, ids, torch.ones_like(ids)).last_hidden_state
+    assert torch.allclose(encoded.last_hidden_state, expected, atol=1e-6)
 
 
 def test_random_decoder_keeps_all_other_weights(tmp_path):

@@ -1,15 +1,16 @@
-"""Tokenizers of the five families: truncation, languages, task prefixes, checks against the embedding."""
+"""Tokenizers of every family: truncation, languages, task prefixes, checks against the embedding."""
 
 import shutil
 
 import pytest
+import torch
 
 from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
-from raydistill.models import loading, tokenization
+from raydistill.models import families, loading, tokenization
 from raydistill.models.teacher import open_teacher
 from raydistill.models.vocabulary import trim_tokenizer
-from tests.factories.models import FAMILIES, edit_config, save_tiny, sentences
+from tests.factories.models import FAMILIES, LANGUAGES, edit_config, save_tiny, sentences
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,14 +50,56 @@ def test_mbart_languages_mark_source_and_target_and_start_the_decoder(tiny):
     assert model.generation_config.decoder_start_token_id == code("fr_XX")
 
 
-def test_mbart_target_language_defaults_to_the_start_token_of_the_checkpoint(tiny):
-    tokenizer = tokenization.load_tokenizer(tiny["mbart"])
-    assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en_XX", "ro_RO")
+@pytest.mark.parametrize(
+    ("family", "languages", "tokens"),
+    [
+        ("mbart50", ("de_DE", "fr_XX"), ("de_DE", "fr_XX")),
+        ("m2m100", ("de", "fr"), ("__de__", "__fr__")),
+        ("nllb", ("deu_Latn", "fra_Latn"), ("deu_Latn", "fra_Latn")),
+    ],
+)
+def test_languages_begin_source_and_target_and_are_forced(tiny, family, languages, tokens):
+    tokenizer = tokenization.load_tokenizer(tiny[family], languages)
+    source, target = map(tokenizer.convert_tokens_to_ids, tokens)
+    assert tokenizer.unk_token_id not in (source, target)
+    for _ in range(2):  # and back again
+        [source_ids] = tokenization.tokenize_sources(tokenizer, ["the old man"], 9)
+        [target_ids] = tokenization.tokenize_targets(tokenizer, ["the old man"], 9)
+        assert (source_ids[0], source_ids[-1]) == (source, tokenizer.eos_token_id)
+        assert (target_ids[0], target_ids[-1]) == (target, tokenizer.eos_token_id)
+        assert source_ids[1:] == target_ids[1:]
+    model = loading.load_model(tiny[family])
+    tokenization.set_target_language(model, tokenizer)
+    assert model.generation_config.forced_bos_token_id == target
+    assert model.config.decoder_start_token_id == tokenizer.eos_token_id
+    assert tokenization.load_target_generation_config(tiny[family], languages).forced_bos_token_id == target
+    shifted = families.shift_right(model, torch.tensor([target_ids, [*target_ids[:-2], -100, -100]]))
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    assert shifted[0].tolist() == [end, *target_ids[:-1]]
+    if family != "mbart50":  # the start token of mBART is the last token of the labels
+        assert shifted[1].tolist() == [end, *target_ids[:-2], pad][: len(target_ids)]
+
+
+@pytest.mark.parametrize("family", LANGUAGES)
+def test_target_language_defaults_to_the_first_token_of_the_checkpoint(tiny, family):
+    tokenizer = tokenization.load_tokenizer(tiny[family])
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == LANGUAGES[family]
 
 
 def test_unknown_language_is_named_in_the_error(tiny):
     with pytest.raises(UserError, match=r"unknown language 'xx_YY'; the tokenizer knows .*ro_RO"):
         tokenization.load_tokenizer(tiny["mbart"], ("en_XX", "xx_YY"))
+    with pytest.raises(UserError, match=r"unknown language '__de__'; the tokenizer knows af, am, ar"):
+        tokenization.load_tokenizer(tiny["m2m100"], ("en", "__de__"))
+
+
+def test_published_multilingual_checkpoint_needs_languages(tiny, tmp_path):
+    folder = tmp_path / "nllb"
+    shutil.copytree(tiny["nllb"], folder)
+    (folder / "generation_config.json").write_text('{"max_length": 200, "decoder_start_token_id": 2}')
+    with pytest.raises(UserError, match=r"names no languages; set `languages: \[ace_Arab, ace_Latn\]`.*zul_Latn"):
+        tokenization.load_tokenizer(folder)
+    assert tokenization.load_tokenizer(folder, ("eng_Latn", "deu_Latn")).tgt_lang == "deu_Latn"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,6 +162,8 @@ def test_t5_uses_the_prefix_of_its_task_and_students_inherit_it(tiny, tmp_path):
         ("/a/folder", Dataset(name="mine", languages=["en_XX", "de_DE"]), ("en_XX", "de_DE")),
         ("/a/folder", Dataset(name="wmt16_en_ro"), ("en_XX", "ro_RO")),
         ("mbart", Dataset(name="mine"), ("en_XX", "ro_RO")),
+        ("nllb", Dataset(name="mine"), None),  # 200 languages
+        ("nllb", Dataset(name="wmt16_en_ro"), ("eng_Latn", "ron_Latn")),
         ("t5", Dataset(name="wmt16_en_ro"), ("en", "ro")),
         ("t5", Dataset(name="mine"), None),  # its first preset summarizes
         ("t5", Dataset(name="mine", languages=["en", "de"]), ("en", "de")),

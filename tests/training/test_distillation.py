@@ -25,7 +25,7 @@ BATCH = list(range(6))
 ATTENTION_AND_COSINE = Loss(alpha_attention=1.0, alpha_cosine=1.0)
 
 
-@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian", "t5"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", ["2-2", "1-2"])
 def test_every_term_matches_the_forward_of_transformers(family, size, tmp_path):
     """Covers masks, the index of layer outputs, each model's own encoder, and biases and scales of the LM head."""
@@ -69,7 +69,7 @@ def test_full_depth_copy_has_no_distillation_loss(tmp_path):
     assert sums["data"] > 1
 
 
-@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian", "t5"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", ["2-2", "1-2"])
 def test_padding_does_not_change_the_sums(family, size, tmp_path):
     distillation = tiny_distillation(family, tmp_path / "t", size)
@@ -197,7 +197,7 @@ def test_student_with_trained_embeddings_reads_cached_decoder_states(family, tmp
     assert relative_distance(cached_gradient, gradient) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "marian"])
+@pytest.mark.parametrize("family", ["bart", "pegasus", "mbart", "m2m100", "marian"])
 def test_sdpa_masks_equal_the_padding_mask(family, tmp_path):
     distillation = tiny_distillation(family, tmp_path / "t")
     batch, student = distillation.read_batch([0, 1, 2]), distillation.student.eval()
