@@ -64,10 +64,12 @@ ui: $(STAMP) ## start the MLflow UI of the local store on http://127.0.0.1:5000
 	@command=$$($(BIN)/python -c 'from raydistill.tracking.mlflow_store import ui_command; print(ui_command())') && \
 	  echo "$$command" && exec $(BIN)/$$command
 
-schema: $(STAMP) ## write search_spaces/schema.json, with which editors check space files
+schema: $(STAMP) ## write schema.json and run_schema.json in search_spaces/, with which editors check space and run files
 	@$(BIN)/python -m raydistill.config.schema > search_spaces/.schema.tmp
 	@mv search_spaces/.schema.tmp search_spaces/schema.json
-	@echo "search_spaces/schema.json"
+	@$(BIN)/python -m raydistill.config.schema run > search_spaces/.schema.tmp
+	@mv search_spaces/.schema.tmp search_spaces/run_schema.json
+	@echo "search_spaces/schema.json search_spaces/run_schema.json"
 
 clean: ## delete .venv, builds and caches, but not outputs/
 	rm -rf $(VENV) $(AUDIT) build dist .cache docs/reference/*.md docs/reference/*.svg *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

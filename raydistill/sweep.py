@@ -2,25 +2,32 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raydistill._app import make_app, run_app
 from raydistill.core.console import print_json, print_progress, print_text
+from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
+
+if TYPE_CHECKING:
+    from raydistill.config.space import Space
 
 app = make_app()
 
 
 @app.command()
 def sweep(
-    space: Annotated[Path, typer.Argument(help="the space's YAML file, such as search_spaces/quickstart.yaml")],
+    space: Annotated[Path, typer.Argument(help="the space's YAML file, or example:NAME, such as example:quickstart")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="print the plan and stop: trials, shapes, disk space, finished trials")
+        bool, typer.Option(help="print the plan and stop: trials, shapes, disk space; status 2 if inputs are missing")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="as --dry-run, and train a few steps to estimate time and device-hours")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
@@ -37,12 +44,8 @@ def sweep(
     loaded_space = read_space(space, settings)
     folder = raydistill_home() / "sweeps" / loaded_space.name
     _check_tracking(loaded_space.tracking_uri, folder)
-    if dry_run:
-        from raydistill.search.dry_run import describe_plan
-
-        plan = describe_plan(loaded_space, folder)
-        print_text(plan["text"], as_json)
-        print_json({k: v for k, v in plan.items() if k != "text"}, as_json)
+    if dry_run or estimate:
+        _print_plan(loaded_space, folder, estimate, as_json)
         return
     if isinstance(loaded_space.run.get("teacher"), str):
         check_teacher(loaded_space.run["teacher"])
@@ -52,6 +55,23 @@ def sweep(
     print_json(result, as_json)
     if not result["complete"]:
         raise typer.Exit(1)
+
+
+def _print_plan(space: "Space", folder: Path, estimate: bool, as_json: bool) -> None:
+    """Print the plan of a sweep and, on request, its estimated cost; UserError if the sweep would not start."""
+    from raydistill.search.dry_run import describe_plan
+
+    plan = describe_plan(space, folder)
+    print_text(plan.pop("text"), as_json)
+    if estimate and not plan["problems"]:
+        from raydistill.search.estimate import estimate_sweep
+
+        estimated = estimate_sweep(space)
+        print_text("\n" + "\n".join(estimated.describe(space.search.trials)), as_json)
+        plan["estimate"] = estimated.to_json()
+    print_json(plan, as_json)
+    if plan["problems"]:
+        raise UserError("the sweep would not start: " + "; ".join(plan["problems"]))
 
 
 def _check_tracking(uri: str | None, folder: Path) -> None:

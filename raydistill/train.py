@@ -9,12 +9,13 @@ import typer
 
 from raydistill._app import make_app, run_app
 from raydistill.cluster import snapshots
-from raydistill.core.console import format_table, print_json, print_progress, print_text
+from raydistill.core.console import ProgressBar, format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
+from raydistill.core.last_error import record_error
 from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
-    from raydistill.training.records import RunResult, Validation
+    from raydistill.training.records import RunProgress, RunResult, Validation
 
 app = make_app()
 DEMO_RUN = Path(__file__).parent / "data" / "demo_teacher.yaml"
@@ -66,12 +67,14 @@ def load_run(path: Path, settings: list[str]) -> Any:
     from raydistill.config.presets import check_teacher
     from raydistill.config.run import Run
     from raydistill.config.run_paths import make_paths_absolute
+    from raydistill.config.setting_keys import complete_overrides, key_tree
     from raydistill.config.validation import validate
 
     data, lines = read_yaml(path)
     if "run" in data:
         raise UserError(f"{path}: this is a space file (it has `run`); search it with `raydistill sweep {path}`")
-    run = validate(Run, make_paths_absolute(apply_overrides(data, settings)), path, lines)
+    data = apply_overrides(data, complete_overrides(settings, key_tree(Run), path))
+    run = validate(Run, make_paths_absolute(data), path, lines)
     if run.teacher:
         check_teacher(run.teacher)
     return run
@@ -112,17 +115,19 @@ def train_run(run: Any, folder: Path) -> "RunResult":
         print_progress(f"run {run.name}: method {run.method} on {device}, in {folder}")
         inputs = prepare_run_inputs(run, device, folder)
         snapshots.save(folder)
-        with MetricsFollower(folder):
+        with record_error(folder), RunFollower(folder):
             return train_with_ray_train(TrainJob(run, folder, inputs), device=device)
 
 
-class MetricsFollower:
-    """Context manager that prints each new validation of the run in `folder` as one line."""
+class RunFollower:
+    """Context manager that shows the progress of the run in `folder`: a bar of its steps, and a line per validation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.closed = threading.Event()
         self.num_reported = len(self._read_history())
+        self.shown = self._read_progress()  # of an earlier process
+        self.bar: ProgressBar | None = None
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
@@ -137,6 +142,11 @@ class MetricsFollower:
 
         return read_history(self.folder)
 
+    def _read_progress(self) -> "RunProgress | None":
+        from raydistill.training.records import PROGRESS_FILE, RunProgress
+
+        return RunProgress.read_if_present(self.folder / PROGRESS_FILE)
+
     def _follow(self) -> None:
         while True:
             is_last = self.closed.wait(1.0)
@@ -148,8 +158,28 @@ class MetricsFollower:
                 for validation in history[self.num_reported :]:
                     print_progress(_describe_validation(validation))
                 self.num_reported = len(history)
+            with contextlib.suppress(UserError, OSError):
+                self._show_steps(self._read_progress())
             if is_last:
+                if self.bar:
+                    self.bar.close()
                 return
+
+    def _show_steps(self, progress: "RunProgress | None") -> None:
+        """Update the bar; start it at the first record of a process, which is new or was restarted."""
+        if progress is None or (self.shown and progress.updated_at == self.shown.updated_at):
+            return
+        if self.bar is None or self.shown is None or progress.step < self.shown.step:
+            start = progress.resumed_step
+            resumes = f"resuming from step {start:,} of" if start else "training"
+            print_progress(f"  {resumes} {progress.total_steps:,} steps")
+            if self.bar:
+                self.bar.close()
+            self.bar = ProgressBar("training", progress.total_steps, progress.step)
+        elif progress.steps_per_s:
+            note = f"step {progress.step:,} of {progress.total_steps:,}, {progress.steps_per_s:.2f} steps/s"
+            self.bar.advance(progress.step - self.shown.step, note)
+        self.shown = progress
 
 
 def _describe_validation(validation: "Validation") -> str:

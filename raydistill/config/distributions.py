@@ -1,5 +1,6 @@
 """Distributions in the `run` section of a space: parsing, the order of suggestion, and a run with suggested values."""
 
+import difflib
 import json
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -172,9 +173,20 @@ def _collect_parameters(
         if _is_distribution(value):
             parameters += _parse_cases(key, value)
         elif isinstance(value, dict):
+            _check_kind_name(key, value)
             _collect_parameters(value, key, fixed, parameters)
         else:
             fixed[key] = value
+
+
+def _check_kind_name(key: str, value: dict[str, Any]) -> None:
+    """SpaceError if a mapping is a distribution whose kind is misspelt: its only key besides `when` has a list."""
+    names = [name for name in value if name != "when"]
+    if len(names) == 1 and isinstance(value[names[0]], list):
+        name = str(names[0])
+        similar = difflib.get_close_matches(name.replace("-", "_").lower(), KINDS, n=1, cutoff=0.7)
+        if similar:
+            raise SpaceError(key, f"unknown distribution {name!r}; did you mean {similar[0]!r}?")
 
 
 def _parse_cases(key: str, data: dict[str, Any]) -> list[SearchParameter]:

@@ -1,6 +1,10 @@
-"""The JSON schema of space files; `python -m raydistill.config.schema` prints it, `make schema` writes it."""
+"""The JSON schemas of space and run files, for editors. `make schema` writes them.
+
+`python -m raydistill.config.schema` prints the schema of space files, and with the argument `run` that of run files.
+"""
 
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,11 +38,23 @@ def json_schema() -> dict[str, Any]:
     del run["properties"]["start"], definitions["NewModel"]  # trials are students of a teacher
     _allow_distributions(run, [key for key in run["properties"] if key not in SHARED_FIELDS])
     run["required"] = [key for key in run.get("required", []) if key != "name"]
-    dataset = run["properties"]["dataset"]
-    run["properties"]["dataset"] = {"anyOf": [{"type": "string"}, dataset]}
+    _allow_dataset_name(run)
     definitions["RunSpace"] = run
     schema["properties"]["run"] = {"$ref": "#/$defs/RunSpace"}
     return {**schema, "$defs": definitions, "$schema": "https://json-schema.org/draft/2020-12/schema"}
+
+
+def run_json_schema() -> dict[str, Any]:
+    """The JSON schema of a run file, for editors: the schema of `Run`, with `teacher` or `start`."""
+    schema = Run.model_json_schema()
+    _allow_dataset_name(schema)
+    schema["oneOf"] = [{"required": ["teacher"]}, {"required": ["start"]}]
+    return {**schema, "$schema": "https://json-schema.org/draft/2020-12/schema"}
+
+
+def _allow_dataset_name(run: dict[str, Any]) -> None:
+    """Let `dataset` also be the name alone."""
+    run["properties"]["dataset"] = {"anyOf": [{"type": "string"}, run["properties"]["dataset"]]}
 
 
 def _allow_distributions(model: dict[str, Any], keys: Iterable[str] | None = None) -> None:
@@ -48,4 +64,5 @@ def _allow_distributions(model: dict[str, Any], keys: Iterable[str] | None = Non
 
 
 if __name__ == "__main__":
-    print(json.dumps(json_schema(), indent=1, sort_keys=True))
+    shown = run_json_schema() if sys.argv[1:] == ["run"] else json_schema()
+    print(json.dumps(shown, indent=1, sort_keys=True))

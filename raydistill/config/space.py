@@ -11,10 +11,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from raydistill.config.corners import iter_corners, resolve_point
 from raydistill.config.distributions import SpaceError, encode_choice, fill_run, split_parameters
+from raydistill.config.examples import locate_space
 from raydistill.config.loader import apply_overrides, read_yaml
 from raydistill.config.run import NAME_PATTERN, RUNTIME_ONLY_FIELDS, Run, StrictModel
 from raydistill.config.run_paths import make_paths_absolute
 from raydistill.config.serving import Serving
+from raydistill.config.setting_keys import KeyTree, complete_overrides, key_tree
 from raydistill.config.validation import KeyPath, format_validation_error, validate
 from raydistill.core.errors import UserError
 
@@ -158,23 +160,29 @@ def read_space(path: Path, overrides: list[str] | None = None) -> Space:
     """Read and validate a space file.
 
     Args:
-        path: The YAML file.
-        overrides: `KEY=VALUE` strings, see `apply_overrides`.
+        path: The YAML file, or `example:NAME`.
+        overrides: `KEY=VALUE` strings, see `complete_overrides` and `apply_overrides`.
 
     Raises:
         UserError: The file, a corner of the space, or a point is invalid; names file, line and key.
     """
+    path = locate_space(path)
     data, lines = read_yaml(path)
     if "dataset" in data and "run" not in data:
         raise UserError(
             f"{path}: this is a run, not a space (there is no `run` section); train it with `raydistill train {path}`"
         )
-    data = apply_overrides(data, overrides or [])
+    data = apply_overrides(data, complete_overrides(overrides or [], space_keys(), path))
     if isinstance(data.get("run"), dict):
         data["run"] = make_paths_absolute(data["run"])
     space = validate(Space, data, path, lines)
     check_run_space(space, path, lines)
     return space
+
+
+def space_keys() -> KeyTree:
+    """The keys of a space file, those of its run included."""
+    return {**key_tree(Space), "run": {name: keys for name, keys in key_tree(Run).items() if name != "name"}}
 
 
 def check_run_space(space: Space, path: Path | str, lines: dict[KeyPath, int]) -> None:

@@ -62,6 +62,8 @@ def describe_error(error: dict[str, Any], model: type[BaseModel], key_path: KeyP
         return f"unknown key; {hint}"
     message = str(error["msg"]).removeprefix("Value error, ")
     value = error.get("input")
+    if isinstance(value, list) and error["type"].endswith(("_type", "_error")) and error["type"] != "value_error":
+        message += f", got a list; a space searches several values with {{choice: {value}}}"
     if error["type"] != "value_error" and isinstance(value, str | int | float | bool):
         message += f", got {value!r}"
     return message[0].lower() + message[1:] if message[:1].isupper() and message[1:2].islower() else message
@@ -71,10 +73,14 @@ def known_keys(model: type[BaseModel], key_path: KeyPath) -> list[str]:
     """The keys of the model that `key_path` leads to, starting from `model`; empty if there is no model."""
     for part in key_path:
         field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not nested:
+        nested = nested_model(field.annotation) if field else None
+        if nested is None:
             return []
-        model = nested[0]
+        model = nested
     return list(model.model_fields)
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, optional or not; None if the field holds another type."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -32,10 +32,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 from filelock import FileLock, Timeout
 from pydantic import Field
 
@@ -45,6 +47,7 @@ from raydistill.core.records import Record
 
 MANIFEST = "manifest.json"
 _SIBLING = rf"\.(?P<name>.+)\.[0-9a-f]{{8}}({re.escape(TEMPORARY_SUFFIX)}|{re.escape(OLD_SUFFIX)})"
+_OWNER_LINE = re.compile(r"process (?P<pid>\d+) on (?P<host>\S+) since (?P<since>\S+)")
 MAX_REPLACEMENTS = 10  # how often `is_complete` looks again after another process replaced the folder
 
 
@@ -124,6 +127,38 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
 def lock_path(folder: Path) -> Path:
     """The lock file of an artifact."""
     return folder.with_name(f".{folder.name}.lock")
+
+
+@dataclass(frozen=True)
+class LockOwner:
+    """The process that holds a lock, by its lock file."""
+
+    pid: int
+    host: str
+    since: datetime
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the process exists; of another machine, where this is unknown, True."""
+        if self.host != platform.node():
+            return True
+        try:
+            process = psutil.Process(self.pid)
+            # A process that started after the lock was taken has the number of one that ended; seconds are truncated
+            return process.create_time() < self.since.timestamp() + 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def lock_owner(folder: Path) -> LockOwner | None:
+    """Who holds the lock of an artifact; None if nobody does. The lock is not touched."""
+    try:
+        line = lock_path(folder).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        match = _OWNER_LINE.fullmatch(line)
+        owner = LockOwner(int(match["pid"]), match["host"], datetime.fromisoformat(match["since"])) if match else None
+    except (OSError, ValueError):
+        return None
+    return owner if owner and owner.may_run else None
 
 
 @contextmanager

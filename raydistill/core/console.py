@@ -66,7 +66,7 @@ class ProgressBar:
     def advance(self, amount: float, note: str) -> None:
         """Record completed work; lines are printed after 5 s, then at intervals that grow to 60 s, and at the end."""
         self._done += amount
-        note = f"{note}, {_format_duration(self.seconds_left)} left"
+        note = f"{note}, {format_duration(self.seconds_left)} left"
         if self._rich_progress is not None:
             self._rich_progress.update(self._task, completed=self._done, note=note)
             return
@@ -81,7 +81,10 @@ class ProgressBar:
             self._rich_progress.stop()
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """A duration such as "1 h 02 min", "3 min 05 s" or "7 s"; "less than 1 s" where it would be zero."""
+    if 0 < seconds < 0.5:
+        return "less than 1 s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

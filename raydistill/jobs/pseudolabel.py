@@ -21,6 +21,7 @@ from raydistill.config.run import Dataset, Decoding, PseudoLabeling
 from raydistill.core import artifact
 from raydistill.core.console import ProgressBar, print_progress
 from raydistill.core.errors import UserError
+from raydistill.core.last_error import record_error
 from raydistill.data.readers import known_extension
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
 from raydistill.jobs.label_outputs import (
@@ -129,8 +130,9 @@ def pseudolabel(
     root = root.absolute()  # Ray's workers have other working directories
     description = description.model_copy(update={"key": _label_set_key(job, description, device)})
     folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{description.key}"
-    with artifact.lock(folder, math.inf, print_progress):
-        _build_label_set(LabelTask(job, description, folder, device, verbose, engine_factory), scan)
+    task = LabelTask(job, description, folder, device, verbose, engine_factory)
+    with artifact.lock(folder, math.inf, print_progress), record_error(task.work_dir):
+        _build_label_set(task, scan)
     if rules == type(rules)():  # no rules
         return folder
     curated = curate(folder, job.dataset, job.split, rules, job.resolved_metric)

@@ -21,6 +21,7 @@ from raydistill.results.formatting import format_count
 from raydistill.results.pareto import bound_sign, fits_any_budget, resolve_budgets
 from raydistill.results.records import count_finished_trials
 from raydistill.results.sweep_record import SWEEP_FILE, SweepRecord
+from raydistill.training.preflight import check_space
 
 # English text in BART's vocabulary; other languages and smaller vocabularies need more
 TOKENS_PER_WORD = 1.15
@@ -30,13 +31,16 @@ TOKENS_PER_WORD = 1.15
 class DatasetSize:
     """Rows of the training split, mean words of a source and a target, and a description.
 
-    `rows` is None if the data cannot be read.
+    `rows` is None if the data cannot be read, for the reason `problem`. `is_local` is false for data of the hub whose
+    size the paper gives, and which are not read here.
     """
 
     rows: int | None
     source_words: float
     target_words: float
     text: str
+    problem: str = ""
+    is_local: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     """What a sweep would do and what its folder already has.
 
     Returns:
-        A mapping for `--json`, and the description under "text".
+        A mapping for `--json`, and the description under "text". "problems" are reasons why the sweep would not start.
     """
     runs = corner_runs(space)
     first = runs[0]
@@ -69,7 +73,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     lines = [
         f"sweep {space.name}: {format_count(space.search.trials, 'trial')} ({num_finished} finished already), "
         f"sampler {space.search.sampler}, seed {space.search.seed}, in {folder}",
-        f"teacher: {first.teacher}" + (f" ({problem})" if problem else ""),
+        f"teacher: {first.teacher}" + (f" (not available: {problem})" if problem else ""),
         f"data: {first.dataset.name}: {data.text}",
         "",
         format_table(["shape", "decoder layers copied", "M parameters"], [shape_row(s, runs, config) for s in sizes]),
@@ -102,7 +106,20 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         "decoder_bytes": disk.decoder_bytes,
         "free_bytes": disk.free_bytes,
         "pseudo_labels": bool(labellers),
+        "problems": find_problems(space, problem, data),
     }
+
+
+def find_problems(space: Space, teacher_problem: str, data: DatasetSize) -> list[str]:
+    """Why the sweep would not start: the teacher or the data are missing, or do not fit the space."""
+    problems = [teacher_problem] if teacher_problem else []
+    problems += [data.problem] if data.problem else []
+    if not problems and data.is_local:
+        try:
+            check_space(space)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def estimate_device_hours(runs: list[Run], trials: int) -> tuple[float | None, str]:
@@ -142,13 +159,13 @@ def published_label_hours(teacher: str, data: str) -> float:
 
 
 def load_teacher_config(run: Run) -> tuple[Any, str]:
-    """The teacher's configuration and an empty text, or None and the problem."""
+    """The teacher's configuration and an empty text, or None and the reason why it is missing."""
     from raydistill.models.loading import load_config, locate_checkpoint
 
     try:
         return load_config(locate_checkpoint(str(run.teacher), run.dataset.name)), ""
     except UserError as error:
-        return None, f"not available: {error}"
+        return None, str(error)
 
 
 def dataset_size(run: Run) -> DatasetSize:
@@ -157,12 +174,12 @@ def dataset_size(run: Run) -> DatasetSize:
     if known is not None and known.paper_stats is not None:
         rows, source, target = known.paper_stats
         rows = min(rows, run.dataset.train_rows or rows)
-        return DatasetSize(rows, source, target, f"{rows} training rows (the paper's count)")
+        return DatasetSize(rows, source, target, f"{rows} training rows (the paper's count)", is_local=False)
     try:
         names = split_names(run.dataset)
         corpus = read_corpus(run.dataset, "train")
     except UserError as error:
-        return DatasetSize(None, 0, 0, f"not available: {error}")
+        return DatasetSize(None, 0, 0, f"not available: {error}", str(error))
     statistics = corpus_statistics(corpus)
     source, target = statistics["source_words_mean"], statistics["target_words_mean"]
     text = f"{len(corpus)} training rows, {source:.0f} words to {target:.0f}; splits {', '.join(names)}"

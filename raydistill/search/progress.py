@@ -79,7 +79,7 @@ class ProgressCallback(Callback):
         parts = [f"{len(finished)} of {self.search.trials} trials finished", f"{hours:.3f} device-hours"]
         minutes = self.estimate_minutes_left(now - self.start_time, len(finished), hours)
         if minutes is not None:
-            parts.append(f"about {minutes:.0f} min left")
+            parts.append(f"about {minutes:.0f} min left" if minutes >= 0.5 else "less than 1 min left")
         if best:
             parts.append(f"best so far: {', '.join(f'{size} {score:.2f}' for size, score in sorted(best.items()))}")
         if len(engines := scoring_engines(finished)) > 1:

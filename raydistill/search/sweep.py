@@ -24,6 +24,7 @@ from raydistill.cluster.start import cluster_device, ray_cluster
 from raydistill.config.space import Space
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
+from raydistill.core.last_error import record_error
 from raydistill.results.formatting import format_count
 from raydistill.results.page import write_report
 from raydistill.results.records import count_finished_trials
@@ -64,7 +65,7 @@ def run_sweep(space: Space, folder: Path, echo: Callable[[str], None]) -> dict[s
     """
     start_time = time.monotonic()
     check_space(space)
-    with sweep_lock(space, folder):
+    with sweep_lock(space, folder), record_error(folder):
         stop_reason = search_stop_reason(space, folder)
         if stop_reason is None:
             with ray_cluster():

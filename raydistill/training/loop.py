@@ -15,7 +15,7 @@ from raydistill.config.run import Training
 from raydistill.models import families
 from raydistill.training.optimizer_step import OptimizerStep, StepInputs, learning_rate_factor, seed_step
 from raydistill.training.prefetch import Prefetcher, prefetch
-from raydistill.training.records import write_history
+from raydistill.training.records import PROGRESS_FILE, RunProgress, write_history
 from raydistill.training.run_folder import delete_checkpoints
 from raydistill.training.state import TrainingState, has_state, load_state, save_progress, save_state
 from raydistill.training.workers import Worker, broadcast_metrics
@@ -28,6 +28,7 @@ ReportFn = Callable[[dict[str, Any], Path | None], str | None]
 ValidateFn = Callable[[Path, str | None], dict[str, Any]]
 # Metrics of steps that are reported under these names; all others are loss terms, reported as loss_NAME.
 STEP_METRICS = ("loss", "step_ms", "data_wait")
+PROGRESS_INTERVAL_S = 3.0  # between two records of the progress
 
 
 class NonFiniteLoss(Exception):
@@ -110,13 +111,16 @@ class TrainingLoop:
         # On the monotonic clock, earlier by the time of previous calls.
         self.started_at = (time.monotonic() if started_at is None else started_at) - self.state.seconds
         self.means = RunningMeans()
+        self.resumed_step, self.loop_started_at, self.next_progress_at = self.state.step, time.monotonic(), 0.0
 
     def run(self) -> TrainingState:
         """Take the remaining steps, with a validation after every `counts.per_validation` of them."""
         state, total = self.state, self.counts.total
+        self._write_progress()
         with prefetch(self.step.iter_inputs(state.step, total)) as inputs:
             while state.step < total and not state.ended_early:
                 self._take_step(inputs)
+                self._write_progress()
                 if state.step % self.counts.per_validation == 0 or state.step == total:
                     self._validate()
                 else:
@@ -133,6 +137,20 @@ class TrainingLoop:
         self.means.add(means, started_at, inputs.wait_seconds - waited)
         self.scheduler.step()
         self.state.step += 1
+
+    def _write_progress(self) -> None:
+        """Record the step for `raydistill status` and the progress bar, every `PROGRESS_INTERVAL_S` seconds."""
+        now = time.monotonic()
+        if not self.worker.is_main_process or now < self.next_progress_at:
+            return
+        self.next_progress_at = now + PROGRESS_INTERVAL_S
+        RunProgress(
+            step=self.state.step,
+            total_steps=self.counts.total,
+            resumed_step=self.resumed_step,
+            seconds=now - self.loop_started_at,
+            updated_at=time.time(),
+        ).write(self.folder / PROGRESS_FILE)
 
     def _stop_if_preempted(self) -> None:
         if not self.worker.is_main_process or self.worker.is_draining is None or not self.worker.is_draining():

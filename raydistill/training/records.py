@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 HISTORY_FILE = "metrics.jsonl"
 FINGERPRINTS_FILE = "input_fingerprints.json"
+PROGRESS_FILE = "progress.json"
 RESULT_FILE = "result.json"
 DEGENERATE_REPETITION = 0.5  # share of a model's outputs that repeat themselves, above which the model is not usable
 
@@ -119,6 +120,35 @@ def read_history(folder: Path, remedy: str | None = None) -> list[Validation]:
                 f"{path}: damaged: line {i + 1}: {problem}. {remedy or f'Delete {folder} and run the command again'}"
             ) from None
     return validations
+
+
+class RunProgress(Record):
+    """The progress of a run that is training, progress.json, written every few seconds between validations.
+
+    Attributes:
+        step: Optimiser steps taken.
+        total_steps: Optimiser steps of the whole run.
+        resumed_step: The step that the process started from; 0 for a new run.
+        seconds: Seconds of training since that step, with validations.
+        updated_at: When the record was written, in seconds since the epoch.
+    """
+
+    step: int
+    total_steps: int
+    resumed_step: int
+    seconds: float
+    updated_at: float
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """Steps per second since the process started; None before the first step."""
+        steps = self.step - self.resumed_step
+        return steps / self.seconds if steps and self.seconds > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the last step at the speed so far; None before the first step."""
+        return (self.total_steps - self.step) / self.steps_per_s if self.steps_per_s else None
 
 
 class InputFingerprints(Record):

@@ -4,6 +4,7 @@ FOLDER/run.json                 the run's config, written first
 FOLDER/input_fingerprints.json  teacher and data that the run was started with
 FOLDER/student.json             layers and units that the student copies, where rows decide (student_choice.py)
 FOLDER/metrics.jsonl            the metrics of every validation
+FOLDER/progress.json            the step of a run that is training; removed when the run is finished
 FOLDER/checkpoint-STEP/         the best checkpoint while the run is training; best/ afterwards
 FOLDER/state/                   the saved state (state.py); removed when the run is finished
 FOLDER/.engine/                 the converted checkpoint during a validation
@@ -25,6 +26,7 @@ from raydistill.core.errors import UserError
 from raydistill.core.files import TEMPORARY_SUFFIX, atomic_path, fsync_folder
 from raydistill.training.records import (
     FINGERPRINTS_FILE,
+    PROGRESS_FILE,
     RESULT_FILE,
     RUN_FILE,
     InputFingerprints,
@@ -77,6 +79,7 @@ def write_result(folder: Path, result: RunResult) -> None:
 def delete_working_files(folder: Path, result: RunResult) -> None:
     """Delete the saved state of a finished run, the checkpoints of a failed run, and the files that kills left."""
     artifact.remove(folder / STATE_FOLDER)
+    (folder / PROGRESS_FILE).unlink(missing_ok=True)
     delete_checkpoints(folder)
     if not result.scored:
         artifact.remove(folder / "best")

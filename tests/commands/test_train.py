@@ -1,12 +1,15 @@
-"""The `train` command on a folder whose run is finished."""
+"""The `train` command: a folder whose run is finished, and the progress of a run."""
 
 import json
+import time
 
 import pytest
 
 from raydistill import train
 from raydistill.config.run import Run
-from raydistill.training.records import RESULT_FILE, RUN_FILE, RunResult, write_run
+from raydistill.core import console
+from raydistill.training.records import PROGRESS_FILE, RESULT_FILE, RUN_FILE, RunProgress, RunResult, write_run
+from tests.factories.clock import FakeClock
 
 
 @pytest.mark.parametrize(("repetition", "warns"), [(0.9, True), (0.4, False)])
@@ -22,3 +25,31 @@ def test_model_whose_outputs_repeat_themselves_is_reported(repetition, warns, tm
     printed = capsys.readouterr()
     assert ("90% of the outputs of teacher repeat themselves" in printed.err) == warns
     assert json.loads(printed.out) == {**result.to_json(), "checkpoint": str(folder / "best")}
+
+
+def write_progress(folder, step, resumed_step=0, seconds=1.0):
+    RunProgress(
+        step=step, total_steps=1200, resumed_step=resumed_step, seconds=seconds, updated_at=time.time() + step
+    ).write(folder / PROGRESS_FILE)
+
+
+@pytest.mark.parametrize(
+    ("resumed_step", "line"), [(0, "training 1,200 steps"), (300, "resuming from step 300 of 1,200 steps")]
+)
+def test_steps_rate_and_time_left_are_shown(resumed_step, line, tmp_path, monkeypatch, capsys):
+    """A step takes 0.1 s. The record of an earlier process is not shown."""
+    clock = FakeClock()
+    monkeypatch.setattr(console, "time", clock)
+    write_progress(tmp_path, 700)
+    follower = train.RunFollower(tmp_path)
+    follower._show_steps(follower._read_progress())
+    assert capsys.readouterr().err == ""
+    write_progress(tmp_path, resumed_step, resumed_step)
+    follower._show_steps(follower._read_progress())
+    assert capsys.readouterr().err == f"  {line}\n"
+    clock.sleep(10)
+    write_progress(tmp_path, resumed_step + 100, resumed_step, seconds=10.0)
+    follower._show_steps(follower._read_progress())
+    left = {0: "1 min 50 s", 300: "1 min 20 s"}[resumed_step]  # 1,100 and 800 steps of 0.1 s
+    shown = f"step {resumed_step + 100} of 1,200, 10.00 steps/s, {left} left"
+    assert capsys.readouterr().err == f"  training: {shown}\n"

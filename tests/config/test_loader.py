@@ -51,4 +51,4 @@ def test_invalid_override_is_quoted(override):
 def test_unknown_key_in_an_override_names_the_file(tmp_path):
     path = write_space(tmp_path, HEAD)
     assert space_error(path, "run.trainin.epochs=1").startswith(str(path))
-    assert "did you mean 'training'?" in space_error(path, "run.trainin.epochs=1")
+    assert "did you mean 'run.training.epochs'?" in space_error(path, "run.trainin.epochs=1")

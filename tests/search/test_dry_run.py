@@ -1,10 +1,15 @@
 """Estimates of `raydistill sweep --dry-run`."""
 
-import pytest
+import json
 
+import pytest
+import yaml
+
+from raydistill import sweep as sweep_command
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run, Student
 from raydistill.config.shapes import Shape
+from raydistill.core.errors import UserError
 from raydistill.models.loading import load_config
 from raydistill.search.dry_run import (
     DatasetSize,
@@ -16,6 +21,7 @@ from raydistill.search.dry_run import (
 from raydistill.search.shape_latency import count_params_m
 from tests.factories.models import save_tiny
 from tests.factories.sweeps import make_space, shape_table, sweep_record
+from tests.factories.workspace import make_world
 
 
 def test_cache_of_xsum_at_full_size_takes_about_170_gb_of_encoder_states():
@@ -76,3 +82,29 @@ def test_the_plan_says_when_trials_stop():
     assert "after 12.5% of its steps, if it is not in the better 1/3 of its shape" in plan
     assert "no trial starts after 3 device-hours" in plan
     assert describe_stopping(make_space()) == "no trial is stopped early"  # the table of a grid is complete
+
+
+def dry_run(folder, capsys, **run):
+    """The exit of `sweep --dry-run --json` for a space with some settings of the run, as (problem, plan)."""
+    data = {"teacher": str(folder / "teacher"), "dataset": str(folder / "data"), "student": {"size": "2-1"}, **run}
+    (folder / "space.yaml").write_text(yaml.safe_dump({"name": "s", "run": data}))
+    problem = ""
+    try:
+        sweep_command.sweep(folder / "space.yaml", dry_run=True, as_json=True)
+    except UserError as error:
+        problem = str(error)
+    return problem, json.loads(capsys.readouterr().out)
+
+
+def test_missing_inputs_are_problems_of_the_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "outputs"))
+    problem, plan = dry_run(tmp_path, capsys)
+    assert problem.startswith("the sweep would not start: ")
+    assert [str(tmp_path / name) in text for name, text in zip(("teacher", "data"), plan["problems"], strict=True)]
+    make_world(tmp_path)
+    problem, plan = dry_run(tmp_path, capsys)
+    assert (problem, plan["problems"], plan["rows"]) == ("", [], 48)
+    problem, _ = dry_run(tmp_path, capsys, dataset={"name": str(tmp_path / "data"), "max_source_tokens": 100_000})
+    assert "dataset.max_source_tokens is 100000, but the model has" in problem
+    (tmp_path / "data" / "validation.jsonl").unlink()
+    assert "there is no validation" in dry_run(tmp_path, capsys)[0]

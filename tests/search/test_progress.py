@@ -54,6 +54,18 @@ def test_a_finished_trial_is_followed_by_the_state_of_the_search(capsys, tmp_pat
     )
 
 
+def test_the_time_left_is_never_zero_before_the_end(tmp_path, monkeypatch):
+    """Two trials took ten seconds, and one is left."""
+    clock = FakeClock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    write_record(tmp_path, 0.0)
+    progress = ProgressCallback(tmp_path, Search(trials=3), "rouge2")
+    for key in ("k1", "k2"):
+        clock.sleep(5)
+        write_result(tmp_path, key, "2-1", "done", rouge2=1.0)
+    assert "; less than 1 min left;" in progress.status_line(clock.monotonic())
+
+
 def test_a_restarted_trial_resumes_and_an_error_is_printed(capsys, tmp_path):
     write_record(tmp_path, 0.0)
     progress = ProgressCallback(tmp_path, Search(trials=2), "rouge2")

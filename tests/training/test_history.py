@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.core.errors import UserError
-from raydistill.train import MetricsFollower
+from raydistill.train import RunFollower
 from raydistill.training.records import read_history, write_history
 
 LINES = [
@@ -44,7 +44,7 @@ def test_validations_are_printed_once_also_after_a_damaged_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_history(tmp_path, LINES[:1])
-    follower = MetricsFollower(tmp_path)
+    follower = RunFollower(tmp_path)
     with follower:
         (tmp_path / "metrics.jsonl").write_text("{\n{\n")
         time.sleep(1.5)  # the follower reads the file every second

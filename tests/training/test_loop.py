@@ -13,6 +13,7 @@ from raydistill.training import loop, prefetch
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.loop import NonFiniteLoss, fit, set_train_mode
 from raydistill.training.optimizer_step import OptimizerStep
+from raydistill.training.records import PROGRESS_FILE, RunProgress
 from tests.factories.clock import FakeClock
 from tests.factories.training import (
     SETTINGS,
@@ -211,3 +212,23 @@ def test_dropout_acts_on_a_trained_encoder(tmp_path):
     mask = torch.ones_like(ids)
     encoded = [families.encode(distillation.student, ids, mask).last_hidden_state for _ in range(2)]
     assert not torch.equal(*encoded)
+
+
+def test_progress_is_recorded_between_validations_and_names_the_step_of_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PROGRESS_INTERVAL_S", 0.0)
+    settings = SETTINGS.model_copy(update={"epochs": 2, "checks_per_epoch": 1, "max_steps": 6})
+    records = []
+
+    def validate(folder, engine=None):
+        records.append(RunProgress.read(tmp_path / "run" / PROGRESS_FILE))
+        if len(records) == 2:
+            raise KeyboardInterrupt
+        return {"score": 1.0, "val_loss": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_and_record(tiny_distillation("bart", tmp_path / "t", n=8), settings, tmp_path / "run", validate=validate)
+    step = OptimizerStep.create(tiny_distillation("bart", tmp_path / "t", n=8), settings)
+    fit(step, tmp_path / "run", validate, no_report)
+    assert [record.resumed_step for record in records] == [0, 0, records[0].step]
+    assert [record.step for record in records] == [records[0].step, records[0].total_steps, records[0].total_steps]
+    assert records[2].steps_per_s > 0

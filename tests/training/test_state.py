@@ -84,7 +84,7 @@ def test_killed_run_resumes_to_the_weights_of_an_undisturbed_run(kill_point, opt
     assert state.step == 6
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "state"]
+    assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "progress.json", "state"]
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["manifest.json", "step-6.safetensors"]
 
 
