@@ -17,6 +17,7 @@ COMMANDS = {
     "cache": "list and remove stored teacher states",
     "evaluate": "score and time a checkpoint, or compare two",
     "choose": "select the best checkpoint of a sweep within a budget, and register it in MLflow",
+    "push": "upload an exported student with its model card to the Hugging Face hub",
     "report": "write the tables and figures of the paper from sweeps, next to the published numbers",
     "shrink": "create an untrained student checkpoint",
     "describe": "read and check a data set, and print statistics",

@@ -1,6 +1,7 @@
 """`raydistill evaluate`: score and time a checkpoint, or compare two checkpoints."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,59 +13,129 @@ from raydistill.core.console import format_table, print_json, print_progress, pr
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from raydistill.config.run import Dataset, Run
     from raydistill.data.corpus import Corpus
     from raydistill.evaluation.scoring import EvaluationResult
     from raydistill.inference.decoding import EngineOptions
     from raydistill.inference.engines import EngineName
 
+Metric = Literal["auto", "rouge2", "bleu"]
+ServingPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8_float16", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
+
 app = make_app()
 
 
-@app.command()
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        metric: The main metric.
+        corpus: The rows that were scored.
+        reports: Scores, outputs and times by checkpoint.
+        comparison: Difference (first - second), 95 % interval and p-value; None for one checkpoint.
+    """
+
+    metric: str
+    corpus: "Corpus"
+    reports: "dict[str, CheckpointReport]"
+    comparison: dict[str, float] | None
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per text: id, source, reference, and the output and its score of each checkpoint."""
+        import pandas as pd
+
+        rows = [
+            {
+                "id": line["id"],
+                "source": line["source"],
+                "reference": line["reference"],
+                **{f"output {name}": text for name, text in line["outputs"].items()},
+                **{f"{self.metric} {name}": score for name, score in line["scores"].items()},
+            }
+            for line in self.rows()
+        ]
+        return pd.DataFrame(rows)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield id, source and reference of each text, and by checkpoint the output and its score."""
+        from raydistill.evaluation.metrics import row_scores
+
+        scores = {name: row_scores(self.metric, r.result.scores.row_stats) for name, r in self.reports.items()}
+        for i, row_id in enumerate(self.corpus.ids):
+            yield {
+                "id": row_id,
+                "source": self.corpus.sources[i],
+                "reference": self.corpus.targets[i],
+                "outputs": {name: report.result.predictions[i] for name, report in self.reports.items()},
+                "scores": {name: round(float(values[i]), 4) for name, values in scores.items()},
+            }
+
+    def write_predictions(self, path: Path) -> None:
+        """Write `rows` as one JSON per line."""
+        from raydistill.core.files import write_atomic
+
+        lines = (json.dumps(row, ensure_ascii=False) for row in self.rows())
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
+
+    def write_page(self, path: Path) -> Path:
+        """Write the page that shows the outputs of two checkpoints side by side, and return its path."""
+        from raydistill.core.files import write_atomic
+        from raydistill.results.outputs import TextRow
+        from raydistill.results.page import render_comparison
+        from raydistill.results.samples import make_samples, make_system
+
+        assert self.comparison is not None, "the page compares two checkpoints"
+        corpus, reports, split = self.corpus, self.reports, self.corpus.split
+        texts = zip(corpus.ids, corpus.sources, corpus.targets, strict=True)
+        rows = [TextRow(id=row_id, source=source, reference=target) for row_id, source, target in texts]
+        systems = [
+            make_system(name, name, self.metric, report.result.scores.row_stats, report.result.predictions)
+            for name, report in reports.items()
+        ]
+        signature = next(iter(reports.values())).signature
+        header = [("data", f"{corpus.name}, {split}, {len(rows):,} rows"), ("signature", signature)]
+        summary = f"First minus second, {_format_comparison(self.comparison)}."
+        samples = make_samples(self.metric, f"the {split} split", rows, systems)
+        table = _report_table(reports, f"{self.metric} on {split} [95 %]")
+        html = render_comparison(" and ".join(reports), summary, header, samples, table)
+        write_atomic(path, html.encode())
+        return path
+
+
 def evaluate(  # noqa: PLR0913
-    checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a named teacher such as bart")],
-    against: Annotated[str | None, typer.Argument(help="a second checkpoint to compare with")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="a named data set, a hub name, a file or a folder; default: the training data")
-    ] = None,
-    split: Annotated[str, typer.Option(help="which split")] = "test",
-    metric: Annotated[
-        Literal["auto", "rouge2", "bleu"], typer.Option(help="auto: bleu if the data set is a translation, else rouge2")
-    ] = "auto",
-    beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's generation config")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
-    engine: Annotated[
-        Literal["auto", "ctranslate2", "transformers"],
-        typer.Option(help="auto: ctranslate2 if it supports the model, else transformers"),
-    ] = "auto",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "int8_float16", "int8"],
-        typer.Option(help="auto: as an exported student is served; else fp32 on a CPU, bf16 on a GPU"),
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")] = None,
-    languages: Annotated[
-        tuple[str, str] | None,
-        typer.Option(help="languages of multilingual teachers, such as eng_Latn ron_Latn; default: as in training"),
-    ] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU if available")] = "auto",
-    predictions: Annotated[Path | None, typer.Option(help="write the outputs to this file, one JSON per line")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
-) -> None:
-    """Score a checkpoint on a split with a 95 % bootstrap interval, and time it on real rows.
+    checkpoint: str | Path,
+    against: str | Path | None = None,
+    *,
+    dataset: str | None = None,
+    split: str = "test",
+    metric: Metric = "auto",
+    beams: int | None = None,
+    rows: int | None = None,
+    engine: "EngineName" = "auto",
+    precision: ServingPrecision = "auto",
+    threads: int | None = None,
+    languages: tuple[str, str] | None = None,
+    device: Device = "auto",
+) -> Evaluation:
+    """Score a checkpoint on a split and time it, or compare two checkpoints on the same rows.
 
-    An exported student is scored with the beams, precision and shortlist that it is served with.
+    The arguments are those of `raydistill evaluate`.
 
-    A second checkpoint is compared with the first by a paired bootstrap over the same rows.
-
-    Example: `raydistill evaluate outputs/sweeps/quickstart/trials/KEY/best --dataset demo`
+    Raises:
+        UserError: A checkpoint or the data do not exist, or the engine cannot load a checkpoint.
     """
     from raydistill.config.presets import check_teacher
 
-    names = [checkpoint, *([against] if against else [])]
+    names = [str(name) for name in (checkpoint, against) if name is not None]
+    if len(set(names)) < len(names):
+        raise UserError(f"{names[0]}: give two different checkpoints to compare")
     for name in names:
         check_teacher(name)
-    task = _resolve_task(checkpoint, dataset, metric)
+    task = _resolve_task(names[0], dataset, metric)
     corpus = _load_corpus(task.dataset, split, rows)
 
     import torch
@@ -79,13 +150,74 @@ def evaluate(  # noqa: PLR0913
         languages=languages,
     )
     reports = [_evaluate_checkpoint(name, task, corpus, engine, options, beams) for name in names]
-    comparison = _compare(task.metric, *reports) if against else None
-    _print_reports(names, reports, comparison, f"{task.metric} on {split} [95 %]", as_json)
+    comparison = _compare(task.metric, *reports) if len(reports) > 1 else None
+    return Evaluation(task.metric, corpus, dict(zip(names, reports, strict=True)), comparison)
+
+
+@app.command("evaluate")
+def evaluate_command(  # noqa: PLR0913
+    checkpoint: Annotated[str, typer.Argument(help="a folder, a hub name or a named teacher such as bart")],
+    against: Annotated[str | None, typer.Argument(help="a second checkpoint to compare with")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="a named data set, a hub name, a file or a folder; default: the training data")
+    ] = None,
+    split: Annotated[str, typer.Option(help="which split")] = "test",
+    metric: Annotated[Metric, typer.Option(help="auto: bleu if the data set is a translation, else rouge2")] = "auto",
+    beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's generation config")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
+    engine: Annotated[
+        Literal["auto", "ctranslate2", "transformers"],
+        typer.Option(help="auto: ctranslate2 if it supports the model, else transformers"),
+    ] = "auto",
+    precision: Annotated[
+        ServingPrecision,
+        typer.Option(help="auto: as an exported student is served; else fp32 on a CPU, bf16 on a GPU"),
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores")] = None,
+    languages: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="languages of multilingual teachers, such as eng_Latn ron_Latn; default: as in training"),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if available")] = "auto",
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="write source, reference, outputs and scores of each row to this file, one JSON per line; with two "
+            "checkpoints also a page that shows both side by side, next to the file"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
+) -> None:
+    """Score a checkpoint on a split with a 95 % bootstrap interval, and time it on real rows.
+
+    An exported student is scored with the beams, precision and shortlist that it is served with.
+
+    A second checkpoint is compared with the first by a paired bootstrap over the same rows.
+
+    Example: `raydistill evaluate outputs/sweeps/quickstart/trials/KEY/best --dataset demo`
+    """
+    scored = evaluate(
+        checkpoint,
+        against,
+        dataset=dataset,
+        split=split,
+        metric=metric,
+        beams=beams,
+        rows=rows,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+        languages=languages,
+        device=device,
+    )
+    _print_reports(scored, f"{scored.metric} on {split} [95 %]", as_json)
     if predictions:
-        _write_predictions(predictions, corpus, names, reports)
+        scored.write_predictions(predictions)
         print_text(f"predictions: {predictions}", as_json)
-    records = {name: report.to_json() for name, report in zip(names, reports, strict=True)}
-    print_json({"split": split, "checkpoints": records, "comparison": comparison}, as_json)
+        if scored.comparison:
+            print_text(f"side by side: {scored.write_page(predictions.with_suffix('.html'))}", as_json)
+    records = {name: report.to_json() for name, report in scored.reports.items()}
+    print_json({"split": split, "checkpoints": records, "comparison": scored.comparison}, as_json)
 
 
 @dataclass(frozen=True)
@@ -252,36 +384,28 @@ def _compare(metric: str, first: CheckpointReport, second: CheckpointReport) -> 
     return asdict(paired_bootstrap(metric, first.result.scores.row_stats, second.result.scores.row_stats))
 
 
-def _print_reports(
-    names: list[str],
-    reports: list[CheckpointReport],
-    comparison: dict[str, float] | None,
-    score_title: str,
-    as_json: bool,
-) -> None:
-    rows = [report.table_row(name) for name, report in zip(names, reports, strict=True)]
-    print_text(format_table(["checkpoint", score_title, "ms per row", "engine", "params M"], rows), as_json)
-    for name, value in reports[0].result.scores.metrics.items():
+def _print_reports(evaluation: Evaluation, score_title: str, as_json: bool) -> None:
+    print_text(format_table(*_report_table(evaluation.reports, score_title)), as_json)
+    first = next(iter(evaluation.reports.values()))
+    for name, value in first.result.scores.metrics.items():
         print_text(f"  {name} {value:.2f}", as_json)
-    print_text(f"signature: {reports[0].signature}", as_json)
-    if comparison:
-        low, high = comparison["low"], comparison["high"]
-        verdict = "not distinguishable" if low <= 0 <= high else "distinguishable"
-        print_text(
-            f"difference: {comparison['difference']:+.2f} [{low:+.2f}, {high:+.2f}], "
-            f"p {comparison['p_value']:.3f}: {verdict}",
-            as_json,
-        )
+    print_text(f"signature: {first.signature}", as_json)
+    if evaluation.comparison:
+        print_text(_format_comparison(evaluation.comparison), as_json)
 
 
-def _write_predictions(path: Path, corpus: "Corpus", names: list[str], reports: list[CheckpointReport]) -> None:
-    from raydistill.core.files import write_atomic
+def _report_table(reports: dict[str, CheckpointReport], score_title: str) -> tuple[list[str], list[list[str]]]:
+    rows = [report.table_row(name) for name, report in reports.items()]
+    return ["checkpoint", score_title, "ms per row", "engine", "params M"], rows
 
-    lines = []
-    for i, row_id in enumerate(corpus.ids):
-        outputs = {name: report.result.predictions[i] for name, report in zip(names, reports, strict=True)}
-        lines.append(json.dumps({"id": row_id, "target": corpus.targets[i], **outputs}, ensure_ascii=False))
-    write_atomic(path, ("\n".join(lines) + "\n").encode())
+
+def _format_comparison(comparison: dict[str, float]) -> str:
+    low, high = comparison["low"], comparison["high"]
+    verdict = "not distinguishable" if low <= 0 <= high else "distinguishable"
+    return (
+        f"difference: {comparison['difference']:+.2f} [{low:+.2f}, {high:+.2f}], "
+        f"p {comparison['p_value']:.3f}: {verdict}"
+    )
 
 
 def main() -> None:

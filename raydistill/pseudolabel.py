@@ -1,7 +1,9 @@
 """`raydistill pseudolabel`: label a data set with the beam search of a teacher."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,14 +13,102 @@ from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from raydistill.config.run import Curation, Dataset
     from raydistill.label_sets.manifest import PseudolabelManifest
+
+EngineName = Literal["auto", "ctranslate2", "transformers"]
+LabelPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+Metric = Literal["auto", "rouge2", "bleu"]
 
 app = make_app()
 
 
-@app.command()
+@dataclass(frozen=True)
+class LabelResult:
+    """The result of `pseudolabel`.
+
+    Attributes:
+        folder: The label set.
+        manifest: Its numbers: rows, dropped rows, quality, device-hours.
+    """
+
+    folder: Path
+    manifest: "PseudolabelManifest"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per label: id, label, and its rank and score among the candidates of the row."""
+        import pandas as pd
+
+        from raydistill.label_sets.label_set import read_candidates
+
+        rows = [
+            {"id": row_id, "rank": rank, "label": candidate.target, "score": candidate.score}
+            for row_id, candidates in read_candidates(self.folder)
+            for rank, candidate in enumerate(candidates)
+        ]
+        return pd.DataFrame(rows, columns=["id", "rank", "label", "score"])
+
+
 def pseudolabel(  # noqa: PLR0913
+    teacher: str,
+    dataset: str | None = None,
+    *,
+    split: str = "train",
+    output: Path | None = None,
+    beams: int | None = None,
+    rows: int | None = None,
+    n_best: int = 1,
+    engine: EngineName = "auto",
+    precision: LabelPrecision = "auto",
+    fallback: bool = True,
+    keep: "Mapping[str, Any] | Curation | None" = None,
+    metric: Metric = "auto",
+    threads: int = 1,
+    batch_chars: int | None = None,
+    languages: tuple[str, str] | None = None,
+    skip_bad_rows: bool = False,
+) -> LabelResult:
+    """Label every row of a data set with the output of a teacher. If killed, the same call resumes.
+
+    The arguments are the options of `raydistill pseudolabel`; `keep` are rules of curation by name, such as
+    `{"min_rouge2": 20}`.
+
+    Raises:
+        UserError: An argument is not valid, or teacher or data do not exist.
+    """
+    from raydistill.config.presets import default_dataset
+    from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
+
+    name = dataset or default_dataset(teacher)
+    if name is None:
+        raise UserError(
+            f"--teacher {teacher}: name the data with --dataset (a named data set, a hub name, a file or a folder)"
+        )
+    if n_best > (beams or n_best):
+        raise UserError(f"--n-best {n_best} is more than --beams {beams}")
+    curation = keep if isinstance(keep, Curation) else make_curation(keep or {})
+    pseudo = PseudoLabeling(n_best=n_best, precision=precision, curation=curation)
+    if rows and split not in ("train", "validation", "test"):
+        raise UserError(f"--rows applies to the splits train, validation and test, not to {split!r}")
+    row_limits = {f"{split}_rows": rows} if rows else {}
+    data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **row_limits)
+    check_inputs(teacher, data, split)
+
+    from raydistill.cluster.start import cluster_device, ray_cluster
+    from raydistill.jobs.pseudolabel import LabelJob
+    from raydistill.jobs.pseudolabel import pseudolabel as run_job
+    from raydistill.label_sets.label_set import read_pseudolabel_manifest
+
+    job = LabelJob(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
+    with ray_cluster():
+        folder = run_job(job, output or raydistill_home() / "labels", cluster_device())
+    return LabelResult(folder, read_pseudolabel_manifest(folder))
+
+
+@app.command("pseudolabel")
+def pseudolabel_command(  # noqa: PLR0913
     teacher: Annotated[str, typer.Option(help="a named teacher (such as bart, nllb or demo), a hub name or a path")],
     dataset: Annotated[
         str | None,
@@ -30,12 +120,10 @@ def pseudolabel(  # noqa: PLR0913
     rows: Annotated[int | None, typer.Option(min=1, help="label the first rows only")] = None,
     n_best: Annotated[int, typer.Option(min=1, help="candidates kept per row, at most as many as beams")] = 1,
     engine: Annotated[
-        Literal["auto", "ctranslate2", "transformers"],
+        EngineName,
         typer.Option(help="auto: ctranslate2 if it can load the model, else transformers"),
     ] = "auto",
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "int8"], typer.Option(help="auto: fp32 on a CPU, bf16 on a GPU")
-    ] = "auto",
+    precision: Annotated[LabelPrecision, typer.Option(help="auto: fp32 on a CPU, bf16 on a GPU")] = "auto",
     fallback: Annotated[
         bool, typer.Option(help="use transformers if ctranslate2 cannot be used; without it, stop with the reason")
     ] = True,
@@ -48,7 +136,7 @@ def pseudolabel(  # noqa: PLR0913
         ),
     ] = None,
     metric: Annotated[
-        Literal["auto", "rouge2", "bleu"],
+        Metric,
         typer.Option(help="metric of the labels against the original targets; auto: by data set"),
     ] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPUs per teacher on machines without a GPU")] = 1,
@@ -72,32 +160,25 @@ def pseudolabel(  # noqa: PLR0913
 
         raydistill pseudolabel --teacher demo --beams 4 --n-best 4 --keep choose=rouge2 --keep min_rouge2=20
     """
-    from raydistill.config.presets import default_dataset
-    from raydistill.config.run import Dataset, Decoding, PseudoLabeling
-
-    name = dataset or default_dataset(teacher)
-    if name is None:
-        raise UserError(
-            f"--teacher {teacher}: name the data with --dataset (a named data set, a hub name, a file or a folder)"
-        )
-    if n_best > (beams or n_best):
-        raise UserError(f"--n-best {n_best} is more than --beams {beams}")
-    pseudo = PseudoLabeling(n_best=n_best, precision=precision, curation=parse_curation(keep or []))
-    if rows and split not in ("train", "validation", "test"):
-        raise UserError(f"--rows applies to the splits train, validation and test, not to {split!r}")
-    row_limits = {f"{split}_rows": rows} if rows else {}
-    data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **row_limits)
-    check_inputs(teacher, data, split)
-
-    from raydistill.cluster.start import cluster_device, ray_cluster
-    from raydistill.jobs.pseudolabel import LabelJob
-    from raydistill.jobs.pseudolabel import pseudolabel as run_job
-    from raydistill.label_sets.label_set import read_pseudolabel_manifest
-
-    job = LabelJob(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
-    with ray_cluster():
-        folder = run_job(job, output or raydistill_home() / "labels", cluster_device())
-    manifest = read_pseudolabel_manifest(folder)
+    labelled = pseudolabel(
+        teacher,
+        dataset,
+        split=split,
+        output=output,
+        beams=beams,
+        rows=rows,
+        n_best=n_best,
+        engine=engine,
+        precision=precision,
+        fallback=fallback,
+        keep=parse_curation(keep or []),
+        metric=metric,
+        threads=threads,
+        batch_chars=batch_chars,
+        languages=languages,
+        skip_bad_rows=skip_bad_rows,
+    )
+    folder, manifest = labelled.folder, labelled.manifest
     print_progress("")
     print_text(format_table(["label set", folder.name], label_set_rows(manifest)), as_json)
     print_text(f"label set: {folder}", as_json)
@@ -110,16 +191,27 @@ def parse_curation(options: list[str]) -> "Curation":
     Raises:
         UserError: An option is no RULE=VALUE, the rule is unknown, or the value is invalid.
     """
-    from pydantic import ValidationError
-
     from raydistill.config.run import Curation
 
     pairs = [option.partition("=") for option in options]
     unknown = [name for name, sign, _ in pairs if not sign or name not in Curation.model_fields]
     if unknown:
         raise UserError(f"--keep {unknown[0]}: expected RULE=VALUE, with one of {', '.join(Curation.model_fields)}")
+    return make_curation({name: value for name, _, value in pairs})
+
+
+def make_curation(rules: Mapping[str, Any]) -> "Curation":
+    """The rules of curation by name.
+
+    Raises:
+        UserError: A rule is unknown, or its value is invalid.
+    """
+    from pydantic import ValidationError
+
+    from raydistill.config.run import Curation
+
     try:
-        return Curation.model_validate({name: value for name, _, value in pairs})
+        return Curation.model_validate(dict(rules))
     except ValidationError as error:
         first = error.errors()[0]
         rule = f" {first['loc'][0]}" if first["loc"] else ""

@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +17,65 @@ from raydistill.core.last_error import record_error
 from raydistill.core.paths import raydistill_home
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from raydistill.config.run import Run
+    from raydistill.config.validation import KeyPath
     from raydistill.training.records import RunProgress, RunResult, Validation
 
 app = make_app()
 DEMO_RUN = Path(__file__).parent / "data" / "demo_teacher.yaml"
 
 
-@app.command()
-def train(
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of `train`.
+
+    Attributes:
+        folder: The run's folder.
+        result: Scores, costs and status of the run.
+    """
+
+    folder: Path
+    result: "RunResult"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The best checkpoint, which `from_pretrained` reads; None if the run failed."""
+        return self.folder / "best" if self.result.scored else None
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per validation: step, epoch, losses and scores."""
+        import pandas as pd
+
+        from raydistill.training.records import read_history
+
+        return pd.DataFrame([validation.numbers for validation in read_history(self.folder)])
+
+
+def train(run: "str | Path | Mapping[str, Any] | Run", settings: Sequence[str] = ()) -> TrainResult:
+    """Train a run, or resume it. Results are in `outputs/runs/NAME`.
+
+    Args:
+        run: A run file, the content of such a file, a run, or "demo" for the demo's teacher.
+        settings: Changes of values, as "KEY=VALUE".
+
+    Raises:
+        UserError: The run is not valid, its folder holds another run, or its inputs changed.
+    """
+    from raydistill.config.run import Run
+
+    if isinstance(run, str | Path):
+        config = load_run(DEMO_RUN if run == "demo" else Path(run), list(settings))
+    else:
+        data = run.model_dump(mode="json", exclude_unset=True) if isinstance(run, Run) else dict(run)
+        config = parse_run(data, "run", {}, list(settings))
+    folder = raydistill_home() / "runs" / config.name
+    return TrainResult(folder, train_run(config, folder))
+
+
+@app.command("train")
+def train_command(
     run: Annotated[str, typer.Argument(help="the run's YAML file, or `demo`: the demo's teacher")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")
@@ -43,15 +96,15 @@ def train(
     """
     from raydistill.training.records import repetition_warning
 
-    config = load_run(DEMO_RUN if run == "demo" else Path(run), settings or [])
-    folder = raydistill_home() / "runs" / config.name
-    result = train_run(config, folder)
-    print_text(format_table(["measure", config.name], metric_rows(result)), as_json)
+    trained = train(run, settings or [])
+    folder, result = trained.folder, trained.result
+    name = folder.name
+    print_text(format_table(["measure", name], metric_rows(result)), as_json)
     if not result.scored:
         print_text(f"the run failed: {result.reason}", as_json)
         print_json(result.to_json(), as_json)
         raise typer.Exit(1)
-    if warning := repetition_warning(config.name, result.metrics.get("repetition")):
+    if warning := repetition_warning(name, result.metrics.get("repetition")):
         print_progress(warning)
     print_text(f"checkpoint: {folder / 'best'}", as_json)
     print_json({**result.to_json(), "checkpoint": str(folder / "best")}, as_json)
@@ -63,14 +116,21 @@ def load_run(path: Path, settings: list[str]) -> Any:
     Raises:
         UserError: The file is a space file, or a setting is not valid.
     """
-    from raydistill.config.loader import apply_overrides, read_yaml
+    from raydistill.config.loader import read_yaml
+
+    data, lines = read_yaml(path)
+    return parse_run(data, path, lines, settings)
+
+
+def parse_run(data: dict[str, Any], path: Path | str, lines: "dict[KeyPath, int]", settings: list[str]) -> "Run":
+    """The validated run of the content of a run file; `path` and `lines` are for messages."""
+    from raydistill.config.loader import apply_overrides
     from raydistill.config.presets import check_teacher
     from raydistill.config.run import Run
     from raydistill.config.run_paths import make_paths_absolute
     from raydistill.config.setting_keys import complete_overrides, key_tree
     from raydistill.config.validation import validate
 
-    data, lines = read_yaml(path)
     if "run" in data:
         raise UserError(f"{path}: this is a space file (it has `run`); search it with `raydistill sweep {path}`")
     data = apply_overrides(data, complete_overrides(settings, key_tree(Run), path))

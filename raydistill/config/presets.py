@@ -23,6 +23,8 @@ class DatasetPreset:
         max_source_tokens, max_target_tokens: Lengths after truncation.
         languages: Source and target language codes, for mBART.
         paper_stats: Training rows, mean source words and mean target words in Table 3 of the paper.
+        text_language: Language of sources and targets, as an ISO 639-1 code, where it is the same.
+        licence: Licence that the hub's data card names, as the hub's identifier; None if the card names none.
         skip_blank_rows: Whether rows without a source or a target are left out. The paper's XSUM has 28 training rows
             less than the hub's, and the paper's WMT16 one row less.
         targets_have_lines: Whether targets have several lines. The released models write targets of one line, except
@@ -38,6 +40,8 @@ class DatasetPreset:
     max_target_tokens: int = 128
     languages: tuple[str, str] | None = None
     paper_stats: tuple[int, float, float] | None = None
+    text_language: str | None = None
+    licence: str | None = None
     skip_blank_rows: bool = False
     targets_have_lines: bool = False
 
@@ -73,6 +77,7 @@ DATASETS: dict[str, DatasetPreset] = {
         columns=Columns(source="document", target="summary", id="id"),
         max_target_tokens=60,
         paper_stats=(204_017, 358, 21),
+        text_language="en",
         skip_blank_rows=True,
     ),
     "cnn_dailymail": DatasetPreset(
@@ -81,6 +86,8 @@ DATASETS: dict[str, DatasetPreset] = {
         columns=Columns(source="article", target="highlights", id="id"),
         max_target_tokens=142,
         paper_stats=(262_567, 756, 56),  # the hub has 287,113 training rows
+        text_language="en",
+        licence="apache-2.0",
         skip_blank_rows=True,
         targets_have_lines=True,
     ),
@@ -95,7 +102,7 @@ DATASETS: dict[str, DatasetPreset] = {
         paper_stats=(610_319, 23, 23),
         skip_blank_rows=True,
     ),
-    "demo": DatasetPreset("demo", max_source_tokens=128, max_target_tokens=32),
+    "demo": DatasetPreset("demo", max_source_tokens=128, max_target_tokens=32, text_language="en"),
 }
 
 # Revisions are commits that public code names; they were not downloaded, because this file was written offline.
@@ -204,6 +211,7 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
 }
 
 DEMO_TEACHER_RUN = "demo-teacher"
+HUB_NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # owner/name, with a revision or without
 
 
 def default_dataset(teacher: str) -> str | None:
@@ -233,6 +241,15 @@ def teacher_preset(teacher: str, dataset: str) -> TeacherPreset | None:
     return presets.get(dataset) or next(iter(presets.values()))
 
 
+def hub_teacher(teacher: str, dataset: str) -> str | None:
+    """The hub name of a teacher, without its revision; None if the teacher is a path or the demo's."""
+    preset = teacher_preset(teacher, dataset)
+    if preset is not None:
+        return preset.hub
+    is_hub_name = re.fullmatch(HUB_NAME, teacher) and not Path(teacher).exists()
+    return teacher.partition("@")[0] if is_hub_name else None
+
+
 def resolve_metric(dataset: str, requested: str = "auto") -> str:
     """The metric: `requested` unless it is "auto", else the metric of the data set's preset, else rouge2."""
     if requested != "auto":
@@ -258,7 +275,7 @@ def check_teacher(name: str) -> None:
     if name == "demo":
         if not (raydistill_home() / "runs" / DEMO_TEACHER_RUN / "best").is_dir():
             raise UserError("the teacher of the demo is not trained yet; run `raydistill train demo` first")
-    elif name not in TEACHERS and not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+    elif name not in TEACHERS and not Path(name).exists() and not re.fullmatch(HUB_NAME, name):
         known = ", ".join([*TEACHERS, "demo"])
         similar = difflib.get_close_matches(name, [*TEACHERS, "demo"], n=1)
         hint = f"did you mean {similar[0]!r}?" if similar else f"known names: {known}"

@@ -168,6 +168,23 @@ def read_space(path: Path, overrides: list[str] | None = None) -> Space:
     """
     path = locate_space(path)
     data, lines = read_yaml(path)
+    return parse_space(data, path, lines, overrides)
+
+
+def parse_space(
+    data: dict[str, Any], path: Path | str, lines: dict[KeyPath, int], overrides: list[str] | None = None
+) -> Space:
+    """Validate the content of a space file.
+
+    Args:
+        data: The content.
+        path: The file, or another name of the content, for messages.
+        lines: The line of each key, for messages.
+        overrides: `KEY=VALUE` strings, see `apply_overrides`.
+
+    Raises:
+        UserError: As of `read_space`.
+    """
     if "dataset" in data and "run" not in data:
         raise UserError(
             f"{path}: this is a run, not a space (there is no `run` section); train it with `raydistill train {path}`"

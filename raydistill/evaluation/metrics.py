@@ -5,10 +5,11 @@ resamples rows without scoring texts again.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -298,6 +299,58 @@ def _resample_seeds(scores: Sequence[np.ndarray], stream: int) -> np.ndarray:
     shape = (len(scores) - 1, stacked.shape[1])
     drawn = np.random.default_rng([_SEED_STREAM, stream]).integers(0, len(scores), size=shape)
     return np.take_along_axis(stacked, drawn, axis=0).mean(axis=0)
+
+
+def compare_pairs(
+    metric: str, systems: Sequence[np.ndarray | SeedRuns], pairs: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], Comparison]:
+    """`compare_with_reference` for pairs of systems: by (i, j), system i minus system j.
+
+    The resamples of the rows are those of `compare_with_reference`. Seeds are resampled with other random numbers.
+
+    Args:
+        metric: Name of the score.
+        systems: Per-row statistics of each system, [rows] or [rows, 10], or one such array per seed.
+        pairs: Indices of the systems to compare.
+
+    Raises:
+        ValueError: The systems have different numbers of rows, or none.
+    """
+    if not systems:
+        return {}
+    runs_by_system = [[runs] if isinstance(runs, np.ndarray) else list(runs) for runs in systems]
+    scores = iter(_bootstrap_scores(metric, [rows for runs in runs_by_system for rows in runs], 0, NUM_RESAMPLES))
+    resampled = [_resample_seeds([next(scores) for _ in runs], stream) for stream, runs in enumerate(runs_by_system)]
+    means = [mean_score(metric, runs) for runs in runs_by_system]
+    return {(i, j): _summarize(means[i] - means[j], resampled[i] - resampled[j]) for i, j in pairs}
+
+
+def row_scores(metric: str, rows: np.ndarray) -> np.ndarray:
+    """Return a score for each row, [rows], of per-row statistics.
+
+    ROUGE: the row's F1. BLEU: the sentence BLEU of `sacrebleu.sentence_bleu`, which ignores n-grams longer than the
+    output (its effective order).
+    """
+    if metric != "bleu":
+        return rows.astype(float)
+    from sacrebleu.metrics.bleu import BLEU
+
+    scores = [
+        BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp", effective_order=True).score
+        for row in rows.tolist()
+    ]
+    return np.array(scores, dtype=float)
+
+
+def repeated_bigrams(text: str) -> float:
+    """Return the share of a text's bigrams of words that occurred before in the text, 0 to 1.
+
+    This is rep-2 / 100 of Su et al. (2022), "A Contrastive Framework for Neural Text Generation", section 4.2:
+    1 - (distinct bigrams / bigrams). A text of fewer than two words has none.
+    """
+    words = text.lower().split()
+    bigrams = list(pairwise(words))
+    return 1 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def is_repetitive(text: str) -> bool:

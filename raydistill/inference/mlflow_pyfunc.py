@@ -37,11 +37,21 @@ def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStu
     Precision, shortlist and decoding are those that the student was scored with. The default device and threads are
     those of a sweep: a GPU if one is available, else all CPU cores. MLflow requires this function name.
     """
-    folder = Path(path)
+    return open_student(Path(path), **(settings or {}))
+
+
+def open_student(folder: Path, device: str = "auto", threads: int | str = "all") -> PyfuncStudent:
+    """Open an exported student with the precision, shortlist and decoding that it was scored with.
+
+    Args:
+        folder: The export.
+        device: "cpu" or "cuda"; "auto" is a GPU if one is available.
+        threads: CPU threads; "all" are the cores that the process may use.
+    """
     metadata = CheckpointMetadata.read_from(folder)
     assert metadata.serving is not None, "only exported students are served"
     engine_name = metadata.config.evaluation.engine if metadata.config else "auto"
-    device, threads = _resolve_device_and_threads(**(settings or {}))
+    device, threads = _resolve_device_and_threads(device, threads)
     options = serving_options(folder, metadata.serving, EngineOptions(device, threads), engine_name)
     return PyfuncStudent(open_engine(folder, engine_name, options), metadata.serving.max_source_tokens)
 
@@ -59,7 +69,7 @@ def serving_options(folder: Path, serving: ServingRecord, options: EngineOptions
     return replace(options, precision=precision, languages=serving.languages, shortlist=shortlist)
 
 
-def _resolve_device_and_threads(device: str = "auto", threads: int | str = "all") -> tuple[str, int]:
+def _resolve_device_and_threads(device: str, threads: int | str) -> tuple[str, int]:
     """Replace "auto" and "all"; raise ValueError if `threads` is not a number."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,23 +1,31 @@
-"""A sweep's report: table.md, the plots, and one self-contained HTML page with tooltips on the front's markers.
+"""A sweep's report: table.md, the plots, and front.html, the page on which a team decides what to serve.
 
-The page loads nothing over the network, so that it works as a local file and as an MLflow artifact.
+The page is one file that loads nothing over the network, so that it works as a local file and as an MLflow artifact.
+Its parts are page.html.jinja, page.css and page.js.
 """
 
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
+from raydistill.config.shapes import shape_sort_key
 from raydistill.core.files import write_atomic
-from raydistill.results.formatting import describe_split, format_interval
+from raydistill.results.formatting import describe_split, format_interval, format_score
+from raydistill.results.front_data import Facts, FrontData, make_front_data, student_facts
+from raydistill.results.pareto import describe_bounds
 from raydistill.results.plots import marker_id, plot_front, plot_learning_curves
 from raydistill.results.records import Trial
+from raydistill.results.samples import Samples, read_samples
 from raydistill.results.selection import Selection
 from raydistill.results.served_students import SERVED_FILE
 from raydistill.results.serving_latency import LATENCY_FILE
 from raydistill.results.sweep_record import SWEEP_FILE
 from raydistill.results.tables import (
-    choices_table,
+    TextTable,
     format_trial_counts,
     markdown_table,
     method_table,
@@ -28,6 +36,60 @@ from raydistill.results.tables import (
 LAST_WRITTEN = "table.md"  # its modification time shows whether the report is up to date
 REPORT_FILES = ("front.png", "curves.png", "front.html", LAST_WRITTEN)
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+@dataclass(frozen=True)
+class ChoiceCard:
+    """The choice for a budget, with texts for readers; `student` is None if nothing fits."""
+
+    budget: str
+    bounds: str
+    student: str | None
+    facts: Facts
+    reason: str
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """The validations of a trial; a point is an epoch, a score, and a loss where it was computed."""
+
+    size: str
+    method: str
+    label: str
+    is_chosen: bool
+    is_stopped: bool
+    points: list[tuple[float, float, float | None]]
+
+
+@dataclass(frozen=True)
+class PageContent:
+    """What a page shows; parts that are empty or None are left out.
+
+    Attributes:
+        title: The heading.
+        summary: The sentence below the heading.
+        header: Names and values at the top.
+        metric_name: The score, for readers.
+        choices: The choice for each budget.
+        front: The front, on which the page's script chooses within other bounds.
+        curves: Learning curves.
+        samples: Outputs side by side.
+        tables: Titles, headers and rows.
+        notes: Sentences at the end.
+        tooltips: The lines of the tooltip of every marker, by its id.
+    """
+
+    title: str
+    summary: str
+    header: Facts
+    metric_name: str
+    choices: list[ChoiceCard] = field(default_factory=list)
+    front: FrontData | None = None
+    curves: list[LearningCurve] = field(default_factory=list)
+    samples: Samples | None = None
+    tables: list[tuple[str, list[str], list[list[str]]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tooltips: dict[str, list[str]] = field(default_factory=dict)
 
 
 def write_report(selection: Selection) -> list[Path]:
@@ -61,20 +123,106 @@ def refresh_report(selection: Selection) -> list[Path]:
 
 
 def render_page(selection: Selection) -> str:
-    """The page's HTML; all text from the sweep is escaped."""
+    """The page of a sweep; all text from the sweep is escaped."""
+    metric, trials = selection.metric, selection.trials
+    titles = ("Trials", "Finalists as served, on real rows")
+    tables = [(title, *table) for title, table in zip(titles, result_tables(selection), strict=False)]
+    costs = method_table(selection)
+    if len(costs[1]) > 1:
+        tables.append(("Cost of each method", *costs))
     setups = sorted(set(map(selection.measured_with, selection.students)))
-    result_titles = ("Trials", "Finalists as served, on real rows")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        name=selection.name,
-        trial_counts=format_trial_counts(selection.trials),
-        front_svg=_svg_element(plot_front(selection, "svg")),
-        curves_svg=_svg_element(plot_learning_curves(selection, "svg")),
-        summary_tables=[("Choices", *choices_table(selection)), ("Cost of each method", *method_table(selection))],
-        result_tables=[(title, *table) for title, table in zip(result_titles, result_tables(selection), strict=False)],
-        setups=setups,
+    content = PageContent(
+        title=selection.name,
+        summary=f"{format_trial_counts(trials)}.",
+        header=_header_facts(selection),
+        metric_name=metric_name(metric),
+        choices=[_choice_card(selection, budget) for budget in selection.choices],
+        front=make_front_data(selection),
+        curves=_learning_curves(selection),
+        samples=read_samples(selection),
+        tables=tables,
+        notes=[f"Latencies were measured with {setup}." for setup in setups],
         tooltips=make_tooltips(selection),
     )
+    return render(content)
+
+
+def render_comparison(title: str, summary: str, header: Facts, samples: Samples, table: TextTable) -> str:
+    """The page of two checkpoints: their scores in a table, and their outputs side by side."""
+    tables = [("Scores", *table)]
+    content = PageContent(title, summary, header, samples.metric_name, samples=samples, tables=tables)
+    return render(content)
+
+
+def render(content: PageContent) -> str:
+    """The HTML of a page. The content is escaped; style and script are part of the page."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the rule compares by a budget's first bound
+    data = {
+        "tooltips": content.tooltips,
+        "front": content.front.model_dump() if content.front else None,
+        "curves": [asdict(curve) for curve in content.curves],
+        "samples": content.samples.model_dump() if content.samples else None,
+    }
+    fields = {field.name: getattr(content, field.name) for field in dataclass_fields(content)}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        **fields,
+        has_curves=any(len(curve.points) > 1 for curve in content.curves),
+        data=data,
+        style=Markup(TEMPLATE.with_name("page.css").read_text(encoding="utf-8")),
+        script=Markup(TEMPLATE.with_name("page.js").read_text(encoding="utf-8")),
+    )
+
+
+def _header_facts(selection: Selection) -> Facts:
+    """Teacher, data, machine, date and versions."""
+    record, teacher, metric = selection.record, selection.teacher, selection.metric
+    score = format_score(teacher.metrics.get(metric), teacher.interval)
+    facts = [
+        ("teacher", f"{teacher.name} ({teacher.size})"),
+        (f"teacher's {metric_name(metric)} on {describe_split(selection.split)}", score),
+    ]
+    if teacher.test and metric in teacher.test.metrics:
+        test = format_score(teacher.test.metrics[metric], teacher.test.interval)
+        facts.append((f"teacher's {metric_name(metric)} on test", test))
+    names = sorted({trial.run_config().dataset.name for trial in selection.trials})
+    counts = ", ".join(f"{rows:,} {split}" for split, rows in teacher.rows.items())
+    facts.append(("data", f"{', '.join(names)} ({counts} rows)" if counts else ", ".join(names)))
+    if selection.session:
+        facts.append(("machine of the latencies", selection.session.describe_machine()))
+        facts.append(("timed on", f"{selection.session.started_at:%Y-%m-%d %H:%M} UTC"))
+    else:
+        machine = teacher.machine
+        facts.append(("machine", f"{machine.get('name')}, {machine.get('threads')} threads"))
+    facts.append(("page written", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"))
+    facts.append(("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items()) or "-"))
+    facts.append(("tolerance", f"{record.tolerance:g} points"))
+    return facts
+
+
+def _choice_card(selection: Selection, budget: str) -> ChoiceCard:
+    choice = selection.choices[budget]
+    facts = student_facts(selection, selection.student(choice.best.key)) if choice.best else []
+    bounds = describe_bounds(selection.bounds[budget])
+    return ChoiceCard(budget, bounds, choice.best.label if choice.best else None, facts, choice.reason)
+
+
+def _learning_curves(selection: Selection) -> list[LearningCurve]:
+    """The validations of each trial, those of the largest size first."""
+    chosen = {selection.trial_key(key) for key in selection.chosen_keys.values() if key}
+    curves = []
+    for trial in sorted(selection.trials, key=lambda trial: shape_sort_key(trial.size), reverse=True):
+        points = [
+            (round(line.epoch, 4), line.numbers.get(selection.metric, line.score), line.val_loss)
+            for line in trial.history()
+        ]
+        if points:
+            is_stopped = trial.status == "stopped"
+            curve = LearningCurve(trial.size, trial.method, trial.label, trial.key in chosen, is_stopped, points)
+            curves.append(curve)
+    return curves
 
 
 def make_tooltips(selection: Selection) -> dict[str, list[str]]:
@@ -116,9 +264,3 @@ def _cost_lines(costs: dict[str, float]) -> list[str]:
         "device_hours": "{:.3f} device-hours",
     }
     return [text.format(costs[key]) for key, text in formats.items() if key in costs]
-
-
-def _svg_element(content: bytes) -> Markup:
-    """The <svg> element of an SVG file, without the XML prologue, which is not valid inside HTML."""
-    text = content.decode()
-    return Markup(text[text.index("<svg") :])

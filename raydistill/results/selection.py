@@ -101,6 +101,10 @@ class Selection:
         measured = self.session.throughput(student.size, student.serving)
         return measured.setting if measured else None
 
+    def export_folder(self, key: str) -> Path:
+        """The folder to which the student with this key is exported."""
+        return self.sweep / "exports" / key.replace(" ", "-")
+
     def trial_key(self, key: str) -> str:
         """The key of the trial whose checkpoint the student with this key uses."""
         return self.student(key).folder.name

@@ -31,6 +31,7 @@ from raydistill.inference.shortlist import stored_map
 from raydistill.models import families
 from raydistill.models.loading import load_config
 from raydistill.results.formatting import format_count
+from raydistill.results.outputs import outputs_filename, texts_filename, write_outputs, write_texts
 from raydistill.results.records import Trial, rows_filename
 from raydistill.results.selection import load_selection
 from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent, read_served
@@ -164,8 +165,11 @@ class _ServingTasks:
     def score_configs(
         self, checkpoint: ServedCheckpoint, configs: Sequence[ServingConfig], split: str
     ) -> list[ServedStudent]:
-        """Score a checkpoint, write the per-row statistics and, except for the test split, served.json."""
+        """Score a checkpoint, write the per-row statistics and, except for the test split, outputs and served.json."""
         outputs = [checkpoint.folder / rows_filename(split, config) for config in configs]
+        if split != "test":
+            outputs += [checkpoint.folder / outputs_filename(split, config) for config in configs]
+            outputs += [checkpoint.folder / texts_filename(split)] if checkpoint.is_teacher else []
         entries: list[ServedStudent] = run_exclusive(
             score_checkpoint,
             self.context,
@@ -196,10 +200,14 @@ def score_checkpoint(
 ) -> list[ServedStudent]:
     """Score a checkpoint on a split with each configuration, as entries of served.json.
 
-    Per-row statistics are written to the checkpoint's folder.
+    Per-row statistics are written to the checkpoint's folder; except for the test split also the outputs and, for the
+    teacher, the sources and references.
     """
     corpus = read_split(context.run.dataset, split)
     assert corpus is not None, split
+    if split != "test" and checkpoint.is_teacher:
+        rows = zip(corpus.ids, corpus.sources, corpus.targets, strict=True)
+        write_texts(checkpoint.folder / texts_filename(split), rows)
     max_source_tokens = context.max_source_tokens(checkpoint.checkpoint)
     model_config = load_config(checkpoint.checkpoint)
     entries = []
@@ -211,6 +219,8 @@ def score_checkpoint(
             beam = checkpoint.beam(config)
             result = evaluate(engine, corpus, context.metric, beam, max_source_tokens=max_source_tokens)
             write_row_statistics(checkpoint.folder / rows_filename(split, config), {split: result.scores.row_stats})
+            if split != "test":
+                write_outputs(checkpoint.folder / outputs_filename(split, config), result.predictions)
             entry = ServedStudent(
                 config=config,
                 engine=engine.name,

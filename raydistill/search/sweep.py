@@ -190,8 +190,16 @@ def _publish_to_mlflow(selection: Selection, exports: dict[str, Path], finished:
     """Publish the sweep, register the exported students, and return a line on how to open MLflow."""
     try:
         published = publish(selection.sweep, finished=finished)
-        for budget, path in exports.items():
+        versions = [
             register_choice(selection.sweep, str(selection.chosen_keys[budget]), budget, path)
+            for budget, path in exports.items()
+        ]
     except (TrackingUnavailable, TransientError) as error:
         return f"MLflow: {error}; run the same command again to publish"
-    return f"to open MLflow: {ui_command(selection.record.tracking_uri)}\n{published.url}"
+    lines = [
+        f"to open MLflow: {ui_command(selection.record.tracking_uri)}",
+        f"  trials: {published.url}",
+        f"  choices: {published.parent_url}",
+        *(f"  {version.alias}: {version.url}" for version in versions),
+    ]
+    return "\n".join(lines)

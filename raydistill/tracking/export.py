@@ -58,7 +58,7 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
             f"{student.folder}: the checkpoint was deleted, so that the student cannot be exported. "
             f"{repeat_trial_remedy(student.folder)}"
         )
-    export_folder = selection.sweep / "exports" / key.replace(" ", "-")
+    export_folder = selection.export_folder(key)
     budgets = list(dict.fromkeys([*selection.budgets_of(key), *([budget] if budget else [])]))
     card = render_model_card(selection, student, budgets)
     config = student.serving or _unserved_config(selection, student.checkpoint)

@@ -11,13 +11,25 @@ from typing import Any
 from raydistill.config.space import mlflow_alias
 from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
+from raydistill.data.card import public_name
+from raydistill.results.front_data import student_facts
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking.mlflow_runs import find_run, publish_lock, publish_locked
-from raydistill.tracking.mlflow_store import check_tracking, configure_mlflow, make_client, translate_mlflow_errors
+from raydistill.tracking.mlflow_store import (
+    check_tracking,
+    configure_mlflow,
+    make_client,
+    translate_mlflow_errors,
+    ui_address,
+)
 
 CARD_TAG = "raydistill.card"  # SHA-256 of the README.md among a version's files
-MLFLOW_FILES = ("MLmodel", "requirements.txt", "python_env.yaml", "conda.yaml")
+MLFLOW_FILES = (
+    *("MLmodel", "requirements.txt", "python_env.yaml", "conda.yaml"),
+    *("input_example.json", "serving_input_example.json"),
+)
+INPUT_EXAMPLE = ["a text", "another text"]
 # The packages that a served student imports; raydistill itself is not on PyPI.
 SERVING_PACKAGES = (
     *("torch", "transformers", "ctranslate2", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub"),
@@ -29,12 +41,13 @@ MODEL_CONFIG = {"device": "auto", "threads": "all"}
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version of a registered model; MLflow loads and downloads it by its `uri`."""
+    """A version of a registered model; MLflow loads and downloads it by its `uri`, and shows it at its `url`."""
 
     name: str
     version: str
     alias: str
     uri: str
+    url: str
 
 
 def register_choice(sweep: Path, student_key: str, budget_name: str, export_folder: Path) -> RegisteredVersion:
@@ -63,27 +76,37 @@ def register_choice(sweep: Path, student_key: str, budget_name: str, export_fold
         with translate_mlflow_errors(uri):
             client, name, alias = make_client(uri), selection.name, mlflow_alias(budget_name)
             version = _get_or_create_version(client, name, run, export_folder)
+            client.update_model_version(name, version, _describe_version(selection, student))
             for tag, value in _version_tags(selection, student).items():
                 client.set_model_version_tag(name, version, tag, value)
             client.set_registered_model_alias(name, alias, version)
-    return RegisteredVersion(name, version, alias, f"models:/{name}@{alias}")
+    url = f"{ui_address(uri)}/#/models/{name}/versions/{version}"
+    return RegisteredVersion(name, version, alias, f"models:/{name}@{alias}", url)
 
 
 def write_mlmodel(folder: Path) -> None:
     """Add MLflow's files to an exported student, so that `mlflow.pyfunc.load_model` and `mlflow models` read it.
 
-    The files are `MLmodel`, which holds `MODEL_CONFIG`, and the description of an environment with the installed
-    versions of `SERVING_PACKAGES`.
+    The files are `MLmodel`, which holds `MODEL_CONFIG` and the signature (texts in, texts out), an example of the
+    input, and the description of an environment with the installed versions of `SERVING_PACKAGES`.
     """
     configure_mlflow()
     from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, Schema
 
     # Local version labels such as 2.13.0+cpu do not exist on PyPI
     pins = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in SERVING_PACKAGES]
     with tempfile.TemporaryDirectory() as scratch:  # save_model requires a folder that does not exist yet
         model = Path(scratch) / "model"
+        texts = Schema([ColSpec("string")])
         pyfunc.save_model(
-            model, loader_module="raydistill.inference.mlflow_pyfunc", pip_requirements=pins, model_config=MODEL_CONFIG
+            model,
+            loader_module="raydistill.inference.mlflow_pyfunc",
+            pip_requirements=pins,
+            model_config=MODEL_CONFIG,
+            signature=ModelSignature(inputs=texts, outputs=texts),
+            input_example=INPUT_EXAMPLE,
         )
         for file in MLFLOW_FILES:
             shutil.copy(model / file, folder)
@@ -100,6 +123,16 @@ def _published_run(selection: Selection, student: Trial, uri: str) -> Any:
         with translate_mlflow_errors(uri):
             run = find_run(selection, key, uri)
     return run
+
+
+def _describe_version(selection: Selection, student: Trial) -> str:
+    """The description of a model version: scores, latency, speed-ups and size, one per line, and the reason."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in student_facts(selection, student) if name != "export")
+    reasons = [
+        f"Chosen for {budget}: {selection.choices[budget].reason}" for budget in selection.budgets_of(student.key)
+    ]
+    parts = [f"{student.label} of `{public_name(selection.teacher.name)}`", facts, *reasons]
+    return "\n\n".join(parts)
 
 
 def _version_tags(selection: Selection, student: Trial) -> dict[str, str]:

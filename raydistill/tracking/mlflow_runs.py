@@ -9,6 +9,7 @@ version of served.json and of the report.
 import contextlib
 import hashlib
 import json
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 from raydistill.core import artifact
 from raydistill.core.files import check_symlinks, write_atomic
 from raydistill.core.secrets import redact
+from raydistill.data.card import public_name
 from raydistill.results.page import refresh_report
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
@@ -31,6 +33,7 @@ from raydistill.tracking.mlflow_store import (
     get_or_create_experiment,
     make_client,
     translate_mlflow_errors,
+    ui_address,
 )
 
 # Metrics of a checkpoint that do not depend on how it is served
@@ -41,7 +44,8 @@ FINAL_METRICS = (
     *CHECKPOINT_METRICS,
 )
 CHOSEN_TAG = "raydistill.chosen_for"
-VIEW_METRICS = ("latency_ms", "speedup", "params_m", "device_hours")
+MODEL_TRAINING = "workflowType=machine_learning"  # of an address: MLflow's UI shows its pages for training, not GenAI's
+SERVED_METRICS = ("latency_ms", "latency_ms_b1", "speedup", "speedup_same_serving", "rows_per_s")
 LOCK_TIMEOUT_S = 120.0  # the first publication copies every checkpoint
 BATCH_LIMITS = {"metrics": 900, "params": 90}  # MLflow accepts 1000 metrics and 100 parameters per request
 MAX_PARAM_CHARS = 6000
@@ -51,10 +55,11 @@ MAX_DESCRIPTION_CHARS = 8000
 
 @dataclass(frozen=True)
 class TrackedSweep:
-    """A published sweep: its parent run and the URL of its page."""
+    """A published sweep: its parent run, and the addresses of its experiment and of the parent run in MLflow's UI."""
 
     parent_run_id: str
     url: str
+    parent_url: str
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,11 @@ def publish_locked(sweep: Path, finished: bool) -> TrackedSweep:
         children = {key: run for key, run in experiment.runs_by_trial().items() if key}
         _publish_parent(client, parent, children, selection, report_paths)
         _set_parent_status(client, parent, finished)
+        _describe_experiment(client, experiment.experiment_id, parent.info.run_id, selection)
         view = _save_shared_view(client, experiment.experiment_id, selection.metric)
-    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    url = f"{base}/#/experiments/{experiment.experiment_id}/runs?{view}"
-    return TrackedSweep(parent.info.run_id, url)
+    runs_url = f"{ui_address(uri)}/#/experiments/{experiment.experiment_id}/runs"
+    parent_url = f"{runs_url}/{parent.info.run_id}?{MODEL_TRAINING}"
+    return TrackedSweep(parent.info.run_id, f"{runs_url}?{view}&{MODEL_TRAINING}", parent_url)
 
 
 @contextlib.contextmanager
@@ -247,7 +253,9 @@ def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -
     if not path.is_file() or path.is_symlink():
         return
     session = selection.sweep / LATENCY_FILE
-    digest = hashlib.sha256(path.read_bytes() + (session.read_bytes() if session.is_file() else b"")).hexdigest()
+    chosen = _representative_student(selection, trial)
+    content = path.read_bytes() + (session.read_bytes() if session.is_file() else b"")
+    digest = hashlib.sha256(content + (chosen.key.encode() if chosen else b"")).hexdigest()
     if run.data.tags.get("raydistill.served") == digest:
         return
     values = {
@@ -259,8 +267,20 @@ def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -
     }
     time_ms = int(1000 * selection.session.started_at.timestamp()) if selection.session else run.info.start_time
     _log_constants(client, run, values, time_ms)
+    if chosen:
+        final = _final_metrics(chosen, selection.metric)
+        names = [name for name in (selection.metric, *SERVED_METRICS) if name in final]
+        # With the present time, because another choice replaces the values, and MLflow shows the latest ones
+        _log_constants(client, run, {f"served_{name}": final[name] for name in names}, round(1000 * time.time()))
     client.log_artifact(run.info.run_id, str(path))
     client.set_tag(run.info.run_id, "raydistill.served", digest)  # last, so that a kill repeats the lines above
+
+
+def _representative_student(selection: Selection, trial: Trial) -> Trial | None:
+    """The student by which the table of runs shows a trial: a chosen one, else the one with the highest score."""
+    students = [student for student in selection.students if student.serving and student.folder == trial.folder]
+    metric = selection.metric
+    return max(students, key=lambda s: (bool(selection.budgets_of(s.key)), s.score(metric) or 0.0), default=None)
 
 
 def _publish_parent(
@@ -274,6 +294,19 @@ def _publish_parent(
     _log_constants(client, parent, _teacher_metrics(selection), parent.info.start_time)
     _log_report(client, parent, selection, report_paths)
     _tag_chosen_trials(client, children, selection)
+
+
+def _describe_experiment(client: Any, experiment_id: str, parent_run_id: str, selection: Selection) -> None:
+    """Describe the experiment, with links to the sweep's run and to the registered model."""
+    chosen = [f"{budget}: {selection.student(key).label}" for budget, key in selection.chosen_keys.items() if key]
+    parts = [
+        f"Students of `{public_name(selection.teacher.name)}`, distilled by raydistill.",
+        f"The choices with their reasons: [the sweep's run](#/experiments/{experiment_id}/runs/{parent_run_id}"
+        f"?{MODEL_TRAINING}), whose artifact `front.html` is the decision page.",
+    ]
+    if chosen:
+        parts.append(f"Chosen for {'; '.join(chosen)}. [Registered versions](#/models/{selection.name}).")
+    client.set_experiment_tag(experiment_id, "mlflow.note.content", "\n\n".join(parts)[:MAX_DESCRIPTION_CHARS])
 
 
 def _describe_sweep(selection: Selection, links: dict[str, str]) -> str:
@@ -307,11 +340,17 @@ def _log_report(client: Any, parent: Any, selection: Selection, report_paths: li
 
 
 def _tag_chosen_trials(client: Any, children: dict[str, Any], selection: Selection) -> None:
-    """Tag every trial's run with the budgets that the trial was chosen for."""
+    """Tag every trial's run with the budgets that the trial was chosen for, which its name begins with.
+
+    The name is the first column of MLflow's table, whatever the width of the window.
+    """
     chosen_trials = {name: selection.trial_key(key) for name, key in selection.chosen_keys.items() if key}
+    labels = {trial.key: trial.label for trial in selection.trials}
     for key, child in children.items():
         budgets = ", ".join(name for name, chosen in chosen_trials.items() if chosen == key)
         if budgets != child.data.tags.get(CHOSEN_TAG, ""):
+            label = labels.get(key, key)
+            client.update_run(child.info.run_id, name=f"{budgets}: {label}" if budgets else label)
             client.set_tag(child.info.run_id, CHOSEN_TAG, budgets)
 
 
@@ -327,7 +366,7 @@ def _save_shared_view(client: Any, experiment_id: str, metric: str) -> str:
 
     By default the UI hides metrics and parameters until the user selects their columns.
     """
-    metrics = (metric, f"test_{metric}", f"test_{metric}_low", f"test_{metric}_high", *VIEW_METRICS)
+    metrics = (f"served_{metric}", "served_latency_ms", "served_speedup", f"test_{metric}", metric, "params_m")
     columns = [f"metrics.`{name}`" for name in metrics]
     columns += [f"params.`{name}`" for name in ("method", "student.size")] + [f"tags.`{CHOSEN_TAG}`"]
     view = {
@@ -378,10 +417,15 @@ def _log_constants(client: Any, run: Any, values: dict[str, float], time_ms: int
     _log_metrics(client, run.info.run_id, points)
 
 
+def _rounded(value: float) -> float:
+    """A value with four significant digits, since MLflow shows all digits; the exact values are in the folders."""
+    return float(f"{value:.4g}")
+
+
 def _log_metrics(client: Any, run_id: str, points: list[MetricPoint]) -> None:
     from mlflow.entities import Metric
 
-    metrics = [Metric(point.name, point.value, point.time_ms, point.step) for point in points]
+    metrics = [Metric(point.name, _rounded(point.value), point.time_ms, point.step) for point in points]
     for i in range(0, len(metrics), BATCH_LIMITS["metrics"]):
         client.log_batch(run_id, metrics=metrics[i : i + BATCH_LIMITS["metrics"]])
 

@@ -42,6 +42,11 @@ def ui_command(uri: str | None = None) -> str:
     return f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000"
 
 
+def ui_address(uri: str) -> str:
+    """The address of the store's UI: of the server, or where `ui_command` opens the UI of a local store."""
+    return uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+
+
 def check_tracking(uri: str | None) -> None:
     """Check within two seconds that a store can be used, without importing MLflow.
 

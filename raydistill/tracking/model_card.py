@@ -1,28 +1,38 @@
 """The model card of an exported student: its origin, scores, costs, and how to load it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 
+from raydistill.config.presets import hub_teacher
 from raydistill.config.serving import ServingConfig
+from raydistill.data.card import DataCard, describe_data, public_name
 from raydistill.models.metadata import CheckpointMetadata
+from raydistill.results.outputs import outputs_filename, read_outputs, read_texts, texts_filename
 from raydistill.results.pareto import COST_UNITS
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.results.tables import markdown_table, metric_name
 
-# Loads FOLDER with CTranslate2 and transformers' tokenizer alone, and writes the texts that were scored.
-CTRANSLATE2_EXAMPLE = """\
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+FOLDER_LINE = 'folder = "FOLDER"'
+# Loads a folder with CTranslate2 and transformers' tokenizer alone, and writes the texts that were scored.
+CTRANSLATE2_EXAMPLE = f"""\
 import json
 
 import ctranslate2
 from transformers import AutoTokenizer
 
+{FOLDER_LINE}
 texts = ["a text", "another text"]
-serving = json.load(open("FOLDER/raydistill.json"))["serving"]
+serving = json.load(open(folder + "/raydistill.json"))["serving"]
 settings = serving["ctranslate2"]
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", **settings["tokenizer"])
-translator = ctranslate2.Translator("FOLDER/ctranslate2", compute_type=settings["compute_type"])
+tokenizer = AutoTokenizer.from_pretrained(folder, **settings["tokenizer"])
+translator = ctranslate2.Translator(folder + "/ctranslate2", compute_type=settings["compute_type"])
 inputs = [settings["source_prefix"] + text for text in texts]
 ids = tokenizer(inputs, truncation=True, max_length=serving["max_source_tokens"]).input_ids
 sources = [tokenizer.convert_ids_to_tokens(row) for row in ids]
@@ -31,6 +41,8 @@ results = translator.translate_batch(sources, prefixes, **settings["translate_ba
 tokens = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
 outputs = tokenizer.batch_decode(tokens, skip_special_tokens=True)
 outputs = [text.replace(serving["line_break"] or "\\n", "\\n").strip() for text in outputs]"""
+NUM_SAMPLES = 3
+MAX_SAMPLE_CHARACTERS = 400
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
@@ -45,13 +57,16 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     score_header = ["split", metric_name(selection.metric), "95 % interval"]
-    properties = [*_origin_rows(student, checkpoint), *_serving_rows(selection, student, checkpoint)]
+    assert checkpoint.config is not None
+    data = describe_data(checkpoint.config.dataset)
+    properties = [*_origin_rows(student, checkpoint, data), *_serving_rows(selection, student, checkpoint)]
+    samples = _read_samples(selection, student)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         selection=selection,
         student=student,
         budgets=budgets,
-        task="translation" if selection.metric == "bleu" else "summarization",
-        teacher_name=checkpoint.teacher,
+        metadata=_hub_metadata(selection, student, checkpoint, data, samples).to_yaml(),
+        teacher_name=public_name(str(checkpoint.teacher)),
         teacher_size=selection.teacher.size,
         teacher_score=selection.teacher.metrics.get(selection.metric),
         properties=markdown_table(["", ""], properties),
@@ -60,7 +75,78 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         setup=selection.measured_with(student),
         loading_code=loading_example("FOLDER"),
         ctranslate2_code=CTRANSLATE2_EXAMPLE,
+        samples=markdown_table(["source", "reference", "student"], samples) if samples else None,
     )
+
+
+def card_of_repository(card: str, repository: str) -> str:
+    """The card of an export for the hub's page of a repository, whose examples load from there."""
+    download = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repository}")'
+    loading = loading_example("FOLDER")
+    note = f"`FOLDER` stands for the folder of `hf download {repository} --local-dir FOLDER`.\n\n"
+    return (
+        card.replace(loading, loading_example(repository))
+        .replace(FOLDER_LINE, download)
+        .replace("MLflow loads and serves", f"{note}MLflow loads and serves")
+    )
+
+
+def _hub_metadata(
+    selection: Selection,
+    student: Trial,
+    checkpoint: CheckpointMetadata,
+    data: DataCard,
+    samples: Sequence[Sequence[str]],
+) -> "ModelCardData":
+    """The metadata at the start of the card, as https://huggingface.co/docs/hub/model-cards describes them."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = "translation" if selection.metric == "bleu" else "summarization"
+    metric_type = "bleu" if selection.metric == "bleu" else "rouge"
+    assert checkpoint.config is not None
+    scores = {student.split: student.score(selection.metric), "test": (student.test or {}).get(selection.metric)}
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data.hub or data.name,
+            dataset_name=data.name,
+            dataset_split=split,
+            metric_type=metric_type,
+            metric_name=metric_name(selection.metric),
+            metric_value=round(value, 2),
+        )
+        for split, value in scores.items()
+        if value is not None
+    ]
+    return ModelCardData(
+        language=data.languages or None,
+        license=data.licence,
+        base_model=hub_teacher(str(checkpoint.teacher), checkpoint.config.dataset.name),
+        datasets=[data.hub] if data.hub else None,
+        metrics=[metric_type],
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["raydistill", "distillation", task],
+        model_name=f"{selection.name} {student.size}",
+        eval_results=results,
+        widget=[{"text": source, "output": {"text": output}} for source, _, output in samples] or None,
+    )
+
+
+def _read_samples(selection: Selection, student: Trial) -> list[list[str]]:
+    """Source, reference and output of the first rows that students are scored on; empty if outputs were not kept."""
+    if student.serving is None:
+        return []
+    rows = read_texts(selection.sweep / texts_filename(student.split)) or []
+    outputs = read_outputs(student.folder / outputs_filename(student.split, student.serving)) or []
+    return [
+        [_shorten(row.source), _shorten(row.reference), _shorten(output)]
+        for row, output in zip(rows[:NUM_SAMPLES], outputs, strict=False)
+    ]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SAMPLE_CHARACTERS else f"{text[: MAX_SAMPLE_CHARACTERS - 2]} …"
 
 
 def loading_example(folder: str) -> str:
@@ -73,12 +159,11 @@ def loading_example(folder: str) -> str:
     )
 
 
-def _origin_rows(student: Trial, checkpoint: CheckpointMetadata) -> list[list[str]]:
-    assert checkpoint.config is not None
+def _origin_rows(student: Trial, checkpoint: CheckpointMetadata, data: DataCard) -> list[list[str]]:
     supervised = checkpoint.supervised or {}
     versions = ", ".join(f"{name} {version}" for name, version in checkpoint.versions.items())
     return [
-        ["data", f"{checkpoint.config.dataset.name}, labels: {student.labels}"],
+        ["data", f"{data.name}, labels: {'+'.join(map(public_name, student.labels.split('+')))}"],
         *[[f"{side} layers copied", " ".join(map(str, layers))] for side, layers in student.copied_layers.items()],
         *[[f"{side} feed-forward units", str(units)] for side, units in (checkpoint.ffn or {}).items() if units],
         *([["tokens", str(checkpoint.vocabulary)]] if checkpoint.vocabulary else []),

@@ -70,7 +70,7 @@ def test_choice_for_a_stored_budget_is_exported_and_registered_and_every_library
     """Of two decodings with equal scores the cheaper is chosen, and every library uses it by default."""
     make_student(sweep, "a", 0, 10.0)  # 100 ms with 4 beams, 40 with one
     make_student(sweep, "b", 1, 60.0, "4-4")  # above half of the teacher's 300 ms with either decoding
-    result = run("mini", "--json")
+    result = run("mini", "--register", "--json")
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
     assert (choice["budget"], choice["key"], choice["score"]) == ("fast", "a", 10.0)

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from raydistill import train
 from raydistill.config.run import Run
 from raydistill.core import console
+from raydistill.train import RunFollower, train_command
 from raydistill.training.records import PROGRESS_FILE, RESULT_FILE, RUN_FILE, RunProgress, RunResult, write_run
 from tests.factories.clock import FakeClock
 
@@ -21,7 +21,7 @@ def test_model_whose_outputs_repeat_themselves_is_reported(repetition, warns, tm
     write_run(folder / RUN_FILE, Run.model_validate(settings))
     result = RunResult(key="teacher", status="done", metrics={"rouge2": 0.0, "repetition": repetition})
     result.write(folder / RESULT_FILE)
-    train.train(str(tmp_path / "run.json"), [], as_json=True)
+    train_command(str(tmp_path / "run.json"), [], as_json=True)
     printed = capsys.readouterr()
     assert ("90% of the outputs of teacher repeat themselves" in printed.err) == warns
     assert json.loads(printed.out) == {**result.to_json(), "checkpoint": str(folder / "best")}
@@ -41,7 +41,7 @@ def test_steps_rate_and_time_left_are_shown(resumed_step, line, tmp_path, monkey
     clock = FakeClock()
     monkeypatch.setattr(console, "time", clock)
     write_progress(tmp_path, 700)
-    follower = train.RunFollower(tmp_path)
+    follower = RunFollower(tmp_path)
     follower._show_steps(follower._read_progress())
     assert capsys.readouterr().err == ""
     write_progress(tmp_path, resumed_step, resumed_step)

@@ -256,3 +256,39 @@ def test_what_cannot_be_scored_is_said() -> None:
         metrics.score("meteor", ["a"], ["a"])
     with pytest.raises(ValueError, match="1 predictions for 2"):
         metrics.score("bleu", ["a"], ["a", "b"])
+
+
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_row_scores_of_bleu_are_sentence_bleu(pairs: list[tuple[str, str]]) -> None:
+    predictions, references = [list(side) for side in zip(*pairs, strict=True)]
+    expected = [sacrebleu.sentence_bleu(text, [reference]).score for text, reference in pairs]
+    scores = metrics.row_scores("bleu", metrics.bleu_rows(predictions, references))
+    assert scores == pytest.approx(expected)
+
+
+def test_row_scores_of_rouge_are_the_statistics() -> None:
+    assert metrics.row_scores("rouge2", np.array([1.5, 2.0])).tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("metric", ["rouge2", "bleu"])
+def test_pairs_are_compared_as_with_each_reference(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    texts = [[" ".join(rng.choice(VOCABULARY, 6)) for _ in range(30)] for _ in range(4)]
+    systems = [metrics.score(metric, outputs, texts[0]).row_stats for outputs in texts[1:]]
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    comparisons = metrics.compare_pairs(metric, systems, pairs)
+    assert list(comparisons) == pairs
+    for (i, j), comparison in comparisons.items():
+        assert comparison == metrics.compare_with_reference(metric, [systems[i]], systems[j])[0]
+    # Seeds: the mean of two runs whose scores differ by a constant, against one run, with the variance over seeds
+    [difference] = metrics.compare_pairs(
+        "rouge2", [[np.full(9, 1.0), np.full(9, 3.0)], np.full(9, 1.0)], [(0, 1)]
+    ).values()
+    assert (difference.difference, difference.low, difference.high) == (1.0, 0.0, 2.0)
+
+
+def test_share_of_repeated_bigrams_by_hand() -> None:
+    assert metrics.repeated_bigrams("a b A b") == pytest.approx(1 / 3)  # a b, b a, a b
+    assert metrics.repeated_bigrams("one") == 0.0
+    assert metrics.repeated_bigrams("") == 0.0

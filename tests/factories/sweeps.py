@@ -17,7 +17,9 @@ from raydistill.evaluation.latency import Hardware
 from raydistill.evaluation.paired_latency import Pair, PairedTiming
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.results.records import seed_run_folder
+from raydistill.results.outputs import outputs_filename, texts_filename, write_outputs, write_texts
+from raydistill.results.records import rows_filename, seed_run_folder
+from raydistill.results.selection import Selection
 from raydistill.results.served_students import SERVED_FILE, ServedRecord, ServedStudent
 from raydistill.results.serving_latency import LATENCY_FILE, LatencySession, TimedServing, read_session
 from raydistill.results.sweep_record import (
@@ -324,6 +326,23 @@ def write_served(folder: Path, *students: Served) -> None:
     replaced = {(serving.shape, serving.config.key, serving.cost) for serving in added}
     kept = [s for s in session.servings if (s.shape, s.config.key, s.cost) not in replaced]
     session.model_copy(update={"servings": [*kept, *added]}).write(sweep / LATENCY_FILE)
+
+
+def write_sample_texts(selection: Selection, outputs: list[str]) -> None:
+    """Write sources, references, and the same outputs of the teacher and of every served student."""
+    sweep, split = selection.sweep, selection.split
+    assert selection.session is not None
+    rows = [(f"row-{i}", f"source {i}", f"reference {i}") for i in range(len(outputs))]
+    write_texts(sweep / texts_filename(split), rows)
+    baseline = selection.session.baseline
+    write_outputs(sweep / outputs_filename(split, baseline), outputs)
+    np.savez(sweep / rows_filename(split, baseline), **{split: np.full(max(20, len(outputs)), 20.0)})  # type: ignore[arg-type]
+    for student in selection.students:
+        assert student.serving is not None
+        write_outputs(student.folder / outputs_filename(split, student.serving), outputs)
+        path = student.folder / rows_filename(split, student.serving)
+        if not path.exists():
+            np.savez(path, **{split: np.full(20, student.score(selection.metric))})  # type: ignore[arg-type]
 
 
 def runs_of(sweep: Path) -> dict[str, Any]:

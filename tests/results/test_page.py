@@ -3,9 +3,17 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from raydistill.results.page import make_tooltips, render_page, write_report
 from raydistill.results.selection import load_selection
+from tests.factories.sweeps import change_sweep, write_sample_texts
+
+
+def page_data(page: str) -> Any:
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert match is not None
+    return json.loads(match[1])
 
 
 def test_every_marker_has_a_tooltip_and_the_page_loads_nothing(sweep: Path) -> None:
@@ -28,7 +36,7 @@ def test_every_marker_has_a_tooltip_and_the_page_loads_nothing(sweep: Path) -> N
     assert tooltips["teacher"][0] == "teacher big (4-4)"
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert data is not None
-    assert json.loads(data[1]) == tooltips
+    assert json.loads(data[1])["tooltips"] == tooltips
     assert not re.search(r'(?:src|href)="https?:', page)
 
 
@@ -48,3 +56,53 @@ def test_report_consists_of_four_files(sweep: Path) -> None:
     assert sorted(path.name for path in paths) == ["curves.png", "front.html", "front.png", "table.md"]
     assert all(path.stat().st_size > 0 for path in paths)
     assert (sweep / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_header_names_teacher_data_machine_date_and_versions(sweep: Path) -> None:
+    change_sweep(sweep, versions={"raydistill": "1.2.3"})
+    page = render_page(load_selection(sweep))
+    for text in (
+        *("<dd>big (4-4)</dd>", "teacher&#39;s ROUGE-2 on validation", "20.00 [19.00, 21.00]"),
+        *("d (20 validation rows)", "some CPU, 2 threads", "2026-01-01 00:00 UTC", "raydistill 1.2.3"),
+    ):
+        assert text in page
+
+
+def test_a_choice_has_scores_latency_both_speedups_size_and_the_path_of_its_export(sweep: Path) -> None:
+    page = render_page(load_selection(sweep))
+    [candidate] = [c for c in page_data(page)["front"]["candidates"] if c["key"] == "a b4-p0.6"]
+    facts = dict(candidate["facts"])
+    assert facts["ROUGE-2 on validation"] == "10.00 [9.00, 11.00]"
+    assert facts["latency, batch of 32"] == "90.0 ms [89.10, 90.90]"
+    assert facts["speed-up over the teacher"] == "3.33x (as the teacher is served today)"
+    assert facts["size"] == "3.0 M parameters, 12.0 MB of weights"
+    assert facts["export"].endswith("exports/a-b4-p0.6")
+    assert "<dd>90.0 ms [89.10, 90.90]</dd>" in page
+
+
+def test_page_keeps_the_order_of_the_bounds_by_which_candidates_are_compared(sweep: Path) -> None:
+    change_sweep(sweep, budgets={"fast": {"params_m": 5.0, "latency_ms": 200.0}})
+    budgets = page_data(render_page(load_selection(sweep)))["front"]["budgets"]
+    assert list(budgets["fast"]) == ["params_m", "latency_ms"]
+
+
+def test_page_has_the_outputs_of_teacher_and_students_once_they_are_kept(sweep: Path) -> None:
+    selection = load_selection(sweep)
+    assert page_data(render_page(selection))["samples"] is None
+    write_sample_texts(selection, ["first <b>output</b>", "second output"])
+    page = render_page(selection)
+    samples = page_data(page)["samples"]
+    assert [system["key"] for system in samples["systems"]] == ["teacher", "a b4-p0.6", "a b1"]
+    assert samples["rows"][1] == {"id": "row-1", "source": "source 1", "reference": "reference 1"}
+    assert samples["systems"][1]["outputs"] == ["first <b>output</b>", "second output"]
+    assert samples["systems"][1]["scores"] == [10.0, 10.0]
+    assert "<b>output" not in page
+    assert "on 2 rows of the validation split" in page
+
+
+def test_page_says_where_curves_need_more_validations(sweep: Path) -> None:
+    sentence = "Every trial was validated once"
+    assert sentence not in render_page(load_selection(sweep))
+    for path in sweep.glob("trials/*/metrics.jsonl"):
+        path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert sentence in render_page(load_selection(sweep))

@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 
-from raydistill import sweep as sweep_command
 from raydistill.config.presets import DATASETS
 from raydistill.config.run import Run, Student
 from raydistill.config.shapes import Shape
@@ -19,6 +18,7 @@ from raydistill.search.dry_run import (
     shape_row,
 )
 from raydistill.search.shape_latency import count_params_m
+from raydistill.sweep import sweep_command
 from tests.factories.models import save_tiny
 from tests.factories.sweeps import make_space, shape_table, sweep_record
 from tests.factories.workspace import make_world
@@ -90,7 +90,7 @@ def dry_run(folder, capsys, **run):
     (folder / "space.yaml").write_text(yaml.safe_dump({"name": "s", "run": data}))
     problem = ""
     try:
-        sweep_command.sweep(folder / "space.yaml", dry_run=True, as_json=True)
+        sweep_command(folder / "space.yaml", dry_run=True, as_json=True)
     except UserError as error:
         problem = str(error)
     return problem, json.loads(capsys.readouterr().out)

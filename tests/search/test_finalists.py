@@ -19,6 +19,7 @@ from raydistill.evaluation.scoring import evaluate
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
 from raydistill.models.metadata import CheckpointMetadata
+from raydistill.results.outputs import outputs_filename, read_outputs, read_texts, texts_filename
 from raydistill.results.selection import load_selection
 from raydistill.results.serving_latency import LATENCY_FILE, TEACHER_SHAPE, read_session
 from raydistill.results.sweep_record import SweepTeacher
@@ -52,6 +53,24 @@ def test_scores_are_those_of_an_evaluation_and_row_statistics_are_written(
     for config in configs:
         with np.load(tmp_path / f"rows-validation-{config.key}.npz") as rows:
             assert rows["validation"].shape == (8, 10)
+    assert read_outputs(tmp_path / outputs_filename("validation", configs[0])) == expected.predictions
+    assert not (tmp_path / texts_filename("validation")).exists()
+
+
+def test_the_teachers_scores_come_with_the_texts_that_all_outputs_belong_to(
+    context: ServingContext, world, tmp_path: Path
+) -> None:
+    teacher = ServedCheckpoint(TEACHER_SHAPE, TEACHER_SHAPE, str(world[0]), tmp_path, BEAM)
+    config = ServingConfig(beams=1, length_penalty=1.0)
+    score_checkpoint(context, teacher, [config], "validation", "cpu", 1)
+    corpus = read_corpus(context.run.dataset, "validation")
+    texts = read_texts(tmp_path / texts_filename("validation"))
+    assert texts is not None
+    assert [(row.id, row.source, row.reference) for row in texts] == list(
+        zip(corpus.ids, corpus.sources, corpus.targets, strict=True)
+    )
+    score_checkpoint(context, teacher, [config], "test", "cpu", 1)
+    assert not list(tmp_path.glob("*test*.jsonl"))
 
 
 def test_a_checkpoint_is_served_on_the_rows_that_are_kept_for_the_choice(

@@ -49,7 +49,7 @@ def test_the_papers_kd_search_runs_unchanged_to_a_registered_choice(tmp_path):
         assert trial["status"] == "done" or "collapsed" in trial["reason"]
     assert {t["params"]["loss.alpha_hidden"] for t in summary["trials"]} == {3}
     arguments = ["--within", "params_m=100", "--name", "any"]
-    [chosen] = last_json(command(home, "choose", "kd_xsum", *arguments, "--json", **env))["choices"]
+    [chosen] = last_json(command(home, "choose", "kd_xsum", *arguments, "--register", "--json", **env))["choices"]
     with sqlite3.connect(home / "mlflow.db") as store:
         aliases = dict(
             store.execute("select alias, version from registered_model_aliases where name = 'kd_xsum'").fetchall()

@@ -1,9 +1,8 @@
-"""MLflow's UI and the report's page in headless Chromium.
+"""MLflow's UI and the tooltips of the report's page in headless Chromium.
 
 Screenshots are saved to the folder RAYDISTILL_SCREENSHOTS if the variable is set.
 """
 
-import os
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -16,29 +15,17 @@ from raydistill.results.page import write_report
 from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 from raydistill.tracking.export import export_student
+from tests.factories.browser import open_browser, save_screenshot, set_width
 from tests.factories.sweeps import make_student, make_trial
 from tests.factories.workspace import background, free_port
 
 pytestmark = pytest.mark.browser
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1500,1100"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-    driver.implicitly_wait(30)
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path / "chromium") as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -64,13 +51,6 @@ def ui(chosen: tuple[Path, Selection], tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-def save_screenshot(driver: Any, name: str) -> None:
-    folder = os.environ.get("RAYDISTILL_SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        driver.save_screenshot(str(Path(folder) / f"{name}.png"))
-
-
 def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     browser: Any, ui: str, chosen: tuple[Path, Selection]
 ) -> None:
@@ -91,6 +71,24 @@ def test_three_clicks_lead_from_the_experiment_to_the_best_checkpoint(
     artifacts.click()  # third click: the run's files
     browser.find_element("xpath", f"//*[contains(text(), '{student.key.replace(' ', '-')}')]")
     save_screenshot(browser, "3-artifacts")
+
+
+def test_two_clicks_lead_from_the_printed_address_to_the_best_checkpoint(
+    browser: Any, ui: str, chosen: tuple[Path, Selection]
+) -> None:
+    sweep, selection = chosen
+    set_width(browser, 1600)
+    published = mlflow_runs.publish(sweep, finished=True)
+    browser.get(published.url.replace("http://127.0.0.1:5000", ui))
+    student = selection.student(str(selection.chosen_keys["fast"]))
+    run = browser.find_element("link text", f"fast: {selection.trials[0].label}")
+    latency = browser.find_element("xpath", "//*[contains(text(), 'served_latency')]")
+    for shown in (run, latency):
+        assert shown.location["x"] + shown.size["width"] < 1600
+    save_screenshot(browser, "5-printed-address")
+    run.click()  # first click: the chosen student's run
+    browser.find_element("xpath", "//*[@role='tab' and contains(., 'Artifacts')]").click()  # second click: its files
+    browser.find_element("xpath", f"//*[contains(text(), '{student.key.replace(' ', '-')}')]")
 
 
 def test_page_shows_tooltips_and_loads_nothing(browser: Any, chosen: tuple[Path, Selection]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from mlflow.models import Model
 
 from raydistill.config.space import mlflow_alias
 from raydistill.core.errors import UserError
@@ -24,6 +25,24 @@ def test_registering_again_creates_no_version_and_another_choice_moves_the_alias
     assert version.tags["latency_ms"] == "120.0"
     artifacts = Path(version.source.removeprefix("file://"))
     assert (artifacts / "raydistill.json").exists()
+
+
+def test_a_version_has_a_description_a_signature_an_example_and_an_address(sweep, make_export):
+    make_trial(sweep, "a", 0, 10.0)
+    registered = mlflow_registry.register_choice(sweep, "a", "fast", make_export(sweep, "a"))
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
+    version = client.get_model_version_by_alias("mini", "fast")
+    for text in (
+        "4-1 kd (trial 0) of `big`",
+        "- ROUGE-2 on test: 9.50",
+        "- latency, batch of 32: 100.0 ms",
+        "Chosen for fast:",
+    ):
+        assert text in version.description
+    assert registered.url == f"http://127.0.0.1:5000/#/models/mini/versions/{version.version}"
+    model = Model.load(version.source.removeprefix("file://"))
+    assert str(model.signature.inputs) == "[string (required)]"
+    assert model.load_input_example(version.source.removeprefix("file://")) == ["a text", "another text"]
 
 
 def test_changed_model_card_updates_the_files_of_the_existing_version(sweep, make_export):

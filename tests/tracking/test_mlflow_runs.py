@@ -14,7 +14,14 @@ from raydistill.cluster import snapshots, sync
 from raydistill.core import artifact
 from raydistill.core.errors import TransientError, UserError
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
-from tests.factories.sweeps import finish_trial, make_trial, runs_of, served_student, write_served
+from tests.factories.sweeps import (
+    change_sweep,
+    finish_trial,
+    make_trial,
+    runs_of,
+    served_student,
+    write_served,
+)
 
 THIRD_VALIDATION = {"step": 30, "total_steps": 30, "time_s": 5, "val_loss": 0.5, "rouge2": 12.5, "score": 12.5}
 
@@ -85,7 +92,7 @@ def test_repeated_publishing_follows_a_sweep_without_duplicates(sweep: Path) -> 
     columns = [
         c.removeprefix("metrics.").strip("`") for c in shared_view["selectedColumns"] if c.startswith("metrics.")
     ]
-    assert set(columns) - set(final) == {"speedup", "device_hours"}  # not measured for this trial
+    assert set(columns) - set(final) == {"served_rouge2", "served_latency_ms", "served_speedup"}  # not served
     assert after["b"].data.params["training.learning_rate"] == "0.0003"
     assert after["b"].data.params["copied.decoder"] == "[0]"
     artifacts = {item.path for item in client.list_artifacts(after["b"].info.run_id)}
@@ -141,6 +148,14 @@ def test_served_metrics_are_logged_once_per_configuration_after_the_trial_finish
     assert (metrics["b4-p1/rouge2"], metrics["b4-p1/latency_ms"], metrics["b4-p1/speedup"]) == (10.0, 50.0, 6.0)
     assert (metrics["b1/rouge2"], metrics["b1/rouge2_high"], metrics["b1/test_rouge2_low"]) == (8.0, 11.0, 6.0)
     assert "b1/params_m" not in metrics
+    assert run.info.run_name == "fast: 4-1 kd (trial 0)"
+    assert (metrics["served_rouge2"], metrics["served_latency_ms"], metrics["served_speedup"]) == (10.0, 50.0, 6.0)
+    change_sweep(sweep, budgets={"fastest": {"latency_ms": 40.0}})
+    mlflow_runs.publish(sweep, finished=True)
+    run = runs_of(sweep)["a"]
+    assert run.info.run_name == "fastest: 4-1 kd (trial 0)"
+    assert (run.data.metrics["served_rouge2"], run.data.metrics["served_latency_ms"]) == (8.0, 30.0)
+    assert (run.data.metrics["b4-p1/rouge2"], run.data.metrics["latency_ms"]) == (10.0, 100.0)
     client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
     assert len(client.get_metric_history(run.info.run_id, "b4-p1/rouge2")) == 1
     assert "served.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
@@ -202,3 +217,16 @@ def test_no_lock_is_created_outside_a_sweep(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no sweep\.json"):
         mlflow_runs.publish(tmp_path / "nope")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_experiment_links_the_sweep_and_its_model_and_values_are_rounded(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.12345)
+    published = mlflow_runs.publish(sweep, finished=True)
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
+    experiment = client.get_experiment_by_name("mini")
+    note = experiment.tags["mlflow.note.content"]
+    run_link = f"#/experiments/{experiment.experiment_id}/runs/{published.parent_run_id}?workflowType=machine_learning"
+    assert f"[the sweep's run]({run_link})" in note
+    assert "Chosen for fast: 4-1 kd (trial 0). [Registered versions](#/models/mini)." in note
+    assert published.parent_url == f"http://127.0.0.1:5000/{run_link}"
+    assert runs_of(sweep)["a"].data.metrics["rouge2"] == 10.12
