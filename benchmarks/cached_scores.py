@@ -1,4 +1,4 @@
-"""Scores of KD students trained from the teacher cache and with a live teacher, on Multi30k with several seeds.
+"""Scores of KD students trained from the teacher cache, in int8 and bf16, and with a live teacher, with several seeds.
 
     python -m benchmarks.cached_scores --teacher ../shared/teachers/multi30k-marian-6-6 \
         --data ../shared/data/multi30k_en_de --train-rows 4000
@@ -21,9 +21,14 @@ from raydistill.config.run import Run
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
 
+SIDES = ("int8", "bf16", "live")  # precision of the cache, or a teacher that runs with every step
+
 
 def make_run(options: argparse.Namespace, seed: int, cache: str) -> Run:
     """A run that trains a 6-2 student by KD."""
+    cache_settings = (
+        {"teacher_cache": "off"} if cache == "live" else {"teacher_cache": "full", "cache_precision": cache}
+    )
     return Run.model_validate(
         {
             "name": f"seed-{seed}-{cache}",
@@ -49,7 +54,7 @@ def make_run(options: argparse.Namespace, seed: int, cache: str) -> Run:
                 "dropout": 0.1,
                 "seed": seed,
                 "threads": os.cpu_count(),
-                "teacher_cache": cache,
+                **cache_settings,
             },
             "evaluation": {"metric": "bleu"},
         }
@@ -57,14 +62,14 @@ def make_run(options: argparse.Namespace, seed: int, cache: str) -> Run:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Train with and without the cache for each seed, and write benchmarks/results/cached_scores.md."""
+    """Train with each cache and without a cache for each seed, and write benchmarks/results/cached_scores.md."""
     torch.set_num_threads(os.cpu_count() or 1)
     machine = describe_machine()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
         inputs = RunInputs(cache_root=Path(scratch) / "cache")
         for seed in range(options.seeds):
-            for cache in ("full", "off"):
+            for cache in SIDES:
                 start = time.monotonic()
                 run = make_run(options, seed, cache)
                 result = train(run, Path(scratch) / run.name, lambda metrics, folder: None, inputs)
@@ -85,23 +90,25 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of scores by seed, and the mean difference with the standard deviation between seeds."""
-    cached = [row for row in rows if row["cache"] == "full"]
-    live = [row for row in rows if row["cache"] == "off"]
+    """A table of scores by seed, and the mean differences with the standard deviation between seeds."""
+    by_side = {side: [row for row in rows if row["cache"] == side] for side in SIDES}
     lines = [
-        "| seed | cached: BLEU | validation loss | live: BLEU | validation loss |",
-        "|---|---|---|---|---|",
+        f"| seed | {' | '.join(f'{side}: BLEU | validation loss' for side in SIDES)} |",
+        "|---|" + "---|---|" * len(SIDES),
     ]
-    for a, b in zip(cached, live, strict=True):
-        lines.append(f"| {a['seed']} | {a['bleu']:.2f} | {a['val_loss']:.4f} | {b['bleu']:.2f} | {b['val_loss']:.4f} |")
+    for of_seed in zip(*by_side.values(), strict=True):
+        cells = (f"{row['bleu']:.2f} | {row['val_loss']:.4f}" for row in of_seed)
+        lines.append(f"| {of_seed[0]['seed']} | {' | '.join(cells)} |")
     for measure in ("bleu", "val_loss"):
-        gaps = [a[measure] - b[measure] for a, b in zip(cached, live, strict=True)]
-        spread = statistics.stdev([row[measure] for row in live]) if len(gaps) > 1 else float("nan")
-        lines += [
-            "",
-            f"{measure}: cached minus live {statistics.mean(gaps):+.4f} on average ({min(gaps):+.4f} to "
-            f"{max(gaps):+.4f}); standard deviation between seeds with a live teacher: {spread:.4f}.",
-        ]
+        live = [row[measure] for row in by_side["live"]]
+        spread = statistics.stdev(live) if len(live) > 1 else float("nan")
+        for a, b in (("int8", "bf16"), ("int8", "live"), ("bf16", "live")):
+            gaps = [x[measure] - y[measure] for x, y in zip(by_side[a], by_side[b], strict=True)]
+            lines += [
+                "",
+                f"{measure}: {a} minus {b} {statistics.mean(gaps):+.4f} on average ({min(gaps):+.4f} to "
+                f"{max(gaps):+.4f}); standard deviation between seeds with a live teacher: {spread:.4f}.",
+            ]
     return "\n".join(lines)
 
 

@@ -50,10 +50,12 @@ from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.reader import RaggedArray, open_decoder_states, open_encoder_states
-from raydistill.teacher_cache.store import DtypeName
+from raydistill.teacher_cache.storage_dtypes import vector_bytes
+from raydistill.teacher_cache.store import ComputeDtype
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.optimizer_step import OptimizerStep, attention_kernel, clip_and_step
 from raydistill.training.prefetch import prefetch
+from raydistill.training.teacher_states import GPU_ROW_MULTIPLE, frozen_lm_head_weight
 from raydistill.training.workers import Worker
 
 LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
@@ -69,7 +71,10 @@ RATIOS = [
     ("KD, peak memory: ours / naive", "ours", "naive", "peak_mb"),
 ]
 READ_RATES = (0.5, 1.0, 3.0)  # GB/s: a network disk, a SATA disk at its best, an NVMe disk
-FORWARDED_OPTIONS = ("device", "threads", "batch", "source", "target", "family", "layers", "size", "steps", "profile")
+FORWARDED_OPTIONS = (
+    *("device", "threads", "batch", "source", "target", "family", "layers", "size", "steps", "profile"),
+    *("cache_precision", "row_multiple"),
+)
 
 
 @dataclass
@@ -327,33 +332,33 @@ class DiskArray(RaggedArray):
         return super().read_padded(rows)
 
     def _wait(self, rows: Sequence[int]) -> None:
-        bytes_per_vector = self.parts[0].width * self.dtype.itemsize
-        self.disk.read(int(self.lengths[list(rows)].sum()) * bytes_per_vector)
+        first = self.parts[0]
+        self.disk.read(int(self.lengths[list(rows)].sum()) * vector_bytes(first.dtype, first.width))
 
 
 def on_disk(array: RaggedArray, disk: Disk) -> DiskArray:
     """The same array, read from a disk."""
-    return DiskArray(array.parts, array.part_numbers, array.offsets, array.lengths, array.dtype, disk)
+    return DiskArray(array.parts, array.part_numbers, array.offsets, array.lengths, disk)
 
 
 def _cache_layout(
-    options: argparse.Namespace, models: Models, precision: DtypeName, decoder_states: bool
+    options: argparse.Namespace, models: Models, precision: ComputeDtype, decoder_states: bool
 ) -> CacheLayout:
     examples = make_examples(options, models.student.config.vocab_size)
     requested_layers = [(examples, models.cached_layers)] if decoder_states else []
-    dtypes = CacheDtypes(precision, precision)
+    dtypes = CacheDtypes(options.cache_precision, precision)
     width = models.student.config.d_model
     return CacheLayout(Path(options.cache), "random", examples, width, True, requested_layers, dtypes)
 
 
-def make_cache(options: argparse.Namespace, precision: DtypeName) -> None:
+def make_cache(options: argparse.Namespace, precision: ComputeDtype) -> None:
     """Build the stores that `time_from_cache` reads."""
     models = make_models(options)
     build_cache(_cache_layout(options, models, precision, decoder_states=True), models.teacher)
 
 
 def make_distillation_step(
-    options: argparse.Namespace, method: Any, precision: DtypeName, autocast_dtype: torch.dtype | None, disk: Disk
+    options: argparse.Namespace, method: Any, precision: ComputeDtype, autocast_dtype: torch.dtype | None, disk: Disk
 ) -> DistillationStep:
     """The product's step, which reads the stores that `make_cache` has built, from a disk."""
     models = make_models(options)
@@ -362,7 +367,6 @@ def make_distillation_step(
     del models  # `train` also releases the teacher: all that a step needs from it is in the stores
     malloc_trim()
     student.to(options.device)
-    lm_head: Any = student.lm_head
     step = DistillationStep(
         student,
         None,
@@ -377,7 +381,7 @@ def make_distillation_step(
             layer: on_disk(array, disk)
             for layer, array in (open_decoder_states(cache) if method == "kd" else {}).items()
         },
-        lm_head_weight=None if autocast_dtype is None else lm_head.weight.detach().to(autocast_dtype),
+        lm_head_weight=frozen_lm_head_weight(student, autocast_dtype, options.row_multiple),
     )
     student.train()
     student.get_encoder().eval()
@@ -389,7 +393,8 @@ def read_mb_per_step(options: argparse.Namespace, distillation: DistillationStep
     encoder = distillation.cached_encoder_states
     assert encoder is not None
     num_vectors = options.batch * (options.source + options.target * len(distillation.cached_decoder_states))
-    return num_vectors * encoder.parts[0].width * encoder.dtype.itemsize / 1e6
+    first = encoder.parts[0]
+    return num_vectors * vector_bytes(first.dtype, first.width) / 1e6
 
 
 def time_from_cache(side: str, options: argparse.Namespace, precision: Any) -> tuple[list[float], dict[str, Any]]:
@@ -498,7 +503,9 @@ def compare(options: argparse.Namespace) -> None:
         f"A training step: {options.family} {options.size}, {options.source} source and {options.target} target "
         f"tokens, batch {options.batch}, {options.device}"
     )
-    suffix = device_suffix(options.device, options.family)
+    variant = [options.cache_precision] if options.cache_precision != "bf16" else []
+    variant += [f"rows{options.row_multiple}"] if options.row_multiple != GPU_ROW_MULTIPLE else []
+    suffix = "_".join(filter(None, (device_suffix(options.device, options.family), *variant)))
     BenchmarkResult("kd_step", title, as_markdown(figures), figures, machine, suffix).write()
 
 
@@ -510,7 +517,7 @@ def measure_side(options: argparse.Namespace, side: str, precision: str, cache: 
         gc.collect()
         torch.cuda.empty_cache()
         return figures
-    forwarded = [f"--{name}={getattr(options, name)}" for name in FORWARDED_OPTIONS]
+    forwarded = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in FORWARDED_OPTIONS]
     forwarded += [f"--read-limit={options.read_limit}"] if options.read_limit else []
     command = [sys.executable, "-m", "benchmarks.kd_step", *forwarded, f"--side={side}", f"--precision={precision}"]
     done = subprocess.run([*command, f"--cache={cache}"], stdout=subprocess.PIPE, text=True, check=True)
@@ -564,6 +571,8 @@ def main() -> None:
     parser.add_argument(
         "--read-gbps", nargs="*", type=float, default=READ_RATES, help=f"rates of a cold cache; default: {READ_RATES}"
     )
+    parser.add_argument("--row-multiple", type=int, default=GPU_ROW_MULTIPLE, help="of the frozen LM head on a GPU")
+    parser.add_argument("--cache-precision", choices=["int8", "bf16", "fp32"], default="bf16", help="of the states")
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--side", choices=["cache", *SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)

@@ -42,6 +42,11 @@ steps() {
         part "kd_step_$family" 120 "$PY" -m benchmarks.kd_step --device cuda --batch 64 --family $family --steps 40 \
             --precisions bf16 --profile 1 --threads 8 --cache-root "${FAST_DISK:-/tmp}"
     done
+    # Without padding of the vocabulary, and with the cache in int8
+    part kd_step_unpadded 120 "$PY" -m benchmarks.kd_step --device cuda --batch 64 --family bart --steps 40 \
+        --precisions bf16 --profile 1 --threads 8 --cache-root "${FAST_DISK:-/tmp}" --row-multiple 1
+    part kd_step_int8_cache 120 "$PY" -m benchmarks.kd_step --device cuda --batch 64 --family bart --steps 40 \
+        --precisions bf16 --profile 1 --threads 8 --cache-root "${FAST_DISK:-/tmp}" --cache-precision int8
 }
 
 tests() {

@@ -330,7 +330,9 @@ class Training(StrictModel):
     cache_gb: float | None = Field(
         None, gt=0, description="maximum size of the teacher cache in GB; default: 90 % of the free space"
     )
-    cache_precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of the teacher states on disk")
+    cache_precision: Literal["int8", "bf16", "fp32"] = Field(
+        "bf16", description="precision of the teacher states on disk; int8: with a scale per 128 numbers"
+    )
 
     @model_validator(mode="after")
     def _check_batch_split(self) -> "Training":

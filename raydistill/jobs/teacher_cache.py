@@ -82,7 +82,7 @@ class CacheInputs:
     examples: dict[str, Examples]
     teacher_key: str
     teacher_config: Any
-    compute_dtype: store.DtypeName
+    compute_dtype: store.ComputeDtype
 
 
 def cache_group_key(run: Run) -> str:
@@ -238,7 +238,7 @@ def _load_inputs(request: CacheRequest) -> CacheInputs:
     return CacheInputs(examples, teacher_key(checkpoint), config, compute_dtype)
 
 
-def _resolve_compute_dtype(training: Training, device: str, compute_dtype: str | None) -> store.DtypeName:
+def _resolve_compute_dtype(training: Training, device: str, compute_dtype: str | None) -> store.ComputeDtype:
     """The dtype of the teacher in training, "bf16" or "fp32"; `compute_dtype` is used for `precision: auto`."""
     from raydistill.training.optimizer_step import autocast_dtype
     from raydistill.training.workers import Worker

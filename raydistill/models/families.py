@@ -267,7 +267,8 @@ def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | Non
     """Return the logits [..., vocabulary] of decoder outputs [..., width], as the model's own forward pass does.
 
     BART, Pegasus, mBART and Marian add `final_logits_bias`; T5 with tied embeddings first scales by width ** -0.5.
-    `lm_head_weight` [vocabulary, width] replaces the output embedding, usually by a copy in another precision.
+    `lm_head_weight` [rows, width] replaces the output embedding, usually by a copy in another precision. Rows beyond
+    the vocabulary give no logits.
     """
     if getattr(model.config, "scale_decoder_outputs", False):
         hidden = hidden * model.config.d_model**-0.5
@@ -276,9 +277,10 @@ def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | Non
     if lm_head_weight is None:
         logits = project(hidden)
         return logits if bias is None else logits + bias.to(logits.dtype)
-    return torch.nn.functional.linear(
-        hidden.to(lm_head_weight.dtype), lm_head_weight, None if bias is None else bias[0].to(lm_head_weight.dtype)
-    )
+    vocabulary = project.weight.shape[0]
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias[0].to(lm_head_weight.dtype), (0, len(lm_head_weight) - vocabulary))
+    return torch.nn.functional.linear(hidden.to(lm_head_weight.dtype), lm_head_weight, bias)[..., :vocabulary]
 
 
 def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:

@@ -274,12 +274,13 @@ def estimate_disk(runs: list[Run], config: Any, data: DatasetSize) -> DiskEstima
 def estimate_cache_bytes(runs: list[Run], config: Any, data: DatasetSize) -> tuple[int, int]:
     """Bytes of the encoder states, and of the decoder states of all label sets, that the runs would read.
 
-    A state is `d_model` numbers of 2 or 4 bytes per token, and decoder states are kept per layer.
+    A state is a vector of `d_model` numbers per token, and decoder states are kept per layer.
     """
     from raydistill.teacher_cache.policy import resolve_read_set
+    from raydistill.teacher_cache.storage_dtypes import vector_bytes
 
     readers = [run for run in runs if run.training.teacher_cache != "off"]
-    bytes_per_token = config.d_model * (4 if any(run.training.cache_precision == "fp32" for run in readers) else 2)
+    bytes_per_token = max((vector_bytes(run.training.cache_precision, config.d_model) for run in readers), default=0)
     layers_by_label_set: dict[str, set[int]] = {}
     reads_encoder = False
     for run in readers:

@@ -18,8 +18,9 @@ from raydistill.data.batching import bucket_by_length
 from raydistill.models import families
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache import store
-from raydistill.teacher_cache.layout import TORCH_DTYPES, CacheLayout, layer_array_name
+from raydistill.teacher_cache.layout import CacheLayout, layer_array_name
 from raydistill.teacher_cache.reader import read_encoder_part
+from raydistill.teacher_cache.storage_dtypes import NUMPY_DTYPES, from_storage, stored_width, to_numpy, to_storage
 
 BATCH_TOKENS = 8192  # padded source tokens of a batch of the teacher
 
@@ -62,7 +63,7 @@ def build_part(layout: CacheLayout, teacher: PreTrainedModel, number: int) -> di
         states, mask = _encode(layout, teacher, batch, cached_states)
         if layout.encoder_array in lacking:
             for row, values in zip(batch, states, strict=True):
-                vectors[layout.encoder_array][row] = _to_numpy(layout, values[: len(layout.sources[row])])
+                vectors[layout.encoder_array][row] = _to_stored_array(layout, values[: len(layout.sources[row])])
         for array, by_example in _decode(layout, teacher, batch, states, mask, lacking).items():
             vectors[array] |= by_example
     _write_part_vectors(layout, number, vectors, _device_seconds(started, teacher))
@@ -87,7 +88,7 @@ def _encode(
     with teacher_autocast(layout, teacher):
         states = families.encode(teacher, ids, mask).last_hidden_state
     # Rounded to the storage dtype also for the decoder, so that its states do not depend on which arrays existed.
-    return states.to(TORCH_DTYPES[layout.dtypes.storage]).to(teacher.dtype), mask
+    return from_storage(to_storage(states, layout.dtypes.storage), teacher.dtype), mask
 
 
 def _decode(
@@ -110,7 +111,7 @@ def _decode(
             outputs = families.decode(teacher, ids, states[positions], mask[positions], layers=True).layers
         for layer, array in arrays.items():
             vectors[array] = {
-                i: _to_numpy(layout, values[: len(examples.targets[i])])
+                i: _to_stored_array(layout, values[: len(examples.targets[i])])
                 for (_, i), values in zip(pairs, outputs[layer], strict=True)
             }
     return vectors
@@ -118,19 +119,18 @@ def _decode(
 
 def _write_part_vectors(layout: CacheLayout, number: int, vectors: PartVectors, device_seconds: float) -> None:
     """Write a part of several arrays; `device_seconds` of all of them is recorded with the first array."""
-    dtype = store.STORAGE_DTYPES[layout.dtypes.storage]
+    dtype = layout.dtypes.storage
+    empty = np.empty((0, stored_width(dtype, layout.width)), NUMPY_DTYPES[dtype])
     for index, (array, by_row) in enumerate(vectors.items()):
         is_encoder = array == layout.encoder_array
         order = layout.parts[number] if is_encoder else layout.examples_in_part(number, array.parent)
         if index == 0:
             store.write_part_time(array, number, device_seconds)
-        empty = np.empty((0, layout.width), dtype)
         store.write_part(array, number, np.concatenate([by_row[i] for i in order] or [empty]))
 
 
-def _to_numpy(layout: CacheLayout, values: Tensor) -> np.ndarray:
-    stored = values.to("cpu", TORCH_DTYPES[layout.dtypes.storage])
-    return (stored.view(torch.int16) if layout.dtypes.storage == "bf16" else stored).numpy()
+def _to_stored_array(layout: CacheLayout, states: Tensor) -> np.ndarray:
+    return to_numpy(to_storage(states, layout.dtypes.storage))
 
 
 def _device_seconds(started: float, teacher: PreTrainedModel) -> float:

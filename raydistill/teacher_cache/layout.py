@@ -11,27 +11,24 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from raydistill.core import artifact
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.hashing import content_hash
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache import store
+from raydistill.teacher_cache.storage_dtypes import vector_bytes
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ENCODER_ARRAY = "states"
 MAX_DISK_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
 class CacheDtypes:
-    """The data types in which states are stored and computed, "bf16" or "fp32" each. Part of the key of a store."""
+    """The data types in which states are stored and computed. Part of the key of a store."""
 
-    storage: store.DtypeName = "bf16"
-    compute: store.DtypeName = "fp32"
+    storage: store.StorageDtype = "bf16"
+    compute: store.ComputeDtype = "fp32"
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,10 @@ class CacheLayout:
     @cached_property
     def array_sizes(self) -> dict[Path, int]:
         """The bytes of every array, by its folder."""
-        vector_bytes = self.width * np.dtype(store.STORAGE_DTYPES[self.dtypes.storage]).itemsize
-        sizes = {self.encoder_array: vector_bytes * sum(map(len, self.sources))} if self.encoder else {}
+        bytes_per_token = vector_bytes(self.dtypes.storage, self.width)
+        sizes = {self.encoder_array: bytes_per_token * sum(map(len, self.sources))} if self.encoder else {}
         for folder, (examples, layers) in zip(self.decoder_stores, self.label_sets, strict=True):
-            size = vector_bytes * sum(map(len, examples.targets))
+            size = bytes_per_token * sum(map(len, examples.targets))
             sizes |= {folder / layer_array_name(layer): size for layer in layers}
         return sizes
 

@@ -20,7 +20,7 @@ from raydistill.models.shrinking import plan_student
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache.builder import teacher_autocast
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
-from raydistill.teacher_cache.store import DtypeName
+from raydistill.teacher_cache.store import ComputeDtype
 
 # What is cached: encoder and decoder states, encoder states only, or nothing.
 CacheMode = Literal["full", "encoder", "off"]
@@ -66,7 +66,7 @@ def make_cache_layout(
     teacher_key: str,
     teacher_config: Any,
     root: Path,
-    compute_dtype: DtypeName,
+    compute_dtype: ComputeDtype,
 ) -> CacheLayout:
     """The layout of everything that runs on one training split read.
 

@@ -1,6 +1,9 @@
 """Reading the arrays of a complete teacher cache, memory-mapped."""
 
-from collections.abc import Sequence
+import ctypes
+import math
+import mmap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +16,14 @@ from raydistill.core.artifact import MANIFEST
 from raydistill.core.errors import UserError
 from raydistill.core.files import mark_used
 from raydistill.teacher_cache import store
-from raydistill.teacher_cache.layout import TORCH_DTYPES, CacheLayout, layer_array_name
+from raydistill.teacher_cache.layout import CacheLayout, layer_array_name
+from raydistill.teacher_cache.storage_dtypes import (
+    NUMPY_DTYPES,
+    from_numpy,
+    from_storage,
+    stored_width,
+    vector_bytes,
+)
 
 # Parts that are mapped at a time. Linux allows a process 65,530 mappings, and a large corpus has thousands of parts for
 # the encoder and for every layer.
@@ -31,47 +41,74 @@ class PartFile:
     path: Path
     num_vectors: int
     width: int
-    dtype: str
+    dtype: store.StorageDtype
     mtime_ns: int
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return self.num_vectors * self.width * np.dtype(store.STORAGE_DTYPES[self.dtype]).itemsize
+        return self.num_vectors * vector_bytes(self.dtype, self.width)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Vectors, and numbers on disk of a vector."""
+        return self.num_vectors, stored_width(self.dtype, self.width)
 
 
 @dataclass(frozen=True)
 class RaggedArray:
     """Memory-mapped rows of vectors.
 
-    Row i consists of `lengths[i]` vectors of the part `parts[part_numbers[i]]`, from vector `offsets[i]` on.
+    Row i consists of `lengths[i]` vectors of the part `parts[part_numbers[i]]`, from vector `offsets[i]` on. Vectors
+    are returned as they are stored; `from_storage` converts them, on any device.
     """
 
     parts: list[PartFile]
     part_numbers: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
-    dtype: torch.dtype
+
+    def read_ahead(self, rows: Iterable[int]) -> None:
+        """Let the kernel read the vectors of the rows from the disk in the background, a row in a piece."""
+        for i in rows:
+            advise_will_need(self._read_row(i))
 
     def read_flat(self, rows: Sequence[int]) -> Tensor:
-        """The vectors of the rows one after another, [tokens, width]."""
-        return self._to_tensor(np.concatenate([self._read_row(i) for i in rows]))
+        """The vectors of the rows one after another, [tokens, stored width]."""
+        return from_numpy(np.concatenate([self._read_row(i) for i in rows]))
 
     def read_padded(self, rows: Sequence[int]) -> Tensor:
-        """The vectors of the rows, padded with zeros, [rows, longest, width]."""
+        """The vectors of the rows, padded with zeros, [rows, longest, stored width]."""
         first = self.parts[0]
-        shape = (len(rows), int(self.lengths[list(rows)].max()), first.width)
-        padded = np.zeros(shape, store.STORAGE_DTYPES[first.dtype])
+        shape = (len(rows), int(self.lengths[list(rows)].max()), first.shape[-1])
+        padded = np.zeros(shape, NUMPY_DTYPES[first.dtype])
         for position, i in enumerate(rows):
             padded[position, : self.lengths[i]] = self._read_row(i)
-        return self._to_tensor(padded)
+        return from_numpy(padded)
 
     def _read_row(self, i: int) -> np.ndarray:
         return map_part(self.parts[self.part_numbers[i]])[self.offsets[i] : self.offsets[i] + self.lengths[i]]
 
-    def _to_tensor(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+def advise_will_need(values: np.ndarray) -> None:
+    """Announce to the kernel that a contiguous, memory-mapped array will be read. The call does not wait for the disk.
+
+    Without the advice, the first access to each page waits for a read of a few pages.
+    """
+    if values.nbytes:
+        start = values.__array_interface__["data"][0]
+        page_start = start - start % mmap.PAGESIZE
+        _madvise(page_start, start + values.nbytes - page_start, mmap.MADV_WILLNEED)
+
+
+def _madvise(address: int, num_bytes: int, advice: int) -> None:
+    """madvise(2). An error has no consequence: the pages are then read when they are accessed."""
+    _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_int(advice))
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def open_encoder_states(layout: CacheLayout) -> RaggedArray:
@@ -97,7 +134,7 @@ def open_decoder_states(layout: CacheLayout, index: int = 0) -> dict[int, Ragged
 
 
 def read_encoder_part(layout: CacheLayout, number: int) -> dict[int, Tensor]:
-    """The encoder states of the rows of a part, [tokens, width] each.
+    """The encoder states of the rows of a part in float32, [tokens, width] each.
 
     Raises:
         UserError: The part is missing or damaged.
@@ -109,8 +146,7 @@ def read_encoder_part(layout: CacheLayout, number: int) -> dict[int, Tensor]:
     part = PartFile(path, sum(lengths), layout.width, layout.dtypes.storage, status.st_mtime_ns if status else 0)
     if status is None or status.st_size != part.nbytes:
         raise _corrupt_part_error(path)
-    vectors = torch.from_numpy(map_part(part))
-    vectors = vectors.view(torch.bfloat16) if layout.dtypes.storage == "bf16" else vectors
+    vectors = from_storage(from_numpy(map_part(part)), torch.float32)
     return dict(zip(rows, vectors.split(lengths), strict=True))
 
 
@@ -130,27 +166,27 @@ def _open_array(array: Path, rows_by_part: list[list[int]], lengths: list[int], 
         if manifest.files.get(part.path.name) != part.nbytes:
             raise _corrupt_part_error(part.path)
         parts.append(part)
-    return RaggedArray(parts, part_numbers, offsets, np.asarray(lengths), TORCH_DTYPES[layout.dtypes.storage])
+    return RaggedArray(parts, part_numbers, offsets, np.asarray(lengths))
 
 
 @lru_cache(maxsize=MAX_MAPPED_PARTS)
 def map_part(part: PartFile) -> np.ndarray:
-    """Map a part as an array [vectors, width].
+    """Map a part as an array [vectors, stored width].
 
     numpy's memmap would keep a file open for each part; torch's `from_file` does not.
 
     Raises:
         UserError: The part is missing or damaged.
     """
-    dtype = np.dtype(store.STORAGE_DTYPES[part.dtype])
+    dtype = np.dtype(NUMPY_DTYPES[part.dtype])
     if not part.nbytes:
-        return np.empty((0, part.width), dtype)
+        return np.empty(part.shape, dtype)
     torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
     try:
-        values = torch.from_file(str(part.path), shared=False, size=part.num_vectors * part.width, dtype=torch_dtype)
+        values = torch.from_file(str(part.path), shared=False, size=math.prod(part.shape), dtype=torch_dtype)
     except RuntimeError:
         raise _corrupt_part_error(part.path) from None
-    return values.numpy().reshape(part.num_vectors, part.width)
+    return values.numpy().reshape(part.shape)
 
 
 def _corrupt_part_error(path: Path) -> UserError:

@@ -26,9 +26,8 @@ FORMAT_VERSION = 3
 PART_TOKENS = 2**15
 WINDOW_ROWS = 20_000
 MAX_GROUP_BYTES = 240  # a file name has at most 255, with the dot and the suffix of the lock
-DtypeName = Literal["bf16", "fp32"]
-# numpy has no bfloat16, so the bits are stored as int16.
-STORAGE_DTYPES: dict[str, type[np.generic]] = {"bf16": np.int16, "fp32": np.float32}
+ComputeDtype = Literal["bf16", "fp32"]
+StorageDtype = Literal["int8", "bf16", "fp32"]
 
 
 class StoreRecord(Record):
@@ -42,8 +41,8 @@ class StoreRecord(Record):
     teacher: str
     data: str
     teacher_key: str
-    storage_dtype: DtypeName
-    compute_dtype: DtypeName
+    storage_dtype: StorageDtype
+    compute_dtype: ComputeDtype
     width: int
     lock_group: str
 
@@ -109,7 +108,7 @@ def part_time_path(array_dir: Path, number: int) -> Path:
 
 
 def write_part(array_dir: Path, number: int, vectors: np.ndarray) -> None:
-    """Write a part [vectors, width], whole or not at all."""
+    """Write a part [vectors, stored width], whole or not at all."""
     write_atomic(part_path(array_dir, number), vectors.tobytes())
 
 

@@ -16,6 +16,7 @@ from raydistill.models import families
 from raydistill.models.shrinking import LayerPlan
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache.reader import RaggedArray
+from raydistill.teacher_cache.storage_dtypes import from_storage
 from raydistill.training.losses import (
     OutputTargets,
     attention_mse,
@@ -38,8 +39,10 @@ class MicroBatch:
             that a step does not wait for a GPU to count them.
         source_mask: 1 for real source tokens [rows, source tokens].
         source_ids: Source token ids of equal shape; None where no encoder has to run.
-        encoder_states: Cached encoder states [rows, source tokens, width]; None where they are not cached.
-        teacher_states: Cached outputs of the teacher's decoder layers, real tokens only, [tokens, width] by layer.
+        encoder_states: Cached encoder states as stored [rows, source tokens, stored width]; None where they are not
+            cached.
+        teacher_states: Cached outputs of the teacher's decoder layers as stored, real tokens only, [tokens, stored
+            width] by layer.
     """
 
     labels: Tensor
@@ -84,7 +87,8 @@ class DistillationStep:
         lm_head_shared: The LM head is the teacher's and frozen, and serves both models.
         cached_encoder_states: Encoder states of every source.
         cached_decoder_states: Outputs of the teacher's decoder layers for every example, by layer.
-        lm_head_weight: A copy of the frozen LM head's weight in the autocast dtype, which saves a cast per chunk.
+        lm_head_weight: A copy of the frozen LM head's weight in the autocast dtype, which saves a cast per chunk; may
+            have further rows of zeros.
     """
 
     student: PreTrainedModel
@@ -145,6 +149,14 @@ class DistillationStep:
     def encoder_supervised(self) -> bool:
         """Whether the teacher's encoder supervises the student's encoder, which has fewer layers."""
         return not self.encoder_shared and self.layer_plan is not None and not self.layer_plan.copies_full_encoder
+
+    def read_ahead(self, batch: Sequence[int]) -> None:
+        """Let the kernel read the cached states of examples into memory in the background, before `read_batch`."""
+        if self.cached_decoder_states:
+            for layer in self.layers_needed:
+                self.cached_decoder_states[layer].read_ahead(batch)
+        if self.encoder_shared and self.cached_encoder_states is not None:
+            self.cached_encoder_states.read_ahead(self.examples.source_indices[i] for i in batch)
 
     def read_batch(self, batch: Sequence[int]) -> MicroBatch:
         """The tensors of a micro-batch of examples, on the CPU; may be called in another thread."""
@@ -218,9 +230,10 @@ class DistillationStep:
         """The student's encoder states; and the loss and the sum of the encoder's hidden term, where it is computed."""
         no_loss = torch.zeros((), device=batch.labels.device)
         if batch.encoder_states is not None:
-            # Under autocast the decoder casts them itself.
-            cast = torch.is_autocast_enabled(batch.encoder_states.device.type)
-            return batch.encoder_states if cast else batch.encoder_states.to(self.student.dtype), no_loss, {}
+            device = batch.encoder_states.device.type
+            # Under autocast every layer of the decoder would cast them again.
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.student.dtype
+            return from_storage(batch.encoder_states, dtype), no_loss, {}
         assert batch.source_ids is not None
         supervised = "encoder_hidden" in scales
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_shared):
@@ -275,12 +288,11 @@ class DistillationStep:
 
         Attention maps are not cached: for them the teacher's decoder runs, on cached encoder states where available.
         """
-        if batch.teacher_states and not with_attentions:
-            return batch.teacher_states, ()
-        output = self._run_teacher_decoder(
-            batch, encoder_states, layers=not batch.teacher_states, attentions=with_attentions
-        )
-        states = batch.teacher_states or {
+        cached_states = {layer: from_storage(states, torch.float32) for layer, states in batch.teacher_states.items()}
+        if cached_states and not with_attentions:
+            return cached_states, ()
+        output = self._run_teacher_decoder(batch, encoder_states, layers=not cached_states, attentions=with_attentions)
+        states = cached_states or {
             layer: select_tokens(output.layers[layer], batch.token_positions) for layer in self.layers_needed
         }
         return states, output.attentions

@@ -15,12 +15,15 @@ from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.policy import make_cache_layout
 from raydistill.teacher_cache.reader import RaggedArray, open_decoder_states, open_encoder_states
-from raydistill.teacher_cache.store import DtypeName
+from raydistill.teacher_cache.store import ComputeDtype
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.inputs import RunInputs
 from raydistill.training.optimizer_step import autocast_dtype
 from raydistill.training.student import StudentSetup
 from raydistill.training.workers import Worker
+
+# The tensor cores' fast kernels need rows of 16 bytes: 8 numbers of 16 bits. BART has 50,265 words.
+GPU_ROW_MULTIPLE = 8
 
 
 def make_distillation_step(
@@ -55,15 +58,21 @@ def make_distillation_step(
     return distillation
 
 
-def frozen_lm_head_weight(student: PreTrainedModel, autocast: torch.dtype | None) -> Tensor | None:
-    """A copy of the LM head's weight [vocabulary, width] in the autocast dtype, which saves a cast for every chunk.
+def frozen_lm_head_weight(
+    student: PreTrainedModel, autocast: torch.dtype | None, gpu_row_multiple: int = GPU_ROW_MULTIPLE
+) -> Tensor | None:
+    """A copy of the LM head's weight [rows, width] in the autocast dtype, which saves a cast for every chunk.
 
-    None where the weight is trained, or where there is no autocast.
+    On a GPU, the rows of the vocabulary are followed by zeros up to a multiple of `gpu_row_multiple`, as
+    `families.lm_head` accepts. None where the weight is trained, or where there is no autocast.
     """
     if autocast is None or families.trainable_lm_head_parameters(student):
         return None
     lm_head: Any = student.lm_head
-    return lm_head.weight.detach().to(autocast)
+    weight: Tensor = lm_head.weight.detach().to(autocast)
+    if weight.device.type != "cuda":
+        return weight
+    return torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % gpu_row_multiple))
 
 
 def _needs_teacher(run: Run, distillation: DistillationStep, frozen: FrozenParts) -> bool:
@@ -89,7 +98,7 @@ def _open_cached_states(
     mode = inputs.cache_mode if run.training.teacher_cache == "auto" else run.training.teacher_cache
     if inputs.cache_root is None or mode == "off":
         return None, {}
-    compute_dtype: DtypeName = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
+    compute_dtype: ComputeDtype = "fp32" if autocast_dtype(run.training, worker) is None else "bf16"
     if teacher.token_ids is not None:
         examples = examples.with_token_ids(teacher.token_ids)
     examples_by_label = {run.label_key: examples}

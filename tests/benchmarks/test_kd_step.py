@@ -18,7 +18,7 @@ def test_reads_take_as_long_as_the_disk_needs(tmp_path: Path, monkeypatch):
     vectors = np.arange(24, dtype=np.float32).reshape(6, 4)
     (tmp_path / "part").write_bytes(vectors.tobytes())
     part = PartFile(tmp_path / "part", 6, 4, "fp32", 0)
-    array = RaggedArray([part], np.zeros(3, np.int64), np.array([0, 2, 5]), np.array([2, 3, 1]), torch.float32)
+    array = RaggedArray([part], np.zeros(3, np.int64), np.array([0, 2, 5]), np.array([2, 3, 1]))
     disk = kd_step.Disk(16e-9)
     slow = kd_step.on_disk(array, disk)
     assert torch.equal(slow.read_flat([1, 2]), array.read_flat([1, 2]))

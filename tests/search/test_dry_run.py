@@ -36,6 +36,10 @@ def test_cache_of_xsum_at_full_size_takes_about_170_gb_of_encoder_states():
     encoder, decoder = estimate_cache_bytes([run], BartConfig(), data)
     assert 160e9 < encoder < 180e9
     assert decoder == pytest.approx(3 * encoder * target / source, rel=1e-3)  # layers 3, 7 and 11
+    int8 = run.model_copy(update={"training": run.training.model_copy(update={"cache_precision": "int8"})})
+    # Width 1024: 1024 integers and 8 scales of 4 bytes, instead of 1024 numbers of 2 bytes
+    sizes = [round(size * 1056 / 2048) for size in (encoder, decoder)]
+    assert estimate_cache_bytes([int8], BartConfig(), data) == pytest.approx(sizes, rel=1e-6)
     off = run.model_copy(update={"training": run.training.model_copy(update={"teacher_cache": "off"})})
     assert estimate_cache_bytes([off], BartConfig(), data) == (0, 0)
     shrunk = run.model_copy(update={"student": run.student.model_copy(update={"size": "6-3"})})

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from raydistill.inference.decoding import torch_threads
 from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.layout import CacheDtypes
 from raydistill.teacher_cache.reader import open_decoder_states, open_encoder_states
+from raydistill.teacher_cache.storage_dtypes import from_storage
 from tests.factories.models import save_tiny
 from tests.factories.teacher_cache import cache_examples, cache_layout, compute_states, is_close
 
@@ -42,6 +44,33 @@ def test_bf16_states_are_the_rounded_fp32_states(teacher, tmp_path):
     assert torch.equal(open_encoder_states(bf16).read_flat([3, 0]), expected)
 
 
+@pytest.mark.parametrize("storage", ["int8", "bf16", "fp32"])
+def test_a_part_that_is_built_again_has_the_same_bytes(storage, teacher, tmp_path):
+    """Whether the decoder runs on encoder states of the store or on those that it has just computed."""
+    layout = cache_layout(tmp_path, cache_examples(), dtypes=CacheDtypes(storage, "fp32"))
+    with torch_threads(1):
+        build_cache(layout, teacher)
+        parts = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.bin"))}
+        assert sum(map(len, parts.values())) == sum(layout.array_sizes.values())
+        for path in parts:
+            if path.parent.name != "states":
+                path.unlink()
+                (path.parent / "manifest.json").unlink(missing_ok=True)
+        build_cache(layout, teacher)
+    assert {path: path.read_bytes() for path in parts} == parts
+
+
+def test_int8_states_are_the_fp32_states_within_half_a_scale(teacher, tmp_path):
+    layouts = [cache_layout(tmp_path, cache_examples(), dtypes=CacheDtypes(s, "fp32")) for s in ("fp32", "int8")]
+    for layout in layouts:
+        build_cache(layout, teacher)
+    exact, stored = (open_encoder_states(layout).read_flat([3, 0]) for layout in layouts)
+    scales = exact.abs().amax(-1, keepdim=True) / 127
+    assert stored.dtype == torch.int8
+    assert stored.shape == (len(exact), 16 + 4)
+    assert ((from_storage(stored, torch.float32) - exact).abs() <= 0.50001 * scales).all()
+
+
 def test_missing_layers_are_added_without_changing_existing_parts(teacher, tmp_path):
     examples = cache_examples()
     build_cache(cache_layout(tmp_path, examples, [2]), teacher)
@@ -65,6 +94,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from raydistill.models.loading import load_model

@@ -16,10 +16,11 @@ def test_keys_depend_on_teacher_sources_targets_and_dtypes(tmp_path):
     others = [
         replace(base, teacher_key="other"),
         replace(base, dtypes=CacheDtypes("bf16", "fp32")),
+        replace(base, dtypes=CacheDtypes("int8", "fp32")),
         replace(base, dtypes=CacheDtypes("fp32", "bf16")),
         cache_layout(tmp_path, cache_examples(8)),
     ]
-    assert len({layout.encoder_store.name for layout in (base, *others)}) == 5
+    assert len({layout.encoder_store.name for layout in (base, *others)}) == 6
     relabelled = Examples(examples.sources, [[7, 2]] * 9, examples.source_indices)
     assert cache_layout(tmp_path, relabelled).encoder_store == base.encoder_store
     assert cache_layout(tmp_path, relabelled).decoder_stores != base.decoder_stores

@@ -12,7 +12,7 @@ from raydistill.core import machine
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
 from raydistill.teacher_cache import policy
-from raydistill.teacher_cache.layout import CacheLayout
+from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.policy import (
     EpochTimes,
     choose_mode,
@@ -28,7 +28,8 @@ PHYSICAL_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 def layout_of_2_4_mb(root, encoder=True, decoder=True):
     """2 MB of encoder states and 0.4 MB of decoder states."""
     examples = Examples([[1] * 100] * 10, [[1] * 10] * 10, list(range(10)))
-    return CacheLayout(root, "key", examples, 1000, encoder, [(examples, [0, 2])] if decoder else [])
+    decoders = [(examples, [0, 2])] if decoder else []
+    return CacheLayout(root, "key", examples, 1000, encoder, decoders, CacheDtypes("bf16"))
 
 
 TIMES = EpochTimes(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)

@@ -1,8 +1,10 @@
 """Reading cached states: memory mappings, and parts that are missing or damaged."""
 
+import mmap
 import shutil
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,31 @@ def test_number_of_mapped_parts_is_bounded(layout, monkeypatch):
     for _ in range(2):
         assert torch.equal(states.read_padded(rows), expected)
         assert count_mappings() == 2
+
+
+def test_read_ahead_covers_the_pages_of_each_row_and_no_others(layout, monkeypatch):
+    calls = []
+    monkeypatch.setattr(reader, "_madvise", lambda *arguments: calls.append(arguments))
+    states = open_encoder_states(layout)
+    states.read_ahead([8, 0])
+    assert len(calls) == 2
+    for row, (address, num_bytes, advice) in zip([8, 0], calls, strict=True):
+        values = torch.from_numpy(states._read_row(row))
+        start = values.data_ptr()
+        assert address % mmap.PAGESIZE == 0
+        assert start - mmap.PAGESIZE < address <= start
+        assert address + num_bytes == start + values.nbytes
+        assert advice == mmap.MADV_WILLNEED
+
+
+def test_the_kernel_accepts_the_advice(layout, monkeypatch):
+    libc, results = reader._libc(), []
+    monkeypatch.setattr(
+        reader, "_libc", lambda: SimpleNamespace(madvise=lambda *arguments: results.append(libc.madvise(*arguments)))
+    )
+    states = open_encoder_states(layout)
+    states.read_ahead([8, 0, 5])
+    assert results == [0, 0, 0]
 
 
 def test_part_that_is_deleted_while_a_run_reads_it_is_reported(layout):

@@ -151,15 +151,34 @@ def test_cached_and_live_teacher_agree_in_bf16(family, size, tmp_path):
     assert relative_distance(cached_gradient, gradient) < 0.025
 
 
-@pytest.mark.parametrize("family", ["bart", "marian", "t5"])
-def test_bf16_cache_changes_losses_little(family, tmp_path):
-    """bf16 has 8 significant bits: a relative error of at most 2**-8 per value, which averages out in the sums."""
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_rows_beyond_the_vocabulary_change_neither_losses_nor_gradients(family, tmp_path):
+    """On a GPU the frozen LM head is padded to a multiple of 8 rows. Here the rows are large, not zeros."""
     live = soften_attention(tiny_distillation(family, tmp_path / "t"))
-    cached = with_cache(live, live.teacher, tmp_path / "cache", CacheDtypes("bf16", "fp32"))
+    weight = frozen_lm_head_weight(live.student, torch.bfloat16)
+    padded = torch.cat([weight, torch.full((5, weight.shape[1]), 50.0, dtype=weight.dtype)])
+    sums, gradient = loss_and_gradient(replace(live, lm_head_weight=weight), [0, 1, 2], "bf16")
+    padded_sums, padded_gradient = loss_and_gradient(replace(live, lm_head_weight=padded), [0, 1, 2], "bf16")
+    assert padded_sums == pytest.approx(sums, rel=1e-6)
+    assert relative_distance(padded_gradient, gradient) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("storage", "term_tolerance", "gradient_tolerance"), [("bf16", 1e-2, 0.1), ("int8", 3e-2, 0.4)]
+)
+@pytest.mark.parametrize("family", ["bart", "marian", "t5"])
+def test_rounded_cache_changes_losses_little(family, storage, term_tolerance, gradient_tolerance, tmp_path):
+    """bf16 has a relative error of at most 2**-8 per value, int8 an error of at most the largest value / 254.
+
+    The errors average out in the sums. Observed with int8, on models of width 16: up to 0.0124 of a
+    term and 0.24 of the gradient.
+    """
+    live = soften_attention(tiny_distillation(family, tmp_path / "t"))
+    cached = with_cache(live, live.teacher, tmp_path / "cache", CacheDtypes(storage, "fp32"))
     sums, gradient = loss_and_gradient(live, [0, 1, 2, 3])
     cached_sums, cached_gradient = loss_and_gradient(cached, [0, 1, 2, 3])
-    assert cached_sums == pytest.approx(sums, rel=1e-2)
-    assert 0 < relative_distance(cached_gradient, gradient) < 0.1
+    assert cached_sums == pytest.approx(sums, rel=term_tolerance)
+    assert 0 < relative_distance(cached_gradient, gradient) < gradient_tolerance
 
 
 def test_cached_step_runs_neither_encoder_nor_teacher(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from raydistill.config.run import Training
-from raydistill.data.batching import Examples, split_by_tokens
+from raydistill.data.batching import Examples, epoch_batches, split_by_tokens
 from raydistill.training import optimizer_step
+from raydistill.training.distillation import DistillationStep
 from raydistill.training.optimizer_step import (
     OptimizerStep,
     clip_and_step,
@@ -25,6 +26,26 @@ def sgd_step(distillation, settings):
     step = OptimizerStep(distillation, settings, optimizer)
     means = step.run(step.read_inputs(range(6)))
     return {name: float(value) for name, value in means.items()}, flat_weights(distillation.student)
+
+
+def test_batches_are_read_ahead_of_their_steps_in_the_order_of_the_steps(tmp_path, monkeypatch):
+    distillation = tiny_distillation("bart", tmp_path / "t")
+    settings = Training(batch_size=2, precision="fp32", seed=3)
+    step = OptimizerStep.create(distillation, settings)
+    total, events = 20, []
+    monkeypatch.setattr(DistillationStep, "read_ahead", lambda self, batch: events.append(("ahead", tuple(batch))))
+    monkeypatch.setattr(DistillationStep, "read_batch", lambda self, batch: events.append(("read", tuple(batch))))
+    assert len(list(step.iter_inputs(0, total))) == total
+    ahead, read = ([rows for kind, rows in events if kind == name] for name in ("ahead", "read"))
+    lengths = optimizer_step.effective_lengths(distillation.examples)
+    epochs = [epoch_batches(lengths, 2, 3, epoch) for epoch in range(7)]
+    assert ahead == read == [tuple(batch) for batches in epochs for batch in batches][:total]
+    for n, position in enumerate(i for i, (kind, _) in enumerate(events) if kind == "read"):
+        num_ahead = sum(kind == "ahead" for kind, _ in events[:position])
+        assert num_ahead == min(total, n + 1 + optimizer_step.READ_AHEAD_STEPS)
+    events.clear()
+    list(step.iter_inputs(7, total))
+    assert [rows for kind, rows in events if kind == "read"] == read[7:]
 
 
 @pytest.mark.parametrize("size", ["2-2", "1-2"])
