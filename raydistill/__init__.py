@@ -1,8 +1,8 @@
 """Distil a large fine-tuned encoder-decoder into the best small student for a budget, on Ray.
 
-`sweep`, `train`, `pseudolabel`, `evaluate` and `choose` are functions that do what the commands of these names do. Each
-is defined in the command's module and imported at its first use, so that `--help` and a mistyped command are answered
-at once.
+`sweep`, `train`, `pseudolabel`, `evaluate`, `choose` and `status` are functions that do what the commands of these
+names do. Each is defined in the command's module and imported at its first use, so that `--help` and a mistyped command
+are answered at once.
 """
 
 import importlib
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from raydistill.choose import choose as choose
     from raydistill.evaluate import evaluate as evaluate
     from raydistill.pseudolabel import pseudolabel as pseudolabel
+    from raydistill.status import status as status
     from raydistill.sweep import sweep as sweep
     from raydistill.train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["choose", "evaluate", "pseudolabel", "sweep", "train"]
+__all__ = ["choose", "evaluate", "pseudolabel", "status", "sweep", "train"]
 
 
 class _Package(ModuleType):

@@ -2,23 +2,52 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raydistill._app import make_app, run_app
 from raydistill.core.console import print_json, print_text
 from raydistill.core.paths import raydistill_home
-from raydistill.results.status import format_statuses, read_statuses
+from raydistill.results.status import JobStatus, format_statuses, read_statuses
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = make_app()
 CLEAR_SCREEN = "\033[H\033[2J"
 
 
-@app.command()
-def status(
+@dataclass(frozen=True)
+class Statuses:
+    """The result of `status`: the jobs, running ones first, then the newest first."""
+
+    jobs: list[JobStatus]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per job."""
+        import pandas as pd
+
+        return pd.DataFrame([job.model_dump(mode="json") for job in self.jobs])
+
+
+def status(name: str | None = None) -> Statuses:
+    """The state of every sweep, run and label job under the home, or of those with a name.
+
+    Args:
+        name: Only jobs of this name.
+
+    Raises:
+        UserError: There is no job of this name.
+    """
+    return Statuses(read_statuses(raydistill_home(), name))
+
+
+@app.command("status")
+def status_command(
     name: Annotated[str | None, typer.Argument(help="only jobs of this name")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="print again until Ctrl-C")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="seconds between two prints of --watch")] = 5.0,
@@ -50,7 +79,7 @@ def status(
 
 
 def _print(home: Path, name: str | None, as_json: bool, clear: bool) -> None:
-    jobs = read_statuses(home, name)
+    jobs = status(name).jobs
     if as_json:
         print_json({"home": str(home), "jobs": [job.model_dump(mode="json") for job in jobs]}, True)
         return

@@ -20,7 +20,7 @@ from raydistill.tracking.export import export_student
 from raydistill.training.records import RESULT_FILE, RUN_FILE, RunResult, write_history, write_run
 from tests.factories.label_sets import pseudolabel_manifest, write_labels
 from tests.factories.models import sentences
-from tests.factories.sweeps import RUN, make_student
+from tests.factories.sweeps import RUN, make_student, make_trial
 from tests.factories.workspace import make_world
 
 
@@ -122,3 +122,12 @@ def test_two_checkpoints_are_evaluated_on_the_same_rows(tmp_path: Path) -> None:
     assert len(frame) == 4
     with pytest.raises(UserError, match="two different checkpoints"):
         raydistill.evaluate(teacher, teacher, dataset=str(data))
+
+
+def test_jobs_are_a_table(sweep: Path) -> None:
+    make_trial(sweep, "a", 0, 10.0)
+    statuses = raydistill.status("mini")
+    assert statuses.jobs == raydistill.status().jobs
+    assert statuses.to_pandas()["name"].tolist() == ["mini"]
+    with pytest.raises(UserError, match="other: no sweep, run or label job of this name"):
+        raydistill.status("other")
