@@ -4,20 +4,16 @@ Statistics are stored per row. A corpus score is a mean (ROUGE) or a function of
 resamples rows without scoring texts again.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 
 from raydistill.core.errors import UserError
+from raydistill.evaluation.rouge import ROUGE_METRICS, rouge_rows, rouge_signature
 
-ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _LOG_OF_ZERO = -9999999999.0  # sacrebleu's value for log 0
 NUM_RESAMPLES = 10_000  # an end of a 95 % interval then has a standard error of 0.7 % of the interval's width
 _SEED_STREAM = 2**32 - 1  # apart from the streams of `resample_counts`
@@ -45,44 +41,6 @@ class Comparison:
     low: float
     high: float
     p_value: float
-
-
-def split_sentences(text: str) -> list[str]:
-    """Return the sentences of a text: its lines if it has several, else the parts that end with . ! ? and a space.
-
-    The rule needs no downloaded model. It also splits after abbreviations ("Mr. Smith"), in outputs as
-    in references.
-    """
-    text = text.strip()
-    parts = text.splitlines() if "\n" in text else _SENTENCE_END.split(text)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def lead_baseline(source: str, n: int = 1) -> str:
-    """Return the first `n` sentences of a text, a common baseline for summarization."""
-    return " ".join(split_sentences(source)[:n])
-
-
-def rouge_rows(predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
-    """Return F1 x 100 per row of rouge1, rouge2, rougeL and rougeLsum, each [rows]; the corpus score is the mean.
-
-    Computed by Google's rouge-score with Porter stemming. Its tokens are ASCII letters and digits, so ROUGE is
-    meaningless for other scripts. rougeLsum uses the sentences of `split_sentences`.
-
-    Raises:
-        ValueError: The numbers of predictions and references differ.
-    """
-    _check_same_length(predictions, references)
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_rouge_tokenizer())
-    summary = RougeScorer(["rougeLsum"], tokenizer=_rouge_tokenizer())
-    rows = np.zeros((len(predictions), len(ROUGE_METRICS)))
-    for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        scores = scorer.score(reference, prediction)
-        scores |= summary.score("\n".join(split_sentences(reference)), "\n".join(split_sentences(prediction)))
-        rows[i] = [100 * scores[name].fmeasure for name in ROUGE_METRICS]
-    return {name: rows[:, i] for i, name in enumerate(ROUGE_METRICS)}
 
 
 def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
@@ -125,8 +83,7 @@ def signature(metric: str) -> str:
         scorer = BLEU()
         scorer.corpus_score(["a"], [["a"]])  # a signature is known only after a score
         return f"bleu|{scorer.get_signature()}"
-    stem_and_split = "f1:mean|stemmer:porter|tok:rouge-score|sentences:newline,[.!?]+space"
-    return f"{metric}|nrefs:1|{stem_and_split}|version:rouge-score-{version('rouge-score')}"
+    return rouge_signature(metric)
 
 
 def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
@@ -142,6 +99,7 @@ def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
         return Scores({"bleu": corpus_bleu(rows)}, rows, metric)
     if metric not in ROUGE_METRICS:
         raise UserError(f"unknown metric {metric!r}; known: {', '.join(ROUGE_METRICS)}, bleu")
+    _check_same_length(predictions, references)
     by_name = rouge_rows(predictions, references)
     return Scores({name: float(rows.mean()) for name, rows in by_name.items()}, by_name[metric], metric)
 
@@ -169,20 +127,6 @@ class ScoreAccumulator:
         if self.metric == "bleu":
             return {name: corpus_bleu(total[None]) for name, total in self.sums.items()}
         return {name: float(total) / self.count for name, total in self.sums.items()}
-
-
-def rouge2_rows(predictions: list[str], references: list[str]) -> np.ndarray:
-    """Return ROUGE-2 F1 x 100 per row, [rows]; much faster than `rouge_rows`.
-
-    Raises:
-        ValueError: The numbers of predictions and references differ.
-    """
-    _check_same_length(predictions, references)
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge2"], tokenizer=_rouge_tokenizer())
-    pairs = zip(predictions, references, strict=True)
-    return np.array([100 * scorer.score(reference, text)["rouge2"].fmeasure for text, reference in pairs])
 
 
 def corpus_score(metric: str, rows: np.ndarray) -> float:
@@ -379,16 +323,6 @@ def repetition_rate(predictions: list[str]) -> float:
 def _check_same_length(predictions: list[str], references: list[str]) -> None:
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-
-
-@lru_cache(1)
-def _rouge_tokenizer() -> SimpleNamespace:
-    """Return rouge-score's tokenizer with caches for stems and texts, since each text is tokenized twice."""
-    from nltk.stem.porter import PorterStemmer
-    from rouge_score import tokenize
-
-    stemmer = SimpleNamespace(stem=lru_cache(200_000)(PorterStemmer().stem))
-    return SimpleNamespace(tokenize=lru_cache(20_000)(lambda text: tokenize.tokenize(text, stemmer)))
 
 
 def _summarize(difference: float, resampled: np.ndarray) -> Comparison:

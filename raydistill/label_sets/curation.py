@@ -17,7 +17,8 @@ from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
-from raydistill.evaluation.metrics import ScoreAccumulator, rouge2_rows
+from raydistill.evaluation.metrics import ScoreAccumulator
+from raydistill.evaluation.rouge import rouge2_rows
 from raydistill.label_sets.label_set import (
     Candidate,
     label_set_key,

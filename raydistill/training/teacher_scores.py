@@ -7,7 +7,8 @@ import numpy as np
 from raydistill.config.run import Run
 from raydistill.data.corpus import corpus_statistics
 from raydistill.evaluation.latency import hardware
-from raydistill.evaluation.metrics import lead_baseline, score, signature
+from raydistill.evaluation.metrics import score, signature
+from raydistill.evaluation.rouge import lead_baseline
 from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.models import families

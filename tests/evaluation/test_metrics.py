@@ -13,7 +13,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from raydistill.core.errors import UserError
-from raydistill.evaluation import metrics
+from raydistill.evaluation import metrics, rouge
 
 VOCABULARY = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ",", ".", "!"]
 WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
@@ -21,30 +21,30 @@ WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
 
 def test_rouge_by_hand() -> None:
     # "the cat sat" / "the cat ran home": 2 of 3 and 2 of 4 words; 1 of 2 and 1 of 3 bigrams.
-    rows = metrics.rouge_rows(["the cat sat"], ["the cat ran home"])
+    rows = rouge.rouge_rows(["the cat sat"], ["the cat ran home"])
     assert rows["rouge1"] == pytest.approx([100 * 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)])
     assert rows["rouge2"] == pytest.approx([100 * 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)])
     assert rows["rougeL"] == pytest.approx(rows["rouge1"])
 
 
 def test_rouge_stems_and_ignores_case_and_punctuation() -> None:
-    assert metrics.rouge_rows(["Running dogs!"], ["run DOG"])["rouge2"] == pytest.approx([100.0])
+    assert rouge.rouge_rows(["Running dogs!"], ["run DOG"])["rouge2"] == pytest.approx([100.0])
     # words of three letters or fewer are not stemmed: "ids" is not "id"
-    assert metrics.rouge_rows(["his ids"], ["his id"])["rouge1"] == pytest.approx([50.0])
-    assert metrics.rouge_rows(["Jumped quickly"], ["jumping, QUICKLY."])["rouge2"] == pytest.approx([100.0])
+    assert rouge.rouge_rows(["his ids"], ["his id"])["rouge1"] == pytest.approx([50.0])
+    assert rouge.rouge_rows(["Jumped quickly"], ["jumping, QUICKLY."])["rouge2"] == pytest.approx([100.0])
 
 
 def test_rouge_lsum_takes_the_union_over_sentences_in_any_order() -> None:
     # Same two sentences, swapped: the longest common subsequence has 3 of 6 words, the summary level all 6.
-    rows = metrics.rouge_rows(["one two three. four five six."], ["four five six. one two three."])
+    rows = rouge.rouge_rows(["one two three. four five six."], ["four five six. one two three."])
     assert rows["rougeL"] == pytest.approx([50.0])
     assert rows["rougeLsum"] == pytest.approx([100.0])
-    newlines = metrics.rouge_rows(["one two three\nfour five six"], ["four five six\none two three"])
+    newlines = rouge.rouge_rows(["one two three\nfour five six"], ["four five six\none two three"])
     assert newlines["rougeLsum"] == pytest.approx([100.0])
 
 
 def test_rouge_of_empty_output_is_zero() -> None:
-    rows = metrics.rouge_rows(["", "."], ["a cat", "a cat"])
+    rows = rouge.rouge_rows(["", "."], ["a cat", "a cat"])
     assert all(np.array_equal(values, [0, 0]) for values in rows.values())
 
 
@@ -243,10 +243,10 @@ def test_repetition() -> None:
 
 def test_sentences_and_lead() -> None:
     text = 'It rained. "Why?" he asked! The end'
-    assert metrics.split_sentences(text) == ["It rained.", '"Why?" he asked!', "The end"]
-    assert metrics.split_sentences("a. b\n\nc ") == ["a. b", "c"]
-    assert metrics.lead_baseline(text, 2) == 'It rained. "Why?" he asked!'
-    assert metrics.lead_baseline("", 3) == ""
+    assert rouge.split_sentences(text) == ["It rained.", '"Why?" he asked!', "The end"]
+    assert rouge.split_sentences("a. b\n\nc ") == ["a. b", "c"]
+    assert rouge.lead_baseline(text, 2) == 'It rained. "Why?" he asked!'
+    assert rouge.lead_baseline("", 3) == ""
 
 
 def test_what_cannot_be_scored_is_said() -> None:
