@@ -113,6 +113,7 @@ MBART_EN_RO_REVISION = "2534e987b9ed03c416bbbaefa1a39e3441439bdd"
 T5_BASE_REVISION = "a9723ea7f1b39c1eae772870f3b547bf6ef7e6c1"
 NLLB_REVISION = "f8d333a098d19b4fd9a8b18f94170487ad3f821d"
 M2M100_REVISION = "55c2e61bbf05dfb8d7abccdc3fae6fc8512fd636"
+FLAN_T5_BASE_REVISION = "7bcac572ce56db69c1ea7c8af255c5d7c9672fc2"
 UNPINNED_REVISION = "main"
 
 TEACHERS: dict[str, dict[str, TeacherPreset]] = {
@@ -206,6 +207,33 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
             Decoding(beams=4, max_length=300),
             max_source_tokens=128,
             languages=("en", "ro"),
+        ),
+    },
+    # Flan-T5 keeps T5's tasks in its config.json.
+    "flan-t5": {
+        "cnn_dailymail": TeacherPreset(
+            "google/flan-t5-base",
+            FLAN_T5_BASE_REVISION,
+            Decoding(beams=4, length_penalty=2.0, min_length=30, max_length=200, no_repeat_ngram=3),
+            max_source_tokens=512,
+            max_target_tokens=142,
+        ),
+        "wmt16_en_ro": TeacherPreset(
+            "google/flan-t5-base",
+            FLAN_T5_BASE_REVISION,
+            Decoding(beams=4, max_length=300),
+            max_source_tokens=128,
+            languages=("en", "ro"),
+        ),
+    },
+    # mT5 itself is only pre-trained; this checkpoint is fine-tuned on XL-Sum, summaries of BBC articles like XSUM's.
+    "mt5": {
+        "xsum": TeacherPreset(
+            "csebuetnlp/mT5_multilingual_XLSum",
+            UNPINNED_REVISION,
+            Decoding(beams=4, length_penalty=0.6, max_length=84, no_repeat_ngram=2),
+            max_source_tokens=512,
+            max_target_tokens=84,
         ),
     },
 }

@@ -332,9 +332,9 @@ def _converter_config(config: Any) -> Any:
     config.normalize_before, config.normalize_embedding = family.pre_norm, family.embedding_norm
     if config.model_type == "mbart":
         config.tokenizer_class = None
-    if config.model_type == "t5":
-        # The converter scales outputs if the embeddings are tied; transformers 5 always ties them.
-        config.tie_word_embeddings = config.scale_decoder_outputs
+    if family.relative_positions:
+        # The converter scales outputs if the embeddings are tied; in transformers 5 the config always says so.
+        config.tie_word_embeddings = not families.has_own_lm_head(config)
     return config
 
 

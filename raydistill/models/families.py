@@ -69,7 +69,8 @@ _T5 = Family(
     relative_positions=True,
     pre_norm=True,
 )
-# By `model_type` in config.json. NLLB-200 has the type of M2M100, and mBART-50 the type of mBART.
+# By `model_type` in config.json. NLLB-200 has the type of M2M100, and mBART-50 the type of mBART. T5 1.1, Flan-T5 and
+# MADLAD-400 have the type of T5.
 FAMILIES = {
     "bart": Family(embedding_norm=True),
     "pegasus": Family(pre_norm=True),
@@ -77,6 +78,7 @@ FAMILIES = {
     "marian": Family(),
     "m2m_100": Family(pre_norm=True),
     "t5": _T5,
+    "mt5": _T5,
 }
 
 
@@ -163,10 +165,31 @@ def decoder_architecture(config: PretrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
 
 
+def has_own_lm_head(config: PretrainedConfig) -> bool:
+    """Return whether the LM head of a T5 model has weights of its own: T5 1.1, Flan-T5, MADLAD-400 and mT5.
+
+    In other models the LM head is the embedding.
+    """
+    return config.model_type == "mt5" or not getattr(config, "scale_decoder_outputs", True)
+
+
+def untie_lm_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the LM head weights of its own where `has_own_lm_head`, in place, and return the model.
+
+    transformers 5 creates all T5 models with a tied head, and `from_pretrained` unties only those whose weights differ.
+    """
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if has_own_lm_head(model.config) and head.weight is embedding.weight:
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
+        model.all_tied_weights_keys.pop("lm_head.weight", None)
+    return model
+
+
 def count_parameters(config: PretrainedConfig) -> int:
     """Return the number of parameters of a model with this config, tied weights once; allocates no weights."""
     with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config)
+        model = untie_lm_head(AutoModelForSeq2SeqLM.from_config(config))
     return sum(weight.numel() for weight in model.parameters())
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, Pr
 from raydistill.config.presets import DEMO_TEACHER_RUN, teacher_preset
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
-from raydistill.models.families import FAMILIES, family_of
+from raydistill.models.families import FAMILIES, family_of, untie_lm_head
 from raydistill.models.hub import (
     check_no_missing_weights,
     check_weights,
@@ -101,7 +101,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Pr
         logging.set_verbosity(verbosity)
     check_no_missing_weights(info, checkpoint)
     _check_weight_shapes(info, checkpoint)
-    return model.eval()
+    return untie_lm_head(model).eval()
 
 
 def load_generation_config(checkpoint: str | Path) -> GenerationConfig:

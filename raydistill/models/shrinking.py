@@ -138,7 +138,7 @@ def shrink(
     config = student_config(teacher.config, plan)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = type(teacher)(config)
+        student = families.untie_lm_head(type(teacher)(config))
     state = student.state_dict()
     layer_map = {"encoder": plan.encoder, "decoder": plan.decoder}
     teacher_state = teacher.state_dict()

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from raydistill.config.shapes import VocabularySize
 from raydistill.core.errors import UserError
+from raydistill.models.families import untie_lm_head
 from raydistill.models.tokenization import BYTE_TOKEN, language_tokens, line_break, set_line_break
 
 # Tensors with a row (or, the bias of the logits, a column) for each token, by the last two parts of their names.
@@ -136,7 +137,7 @@ def trim_model(model: PreTrainedModel, token_ids: Sequence[int]) -> PreTrainedMo
     rows = torch.tensor([i for i in token_ids if i < model.config.vocab_size])
     config = trimmed_config(model.config, token_ids)
     with torch.random.fork_rng(devices=[]):
-        trimmed = type(model)(config)
+        trimmed = untie_lm_head(type(model)(config))
     trimmed.load_state_dict({name: _select_rows(name, tensor, rows) for name, tensor in model.state_dict().items()})
     torch.nn.Module.to(trimmed, next(model.parameters()).dtype).eval()
     trimmed.generation_config = copy.deepcopy(model.generation_config)

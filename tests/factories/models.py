@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES = ("bart", "pegasus", "mbart", "mbart50", "m2m100", "nllb", "marian", "t5")
+FAMILIES = ("bart", "pegasus", "mbart", "mbart50", "m2m100", "nllb", "marian", "t5", "flan-t5", "mt5")
+T5_FORMS = ("t5", "flan-t5", "mt5")  # Flan-T5 and mT5 have gated feed-forward layers and an LM head of their own
 LANGUAGES = {  # of the multilingual families: source and target
     "mbart": ("en_XX", "ro_RO"),
     "mbart50": ("en_XX", "ro_RO"),
@@ -52,7 +53,6 @@ def save_tiny(
     logits_bias: bool = False,
     padded_rows: int = 0,
     marian_padding_row: float = 0.0,
-    t5_gated: bool = False,
     sentencepiece_type: str = "unigram",
     line_breaks: bool = False,
     seed: int = 0,
@@ -61,12 +61,11 @@ def save_tiny(
 
     All weights are random, including biases and norms, so that an error in any weight has an effect. `logits_bias`: use
     a non-zero `final_logits_bias`, in families that have one. `padded_rows`: additional rows of the embedding beyond
-    the vocabulary. `marian_padding_row`: scale of Marian's padding row (0 in published models). `t5_gated`: use the
-    architecture of T5 1.1, with gated feed-forward layers and an untied output head. `sentencepiece_type`: "unigram",
-    or "bpe" for Marian. `line_breaks`: Pegasus' tokenizer has the token `<n>`, as the published ones, and the model
-    writes it wherever it may (not with `logits_bias`). The multilingual families are set to `LANGUAGES`: mBART by its
-    tokenizer and its start token, the others by the forced first token, as checkpoints that are fine-tuned on a pair of
-    languages.
+    the vocabulary. `marian_padding_row`: scale of Marian's padding row (0 in published models). `sentencepiece_type`:
+    "unigram", or "bpe" for Marian. `line_breaks`: Pegasus' tokenizer has the token `<n>`, as the published ones, and
+    the model writes it wherever it may (not with `logits_bias`). The multilingual families are set to `LANGUAGES`:
+    mBART by its tokenizer and its start token, the others by the forced first token, as checkpoints that are fine-tuned
+    on a pair of languages.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +96,10 @@ def build(
 ) -> PreTrainedModel:
     """Return a random model of a config, in eval mode."""
     model: PreTrainedModel = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    if config.model_type == "mt5" or not getattr(config, "scale_decoder_outputs", True):
+        assert isinstance(model, transformers.T5ForConditionalGeneration | transformers.MT5ForConditionalGeneration)
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+        model.all_tied_weights_keys.pop("lm_head.weight")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -172,7 +175,7 @@ def lay_out_model(cache_home: Path, hub_name: str, folder: Path, revision: str =
 
 
 def _sizes(values: dict[str, Any]) -> dict[str, Any]:
-    names = ("d_model", "heads", "ffn_dim", "max_positions", "dropout", "t5_gated")
+    names = ("d_model", "heads", "ffn_dim", "max_positions", "dropout")
     return {name: values[name] for name in names}
 
 
@@ -188,7 +191,6 @@ def _config(
     ffn_dim: int,
     max_positions: int,
     dropout: float,
-    t5_gated: bool,
 ) -> transformers.PretrainedConfig:
     special: dict[str, Any] = dict(
         vocab_size=vocab_size,
@@ -197,16 +199,17 @@ def _config(
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    if family == "t5":
-        special["tie_word_embeddings"] = not t5_gated
-        return transformers.T5Config(
+    if family in T5_FORMS:
+        config_class = transformers.MT5Config if family == "mt5" else transformers.T5Config
+        special["tie_word_embeddings"] = family == "t5"
+        return config_class(
             d_kv=d_model // heads,
             d_ff=ffn_dim,
             num_heads=heads,
             num_layers=encoder_layers,
             num_decoder_layers=decoder_layers,
             dropout_rate=dropout,
-            feed_forward_proj="gated-gelu" if t5_gated else "relu",
+            feed_forward_proj="relu" if family == "t5" else "gated-gelu",
             **special,
         )
     sizes: dict[str, Any] = dict(
@@ -286,10 +289,11 @@ def _tokenizer(
         )
     if family == "nllb":
         return _nllb_tokenizer(folder / "sentencepiece.bpe.model")
-    if family == "t5":
-        head = ["<pad>", "</s>", "<unk>"]
-        tail = [f"<extra_id_{i}>" for i in reversed(range(100))]
-        return transformers.T5Tokenizer(vocab=_scored(head, pieces, tail))
+    if family in T5_FORMS:
+        extra_ids = 0 if family == "mt5" else 100
+        tail = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+        vocab = _scored(["<pad>", "</s>", "<unk>"], pieces, tail)
+        return transformers.T5Tokenizer(vocab=vocab, extra_ids=extra_ids)
     if family == "pegasus":
         head = ["<pad>", "</s>", "<mask_1>", "<mask_2>", *[f"<unk_{i}>" for i in range(2, 103)], "<unk>"]
         head += ["<n>"] if line_breaks else []

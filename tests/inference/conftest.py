@@ -9,7 +9,7 @@ from tests.factories.models import FAMILIES, save_tiny
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny random checkpoint of each family and of T5 1.1, and under "cache" a folder for their conversions."""
+    """A tiny random checkpoint of each family, and under "cache" a folder for their conversions."""
     folder = tmp_path_factory.mktemp("tiny")
     checkpoints = {family: save_tiny(family, folder / family, logits_bias=True) for family in FAMILIES}
-    return {**checkpoints, "t5 1.1": save_tiny("t5", folder / "t5-1.1", t5_gated=True), "cache": folder / "cache"}
+    return {**checkpoints, "cache": folder / "cache"}

@@ -21,7 +21,7 @@ def probe_logprob_diff(folder, model, tokenizer) -> float:
     return ctranslate2_conversion._probe_logprob_diff(folder, model, tokenizer, 1)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "t5 1.1"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_converted_model_has_the_log_probabilities_of_transformers(tiny, family):
     model, tokenizer = loading.load_model(tiny[family]), tokenization.load_tokenizer(tiny[family])
     engine = open_ctranslate2(tiny, family)
@@ -32,7 +32,7 @@ def test_converted_model_has_the_log_probabilities_of_transformers(tiny, family)
     assert first_texts(engine.generate(TEXTS, greedy, max_source_tokens=50)) == first_texts(expected)
 
 
-@pytest.mark.parametrize("family", ["t5", "m2m100", "nllb"])
+@pytest.mark.parametrize("family", ["t5", "mt5", "m2m100", "nllb"])
 def test_rows_without_a_token_are_converted(family, tmp_path):
     """Published models of these families have more rows in their embedding than tokens, and a random model uses all."""
     folder = save_tiny(family, tmp_path / "m", padded_rows=8)

@@ -7,7 +7,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config
 
 from raydistill.config.run import Student
 from raydistill.models import families, loading
-from raydistill.models.shrinking import plan_layers
+from raydistill.models.shrinking import plan_layers, shrink
 from tests.factories.models import FAMILIES, save_tiny
 
 
@@ -42,6 +42,34 @@ def test_count_parameters_equals_a_count_by_hand():
     assert families.count_parameters(bart_config()) == expected
     assert families.weights_mb(bart_config()) == pytest.approx(4 * expected / 1e6)
     assert families.weights_mb(bart_config(), "bf16") == pytest.approx(2 * expected / 1e6)
+
+
+def test_count_parameters_of_flan_t5_base():
+    """The number that the hub reports for google/flan-t5-base, whose LM head has weights of its own."""
+    config = T5Config(
+        d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    assert families.count_parameters(config) == 247_577_856
+
+
+@pytest.mark.parametrize("family", ["flan-t5", "mt5"])
+def test_lm_head_with_weights_of_its_own_is_kept(family, tmp_path):
+    folder = save_tiny(family, tmp_path / "teacher")
+    teacher = loading.load_model(folder)
+    student = shrink(teacher, plan_layers((2, 3), Student(size="1-1")))
+    student.save_pretrained(tmp_path / "student")
+    for model in (teacher, student, loading.load_model(tmp_path / "student")):
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert torch.equal(head, teacher.get_output_embeddings().weight)
+        assert not torch.equal(head, embedding)
+    with torch.no_grad():  # a head that equals the embedding is trained on its own, too
+        teacher.get_output_embeddings().weight.copy_(teacher.get_input_embeddings().weight)
+    teacher.save_pretrained(tmp_path / "equal")
+    loaded = loading.load_model(tmp_path / "equal")
+    head, embedding = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert head is not embedding
+    assert torch.equal(head, embedding)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

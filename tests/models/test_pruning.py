@@ -21,14 +21,12 @@ from tests.factories.engines import GREEDY, TEXTS, first_texts, open_ctranslate2
 from tests.factories.models import FAMILIES, save_tiny
 from tests.factories.training import text_pairs
 
-ARCHITECTURES = [*FAMILIES, "t5 1.1"]
 UNITS = 32  # of the tiny models
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=FAMILIES)
 def folder(request, tmp_path):
-    family = request.param
-    return save_tiny(family.split()[0], tmp_path / "teacher", logits_bias=True, t5_gated=family == "t5 1.1")
+    return save_tiny(request.param, tmp_path / "teacher", logits_bias=True)
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def teacher(folder):
 
 def pruned_student(model, size="2-3", **settings):
     """A student of which half of the units of the encoder are removed, and of the decoder all but a quarter."""
-    decoder = 0.5 if model.config.model_type == "t5" else 0.25
+    decoder = 0.5 if model.config.model_type in ("t5", "mt5") else 0.25
     student = Student(**{"size": size, "encoder_ffn": 0.5, "decoder_ffn": decoder, **settings})
     return plan_student(model.config, student)
 
@@ -65,7 +63,7 @@ def zero_outputs(model, removed):
     with torch.no_grad():
         for side, layers in removed.items():
             for i, units in enumerate(layers):
-                if model.config.model_type == "t5":
+                if model.config.model_type in ("t5", "mt5"):
                     block = getattr(model, side).block[i].layer[-1].DenseReluDense.wo
                 else:
                     block = getattr(model.model, side).layers[i].fc2
@@ -135,8 +133,8 @@ def test_scores_are_the_root_mean_square_of_each_units_output(folder, teacher):
     model = load_model(folder).double()
     outputs = {"encoder": [[] for _ in range(2)], "decoder": [[] for _ in range(3)]}
     for side, stack in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
-        for i, layer in enumerate(stack.block if model.config.model_type == "t5" else stack.layers):
-            projection = layer.layer[-1].DenseReluDense.wo if model.config.model_type == "t5" else layer.fc2
+        for i, layer in enumerate(stack.block if model.config.model_type in ("t5", "mt5") else stack.layers):
+            projection = layer.layer[-1].DenseReluDense.wo if model.config.model_type in ("t5", "mt5") else layer.fc2
             projection.register_forward_hook(lambda _m, inputs, _o, s=side, i=i: outputs[s][i].append(inputs[0][0]))
     examples = rows.examples
     with torch.no_grad():
@@ -144,8 +142,8 @@ def test_scores_are_the_root_mean_square_of_each_units_output(folder, teacher):
             ids = torch.tensor([examples.sources[i]])
             model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([examples.targets[i]]))
     for side, stack in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
-        for i, layer in enumerate(stack.block if model.config.model_type == "t5" else stack.layers):
-            projection = layer.layer[-1].DenseReluDense.wo if model.config.model_type == "t5" else layer.fc2
+        for i, layer in enumerate(stack.block if model.config.model_type in ("t5", "mt5") else stack.layers):
+            projection = layer.layer[-1].DenseReluDense.wo if model.config.model_type in ("t5", "mt5") else layer.fc2
             vectors = torch.cat(outputs[side][i])[:, :, None] * projection.weight.detach().T  # tokens, units, width
             expected = vectors.pow(2).sum(-1).mean(0).sqrt()
             assert torch.allclose(scores[side][i], expected, rtol=1e-3)

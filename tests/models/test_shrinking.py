@@ -9,7 +9,7 @@ from raydistill.models import families, shrinking
 from raydistill.models.loading import load_model
 from raydistill.models.shrinking import plan_layers, shrink
 from raydistill.models.teacher import open_teacher
-from tests.factories.models import FAMILIES, edit_config, save_tiny
+from tests.factories.models import FAMILIES, T5_FORMS, edit_config, save_tiny
 
 
 def test_a_layer_can_be_copied_several_times():
@@ -38,10 +38,10 @@ def test_student_computes_with_the_copied_layers(family, tmp_path):
     teacher = load_model(str(save_tiny(family, tmp_path / "t", logits_bias=True)))
     student = shrink(teacher, plan_layers((2, 3), Student(size="1-2", copied=LayerChoice(encoder=[1], decoder=[0, 2]))))
     assert families.num_layers(student.config) == (1, 2)
-    name = "block" if family == "t5" else "layers"
+    name = "block" if family in T5_FORMS else "layers"
     for stack, dropped in ((teacher.get_encoder(), 0), (teacher.get_decoder(), 1)):
         layers = getattr(stack, name)
-        if family == "t5" and dropped == 0:  # T5's first layer holds the relative bias of the whole stack
+        if family in T5_FORMS and dropped == 0:  # T5's first layer holds the relative bias of the whole stack
             bias = layers[0].layer[0].SelfAttention.relative_attention_bias
             layers[1].layer[0].SelfAttention.relative_attention_bias = bias
             layers[1].layer[0].SelfAttention.has_relative_attention_bias = True

@@ -12,7 +12,7 @@ from raydistill.models import families
 from raydistill.models.loading import load_model
 from raydistill.teacher_cache.layout import CacheDtypes
 from raydistill.training.teacher_states import frozen_lm_head_weight
-from tests.factories.models import FAMILIES
+from tests.factories.models import FAMILIES, T5_FORMS
 from tests.factories.training import (
     loss_and_gradient,
     relative_distance,
@@ -121,12 +121,12 @@ def test_cached_and_live_teacher_give_equal_losses_and_gradients(family, method,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kd_of_a_pruned_student_is_equal_with_a_cached_and_a_live_teacher(family, tmp_path):
     """A pruned encoder is trained; otherwise the cached encoder states serve as for a student with all units."""
-    encoder_ffn = 0.5 if family == "t5" else None
+    encoder_ffn = 0.5 if family in T5_FORMS else None
     student = Student(size="2-2", encoder_ffn=encoder_ffn, decoder_ffn=0.5)
     live = tiny_distillation(family, tmp_path / "t", student)
     cached = with_cache(live, load_model(tmp_path / "t"), tmp_path / "cache")
-    assert (cached.cached_encoder_states is not None) == (family != "t5")
-    assert live.encoder_supervised == (family == "t5")
+    assert (cached.cached_encoder_states is not None) == (family not in T5_FORMS)
+    assert live.encoder_supervised == (family in T5_FORMS)
     sums, gradient = loss_and_gradient(live, [4, 0, 3])
     cached_sums, cached_gradient = loss_and_gradient(cached, [4, 0, 3])
     assert all(map(math.isfinite, sums.values()))
