@@ -123,7 +123,13 @@ def remove(
 def _remove_leftovers() -> None:
     """Delete the temporary folders of killed commands; a lock protects the folders of running commands."""
     home = raydistill_home()
-    artifact_folders = (home / "cache", *conversions.conversion_folders(), home / "labels", home / "shortlists")
+    artifact_folders = (
+        home / "cache",
+        *conversions.conversion_folders(),
+        home / "labels",
+        home / "shortlists",
+        home / "extra",
+    )
     for parent in (*artifact_folders, *home.glob("sweeps/*/exports/")):
         for folder in artifact.artifacts_with_leftovers(parent):
             with suppress(LockHeld), artifact.lock(folder):

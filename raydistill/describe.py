@@ -7,7 +7,7 @@ import typer
 
 from raydistill._app import make_app, run_app
 from raydistill.config.presets import DATASETS
-from raydistill.config.run import Columns, Dataset
+from raydistill.config.run import Columns, Dataset, ExtraSources
 from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import (
@@ -19,6 +19,7 @@ from raydistill.data.corpus import (
     inspect_corpus,
     split_names,
 )
+from raydistill.data.extra import ExtraReport, describe_extra, format_extra, overlap_message
 
 app = make_app()
 
@@ -32,6 +33,12 @@ def describe(  # noqa: PLR0913
     id_column: Annotated[str | None, typer.Option("--id", help="column of the row id")] = None,
     config: Annotated[str | None, typer.Option(help="configuration of a data set of the hub")] = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="skip rows that cannot be used")] = False,
+    extra: Annotated[
+        str | None,
+        typer.Option(
+            help="texts to label in addition (pseudo.extra), which are compared with train, validation and test"
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option(help="end with one JSON object on stdout")] = False,
 ) -> None:
     """Read and check a data set, and print columns, word counts and bad rows.
@@ -43,6 +50,8 @@ def describe(  # noqa: PLR0913
         raydistill describe demo
 
         raydistill describe news/ --split validation --source body --target headline
+
+        raydistill describe news/ --extra more_news.jsonl.gz
     """
     if source is None and (target is not None or id_column is not None):
         raise UserError("--target and --id also need --source")
@@ -61,9 +70,29 @@ def describe(  # noqa: PLR0913
         problems += duplicates
     print_text(f"splits: {', '.join(splits)}", json)
     usable = not problems and all(report["rows"] for report in reports.values())
-    print_json({"data": data, "splits": splits, "usable": usable, "described": reports}, json)
+    extra_report = (
+        describe_extra(dataset, ExtraSources(name=extra, skip_bad_rows=skip_bad_rows)) if extra and usable else None
+    )
+    if extra_report:
+        print_text(format_extra(extra_report), json)
+    record = {"data": data, "splits": splits, "usable": usable, "described": reports}
+    print_json({**record, **({"extra": _extra_record(extra_report)} if extra_report else {})}, json)
     if not usable:
         raise UserError(_format_problems(data, reports, skip_bad_rows))
+    if extra_report and extra_report.overlaps:
+        raise UserError(overlap_message(extra_report))
+
+
+def _extra_record(report: ExtraReport) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "rows": report.num_kept,
+        "fingerprint": report.scan.fingerprint,
+        "dropped": [
+            {"file": row.location[0], "row": row.location[1], "split": row.split, "reason": row.reason}
+            for row in report.dropped
+        ],
+    }
 
 
 def _paper_rows(data: str) -> int | None:

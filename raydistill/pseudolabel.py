@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EngineName = Literal["auto", "ctranslate2", "transformers"]
 LabelPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Metric = Literal["auto", "rouge2", "bleu"]
+OverlapPolicy = Literal["reject", "drop"]
 
 app = make_app()
 
@@ -56,6 +57,8 @@ def pseudolabel(  # noqa: PLR0913
     dataset: str | None = None,
     *,
     split: str = "train",
+    extra: str | None = None,
+    extra_overlap: OverlapPolicy = "reject",
     output: Path | None = None,
     beams: int | None = None,
     rows: int | None = None,
@@ -92,16 +95,19 @@ def pseudolabel(  # noqa: PLR0913
     pseudo = PseudoLabeling(n_best=n_best, precision=precision, curation=curation)
     if rows and split not in ("train", "validation", "test"):
         raise UserError(f"--rows applies to the splits train, validation and test, not to {split!r}")
-    row_limits = {f"{split}_rows": rows} if rows else {}
+    row_limits = {f"{split}_rows": rows} if rows and not extra else {}
     data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **row_limits)
     check_inputs(teacher, data, split)
+    sources = prepare_extra(data, extra, rows, extra_overlap) if extra else None
 
     from raydistill.cluster.start import cluster_device, ray_cluster
     from raydistill.jobs.pseudolabel import LabelJob
     from raydistill.jobs.pseudolabel import pseudolabel as run_job
     from raydistill.label_sets.label_set import read_pseudolabel_manifest
 
-    job = LabelJob(teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback)
+    job = LabelJob(
+        teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback, sources
+    )
     with ray_cluster():
         folder = run_job(job, output or raydistill_home() / "labels", cluster_device())
     return LabelResult(folder, read_pseudolabel_manifest(folder))
@@ -115,6 +121,17 @@ def pseudolabel_command(  # noqa: PLR0913
         typer.Option(help="a named data set, a hub name, a file or a folder; default: the teacher's data set"),
     ] = None,
     split: Annotated[str, typer.Option(help="the split to label")] = "train",
+    extra: Annotated[
+        str | None,
+        typer.Option(
+            help="label these texts (a file, a folder or a hub name) as pseudo.extra of a run on the data set does: "
+            "without rows of its training split, and checked against its validation and test splits"
+        ),
+    ] = None,
+    extra_overlap: Annotated[
+        Literal["reject", "drop"],
+        typer.Option(help="near duplicates of validation and test rows: an error, or left out"),
+    ] = "reject",
     output: Annotated[Path | None, typer.Option(help="folder of the label sets; default: outputs/labels")] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="default: from the checkpoint, else from the preset")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="label the first rows only")] = None,
@@ -131,8 +148,10 @@ def pseudolabel_command(  # noqa: PLR0913
         list[str] | None,
         typer.Option(
             metavar="RULE=VALUE",
-            help="curate: choose=rouge2, min_rouge2, min_length_ratio, max_length_ratio, max_repetition, "
-            "max_copy_rate, agree_with and min_agreement; may be repeated",
+            help="curate: choose=rouge2 or chrf, min_rouge2, min_length_ratio and max_length_ratio compare with the "
+            "original; min_score, min_source_ratio, max_source_ratio, source_language, target_language, "
+            "max_repetition, max_copy_rate, reverse_model and max_reverse_loss need no original; agree_with and "
+            "min_agreement compare with another teacher; may be repeated",
         ),
     ] = None,
     metric: Annotated[
@@ -158,12 +177,16 @@ def pseudolabel_command(  # noqa: PLR0913
 
         raydistill pseudolabel --teacher marian --dataset my_sentences.jsonl.gz
 
+        raydistill pseudolabel --teacher my_teacher --dataset my_news/ --extra more_news.jsonl.gz
+
         raydistill pseudolabel --teacher demo --beams 4 --n-best 4 --keep choose=rouge2 --keep min_rouge2=20
     """
     labelled = pseudolabel(
         teacher,
         dataset,
         split=split,
+        extra=extra,
+        extra_overlap=extra_overlap,
         output=output,
         beams=beams,
         rows=rows,
@@ -183,6 +206,22 @@ def pseudolabel_command(  # noqa: PLR0913
     print_text(format_table(["label set", folder.name], label_set_rows(manifest)), as_json)
     print_text(f"label set: {folder}", as_json)
     print_json({**manifest.to_json(), "folder": str(folder)}, as_json)
+
+
+def prepare_extra(dataset: "Dataset", name: str, rows: int | None, overlap: Literal["reject", "drop"]) -> "Dataset":
+    """The extra sources with a name, without the rows that repeat rows of a data set; `rows` limits their number.
+
+    Raises:
+        UserError: The texts cannot be read, or overlap with the evaluation splits.
+    """
+    from raydistill.cluster import snapshots
+    from raydistill.config.run import ExtraSources
+    from raydistill.data.extra import ensure_extra, extra_dataset
+
+    extra = ExtraSources(name=name, skip_bad_rows=dataset.skip_bad_rows)
+    folder = ensure_extra(dataset, extra, raydistill_home() / "extra", max_rows=rows, overlap=overlap)
+    snapshots.save(folder)
+    return extra_dataset(folder)
 
 
 def parse_curation(options: list[str]) -> "Curation":

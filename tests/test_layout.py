@@ -44,6 +44,8 @@ ONLY_IN = {
     "matplotlib": {"results", "paper"},
     "ctranslate2": {"inference"},
     "datasets": {"data"},
+    "datasketch": {"data"},
+    "py3langid": {"label_sets"},
     "rouge_score": {"evaluation"},
     "sacrebleu": {"evaluation"},
 }
@@ -211,7 +213,8 @@ BARE = """
 import sys
 
 class Blocked:
-    names = {"ray", "mlflow", "datasets", "optuna", "rouge_score", "sacrebleu", "ctranslate2", "matplotlib", "typer"}
+    names = {"ray", "mlflow", "datasets", "datasketch", "optuna", "rouge_score", "sacrebleu", "ctranslate2"}
+    names |= {"matplotlib", "py3langid", "typer"}
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:

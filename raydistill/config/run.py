@@ -373,14 +373,33 @@ class Curation(StrictModel):
     Empty outputs are always dropped.
     """
 
-    choose: Literal["score", "rouge2"] = Field(
-        "score", description="candidate to use as label: the teacher's best, or the most similar to the original"
+    choose: Literal["score", "rouge2", "chrf"] = Field(
+        "score",
+        description="candidate to use as label: the teacher's best, or the most similar to the original by ROUGE-2 "
+        "or chrF",
     )
     min_rouge2: float | None = Field(None, ge=0, le=100, description="ROUGE-2 against the original target")
     min_length_ratio: float | None = Field(None, ge=0, description="words, as a share of the original's")
     max_length_ratio: float | None = Field(None, gt=0, description="words, as a share of the original's")
+    min_score: float | None = Field(
+        None, le=0, description="the teacher's score: log-probability divided by length ** length_penalty"
+    )
+    min_source_ratio: float | None = Field(None, ge=0, description="characters, as a share of the source's")
+    max_source_ratio: float | None = Field(None, gt=0, description="characters, as a share of the source's")
+    source_language: str | None = Field(
+        None, min_length=2, description="language of the source as detected, by its ISO 639 code, such as en"
+    )
+    target_language: str | None = Field(
+        None, min_length=2, description="language of the label as detected, by its ISO 639 code, such as de"
+    )
     max_repetition: float | None = Field(None, ge=0, le=1, description="share of repeated trigrams")
     max_copy_rate: float | None = Field(None, ge=0, le=1, description="share of trigrams that also occur in the source")
+    reverse_model: str | None = Field(
+        None, description="folder or hub name of a model that was fine-tuned from targets to sources"
+    )
+    max_reverse_loss: float | None = Field(
+        None, gt=0, description="cross-entropy of the source given the label by `reverse_model`, in nats per token"
+    )
     agree_with: str | None = Field(None, description="folder of another teacher's label set for the same data")
     min_agreement: float | None = Field(
         None, ge=0, le=100, description="ROUGE-2 against the label of the set in `agree_with`"
@@ -390,26 +409,76 @@ class Curation(StrictModel):
     def _check_consistency(self) -> "Curation":
         if (self.agree_with is None) != (self.min_agreement is None):
             raise ValueError("agree_with and min_agreement must be given together")
-        low, high = self.min_length_ratio, self.max_length_ratio
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"min_length_ratio {low} is above max_length_ratio {high}")
+        if (self.reverse_model is None) != (self.max_reverse_loss is None):
+            raise ValueError("reverse_model and max_reverse_loss must be given together")
+        for name in ("length_ratio", "source_ratio"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"min_{name} {low} is above max_{name} {high}")
         return self
+
+    def without_references(self) -> "Curation":
+        """The rules that compare with no other target, for texts that have none."""
+        references = ("choose", "min_rouge2", "min_length_ratio", "max_length_ratio", "agree_with", "min_agreement")
+        return Curation(**self.model_dump(exclude={*references}))
 
     @property
     def needs_original_targets(self) -> bool:
         """Whether a rule compares with the targets of the corpus."""
         ratios = (self.min_rouge2, self.min_length_ratio, self.max_length_ratio)
-        return self.choose == "rouge2" or any(rule is not None for rule in ratios)
+        return self.choose != "score" or any(rule is not None for rule in ratios)
+
+
+class ExtraSources(StrictModel):
+    """Texts without targets that a teacher labels: a file, a folder, or a data set of the hub."""
+
+    name: str = Field(description="a file, a folder, a hub name or a named data set; targets are not read")
+    config: str | None = Field(None, description="configuration of a data set of the hub")
+    split: str = Field("train", min_length=1, description="the split to read")
+    columns: Columns | None = None
+    skip_bad_rows: bool = Field(False, description="leave out and count rows that cannot be used")
+
+    def as_dataset(self) -> Dataset:
+        """The texts as a data set."""
+        return Dataset(name=self.name, config=self.config, columns=self.columns, skip_bad_rows=self.skip_bad_rows)
 
 
 class PseudoLabeling(StrictModel):
     """Generation of pseudo-labels, for runs that train on them."""
 
+    extra: ExtraSources | None = Field(
+        None,
+        description="more texts to label, without targets: a file of any format, or its name, columns and split. Runs "
+        "with pseudo-labels train on them in addition to the training split",
+    )
+    extra_rows: int | None = Field(
+        None, ge=0, description="use only the first rows of `extra`, after rows were left out; default: all"
+    )
+    extra_overlap: Literal["reject", "drop"] = Field(
+        "reject",
+        description="rows of `extra` that are near duplicates of validation, selection or test rows; reject: an "
+        "error; drop: leave them out and report their number",
+    )
     n_best: int = Field(1, ge=1, description="candidates to keep per row; at most the number of beams")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         "auto", description="auto: fp32 on a CPU, bf16 on a GPU"
     )
     curation: Curation = Curation()
+
+    def without_references(self) -> "PseudoLabeling":
+        """The settings for texts without targets: curation by rules that compare with no other target."""
+        return self.model_copy(update={"curation": self.curation.without_references()})
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _expand_extra_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_extra(self) -> "PseudoLabeling":
+        if self.extra is None and (self.extra_rows is not None or self.extra_overlap != "reject"):
+            raise ValueError("extra_rows and extra_overlap apply to the texts that `extra` names; give `extra`")
+        return self
 
 
 class Evaluation(StrictModel):
@@ -497,8 +566,10 @@ class Run(StrictModel):
             raise ValueError(f"method {self.method} needs a `teacher`; `start` supports only sft")
         if self.student != Student():
             raise ValueError("`student` shrinks a teacher; set the layer counts of a new model in `start`")
-        if self.uses_pseudo_labels:
-            raise ValueError("labels: pseudo needs a `teacher`; with `start`, give the folder of a label set")
+        if self.uses_pseudo_labels or self.pseudo.extra is not None:
+            raise ValueError(
+                "labels: pseudo and pseudo.extra need a `teacher`; with `start`, give the folder of a label set"
+            )
         return self
 
     @model_validator(mode="after")
@@ -531,6 +602,11 @@ class Run(StrictModel):
     def uses_pseudo_labels(self) -> bool:
         """Whether a teacher has to generate labels for this run."""
         return any(source.is_pseudo for source in parse_labels(self.resolved_labels))
+
+    @property
+    def reads_extra(self) -> bool:
+        """Whether the run trains on rows of `pseudo.extra`."""
+        return self.uses_pseudo_labels and self.pseudo.extra is not None and self.pseudo.extra_rows != 0
 
 
 def parse_size(size: str) -> tuple[int, int]:

@@ -13,24 +13,33 @@ RESERVED_NAMES = {*TEACHERS, *DATASETS, "demo", "auto", "original", "pseudo"}
 
 
 def make_paths_absolute(run: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a run's data with absolute paths for teacher, data set, label sets and `student.copy_from`.
+    """A copy of a run's data with absolute paths of all inputs.
 
-    Ray workers have other working directories, in which relative paths are invalid. Names that are not paths of
-    existing files or folders are unchanged.
+    These are teacher, data set, label sets, `student.copy_from` and `pseudo.extra`. Ray workers have other working
+    directories, in which relative paths are invalid. Names that are not paths of existing files or folders are
+    unchanged.
     """
     run = dict(run)
-    for key in ("teacher", "dataset"):
-        if key in run:
-            run[key] = _map_strings(run[key], _absolute_if_exists)
+    if "teacher" in run:
+        run["teacher"] = _map_strings(run["teacher"], _absolute_if_exists)
     if "labels" in run:
         run["labels"] = _map_strings(run["labels"], lambda labels: map_label_paths(labels, _absolute_if_exists))
     student = run.get("student")
     if isinstance(student, dict) and "copy_from" in student:
         run["student"] = {**student, "copy_from": _map_strings(student["copy_from"], _absolute_if_exists)}
-    dataset = run.get("dataset")
-    if isinstance(dataset, dict) and isinstance(dataset.get("name"), str):
-        run["dataset"] = {**dataset, "name": _absolute_if_exists(dataset["name"])}
+    if "dataset" in run:
+        run["dataset"] = _map_name(run["dataset"])
+    pseudo = run.get("pseudo")
+    if isinstance(pseudo, dict) and "extra" in pseudo:
+        run["pseudo"] = {**pseudo, "extra": _map_name(pseudo["extra"])}
     return run
+
+
+def _map_name(value: Any) -> Any:
+    """Make the name of a data set absolute: a string, the strings of a distribution, or the name in a mapping."""
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return {**value, "name": _absolute_if_exists(value["name"])}
+    return _map_strings(value, _absolute_if_exists)
 
 
 def _map_strings(value: Any, transform: Callable[[str], str]) -> Any:

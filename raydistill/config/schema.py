@@ -39,6 +39,8 @@ def json_schema() -> dict[str, Any]:
     _allow_distributions(run, [key for key in run["properties"] if key not in SHARED_FIELDS])
     run["required"] = [key for key in run.get("required", []) if key != "name"]
     _allow_dataset_name(run)
+    _allow_extra_name(definitions)
+    _allow_distributions(definitions["PseudoLabeling"], ["extra_rows"])
     definitions["RunSpace"] = run
     schema["properties"]["run"] = {"$ref": "#/$defs/RunSpace"}
     return {**schema, "$defs": definitions, "$schema": "https://json-schema.org/draft/2020-12/schema"}
@@ -48,6 +50,7 @@ def run_json_schema() -> dict[str, Any]:
     """The JSON schema of a run file, for editors: the schema of `Run`, with `teacher` or `start`."""
     schema = Run.model_json_schema()
     _allow_dataset_name(schema)
+    _allow_extra_name(schema["$defs"])
     schema["oneOf"] = [{"required": ["teacher"]}, {"required": ["start"]}]
     return {**schema, "$schema": "https://json-schema.org/draft/2020-12/schema"}
 
@@ -55,6 +58,11 @@ def run_json_schema() -> dict[str, Any]:
 def _allow_dataset_name(run: dict[str, Any]) -> None:
     """Let `dataset` also be the name alone."""
     run["properties"]["dataset"] = {"anyOf": [{"type": "string"}, run["properties"]["dataset"]]}
+
+
+def _allow_extra_name(definitions: dict[str, Any]) -> None:
+    """Let `pseudo.extra` also be the name alone."""
+    definitions["PseudoLabeling"]["properties"]["extra"]["anyOf"].append({"type": "string"})
 
 
 def _allow_distributions(model: dict[str, Any], keys: Iterable[str] | None = None) -> None:

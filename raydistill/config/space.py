@@ -35,6 +35,8 @@ LOWER_BOUNDED = frozenset({"rows_per_s"})
 # Top-level keys of a run that are equal for all trials of a sweep: the teacher is scored and timed once, and trials
 # are compared by the same metric on the same rows.
 SHARED_FIELDS = ("teacher", "dataset", "evaluation", "decoding")
+# Keys that are equal for all trials too: the texts are checked and labelled once, and each trial reads the first rows.
+SHARED_KEYS = ("pseudo.extra", "pseudo.extra_overlap")
 
 DEFAULT_SELECTION_SHARE = 0.5
 
@@ -216,6 +218,8 @@ def check_run_space(space: Space, path: Path | str, lines: dict[KeyPath, int]) -
             raise SpaceError("search.seeds", "trains with further seeds; do not search run.training.seed as well")
         if space.search.seeds > 1 and not space.budgets:
             raise SpaceError("search.seeds", "trains the students that budgets choose; name a budget in `budgets`")
+        if any(p.key == "pseudo.extra_rows" and p.distribution.choice is None for p in parameters):
+            raise SpaceError("pseudo.extra_rows", "needs a `choice` of numbers, which are labelled before the trials")
         if space.search.sampler == "grid" and any(p.distribution.choice is None for p in parameters):
             raise SpaceError("search.sampler", "grid needs choices only; a range has infinitely many values")
         points = (resolve_point(space.run, point) for point in space.points)
@@ -241,6 +245,10 @@ def _check_shared_fields(run: dict[str, Any], varied_keys: list[str]) -> None:
         group, _, name = key.partition(".")
         if name in RUNTIME_ONLY_FIELDS.get(group, ()):
             raise SpaceError(key, "affects execution only and cannot be searched; set a single value")
+        if any(key == shared or key.startswith(f"{shared}.") for shared in SHARED_KEYS):
+            raise SpaceError(
+                key, "must be the same for all trials of a sweep; vary pseudo.extra_rows (0: no extra row)"
+            )
         if group in SHARED_FIELDS:
             raise SpaceError(
                 key,

@@ -129,6 +129,20 @@ class ScoreAccumulator:
         return {name: float(total) / self.count for name, total in self.sums.items()}
 
 
+def chrf_rows(predictions: list[str], references: list[str]) -> np.ndarray:
+    """Return sacrebleu's chrF2 of each row, 0 to 100, [rows]: character n-grams of 1 to 6, recall weighted twice.
+
+    Raises:
+        ValueError: The numbers of predictions and references differ.
+    """
+    _check_same_length(predictions, references)
+    from sacrebleu.metrics.chrf import CHRF
+
+    scorer = CHRF()
+    pairs = zip(predictions, references, strict=True)
+    return np.array([scorer.sentence_score(text, [reference]).score for text, reference in pairs], dtype=float)
+
+
 def corpus_score(metric: str, rows: np.ndarray) -> float:
     """Return the corpus score of per-row statistics: the mean of [rows], or corpus BLEU of [rows, 10]."""
     return corpus_bleu(rows) if metric == "bleu" else float(np.mean(rows))

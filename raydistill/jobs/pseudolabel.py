@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 from raydistill.cluster import snapshots, sync
 from raydistill.cluster.actor_pool import BatchStats, max_actors, run_batches
+from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.presets import resolve_metric, teacher_preset
-from raydistill.config.run import Dataset, Decoding, PseudoLabeling
+from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core import artifact
 from raydistill.core.console import ProgressBar, print_progress
 from raydistill.core.errors import UserError
@@ -58,8 +59,10 @@ EngineFactory = Callable[..., "Engine"]
 class LabelJob:
     """The settings of a pseudo-label job: teacher, data, decoding, engine.
 
-    `threads` are CPUs per teacher. `batch_chars` are source characters of a planned batch, None for a default by
-    device. Without `allow_fallback`, a model that CTranslate2 cannot run is an error.
+    `sources` are the rows to label if these are no split of `dataset`, such as extra sources; `dataset` then gives the
+    settings of the teacher, such as languages and lengths. `threads` are CPUs per teacher. `batch_chars` are source
+    characters of a planned batch, None for a default by device. Without `allow_fallback`, a model that CTranslate2
+    cannot run is an error.
     """
 
     teacher: str
@@ -72,6 +75,12 @@ class LabelJob:
     threads: int = 1
     batch_chars: int | None = None
     allow_fallback: bool = True
+    sources: Dataset | None = None
+
+    @property
+    def rows(self) -> Dataset:
+        """The data set whose split is labelled."""
+        return self.sources or self.dataset
 
     @property
     def resolved_metric(self) -> str:
@@ -123,19 +132,37 @@ def pseudolabel(
     Raises:
         UserError: Settings, teacher, data or finished outputs cannot be used.
     """
-    scan = scan_split(job.dataset, job.split)
+    scan = scan_split(job.rows, job.split)
     description = describe_job(job, scan)
     rules = job.pseudo.curation
     check_curation(rules, scan.labelled)
     root = root.absolute()  # Ray's workers have other working directories
     description = description.model_copy(update={"key": _label_set_key(job, description, device)})
-    folder = root / f"{_slug(job.dataset.name)}-{_slug(job.split)}-{description.key}"
+    folder = root / f"{_slug(job.rows.name)}-{_slug(job.split)}-{description.key}"
     task = LabelTask(job, description, folder, device, verbose, engine_factory)
     with artifact.lock(folder, math.inf, print_progress), record_error(task.work_dir):
         _build_label_set(task, scan)
     if rules == type(rules)():  # no rules
         return folder
-    curated = curate(folder, job.dataset, job.split, rules, job.resolved_metric)
+    return _curate(job, folder, rules, device)
+
+
+def _curate(job: LabelJob, folder: Path, rules: Curation, device: str) -> Path:
+    """Derive the curated set of a complete label set; a reverse model runs on a worker, which may have a GPU."""
+    if rules.reverse_model is None:
+        return curate_and_save(job, folder, rules, device, 1)
+    model = Path(rules.reverse_model)
+    if model.is_dir():  # Ray's workers have other working directories
+        rules = rules.model_copy(update={"reverse_model": str(model.absolute())})
+    inputs = [folder, model.absolute(), *([Path(job.sources.name).parent] if job.sources else [])]
+    curated: Path = run_exclusive(curate_and_save, job, folder, rules, device=device, input_paths=inputs)
+    snapshots.pull(curated)
+    return curated
+
+
+def curate_and_save(job: LabelJob, folder: Path, rules: Curation, device: str, threads: int) -> Path:
+    """Derive the curated set and copy it to the storage; for `run_exclusive`."""
+    curated = curate(folder, job.rows, job.split, rules, job.resolved_metric)
     snapshots.save(curated)
     return curated
 
@@ -184,11 +211,11 @@ def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
     return LabelDescription(
         teacher=TeacherRecord(name=job.teacher, path=checkpoint, **_teacher_fingerprints(checkpoint)),
         data=DataRecord(
-            name=job.dataset.name,
+            name=job.rows.name,
             split=job.split,
             fingerprint=scan.fingerprint,
             skipped=scan.skipped,
-            dataset=job.dataset.model_dump(mode="json", exclude_defaults=True),
+            dataset=job.rows.model_dump(mode="json", exclude_defaults=True),
         ),
         decoding={**asdict(beam), "max_source_tokens": max_source_tokens},
         n_best=job.pseudo.n_best,
@@ -255,7 +282,7 @@ def _make_plan(task: LabelTask, scan: SplitScan) -> BatchPlan:
     job = task.job
     batch_chars = job.batch_chars or (GPU_BATCH_CHARS if task.device == "cuda" else BATCH_CHARS)
     max_source_chars = CHARS_PER_TOKEN * task.description.decoding["max_source_tokens"]
-    rows = usable_rows(job.dataset, job.split, scan)
+    rows = usable_rows(job.rows, job.split, scan)
     plan = make_plan(rows, task.plan_dir, batch_chars=batch_chars, max_source_chars=max_source_chars)
     sync.push(task.plan_dir)
     return plan

@@ -1,5 +1,6 @@
 """Creates the inputs that runs share, before the first run starts: label sets and the teacher cache."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from raydistill.cluster import snapshots
 from raydistill.cluster.exclusive import run_exclusive
 from raydistill.config.label_sources import parse_labels
-from raydistill.config.run import Decoding, Run
+from raydistill.config.run import Dataset, Decoding, Run
 from raydistill.core.paths import raydistill_home
 from raydistill.core.records import Record
+from raydistill.data.extra import ensure_extra, extra_dataset, read_extra_manifest
 from raydistill.jobs.pseudolabel import LabelJob, pseudolabel
 from raydistill.jobs.teacher_cache import (
     CacheRequest,
@@ -20,9 +22,16 @@ from raydistill.jobs.teacher_cache import (
     resolve_cache_mode,
 )
 from raydistill.label_sets.label_set import read_manifest
-from raydistill.results.sweep_record import LabelSetScores
+from raydistill.results.sweep_record import ExtraSourcesRecord, LabelSetScores
 from raydistill.teacher_cache.policy import CacheMode
-from raydistill.training.inputs import LabelFolders, RunInputs, input_paths, run_label_folders
+from raydistill.training.inputs import (
+    EXTRA_SOURCES,
+    LabelFolders,
+    RunInputs,
+    extra_labels,
+    input_paths,
+    run_label_folders,
+)
 
 
 class CacheDecision(BaseModel):
@@ -93,11 +102,13 @@ class SharedInputs:
         label_folders: Folders of the label sets that teachers wrote, by `label_key` and source.
         label_hours: Device-hours of every label set that is trained on, by `label_key` and name.
         cache: The teacher cache.
+        extra: The folder of the extra sources; None for none.
     """
 
     label_folders: LabelFolders = field(default_factory=dict)
     label_hours: dict[str, dict[str, float]] = field(default_factory=dict)
     cache: PreparedCache = PreparedCache()
+    extra: Path | None = None
 
     def for_run(self, run: Run) -> RunInputs:
         """The inputs of one of the runs."""
@@ -114,10 +125,13 @@ def prepare_run_inputs(run: Run, device: str, folder: Path) -> RunInputs:
     """Create the inputs of a run that is not part of a sweep; `folder` is the run's."""
     if run.teacher is None:
         return RunInputs()
-    return prepare_shared_inputs([run], device, folder / "cache.json", run.training.epochs).for_run(run)
+    extra = ensure_extra_sources([run])
+    return prepare_shared_inputs([run], device, folder / "cache.json", run.training.epochs, extra).for_run(run)
 
 
-def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total_epochs: float) -> SharedInputs:
+def prepare_shared_inputs(
+    runs: list[Run], device: str, record_path: Path, total_epochs: float, extra: Path | None = None
+) -> SharedInputs:
     """Create the label sets and the parts of the teacher cache that some runs need and that are missing.
 
     Args:
@@ -125,12 +139,21 @@ def prepare_shared_inputs(runs: list[Run], device: str, record_path: Path, total
         device: "cpu" or "cuda".
         record_path: The file that records how the cache was decided, so that a resumed sweep keeps the decision.
         total_epochs: Training epochs over all trials.
+        extra: The result of `ensure_extra_sources`.
     """
     snapshots.save(*{path for run in runs for path in input_paths(run)})
     compute_dtype = _resolve_compute_dtype(runs, device, record_path)
-    label_folders, label_hours = make_label_sets(runs, device)
+    label_folders, label_hours = make_label_sets(runs, device, extra)
     cache = _make_teacher_cache(runs, label_folders, device, record_path, total_epochs, compute_dtype)
-    return SharedInputs(label_folders, label_hours, cache)
+    return SharedInputs(label_folders, label_hours, cache, extra)
+
+
+def describe_extra_sources(folder: Path | None) -> ExtraSourcesRecord | None:
+    """What a sweep records of its extra sources; None for none."""
+    if folder is None:
+        return None
+    manifest = read_extra_manifest(folder)
+    return ExtraSourcesRecord(folder=folder.name, name=manifest.name, rows=manifest.rows, dropped=manifest.dropped)
 
 
 def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[str, LabelSetScores]:
@@ -138,7 +161,8 @@ def describe_label_sets(runs: list[Run], label_folders: LabelFolders) -> dict[st
     descriptions = {}
     for run in runs:
         chosen = [part.folder for part in parse_labels(run.resolved_labels) if part.folder]
-        for folder in [*label_folders[run.label_key].values(), *chosen]:
+        written = [path for source, path in label_folders[run.label_key].items() if source != EXTRA_SOURCES]
+        for folder in [*written, *chosen]:
             manifest = read_manifest(Path(folder))
             descriptions[Path(folder).name] = LabelSetScores(
                 teacher=manifest.teacher_name, rows=manifest.rows, quality=manifest.quality
@@ -162,11 +186,46 @@ def _resolve_compute_dtype(runs: list[Run], device: str, record_path: Path) -> s
     return decisions.precision
 
 
-def make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
+def ensure_extra_sources(runs: list[Run]) -> Path | None:
+    """Make the extra sources of the runs, as many rows as any of them reads; None if no run trains on any.
+
+    All runs name the same extra sources.
+
+    Raises:
+        UserError: As `data.extra.ensure_extra`.
+    """
+    readers = [run for run in runs if run.reads_extra]
+    if not readers:
+        return None
+    pseudo = readers[0].pseudo
+    assert pseudo.extra is not None
+    row_counts = [run.pseudo.extra_rows for run in readers]
+    max_rows = None if None in row_counts else max(count for count in row_counts if count is not None)
+    folder = ensure_extra(
+        readers[0].dataset,
+        pseudo.extra,
+        raydistill_home() / "extra",
+        max_rows=max_rows,
+        overlap=pseudo.extra_overlap,
+    )
+    snapshots.save(folder)
+    return folder
+
+
+def make_label_sets(
+    runs: list[Run], device: str, extra: Path | None = None
+) -> tuple[LabelFolders, dict[str, dict[str, float]]]:
     """Folders of the label sets that teachers wrote, and device-hours of all label sets; both by `label_key`.
 
-    A curated set counts as the set that it was derived from, since curation needs no pass of the teacher.
+    A curated set counts as the set that it was derived from, since curation needs no pass of the teacher. Of the label
+    set of the extra sources, the share that a run reads is counted.
+
+    Args:
+        runs: Runs with a teacher.
+        device: "cpu" or "cuda".
+        extra: The folder of the extra sources, which all runs get.
     """
+    total_rows = read_extra_manifest(extra).rows if extra else 0
     label_folders: LabelFolders = {}
     hours: dict[str, dict[str, float]] = {}
     for run in runs:
@@ -174,21 +233,44 @@ def make_label_sets(runs: list[Run], device: str) -> tuple[LabelFolders, dict[st
             continue
         parts = parse_labels(run.resolved_labels)
         written = {part.spec: _make_label_set(run, part.other_teacher, device) for part in parts if part.is_pseudo}
-        label_folders[run.label_key] = written
-        hours[run.label_key] = {}
-        for folder in [*written.values(), *[part.folder for part in parts if part.folder]]:
-            manifest = read_manifest(Path(folder))
-            hours[run.label_key][manifest.source_label_set or Path(folder).name] = manifest.device_hours
+        own_hours = hours[run.label_key] = _label_hours([*written.values(), *[p.folder for p in parts if p.folder]])
+        if extra and run.reads_extra:
+            sources = extra_dataset(extra)
+            added = {
+                extra_labels(part.spec): _make_label_set(run, part.other_teacher, device, sources)
+                for part in parts
+                if part.is_pseudo
+            }
+            share = min(total_rows, run.pseudo.extra_rows or total_rows) / total_rows
+            own_hours |= {name: share * value for name, value in _label_hours(added.values()).items()}
+            written |= added
+        label_folders[run.label_key] = {**written, EXTRA_SOURCES: str(extra)} if extra else written
     return label_folders, hours
 
 
-def _make_label_set(run: Run, other_teacher: str | None, device: str) -> str:
-    """The folder of the label set of the run's teacher, or of another teacher with that teacher's own decoding."""
+def _label_hours(folders: Iterable[str]) -> dict[str, float]:
+    """Device-hours of label sets by name; a curated set counts under the name of the complete set."""
+    manifests = {folder: read_manifest(Path(folder)) for folder in folders}
+    return {m.source_label_set or Path(folder).name: m.device_hours for folder, m in manifests.items()}
+
+
+def _make_label_set(run: Run, other_teacher: str | None, device: str, sources: Dataset | None = None) -> str:
+    """The folder of the label set of the run's teacher, or of another teacher with that teacher's own decoding.
+
+    `sources` are the rows to label, if these are not the training split.
+    """
     teacher, decoding = (other_teacher, Decoding()) if other_teacher else (run.teacher, run.decoding)
     assert teacher is not None
     settings = run.evaluation
+    pseudo = run.pseudo if sources is None else run.pseudo.without_references()
     job = LabelJob(
-        teacher, run.dataset, decoding=decoding, engine=settings.engine, pseudo=run.pseudo, metric=settings.metric
+        teacher,
+        run.dataset,
+        decoding=decoding,
+        engine=settings.engine,
+        pseudo=pseudo,
+        metric=settings.metric,
+        sources=sources,
     )
     return str(pseudolabel(job, raydistill_home() / "labels", device))
 

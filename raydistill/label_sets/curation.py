@@ -1,15 +1,18 @@
 """Curation: derive a label set from a complete one by rules. The complete set remains.
 
-Rules look at words separated by white space. The best candidate that passes every rule becomes the label. A row without
-such a candidate is dropped and counted under the first rule that its best candidate violates.
+Rules look at words separated by white space, unless they say otherwise. The best candidate that passes every rule
+becomes the label. A row without such a candidate is dropped and counted under the first rule that its best candidate
+violates.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from raydistill.config.run import Curation, Dataset
 from raydistill.core import artifact
@@ -17,7 +20,7 @@ from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
-from raydistill.evaluation.metrics import ScoreAccumulator
+from raydistill.evaluation.metrics import ScoreAccumulator, chrf_rows
 from raydistill.evaluation.rouge import rouge2_rows
 from raydistill.label_sets.label_set import (
     Candidate,
@@ -28,9 +31,13 @@ from raydistill.label_sets.label_set import (
     read_pseudolabel_manifest,
     write_label_set,
 )
+from raydistill.label_sets.language import check_language, detect_language
 from raydistill.label_sets.manifest import PseudolabelManifest
 
 CHUNK_ROWS = 2000  # rows that are scored at a time
+
+# Scores of two lists of texts, a score for each pair.
+LossFunction = Callable[[list[str], list[str]], list[float]]
 
 
 class CurationRow(NamedTuple):
@@ -66,19 +73,32 @@ def length_ratio(text: str, original: str) -> float:
     return len(text.split()) / max(1, len(original.split()))
 
 
+def source_ratio(text: str, source: str) -> float:
+    """Characters of a text divided by characters of the source."""
+    return len(text.strip()) / max(1, len(source.strip()))
+
+
 def check_curation(rules: Curation, labelled: bool) -> None:
     """Check rules before any text is generated. `labelled`: whether the data has original targets.
 
     Raises:
-        UserError: Rules compare with original targets and there are none, or `agree_with` is no complete label set.
+        UserError: Rules compare with original targets and there are none, a language is unknown, `agree_with` is no
+            complete label set, or `reverse_model` has no configuration.
     """
     if rules.needs_original_targets and not labelled:
         raise UserError(
-            "curation: the data has no targets, and choose: rouge2, min_rouge2 and the length ratios compare with "
-            "targets; remove these rules"
+            "curation: the data has no targets, and choose: rouge2 or chrf, min_rouge2 and the length ratios compare "
+            "with targets; remove these rules"
         )
+    for code in (rules.source_language, rules.target_language):
+        if code is not None:
+            check_language(code)
     if rules.agree_with is not None:
         read_manifest(Path(rules.agree_with))
+    if rules.reverse_model is not None:
+        from raydistill.models.loading import load_config  # loads torch
+
+        load_config(rules.reverse_model)
 
 
 def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, metric: str) -> Path:
@@ -98,6 +118,10 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, metric: 
         other = read_manifest(Path(rules.agree_with))
         # The content and not the path. A set that was written by hand has no key.
         settings["agree_with"] = other.key or other.model_dump(mode="json", exclude={"generation"})
+    if rules.reverse_model is not None:
+        from raydistill.models.fingerprints import teacher_key
+
+        settings["reverse_model"] = teacher_key(rules.reverse_model)
     key = label_set_key(manifest.teacher.fingerprint, folder.name, settings)
     output_dir = folder.with_name(f"{folder.name.rsplit('-', 1)[0]}-curated-{key}")
     with artifact.lock(output_dir, math.inf, print_progress):
@@ -106,8 +130,18 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, metric: 
             check_curation(rules, scan.labelled)
             rows = _join_candidates(folder, usable_rows(dataset, split, scan), rules.agree_with)
             stats = _CurationStats(folder, manifest, rules, metric, scan)
-            _write_curated_set(output_dir, rows, stats, key)
+            _write_curated_set(output_dir, rows, stats, key, _reverse_losses(rules, manifest))
     return output_dir
+
+
+def _reverse_losses(rules: Curation, manifest: PseudolabelManifest) -> LossFunction | None:
+    """The function that scores (labels, sources) by the reverse model of the rules; None without one."""
+    if rules.reverse_model is None:
+        return None
+    from raydistill.models.reverse_model import ReverseModel
+
+    languages = (manifest.languages[0], manifest.languages[1]) if manifest.languages else None
+    return ReverseModel(rules.reverse_model, languages).losses
 
 
 class _CurationStats:
@@ -163,12 +197,18 @@ class _CurationStats:
         )
 
 
-def _write_curated_set(output_dir: Path, rows: Iterator[CurationRow], stats: _CurationStats, key: str) -> None:
+def _write_curated_set(
+    output_dir: Path,
+    rows: Iterator[CurationRow],
+    stats: _CurationStats,
+    key: str,
+    reverse_losses: LossFunction | None,
+) -> None:
     """Write the curated set. The caller holds its lock."""
 
     def iter_label_rows() -> Iterator[tuple[str, list[Candidate] | str]]:
         while chunk := list(islice(rows, CHUNK_ROWS)):
-            verdicts = apply_rules(chunk, stats.rules)
+            verdicts = apply_rules(chunk, stats.rules, reverse_losses)
             stats.add(chunk, verdicts)
             for pair, verdict in zip(chunk, verdicts, strict=True):
                 yield pair.row.id, verdict.violated_rule or verdict.candidates
@@ -178,29 +218,58 @@ def _write_curated_set(output_dir: Path, rows: Iterator[CurationRow], stats: _Cu
     write_label_set(output_dir, iter_label_rows(), lambda: stats.manifest(key))
 
 
-def apply_rules(rows: Sequence[CurationRow], rules: Curation) -> list[Verdict]:
-    """Choose the label of each row, or the rule for which the row is dropped."""
+def apply_rules(
+    rows: Sequence[CurationRow], rules: Curation, reverse_losses: LossFunction | None = None
+) -> list[Verdict]:
+    """Choose the label of each row, or the rule for which the row is dropped.
+
+    Args:
+        rows: Rows with their candidates.
+        rules: The rules.
+        reverse_losses: Scores (labels, sources) by the reverse model, if the rules have one.
+    """
     flat = [(pair, candidate.target) for pair in rows for candidate in pair.candidates]
+    originals = [(text, pair.row.target) for pair, text in flat]
     needs_rouge = rules.choose == "rouge2" or rules.min_rouge2 is not None
-    rouge2 = iter(_score_pairs([(text, pair.row.target) for pair, text in flat], needs_rouge))
-    agreement = iter(_score_pairs([(text, pair.other_label) for pair, text in flat], rules.min_agreement is not None))
+    rouge2 = iter(_score_pairs(originals, rouge2_rows if needs_rouge else None))
+    chrf = iter(_score_pairs(originals, chrf_rows if rules.choose == "chrf" else None))
+    others = [(text, pair.other_label) for pair, text in flat]
+    agreement = iter(_score_pairs(others, rouge2_rows if rules.min_agreement is not None else None))
+    reverse = iter(_score_pairs([(text, pair.row.source) for pair, text in flat], reverse_losses))
     verdicts = []
     for pair in rows:
-        scored = [(candidate, next(rouge2), next(agreement)) for candidate in pair.candidates]
-        if rules.choose == "rouge2":
-            scored.sort(key=lambda entry: -entry[1])
-        violated = [_first_violated_rule(rules, c.target, pair.row, rouge, agreed) for c, rouge, agreed in scored]
+        scored = [
+            _ScoredCandidate(c, next(rouge2), next(chrf), next(agreement), next(reverse)) for c in pair.candidates
+        ]
+        if rules.choose != "score":
+            scored.sort(key=lambda entry: -getattr(entry, rules.choose))
+        violated = [_first_violated_rule(rules, entry, pair.row) for entry in scored]
         best = violated.index("") if "" in violated else 0
-        candidates = [scored[best][0], *(entry[0] for i, entry in enumerate(scored) if i != best)]
+        candidates = [scored[best].candidate, *(entry.candidate for i, entry in enumerate(scored) if i != best)]
         verdicts.append(Verdict(candidates, violated[best]))
     return verdicts
 
 
-def _score_pairs(pairs: list[tuple[str, str]], needed: bool) -> list[float]:
-    """ROUGE-2 F1 x 100 of (text, reference) pairs; zeros if no rule needs the scores."""
-    if not needed:
+class _ScoredCandidate(NamedTuple):
+    """A candidate with its similarities: ROUGE-2 and chrF to the original, ROUGE-2 to another teacher's label.
+
+    `reverse_loss` is the cross-entropy of the source given the candidate, in nats per token.
+    """
+
+    candidate: Candidate
+    rouge2: float
+    chrf: float
+    agreement: float
+    reverse_loss: float
+
+
+def _score_pairs(
+    pairs: list[tuple[str, str]], metric: LossFunction | Callable[[list[str], list[str]], np.ndarray] | None
+) -> list[float]:
+    """Scores of (text, reference) pairs; zeros if no rule needs them."""
+    if metric is None:
         return [0.0] * len(pairs)
-    return rouge2_rows([text for text, _ in pairs], [reference for _, reference in pairs]).tolist()
+    return list(map(float, metric([text for text, _ in pairs], [reference for _, reference in pairs])))
 
 
 def compare_label_sets(first: Path, second: Path, metric: str) -> dict[str, float]:
@@ -232,18 +301,25 @@ def compare_label_sets(first: Path, second: Path, metric: str) -> dict[str, floa
     }
 
 
-def _first_violated_rule(rules: Curation, text: str, row: Row, rouge2: float, agreement: float) -> str:
-    """The first rule that a text violates, or ""."""
+def _first_violated_rule(rules: Curation, entry: _ScoredCandidate, row: Row) -> str:
+    """The first rule that a candidate violates, or ""."""
+    text, score = entry.candidate
     if not text.strip():
         return "empty"
-    ratio = length_ratio(text, row.target)
+    ratio, ratio_to_source = length_ratio(text, row.target), source_ratio(text, row.source)
     checks = (
-        ("min_rouge2", lambda limit: rouge2 < limit),
+        ("min_score", lambda limit: score < limit),
+        ("min_rouge2", lambda limit: entry.rouge2 < limit),
         ("min_length_ratio", lambda limit: ratio < limit),
         ("max_length_ratio", lambda limit: ratio > limit),
+        ("min_source_ratio", lambda limit: ratio_to_source < limit),
+        ("max_source_ratio", lambda limit: ratio_to_source > limit),
         ("max_repetition", lambda limit: trigram_repetition(text) > limit),
         ("max_copy_rate", lambda limit: copy_rate(text, row.source) > limit),
-        ("min_agreement", lambda limit: agreement < limit),
+        ("min_agreement", lambda limit: entry.agreement < limit),
+        ("source_language", lambda code: detect_language(row.source) != code),
+        ("target_language", lambda code: detect_language(text) != code),
+        ("max_reverse_loss", lambda limit: entry.reverse_loss > limit),
     )
     for name, is_violated in checks:
         limit = getattr(rules, name)

@@ -36,4 +36,7 @@ def end_to_end_hours(trial: Trial, passes: TeacherPasses) -> float | None:
 def shared_pass_hours(trials: Iterable[Trial], passes: TeacherPasses) -> float:
     """Device-hours of the teacher passes that any of the trials needs, each counted once."""
     required = [needed for trial in trials if (needed := required_passes(trial, passes))]
-    return sum({name: h for needed in required for name, h in needed.hours_by_artifact.items()}.values())
+    hours: dict[str, float] = {}
+    for name, value in (item for needed in required for item in needed.hours_by_artifact.items()):
+        hours[name] = max(value, hours.get(name, 0.0))  # runs may use different shares of a label set
+    return sum(hours.values())

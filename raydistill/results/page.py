@@ -27,6 +27,7 @@ from raydistill.results.sweep_record import SWEEP_FILE
 from raydistill.results.tables import (
     TextTable,
     format_trial_counts,
+    label_cost_table,
     markdown_table,
     method_table,
     metric_name,
@@ -131,6 +132,8 @@ def render_page(selection: Selection) -> str:
     if len(costs[1]) > 1:
         tables.append(("Cost of each method", *costs))
     setups = sorted(set(map(selection.measured_with, selection.students)))
+    if label_costs := label_cost_table(selection):
+        tables.append(("Extra sources", *label_costs))
     content = PageContent(
         title=selection.name,
         summary=f"{format_trial_counts(trials)}.",

@@ -44,10 +44,14 @@ class TeacherPasses(BaseModel):
     stores: dict[str, float] = Field(default_factory=dict)
 
     @property
+    def hours_by_label_set(self) -> dict[str, float]:
+        """Hours by label set. Label keys may use different shares of a set; the largest share counts."""
+        return dict(sorted((item for sets in self.labels.values() for item in sets.items()), key=lambda item: item[1]))
+
+    @property
     def hours_by_artifact(self) -> dict[str, float]:
         """Hours by label set and array. A label set that several label keys share is listed once."""
-        label_sets = {name: hours for sets in self.labels.values() for name, hours in sets.items()}
-        return {**label_sets, **self.stores}
+        return {**self.hours_by_label_set, **self.stores}
 
     @property
     def total_hours(self) -> float:
@@ -63,6 +67,24 @@ class LabelSetScores(BaseModel):
     teacher: str | None
     rows: int
     quality: dict[str, float] | None
+
+
+class ExtraSourcesRecord(BaseModel):
+    """The extra sources of a sweep (data/extra.py): texts without targets that the teacher labelled.
+
+    Attributes:
+        folder: The artifact, below RAYDISTILL_HOME/extra.
+        name: The file or data set.
+        rows: Rows that remain, as many as any trial reads.
+        dropped: Rows that were left out, by the split that they repeat.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str
+    name: str
+    rows: int
+    dropped: dict[str, int]
 
 
 class ShortlistCoverage(BaseModel):
@@ -92,11 +114,13 @@ class SweepTeacher(TeacherScores):
         costs: Costs by name, measured like those of the shapes.
         passes: Device-hours of the passes.
         label_sets: The label sets that trials are trained on, by name.
+        extra: The extra sources that trials are trained on; None for none.
     """
 
     costs: dict[str, float]
     passes: TeacherPasses
     label_sets: dict[str, LabelSetScores]
+    extra: ExtraSourcesRecord | None = None
 
 
 class PredictedRatio(BaseModel):

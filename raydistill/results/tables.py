@@ -4,8 +4,9 @@ A table is a pair (header, rows) of text cells.
 """
 
 from collections.abc import Callable, Sequence
+from statistics import median
 
-from raydistill.results.costs import shared_pass_hours
+from raydistill.results.costs import required_passes, shared_pass_hours
 from raydistill.results.formatting import format_count, format_number, format_score
 from raydistill.results.pareto import COST_UNITS, bound_sign
 from raydistill.results.records import Trial, scoring_engines
@@ -20,6 +21,7 @@ METRIC_NAMES = {
     "rougeLsum": "ROUGE-Lsum",
     "bleu": "BLEU",
 }
+EXTRA_ROWS_KEY = "pseudo.extra_rows"  # of the values that a search chooses
 STATUS_NAMES = {"done": "done", "stopped": "stopped early", "failed": "failed", "running": "running"}
 STATUS_ORDER = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
 
@@ -118,6 +120,26 @@ def method_table(selection: Selection) -> TextTable:
         teacher_hours = shared_pass_hours(trials, selection.teacher.passes)
         rows.append([method, str(len(trials)), f"{trial_hours:.3f}", f"{teacher_hours:.3f}"])
     return ["method", "trials", "device h, trials", "device h, teacher"], rows
+
+
+def label_cost_table(selection: Selection) -> TextTable | None:
+    """Score against label cost: one row per number of extra sources; None if the search does not vary that number.
+
+    The score is a median, because the numbers have different numbers of trials, and the best of more trials is higher.
+    """
+    trials: dict[int | None, list[Trial]] = {}
+    for trial in selection.trials:
+        if trial.scored and EXTRA_ROWS_KEY in trial.params:
+            trials.setdefault(trial.params[EXTRA_ROWS_KEY], []).append(trial)
+    rows = []
+    for count, group in sorted(trials.items(), key=lambda item: (item[0] is None, item[0])):
+        passes = [required_passes(trial, selection.teacher.passes) for trial in group]
+        hours = max(sum(p.hours_by_label_set.values()) if p else 0.0 for p in passes)
+        scores = [score for trial in group if (score := trial.score(selection.metric)) is not None]
+        typical = format_number(median(scores) if scores else None, 2)
+        rows.append(["all" if count is None else f"{count:,}", str(len(group)), typical, f"{hours:.3f}"])
+    name = metric_name(selection.metric)
+    return (["extra rows", "trials", f"{name}, median", "device h, labels"], rows) if rows else None
 
 
 def format_trial_counts(trials: Sequence[Trial]) -> str:

@@ -1,7 +1,7 @@
 """The plan of a sweep, for `sweep --dry-run`: trials, shapes, data, disk and expected cost. Starts nothing."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from raydistill.core.console import format_table
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 from raydistill.data.corpus import corpus_statistics, read_corpus, split_names
+from raydistill.data.streaming import scan_split
 from raydistill.models.shrinking import plan_student
 from raydistill.paper.published import TABLE_4, TABLE_5, data_name, teacher_name
 from raydistill.results.formatting import format_count
@@ -66,15 +67,18 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     sizes = sorted({run.student.shape.name for run in shape_runs(space)}, key=shape_sort_key)
     num_finished = count_finished_trials(folder)
     labellers = sorted(teacher for teacher, _ in labelling_passes(runs))
-    disk = estimate_disk(runs, config, data)
+    extra_rows, extra_text = count_extra_rows(runs)
+    disk = estimate_disk(runs, config, data, extra_rows or 0)
     hours, hours_source = estimate_device_hours(runs, space.search.trials)
     infeasible, remark = estimate_infeasible_sizes(space, sizes, config, folder)
-    passes = f"a pass over the training split by {' and '.join(labellers)}" if labellers else "none needed"
+    texts = "the training split and the extra sources" if extra_rows else "the training split"
+    passes = f"a pass over {texts} by {' and '.join(labellers)}" if labellers else "none needed"
     lines = [
         f"sweep {space.name}: {format_count(space.search.trials, 'trial')} ({num_finished} finished already), "
         f"sampler {space.search.sampler}, seed {space.search.seed}, in {folder}",
         f"teacher: {first.teacher}" + (f" (not available: {problem})" if problem else ""),
         f"data: {first.dataset.name}: {data.text}",
+        *([f"extra sources: {extra_text}"] if extra_text else []),
         "",
         format_table(["shape", "decoder layers copied", "M parameters"], [shape_row(s, runs, config) for s in sizes]),
         "",
@@ -98,6 +102,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         "teacher": first.teacher,
         "dataset": first.dataset.name,
         "rows": data.rows,
+        "extra_rows": extra_rows,
         "sizes": sizes,
         "combinations": len(runs),
         "expected_device_hours": hours,
@@ -253,14 +258,35 @@ def distribution_rows(space: Space) -> list[list[str]]:
     return rows
 
 
-def estimate_disk(runs: list[Run], config: Any, data: DatasetSize) -> DiskEstimate:
-    """Size of the teacher cache, from the words of the corpus, and free disk space."""
+def count_extra_rows(runs: list[Run]) -> tuple[int | None, str]:
+    """Rows of `pseudo.extra` that trials read at most, before rows are left out, and a description.
+
+    None and "" if no trial reads any; None and the problem if the texts cannot be read.
+    """
+    readers = [run.pseudo for run in runs if run.reads_extra]
+    extra = readers[0].extra if readers else None
+    if extra is None:
+        return None, ""
+    try:
+        total = scan_split(extra.as_dataset(), extra.split).rows
+    except UserError as error:
+        return None, f"{extra.name}: not available: {error}"
+    counts = sorted({min(total, total if pseudo.extra_rows is None else pseudo.extra_rows) for pseudo in readers})
+    used = " or ".join(f"{count:,}" for count in counts)
+    return counts[-1], f"{extra.name}: {total:,} rows, of which trials read {used}, less repeated rows"
+
+
+def estimate_disk(runs: list[Run], config: Any, data: DatasetSize, extra_rows: int = 0) -> DiskEstimate:
+    """Size of the teacher cache, from the words of the corpus, and free disk space.
+
+    Rows of `pseudo.extra` count like rows of the training split.
+    """
     root = raydistill_home()
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if config is None or not data.rows:
         return DiskEstimate(None, None, free, [])
-    encoder, decoder = estimate_cache_bytes(runs, config, data)
+    encoder, decoder = estimate_cache_bytes(runs, config, replace(data, rows=data.rows + extra_rows))
     modes = sorted({run.training.teacher_cache for run in runs})
     lines = [
         f"teacher cache ({', '.join(modes)}): encoder states about {encoder / 1e9:.1f} GB, decoder states about "

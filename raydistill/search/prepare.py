@@ -11,7 +11,13 @@ from raydistill.config.shapes import Shape, shape_sort_key
 from raydistill.config.space import Space, corner_runs, shape_runs
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
-from raydistill.jobs.run_inputs import SharedInputs, describe_label_sets, prepare_shared_inputs
+from raydistill.jobs.run_inputs import (
+    SharedInputs,
+    describe_extra_sources,
+    describe_label_sets,
+    ensure_extra_sources,
+    prepare_shared_inputs,
+)
 from raydistill.results.formatting import format_count
 from raydistill.results.pareto import describe_nearest_miss, resolve_budgets
 from raydistill.results.shape_costs import shape_costs
@@ -64,6 +70,7 @@ class PreparedSweep:
 def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
     """Create what is missing of a sweep's shared parts. Finished parts are kept, so a second call only reads them."""
     runs = corner_runs(space)
+    extra = ensure_extra_sources(runs)  # first, since overlap with the evaluation splits is an error
     scores = _score_teacher(runs[0], sweep, device)
     task = _make_shape_task(space, runs, scores, device)
     recorded = _recorded_shapes(task, sweep)
@@ -71,7 +78,7 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
     sizes = sorted({run.student.shape.name for run in shape_runs(space)}, key=shape_sort_key)
     check_budgets(space, sizes, shapes)
     total_epochs = space.search.trials * max(run.training.epochs for run in runs)
-    shared = prepare_shared_inputs(runs, device, sweep / "cache.json", total_epochs)
+    shared = prepare_shared_inputs(runs, device, sweep / "cache.json", total_epochs, extra)
     labelled = replace(task, label_folders=run_label_folders(shared.label_folders, task.run))
     if recorded is None and (retimed := _time_used_tokens_again(labelled, shapes, device)):
         shapes = retimed
@@ -81,6 +88,7 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
         costs=shapes.teacher_costs,
         passes=TeacherPasses(labels=shared.label_hours, stores=shared.cache.store_hours),
         label_sets=describe_label_sets(runs, shared.label_folders),
+        extra=describe_extra_sources(extra),
     )
     return PreparedSweep(teacher, shapes, ensure_shortlists(space, runs, teacher), shared)
 

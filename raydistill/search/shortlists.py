@@ -24,6 +24,7 @@ from raydistill.core.errors import UserError
 from raydistill.core.hashing import content_hash
 from raydistill.core.paths import raydistill_home
 from raydistill.data.corpus import Corpus
+from raydistill.data.extra import read_extra
 from raydistill.data.selection import selection_split
 from raydistill.evaluation.latency import LATENCY_BATCH_SIZES
 from raydistill.inference.shortlist import (
@@ -73,6 +74,7 @@ class ShortlistInputs:
         dataset: The data set.
         languages: Languages of source and target, where the tokenizer needs them.
         label_folders: The label sets that trials are trained on.
+        extra_folder: The extra sources, whose labels are among the label sets; None for none.
         max_source_tokens: Length at which sources are cut.
         max_target_tokens: Length at which targets are cut.
     """
@@ -81,6 +83,7 @@ class ShortlistInputs:
     dataset: Dataset
     languages: tuple[str, str] | None
     label_folders: tuple[Path, ...]
+    extra_folder: Path | None
     max_source_tokens: int
     max_target_tokens: int
 
@@ -95,6 +98,7 @@ class ShortlistInputs:
             run.dataset,
             resolve_languages(run.teacher, run.dataset),
             label_set_folders(runs, teacher),
+            extra_sources_folder(teacher),
             resolve_max_tokens("max_source_tokens", run.dataset, preset, config),
             resolve_max_tokens("max_target_tokens", run.dataset, preset, config),
         )
@@ -130,6 +134,9 @@ class ShortlistInputs:
         corpus = self._corpus("train")
         sources, targets = list(corpus.sources), list(corpus.targets)
         source_by_id = dict(zip(corpus.ids, corpus.sources, strict=True))
+        if self.extra_folder:
+            extra = read_extra(self.extra_folder)
+            source_by_id |= zip(extra.ids, extra.sources, strict=True)
         for folder in self.label_folders:
             labels = read_label_set(folder).targets
             labelled = [row_id for row_id, text in labels.items() if text.strip() and row_id in source_by_id]
@@ -215,6 +222,24 @@ def label_set_folders(runs: Sequence[Run], teacher: SweepTeacher) -> tuple[Path,
                 f"training split again with `raydistill pseudolabel`, or set serving.shortlist=[off]"
             )
     return tuple(folders)
+
+
+def extra_sources_folder(teacher: SweepTeacher) -> Path | None:
+    """The extra sources of a sweep; None for none.
+
+    Raises:
+        UserError: They were deleted.
+    """
+    if teacher.extra is None:
+        return None
+    folder = raydistill_home() / "extra" / teacher.extra.folder
+    snapshots.pull(folder)
+    if not artifact.is_complete(folder):
+        raise UserError(
+            f"{folder}: the extra sources were deleted, so that no shortlist can be made from their labels; run the "
+            f"sweep again, or set serving.shortlist=[off]"
+        )
+    return folder
 
 
 def _ensure_shortlist(inputs: ShortlistInputs, name: str | int) -> ShortlistCoverage:

@@ -8,8 +8,10 @@ from raydistill.config.label_sources import parse_labels
 from raydistill.config.run import Run
 from raydistill.teacher_cache.policy import CacheMode
 
-# Folders of label sets by the `label_key` of a run, then by label source (pseudo, pseudo@TEACHER).
+# Folders by the `label_key` of a run, then by label source: the label sets of "pseudo" and "pseudo@TEACHER"; those of
+# the extra sources under the names of `extra_labels`, and the extra sources (data/extra.py) under EXTRA_SOURCES.
 LabelFolders = dict[str, dict[str, str]]
+EXTRA_SOURCES = "extra"
 
 
 def input_paths(run: Run) -> list[Path]:
@@ -18,8 +20,16 @@ def input_paths(run: Run) -> list[Path]:
     return [Path(name) for name in names if name]
 
 
+def extra_labels(source: str) -> str:
+    """The name of the label set that the teacher of a label source wrote for the extra sources.
+
+    No label source has such a name, since "+" separates sources.
+    """
+    return f"{source}+{EXTRA_SOURCES}"
+
+
 def run_label_folders(labels: LabelFolders, run: Run) -> dict[str, Path]:
-    """The folders of the label sets of a run by label source."""
+    """The folders of the label sets and of the extra sources of a run, as in `LabelFolders`."""
     return {source: Path(folder) for source, folder in labels.get(run.label_key, {}).items()}
 
 
@@ -28,7 +38,7 @@ class RunInputs:
     """Inputs of a run that are prepared before the run starts.
 
     Attributes:
-        label_folders: Folders of label sets by label source.
+        label_folders: Folders of label sets and extra sources, as in `LabelFolders`.
         cache_root: The folder of the teacher cache, None for no cache.
         cache_mode: The resolved value of `teacher_cache: auto`.
         compute_dtype: The resolved value of `precision: auto`, as measured on a worker.

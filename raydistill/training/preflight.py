@@ -43,6 +43,9 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
             )
         if run.dataset.selection_split:
             check_split(run.dataset, run.dataset.selection_split)
+    if run.pseudo.extra and (extra := str(run.pseudo.extra)) not in cache:
+        cache[extra] = None
+        check_split(run.pseudo.extra.as_dataset(), run.pseudo.extra.split)
     for part in parse_labels(run.resolved_labels):
         if part.other_teacher:
             check_teacher(part.other_teacher)

@@ -37,7 +37,7 @@ from raydistill.training.run_folder import (
 from raydistill.training.state import TrainingState
 from raydistill.training.student import StudentSetup, prepare_student
 from raydistill.training.teacher_states import make_distillation_step
-from raydistill.training.tokenized_data import load_tokenized_data, make_examples
+from raydistill.training.tokenized_data import extra_fingerprint, load_tokenized_data, make_examples
 from raydistill.training.validation import Validator
 from raydistill.training.workers import Worker
 
@@ -145,7 +145,8 @@ def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_
     teacher, student = setup.teacher, setup.student
     data = load_tokenized_data(run, teacher.preset if teacher else None, setup.tokenizer, student.config)
     if worker.is_main_process:
-        check_same_inputs(folder, InputFingerprints(teacher=teacher.key if teacher else None, data=data.fingerprints))
+        fingerprints = {**data.fingerprints, **extra_fingerprint(inputs.label_folders)}
+        check_same_inputs(folder, InputFingerprints(teacher=teacher.key if teacher else None, data=fingerprints))
     examples = make_examples(run, data, setup.tokenizer, inputs.label_folders)
     freeze(student, setup.frozen_parts(run))
     torch.nn.Module.to(student, worker.device)
@@ -239,7 +240,7 @@ def _checkpoint_metadata(active: ActiveRun, evaluations: dict[str, EvaluationRes
         vocabulary=len(teacher.token_ids) if teacher and teacher.token_ids else None,
         teacher_key=teacher.key if teacher else None,
         teacher_commit=teacher.commit if teacher else None,
-        data=active.validator.data.fingerprints,
+        data={**active.validator.data.fingerprints, **extra_fingerprint(active.inputs.label_folders)},
         scores={split: _split_scores(evaluation) for split, evaluation in evaluations.items()},
         decoding=asdict(active.validator.beam),
         signature=active.validator.signature,

@@ -15,7 +15,12 @@ from raydistill.models import families
 from raydistill.models.teacher import open_teacher
 from raydistill.training.records import SplitScores
 from raydistill.training.teacher_record import TeacherScores
-from raydistill.training.tokenized_data import TokenizedData, load_tokenized_data, tokenize_split
+from raydistill.training.tokenized_data import (
+    TokenizedData,
+    input_fingerprints,
+    load_tokenized_data,
+    tokenize_split,
+)
 from raydistill.training.validation import score_splits
 
 
@@ -54,7 +59,7 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
         engine=engine.name,
         precision=engine.precision,
         machine=hardware(device, threads),
-        data=data.fingerprints,
+        data=input_fingerprints(run).data,
         rows={split: len(corpus) for split, corpus in data.corpora.items()},
         corpus=corpus_statistics(data.corpora["train"]),
         lead1=_score_lead1(data),

@@ -15,13 +15,16 @@ from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
 from raydistill.data.corpus import Corpus
+from raydistill.data.extra import read_extra, read_extra_manifest
 from raydistill.data.selection import SELECTION, read_part
+from raydistill.data.streaming import scan_split
 from raydistill.label_sets.label_set import read_label_set
 from raydistill.label_sets.mixing import select_targets
 from raydistill.models.fingerprints import teacher_key
 from raydistill.models.loading import locate_checkpoint
 from raydistill.models.tokenization import resolve_max_tokens, tokenize_sources, tokenize_targets
 from raydistill.models.vocabulary import count_tokens, select_tokens
+from raydistill.training.inputs import EXTRA_SOURCES, extra_labels
 from raydistill.training.records import InputFingerprints
 
 SPLITS = ("train", "validation", SELECTION, "test")
@@ -79,7 +82,18 @@ def input_fingerprints(run: Run) -> InputFingerprints:
     """The current key of the teacher and fingerprints of the splits, without tokenising texts or loading a model."""
     key = teacher_key(locate_checkpoint(run.teacher, run.dataset.name)) if run.teacher else None
     data = {split: corpus.fingerprint for split, corpus in _read_splits(run.dataset).items()}
+    if extra := run.pseudo.extra:
+        data[EXTRA_SOURCES] = _scan_once(extra.as_dataset(), extra.split).fingerprint
     return InputFingerprints(teacher=key, data=data)
+
+
+_scan_once = lru_cache(maxsize=2)(scan_split)
+
+
+def extra_fingerprint(label_folders: Mapping[str, Path]) -> dict[str, str]:
+    """The fingerprint of the file of the extra sources under its name in `InputFingerprints.data`; {} for none."""
+    folder = label_folders.get(EXTRA_SOURCES)
+    return {EXTRA_SOURCES: read_extra_manifest(folder).fingerprint} if folder else {}
 
 
 def _read_splits(dataset: Dataset) -> dict[str, Corpus]:
@@ -118,23 +132,51 @@ def make_examples(
         run: The run's config.
         data: The run's data.
         tokenizer: The tokenizer of the student.
-        label_folders: Folders of the label sets that teachers wrote, by source ("pseudo" or "pseudo@TEACHER").
+        label_folders: Folders of label sets and extra sources, as in `training.inputs.LabelFolders`.
+
+    Raises:
+        UserError: A label set or the extra sources of the run are missing.
     """
+    if run.reads_extra and EXTRA_SOURCES not in label_folders:
+        raise UserError("pseudo.extra: the texts are not labelled; `raydistill train` and `sweep` label them first")
+    texts = _training_texts(run, label_folders)
+    return _make_examples(tokenizer, texts, data.max_source_tokens, data.max_target_tokens)
+
+
+@dataclass(frozen=True)
+class _TrainingTexts:
+    """The texts that a run trains on, as a key of caches.
+
+    Attributes:
+        dataset: The data set.
+        labels: The label sources of the run.
+        label_folders: The complete label sets by label source.
+        extra_folder: The extra sources; None for none.
+        extra_rows: The number of extra sources that the run trains on; None for all.
+    """
+
+    dataset: Dataset
+    labels: tuple[LabelSource, ...]
+    label_folders: tuple[tuple[str, Path], ...]
+    extra_folder: Path | None
+    extra_rows: int | None
+
+    @property
+    def extra_labels(self) -> list[LabelSource]:
+        """The label sources that label the extra sources."""
+        return [label for label in self.labels if label.is_pseudo and self.extra_rows != 0]
+
+
+def _training_texts(run: Run, label_folders: Mapping[str, Path]) -> _TrainingTexts:
+    """The texts of a run: the label sets that the run names, and those in `label_folders`."""
     labels = tuple(parse_labels(run.resolved_labels))
-    folders = _known_label_folders(labels, label_folders)
-    return _make_examples(tokenizer, run.dataset, labels, folders, data.max_source_tokens, data.max_target_tokens)
-
-
-def _known_label_folders(
-    labels: tuple[LabelSource, ...], label_folders: Mapping[str, Path]
-) -> tuple[tuple[str, Path], ...]:
-    """The label sets that are complete, by label source: those that the run names, and those in `label_folders`."""
-    folders = {
-        label.spec: Path(label.folder) if label.folder else label_folders.get(label.spec)
-        for label in labels
-        if label.spec != "original"
-    }
-    return tuple((source, folder) for source, folder in folders.items() if folder is not None)
+    folders = {label.spec: Path(label.folder) for label in labels if label.folder}
+    for label in labels:
+        names = [label.spec, extra_labels(label.spec)] if label.is_pseudo else []
+        folders |= {name: label_folders[name] for name in names if name in label_folders}
+    return _TrainingTexts(
+        run.dataset, labels, tuple(folders.items()), label_folders.get(EXTRA_SOURCES), run.pseudo.extra_rows
+    )
 
 
 def select_student_tokens(
@@ -149,26 +191,27 @@ def select_student_tokens(
         run: The run's config.
         tokenizer: The tokenizer of the teacher.
         config: The config of the teacher.
-        label_folders: Folders of the label sets that teachers wrote, by source ("pseudo" or "pseudo@TEACHER").
+        label_folders: Folders of label sets and extra sources, as in `training.inputs.LabelFolders`.
     """
     size = run.student.vocabulary
     if size is None:
         return None
-    folders = _known_label_folders(tuple(parse_labels(run.resolved_labels)), label_folders)
-    return select_tokens(tokenizer, config, _count_training_tokens(tokenizer, run.dataset, folders), size)
+    texts = _training_texts(run, label_folders)
+    return select_tokens(tokenizer, config, _count_training_tokens(tokenizer, texts), size)
 
 
 @lru_cache(maxsize=4)
-def _count_training_tokens(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, label_folders: tuple[tuple[str, Path], ...]
-) -> Counter[int]:
+def _count_training_tokens(tokenizer: PreTrainedTokenizerBase, training_texts: _TrainingTexts) -> Counter[int]:
     """How often each token occurs in sources, original targets and label sets; computed once per process."""
-    corpus = read_split(dataset, "train")
+    corpus = read_split(training_texts.dataset, "train")
     assert corpus is not None
     counts = count_tokens(tokenize_sources(tokenizer, corpus.sources, UNLIMITED_TOKENS))
-    join_lines = joins_lines(dataset.name)
+    join_lines = joins_lines(training_texts.dataset.name)
     counts += count_tokens(tokenize_targets(tokenizer, corpus.targets, UNLIMITED_TOKENS, join_lines))
-    for _, folder in label_folders:
+    if training_texts.extra_folder:
+        sources = _read_extra_once(training_texts.extra_folder).sources
+        counts += count_tokens(tokenize_sources(tokenizer, sources, UNLIMITED_TOKENS))
+    for _, folder in training_texts.label_folders:
         texts = list(read_label_set(folder).targets.values())
         counts += count_tokens(tokenize_targets(tokenizer, texts, UNLIMITED_TOKENS, join_lines))
     return counts
@@ -176,20 +219,33 @@ def _count_training_tokens(
 
 @lru_cache(maxsize=4)
 def _make_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    labels: tuple[LabelSource, ...],
-    label_folders: tuple[tuple[str, Path], ...],
-    max_source_tokens: int,
-    max_target_tokens: int,
+    tokenizer: PreTrainedTokenizerBase, texts: _TrainingTexts, max_source_tokens: int, max_target_tokens: int
 ) -> Examples:
-    """Computed once per process, so that the next trial on the same pairs starts at once."""
-    corpus = read_split(dataset, "train")
+    """Computed once per process, so that the next trial on the same pairs starts at once.
+
+    The sources are those of the training split, then all extra sources: runs that train on fewer of these, or on none,
+    share a teacher cache with the others.
+    """
+    corpus = read_split(texts.dataset, "train")
     assert corpus is not None
-    label_sets = {source: read_label_set(folder) for source, folder in label_folders}
-    rows, targets = select_targets(corpus.ids, corpus.targets, labels, label_sets)
-    return Examples(
-        tokenize_split(tokenizer, dataset, "train", "source", max_source_tokens),
-        tokenize_targets(tokenizer, targets, max_target_tokens, joins_lines(dataset.name)),
-        rows,
-    )
+    label_sets = {source: read_label_set(folder) for source, folder in texts.label_folders}
+    rows, targets = select_targets(corpus.ids, corpus.targets, texts.labels, label_sets)
+    sources = tokenize_split(tokenizer, texts.dataset, "train", "source", max_source_tokens)
+    if texts.extra_folder:
+        sources = sources + _tokenize_extra(tokenizer, texts.extra_folder, max_source_tokens)
+    if texts.extra_folder and texts.extra_labels:
+        ids = _read_extra_once(texts.extra_folder).ids[: texts.extra_rows]
+        extra_sets = {label.spec: label_sets[extra_labels(label.spec)] for label in texts.extra_labels}
+        numbers, added = select_targets(ids, [], texts.extra_labels, extra_sets)
+        rows += [len(corpus) + number for number in numbers]
+        targets += added
+    target_tokens = tokenize_targets(tokenizer, targets, max_target_tokens, joins_lines(texts.dataset.name))
+    return Examples(sources, target_tokens, rows)
+
+
+_read_extra_once = lru_cache(maxsize=2)(read_extra)
+
+
+@lru_cache(maxsize=2)
+def _tokenize_extra(tokenizer: PreTrainedTokenizerBase, folder: Path, max_length: int) -> list[list[int]]:
+    return tokenize_sources(tokenizer, _read_extra_once(folder).sources, max_length)

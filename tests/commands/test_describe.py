@@ -88,3 +88,21 @@ def test_through_the_console_script_and_with_a_misspelt_name():
     done = run("describe", "dmo", module="raydistill")
     assert done.returncode == 2
     assert "did you mean 'demo'?" in done.stderr
+
+
+def test_extra_texts_are_compared_with_the_splits(tmp_path):
+    """Row 2 repeats a training source; row 3 is a near duplicate of a test source, which is an error."""
+    text = "An old man reads a newspaper on a bench in the park."
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [{"id": "t", "document": text, "summary": "s"}])
+    extra = ["A text that is new.", ROWS[0]["document"], text.replace("newspaper", "newspapers")]
+    write_jsonl(tmp_path / "more.jsonl", [{"text": row} for row in extra])
+    done = run(str(tmp_path), "--extra", str(tmp_path / "more.jsonl"), "--json")
+    assert done.returncode == 2
+    result = json.loads(done.stdout)["extra"]
+    assert (result["rows"], [(row["row"], row["split"]) for row in result["dropped"]]) == (
+        1,
+        [(2, "train"), (3, "test")],
+    )
+    assert "more.jsonl:3: similar" in done.stderr
+    assert "pseudo.extra_overlap: drop" in done.stderr

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from raydistill.config.loader import read_yaml
-from raydistill.config.run import Loss, Run, Training
+from raydistill.config.run import Curation, ExtraSources, Loss, PseudoLabeling, Run, Training
 from raydistill.config.validation import validate
 from raydistill.core.errors import UserError
 from tests.factories.spaces import write_space
@@ -48,3 +48,27 @@ def test_run_file_error_names_line_and_key(tmp_path):
     data, lines = read_yaml(path)
     with pytest.raises(UserError, match=r"space\.yaml:5: training\.epoch: unknown key; did you mean 'epochs'\?"):
         validate(Run, data, path, lines)
+
+
+def test_rules_for_texts_without_targets_compare_with_no_other_text():
+    rules = {"choose": "rouge2", "min_rouge2": 5, "max_length_ratio": 2, "max_repetition": 0.3}
+    pseudo = PseudoLabeling.model_validate({"extra": "f", "n_best": 4, "curation": rules})
+    assert pseudo.without_references() == PseudoLabeling(
+        extra=ExtraSources(name="f"), n_best=4, curation=Curation(max_repetition=0.3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({"method": "pl"}, True),
+        ({"method": "kd", "labels": "original+pseudo"}, True),
+        ({"method": "kd"}, False),
+        ({"method": "pl", "pseudo": {"extra": "f", "extra_rows": 0}}, False),
+        ({"method": "pl", "labels": "some/folder"}, False),
+        ({"method": "pl", "pseudo": {}}, False),
+    ],
+)
+def test_a_run_reads_extra_texts_only_with_pseudo_labels(settings, reads):
+    run = Run.model_validate({"name": "r", "teacher": "t", "dataset": "d", "pseudo": {"extra": "f"}, **settings})
+    assert run.reads_extra is reads

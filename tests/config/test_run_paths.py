@@ -19,3 +19,14 @@ def test_paths_in_labels_choices_and_cases_become_absolute(tmp_path, monkeypatch
         f"pseudo+pseudo@{tmp_path}/teacher",
     ]
     assert result["student"] == {"copy_from": f"{tmp_path}/teacher", "size": "6-3"}
+
+
+def test_path_of_extra_texts_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.jsonl").touch()
+    absolute = f"{tmp_path}/more.jsonl"
+    assert make_paths_absolute({"pseudo": {"extra": "more.jsonl", "n_best": 2}}) == {
+        "pseudo": {"extra": absolute, "n_best": 2}
+    }
+    extra = {"name": "more.jsonl", "columns": {"source": "body"}}
+    assert make_paths_absolute({"pseudo": {"extra": extra}})["pseudo"]["extra"] == {**extra, "name": absolute}

@@ -37,3 +37,11 @@ def test_schema_file_is_current():
 def test_schema_rejects_invalid_spaces(invalid):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"name": "x", "run": RUN} | invalid, json_schema())
+
+
+@pytest.mark.parametrize("extra", ["more.jsonl", {"name": "more.jsonl", "columns": {"source": "body"}}])
+def test_extra_texts_are_a_name_or_a_mapping_and_their_rows_a_choice(extra):
+    run = {**RUN, "pseudo": {"extra": extra, "extra_rows": {"choice": [0, 100]}}}
+    jsonschema.validate({"name": "x", "run": run}, json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "x", "run": {**RUN, "pseudo": {"extra": 3}}}, json_schema())

@@ -90,6 +90,11 @@ def test_run_of_a_trial_has_suggested_values_and_defaults_for_inactive_parameter
         (HEAD + "budgets: {a/b: {latency_ms: 3}, a-b: {latency_ms: 4}}\n", "have the same alias in MLflow, a-b"),
         (HEAD + "  labels: original*1e15\n", "with a weight above 0 and up to 100"),
         (HEAD + "  training: {epochs: 1.0e+300}\n", "epochs"),
+        (HEAD + "  pseudo: {extra_rows: 5}\n", "give `extra`"),
+        (HEAD + "  pseudo: {extra: {choice: [a, b]}}\n", "pseudo.extra: must be the same for all trials"),
+        (HEAD + "  pseudo: {extra: {name: {choice: [a, b]}}}\n", "pseudo.extra.name: must be the same for all trials"),
+        (HEAD + "  pseudo: {extra: f, extra_rows: {int: [1, 9]}}\n", "pseudo.extra_rows: needs a `choice` of numbers"),
+        (HEAD + "  pseudo: {extra: f, extra_rows: {choice: [0, 9]}}\n", None),
     ],
 )  # fmt: skip
 def test_error_names_file_line_and_key(text, message, tmp_path):

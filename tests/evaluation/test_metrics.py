@@ -27,6 +27,14 @@ def test_rouge_by_hand() -> None:
     assert rows["rougeL"] == pytest.approx(rows["rouge1"])
 
 
+def test_chrf_by_hand() -> None:
+    """Characters without spaces, n-grams of the orders that both texts have, F-score with recall weighted twice."""
+    equal = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4  # "abcd" / "abce": precision and recall of 1 to 4 characters
+    recall = (3 / 4 + 2 / 3 + 1 / 2) / 3  # "abc" / "abcd", whose precision is 1
+    rows = metrics.chrf_rows(["ab cd", "abc", ""], ["abce", "a bcd", "x"])
+    assert rows == pytest.approx([100 * equal, 100 * 5 * recall / (4 + recall), 0])
+
+
 def test_rouge_stems_and_ignores_case_and_punctuation() -> None:
     assert rouge.rouge_rows(["Running dogs!"], ["run DOG"])["rouge2"] == pytest.approx([100.0])
     # words of three letters or fewer are not stemmed: "ids" is not "id"

@@ -95,6 +95,16 @@ def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(te
     assert read_pseudolabel_manifest(curated).source_label_set == label_set.name
 
 
+def test_reverse_model_of_a_job_is_read_by_a_worker_in_another_folder(teacher_and_data, label_set, monkeypatch):
+    """The path is relative to the folder of the command. The limit is so high that only empty labels are dropped."""
+    monkeypatch.chdir(teacher_and_data[0])
+    curation = Curation(reverse_model="teacher", max_reverse_loss=1000)
+    job = make_job(teacher_and_data, pseudo=PseudoLabeling(curation=curation))
+    manifest = read_pseudolabel_manifest(pseudolabel(job, label_set.parent, verbose=False))
+    assert manifest.source_label_set == label_set.name
+    assert manifest.rows + manifest.dropped.get("empty", 0) == 60
+
+
 def test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_refused(
     ray_here, teacher_and_data, tmp_path
 ):

@@ -1,6 +1,7 @@
 """Curation: measures against hand-calculated values, the rules, and curated sets derived from complete ones."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet as pq
@@ -32,6 +33,7 @@ from raydistill.label_sets.mixing import select_targets
 from raydistill.labels import find_label_set
 from raydistill.pseudolabel import parse_curation
 from tests.factories.label_sets import pseudolabel_manifest, write_labels
+from tests.factories.models import save_tiny
 
 
 def test_measures_match_hand_calculated_values():
@@ -71,10 +73,49 @@ def apply(rules, *texts, **kw):
         ({"max_repetition": 0.1}, "ha ha ha ha ha", "max_repetition"),
         ({"max_copy_rate": 0.9}, "the old man sees a red", "max_copy_rate"),
         ({"max_copy_rate": 0.9}, "the old man saw a red", ""),
+        # The source has 54 characters.
+        ({"min_source_ratio": 0.5}, "x" * 26, "min_source_ratio"),
+        ({"min_source_ratio": 0.5, "max_source_ratio": 0.5}, " " + "x" * 27, ""),
+        ({"max_source_ratio": 0.5}, "x" * 28, "max_source_ratio"),
+        ({"target_language": "en"}, "the old man reads a letter from his brother", ""),
+        ({"target_language": "en"}, "der alte Mann liest einen Brief von seinem Bruder", "target_language"),
+        ({"source_language": "en"}, "any label", ""),
+        ({"source_language": "de"}, "any label", "source_language"),
     ],
 )
 def test_rule_drops_a_violating_label_and_is_named(rules, text, reason):
     assert apply(rules, text)[1] == reason
+
+
+def test_min_score_drops_labels_that_the_teacher_is_unsure_of():
+    """The candidates of a row have the scores 0, -1 and -2."""
+    row = curation_row("first", "second", "third")
+    for limit, reason in ((-0.5, ""), (0.0, "")):
+        assert apply_rules([row], Curation(min_score=limit))[0].violated_rule == reason
+    unsure = row._replace(candidates=row.candidates[1:])
+    assert apply_rules([unsure], Curation(min_score=-0.5))[0].violated_rule == "min_score"
+    assert apply_rules([unsure], Curation(min_score=-1.0))[0].candidates[0].target == "second"
+
+
+def test_max_reverse_loss_takes_the_first_candidate_from_which_the_source_is_likely():
+    """A stand-in for the model: a loss of one nat for each character that the label lacks."""
+
+    def losses(labels, sources):
+        return [float(len(source) - len(label)) for label, source in zip(labels, sources, strict=True)]
+
+    row = curation_row("short", "x" * 50, "y" * 52)
+    rules = Curation(reverse_model="m", max_reverse_loss=4)
+    [(candidates, rule)] = apply_rules([row], rules, losses)
+    assert ([candidate.target for candidate in candidates], rule) == (["x" * 50, "short", "y" * 52], "")
+    assert apply_rules([row], Curation(reverse_model="m", max_reverse_loss=1), losses)[0].violated_rule == (
+        "max_reverse_loss"
+    )
+
+
+def test_choose_chrf_finds_inflected_words_that_share_no_bigram_of_words():
+    texts = ["a cat", "old men saw reddish bicycles", "bicycle"]
+    assert apply({"choose": "chrf"}, *texts)[0][0] == texts[1]
+    assert apply({"choose": "rouge2"}, *texts)[0][0] == texts[0]  # every ROUGE-2 is 0
 
 
 def test_choose_rouge2_orders_candidates_by_similarity_to_the_original():
@@ -98,7 +139,17 @@ def test_min_agreement_drops_labels_that_differ_from_another_teacher():
 
 
 @pytest.mark.parametrize(
-    "rules", [{"agree_with": "x"}, {"min_length_ratio": 2, "max_length_ratio": 1}, {"min_rouge2": -1}, {"unknown": 1}]
+    "rules",
+    [
+        {"agree_with": "x"},
+        {"reverse_model": "x"},
+        {"max_reverse_loss": 2},
+        {"min_length_ratio": 2, "max_length_ratio": 1},
+        {"min_rouge2": -1},
+        {"unknown": 1},
+        {"min_score": 1},
+        {"min_source_ratio": 2, "max_source_ratio": 1},
+    ],
 )
 def test_contradictory_or_unknown_rules_are_refused(rules):
     with pytest.raises(ValidationError):
@@ -174,7 +225,12 @@ def test_check_curation_refuses_impossible_rules_before_labelling(source_set, tm
     _, folder = source_set
     check_curation(Curation(min_rouge2=1, agree_with=str(folder), min_agreement=1), labelled=True)
     check_curation(Curation(max_copy_rate=0.5), labelled=False)
-    for rules in ({"min_rouge2": 1}, {"choose": "rouge2"}, {"max_length_ratio": 2}):
+    rules_without_reference = {"min_score": -2, "max_source_ratio": 3, "source_language": "en", "target_language": "de"}
+    check_curation(Curation.model_validate(rules_without_reference), labelled=False)
+    for code, hint in (("xx", "known codes: "), ("de_DE", "did you mean 'de'?")):
+        with pytest.raises(UserError, match=f"no language '{code}'; .*{re.escape(hint)}"):
+            check_curation(Curation(target_language=code), labelled=False)
+    for rules in ({"min_rouge2": 1}, {"choose": "rouge2"}, {"choose": "chrf"}, {"max_length_ratio": 2}):
         with pytest.raises(UserError, match="the data has no targets"):
             check_curation(Curation.model_validate(rules), labelled=False)
     with pytest.raises(UserError, match="nowhere: no complete label set"):
@@ -272,3 +328,17 @@ def test_prefix_of_a_set_and_of_its_curated_sets_is_the_set(source_set):
     write_labels(root / "some-test-4567", manifest=pseudolabel_manifest())
     with pytest.raises(UserError, match=r"several label sets match .*some-test-4567, some-train-0123$"):
         find_label_set("some", root)
+
+
+def test_reverse_model_is_part_of_the_key_by_its_content(source_set, tmp_path):
+    """The model gives every row some loss: a high limit keeps all rows, and a low one drops all."""
+    model = save_tiny("bart", tmp_path / "reverse")
+    first = derive(source_set, reverse_model=str(model), max_reverse_loss=1000)
+    assert read_label_set(first).targets["r2"] == "y"  # the first candidate is empty
+    assert read_label_set(first).manifest.dropped == {}
+    model.rename(tmp_path / "renamed")
+    assert derive(source_set, reverse_model=str(tmp_path / "renamed"), max_reverse_loss=1000) == first
+    with pytest.raises(UserError, match=r"drop every row \({'max_reverse_loss': 3, 'empty': 1}\)"):
+        derive(source_set, reverse_model=str(tmp_path / "renamed"), max_reverse_loss=0.001)
+    with pytest.raises(UserError, match=r"nowhere"):
+        check_curation(Curation(reverse_model=str(tmp_path / "nowhere"), max_reverse_loss=2), labelled=False)

@@ -12,6 +12,7 @@ from raydistill.core.errors import UserError
 from raydistill.models.loading import load_config
 from raydistill.search.dry_run import (
     DatasetSize,
+    count_extra_rows,
     describe_stopping,
     estimate_cache_bytes,
     estimate_infeasible_sizes,
@@ -19,6 +20,7 @@ from raydistill.search.dry_run import (
 )
 from raydistill.search.shape_latency import count_params_m
 from raydistill.sweep import sweep_command
+from tests.factories.data_files import write_jsonl
 from tests.factories.models import save_tiny
 from tests.factories.sweeps import make_space, shape_table, sweep_record
 from tests.factories.workspace import make_world
@@ -112,3 +114,20 @@ def test_missing_inputs_are_problems_of_the_plan(tmp_path, capsys, monkeypatch):
     assert "dataset.max_source_tokens is 100000, but the model has" in problem
     (tmp_path / "data" / "validation.jsonl").unlink()
     assert "there is no validation" in dry_run(tmp_path, capsys)[0]
+
+
+def test_the_plan_counts_the_extra_rows_that_trials_read(tmp_path):
+    path = write_jsonl(tmp_path / "more.jsonl", [{"text": f"text {i}"} for i in range(30)])
+
+    def runs(*settings):
+        return [
+            Run.model_validate({"name": "r", "teacher": "t", "dataset": "d", "method": method, "pseudo": pseudo})
+            for method, pseudo in settings
+        ]
+
+    extra = {"extra": str(path)}
+    rows, text = count_extra_rows(runs(("pl", {**extra, "extra_rows": 10}), ("pl", extra), ("sft", extra)))
+    assert rows == 30
+    assert "30 rows, of which trials read 10 or 30" in text
+    assert count_extra_rows(runs(("sft", extra), ("pl", {}))) == (None, "")
+    assert "not available" in count_extra_rows(runs(("pl", {"extra": f"{tmp_path}/none.jsonl"})))[1]

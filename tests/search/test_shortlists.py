@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 
 from raydistill.cluster import snapshots, sync
-from raydistill.config.run import Run
+from raydistill.config.run import Dataset, ExtraSources, Run
 from raydistill.config.space import Space
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
+from raydistill.data.extra import ensure_extra
 from raydistill.inference.shortlist import kept_tokens, read_map, restrict_map, stored_map
 from raydistill.label_sets.label_set import Candidate
 from raydistill.label_sets.manifest import LabelManifest
 from raydistill.models.loading import load_config
 from raydistill.models.tokenization import load_tokenizer, tokens_by_id
-from raydistill.results.sweep_record import LabelSetScores
-from raydistill.search.shortlists import ensure_shortlists
+from raydistill.results.sweep_record import ExtraSourcesRecord, LabelSetScores
+from raydistill.search.shortlists import ShortlistInputs, ensure_shortlists
+from tests.factories.data_files import write_jsonl
 from tests.factories.label_sets import write_labels
 from tests.factories.sweeps import sweep_teacher
 from tests.factories.workspace import make_world
@@ -62,6 +64,29 @@ def test_a_label_set_makes_another_shortlist_and_a_deleted_one_is_named(space: S
     artifact.remove(folder)
     with pytest.raises(UserError, match="the label set was deleted"):
         ensure_shortlists(space, runs_of(space), sweep_teacher(label_sets=scores))
+
+
+def test_labels_of_extra_sources_are_aligned_with_these_sources(space: Space, tmp_path: Path) -> None:
+    """A shortlist from label sets alone would skip rows that the training split lacks."""
+    home, texts = tmp_path / "home", ["A wholly different text.", "And one more of the kind."]
+    path = write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in texts])
+    data = Dataset.model_validate(space.run["dataset"])
+    extra = ensure_extra(data, ExtraSources(name=str(path)), home / "extra")
+    write_labels(
+        home / "labels" / "set", [(f"extra:{i}", [Candidate("a label", -1.0)]) for i in range(2)], LabelManifest(rows=2)
+    )
+    record = ExtraSourcesRecord(folder=extra.name, name=str(path), rows=2, dropped={})
+    scores = {"set": LabelSetScores(teacher="t", rows=2, quality=None)}
+    teacher = sweep_teacher(label_sets=scores, extra=record)
+    sources, targets = ShortlistInputs.of_sweep(runs_of(space), teacher).training_rows
+    without, _ = ShortlistInputs.of_sweep(runs_of(space), sweep_teacher(label_sets=scores)).training_rows
+    tokenizer = load_tokenizer(space.run["teacher"])
+    decoded = tokenizer.batch_decode([list(row) for row in sources[-2:]], skip_special_tokens=True)
+    assert [text.strip() for text in decoded] == texts
+    assert len(sources) == len(targets) == len(without) + 2
+    artifact.remove(extra)
+    with pytest.raises(UserError, match="the extra sources were deleted"):
+        ensure_shortlists(space, runs_of(space), teacher)
 
 
 def test_a_map_is_restricted_to_the_tokens_that_a_model_has(tmp_path: Path) -> None:
