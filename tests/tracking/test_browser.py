@@ -105,7 +105,8 @@ def test_page_shows_tooltips_and_loads_nothing(browser: Any, chosen: tuple[Path,
     for text in ("4-1 kd (trial 0, 1 beam)", "decoder layers copied: 0", "ROUGE-2 10.00", "40.0 ms", "chosen for fast"):
         assert text in box.text
     save_screenshot(browser, "4-front")
-    ActionChains(browser).move_by_offset(0, 300).perform()
+    browser.execute_script("scrollTo(0, 0)")
+    ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
     assert not box.is_displayed()
     loaded = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert loaded == []
