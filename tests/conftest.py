@@ -10,6 +10,7 @@ import pytest
 
 from raydistill.cluster.start import ray_cluster
 from raydistill.tracking import mlflow_store
+from tests.factories.browser import open_browser
 from tests.factories.sweeps import make_sweep
 
 # Files in which whole commands run on Ray, the longest first. Two processes share the files of the suite, each of which
@@ -121,6 +122,13 @@ def empty_store_is_copied(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlflow_store, "write_empty_store", copy_empty_store)
         yield
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Generator[Any, None, None]:
+    """Chromium without a window, for tests with the marker `browser`."""
+    with open_browser(tmp_path / "chromium") as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")

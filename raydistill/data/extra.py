@@ -218,9 +218,8 @@ def format_extra(report: ExtraReport) -> str:
     counts = report.counts
     left_out = [f"{counts.pop('train')} equal to rows of train or to earlier rows"] if "train" in counts else []
     left_out += [f"{count} near duplicates of {split}" for split, count in counts.items()]
-    return f"extra sources {report.name}: {report.num_kept} rows" + (
-        f"; left out: {', '.join(left_out)}" * bool(left_out)
-    )
+    kept = f"extra sources {report.name}: {report.num_kept} rows"
+    return f"{kept}; left out: {', '.join(left_out)}" if left_out else kept
 
 
 def overlap_message(report: ExtraReport) -> str:

@@ -46,6 +46,8 @@ class SeedProposal(BaseModel):
 
 def all_repeated(space: Space, sweep: Path) -> bool:
     """Whether `repeat_with_seeds` has nothing to do. Reads files only."""
+    if space.search.seeds == 1:
+        return True
     selection = load_selection(sweep)
     return not missing_repeats(space, selection) and not any(map(unserved_repeats, contenders(space, selection)))
 

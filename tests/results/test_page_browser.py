@@ -3,7 +3,6 @@
 Screenshots are saved to the folder RAYDISTILL_SCREENSHOTS if the variable is set.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from raydistill.results.page import write_report
 from raydistill.results.pareto import choose
 from raydistill.results.records import rows_filename
 from raydistill.results.selection import Selection, load_selection, make_candidates
-from tests.factories.browser import open_browser, save_screenshot, set_width
+from tests.factories.browser import save_screenshot, set_width
 from tests.factories.sweeps import (
     change_result,
     change_sweep,
@@ -27,12 +26,6 @@ from tests.factories.sweeps import (
 
 pytestmark = pytest.mark.browser
 NUM_ROWS = 60
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    with open_browser(tmp_path / "chromium") as driver:
-        yield driver
 
 
 @pytest.fixture

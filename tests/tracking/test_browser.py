@@ -15,17 +15,11 @@ from raydistill.results.page import write_report
 from raydistill.results.selection import Selection, load_selection
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 from raydistill.tracking.export import export_student
-from tests.factories.browser import open_browser, save_screenshot, set_width
+from tests.factories.browser import save_screenshot, set_width
 from tests.factories.sweeps import make_student, make_trial
 from tests.factories.workspace import background, free_port
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    with open_browser(tmp_path / "chromium") as driver:
-        yield driver
 
 
 @pytest.fixture
