@@ -14,6 +14,7 @@ from scipy import stats
 from benchmarks.common import BenchmarkResult, describe_machine
 from benchmarks.selection_errors import make_population
 from raydistill.evaluation import metrics
+from raydistill.evaluation.ngram_counts import bleu_from_sums
 from raydistill.results.tables import markdown_table
 
 NUM_ROWS = 1000
@@ -47,7 +48,7 @@ def time_scipy(metric: str, a: np.ndarray, b: np.ndarray) -> float:
         if metric != "bleu":
             return (sums[0] - sums[1]) / len(a)
         halves = (np.stack(sums[:10], axis=-1), np.stack(sums[10:], axis=-1))
-        first, second = (metrics.bleu_from_sums(np.atleast_2d(half)) for half in halves)
+        first, second = (bleu_from_sums(np.atleast_2d(half)) for half in halves)
         return first - second
 
     columns = [column for rows in (a, b) for column in rows.reshape(len(rows), -1).astype(float).T]

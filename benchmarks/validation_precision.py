@@ -22,7 +22,8 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import BenchmarkResult, architecture_key, describe_machine
-from raydistill.config.presets import resolve_metric
+from raydistill.config.metric_names import MetricChoice
+from raydistill.config.presets import resolve_metrics
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.corpus import Corpus
@@ -111,7 +112,9 @@ def score_student(checkpoint: Path, precision: str, map_path: Path | None, task:
         options = EngineOptions(cache_dir=Path(scratch), allow_fallback=False, precision=precision, shortlist=map_path)
         engine = open_engine(checkpoint, "ctranslate2", options)
         beam = resolve_decoding(Decoding(beams=task.beams), engine.generation_config, None, task.max_target_tokens)
-        result = evaluate(engine, task.corpus, task.metric, beam, max_source_tokens=task.max_source_tokens)
+        result = evaluate(
+            engine, task.corpus, MetricChoice(task.metric), beam, max_source_tokens=task.max_source_tokens
+        )
     return Student(
         name=checkpoint.parent.name if checkpoint.name == "best" else checkpoint.name,
         shape=architecture_key(config),
@@ -146,7 +149,7 @@ def run(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     corpus, train = read_split(dataset, "validation"), read_split(dataset, "train")
     if corpus is None or train is None:
         raise SystemExit(f"{options.data} needs a train and a validation split")
-    metric = resolve_metric(options.data, options.metric)
+    metric = resolve_metrics(Dataset(name=options.data), options.metric).deciding
     config = loading.load_config(options.students[0])
     task = Task(
         corpus,
@@ -214,7 +217,7 @@ def main() -> None:
     parser.add_argument("students", type=Path, nargs="+", help="checkpoint folders of one teacher's students")
     parser.add_argument("--data", required=True, help="the data set: a name or a folder")
     parser.add_argument("--rows", type=int, default=200, help="validation rows; default: 200")
-    parser.add_argument("--metric", default="auto", help="rouge2 or bleu; default: that of the data set")
+    parser.add_argument("--metric", default="auto", help="a metric; default: that of the data set")
     parser.add_argument("--beams", type=int, default=2, help="default: 2, as in validations")
     parser.add_argument("--shortlist", type=int, default=1000, help="size of the fixed shortlist; default: 1000")
     options = parser.parse_args()

@@ -50,6 +50,7 @@ class ChosenStudent:
         split: The rows of the score.
         score: The score that the student was chosen by.
         interval: Its 95 % interval.
+        reported: The scores on the same rows that are reported next to it, by metric.
         test: Scores on test, with their "interval".
         costs: Costs by name.
         speedup: Speed-up over the teacher as it is served today.
@@ -71,6 +72,7 @@ class ChosenStudent:
     split: str | None = None
     score: float | None = None
     interval: tuple[float, float] | None = None
+    reported: dict[str, float | None] | None = None
     test: dict[str, Any] | None = None
     costs: dict[str, float] | None = None
     speedup: float | None = None
@@ -117,14 +119,14 @@ class Choices:
         return ExportedStudent(str(chosen.key), f"{chosen.size} {chosen.method}", Path(chosen.checkpoint))
 
     def to_pandas(self) -> "pd.DataFrame":
-        """One row per budget, with a column for each cost."""
+        """One row per budget, with a column for each reported score and each cost."""
         import pandas as pd
 
         rows = []
         for student in self.students:
             fields = student.to_json()
-            costs = fields.pop("costs", None) or {}
-            rows.append({**fields, **costs})
+            costs, reported = fields.pop("costs", None) or {}, fields.pop("reported", None) or {}
+            rows.append({**fields, **reported, **costs})
         return pd.DataFrame(rows)
 
 
@@ -296,6 +298,7 @@ def _deliver_choice(
         split=trial.split,
         score=best.score,
         interval=trial.interval,
+        reported={name: trial.metrics.get(name) for name in selection.metrics.reported},
         test=trial.test,
         costs=best.costs,
         speedup=trial.metrics.get("speedup"),
@@ -321,6 +324,11 @@ def _format_choice(selection: "Selection", item: BudgetChoice, best: "Candidate"
     lines.append(score_line(describe_split(trial.split), best.score, trial.interval))
     if trial.test and selection.metric in trial.test:
         lines.append(score_line("test", trial.test[selection.metric], trial.test.get("interval")))
+    lines += [
+        f"  {name} {trial.metrics[name]:.2f} on {describe_split(trial.split)} (reported only)"
+        for name in selection.metrics.reported
+        if name in trial.metrics
+    ]
     lines += [f"  {key} {value:.4g} ({COST_UNITS[key]})" for key, value in best.costs.items()]
     if "speedup" in trial.metrics:
         lines.append(f"  {trial.metrics['speedup']:.2f} times the speed of the teacher as it is served today")

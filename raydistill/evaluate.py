@@ -1,31 +1,35 @@
 """`raydistill evaluate`: score and time a checkpoint, or compare two checkpoints."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from raydistill._app import make_app, run_app
+from raydistill.config.metric_names import METRICS_HELP
 from raydistill.core.console import format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from raydistill.config.metric_names import MetricChoice
     from raydistill.config.run import Dataset, Run
     from raydistill.data.corpus import Corpus
+    from raydistill.evaluation.disagreement import RowDisagreement
+    from raydistill.evaluation.metrics import Comparison
     from raydistill.evaluation.scoring import EvaluationResult
     from raydistill.inference.decoding import EngineOptions
     from raydistill.inference.engines import EngineName
 
-Metric = Literal["auto", "rouge2", "bleu"]
 ServingPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8_float16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 
 app = make_app()
+SHOWN_DISAGREEMENTS = 5
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,69 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        metric: The main metric.
+        metrics: The metric that decides, and those that are reported next to it.
         corpus: The rows that were scored.
         reports: Scores, outputs and times by checkpoint.
-        comparison: Difference (first - second), 95 % interval and p-value; None for one checkpoint.
+        comparisons: Of two checkpoints, the difference (first - second) by each metric, the deciding metric first.
+        disagreements: The rows on which metrics prefer different checkpoints, the largest disagreement first.
     """
 
-    metric: str
+    metrics: "MetricChoice"
     corpus: "Corpus"
     reports: "dict[str, CheckpointReport]"
-    comparison: dict[str, float] | None
+    comparisons: "dict[str, Comparison]" = field(default_factory=dict)
+    disagreements: "list[RowDisagreement]" = field(default_factory=list)
+
+    @classmethod
+    def create(cls, metrics: "MetricChoice", corpus: "Corpus", reports: "dict[str, CheckpointReport]") -> "Evaluation":
+        """The evaluation of one checkpoint, or of two with their comparison by every metric."""
+        if len(reports) == 1:
+            return cls(metrics, corpus, reports)
+        from raydistill.evaluation.disagreement import compare_metrics, find_row_disagreements
+
+        first, second = (report.result.scores for report in reports.values())
+        disagreements = find_row_disagreements(first, second, metrics.names)
+        return cls(metrics, corpus, reports, compare_metrics(first, second), disagreements)
+
+    @property
+    def metric(self) -> str:
+        """The deciding metric."""
+        return self.metrics.deciding
+
+    @property
+    def comparison(self) -> dict[str, float] | None:
+        """Difference (first - second) by the deciding metric, 95 % interval and p-value; None for one checkpoint."""
+        return asdict(self.comparisons[self.metric]) if self.comparisons else None
+
+    def largest_disagreements(self) -> list[dict[str, Any]]:
+        """The rows with the largest disagreements of metrics: id, differences by metric, texts, outputs."""
+        corpus = self.corpus
+        return [
+            {
+                "id": corpus.ids[item.row],
+                "differences": item.differences,
+                "source": corpus.sources[item.row],
+                "reference": corpus.targets[item.row],
+                "outputs": {name: report.result.predictions[item.row] for name, report in self.reports.items()},
+            }
+            for item in self.disagreements[:SHOWN_DISAGREEMENTS]
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for `--json`."""
+        fields = {
+            "metric": self.metric,
+            "checkpoints": {name: report.to_json() for name, report in self.reports.items()},
+            "comparison": self.comparison,
+        }
+        if not self.comparisons:
+            return fields
+        largest = self.largest_disagreements()
+        return {
+            **fields,
+            "comparisons": {name: asdict(comparison) for name, comparison in self.comparisons.items()},
+            "disagreements": {"rows": len(self.disagreements), "largest": largest},
+        }
 
     def to_pandas(self) -> "pd.DataFrame":
         """One row per text: id, source, reference, and the output and its score of each checkpoint."""
@@ -87,8 +144,9 @@ class Evaluation:
         from raydistill.results.outputs import TextRow
         from raydistill.results.page import render_comparison
         from raydistill.results.samples import make_samples, make_system
+        from raydistill.results.tables import metric_name
 
-        assert self.comparison is not None, "the page compares two checkpoints"
+        assert self.comparisons, "the page compares two checkpoints"
         corpus, reports, split = self.corpus, self.reports, self.corpus.split
         texts = zip(corpus.ids, corpus.sources, corpus.targets, strict=True)
         rows = [TextRow(id=row_id, source=source, reference=target) for row_id, source, target in texts]
@@ -98,7 +156,9 @@ class Evaluation:
         ]
         signature = next(iter(reports.values())).signature
         header = [("data", f"{corpus.name}, {split}, {len(rows):,} rows"), ("signature", signature)]
-        summary = f"First minus second, {_format_comparison(self.comparison)}."
+        others = {name: item for name, item in self.comparisons.items() if name != self.metric}
+        header += [(f"difference by {metric_name(name)}", _format_comparison(item)) for name, item in others.items()]
+        summary = f"First minus second, difference: {_format_comparison(self.comparisons[self.metric])}."
         samples = make_samples(self.metric, f"the {split} split", rows, systems)
         table = _report_table(reports, f"{self.metric} on {split} [95 %]")
         html = render_comparison(" and ".join(reports), summary, header, samples, table)
@@ -112,7 +172,8 @@ def evaluate(  # noqa: PLR0913
     *,
     dataset: str | None = None,
     split: str = "test",
-    metric: Metric = "auto",
+    metric: str = "auto",
+    report: Sequence[str] = (),
     beams: int | None = None,
     rows: int | None = None,
     engine: "EngineName" = "auto",
@@ -126,7 +187,7 @@ def evaluate(  # noqa: PLR0913
     The arguments are those of `raydistill evaluate`.
 
     Raises:
-        UserError: A checkpoint or the data do not exist, or the engine cannot load a checkpoint.
+        UserError: A checkpoint, the data or a metric do not exist, or the engine cannot load a checkpoint.
     """
     from raydistill.config.presets import check_teacher
 
@@ -135,8 +196,10 @@ def evaluate(  # noqa: PLR0913
         raise UserError(f"{names[0]}: give two different checkpoints to compare")
     for name in names:
         check_teacher(name)
-    task = _resolve_task(names[0], dataset, metric)
+    task = _resolve_task(names[0], dataset, metric, list(report))
     corpus = _load_corpus(task.dataset, split, rows)
+    metrics = task.choose_metrics(corpus)
+    print_progress(metrics.describe())
 
     import torch
 
@@ -149,9 +212,8 @@ def evaluate(  # noqa: PLR0913
         precision=precision,
         languages=languages,
     )
-    reports = [_evaluate_checkpoint(name, task, corpus, engine, options, beams) for name in names]
-    comparison = _compare(task.metric, *reports) if len(reports) > 1 else None
-    return Evaluation(task.metric, corpus, dict(zip(names, reports, strict=True)), comparison)
+    reports = {name: _evaluate_checkpoint(name, task, metrics, corpus, engine, options, beams) for name in names}
+    return Evaluation.create(metrics, corpus, reports)
 
 
 @app.command("evaluate")
@@ -162,7 +224,11 @@ def evaluate_command(  # noqa: PLR0913
         str | None, typer.Option(help="a named data set, a hub name, a file or a folder; default: the training data")
     ] = None,
     split: Annotated[str, typer.Option(help="which split")] = "test",
-    metric: Annotated[Metric, typer.Option(help="auto: bleu if the data set is a translation, else rouge2")] = "auto",
+    metric: Annotated[str, typer.Option(help=f"{METRICS_HELP}; auto: as in training, else by data set")] = "auto",
+    report: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC", help="a further metric to report; may be repeated; default: as in training"),
+    ] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="default: the checkpoint's generation config")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
     engine: Annotated[
@@ -192,7 +258,8 @@ def evaluate_command(  # noqa: PLR0913
 
     An exported student is scored with the beams, precision and shortlist that it is served with.
 
-    A second checkpoint is compared with the first by a paired bootstrap over the same rows.
+    A second checkpoint is compared with the first by a paired bootstrap over the same rows, by every metric. The rows
+    on which the metrics disagree are counted, and the largest disagreements are shown.
 
     Example: `raydistill evaluate outputs/sweeps/quickstart/trials/KEY/best --dataset demo`
     """
@@ -202,6 +269,7 @@ def evaluate_command(  # noqa: PLR0913
         dataset=dataset,
         split=split,
         metric=metric,
+        report=report or (),
         beams=beams,
         rows=rows,
         engine=engine,
@@ -211,21 +279,37 @@ def evaluate_command(  # noqa: PLR0913
         device=device,
     )
     _print_reports(scored, f"{scored.metric} on {split} [95 %]", as_json)
+    if scored.comparisons:
+        _print_comparison(scored, as_json)
     if predictions:
         scored.write_predictions(predictions)
         print_text(f"predictions: {predictions}", as_json)
-        if scored.comparison:
+        if scored.comparisons:
             print_text(f"side by side: {scored.write_page(predictions.with_suffix('.html'))}", as_json)
-    records = {name: report.to_json() for name, report in scored.reports.items()}
-    print_json({"split": split, "checkpoints": records, "comparison": scored.comparison}, as_json)
+    print_json({"split": split, **scored.to_json()}, as_json)
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """A data set and the metric to score it with."""
+    """A data set, and the metrics to score it with as they were requested; `metric` may be "auto"."""
 
     dataset: "Dataset"
     metric: str
+    report: list[str]
+
+    def choose_metrics(self, corpus: "Corpus") -> "MetricChoice":
+        """The metrics of the data, with modules of the user imported.
+
+        Raises:
+            UserError: A metric is unknown, or the module of a user's metric cannot be imported.
+        """
+        from raydistill.config.presets import resolve_metrics
+        from raydistill.evaluation.metrics import get_metric
+
+        choice = resolve_metrics(self.dataset, self.metric, self.report, corpus.columns)
+        for name in choice.names:
+            get_metric(name)
+        return choice
 
 
 @dataclass(frozen=True)
@@ -260,9 +344,15 @@ class CheckpointReport:
         return [name, score, f"{self.ms_per_row:.2f}", self.engine, f"{self.params_m:.1f}"]
 
 
-def _resolve_task(checkpoint: str, name: str | None, metric: str) -> EvaluationTask:
-    """Return the requested data set and metric; the default is the checkpoint's training run."""
-    from raydistill.config.presets import default_dataset, resolve_metric
+def _resolve_task(checkpoint: str, name: str | None, metric: str, report: list[str]) -> EvaluationTask:
+    """Return the requested data set and metrics; the default is the checkpoint's training run.
+
+    Raises:
+        UserError: The data set is unknown, or the training run used a metric of a user, whose code the metadata of a
+            checkpoint cannot start.
+    """
+    from raydistill.config.metric_names import AUTO, is_own_metric
+    from raydistill.config.presets import default_dataset
     from raydistill.config.run import Dataset
 
     try:
@@ -278,10 +368,16 @@ def _resolve_task(checkpoint: str, name: str | None, metric: str) -> EvaluationT
             f"folder)"
         )
     if run is None or run.dataset.name != dataset_name:
-        return EvaluationTask(Dataset(name=dataset_name), resolve_metric(dataset_name, metric))
-    if metric == "auto" and run.evaluation.metric != "auto":
+        return EvaluationTask(Dataset(name=dataset_name), metric, report)
+    if metric == AUTO:
         metric = run.evaluation.metric
-    return EvaluationTask(run.dataset, resolve_metric(dataset_name, metric))
+        if is_own_metric(metric):
+            raise UserError(
+                f"{checkpoint} was scored by {metric}. The code that a checkpoint names is not run: give "
+                f"--metric {metric} to run it, or another metric"
+            )
+    trained_report = [other for other in run.evaluation.report if not is_own_metric(other)]
+    return EvaluationTask(run.dataset, metric, report or trained_report)
 
 
 def load_checkpoint_run(checkpoint: str) -> "Run | None":
@@ -333,9 +429,10 @@ def _load_corpus(dataset: "Dataset", split: str, rows: int | None) -> "Corpus":
     return corpus.head(rows) if rows else corpus
 
 
-def _evaluate_checkpoint(
+def _evaluate_checkpoint(  # noqa: PLR0913
     checkpoint: str,
     task: EvaluationTask,
+    metrics: "MetricChoice",
     corpus: "Corpus",
     engine_name: "EngineName",
     options: "EngineOptions",
@@ -344,7 +441,7 @@ def _evaluate_checkpoint(
     """Score and time one checkpoint on the corpus."""
     from raydistill.config.presets import teacher_preset
     from raydistill.config.run import Decoding
-    from raydistill.evaluation.metrics import signature
+    from raydistill.evaluation.metrics import signatures
     from raydistill.evaluation.scoring import evaluate as score
     from raydistill.inference.decoding import resolve_decoding
     from raydistill.inference.engines import open_engine
@@ -366,32 +463,50 @@ def _evaluate_checkpoint(
     options = serving_options(checkpoint, options)
     engine = open_engine(location, engine_name, options, log=print_progress)
     max_source_tokens = resolve_max_tokens("max_source_tokens", task.dataset, preset, config)
-    result = score(engine, corpus, task.metric, beam, max_source_tokens=max_source_tokens)
+    result = score(engine, corpus, metrics, beam, max_source_tokens=max_source_tokens)
     return CheckpointReport(
-        metric=task.metric,
+        metric=metrics.deciding,
         result=result,
         ms_per_row=1000 * result.seconds / len(corpus),
         engine=result.engine,
         params_m=count_parameters(config) / 1e6,
         beams=beam.beams,
-        signature=signature(task.metric),
+        signature=signatures(metrics.names),
     )
 
 
-def _compare(metric: str, first: CheckpointReport, second: CheckpointReport) -> dict[str, float]:
-    from raydistill.evaluation.metrics import paired_bootstrap
-
-    return asdict(paired_bootstrap(metric, first.result.scores.row_stats, second.result.scores.row_stats))
-
-
 def _print_reports(evaluation: Evaluation, score_title: str, as_json: bool) -> None:
-    print_text(format_table(*_report_table(evaluation.reports, score_title)), as_json)
-    first = next(iter(evaluation.reports.values()))
-    for name, value in first.result.scores.metrics.items():
-        print_text(f"  {name} {value:.2f}", as_json)
-    print_text(f"signature: {first.signature}", as_json)
-    if evaluation.comparison:
-        print_text(_format_comparison(evaluation.comparison), as_json)
+    reports = evaluation.reports
+    print_text(format_table(*_report_table(reports, score_title)), as_json)
+    scores = [report.result.scores.metrics for report in reports.values()]
+    header = ["metric", *(reports if len(reports) > 1 else ["score"])]
+    rows = [[name, *(f"{values[name]:.2f}" for values in scores)] for name in scores[0]]
+    print_text(format_table(header, rows), as_json)
+    print_text(f"signature: {next(iter(reports.values())).signature}", as_json)
+
+
+def _print_comparison(evaluation: Evaluation, as_json: bool) -> None:
+    """Print the difference by every metric, and where the metrics disagree."""
+    from raydistill.evaluation.disagreement import opposed_metrics
+
+    names = list(evaluation.reports)
+    rows = [[name, *_comparison_cells(comparison)] for name, comparison in evaluation.comparisons.items()]
+    print_text(format_table(["difference", f"{names[0]} - {names[1]} [95 %]", "p", "verdict"], rows), as_json)
+    prefer_first, prefer_second = opposed_metrics(evaluation.comparisons)
+    if prefer_first and prefer_second:
+        print_text(
+            f"the metrics disagree: better by {', '.join(prefer_first)}: {names[0]}; better by "
+            f"{', '.join(prefer_second)}: {names[1]}",
+            as_json,
+        )
+    if evaluation.disagreements:
+        count, total = len(evaluation.disagreements), len(evaluation.corpus)
+        print_text(f"{', '.join(evaluation.metrics.names)} disagree on {count} of {total} rows", as_json)
+    for row in evaluation.largest_disagreements():
+        differences = ", ".join(f"{name} {value:+.1f}" for name, value in row["differences"].items())
+        print_text(f"  row {row['id']}: {differences}", as_json)
+        for name, text in {"reference": row["reference"], **row["outputs"]}.items():
+            print_text(f"    {name}: {text}", as_json)
 
 
 def _report_table(reports: dict[str, CheckpointReport], score_title: str) -> tuple[list[str], list[list[str]]]:
@@ -399,13 +514,16 @@ def _report_table(reports: dict[str, CheckpointReport], score_title: str) -> tup
     return ["checkpoint", score_title, "ms per row", "engine", "params M"], rows
 
 
-def _format_comparison(comparison: dict[str, float]) -> str:
-    low, high = comparison["low"], comparison["high"]
+def _comparison_cells(comparison: "Comparison") -> list[str]:
+    """Difference with its interval, p-value, and verdict."""
+    low, high = comparison.low, comparison.high
     verdict = "not distinguishable" if low <= 0 <= high else "distinguishable"
-    return (
-        f"difference: {comparison['difference']:+.2f} [{low:+.2f}, {high:+.2f}], "
-        f"p {comparison['p_value']:.3f}: {verdict}"
-    )
+    return [f"{comparison.difference:+.2f} [{low:+.2f}, {high:+.2f}]", f"{comparison.p_value:.3f}", verdict]
+
+
+def _format_comparison(comparison: "Comparison") -> str:
+    difference, p_value, verdict = _comparison_cells(comparison)
+    return f"{difference}, p {p_value}: {verdict}"
 
 
 def main() -> None:

@@ -3,14 +3,16 @@
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from raydistill._app import make_app, run_app
+from raydistill.config.metric_names import AUTO, METRICS_HELP
 from raydistill.config.run import NAME_PATTERN, Columns, Dataset
 from raydistill.core.console import print_json, print_progress, print_text
 from raydistill.core.errors import UserError
+from raydistill.pseudolabel import check_metric
 
 app = make_app()
 
@@ -27,9 +29,12 @@ def init(  # noqa: PLR0913
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the space file; default: NAME.yaml")] = None,
     name: Annotated[str | None, typer.Option(help="name of the sweep; default: that of the data")] = None,
     metric: Annotated[
-        Literal["auto", "rouge2", "bleu"],
-        typer.Option(help="auto: bleu if the data look like a translation, which a terminal confirms, else rouge2"),
-    ] = "auto",
+        str,
+        typer.Option(
+            help=f"{METRICS_HELP}; auto: chrf++ if the data look like a translation, which a terminal confirms, else "
+            "rouge2"
+        ),
+    ] = AUTO,
     source: Annotated[str | None, typer.Option(help="column of the source; dots address nested values")] = None,
     target: Annotated[str | None, typer.Option(help="column of the target")] = None,
     id_column: Annotated[str | None, typer.Option("--id", help="column of the row id")] = None,
@@ -50,7 +55,7 @@ def init(  # noqa: PLR0913
 
         raydistill init my_news/ --teacher my_teacher/
 
-        raydistill init my_pairs/ --start --metric bleu
+        raydistill init my_pairs/ --start --metric chrf++
     """
     data = data or _ask("data set: a folder, a hub name or a named data set", "DATA")
     if start and teacher is not None:
@@ -63,13 +68,15 @@ def init(  # noqa: PLR0913
         from raydistill.config.presets import check_teacher
 
         check_teacher(teacher)
+    if metric != AUTO:
+        check_metric(metric)
     name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name).strip("-._") or "my-space"
     path = output or Path(f"{name}.yaml")
     if not re.fullmatch(NAME_PATTERN, name) or len(name) > 100:
         raise UserError(
             f"name {name!r}: letters, digits, dots, dashes and underscores only; name the sweep with --name"
         )
-    from raydistill.search.new_space import Request, guess_metric, recipe_path, write_space
+    from raydistill.search.new_space import Request, is_guessed_translation, recipe_path, write_space
     from raydistill.search.user_inputs import read_data
 
     if not force:
@@ -78,10 +85,9 @@ def init(  # noqa: PLR0913
     dataset = Dataset(name=data, config=config, columns=columns, languages=languages)
     print_progress(f"reading {data}")
     user_data = read_data(dataset)
-    if metric == "auto":
-        metric = guess_metric(dataset, user_data)
-        if metric == "bleu" and not user_data.task.is_certain:
-            metric = _confirm_translation(user_data.task.reason)
+    is_guess = metric == AUTO and is_guessed_translation(dataset, user_data)
+    if is_guess and not _confirm_translation(user_data.task.reason):
+        metric = "rouge2"
     written = write_space(Request(name, dataset, teacher, metric, path), user_data)
     for line in written.summary():
         print_text(line, as_json)
@@ -95,13 +101,13 @@ def _ask(question: str, option: str) -> str:
     return str(typer.prompt(question, err=True))
 
 
-def _confirm_translation(reason: str) -> Literal["bleu", "rouge2"]:
-    """The metric of data that look like a translation: confirmed at a terminal, else BLEU with a message."""
+def _confirm_translation(reason: str) -> bool:
+    """Whether data that look like a translation are one: the answer at a terminal, else yes with a message."""
     text = f"the data look like a translation: {reason}"
     if sys.stdin.isatty():
-        return "bleu" if typer.confirm(f"{text}. Score with BLEU?", default=True, err=True) else "rouge2"
-    print_progress(f"{text}; the metric is BLEU (--metric rouge2 for another task)")
-    return "bleu"
+        return typer.confirm(f"{text}. Score with chrF++?", default=True, err=True)
+    print_progress(f"{text}; the metric is chrF++ (--metric rouge2 for another task)")
+    return True
 
 
 def _check_absent(*paths: Path) -> None:

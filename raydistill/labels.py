@@ -9,7 +9,7 @@ from raydistill._app import make_app, run_app
 from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
-from raydistill.pseudolabel import label_set_rows, parse_curation
+from raydistill.pseudolabel import check_metric, label_set_rows, parse_curation
 
 if TYPE_CHECKING:
     from raydistill.label_sets.manifest import PseudolabelManifest
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 app = make_app()
 JsonOption = Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")]
 RootOption = Annotated[Path | None, typer.Option(help="folder of the label sets; default: outputs/labels")]
+MetricOption = Annotated[str | None, typer.Option(help="metric of the labels; default: the metric of the label set")]
 NameArgument = Annotated[str, typer.Argument(help="folder of a label set, its name, or the beginning of its name")]
 
 
@@ -87,13 +88,20 @@ def describe(
 
 
 @app.command()
-def compare(first: NameArgument, second: NameArgument, root: RootOption = None, as_json: JsonOption = False) -> None:
+def compare(
+    first: NameArgument,
+    second: NameArgument,
+    metric: MetricOption = None,
+    root: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Compare two label sets of the same data: share of equal labels, scores of the first against the second."""
     from raydistill.label_sets.curation import compare_label_sets
     from raydistill.label_sets.label_set import read_pseudolabel_manifest
 
     first_dir, second_dir = find_label_set(first, root), find_label_set(second, root)
-    comparison = compare_label_sets(first_dir, second_dir, read_pseudolabel_manifest(first_dir).metric)
+    chosen_metric = _choose_metric(first_dir, read_pseudolabel_manifest(first_dir), metric)
+    comparison = compare_label_sets(first_dir, second_dir, chosen_metric)
     rows = [[name, f"{value:.4g}"] for name, value in comparison.items()]
     print_text(format_table([first_dir.name, "against " + second_dir.name], rows), as_json)
     print_json({"first": str(first_dir), "second": str(second_dir), **comparison}, as_json)
@@ -108,6 +116,7 @@ def curate(
     dataset: Annotated[
         str | None, typer.Option(help="the data that the set was made for; default: the data named in its manifest")
     ] = None,
+    metric: MetricOption = None,
     root: RootOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -125,7 +134,7 @@ def curate(
         raise UserError(f"{folder}: {MANIFEST} lacks data, which `raydistill pseudolabel` writes")
     settings = {**source.data.dataset, **({"name": dataset} if dataset else {})}
     data = validate(Dataset, settings, folder / MANIFEST)
-    output_dir = derive(folder, data, source.data.split, rules, source.metric)
+    output_dir = derive(folder, data, source.data.split, rules, _choose_metric(folder, source, metric))
     manifest = read_pseudolabel_manifest(output_dir)
     print_text(format_table(["label set", output_dir.name], label_set_rows(manifest)), as_json)
     print_text(f"label set: {output_dir}", as_json)
@@ -158,9 +167,28 @@ def find_label_set(name: str, root: Path | None) -> Path:
     return matching[0]
 
 
+def _choose_metric(folder: Path, manifest: "PseudolabelManifest", requested: str | None) -> str:
+    """The requested metric, else the metric of a label set.
+
+    Raises:
+        UserError: The metric is unknown, or is a user's metric that only the label set names.
+    """
+    from raydistill.config.metric_names import is_own_metric
+
+    if requested is not None:
+        check_metric(requested)
+        return requested
+    if is_own_metric(manifest.metric):
+        raise UserError(
+            f"{folder}: its metric is {manifest.metric}. The code that a label set names is not run: give --metric "
+            f"{manifest.metric} to run it, or another metric"
+        )
+    return manifest.metric
+
+
 def _format_quality(manifest: "PseudolabelManifest") -> str:
-    quality = manifest.quality or {}
-    return next((f"{name} {quality[name]:.2f}" for name in ("bleu", "rouge2") if name in quality), "-")
+    score = (manifest.quality or {}).get(manifest.metric)
+    return "-" if score is None else f"{manifest.metric} {score:.2f}"
 
 
 def main() -> None:

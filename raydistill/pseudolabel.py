@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from raydistill._app import make_app, run_app
+from raydistill.config.metric_names import AUTO, METRICS_HELP
 from raydistill.core.console import format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 EngineName = Literal["auto", "ctranslate2", "transformers"]
 LabelPrecision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-Metric = Literal["auto", "rouge2", "bleu"]
 OverlapPolicy = Literal["reject", "drop"]
 
 app = make_app()
@@ -67,7 +67,7 @@ def pseudolabel(  # noqa: PLR0913
     precision: LabelPrecision = "auto",
     fallback: bool = True,
     keep: "Mapping[str, Any] | Curation | None" = None,
-    metric: Metric = "auto",
+    metric: str = "auto",
     threads: int = 1,
     batch_chars: int | None = None,
     languages: tuple[str, str] | None = None,
@@ -79,7 +79,7 @@ def pseudolabel(  # noqa: PLR0913
     `{"min_rouge2": 20}`.
 
     Raises:
-        UserError: An argument is not valid, or teacher or data do not exist.
+        UserError: An argument is not valid, or teacher, data or metric do not exist.
     """
     from raydistill.config.presets import default_dataset
     from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
@@ -98,6 +98,8 @@ def pseudolabel(  # noqa: PLR0913
     row_limits = {f"{split}_rows": rows} if rows and not extra else {}
     data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **row_limits)
     check_inputs(teacher, data, split)
+    if metric != AUTO:
+        check_metric(metric)
     sources = prepare_extra(data, extra, rows, extra_overlap) if extra else None
 
     from raydistill.cluster.start import cluster_device, ray_cluster
@@ -155,8 +157,8 @@ def pseudolabel_command(  # noqa: PLR0913
         ),
     ] = None,
     metric: Annotated[
-        Metric,
-        typer.Option(help="metric of the labels against the original targets; auto: by data set"),
+        str,
+        typer.Option(help=f"metric of the labels against the original targets: {METRICS_HELP}; auto: by data set"),
     ] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPUs per teacher on machines without a GPU")] = 1,
     batch_chars: Annotated[
@@ -285,6 +287,13 @@ def check_inputs(teacher: str, dataset: "Dataset", split: str) -> None:
     check_teacher(teacher)
     if Path(dataset.name).exists() or dataset.name == "demo":
         check_split(dataset, split)
+
+
+def check_metric(metric: str) -> None:
+    """UserError if a metric is unknown, or if the module of a user's metric cannot be imported."""
+    from raydistill.evaluation.metrics import get_metric
+
+    get_metric(metric)
 
 
 def main() -> None:

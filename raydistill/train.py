@@ -246,7 +246,8 @@ def _describe_validation(validation: "Validation") -> str:
     numbers = validation.numbers
     losses = {"loss": numbers.get("loss"), "validation loss": validation.val_loss}
     parts = [f"{name} {value:.3f}" for name, value in losses.items() if value is not None]
-    parts += [f"{name} {numbers[name]:.2f}" for name in ("rouge2", "bleu") if name in numbers]
+    if metric := validation.metric():
+        parts.append(f"{metric} {validation.score:.2f}")
     progress = f"step {validation.step:>6}, epoch {validation.epoch:.2f}, {validation.time_s:.0f} s"
     return f"  {progress}: {', '.join(parts)}"
 

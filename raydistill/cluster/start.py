@@ -13,6 +13,7 @@ from raydistill.cluster.ray_compat import bind_to_loopback
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
+from raydistill.evaluation.metric import WORKING_DIR_ENV
 
 ENV_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,7 +44,7 @@ ENV_DEFAULTS = {
 }
 FORWARDED_ENV = (
     *("RAYDISTILL_HOME", sync.STORAGE_ENV, "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE"),
-    *("HF_ENDPOINT", "RAYDISTILL_TIMING_SECONDS", *ENV_DEFAULTS),
+    *("HF_ENDPOINT", "RAYDISTILL_TIMING_SECONDS", WORKING_DIR_ENV, *ENV_DEFAULTS),
 )
 OBJECT_STORE_BYTES = 500_000_000
 
@@ -68,6 +69,7 @@ def ray_cluster(cpus: int | None = None) -> Iterator[None]:
         os.environ.setdefault(name, value)
     # Ray's workers have other working directories, where the default ./outputs would be another folder.
     os.environ["RAYDISTILL_HOME"] = str(raydistill_home())
+    os.environ[WORKING_DIR_ENV] = os.getcwd()
     import ray
 
     warnings.filterwarnings("ignore", module="ray")

@@ -2,10 +2,12 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raydistill.config.run import Columns, Decoding
+from raydistill.config.metric_names import AUTO, TRANSLATION_METRICS, MetricChoice
+from raydistill.config.run import Columns, Dataset, Decoding
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
 
@@ -240,6 +242,7 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
 
 DEMO_TEACHER_RUN = "demo-teacher"
 HUB_NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # owner/name, with a revision or without
+_LANGUAGE = re.compile(r"[a-z]{2}(_[A-Z]{2})?|[a-z]{3}_[A-Z][a-z]{3}")  # en, en_XX, eng_Latn
 
 
 def default_dataset(teacher: str) -> str | None:
@@ -278,11 +281,67 @@ def hub_teacher(teacher: str, dataset: str) -> str | None:
     return teacher.partition("@")[0] if is_hub_name else None
 
 
-def resolve_metric(dataset: str, requested: str = "auto") -> str:
-    """The metric: `requested` unless it is "auto", else the metric of the data set's preset, else rouge2."""
-    if requested != "auto":
-        return requested
-    return DATASETS[dataset].metric if dataset in DATASETS else "rouge2"
+def resolve_metrics(
+    dataset: Dataset,
+    requested: str = AUTO,
+    report: Sequence[str] = (),
+    columns: Columns | None = None,
+    evidence: str = "",
+) -> MetricChoice:
+    """The metrics of a data set.
+
+    "auto" means the metric of the data set's preset; else chrf++ for a translation, with bleu reported next to it; else
+    rouge2. chrF++ needs no rules for words of the target language, unlike BLEU.
+
+    Args:
+        dataset: The data set.
+        requested: `evaluation.metric`.
+        report: `evaluation.report`.
+        columns: The columns that the rows were read from; default: those of the configuration.
+        evidence: What else shows that the data are a translation, such as "its texts".
+    """
+    deciding, reason = requested, ""
+    if requested == AUTO:
+        preset = DATASETS.get(dataset.name)
+        evidence = translation_evidence(dataset, columns) or evidence
+        if preset:
+            deciding, reason = preset.metric, f"the metric of {dataset.name}"
+        elif evidence:
+            deciding, reason = "chrf++", f"a translation, by {evidence}"
+            report = [*report, "bleu"]
+        else:
+            deciding, reason = "rouge2", "no translation"
+    reported = tuple(name for name in dict.fromkeys(report) if name != deciding)
+    return MetricChoice(deciding, reported, reason)
+
+
+def is_translation(dataset: Dataset, metric: str, columns: Columns | None = None) -> bool:
+    """Whether a data set is a translation: by its languages or columns, or because a metric of translations decides."""
+    return metric in TRANSLATION_METRICS or bool(translation_evidence(dataset, columns))
+
+
+def translation_evidence(dataset: Dataset, columns: Columns | None = None) -> str:
+    """By what a data set is recognised as a translation: two languages or columns as of WMT; empty if it is none.
+
+    `columns` are those that the rows were read from; default: those of the configuration.
+    """
+    preset = DATASETS.get(dataset.name)
+    languages = dataset.languages or (preset.languages if preset else None)
+    if languages and languages[0] != languages[1]:
+        return f"the languages {languages[0]} and {languages[1]}"
+    columns = columns or dataset.columns or (preset.columns if preset else None)
+    if columns and columns.target:
+        names = (columns.source, columns.target)
+        if column_languages(columns) or all(name.startswith("translation.") for name in names):
+            return f"the columns {names[0]} and {names[1]}"
+    return ""
+
+
+def column_languages(columns: Columns) -> tuple[str, str] | None:
+    """Source and target language, if the columns have the names of two, such as "translation.en" and "de"."""
+    source, target = (str(name).rpartition(".")[2] for name in (columns.source, columns.target))
+    are_languages = _LANGUAGE.fullmatch(source) and _LANGUAGE.fullmatch(target) and source != target
+    return (source, target) if are_languages else None
 
 
 def joins_lines(dataset: str) -> bool:

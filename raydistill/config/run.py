@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from raydistill.config.label_sources import parse_labels
+from raydistill.config.metric_names import MetricName, MetricOrAuto
 from raydistill.config.shapes import FULL_SIZE, Shape, Units, VocabularySize
 
 Method = Literal["sft", "kd", "pl"]
@@ -484,8 +485,15 @@ class PseudoLabeling(StrictModel):
 class Evaluation(StrictModel):
     """Scoring on the validation and test splits."""
 
-    metric: Literal["auto", "rouge2", "bleu"] = Field(
-        "auto", description="auto: the metric of the data set's preset, else rouge2"
+    metric: MetricOrAuto = Field(
+        "auto",
+        description="metric that checkpoints and students are compared by: a named metric, or `module:function` of "
+        "your own; auto: the metric of the data set's preset, else chrf++ for a translation and rouge2 for other data",
+    )
+    report: list[MetricName] = Field(
+        [],
+        description="further metrics that are reported next to the deciding metric, for example [bleu, exact_match]; "
+        "they decide nothing. With metric auto, bleu is reported next to chrf++",
     )
     engine: Literal["auto", "ctranslate2", "transformers"] = Field(
         "auto",

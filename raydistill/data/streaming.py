@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from raydistill.config.run import Dataset
+from raydistill.config.run import Columns, Dataset
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import (
     BadRow,
@@ -31,12 +31,14 @@ class SplitScan:
         fingerprint: As `Corpus.fingerprint`.
         labelled: Whether all usable rows have targets.
         skipped: Number of rows that cannot be used.
+        columns: The columns that were read.
     """
 
     rows: int
     fingerprint: str
     labelled: bool
     skipped: int
+    columns: Columns
 
 
 def scan_split(dataset: Dataset, split: str) -> SplitScan:
@@ -67,7 +69,7 @@ def scan_split(dataset: Dataset, split: str) -> SplitScan:
             without_targets.add(row.id, row.source, "")
     check_rows(dataset, split, num_usable, skipped, duplicates, (num_skipped, num_duplicates))
     fingerprint = with_targets if labelled else without_targets
-    return SplitScan(num_usable, fingerprint.value, labelled, num_skipped)
+    return SplitScan(num_usable, fingerprint.value, labelled, num_skipped, columns)
 
 
 def usable_rows(dataset: Dataset, split: str, scan: SplitScan) -> Iterator[Row]:

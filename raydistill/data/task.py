@@ -1,12 +1,11 @@
 """Guesses the task of a corpus, translation or summarization, from its columns and texts."""
 
-import re
 from dataclasses import dataclass
 from statistics import mean, median
 
+from raydistill.config.presets import column_languages
 from raydistill.data.corpus import Corpus
 
-LANGUAGE = re.compile(r"[a-z]{2}(_[A-Z]{2})?|[a-z]{3}_[A-Z][a-z]{3}")  # en, en_XX, eng_Latn
 MAX_ROWS = 1000
 # Characters of a target per character of its source; summaries are shorter.
 TRANSLATION_RATIO = (0.25, 4.0)
@@ -33,10 +32,8 @@ class TaskGuess:
 
 def guess_task(corpus: Corpus) -> TaskGuess:
     """The task of a corpus with targets, by the names of its columns, else by 1,000 rows spread over the corpus."""
-    names = [str(name).rpartition(".")[2] for name in (corpus.columns.source, corpus.columns.target)]
-    if all(LANGUAGE.fullmatch(name) for name in names) and len(set(names)) == 2:
-        reason = f"the columns name the languages {names[0]} and {names[1]}"
-        return TaskGuess(True, True, reason, (names[0], names[1]))
+    if languages := column_languages(corpus.columns):
+        return TaskGuess(True, True, f"the columns name the languages {languages[0]} and {languages[1]}", languages)
     step = max(1, len(corpus) // MAX_ROWS)
     pairs = list(zip(corpus.sources[::step], corpus.targets[::step], strict=True))
     ratio = median(len(target) / len(source) for source, target in pairs)

@@ -1,20 +1,31 @@
-"""ROUGE and BLEU with bootstrap intervals and paired comparisons, and the detection of repetitive outputs.
+"""Scores of outputs with bootstrap intervals and paired comparisons, and the detection of repetitive outputs.
 
-Statistics are stored per row. A corpus score is a mean (ROUGE) or a function of a sum (BLEU) of rows, so a bootstrap
-resamples rows without scoring texts again.
+Statistics are stored per row. A corpus score is a mean (ROUGE, exact match) or a function of a sum of rows (BLEU,
+chrF), so a bootstrap resamples rows without scoring texts again.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
 
+from raydistill.config.metric_names import BUILT_IN_METRICS, ROUGE_METRICS, is_own_metric
 from raydistill.core.errors import UserError
-from raydistill.evaluation.rouge import ROUGE_METRICS, rouge_rows, rouge_signature
+from raydistill.evaluation.metric import Metric, ScoredText, load_own_metric, ratio_of_sums
+from raydistill.evaluation.ngram_counts import (
+    bleu_from_sums,
+    bleu_rows,
+    bleu_signature,
+    chrf_from_sums,
+    chrf_rows,
+    chrf_signature,
+    corpus_bleu,
+    sentence_bleu,
+)
+from raydistill.evaluation.rouge import rouge_rows, rouge_signature
 
-_LOG_OF_ZERO = -9999999999.0  # sacrebleu's value for log 0
 NUM_RESAMPLES = 10_000  # an end of a 95 % interval then has a standard error of 0.7 % of the interval's width
 _SEED_STREAM = 2**32 - 1  # apart from the streams of `resample_counts`
 _CHUNK_ENTRIES = 2_000_000  # drawn rows at a time; limits memory to about 50 MB
@@ -24,13 +35,22 @@ _CHUNK_ENTRIES = 2_000_000  # drawn rows at a time; limits memory to about 50 MB
 class Scores:
     """Scores of one list of outputs.
 
-    `metrics` are corpus scores by name; `row_stats` are the per-row statistics of `metric`: [rows] for ROUGE,
-    [rows, 10] for BLEU.
+    Attributes:
+        metrics: Corpus scores by name.
+        row_stats: Per-row statistics of `metric`: [rows], or [rows, statistics] where the score is a function of sums.
+        metric: The deciding metric.
+        reported_stats: Per-row statistics of the other metrics, by name.
     """
 
     metrics: dict[str, float]
     row_stats: np.ndarray
     metric: str
+    reported_stats: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Per-row statistics of all metrics, the deciding metric first."""
+        return {self.metric: self.row_stats, **self.reported_stats}
 
 
 @dataclass(frozen=True)
@@ -43,65 +63,111 @@ class Comparison:
     p_value: float
 
 
-def bleu_rows(predictions: list[str], references: list[str]) -> np.ndarray:
-    """Return BLEU's sufficient statistics per row, int64 [rows, 10].
+def _texts_of(rows: Sequence[ScoredText]) -> tuple[list[str], list[str]]:
+    """The predictions and the references."""
+    return [row.prediction for row in rows], [row.reference for row in rows]
 
-    Columns: matching n-grams for n = 1 to 4, n-grams for n = 1 to 4, output length, reference length; tokens by 13a.
+
+def _rouge_metric(name: str) -> Metric:
+    return Metric(lambda rows: rouge_rows(*_texts_of(rows))[name], partial(rouge_signature, name), "rouge_score")
+
+
+def _chrf_metric(name: str) -> Metric:
+    return Metric(
+        lambda rows: chrf_rows(name, *_texts_of(rows)), partial(chrf_signature, name), "sacrebleu", chrf_from_sums
+    )
+
+
+def exact_match_rows(rows: Sequence[ScoredText]) -> np.ndarray:
+    """Return 100 for each row whose prediction equals the reference after both are stripped of white space, else 0."""
+    return np.array([100.0 * (row.prediction.strip() == row.reference.strip()) for row in rows])
+
+
+BUILT_IN: dict[str, Metric] = {
+    **{name: _rouge_metric(name) for name in ROUGE_METRICS},
+    "bleu": Metric(lambda rows: bleu_rows(*_texts_of(rows)), bleu_signature, "sacrebleu", bleu_from_sums),
+    **{name: _chrf_metric(name) for name in ("chrf", "chrf++")},
+    "exact_match": Metric(exact_match_rows, lambda: "exact_match|nrefs:1|case:mixed|space:stripped"),
+}
+
+
+def get_metric(name: str) -> Metric:
+    """Return a metric by its name; the module of a user's metric is imported.
 
     Raises:
-        ValueError: The numbers of predictions and references differ.
+        UserError: The metric is unknown, or the user's module has no such metric.
     """
-    _check_same_length(predictions, references)
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
-
-    scorer = BLEU(effective_order=True)  # changes a sentence's score, not its counts; silences a warning
-    rows = np.zeros((len(predictions), 10), dtype=np.int64)
-    for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        bleu = scorer.sentence_score(prediction, [reference])
-        rows[i] = [*bleu.counts, *bleu.totals, bleu.sys_len, bleu.ref_len]
-    # Each of sacrebleu's two tokenizers caches up to 65,536 texts at module level: 60 MB.
-    for tokenizer in (Tokenizer13a, TokenizerRegexp):
-        tokenizer.__call__.cache_clear()
-    return rows
-
-
-def corpus_bleu(rows: np.ndarray) -> float:
-    """Return the corpus BLEU of `bleu_rows` [rows, 10] (13a, exp smoothing), exactly as `sacrebleu.corpus_bleu`."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    total = [int(value) for value in rows.sum(axis=0)]
-    return float(BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp").score)
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if is_own_metric(name):
+        return load_own_metric(name)
+    raise UserError(f"unknown metric {name!r}; known: {', '.join(BUILT_IN_METRICS)}, and module:function of your own")
 
 
 def signature(metric: str) -> str:
     """Return the settings and the version behind a score, in the form of sacrebleu's signatures."""
-    if metric == "bleu":
-        from sacrebleu.metrics.bleu import BLEU
-
-        scorer = BLEU()
-        scorer.corpus_score(["a"], [["a"]])  # a signature is known only after a score
-        return f"bleu|{scorer.get_signature()}"
-    return rouge_signature(metric)
+    return get_metric(metric).signature()
 
 
-def score(metric: str, predictions: list[str], references: list[str]) -> Scores:
-    """Score outputs with bleu or with a metric of `ROUGE_METRICS`; for ROUGE, all four scores are in `metrics`.
+def signatures(metrics: Iterable[str]) -> str:
+    """Return the signatures of several metrics, separated by spaces."""
+    return " ".join(map(signature, metrics))
+
+
+def score(
+    metric: str,
+    predictions: list[str],
+    references: list[str],
+    sources: list[str] | None = None,
+    reported: Sequence[str] = (),
+) -> Scores:
+    """Score outputs with a metric that decides and with further ones.
+
+    Args:
+        metric: The deciding metric. With a metric of `ROUGE_METRICS`, all four ROUGE scores are in `Scores.metrics`.
+        predictions: The outputs.
+        references: The reference texts.
+        sources: The source texts, which only users' metrics read; default: empty texts.
+        reported: Further metrics.
 
     Raises:
-        UserError: There are no outputs, or the metric is unknown.
+        UserError: There are no outputs, the metric is unknown, or a user's metric does not fit its contract.
+        ValueError: The numbers of predictions, references and sources differ.
     """
-    if not predictions:
+    rows = make_rows(predictions, references, sources)
+    if not rows:
         raise UserError("there are no rows to score; check the split and dataset.validation_rows")
-    if metric == "bleu":
-        rows = bleu_rows(predictions, references)
-        return Scores({"bleu": corpus_bleu(rows)}, rows, metric)
-    if metric not in ROUGE_METRICS:
-        raise UserError(f"unknown metric {metric!r}; known: {', '.join(ROUGE_METRICS)}, bleu")
-    _check_same_length(predictions, references)
-    by_name = rouge_rows(predictions, references)
-    return Scores({name: float(rows.mean()) for name, rows in by_name.items()}, by_name[metric], metric)
+    statistics = compute_statistics([metric, *reported], rows)
+    metrics = {name: corpus_score(name, values) for name, values in statistics.items()}
+    return Scores(metrics, statistics.pop(metric), metric, statistics)
+
+
+def make_rows(predictions: list[str], references: list[str], sources: list[str] | None = None) -> list[ScoredText]:
+    """Return the rows to score.
+
+    Raises:
+        ValueError: The numbers of predictions, references and sources differ.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    return list(map(ScoredText._make, zip(sources or [""] * len(references), predictions, references, strict=True)))
+
+
+def compute_statistics(metrics: Iterable[str], rows: Sequence[ScoredText]) -> dict[str, np.ndarray]:
+    """Return the per-row statistics by metric; a ROUGE score brings the other ROUGE scores, which need the same pass.
+
+    Raises:
+        UserError: A metric is unknown, or a user's metric fails or does not fit its contract.
+    """
+    statistics: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(metrics):
+        if name in statistics:
+            continue
+        if name in ROUGE_METRICS:
+            statistics |= rouge_rows(*_texts_of(rows))
+        else:
+            statistics[name] = np.asarray(get_metric(name).row_statistics(rows))
+    return statistics
 
 
 class ScoreAccumulator:
@@ -112,40 +178,54 @@ class ScoreAccumulator:
         self.count = 0
         self.sums: dict[str, np.ndarray] = {}
 
-    def add(self, predictions: list[str], references: list[str]) -> None:
+    def add(self, predictions: list[str], references: list[str], sources: list[str] | None = None) -> None:
         """Add a chunk of rows; an empty chunk is ignored."""
         if not predictions:
             return
-        bleu_only = self.metric == "bleu"
-        by_name = {"bleu": bleu_rows(predictions, references)} if bleu_only else rouge_rows(predictions, references)
-        for name, rows in by_name.items():
-            self.sums[name] = self.sums.get(name, 0) + rows.sum(axis=0)
+        rows = make_rows(predictions, references, sources)
+        for name, values in compute_statistics([self.metric], rows).items():
+            self.sums[name] = self.sums.get(name, 0) + values.sum(axis=0)
         self.count += len(predictions)
 
     def metrics(self) -> dict[str, float]:
         """Return the scores of all rows so far by name; empty if there are no rows."""
-        if self.metric == "bleu":
-            return {name: corpus_bleu(total[None]) for name, total in self.sums.items()}
-        return {name: float(total) / self.count for name, total in self.sums.items()}
-
-
-def chrf_rows(predictions: list[str], references: list[str]) -> np.ndarray:
-    """Return sacrebleu's chrF2 of each row, 0 to 100, [rows]: character n-grams of 1 to 6, recall weighted twice.
-
-    Raises:
-        ValueError: The numbers of predictions and references differ.
-    """
-    _check_same_length(predictions, references)
-    from sacrebleu.metrics.chrf import CHRF
-
-    scorer = CHRF()
-    pairs = zip(predictions, references, strict=True)
-    return np.array([scorer.sentence_score(text, [reference]).score for text, reference in pairs], dtype=float)
+        return {name: _score_of_sums(name, total, self.count) for name, total in self.sums.items()}
 
 
 def corpus_score(metric: str, rows: np.ndarray) -> float:
-    """Return the corpus score of per-row statistics: the mean of [rows], or corpus BLEU of [rows, 10]."""
-    return corpus_bleu(rows) if metric == "bleu" else float(np.mean(rows))
+    """Return the corpus score of per-row statistics: the mean of [rows], or the metric's score of [rows, statistics].
+
+    The code of a user's metric is not run.
+    """
+    return float(np.mean(rows)) if rows.ndim == 1 else _score_of_sums(metric, rows.sum(axis=0), len(rows))
+
+
+def row_scores(metric: str, rows: np.ndarray) -> np.ndarray:
+    """Return a score for each row, [rows], of per-row statistics, which shows the rows that differ.
+
+    ROUGE: the row's F1. BLEU: the sentence BLEU of `sacrebleu.sentence_bleu`, which ignores n-grams longer than the
+    output (its effective order). The code of a user's metric is not run.
+    """
+    if rows.ndim == 1:
+        return rows.astype(float)
+    return sentence_bleu(rows) if metric == "bleu" else _scores_of_sums(metric, rows.astype(np.float64))
+
+
+def _score_of_sums(metric: str, total: np.ndarray, num_rows: int) -> float:
+    """The corpus score of summed statistics, a number or [statistics]."""
+    if np.ndim(total) == 0:
+        return float(total) / num_rows
+    if metric == "bleu":
+        return corpus_bleu(total[None])  # exactly sacrebleu's number; `bleu_from_sums` differs in the last digits
+    return float(_scores_of_sums(metric, total[None].astype(np.float64))[0])
+
+
+def _scores_of_sums(metric: str, sums: np.ndarray) -> np.ndarray:
+    """The corpus scores, [samples], of statistics that are summed over the rows of samples, [samples, statistics]."""
+    function = ratio_of_sums if is_own_metric(metric) else get_metric(metric).corpus_scores
+    if function is None:
+        raise UserError(f"{metric} has a number for each row, and the rows have {sums.shape[1]}: the file is damaged")
+    return function(sums)
 
 
 def bootstrap_interval(
@@ -184,8 +264,8 @@ def paired_bootstrap_over_seeds(
 ) -> Comparison:
     """`paired_bootstrap` of systems that were trained with several seeds; the score of a system is the mean over seeds.
 
-    `a_runs` and `b_runs` hold per-row statistics, [rows] or [rows, 10], one array per seed and at least one. All
-    runs are scored on each resample of the rows.
+    `a_runs` and `b_runs` hold per-row statistics, [rows] or [rows, statistics], one array per seed and at least one.
+    All runs are scored on each resample of the rows.
 
     Raises:
         ValueError: The runs have different numbers of rows, or none.
@@ -196,7 +276,7 @@ def paired_bootstrap_over_seeds(
     return _summarize(a_score - b_score, differences)
 
 
-SeedRuns = Sequence[np.ndarray]  # per-row statistics of a system, [rows] or [rows, 10], one array per training seed
+SeedRuns = Sequence[np.ndarray]  # per-row statistics of a system, one array per training seed
 
 
 def compare_with_reference(
@@ -209,7 +289,7 @@ def compare_with_reference(
 
     Args:
         metric: Name of the score.
-        systems: Per-row statistics of each system, [rows] or [rows, 10], or one such array per seed.
+        systems: Per-row statistics of each system, [rows] or [rows, statistics], or one such array per seed.
         reference: Per-row statistics of the reference.
 
     Raises:
@@ -268,7 +348,7 @@ def compare_pairs(
 
     Args:
         metric: Name of the score.
-        systems: Per-row statistics of each system, [rows] or [rows, 10], or one such array per seed.
+        systems: Per-row statistics of each system, [rows] or [rows, statistics], or one such array per seed.
         pairs: Indices of the systems to compare.
 
     Raises:
@@ -281,23 +361,6 @@ def compare_pairs(
     resampled = [_resample_seeds([next(scores) for _ in runs], stream) for stream, runs in enumerate(runs_by_system)]
     means = [mean_score(metric, runs) for runs in runs_by_system]
     return {(i, j): _summarize(means[i] - means[j], resampled[i] - resampled[j]) for i, j in pairs}
-
-
-def row_scores(metric: str, rows: np.ndarray) -> np.ndarray:
-    """Return a score for each row, [rows], of per-row statistics.
-
-    ROUGE: the row's F1. BLEU: the sentence BLEU of `sacrebleu.sentence_bleu`, which ignores n-grams longer than the
-    output (its effective order).
-    """
-    if metric != "bleu":
-        return rows.astype(float)
-    from sacrebleu.metrics.bleu import BLEU
-
-    scores = [
-        BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp", effective_order=True).score
-        for row in rows.tolist()
-    ]
-    return np.array(scores, dtype=float)
 
 
 def repeated_bigrams(text: str) -> float:
@@ -334,11 +397,6 @@ def repetition_rate(predictions: list[str]) -> float:
     return sum(map(is_repetitive, predictions)) / len(predictions) if predictions else 0.0
 
 
-def _check_same_length(predictions: list[str], references: list[str]) -> None:
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
-
-
 def _summarize(difference: float, resampled: np.ndarray) -> Comparison:
     """Return the comparison for a difference and its values over the resamples, [n_resamples]."""
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -366,7 +424,7 @@ def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resam
         for start in range(0, n_resamples, chunk)
     ]
     parts = np.split(np.concatenate(sums), len(systems), axis=1)
-    return [bleu_from_sums(part) if metric == "bleu" else part[:, 0] / n for part in parts]
+    return [part[:, 0] / n if systems[0].ndim == 1 else _scores_of_sums(metric, part) for part in parts]
 
 
 @lru_cache(maxsize=16)  # at most 16 times 2 MB; the comparisons of a sweep have the same number of rows
@@ -379,15 +437,3 @@ def resample_counts(n: int, count: int, seed: int, start: int) -> np.ndarray:
     drawn = rng.integers(0, n, size=(count, n)) + np.arange(count)[:, None] * n
     counts = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
     return counts.astype(np.uint8)  # a count above 255 has a probability of about 1 / 256!
-
-
-def bleu_from_sums(sums: np.ndarray) -> np.ndarray:
-    """Return the corpus BLEU, [samples], of summed statistics [samples, 10]; formula of sacrebleu's `compute_bleu`."""
-    correct, total, length, reference = sums[:, :4], sums[:, 4:8], sums[:, 8], sums[:, 9]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        smoothing = 2.0 ** np.cumsum((correct == 0) & (total > 0), axis=1)
-        precisions = 100 * np.where(correct == 0, 1 / smoothing, correct) / total
-        logs = np.where(total > 0, np.log(precisions), _LOG_OF_ZERO)
-        brevity = np.where(length < reference, np.exp(1 - reference / length), 1.0)
-    scores = brevity * np.exp(logs.mean(axis=1))
-    return np.where(correct.sum(axis=1) == 0, 0.0, scores)

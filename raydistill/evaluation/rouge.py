@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import regex
 
-ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+from raydistill.config.metric_names import ROUGE_METRICS
+
 # Sentences end with . ! ? or their Arabic and Indic forms and white space, or with the marks of Chinese and Japanese.
 _SENTENCE_END = regex.compile(r"(?<=[.!?؟۔।])\s+|(?<=[。！？])\s*(?=\S)")
 # Scripts that are written without spaces between words; U+30FC is the mark of long vowels in Japanese.

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.data.corpus import Corpus
 from raydistill.evaluation.metrics import Scores, bootstrap_interval, repetition_rate, score
 from raydistill.inference.decoding import BeamSearchParams, Engine, engine_label
@@ -37,35 +38,37 @@ class EvaluationResult(ScoredOutputs):
         }
 
 
-def score_outputs(metric: str, predictions: list[str], references: list[str]) -> ScoredOutputs:
-    """Score outputs with rouge2 or bleu.
+def score_outputs(metrics: MetricChoice, predictions: list[str], corpus: Corpus) -> ScoredOutputs:
+    """Score outputs for the rows of a corpus.
 
     Raises:
-        UserError: There are no outputs, or the metric is unknown.
+        UserError: There are no outputs, a metric is unknown, or a user's metric fails.
     """
-    scores = score(metric, predictions, references)
-    return ScoredOutputs(scores, bootstrap_interval(metric, scores.row_stats), repetition_rate(predictions))
+    references, sources = list(corpus.targets), list(corpus.sources)
+    scores = score(metrics.deciding, predictions, references, sources, metrics.reported)
+    interval = bootstrap_interval(metrics.deciding, scores.row_stats)
+    return ScoredOutputs(scores, interval, repetition_rate(predictions))
 
 
 def evaluate(
     engine: Engine,
     corpus: Corpus,
-    metric: str,
+    metrics: MetricChoice,
     beam: BeamSearchParams,
     *,
     max_source_tokens: int,
     batch_size: int = 32,
 ) -> EvaluationResult:
-    """Generate a text for every source of the corpus and score it against its reference with rouge2 or bleu.
+    """Generate a text for every source of the corpus and score it against its reference.
 
     Raises:
-        UserError: The corpus has no rows, or the metric is unknown.
+        UserError: The corpus has no rows, a metric is unknown, or a user's metric fails.
     """
     started = time.monotonic()
     results = engine.generate(list(corpus.sources), beam, max_source_tokens=max_source_tokens, batch_size=batch_size)
     seconds = time.monotonic() - started
     predictions = [hypotheses[0].text.strip() for hypotheses in results]
-    scored = score_outputs(metric, predictions, list(corpus.targets))
+    scored = score_outputs(metrics, predictions, corpus)
     return EvaluationResult(
         scored.scores,
         scored.score_interval,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster import sync
+from raydistill.config.metric_names import is_own_metric
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path, corrupt_file_error
@@ -111,14 +112,19 @@ class LabelStats:
         self._rows = self._empty = self._target_words = self._original_words = 0
         self._scores = ScoreAccumulator(metric)
 
-    def add(self, labels: list[str], originals: list[str]) -> None:
-        """Count labels and the original targets of the same rows."""
+    @property
+    def needs_sources(self) -> bool:
+        """Whether the metric may read the source texts, as users' metrics do."""
+        return self._labelled and is_own_metric(self._scores.metric)
+
+    def add(self, labels: list[str], originals: list[str], sources: list[str] | None = None) -> None:
+        """Count labels and the original targets of the same rows; `sources` are theirs if `needs_sources`."""
         self._rows += len(labels)
         self._empty += sum(not text.strip() for text in labels)
         self._target_words += sum(len(text.split()) for text in labels)
         self._original_words += sum(len(text.split()) for text in originals)
         if self._labelled:
-            self._scores.add(labels, originals)
+            self._scores.add(labels, originals, sources)
 
     def manifest(self, description: LabelDescription, engine: EngineRecord) -> PseudolabelManifest:
         """The manifest of the label set, once all rows are counted."""
@@ -161,7 +167,8 @@ def _iter_window(
         raise UserError(
             f"{work_dir}: the outputs do not match the batch plan; delete the folder and run the same command again"
         )
-    stats.add([candidates[row_id][0].target for row_id, _ in planned], [target for _, target in planned])
+    sources = [source for _, source in plan.read_sources(window)] if stats.needs_sources else None
+    stats.add([candidates[row_id][0].target for row_id, _ in planned], [target for _, target in planned], sources)
     yield from ((row_id, candidates.pop(row_id)) for row_id, _ in planned)
 
 

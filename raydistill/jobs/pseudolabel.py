@@ -10,14 +10,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from raydistill.cluster import snapshots, sync
 from raydistill.cluster.actor_pool import BatchStats, max_actors, run_batches
 from raydistill.cluster.exclusive import run_exclusive
-from raydistill.config.presets import resolve_metric, teacher_preset
+from raydistill.config.presets import resolve_metrics, teacher_preset
 from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
 from raydistill.core import artifact
 from raydistill.core.console import ProgressBar, print_progress
@@ -71,7 +71,7 @@ class LabelJob:
     decoding: Decoding = field(default_factory=Decoding)
     engine: Literal["auto", "ctranslate2", "transformers"] = "auto"
     pseudo: PseudoLabeling = field(default_factory=PseudoLabeling)
-    metric: Literal["auto", "rouge2", "bleu"] = "auto"
+    metric: str = "auto"
     threads: int = 1
     batch_chars: int | None = None
     allow_fallback: bool = True
@@ -82,10 +82,10 @@ class LabelJob:
         """The data set whose split is labelled."""
         return self.sources or self.dataset
 
-    @property
-    def resolved_metric(self) -> str:
-        """The metric of the labels against the original targets, bleu or rouge2."""
-        return resolve_metric(self.dataset.name, self.metric)
+    def resolve_metric(self, scan: SplitScan) -> str:
+        """The metric of the labels against the original targets of the scanned split."""
+        columns = None if self.sources else scan.columns  # texts without targets have no columns of a translation
+        return resolve_metrics(self.dataset, self.metric, columns=columns).deciding
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def pseudolabel(
         _build_label_set(task, scan)
     if rules == type(rules)():  # no rules
         return folder
-    return _curate(job, folder, rules, device)
+    return _curate(replace(job, metric=job.resolve_metric(scan)), folder, rules, device)
 
 
 def _curate(job: LabelJob, folder: Path, rules: Curation, device: str) -> Path:
@@ -161,8 +161,8 @@ def _curate(job: LabelJob, folder: Path, rules: Curation, device: str) -> Path:
 
 
 def curate_and_save(job: LabelJob, folder: Path, rules: Curation, device: str, threads: int) -> Path:
-    """Derive the curated set and copy it to the storage; for `run_exclusive`."""
-    curated = curate(folder, job.rows, job.split, rules, job.resolved_metric)
+    """Derive the curated set by the metric of the job, and copy it to the storage; for `run_exclusive`."""
+    curated = curate(folder, job.rows, job.split, rules, job.metric)
     snapshots.save(curated)
     return curated
 
@@ -274,7 +274,7 @@ def _label_and_merge(task: LabelTask, scan: SplitScan) -> None:
     if missing:
         _label_batches(task, plan, missing)
         sync.pull(work_dir)
-    merge_outputs(plan, work_dir, task.folder, task.description, task.job.resolved_metric, scan.labelled)
+    merge_outputs(plan, work_dir, task.folder, task.description, task.job.resolve_metric(scan), scan.labelled)
 
 
 def _make_plan(task: LabelTask, scan: SplitScan) -> BatchPlan:

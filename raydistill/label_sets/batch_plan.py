@@ -98,7 +98,19 @@ class BatchPlan:
             return batch
 
     def read_targets(self, window: int) -> list[tuple[str, str]]:
-        """Read (id, target) of the rows of a window, in the order of the data.
+        """Read (id, target) of the rows of a window, in the order of the data; as `read_sources`."""
+        return self._read_texts(window, "targets")
+
+    def read_sources(self, window: int) -> list[tuple[str, str]]:
+        """Read (id, source) of the rows of a window, in the order of the data.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        return self._read_texts(window, "sources")
+
+    def _read_texts(self, window: int, column: str) -> list[tuple[str, str]]:
+        """Read the id and a column of the rows of a window, in the order of the data.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -109,8 +121,8 @@ class BatchPlan:
         path = _window_path(self.folder, window)
         with corrupt_file_error(path), pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                [batch] = file.read_row_group(group, columns=["positions", "ids", "targets"]).to_pylist()
-                rows += zip(batch["positions"], zip(batch["ids"], batch["targets"], strict=True), strict=True)
+                [batch] = file.read_row_group(group, columns=["positions", "ids", column]).to_pylist()
+                rows += zip(batch["positions"], zip(batch["ids"], batch[column], strict=True), strict=True)
         return [row for _, row in sorted(rows)]
 
 

@@ -20,7 +20,8 @@ from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import Row
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
-from raydistill.evaluation.metrics import ScoreAccumulator, chrf_rows
+from raydistill.evaluation.metrics import ScoreAccumulator
+from raydistill.evaluation.ngram_counts import sentence_chrf
 from raydistill.evaluation.rouge import rouge2_rows
 from raydistill.label_sets.label_set import (
     Candidate,
@@ -107,7 +108,7 @@ def curate(folder: Path, dataset: Dataset, split: str, rules: Curation, metric: 
     Args:
         folder: The complete label set.
         dataset: The data that the set was made for, with `split`; ids and their order are compared.
-        metric: The metric of the kept labels against the original targets, bleu or rouge2.
+        metric: The metric of the kept labels against the original targets.
 
     Raises:
         UserError: As `check_curation`, the set was made for other data, or the rules drop every row.
@@ -158,16 +159,17 @@ class _CurationStats:
 
     def add(self, rows: Sequence[CurationRow], verdicts: Sequence[Verdict]) -> None:
         """Count a chunk of rows."""
-        label_pairs = [
-            (verdict.candidates[0].target, pair.row.target)
+        kept = [
+            (verdict.candidates[0].target, pair.row)
             for pair, verdict in zip(rows, verdicts, strict=True)
             if not verdict.violated_rule
         ]
         self._rows_by_rule.update(verdict.violated_rule for verdict in verdicts)
-        self._target_words += sum(len(label.split()) for label, _ in label_pairs)
-        self._original_words += sum(len(original.split()) for _, original in label_pairs)
+        self._target_words += sum(len(label.split()) for label, _ in kept)
+        self._original_words += sum(len(row.target.split()) for _, row in kept)
         if self._labelled:
-            self._scores.add([label for label, _ in label_pairs], [original for _, original in label_pairs])
+            labels = [label for label, _ in kept]
+            self._scores.add(labels, [row.target for _, row in kept], [row.source for _, row in kept])
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -232,7 +234,7 @@ def apply_rules(
     originals = [(text, pair.row.target) for pair, text in flat]
     needs_rouge = rules.choose == "rouge2" or rules.min_rouge2 is not None
     rouge2 = iter(_score_pairs(originals, rouge2_rows if needs_rouge else None))
-    chrf = iter(_score_pairs(originals, chrf_rows if rules.choose == "chrf" else None))
+    chrf = iter(_score_pairs(originals, sentence_chrf if rules.choose == "chrf" else None))
     others = [(text, pair.other_label) for pair, text in flat]
     agreement = iter(_score_pairs(others, rouge2_rows if rules.min_agreement is not None else None))
     reverse = iter(_score_pairs([(text, pair.row.source) for pair, text in flat], reverse_losses))

@@ -9,6 +9,7 @@ from raydistill.paper import published
 from raydistill.paper.initialisations import init_name, select_init_comparisons
 from raydistill.paper.seed_groups import SeedGroup, best_group, group_by_sweep
 from raydistill.results.plots import Point, load_pyplot, render_figure, style_axes
+from raydistill.results.tables import metric_name
 
 
 def plot_figure_1(path: Path, seed_groups: Sequence[SeedGroup]) -> None:
@@ -24,7 +25,7 @@ def plot_figure_1(path: Path, seed_groups: Sequence[SeedGroup]) -> None:
         for teacher, points in _sweep_points(seed_groups, dataset).items():
             _draw_line(axes, teacher, points, hollow=False)
         metric = next((group.sweep.metric for group in seed_groups if group.dataset_name == dataset), "rouge2")
-        axes.set(title=dataset, xlabel="speed-up over the teacher", ylabel="BLEU" if metric == "bleu" else "ROUGE-2")
+        axes.set(title=dataset, xlabel="speed-up over the teacher", ylabel=metric_name(metric))
         axes.legend(fontsize=8, frameon=False)
     _save_png(figure, path)
 

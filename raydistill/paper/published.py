@@ -11,6 +11,7 @@ from raydistill.config.presets import TEACHERS
 
 PaperKey = tuple[str, str, str]
 
+METRICS = ("rouge2", "bleu")  # the metrics of the scores in Tables 5 and 10
 DATA_NAMES = {"xsum": "XSUM", "cnn_dailymail": "CNN", "wmt16_en_ro": "EN-RO"}
 TEACHER_NAMES = {"bart": "BART", "pegasus": "Pegasus", "mbart": "mBART", "marian": "Marian", "t5": "T5"}
 _HUB_NAMES = {preset.hub: name for name, presets in TEACHERS.items() for preset in presets.values()}

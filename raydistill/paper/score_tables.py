@@ -14,7 +14,7 @@ from raydistill.paper.seed_groups import (
     compare_to_teacher,
     group_by_sweep,
 )
-from raydistill.results.tables import METRIC_NAMES
+from raydistill.results.tables import METRIC_NAMES, metric_name
 
 METHOD_NAMES = {"sft": "SFT", "kd": "KD", "pl": "Pseudo"}
 DEFAULT_LABEL_KIND = {"sft": "original", "kd": "original", "pl": "pseudo"}
@@ -81,7 +81,7 @@ def best_by_size_table(sweeps: Sequence[Sweep], seed_groups: Sequence[SeedGroup]
         rows += measured
     number = {"XSUM": "Table 6", "CNN": "Table 7"}.get(dataset_name, "As Tables 6 and 7")
     name = {"XSUM": "table6", "CNN": "table7"}.get(dataset_name, f"table6_{dataset_name}")
-    main_score = "BLEU" if metric == "bleu" else "ROUGE-2"
+    main_score = metric_name(metric)
     columns = paired_headers("params (M)", "ms for 32", "speed-up", main_score, METRIC_NAMES[scores[1]])
     header = ["teacher", "size", SWEEP_COLUMN, "our method", *columns]
     note = "The paper's times are on an Nvidia RTX 2080 (BART in mixed precision); ours are on the sweep's machine."
@@ -106,15 +106,17 @@ def label_strategy_table(seed_groups: Sequence[SeedGroup]) -> Table:
 
 def label_quality_table(sweeps: Sequence[Sweep]) -> Table:
     """Supplement to Table 10: scores of each pseudo-label set against the original targets."""
+    qualities = [label_set.quality or {} for sweep in sweeps for label_set in sweep.teacher.label_sets.values()]
+    metrics = list(dict.fromkeys([*METRIC_NAMES, *(name for quality in qualities for name in quality)]))
     rows = []
     for sweep in sweeps:
         for name, label_set in sweep.teacher.label_sets.items():
             quality = label_set.quality or {}
             teacher = published.teacher_name(label_set.teacher) if label_set.teacher else ""
-            scores = [format_cell(quality.get(metric), 2) for metric in METRIC_NAMES]
+            scores = [format_cell(quality.get(metric), 2) for metric in metrics]
             num_rows = format_cell(label_set.rows, 0)
             rows.append([teacher, sweep.dataset_name or "", sweep.name, name, num_rows, *scores])
-    header = ["teacher", "data", SWEEP_COLUMN, "label set", "rows", *METRIC_NAMES.values()]
+    header = ["teacher", "data", SWEEP_COLUMN, "label set", "rows", *map(metric_name, metrics)]
     return Table("table10_labels", "The pseudo-labels of Table 10 against the originals", header, rows)
 
 
@@ -186,7 +188,7 @@ def _result_cells(
         format_cell(values.get("speedup"), 2),
         format_cell(paper_row and paper_row.speedup, 2),
         format_cell(scores.get(names[0]), 2),
-        format_cell(paper_row and paper_row.rouge2, 2),
+        format_cell(paper_row.rouge2 if paper_row and names[0] == "rouge2" else None, 2),
         format_cell(scores.get(names[1]), 2),
         format_cell(paper_row and paper_row.rougeL, 2),
     ]

@@ -39,7 +39,7 @@ class Sweep:
 
     @property
     def metric(self) -> str:
-        """The main score, rouge2 or bleu."""
+        """The main score."""
         return self.record.metric
 
     @property

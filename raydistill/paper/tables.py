@@ -7,6 +7,7 @@ and one recipe; several sweeps have a row each.
 
 from collections.abc import Sequence
 
+from raydistill.paper import published
 from raydistill.paper.ablations import ablation_table
 from raydistill.paper.cells import Table, drop_sweep_column
 from raydistill.paper.cost_tables import corpus_table, effort_table, training_cost_table
@@ -60,6 +61,9 @@ def _describe_run(sweep: Sweep) -> list[str]:
         "logits of a full-depth copy differ by at most": (
             f"{max(alignments):.1e} of the largest logit" if alignments else ""
         ),
+        "scores are of": ""
+        if sweep.metric in published.METRICS
+        else f"{sweep.metric}, which the paper does not report",
         "engine": f"{teacher.engine} {teacher.precision}",
         "machine": f"{hardware.get('name')} ({hardware.get('kind')}, {hardware.get('threads')} threads)",
         "hosts": ", ".join(sorted({result.host for result in results if result.host})),

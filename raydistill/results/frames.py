@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def students_frame(selection: Selection) -> "pd.DataFrame":
-    """One row per student: what it is, its scores with 95 % intervals, its costs, and what it was chosen for.
+    """One row per student: what it is, scores with intervals, reported scores, costs, and what it was chosen for.
 
-    Students are finalists as served, or trials before any is served. Costs have the names of budgets; `speedup`
-    compares with the teacher as it is served today.
+    Intervals are of 95 %. Students are finalists as served, or trials before any is served. Costs have the names of
+    budgets; `speedup` compares with the teacher as it is served today.
     """
     import pandas as pd
 
@@ -41,6 +41,7 @@ def _student_row(selection: Selection, student: Trial) -> dict[str, Any]:
         f"test_{metric}": test.get(metric),
         f"test_{metric}_low": test_low,
         f"test_{metric}_high": test_high,
+        **{name: student.metrics.get(name) for name in selection.metrics.reported},
         **{name: student.metrics.get(name) for name in (*COST_METRICS, *speedups)},
         "on_front": student.key in selection.front_keys,
         "chosen_for": ", ".join(selection.budgets_of(student.key)),

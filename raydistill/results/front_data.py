@@ -17,7 +17,7 @@ from raydistill.results.pareto import COST_UNITS, Candidate
 from raydistill.results.plots import COST_AXIS_LABELS, marker_id
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, make_candidates
-from raydistill.results.tables import metric_name
+from raydistill.results.tables import join_scores, metric_name
 
 Facts = list[tuple[str, str]]
 
@@ -147,6 +147,9 @@ def student_facts(selection: Selection, student: Trial) -> Facts:
     facts = [(f"{name} on {describe_split(student.split)}", format_score(student.score(metric), student.interval))]
     if metric in test:
         facts.append((f"{name} on test", format_score(test[metric], test.get("interval"))))
+    if reported := selection.metrics.reported:
+        names = f"{' / '.join(map(metric_name, reported))} on {describe_split(student.split)}"
+        facts.append((names, join_scores([costs.get(name) for name in reported])))
     facts += [
         (label, _format_latency(costs, cost))
         for label, cost in (("latency, batch of 32", "latency_ms"), ("latency, one row", "latency_ms_b1"))

@@ -234,9 +234,15 @@ def make_tooltips(selection: Selection) -> dict[str, list[str]]:
     teacher = selection.teacher
     score = teacher.metrics.get(selection.metric)
     if score is not None:
-        lines = [f"teacher {teacher.name} ({teacher.size})", f"{selection.metric} {score:.2f}"]
+        lines = [f"teacher {teacher.name} ({teacher.size})", f"{metric_name(selection.metric)} {score:.2f}"]
+        lines += reported_scores(selection, teacher.metrics)
         tooltips["teacher"] = lines + _cost_lines(teacher.costs)
     return tooltips
+
+
+def reported_scores(selection: Selection, metrics: dict[str, float]) -> list[str]:
+    """A line for each score that is reported next to the main score."""
+    return [f"{metric_name(name)} {metrics[name]:.2f}" for name in selection.metrics.reported if name in metrics]
 
 
 def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
@@ -247,6 +253,7 @@ def _student_tooltip(selection: Selection, student: Trial) -> list[str]:
     if (score := student.score(selection.metric)) is not None:
         interval = f" {format_interval(student.interval)}" if student.interval else ""
         lines.append(f"{metric_name(selection.metric)} {score:.2f}{interval} on {describe_split(student.split)}")
+        lines += reported_scores(selection, student.metrics)
     if budgets := selection.budgets_of(student.key):
         lines.append(f"chosen for {', '.join(budgets)}")
     if student.status == "stopped":

@@ -148,7 +148,7 @@ def choose(candidates: Sequence[Candidate], bounds: dict[str, float], metric: st
     Args:
         candidates: Scored students.
         bounds: Inclusive bounds by cost: lower bounds of `LOWER_BOUNDED`, upper bounds of all others.
-        metric: Name of the score, "rouge2" or "bleu".
+        metric: Name of the score.
         tolerance: Points of the metric that a cheaper student may be worse; 0 chooses the highest score.
     """
     cost = next(iter(bounds), "latency_ms")

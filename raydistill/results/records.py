@@ -122,7 +122,7 @@ class Trial:
         return self.metrics.get(metric, self.metrics.get("score"))
 
     def row_statistics(self, split: str | None = None) -> np.ndarray | None:
-        """Per-row statistics of the main metric, [rows] or [rows, 10]; None if the trial has none.
+        """Per-row statistics of the main metric, [rows] or [rows, statistics]; None if the trial has none.
 
         `split`: by default, the split of the trial's scores in `metrics`.
         """
@@ -249,7 +249,7 @@ def count_finished_trials(sweep: Path) -> int:
 
 
 def read_row_statistics(path: Path, split: str, remedy: str | None = None) -> np.ndarray | None:
-    """Per-row statistics of a split, [rows] or [rows, 10]; None if the file or the split is missing.
+    """Per-row statistics of a split, [rows] or [rows, statistics]; None if the file or the split is missing.
 
     Args:
         path: The file.

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from raydistill.config.metric_names import TRANSLATION_METRICS
 from raydistill.evaluation.metrics import repeated_bigrams, row_scores
 from raydistill.results.formatting import format_count
 from raydistill.results.outputs import TextRow, outputs_filename, read_outputs, read_texts, texts_filename
@@ -76,7 +77,7 @@ def make_samples(metric: str, split: str, rows: Sequence[TextRow], systems: Sequ
     kept = _rows_that_fit(rows, systems)
     shown = "" if len(kept) == len(rows) else f", of which the {len(kept):,} with the largest regressions are shown"
     name = metric_name(metric)
-    score = f"{'sentence ' if metric == 'bleu' else ''}{name}"
+    score = f"{'sentence ' if metric in TRANSLATION_METRICS else ''}{name}"
     note = (
         f"The outputs of {systems[0].label} and of the selected model side by side, on "
         f"{format_count(len(rows), 'row')} of {split}{shown}. Words that differ are marked. Numbers are the {score} of "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.config.serving import ThroughputSetting
 from raydistill.config.space import COST_METRICS
 from raydistill.core.errors import UserError
@@ -52,6 +53,11 @@ class Selection:
     def metric(self) -> str:
         """The main metric."""
         return self.record.metric
+
+    @property
+    def metrics(self) -> MetricChoice:
+        """The main metric, and the metrics that are reported next to it."""
+        return self.record.teacher.metric_choice
 
     @property
     def chosen_keys(self) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from raydistill.config.loader import read_yaml
-from raydistill.config.presets import resolve_metric
+from raydistill.config.presets import resolve_metrics
 from raydistill.config.run import Run
 from raydistill.core.artifact import MANIFEST, LockOwner, lock_owner
 from raydistill.core.console import format_duration, format_table
@@ -159,7 +159,8 @@ def run_status(folder: Path) -> JobStatus:
     done = result.steps if result else max([progress.step if progress else 0, *(v.step for v in history)])
     hours = result.metrics.get("device_hours") if result else history[-1].device_hours if history else None
     size = (result.size if result else None) or (run.student.size if run else None) or "model"
-    best = max((validation.score for validation in history), default=None)
+    best = max(history, key=lambda validation: validation.score, default=None)
+    configured = resolve_metrics(run.dataset, run.evaluation.metric).deciding if run else ""
     return JobStatus(
         kind="run",
         name=folder.name,
@@ -168,8 +169,8 @@ def run_status(folder: Path) -> JobStatus:
         progress=f"step {done:,} of {total:,}" if total else f"{done:,} steps" if done else "before the first step",
         done=done,
         total=total,
-        metric=resolve_metric(run.dataset.name, run.evaluation.metric) if run and history else "",
-        best={} if best is None else {size: best},
+        metric=best.metric(configured) if best else "",
+        best={size: best.score} if best else {},
         device_hours=hours,
         seconds_left=progress.seconds_left if progress and owner else None,
         error=last_error[:MAX_ERROR_CHARS],

@@ -6,6 +6,7 @@ A table is a pair (header, rows) of text cells.
 from collections.abc import Callable, Sequence
 from statistics import median
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.results.costs import required_passes, shared_pass_hours
 from raydistill.results.formatting import format_count, format_number, format_score
 from raydistill.results.pareto import COST_UNITS, bound_sign
@@ -20,6 +21,9 @@ METRIC_NAMES = {
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
     "bleu": "BLEU",
+    "chrf": "chrF",
+    "chrf++": "chrF++",
+    "exact_match": "exact match",
 }
 EXTRA_ROWS_KEY = "pseudo.extra_rows"  # of the values that a search chooses
 STATUS_NAMES = {"done": "done", "stopped": "stopped early", "failed": "failed", "running": "running"}
@@ -27,12 +31,12 @@ STATUS_ORDER = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
 
 
 def metric_name(metric: str) -> str:
-    """The name of a metric for readers, such as "ROUGE-2"."""
-    return METRIC_NAMES.get(metric, metric)
+    """The name of a metric for readers, such as "ROUGE-2"; of a user's metric, the name of its function."""
+    return METRIC_NAMES.get(metric, metric.rpartition(":")[2])
 
 
 def trials_table(
-    trials: Sequence[Trial], front_keys: Sequence[str], choices: dict[str, str | None], metric: str
+    trials: Sequence[Trial], front_keys: Sequence[str], choices: dict[str, str | None], metrics: MetricChoice
 ) -> TextTable:
     """One row per trial: finished trials by cost, then running ones, then failed ones with the reason.
 
@@ -43,7 +47,7 @@ def trials_table(
         trials: Trials of a sweep or students as served.
         front_keys: Keys of the trials on the front.
         choices: Key of the chosen trial by budget.
-        metric: Name of the main score.
+        metrics: The main score, which has columns of its own, and the scores that are reported in one column.
     """
     columns: dict[str, Callable[[Trial], str]] = {
         "size": lambda t: f"{t.size or 'full'}{' *' if t.key in front_keys else ''}",
@@ -53,12 +57,13 @@ def trials_table(
     }
     if any(map(_has_shrunk_encoder, trials)):
         columns["encoder from"] = _format_encoder
-    name = metric_name(metric)
+    metric, name = metrics.deciding, metric_name(metrics.deciding)
     split = trials[0].split if trials else "validation"
     are_served = any(t.serving for t in trials)
     columns |= {
         f"test {name}": lambda t: format_score((t.test or {}).get(metric), (t.test or {}).get("interval")),
         f"{split} {name}": lambda t: format_score(t.score(metric), t.interval),
+        **_reported_column(split, metrics.reported),
         "ms (batch 32)": lambda t: format_number(t.metrics.get("latency_ms"), 0),
         "speed-up (teacher served the same way)" if are_served else "speed-up": _format_speedups,
         "params M": lambda t: format_number(t.metrics.get("params_m"), 1),
@@ -83,13 +88,26 @@ def result_tables(selection: Selection) -> list[TextTable]:
     """
     chosen = selection.chosen_keys
     if not selection.has_served_students:
-        return [trials_table(selection.trials, selection.front_keys, chosen, selection.metric)]
+        return [trials_table(selection.trials, selection.front_keys, chosen, selection.metrics)]
     front_trials = sorted({selection.trial_key(key) for key in selection.front_keys})
     chosen_trials = {name: selection.trial_key(key) if key else None for name, key in chosen.items()}
     return [
-        trials_table(selection.trials, front_trials, chosen_trials, selection.metric),
-        trials_table(selection.students, selection.front_keys, chosen, selection.metric),
+        trials_table(selection.trials, front_trials, chosen_trials, selection.metrics),
+        trials_table(selection.students, selection.front_keys, chosen, selection.metrics),
     ]
+
+
+def _reported_column(split: str, reported: Sequence[str]) -> dict[str, Callable[[Trial], str]]:
+    """The column of the reported scores, such as "validation BLEU / chrF"; none if nothing is reported."""
+    if not reported:
+        return {}
+    header = f"{split} {' / '.join(map(metric_name, reported))}"
+    return {header: lambda t: join_scores([t.metrics.get(name) for name in reported])}
+
+
+def join_scores(scores: Sequence[float | None]) -> str:
+    """Several scores in one cell, such as "25.00 / 80.00"; "-" if none is known."""
+    return " / ".join(format_number(score, 2) for score in scores) if any(s is not None for s in scores) else "-"
 
 
 def choices_table(selection: Selection, links: dict[str, str] | None = None) -> TextTable:

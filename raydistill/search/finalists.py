@@ -20,6 +20,7 @@ import torch
 
 from raydistill.cluster import snapshots
 from raydistill.cluster.exclusive import run_exclusive
+from raydistill.config.metric_names import is_own_metric
 from raydistill.config.run import Run
 from raydistill.config.serving import ServingConfig
 from raydistill.config.space import Space
@@ -85,7 +86,7 @@ def serve_finalists(space: Space, sweep: Path, teacher: TeacherScores, device: s
     if not state.is_complete:
         run = representative_run(space, sweep)
         check_unchanged(run, teacher, sweep)
-        tasks = _ServingTasks(sweep, make_context(run, sweep, teacher.metric), device)
+        tasks = _ServingTasks(sweep, make_context(run, sweep, teacher), device)
         state = tasks.run_first_pass(state)
         tasks.score(state)
         tasks.time(state)
@@ -217,7 +218,7 @@ def score_checkpoint(
             if config.variant != variant:
                 continue
             beam = checkpoint.beam(config)
-            result = evaluate(engine, corpus, context.metric, beam, max_source_tokens=max_source_tokens)
+            result = evaluate(engine, corpus, context.metrics, beam, max_source_tokens=max_source_tokens)
             write_row_statistics(checkpoint.folder / rows_filename(split, config), {split: result.scores.row_stats})
             if split != "test":
                 write_outputs(checkpoint.folder / outputs_filename(split, config), result.predictions)
@@ -251,7 +252,7 @@ def serve_repeats(space: Space, sweep: Path, teacher: TeacherScores, trials: Seq
         return 0
     snapshots.pull(*(repeat.folder for repeat, _ in missing))
     print_progress(f"seeds: scoring {format_count(len(missing), 'student')} on real rows")
-    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher.metric), device)
+    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher), device)
     for repeat, configs in missing:
         tasks.score_configs(served_checkpoint(repeat), configs, tasks.context.split)
         snapshots.save(repeat.folder)
@@ -300,7 +301,7 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
     untested = find_untested(sweep, teacher)
     if not untested:
         return
-    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher.metric), device)
+    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher), device)
     runs = [run for student in untested for run in (student, *student.repeats)]
     for student in runs:
         served = read_served(student.folder)
@@ -319,10 +320,19 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
     run_exclusive(remove_serving_cache, tasks.context, device=device)
 
 
-def make_context(run: Run, sweep: Path, metric: str) -> ServingContext:
+def check_metrics_named(run: Run, teacher: TeacherScores) -> None:
+    """UserError if a record names a user's metric that the run does not name: records start no code."""
+    requested = {run.evaluation.metric, *run.evaluation.report}
+    for name in teacher.metric_choice.names:
+        if is_own_metric(name) and name not in requested:
+            raise UserError(f"the sweep's record has scores by {name}, which evaluation.metric and report do not name")
+
+
+def make_context(run: Run, sweep: Path, teacher: TeacherScores) -> ServingContext:
     """What every serving task of a sweep needs. The shortlists are read from sweep.json."""
     coverages: dict[str, ShortlistCoverage] = read_sweep(sweep).shortlists
     maps = {
         int(name) if name.isdecimal() else name: stored_map(coverage.folder) for name, coverage in coverages.items()
     }
-    return ServingContext(run, metric, get_or_create_tracking_id(sweep, sweep.name), maps)
+    check_metrics_named(run, teacher)
+    return ServingContext(run, teacher.metric_choice, get_or_create_tracking_id(sweep, sweep.name), maps)

@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import yaml
 
 from raydistill.config.examples import FOLDER as SCHEMA_FOLDER
 from raydistill.config.loader import read_yaml
-from raydistill.config.presets import DATASETS, resolve_metric
+from raydistill.config.metric_names import MetricChoice
+from raydistill.config.presets import DATASETS, is_translation, resolve_metrics, translation_evidence
 from raydistill.config.run import Columns, Dataset, Run
 from raydistill.config.space import read_space
 from raydistill.config.validation import validate
@@ -21,7 +22,6 @@ from raydistill.core.files import write_atomic
 from raydistill.core.paths import raydistill_home
 from raydistill.search.user_inputs import UserData, UserTeacher, design_teacher, read_teacher
 
-Metric = Literal["rouge2", "bleu"]
 MAX_VALIDATION_ROWS = 2000
 STUDENT_ROWS, TEACHER_ROWS = 48_000, 64_000  # rows that a training reads in all, where the data are few
 BATCH_SIZE = 32
@@ -42,14 +42,14 @@ class Request:
         name: Name of the sweep.
         dataset: The data set, with the user's columns and languages.
         teacher: The teacher; None: a new one.
-        metric: The metric of the task.
+        metric: The metric of the task, or "auto".
         path: The space file. The recipe of a new teacher is next to it.
     """
 
     name: str
     dataset: Dataset
     teacher: str | None
-    metric: Metric
+    metric: str
     path: Path
 
 
@@ -62,7 +62,8 @@ class Draft:
         file: Name of the space file.
         teacher: The value of `run.teacher`.
         dataset: The data set with all settings that it needs.
-        metric: The metric.
+        metrics: The metrics.
+        is_translation: Whether the task is a translation.
         sizes: Sizes of students.
         learning_rates: Cases of the learning rate: sizes, and the bounds for them.
         epochs, teacher_epochs: Epochs of a student and of a new teacher.
@@ -73,7 +74,8 @@ class Draft:
     file: str
     teacher: str
     dataset: Dataset
-    metric: Metric
+    metrics: MetricChoice
+    is_translation: bool
     sizes: list[str]
     learning_rates: list[tuple[list[str], tuple[float, float]]]
     epochs: int
@@ -84,6 +86,12 @@ class Draft:
     def dataset_settings(self) -> dict[str, Any]:
         """The keys of `run.dataset` that are set."""
         return self.dataset.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+
+    @property
+    def evaluation_settings(self) -> dict[str, Any]:
+        """The keys of `run.evaluation`."""
+        report = {"report": list(self.metrics.reported)} if self.metrics.reported else {}
+        return {"metric": self.metrics.deciding, **report}
 
     @property
     def trials(self) -> int:
@@ -120,7 +128,8 @@ class WrittenSpace:
         train = [f"raydistill train {self.recipe}"] if self.recipe else []
         return [
             f"{self.space}: sizes {', '.join(draft.sizes)} of a {self.teacher.encoder_layers}-"
-            f"{self.teacher.decoder_layers} teacher, {draft.metric}, {draft.trials} trials of {draft.epochs} epochs",
+            f"{self.teacher.decoder_layers} teacher, {draft.metrics.deciding}, {draft.trials} trials of "
+            f"{draft.epochs} epochs",
             f"lengths: 99 % of the sources have at most {source.p99} tokens, 99 % of the targets {target.p99}",
             "next: " + "; ".join([*train, f"raydistill sweep {self.space} --dry-run"]),
         ]
@@ -134,17 +143,23 @@ class WrittenSpace:
             "name": draft.name,
             "teacher": draft.teacher,
             "dataset": draft.dataset_settings,
-            "metric": draft.metric,
+            "metric": draft.metrics.deciding,
+            "report": list(draft.metrics.reported),
             "sizes": draft.sizes,
             "trials": draft.trials,
         }
 
 
-def guess_metric(dataset: Dataset, data: UserData) -> Metric:
-    """The metric of a named data set, else BLEU for a translation and ROUGE-2 for other tasks."""
-    if dataset.name in DATASETS:
-        return "bleu" if resolve_metric(dataset.name) == "bleu" else "rouge2"
-    return "bleu" if data.task.is_translation else "rouge2"
+def choose_metrics(dataset: Dataset, metric: str, data: UserData) -> MetricChoice:
+    """The metrics of a data set. For "auto", a translation is recognised also by its texts, unlike in a run."""
+    evidence = "its texts" if data.task.is_translation else ""
+    return resolve_metrics(dataset, metric, columns=data.corpus.columns, evidence=evidence)
+
+
+def is_guessed_translation(dataset: Dataset, data: UserData) -> bool:
+    """Whether the texts alone show that the data are a translation: there are no languages, and no names of columns."""
+    is_known = dataset.name in DATASETS or translation_evidence(dataset, data.corpus.columns)
+    return data.task.is_translation and not is_known
 
 
 def write_space(request: Request, data: UserData) -> WrittenSpace:
@@ -159,17 +174,23 @@ def write_space(request: Request, data: UserData) -> WrittenSpace:
     Raises:
         UserError: The teacher or its tokenizer cannot be loaded, or the languages are unknown.
     """
-    is_translation = request.metric == "bleu"
+    translates = _translates(request, data)
     if request.teacher is None:
-        teacher = design_teacher(data, is_translation)
+        teacher = design_teacher(data, translates)
     else:
-        teacher = read_teacher(request.teacher, request.dataset, data, is_translation)
+        teacher = read_teacher(request.teacher, request.dataset, data, translates)
     draft = draft_space(request, data, teacher)
     recipe = recipe_path(request.path) if teacher.new_model else None
     if recipe is not None:
         _write_checked(recipe, _render("teacher.yaml.jinja", draft, data, teacher), _check_run_file)
     _write_checked(request.path, _render("space.yaml.jinja", draft, data, teacher), read_space)
     return WrittenSpace(draft, teacher, request.path, recipe)
+
+
+def _translates(request: Request, data: UserData) -> bool:
+    """Whether the task is a translation: by languages, columns, or the metric that is requested or chosen."""
+    metric = choose_metrics(request.dataset, request.metric, data).deciding
+    return is_translation(request.dataset, metric, data.corpus.columns)
 
 
 def draft_space(request: Request, data: UserData, teacher: UserTeacher) -> Draft:
@@ -181,7 +202,8 @@ def draft_space(request: Request, data: UserData, teacher: UserTeacher) -> Draft
         file=request.path.name,
         teacher=request.teacher or _new_teacher_path(request.name),
         dataset=_complete_dataset(request.dataset, data, teacher),
-        metric=request.metric,
+        metrics=choose_metrics(request.dataset, request.metric, data),
+        is_translation=_translates(request, data),
         sizes=sizes,
         learning_rates=learning_rate_cases(sizes, teacher.width),
         epochs=epochs,

@@ -125,6 +125,7 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
         write_row_statistics(sweep / "teacher_rows.npz", rows)
         scores.write(path)
     metric = scores.metric
+    print_progress(scores.metric_choice.describe())
     print_progress(f"teacher {run.teacher} ({scores.size}): {metric} {scores.metrics[metric]:.2f} on validation")
     if warning := repetition_warning(f"teacher {run.teacher}", scores.repetition):
         print_progress(warning)

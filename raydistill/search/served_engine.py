@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.config.run import Run
 from raydistill.config.serving import EngineVariant, ServingConfig, ThroughputSetting
 from raydistill.data.selection import selection_split
@@ -66,13 +67,13 @@ class ServingContext:
 
     Attributes:
         run: A run of the sweep, which names teacher, data set and engine.
-        metric: The main metric.
+        metrics: The metrics that served students are scored by.
         sweep_id: A name that no other sweep has, for converted models.
         maps: The vocabulary map of each shortlist.
     """
 
     run: Run
-    metric: str
+    metrics: MetricChoice
     sweep_id: str
     maps: Mapping[str | int, Path] = field(default_factory=dict)
 

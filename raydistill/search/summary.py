@@ -52,6 +52,7 @@ def summary_record(selection: Selection) -> dict[str, Any]:
     return {
         "name": selection.name,
         "metric": selection.metric,
+        "reported": selection.metrics.reported,
         "stop_reason": selection.record.stop.message,
         "teacher": selection.record.teacher.model_dump(mode="json"),
         "front": list(dict.fromkeys(selection.trial_key(key) for key in selection.front_keys)),

@@ -15,7 +15,7 @@ from raydistill.data.card import public_name
 from raydistill.results.front_data import student_facts
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection, load_selection
-from raydistill.tracking.mlflow_runs import find_run, publish_lock, publish_locked
+from raydistill.tracking.mlflow_runs import find_run, metric_key, publish_lock, publish_locked
 from raydistill.tracking.mlflow_store import (
     check_tracking,
     configure_mlflow,
@@ -142,6 +142,7 @@ def _version_tags(selection: Selection, student: Trial) -> dict[str, str]:
         "method": student.method,
         "metric": selection.metric,
         "score": student.score(selection.metric),
+        **{metric_key(name): student.metrics.get(name) for name in selection.metrics.reported},
         "split": student.split,
         "latency_ms": student.metrics.get("latency_ms"),
         "params_m": student.metrics.get("params_m"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.core import artifact
 from raydistill.core.files import check_symlinks, write_atomic
 from raydistill.core.secrets import redact
@@ -38,9 +39,9 @@ from raydistill.tracking.mlflow_store import (
 
 # Metrics of a checkpoint that do not depend on how it is served
 CHECKPOINT_METRICS = ("val_loss", "params_m", "device_hours", "teacher_device_hours")
-FINAL_METRICS = (
-    *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "latency_ms", "latency_ms_b1", "rows_per_s", "speedup"),
-    *("speedup_same_serving", "memory_mb", "peak_mb"),
+# Final metrics in addition to the scores
+COSTS = (
+    *("latency_ms", "latency_ms_b1", "rows_per_s", "speedup", "speedup_same_serving", "memory_mb", "peak_mb"),
     *CHECKPOINT_METRICS,
 )
 CHOSEN_TAG = "raydistill.chosen_for"
@@ -145,13 +146,13 @@ def publish_locked(sweep: Path, finished: bool) -> TrackedSweep:
         parent = runs.get("") or experiment.create_parent_run(selection.name)
         for trial in selection.trials:
             run = runs.get(trial.key) or experiment.create_trial_run(parent.info.run_id, trial)
-            _publish_trial(client, run, trial, selection.metric, finished)
+            _publish_trial(client, run, trial, selection.metrics, finished)
             _publish_served(client, run, trial, selection)
         children = {key: run for key, run in experiment.runs_by_trial().items() if key}
         _publish_parent(client, parent, children, selection, report_paths)
         _set_parent_status(client, parent, finished)
         _describe_experiment(client, experiment.experiment_id, parent.info.run_id, selection)
-        view = _save_shared_view(client, experiment.experiment_id, selection.metric)
+        view = _save_shared_view(client, experiment.experiment_id, selection.metrics)
     runs_url = f"{ui_address(uri)}/#/experiments/{experiment.experiment_id}/runs"
     parent_url = f"{runs_url}/{parent.info.run_id}?{MODEL_TRAINING}"
     return TrackedSweep(parent.info.run_id, f"{runs_url}?{view}&{MODEL_TRAINING}", parent_url)
@@ -194,14 +195,14 @@ def flatten_params(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _publish_trial(client: Any, run: Any, trial: Trial, metric: str, finished: bool) -> None:
+def _publish_trial(client: Any, run: Any, trial: Trial, metrics: MetricChoice, finished: bool) -> None:
     if run.data.tags.get("raydistill.done") == "1":
         return
     _log_params(client, run, trial)
     last_time_ms, last_step = _publish_history(client, run, trial)
     if trial.status != "running":
         trial = download_checkpoint(trial)
-        _publish_result(client, run.info.run_id, trial, _final_points(trial, metric, last_time_ms + 1, last_step))
+        _publish_result(client, run.info.run_id, trial, _final_points(trial, metrics, last_time_ms + 1, last_step))
     elif finished:  # the trial has no result although the search is over
         client.set_terminated(run.info.run_id, "KILLED")
     elif run.info.status != "RUNNING":
@@ -262,13 +263,13 @@ def _publish_served(client: Any, run: Any, trial: Trial, selection: Selection) -
         f"{student.serving.key}/{name}": value
         for student in selection.students
         if student.serving and student.folder == trial.folder
-        for name, value in _final_metrics(student, selection.metric).items()
+        for name, value in _final_metrics(student, selection.metrics).items()
         if name not in CHECKPOINT_METRICS
     }
     time_ms = int(1000 * selection.session.started_at.timestamp()) if selection.session else run.info.start_time
     _log_constants(client, run, values, time_ms)
     if chosen:
-        final = _final_metrics(chosen, selection.metric)
+        final = _final_metrics(chosen, selection.metrics)
         names = [name for name in (selection.metric, *SERVED_METRICS) if name in final]
         # With the present time, because another choice replaces the values, and MLflow shows the latest ones
         _log_constants(client, run, {f"served_{name}": final[name] for name in names}, round(1000 * time.time()))
@@ -361,13 +362,14 @@ def _set_parent_status(client: Any, parent: Any, finished: bool) -> None:
         client.update_run(parent.info.run_id, status="RUNNING")
 
 
-def _save_shared_view(client: Any, experiment_id: str, metric: str) -> str:
+def _save_shared_view(client: Any, experiment_id: str, metrics: MetricChoice) -> str:
     """Store a view of the finished trials, like MLflow's Share button; returns the query string that opens the view.
 
     By default the UI hides metrics and parameters until the user selects their columns.
     """
-    metrics = (f"served_{metric}", "served_latency_ms", "served_speedup", f"test_{metric}", metric, "params_m")
-    columns = [f"metrics.`{name}`" for name in metrics]
+    metric, *reported = map(metric_key, metrics.names)
+    served = (f"served_{metric}", "served_latency_ms", "served_speedup")
+    columns = [f"metrics.`{name}`" for name in (*served, f"test_{metric}", metric, *reported, "params_m")]
     columns += [f"params.`{name}`" for name in ("method", "student.size")] + [f"tags.`{CHOSEN_TAG}`"]
     view = {
         "searchFilter": "tags.`raydistill.trial` != ''",
@@ -379,15 +381,21 @@ def _save_shared_view(client: Any, experiment_id: str, metric: str) -> str:
     return "viewStateShareKey=raydistill"
 
 
-def _final_points(trial: Trial, metric: str, time_ms: int, last_step: int) -> list[MetricPoint]:
+def _final_points(trial: Trial, metrics: MetricChoice, time_ms: int, last_step: int) -> list[MetricPoint]:
     """A finished trial's final metrics, at a time after its history, so that MLflow shows them as the latest values."""
     step = max(last_step, trial.steps)
-    return [MetricPoint(name, value, time_ms, step) for name, value in _final_metrics(trial, metric).items()]
+    return [MetricPoint(name, value, time_ms, step) for name, value in _final_metrics(trial, metrics).items()]
 
 
-def _final_metrics(trial: Trial, metric: str) -> dict[str, float]:
+def metric_key(name: str) -> str:
+    """The name of a score in MLflow, which allows neither "+" nor ":": "chrfpp" for chrf++, "m.f" for m:f."""
+    return name.replace("+", "p").replace(":", ".")
+
+
+def _final_metrics(trial: Trial, metrics: MetricChoice) -> dict[str, float]:
     """Final metrics, the test split's as `test_NAME`, and the main score's interval as `NAME_low` and `NAME_high`."""
-    values = {name: trial.metrics[name] for name in FINAL_METRICS if name in trial.metrics}
+    metric = metrics.deciding
+    values = {name: trial.metrics[name] for name in (*metrics.names, *COSTS) if name in trial.metrics}
     if trial.interval:
         values |= {f"{metric}_low": trial.interval[0], f"{metric}_high": trial.interval[1]}
     for name, value in (trial.test or {}).items():
@@ -425,7 +433,7 @@ def _rounded(value: float) -> float:
 def _log_metrics(client: Any, run_id: str, points: list[MetricPoint]) -> None:
     from mlflow.entities import Metric
 
-    metrics = [Metric(point.name, _rounded(point.value), point.time_ms, point.step) for point in points]
+    metrics = [Metric(metric_key(point.name), _rounded(point.value), point.time_ms, point.step) for point in points]
     for i in range(0, len(metrics), BATCH_LIMITS["metrics"]):
         client.log_batch(run_id, metrics=metrics[i : i + BATCH_LIMITS["metrics"]])
 

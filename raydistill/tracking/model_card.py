@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from raydistill.config.presets import hub_teacher
+from raydistill.config.metric_names import ROUGE_METRICS
+from raydistill.config.presets import hub_teacher, is_translation
 from raydistill.config.serving import ServingConfig
 from raydistill.data.card import DataCard, describe_data, public_name
 from raydistill.models.metadata import CheckpointMetadata
+from raydistill.results.formatting import format_number
 from raydistill.results.outputs import outputs_filename, read_outputs, read_texts, texts_filename
 from raydistill.results.pareto import COST_UNITS
 from raydistill.results.records import Trial
@@ -57,6 +59,7 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     score_header = ["split", metric_name(selection.metric), "95 % interval"]
+    score_header += map(metric_name, selection.metrics.reported)
     assert checkpoint.config is not None
     data = describe_data(checkpoint.config.dataset)
     properties = [*_origin_rows(student, checkpoint, data), *_serving_rows(selection, student, checkpoint)]
@@ -64,6 +67,7 @@ def render_model_card(selection: Selection, student: Trial, budgets: list[str]) 
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         selection=selection,
         student=student,
+        metric=metric_name(selection.metric),
         budgets=budgets,
         metadata=_hub_metadata(selection, student, checkpoint, data, samples).to_yaml(),
         teacher_name=public_name(str(checkpoint.teacher)),
@@ -101,9 +105,9 @@ def _hub_metadata(
     """The metadata at the start of the card, as https://huggingface.co/docs/hub/model-cards describes them."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = "translation" if selection.metric == "bleu" else "summarization"
-    metric_type = "bleu" if selection.metric == "bleu" else "rouge"
     assert checkpoint.config is not None
+    task = "translation" if is_translation(checkpoint.config.dataset, selection.metric) else "summarization"
+    metric_type = _hub_metric(selection.metric)
     scores = {student.split: student.score(selection.metric), "test": (student.test or {}).get(selection.metric)}
     results = [
         EvalResult(
@@ -131,6 +135,11 @@ def _hub_metadata(
         eval_results=results,
         widget=[{"text": source, "output": {"text": output}} for source, _, output in samples] or None,
     )
+
+
+def _hub_metric(metric: str) -> str:
+    """The identifier of a metric in the hub's library `evaluate`; of a user's metric, the name of its function."""
+    return "rouge" if metric in ROUGE_METRICS else metric.removesuffix("++").rpartition(":")[2]
 
 
 def _read_samples(selection: Selection, student: Trial) -> list[list[str]]:
@@ -202,14 +211,18 @@ def _serving_rows(selection: Selection, student: Trial, checkpoint: CheckpointMe
 
 
 def _score_rows(selection: Selection, student: Trial) -> list[list[str]]:
+    """A row per split: the score that decides with its interval, and the scores that are reported next to it."""
     test = student.test or {}
     rows = []
-    for split, value, interval in (
-        (student.split, student.score(selection.metric), student.interval),
-        ("test", test.get(selection.metric), test.get("interval")),
+    for split, value, interval, metrics in (
+        (student.split, student.score(selection.metric), student.interval, student.metrics),
+        ("test", test.get(selection.metric), test.get("interval"), test),
     ):
         if value is not None:
-            rows.append([split, f"{value:.2f}", f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "-"])
+            reported = [format_number(metrics.get(name), 2) for name in selection.metrics.reported]
+            rows.append(
+                [split, f"{value:.2f}", f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "-", *reported]
+            )
     return rows
 
 

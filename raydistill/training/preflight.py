@@ -3,11 +3,13 @@
 from typing import Any
 
 from raydistill.config.label_sources import parse_labels
+from raydistill.config.metric_names import AUTO
 from raydistill.config.presets import check_teacher, teacher_preset
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corner_runs
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import check_split, split_names
+from raydistill.evaluation.metrics import get_metric
 
 
 def check_space(space: Space) -> None:
@@ -18,7 +20,7 @@ def check_space(space: Space) -> None:
 
 
 def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
-    """Check that the run's data set has the splits, and the teacher the layers and positions, that the run needs.
+    """Check the splits of the data set, the metrics, and the layers and positions of the teacher.
 
     Args:
         run: The run to check.
@@ -32,20 +34,10 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     from raydistill.models.tokenization import resolve_max_tokens
 
     cache = {} if cache is None else cache
-    data = str(run.dataset)
-    if data not in cache:
-        cache[data] = split_names(run.dataset)
-        missing = [split for split in ("train", "validation") if split not in cache[data]]
-        if missing:
-            raise UserError(
-                f"{run.dataset.name}: training needs a train and a validation split; "
-                f"there is no {' and no '.join(missing)}"
-            )
-        if run.dataset.selection_split:
-            check_split(run.dataset, run.dataset.selection_split)
-    if run.pseudo.extra and (extra := str(run.pseudo.extra)) not in cache:
-        cache[extra] = None
-        check_split(run.pseudo.extra.as_dataset(), run.pseudo.extra.split)
+    _check_data(run, cache)
+    for metric in (run.evaluation.metric, *run.evaluation.report):
+        if metric != AUTO:
+            get_metric(metric)  # the module of a user's metric can be imported
     for part in parse_labels(run.resolved_labels):
         if part.other_teacher:
             check_teacher(part.other_teacher)
@@ -62,3 +54,21 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     preset = teacher_preset(run.teacher, run.dataset.name)
     resolve_max_tokens("max_source_tokens", run.dataset, preset, cache[name])
     resolve_max_tokens("max_target_tokens", run.dataset, preset, cache[name])
+
+
+def _check_data(run: Run, cache: dict[str, Any]) -> None:
+    """Check that the data set and the extra sources have the splits that the run reads; once per data set."""
+    data = str(run.dataset)
+    if data not in cache:
+        cache[data] = split_names(run.dataset)
+        missing = [split for split in ("train", "validation") if split not in cache[data]]
+        if missing:
+            raise UserError(
+                f"{run.dataset.name}: training needs a train and a validation split; "
+                f"there is no {' and no '.join(missing)}"
+            )
+        if run.dataset.selection_split:
+            check_split(run.dataset, run.dataset.selection_split)
+    if run.pseudo.extra and (extra := str(run.pseudo.extra)) not in cache:
+        cache[extra] = None
+        check_split(run.pseudo.extra.as_dataset(), run.pseudo.extra.split)

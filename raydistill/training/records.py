@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from raydistill.config.metric_names import BUILT_IN_METRICS, is_own_metric
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
 from raydistill.core.files import (
@@ -83,6 +84,12 @@ class Validation(BaseModel):
         """All values that were measured, by name."""
         measured = self.model_dump(exclude={"engine"}, exclude_unset=True)
         return {name: value for name, value in measured.items() if value is not None}
+
+    def metric(self, configured: str = "") -> str:
+        """The metric whose value is the score; the configured metric if several have this value, or none."""
+        scores = {name: value for name, value in self.numbers.items() if value == self.score}
+        names = [name for name in scores if name in BUILT_IN_METRICS or is_own_metric(name)]
+        return names[0] if names and configured not in names else configured
 
 
 def write_history(folder: Path, validations: Iterable[Mapping[str, Any]]) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from raydistill.config.run import Run
 from raydistill.core import artifact
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.evaluation.scoring import EvaluationResult
 from raydistill.models.freezing import freeze
@@ -147,6 +148,8 @@ def _prepare(run: Run, folder: Path, inputs: RunInputs, worker: Worker, started_
     if worker.is_main_process:
         fingerprints = {**data.fingerprints, **extra_fingerprint(inputs.label_folders)}
         check_same_inputs(folder, InputFingerprints(teacher=teacher.key if teacher else None, data=fingerprints))
+        if inputs.number is None:  # the trials of a sweep have the metric of its teacher
+            print_progress(data.metrics.describe())
     examples = make_examples(run, data, setup.tokenizer, inputs.label_folders)
     freeze(student, setup.frozen_parts(run))
     torch.nn.Module.to(student, worker.device)

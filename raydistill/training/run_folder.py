@@ -111,6 +111,6 @@ def promote_best_checkpoint(folder: Path, best_step: int) -> Path:
 
 
 def write_row_statistics(path: Path, rows: dict[str, np.ndarray]) -> None:
-    """Write per-row statistics of the scores, [rows] or [rows, 10] by split, as a compressed .npz file."""
+    """Write per-row statistics of the scores, [rows] or [rows, statistics] by split, as a compressed .npz file."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **rows)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The record of the teacher's scores, SWEEP/teacher.json."""
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.core.records import Record
 from raydistill.training.records import SplitScores
 
@@ -13,6 +14,7 @@ class TeacherScores(Record):
         commit: Commit of the checkpoint on the Hugging Face hub, where it comes from the hub.
         size: Encoder and decoder layers, such as "12-12".
         metric: The main metric.
+        metric_reason: Why `evaluation.metric: auto` means this metric; empty if the metric was requested.
         metrics: Scores on the validation split, without the rows that are kept for the choice.
         interval: 95 % confidence interval of the main metric on the validation split.
         repetition: Share of the validation outputs that repeat themselves.
@@ -35,6 +37,7 @@ class TeacherScores(Record):
     commit: str | None = None
     size: str
     metric: str
+    metric_reason: str = ""
     metrics: dict[str, float]
     interval: tuple[float, float]
     repetition: float
@@ -50,6 +53,13 @@ class TeacherScores(Record):
     rows: dict[str, int]
     corpus: dict[str, float]
     lead1: dict[str, float] | None = None
+
+    @property
+    def metric_choice(self) -> MetricChoice:
+        """The metrics of the scores: the main metric decides, and all others are reported."""
+        return MetricChoice(
+            self.metric, tuple(name for name in self.metrics if name != self.metric), self.metric_reason
+        )
 
     @property
     def beams(self) -> int:

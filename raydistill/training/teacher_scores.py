@@ -4,10 +4,11 @@ from dataclasses import asdict
 
 import numpy as np
 
+from raydistill.config.presets import is_translation
 from raydistill.config.run import Run
 from raydistill.data.corpus import corpus_statistics
 from raydistill.evaluation.latency import hardware
-from raydistill.evaluation.metrics import score, signature
+from raydistill.evaluation.metrics import score, signatures
 from raydistill.evaluation.rouge import lead_baseline
 from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
@@ -28,7 +29,7 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
     """The teacher's scores with the run's decoding, and the statistics of the train split.
 
     Returns:
-        The record teacher.json, and per-row statistics by split, [rows] or [rows, 10].
+        The record teacher.json, and per-row statistics by split, [rows] or [rows, statistics].
     """
     assert run.teacher is not None
     teacher = open_teacher(run.teacher, run.dataset)
@@ -39,7 +40,7 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
         teacher.location, run.evaluation.engine, EngineOptions(device, threads, languages=teacher.languages)
     )
     splits = [split for split in data.corpora if split in ("validation", "test")]
-    evaluations = score_splits(engine, data, splits, beam, run.evaluation.batch_size)
+    evaluations = score_splits(engine, data, splits, beam, run.evaluation.batch_size, data.metrics)
     validation, test = evaluations["validation"], evaluations.get("test")
     targets = tokenize_split(teacher.tokenizer, run.dataset, "train", "target", data.max_target_tokens)
     scores = TeacherScores(
@@ -48,6 +49,7 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
         commit=teacher.commit,
         size=families.size_name(teacher.model.config),
         metric=data.metric,
+        metric_reason=data.metrics.reason,
         metrics=validation.scores.metrics,
         interval=validation.score_interval,
         repetition=validation.repetition_rate,
@@ -55,14 +57,14 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
         source_tokens=_mean_length(data.sources["train"]),
         output_tokens=_mean_length(targets),
         decoding=asdict(beam),
-        signature=signature(data.metric),
+        signature=signatures(data.metrics.names),
         engine=engine.name,
         precision=engine.precision,
         machine=hardware(device, threads),
         data=input_fingerprints(run).data,
         rows={split: len(corpus) for split, corpus in data.corpora.items()},
         corpus=corpus_statistics(data.corpora["train"]),
-        lead1=_score_lead1(data),
+        lead1=_score_lead1(run, data),
     )
     return scores, {split: evaluation.scores.row_stats for split, evaluation in evaluations.items()}
 
@@ -71,9 +73,10 @@ def _mean_length(rows: list[list[int]]) -> int:
     return round(sum(map(len, rows)) / len(rows))
 
 
-def _score_lead1(data: TokenizedData) -> dict[str, float] | None:
+def _score_lead1(run: Run, data: TokenizedData) -> dict[str, float] | None:
     """Test scores of the first sentence of the source as the summary; None for translation."""
-    if data.metric == "bleu" or "test" not in data.corpora:
+    corpus = data.corpora.get("test")
+    if corpus is None or is_translation(run.dataset, data.metric, corpus.columns):
         return None
-    corpus = data.corpora["test"]
-    return score("rouge2", [lead_baseline(s, 1) for s in corpus.sources], corpus.targets).metrics
+    summaries = [lead_baseline(source, 1) for source in corpus.sources]
+    return score(data.metric, summaries, corpus.targets, corpus.sources, data.metrics.reported).metrics

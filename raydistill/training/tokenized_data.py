@@ -10,7 +10,8 @@ from typing import Literal
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from raydistill.config.label_sources import LabelSource, parse_labels
-from raydistill.config.presets import TeacherPreset, joins_lines, resolve_metric
+from raydistill.config.metric_names import MetricChoice
+from raydistill.config.presets import TeacherPreset, joins_lines, resolve_metrics
 from raydistill.config.run import Dataset, Run
 from raydistill.core.errors import UserError
 from raydistill.data.batching import Examples
@@ -40,14 +41,19 @@ class TokenizedData:
         sources: Token ids of the sources of the train and the validation split.
         max_source_tokens: Length at which sources are cut.
         max_target_tokens: Length at which targets are cut.
-        metric: The metric of the scores, rouge2 or bleu.
+        metrics: The metrics of the scores.
     """
 
     corpora: dict[str, Corpus]
     sources: dict[str, list[list[int]]]
     max_source_tokens: int
     max_target_tokens: int
-    metric: str
+    metrics: MetricChoice
+
+    @property
+    def metric(self) -> str:
+        """The deciding metric."""
+        return self.metrics.deciding
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -65,7 +71,6 @@ def load_tokenized_data(
     """
     max_source_tokens = resolve_max_tokens("max_source_tokens", run.dataset, preset, model_config)
     max_target_tokens = resolve_max_tokens("max_target_tokens", run.dataset, preset, model_config)
-    metric = resolve_metric(run.dataset.name, run.evaluation.metric)
     corpora = _read_splits(run.dataset)
     if "train" not in corpora or "validation" not in corpora:
         raise UserError(
@@ -75,7 +80,9 @@ def load_tokenized_data(
         split: tokenize_split(tokenizer, run.dataset, split, "source", max_source_tokens)
         for split in ("train", "validation")
     }
-    return TokenizedData(corpora, sources, max_source_tokens, max_target_tokens, metric)
+    columns = corpora["validation"].columns
+    metrics = resolve_metrics(run.dataset, run.evaluation.metric, run.evaluation.report, columns)
+    return TokenizedData(corpora, sources, max_source_tokens, max_target_tokens, metrics)
 
 
 def input_fingerprints(run: Run) -> InputFingerprints:

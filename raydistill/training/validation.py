@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
 from raydistill.data.batching import Examples, bucket_by_length
-from raydistill.evaluation.metrics import signature
+from raydistill.evaluation.metrics import get_metric, signatures
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
 from raydistill.inference.decoding import BeamSearchParams, Engine, EngineOptions, resolve_decoding
 from raydistill.inference.engines import FALLBACK_NOTICE, EngineName, open_engine
@@ -27,7 +28,6 @@ from raydistill.training.student import StudentSetup, set_generation_config
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split
 from raydistill.training.workers import Worker
 
-METRIC_LIBRARIES = {"rouge2": "rouge_score", "bleu": "sacrebleu"}
 # Stands for the metric where its library is missing: the score of a validation is then -val_loss.
 VALIDATION_LOSS = "val_loss"
 # Padded source tokens of a batch of the validation loss.
@@ -44,7 +44,7 @@ class Validator:
         data: The run's data.
         beam: The decoding of the final scores.
         device: The device of losses and generation.
-        metric: "rouge2" or "bleu"; `VALIDATION_LOSS` where the metric's library is missing: no text is generated then.
+        metric: The deciding metric; `VALIDATION_LOSS` where its library is missing: no text is generated then.
         training_targets: Token ids of the training targets, for the shortlist of validations.
     """
 
@@ -71,8 +71,8 @@ class Validator:
 
     @property
     def signature(self) -> str:
-        """Metric library and options of the scores; "val_loss" where no text is scored."""
-        return VALIDATION_LOSS if self.metric == VALIDATION_LOSS else signature(self.metric)
+        """Metric libraries and options of the final scores; "val_loss" where no text is scored."""
+        return VALIDATION_LOSS if self.metric == VALIDATION_LOSS else signatures(self.data.metrics.names)
 
     def validate(self, folder: Path, engine: str | None = None) -> dict[str, Any]:
         """Save the student as a checkpoint in `folder`; returns its loss and its scores on the validation split.
@@ -122,8 +122,8 @@ class Validator:
             beam: The decoding.
             required_engine: Engine and precision of the run's earlier validations, such as "ctranslate2 fp32"; None for
                 the engine of the run's config.
-            in_training: Whether to use precision and shortlist of validations. All other scores are those of the
-                engine in full precision with the whole vocabulary.
+            in_training: Whether to use precision and shortlist of validations and to score by the deciding metric
+                only. All other scores are those of the engine in full precision with the whole vocabulary.
 
         Returns:
             The scores by split, without splits that the data set lacks; empty where the metric's library is missing.
@@ -145,7 +145,8 @@ class Validator:
             if in_training:
                 options = self._validation_options(options, conversion_folder / MAP_FILE)
             engine = self._open_engine(folder, options, required_engine)
-            return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size)
+            metrics = MetricChoice(self.metric) if in_training else self.data.metrics
+            return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size, metrics)
         finally:
             shutil.rmtree(conversion_folder, ignore_errors=True)
 
@@ -221,14 +222,19 @@ def _print_fallback(message: str) -> None:
 
 
 def score_splits(
-    engine: Engine, data: TokenizedData, splits: Sequence[str], beam: BeamSearchParams, batch_size: int
+    engine: Engine,
+    data: TokenizedData,
+    splits: Sequence[str],
+    beam: BeamSearchParams,
+    batch_size: int,
+    metrics: MetricChoice,
 ) -> dict[str, EvaluationResult]:
     """Generate and score the texts of some splits, by split."""
     return {
         split: evaluate(
             engine,
             data.corpora[split],
-            data.metric,
+            metrics,
             beam,
             max_source_tokens=data.max_source_tokens,
             batch_size=batch_size,
@@ -251,8 +257,9 @@ def _available_metric(metric: str, worker: Worker) -> str:
 
 def missing_metric_library(metric: str) -> str | None:
     """The library that `metric` needs if it is not installed, else None."""
+    library = get_metric(metric).library
     try:
-        importlib.import_module(METRIC_LIBRARIES[metric])
+        importlib.import_module(library or "raydistill")
     except ImportError:
-        return METRIC_LIBRARIES[metric]
+        return library
     return None

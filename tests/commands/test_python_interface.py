@@ -20,7 +20,7 @@ from raydistill.tracking.export import export_student
 from raydistill.training.records import RESULT_FILE, RUN_FILE, RunResult, write_history, write_run
 from tests.factories.label_sets import pseudolabel_manifest, write_labels
 from tests.factories.models import sentences
-from tests.factories.sweeps import RUN, make_student, make_trial
+from tests.factories.sweeps import RUN, decide_by_chrf, make_student, make_trial
 from tests.factories.workspace import make_world
 
 
@@ -53,6 +53,18 @@ def test_choice_is_returned_as_an_object_that_loads_the_student_and_nothing_is_r
         choices.best("fast")
     with pytest.raises(UserError, match="cannot bound 'latency'"):
         raydistill.choose("mini", {"latency": 900})
+
+
+def test_scores_that_are_reported_are_columns(sweep: Path) -> None:
+    folder = make_trial(sweep, "a", 0, 10.0)
+    decide_by_chrf(sweep, folder)
+    shutil.rmtree(folder / "best")  # nothing to export
+    choices = raydistill.choose("mini", {"latency_ms": 900}, name="any")
+    assert choices.students[0].reported == {"bleu": 25.0, "terms:recall": 80.0}
+    columns = ["bleu", "terms:recall"]
+    assert choices.to_pandas()[["score", *columns]].to_numpy().tolist() == [[50.0, 25.0, 80.0]]
+    frame = SweepResult(sweep, {"complete": True}, {}).to_pandas()
+    assert frame[["chrf++", *columns]].to_numpy().tolist() == [[50.0, 25.0, 80.0]]
 
 
 def test_result_of_a_sweep_has_a_table_and_the_best_student_of_each_budget(sweep: Path) -> None:

@@ -1,8 +1,14 @@
 """Scores against hand-worked numbers, sacrebleu itself, and exact enumeration for the bootstrap."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 import tracemalloc
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +19,11 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
 
 from raydistill.core.errors import UserError
-from raydistill.evaluation import metrics, rouge
+from raydistill.evaluation import metrics, ngram_counts, rouge
 
 VOCABULARY = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ",", ".", "!"]
 WORDS = st.lists(st.sampled_from(VOCABULARY), max_size=12).map(" ".join)
+TEXTS = WORDS | st.text(st.sampled_from("abcé .,日本"), max_size=12)
 
 
 def test_rouge_by_hand() -> None:
@@ -25,14 +32,6 @@ def test_rouge_by_hand() -> None:
     assert rows["rouge1"] == pytest.approx([100 * 2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4)])
     assert rows["rouge2"] == pytest.approx([100 * 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)])
     assert rows["rougeL"] == pytest.approx(rows["rouge1"])
-
-
-def test_chrf_by_hand() -> None:
-    """Characters without spaces, n-grams of the orders that both texts have, F-score with recall weighted twice."""
-    equal = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4  # "abcd" / "abce": precision and recall of 1 to 4 characters
-    recall = (3 / 4 + 2 / 3 + 1 / 2) / 3  # "abc" / "abcd", whose precision is 1
-    rows = metrics.chrf_rows(["ab cd", "abc", ""], ["abce", "a bcd", "x"])
-    assert rows == pytest.approx([100 * equal, 100 * 5 * recall / (4 + recall), 0])
 
 
 def test_rouge_stems_and_ignores_case_and_punctuation() -> None:
@@ -63,15 +62,15 @@ def test_rouge_corpus_score_is_the_mean_over_rows() -> None:
 
 
 def test_bleu_counts_by_hand() -> None:
-    rows = metrics.bleu_rows(["the cat sat on mat", ""], ["the cat sat on the mat", "a cat"])
+    rows = ngram_counts.bleu_rows(["the cat sat on mat", ""], ["the cat sat on the mat", "a cat"])
     # 5 of 5 words; the cat, cat sat, sat on; the cat sat, cat sat on; the cat sat on
     assert rows.tolist() == [[5, 3, 2, 1, 5, 4, 3, 2, 5, 6], [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]]
     by_hand = 100 * math.exp(1 - 6 / 5) * (5 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert metrics.corpus_bleu(rows[:1]) == pytest.approx(by_hand)
+    assert ngram_counts.corpus_bleu(rows[:1]) == pytest.approx(by_hand)
 
 
 def test_sacrebleu_keeps_no_text_when_the_rows_are_counted() -> None:
-    metrics.bleu_rows(["the cat sat on mat"], ["the cat sat on the mat"])
+    ngram_counts.bleu_rows(["the cat sat on mat"], ["the cat sat on the mat"])
     for tokenizer in (Tokenizer13a, TokenizerRegexp):
         assert tokenizer.__call__.cache_info().currsize == 0
 
@@ -81,10 +80,70 @@ def test_sacrebleu_keeps_no_text_when_the_rows_are_counted() -> None:
 def test_bleu_is_sacrebleus(pairs: list[tuple[str, str]]) -> None:
     predictions, references = [list(side) for side in zip(*pairs, strict=True)]
     expected = sacrebleu.corpus_bleu(predictions, [references], smooth_method="exp", tokenize="13a").score
-    rows = metrics.bleu_rows(predictions, references)
-    assert metrics.corpus_bleu(rows) == expected
-    assert metrics.bleu_from_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
+    rows = ngram_counts.bleu_rows(predictions, references)
+    assert ngram_counts.corpus_bleu(rows) == expected
+    assert ngram_counts.bleu_from_sums(rows.sum(axis=0, keepdims=True).astype(float))[0] == pytest.approx(expected)
     assert metrics.score("bleu", predictions, references).metrics["bleu"] == expected
+
+
+@pytest.mark.parametrize(("metric", "word_order"), [("chrf", 0), ("chrf++", 2)])
+@settings(deadline=None, max_examples=40)
+@given(pairs=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6))
+def test_chrf_is_sacrebleus(metric: str, word_order: int, pairs: list[tuple[str, str]]) -> None:
+    predictions, references = [list(side) for side in zip(*pairs, strict=True)]
+    expected = sacrebleu.corpus_chrf(predictions, [references], word_order=word_order).score
+    scored = metrics.score(metric, predictions, references)
+    assert scored.metrics[metric] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert scored.row_stats.shape == (len(pairs), 18 + 3 * word_order)
+    # The sum of the rows is what sacrebleu computes its corpus score from
+    scorer = sacrebleu.CHRF(word_order=word_order)
+    assert scorer._compute_f_score(scored.row_stats.sum(axis=0).tolist()) == pytest.approx(expected)
+    sentences = [sacrebleu.sentence_chrf(p, [r], word_order=word_order).score for p, r in pairs]
+    assert metrics.row_scores(metric, scored.row_stats) == pytest.approx(sentences)
+
+
+def test_chrf_by_hand() -> None:
+    # "abc" / "abd": characters a, b of 3 on both sides; ab of 2 on both; no trigram; longer orders exist on no side.
+    # Precision and recall are (2/3 + 1/2 + 0) / 3, and so is F.
+    assert metrics.score("chrf", ["abc"], ["abd"]).metrics["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 3)
+    # chrF++ adds the words, of which none match, as a fourth order
+    assert metrics.score("chrf++", ["abc"], ["abd"]).metrics["chrf++"] == pytest.approx(100 * (2 / 3 + 1 / 2) / 4)
+
+
+def test_chrf_of_rows_by_hand() -> None:
+    """Characters without spaces, n-grams of the orders that both texts have, F-score with recall weighted twice."""
+    equal = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4  # "abcd" / "abce": precision and recall of 1 to 4 characters
+    recall = (3 / 4 + 2 / 3 + 1 / 2) / 3  # "abc" / "abcd", whose precision is 1
+    rows = ngram_counts.sentence_chrf(["ab cd", "abc", ""], ["abce", "a bcd", "x"])
+    assert rows == pytest.approx([100 * equal, 100 * 5 * recall / (4 + recall), 0])
+
+
+def test_scores_are_those_of_the_command_line_of_sacrebleu(tmp_path: Path) -> None:
+    predictions = ["Ein Mann fährt Rad.", "Zwei Hunde  spielen im Schnee !", "", "日本語の文です。", "a b c d"]
+    references = ["Ein Mann fährt ein Rad.", "Zwei Hunde spielen.", "Eine Frau.", "これは日本語の文です。", "a b c d e"]
+    for name, lines in (("out", predictions), ("ref", references)):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    common = [sys.executable, "-m", "sacrebleu", "ref", "-i", "out", "-w", "12", "-f", "json", "-m"]
+    for metric, arguments in {"bleu": ["bleu"], "chrf": ["chrf"], "chrf++": ["chrf", "--chrf-word-order", "2"]}.items():
+        done = subprocess.run([*common, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        report = json.loads(done.stdout)
+        scored = metrics.score(metric, predictions, references).metrics[metric]
+        assert scored == pytest.approx(report["score"], abs=1e-11)
+        assert metrics.signature(metric).split("|")[1:] == report["signature"].split("|")
+
+
+def test_exact_match_ignores_white_space_at_the_ends() -> None:
+    scored = metrics.score("exact_match", ["Ja.", " Ja.\n", "ja."], ["Ja."] * 3)
+    assert scored.row_stats.tolist() == [100, 100, 0]
+    assert scored.metrics == pytest.approx({"exact_match": 200 / 3})
+
+
+def test_several_metrics_are_scored_in_one_call() -> None:
+    scored = metrics.score("chrf++", ["the cat sat"], ["the cat ran"], reported=["bleu", "rouge1", "bleu"])
+    assert list(scored.metrics) == ["chrf++", "bleu", "rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert list(scored.statistics) == list(scored.metrics)
+    assert scored.row_stats.shape == (1, 24)
+    assert scored.metrics["rouge1"] == pytest.approx(100 * 2 / 3)
 
 
 def test_signatures_name_what_is_needed() -> None:
@@ -112,10 +171,10 @@ def test_bootstrap_against_all_resamples_of_four_rows() -> None:
 
 
 def test_bleu_bootstrap_against_all_resamples_of_three_rows() -> None:
-    rows = metrics.bleu_rows(
+    rows = ngram_counts.bleu_rows(
         ["the cat sat on the mat", "a dog ran off", "yes"], ["the cat sat on a mat", "a dog ran", "no"]
     )
-    exact = [metrics.corpus_bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
+    exact = [ngram_counts.corpus_bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
     sampled = metrics._bootstrap_scores("bleu", [rows], 1, 20_000)[0]
     assert sampled.mean() == pytest.approx(np.mean(exact), abs=0.5)
     assert np.unique(np.round(sampled, 6)).tolist() == np.unique(np.round(exact, 6)).tolist()
@@ -132,15 +191,17 @@ def test_paired_bootstrap_uses_the_same_resamples() -> None:
         metrics.paired_bootstrap("rouge2", rows, rows[1:])
 
 
-@pytest.mark.parametrize("metric", ["rouge2", "bleu"])
+@pytest.mark.parametrize("metric", ["rouge2", "bleu", "chrf++"])
 def test_bootstrap_scores_equal_a_loop_over_resampled_rows(metric: str) -> None:
     """Each resample is written out as a list of rows and scored by the metric's reference, one at a time."""
     rng = np.random.default_rng(5)
-    if metric == "bleu":
+    chrf = partial(sacrebleu.corpus_chrf, word_order=2)
+    corpus_score: dict[str, Any] = {"bleu": sacrebleu.corpus_bleu, "chrf++": chrf}
+    if metric in corpus_score:
         words = np.array(VOCABULARY[:8])
         texts = [" ".join(rng.choice(words, size=rng.integers(3, 12))) for _ in range(120)]
         references, first, second = texts[:40], texts[40:80], texts[80:]
-        systems = [metrics.bleu_rows(first, references), metrics.bleu_rows(second, references)]
+        systems = [metrics.score(metric, outputs, references).row_stats for outputs in (first, second)]
     else:
         systems = [rng.uniform(0, 60, size=40), rng.uniform(0, 60, size=40)]
     resampled = metrics._bootstrap_scores(metric, systems, 0, 30)
@@ -148,9 +209,9 @@ def test_bootstrap_scores_equal_a_loop_over_resampled_rows(metric: str) -> None:
     assert counts.sum(axis=1).tolist() == [40] * 30
     for i, row_counts in enumerate(counts):
         drawn = [row for row, count in enumerate(row_counts) for _ in range(count)]
-        if metric == "bleu":
+        if metric in corpus_score:
             expected = [
-                sacrebleu.corpus_bleu([outputs[r] for r in drawn], [[references[r] for r in drawn]]).score
+                corpus_score[metric]([outputs[r] for r in drawn], [[references[r] for r in drawn]]).score
                 for outputs in (first, second)
             ]
         else:
@@ -271,7 +332,7 @@ def test_what_cannot_be_scored_is_said() -> None:
 def test_row_scores_of_bleu_are_sentence_bleu(pairs: list[tuple[str, str]]) -> None:
     predictions, references = [list(side) for side in zip(*pairs, strict=True)]
     expected = [sacrebleu.sentence_bleu(text, [reference]).score for text, reference in pairs]
-    scores = metrics.row_scores("bleu", metrics.bleu_rows(predictions, references))
+    scores = metrics.row_scores("bleu", ngram_counts.bleu_rows(predictions, references))
     assert scores == pytest.approx(expected)
 
 

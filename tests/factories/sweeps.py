@@ -382,3 +382,13 @@ def finished_sweep(folder: Path, teacher: Path, data: Path, **serving: Any) -> t
     sweep_record(record, serving=space.serving).write(folder / "sweep.json")
     CheckpointMetadata(decoding=decoding).write_to(make_trial(folder, "a", 0, 10.0) / "best")
     return space, record
+
+
+def decide_by_chrf(sweep: Path, *trials: Path) -> None:
+    """Change a sweep and its finished, unserved trials to scores by chrF++, with BLEU and a user's metric reported."""
+    scores = {"chrf++": 60.0, "bleu": 35.0, "terms:recall": 90.0}
+    change_sweep(sweep, teacher=sweep_teacher(metric="chrf++", metrics=scores, metric_reason="a translation, by x"))
+    for folder in trials:
+        metrics = RunResult.read(folder / RESULT_FILE).metrics
+        own = {"chrf++": 50.0, "bleu": 25.0, "terms:recall": 80.0}
+        change_result(folder, metrics={**metrics, **own}, test={**own, "bleu": 24.0, "interval": (48.0, 52.0)})

@@ -10,7 +10,7 @@ import torch
 
 from raydistill.config.run import Decoding
 from raydistill.core.errors import UserError
-from raydistill.evaluation.metrics import bleu_rows, corpus_bleu
+from raydistill.evaluation.ngram_counts import bleu_rows, corpus_bleu
 from raydistill.inference.ctranslate2_engine import CTranslate2Engine
 from raydistill.inference.decoding import BeamSearchParams, EngineOptions, Workload, resolve_decoding
 from raydistill.inference.engines import open_engine

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from raydistill.core.errors import UserError
-from raydistill.evaluation.metrics import bleu_rows, corpus_bleu
+from raydistill.evaluation.ngram_counts import bleu_rows, corpus_bleu
 from raydistill.inference.ctranslate2_engine import CTranslate2Engine
 from raydistill.inference.decoding import CalibrationRows, EngineOptions, Workload
 from raydistill.inference.engines import open_engine

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raydistill.cluster import snapshots, sync
-from raydistill.config.run import Dataset
+from raydistill.config.run import Columns, Dataset
 from raydistill.core import artifact
 from raydistill.data.streaming import SplitScan
 from raydistill.jobs import pseudolabel, teacher_cache
@@ -45,7 +45,7 @@ def test_a_label_set_that_was_merged_before_a_kill_reaches_the_storage(use_machi
     task = label_task(use_machine("one") / "labels" / "set")
     sync.push(write_file(task.work_dir / "out" / "batch-000000.parquet", "output"))
     write_labels(task.folder)
-    pseudolabel._build_label_set(task, SplitScan(3, "f", True, 0))
+    pseudolabel._build_label_set(task, SplitScan(3, "f", True, 0, Columns(source="source", target="target")))
     assert not task.work_dir.exists()
     assert not (tmp_path / "storage" / "labels" / ".set.work").exists()
     folder = use_machine("two") / "labels" / "set"

@@ -235,6 +235,12 @@ def test_collapsed_student_is_counted_and_included_in_loss_comparisons(sweep):
     ]
 
 
+def test_a_metric_that_the_paper_does_not_report_is_named(sweep):
+    chrf = second_sweep(sweep, "two", {"metric": "chrf++", "metrics": {"chrf++": 50.0}})
+    [description] = describe_sweeps(load_seed_groups([chrf])[0])
+    assert "; scores are of chrf++, which the paper does not report; engine" in description
+
+
 def second_sweep(first: Path, name: str, change: dict | None = None) -> Path:
     """Write another sweep of the same teacher, with sft and kd by a better recipe."""
     folder = first.parent / name

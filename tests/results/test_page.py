@@ -7,7 +7,7 @@ from typing import Any
 
 from raydistill.results.page import make_tooltips, render_page, write_report
 from raydistill.results.selection import load_selection
-from tests.factories.sweeps import change_sweep, write_sample_texts
+from tests.factories.sweeps import change_sweep, decide_by_chrf, make_sweep, make_trial, write_sample_texts
 
 
 def page_data(page: str) -> Any:
@@ -106,3 +106,22 @@ def test_page_says_where_curves_need_more_validations(sweep: Path) -> None:
     for path in sweep.glob("trials/*/metrics.jsonl"):
         path.write_text(path.read_text().splitlines()[0] + "\n")
     assert sentence in render_page(load_selection(sweep))
+
+
+def test_page_of_a_sweep_that_another_metric_decides(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "mt")
+    decide_by_chrf(folder, make_trial(folder, "a", 0, 10.0))
+    selection = load_selection(folder)
+    page, tooltips = render_page(selection), make_tooltips(selection)
+    assert ">validation chrF++</button></th>" in page
+    assert ">validation BLEU / recall</button></th>" in page
+    assert "25.00 / 80.00" in page
+    front = page_data(page)["front"]
+    assert front["metric_name"] == "chrF++"
+    facts = dict(front["candidates"][0]["facts"])
+    assert facts["chrF++ on validation"] == "50.00 [9.00, 11.00]"
+    assert facts["BLEU / recall on validation"] == "25.00 / 80.00"
+    assert tooltips["teacher"][1:4] == ["chrF++ 60.00", "BLEU 35.00", "recall 90.00"]
+    lines = tooltips["student-a"]
+    first = lines.index("chrF++ 50.00 [9.00, 11.00] on validation")
+    assert lines[first + 1 : first + 3] == ["BLEU 25.00", "recall 80.00"]

@@ -123,6 +123,12 @@ def test_a_run_shows_its_step_and_the_time_left(tmp_path):
         assert job.device_hours == 0.5
         assert job.seconds_left == 30  # 20 steps took 10 s, and 60 are left
     assert only(tmp_path).state == "interrupted"
+    scores = {"rouge1": 0.0, "rouge2": 0.0, "score": 0.0}  # the metric is the configured one of two with this value
+    write_history(folder, [{"step": 30, "total_steps": 100, **scores}])
+    assert run_status(folder).metric == "rouge2"
+    scores = {"chrf++": 31.0, "score": 31.0}  # `metric: auto` recognised a translation by its columns
+    write_history(folder, [{"step": 30, "total_steps": 100, **scores}])
+    assert run_status(folder).metric == "chrf++"
     write_result(folder, status="failed", reason="the loss is nan", steps=41)
     assert (only(tmp_path).state, only(tmp_path).error) == ("failed", "the loss is nan")
     finish_trial(folder, 0, 20.0)

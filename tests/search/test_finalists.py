@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raydistill.config.metric_names import MetricChoice
 from raydistill.config.serving import ServingConfig
 from raydistill.config.space import Space, corner_runs
 from raydistill.data.corpus import read_corpus
@@ -48,7 +49,7 @@ def test_scores_are_those_of_an_evaluation_and_row_statistics_are_written(
     ]
     assert results[1].memory_mb == pytest.approx(results[0].memory_mb / 4)
     corpus = read_corpus(context.run.dataset, "validation")
-    expected = evaluate(open_engine(world[0]), corpus, "bleu", BEAM, max_source_tokens=32)
+    expected = evaluate(open_engine(world[0]), corpus, MetricChoice("bleu"), BEAM, max_source_tokens=32)
     assert results[0].metrics["bleu"] == expected.scores.metrics["bleu"]
     for config in configs:
         with np.load(tmp_path / f"rows-validation-{config.key}.npz") as rows:

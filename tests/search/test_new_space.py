@@ -10,7 +10,14 @@ from raydistill.config.space import corner_runs, read_space
 from raydistill.core.errors import UserError
 from raydistill.models.loading import load_config
 from raydistill.search.dry_run import describe_plan
-from raydistill.search.new_space import Request, guess_metric, learning_rate_cases, student_sizes, write_space
+from raydistill.search.new_space import (
+    Request,
+    choose_metrics,
+    is_guessed_translation,
+    learning_rate_cases,
+    student_sizes,
+    write_space,
+)
 from raydistill.search.user_inputs import measure_lengths, read_data
 from raydistill.train import load_run
 from tests.factories.data_files import write_jsonl
@@ -129,8 +136,37 @@ def test_translation_is_recognised_by_its_columns(home):
         write_jsonl(home / "pairs" / f"{split}.jsonl", [json.dumps(row) for row in rows])
     dataset = Dataset(name=str(home / "pairs"))
     data = read_data(dataset)
-    assert guess_metric(dataset, data) == "bleu"
+    assert choose_metrics(dataset, "auto", data).names == ("chrf++", "bleu")
+    assert not is_guessed_translation(dataset, data)
     assert data.task.languages == ("en", "de")
+
+
+def write_pairs(home):
+    """Pairs without common words, of about equal length, in columns whose names say nothing."""
+    (home / "pairs").mkdir()
+    rows = [{"source": f"two dogs run {i}", "target": f"zwei Hunde rennen {i + 30}"} for i in range(20)]
+    for split in ("train", "validation"):
+        write_jsonl(home / "pairs" / f"{split}.jsonl", [json.dumps(row) for row in rows])
+    return home / "pairs"
+
+
+def test_a_translation_that_the_texts_show_is_scored_by_chrf_with_bleu_reported(home):
+    asked = request(write_pairs(home), metric="auto")
+    data = read_data(asked.dataset)
+    assert is_guessed_translation(asked.dataset, data)
+    written = write_space(asked, data)
+    assert read_space(written.space).run["evaluation"] == {"metric": "chrf++", "report": ["bleu"]}
+    run = load_run(written.recipe, [])
+    assert (run.evaluation.metric, run.evaluation.report, run.start.family) == ("chrf++", ["bleu"], "marian")
+    assert "# Translation: a target has" in written.space.read_text()
+
+
+def test_a_requested_metric_is_written_and_decides_about_texts_that_are_no_certain_translation(home):
+    asked = request(write_pairs(home), metric="rouge2")
+    written = write_space(asked, read_data(asked.dataset))
+    assert read_space(written.space).run["evaluation"] == {"metric": "rouge2"}
+    assert load_run(written.recipe, []).start.family == "bart"
+    assert "# Not a translation.\n" in written.space.read_text()
 
 
 def test_data_without_a_validation_split_are_refused(home):

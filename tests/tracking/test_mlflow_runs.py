@@ -16,6 +16,7 @@ from raydistill.core.errors import TransientError, UserError
 from raydistill.tracking import mlflow_registry, mlflow_runs, mlflow_store
 from tests.factories.sweeps import (
     change_sweep,
+    decide_by_chrf,
     finish_trial,
     make_trial,
     runs_of,
@@ -230,3 +231,17 @@ def test_the_experiment_links_the_sweep_and_its_model_and_values_are_rounded(swe
     assert "Chosen for fast: 4-1 kd (trial 0). [Registered versions](#/models/mini)." in note
     assert published.parent_url == f"http://127.0.0.1:5000/{run_link}"
     assert runs_of(sweep)["a"].data.metrics["rouge2"] == 10.12
+
+
+def test_metrics_whose_names_mlflow_refuses_are_published(sweep: Path) -> None:
+    """chrF++ decides; BLEU and a user's metric are reported."""
+    decide_by_chrf(sweep, make_trial(sweep, "a", 0, 10.0))
+    mlflow_runs.publish(sweep, finished=True)
+    metrics = runs_of(sweep)["a"].data.metrics
+    assert (metrics["chrfpp"], metrics["bleu"], metrics["terms.recall"]) == (50.0, 25.0, 80.0)
+    assert (metrics["chrfpp_low"], metrics["test_chrfpp_high"], metrics["test_bleu"]) == (9.0, 52.0, 24.0)
+    assert runs_of(sweep)[""].data.metrics["teacher_chrfpp"] == 60.0
+    client = mlflow_store.make_client(mlflow_store.default_tracking_uri())
+    view = json.loads(client.get_experiment_by_name("mini").tags["mlflow.sharedViewState.raydistill"])
+    assert view["orderByKey"] == "metrics.`chrfpp`"
+    assert view["selectedColumns"][4:7] == ["metrics.`chrfpp`", "metrics.`bleu`", "metrics.`terms.recall`"]

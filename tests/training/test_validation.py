@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from raydistill.config.run import Evaluation
 from raydistill.core.errors import TransientError
+from raydistill.evaluation.metrics import BUILT_IN
 from raydistill.inference import ctranslate2_conversion
 from raydistill.inference.shortlist import kept_tokens
 from raydistill.models.loading import load_config, load_model
@@ -20,7 +22,8 @@ from tests.factories.training import make_run, no_report, parse_json_file, read_
 
 
 def test_missing_metric_library_falls_back_to_validation_loss(workspace, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(validation, "METRIC_LIBRARIES", {"rouge2": "no_such_library"})
+    rouge2 = replace(BUILT_IN["rouge2"], library="no_such_library")
+    monkeypatch.setitem(BUILT_IN, "rouge2", rouge2)
     result = train(make_run(workspace), tmp_path / "run", no_report)
     metrics = result.metrics
     assert metrics["score"] == -metrics["val_loss"] == max(m["score"] for m in read_metrics(tmp_path / "run"))

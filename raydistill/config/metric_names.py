@@ -1,0 +1,77 @@
+"""The names of metrics, and which metrics a run reports and is decided by."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator, WithJsonSchema
+
+ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+TRANSLATION_METRICS = ("bleu", "chrf", "chrf++")
+BUILT_IN_METRICS = (*ROUGE_METRICS, *TRANSLATION_METRICS, "exact_match")
+OWN_METRIC_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"  # module:attribute
+METRICS_HELP = f"{', '.join(BUILT_IN_METRICS)} or module:function of your own"  # of options
+AUTO = "auto"
+
+
+def is_own_metric(name: str) -> bool:
+    """Whether a name is that of a user's metric, `module:function`."""
+    return re.match(OWN_METRIC_PATTERN, name) is not None
+
+
+def check_metric_name(name: str) -> str:
+    """Return the name of a metric if the name is valid. A user's module is not imported.
+
+    Raises:
+        ValueError: The name is neither that of a built-in metric nor of the form `module:function`.
+    """
+    if name in BUILT_IN_METRICS or is_own_metric(name):
+        return name
+    similar = difflib.get_close_matches(name.lower(), BUILT_IN_METRICS, n=1)
+    hint = f"did you mean {similar[0]!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}"
+    raise ValueError(f"unknown metric {name!r}; {hint} Your own metric has the form module:function")
+
+
+def check_metric_or_auto(name: str) -> str:
+    """As `check_metric_name`; "auto" is valid too."""
+    return name if name == AUTO else check_metric_name(name)
+
+
+_OWN_SCHEMA = {"type": "string", "pattern": OWN_METRIC_PATTERN}
+MetricName = Annotated[
+    str,
+    AfterValidator(check_metric_name),
+    WithJsonSchema({"anyOf": [{"type": "string", "enum": [*BUILT_IN_METRICS]}, _OWN_SCHEMA]}),
+]
+MetricOrAuto = Annotated[
+    str,
+    AfterValidator(check_metric_or_auto),
+    WithJsonSchema({"anyOf": [{"type": "string", "enum": [AUTO, *BUILT_IN_METRICS]}, _OWN_SCHEMA]}),
+]
+
+
+@dataclass(frozen=True)
+class MetricChoice:
+    """The metrics of a data set.
+
+    Attributes:
+        deciding: The metric that checkpoints and students are compared by.
+        reported: Further metrics, which decide nothing.
+        reason: Why `auto` means the deciding metric; empty if the metric was requested.
+    """
+
+    deciding: str
+    reported: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All metrics, the deciding metric first."""
+        return (self.deciding, *self.reported)
+
+    def describe(self) -> str:
+        """The choice as a line of the log, such as "metric: chrf++ (auto: ...); reported: bleu"."""
+        reason = f" (auto: {self.reason})" if self.reason else ""
+        others = f"; reported: {', '.join(self.reported)}" if self.reported else ""
+        return f"metric: {self.deciding}{reason}{others}"
