@@ -59,7 +59,7 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
     model_type = data.get("model_type") if isinstance(data, dict) else None
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{checkpoint}: model_type is {model_type!r}; supported are the encoder-decoders {', '.join(FAMILIES)}"
         )

@@ -15,6 +15,7 @@ from tests.factories.models import FAMILIES, edit_config, save_tiny
     [
         ({"decoder_layers": 4}, r"26 are missing, such as model\.decoder\.layers\.3"),
         ({"d_model": 20}, r"have another shape, such as .*16.*20"),
+        ({"model_type": []}, r"model_type is \[\]; supported are"),
         ({"model_type": "gpt2"}, "'gpt2'; supported are .*bart, pegasus, mbart, marian, m2m_100, t5, mt5"),
     ],
 )
