@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from raydistill.evaluation.latency import LATENCY_BATCH_SIZES
 from raydistill.inference.decoding import BeamSearchParams, Engine
 
-SINGLE_ROWS = 8  # rows of a call that decodes one row at a time
+SINGLE_ROWS = 4  # rows of a call that decodes one row at a time
 
 
 def latency_rows(sources: Sequence[str], cost: str) -> list[str]:

@@ -6,12 +6,12 @@ whole when something is missing.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from raydistill.config.serving import EngineVariant, ServingConfig
-from raydistill.core.console import print_progress
+from raydistill.core.console import ProgressBar, print_progress
 from raydistill.evaluation.latency import (
     LATENCY_BATCH_SIZES,
     Repetition,
@@ -40,7 +40,7 @@ FIRST_PASS_SECONDS = 1.0
 # A latency that a budget bounds is timed until the bound is decided; another latency is reported only.
 BOUNDED_RULE = StoppingRule(max_seconds=8.0)
 REPORTED_RULE = StoppingRule(min_pairs=10, precision=0.05, max_seconds=3.0)
-# A comparison of slow calls has at least this number of pairs, whatever its time limit.
+# Pairs of slow calls of a latency that is only reported, whatever its time limit.
 MIN_PAIRS_OF_SLOW_CALLS = 3
 
 Call = Callable[[], None]
@@ -161,10 +161,12 @@ def run_session(task: SessionTask, device: str, threads: int) -> LatencySession:
     """
     started_at = datetime.now(UTC).replace(microsecond=0)
     session = _Session(task, device, threads)
-    servings = list(session.time_all())
+    count = len(LATENCY_BATCH_SIZES) * (sum(map(len, task.configs.values())) - 1)  # the baseline is not compared
+    servings = list(_with_progress(session.time_all(), count))
     noisy = [serving for serving in servings if serving.timing.stop_reason == "noisy"]
     if noisy:
-        repeated = {_identity(serving): serving for serving in session.time_all(noisy)}
+        print_progress(f"latency: timing {format_count(len(noisy), 'disturbed comparison')} again")
+        repeated = {_identity(serving): serving for serving in _with_progress(session.time_all(noisy), len(noisy))}
         servings = [repeated.get(_identity(serving), serving) for serving in servings]
     return LatencySession(
         started_at=started_at,
@@ -177,6 +179,17 @@ def run_session(task: SessionTask, device: str, threads: int) -> LatencySession:
         representatives={checkpoint.shape: checkpoint.key for checkpoint in task.checkpoints},
         servings=servings,
     )
+
+
+def _with_progress(servings: Iterable[TimedServing], count: int) -> Iterator[TimedServing]:
+    """Print from time to time how many of `count` comparisons are done, and the time left."""
+    progress = ProgressBar("latency", count)
+    try:
+        for number, serving in enumerate(servings, start=1):
+            progress.advance(1, f"{number}/{count} comparisons, {serving.shape} with {serving.config.label}")
+            yield serving
+    finally:
+        progress.close()
 
 
 class _Session:
@@ -233,13 +246,19 @@ class _Session:
         """Time a call in pairs with the baseline. No budget selects the teacher, so its latency is only reported."""
         bounds = () if is_teacher else self._task.bounds.get(cost, CostBounds()).ratios(self.estimate_ms[cost])
         baseline_call, batches = self.calls[cost]
-        rule = extend_for_slow_calls(BOUNDED_RULE if bounds else REPORTED_RULE, batches * self.estimate_ms[cost])
+        rule = BOUNDED_RULE if bounds else REPORTED_RULE
+        rule = extend_for_slow_calls(rule, batches * self.estimate_ms[cost], bounds)
         return time_pairs(baseline_call, call, bounds, rule)
 
 
-def extend_for_slow_calls(rule: StoppingRule, baseline_ms: float) -> StoppingRule:
-    """The rule with its time limit raised to `MIN_PAIRS_OF_SLOW_CALLS` pairs of calls that take `baseline_ms`."""
-    return replace(rule, max_seconds=max(rule.max_seconds, 2 * MIN_PAIRS_OF_SLOW_CALLS * baseline_ms / 1000))
+def extend_for_slow_calls(rule: StoppingRule, baseline_ms: float, bounds: Sequence[float]) -> StoppingRule:
+    """The rule with a time limit that is long enough for calls of the baseline that take `baseline_ms`.
+
+    Without `min_pairs` pairs there is no interval, so the limit allows for them if there is a bound to decide. A
+    latency that is only reported gets `MIN_PAIRS_OF_SLOW_CALLS` pairs.
+    """
+    pairs = rule.min_pairs if bounds else MIN_PAIRS_OF_SLOW_CALLS
+    return replace(rule, max_seconds=max(rule.max_seconds, 2 * pairs * baseline_ms / 1000))
 
 
 def _identity(serving: TimedServing) -> tuple[str, str, str]:

@@ -286,7 +286,7 @@ class _ShapeTimer:
         return _root_mean_square_error({size: ratios["latency_ms"] for size, ratios in self.ratios.items()})
 
     def _compare(self, cost: str, call: Any, bounds: Sequence[float], rule: StoppingRule) -> PairedTiming:
-        timing = time_pairs(self.calls[cost], call, bounds, extend_for_slow_calls(rule, self.teacher_ms[cost]))
+        timing = time_pairs(self.calls[cost], call, bounds, extend_for_slow_calls(rule, self.teacher_ms[cost], bounds))
         self.baseline_calls_ms[cost] += [ms for pair in valid_pairs(timing.pairs) for ms in pair.baseline_ms]
         return timing
 

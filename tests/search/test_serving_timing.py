@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 
 from raydistill.config.serving import EngineVariant, ServingConfig
-from raydistill.evaluation.paired_latency import StoppingRule
+from raydistill.evaluation.paired_latency import Pair, StoppingRule, compare_pairs
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.results.serving_latency import TEACHER_SHAPE
 from raydistill.search import serving_timing
 from raydistill.search.served_engine import ServedCheckpoint, ServingContext
-from raydistill.search.serving_timing import CostBounds, FirstPassTask, SessionTask, latency_bounds
+from raydistill.search.serving_timing import (
+    BOUNDED_RULE,
+    REPORTED_RULE,
+    CostBounds,
+    FirstPassTask,
+    SessionTask,
+    extend_for_slow_calls,
+    latency_bounds,
+)
 
 BEAM = BeamSearchParams(4, 1.0, 0, 12, 0, False, None)
 FP32, INT8 = EngineVariant("fp32", "off"), EngineVariant("int8", "off")
@@ -28,8 +36,20 @@ def test_bounds_of_budgets_become_ratios() -> None:
     assert bounds["latency_ms_b1"].ratios(200.0) == (0.45,)
 
 
+def test_a_bound_of_slow_calls_is_decided_and_a_reported_latency_has_three_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls of 573 ms and 286 ms: the rule's limit of 8 s ends before the 15 pairs that an interval needs."""
+    monkeypatch.delenv("RAYDISTILL_TIMING_SECONDS", raising=False)
+    pair = Pair(baseline_ms=(573.0,), student_ms=(286.5,), seconds=0.8595, background_cores=0.0)
+    timing = compare_pairs([pair] * 100, [0.6], extend_for_slow_calls(BOUNDED_RULE, 573.0, [0.6]))
+    assert (len(timing.pairs), timing.stop_reason, timing.decided(0.6)) == (15, "bounds_cleared", "below")
+    assert extend_for_slow_calls(BOUNDED_RULE, 100.0, [0.6]) == BOUNDED_RULE
+    assert extend_for_slow_calls(REPORTED_RULE, 1000.0, ()).max_seconds == 2 * 3 * 1.0
+
+
 def test_first_pass_and_session_time_every_shape_and_configuration(
-    context: ServingContext, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: ServingContext, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two shapes with the same tiny checkpoint, so that every ratio with equal settings is about 1."""
     short = StoppingRule(min_pairs=2, max_seconds=0.5)
@@ -49,6 +69,7 @@ def test_first_pass_and_session_time_every_shape_and_configuration(
     }
     task = SessionTask(context, teacher, own, checkpoints, configs, {"latency_ms": CostBounds(shares=(0.5,))})
     session = serving_timing.run_session(task, "cpu", 1)
+    assert "latency: 6/6 comparisons, 2-3 with" in capsys.readouterr().err
     assert all(session.is_timed(shape, config) for shape, own in configs.items() for config in own)
     assert len(session.servings) == 6  # all but the baseline, for both costs
     assert session.representatives == {TEACHER_SHAPE: TEACHER_SHAPE, "2-3": "a"}
