@@ -198,8 +198,8 @@ def evaluate(  # noqa: PLR0913
         check_teacher(name)
     task = _resolve_task(names[0], dataset, metric, list(report))
     corpus = _load_corpus(task.dataset, split, rows)
-    metrics = task.choose_metrics(corpus)
-    print_progress(metrics.describe())
+    scored = ScoredRows(task.dataset, corpus, task.choose_metrics(corpus))
+    print_progress(scored.metrics.describe())
 
     import torch
 
@@ -212,8 +212,8 @@ def evaluate(  # noqa: PLR0913
         precision=precision,
         languages=languages,
     )
-    reports = {name: _evaluate_checkpoint(name, task, metrics, corpus, engine, options, beams) for name in names}
-    return Evaluation.create(metrics, corpus, reports)
+    reports = {name: _evaluate_checkpoint(name, scored, engine, options, beams) for name in names}
+    return Evaluation.create(scored.metrics, corpus, reports)
 
 
 @app.command("evaluate")
@@ -310,6 +310,15 @@ class EvaluationTask:
         for name in choice.names:
             get_metric(name)
         return choice
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """The rows of a data set on which checkpoints are scored, and the metrics of the scores."""
+
+    dataset: "Dataset"
+    corpus: "Corpus"
+    metrics: "MetricChoice"
 
 
 @dataclass(frozen=True)
@@ -429,16 +438,14 @@ def _load_corpus(dataset: "Dataset", split: str, rows: int | None) -> "Corpus":
     return corpus.head(rows) if rows else corpus
 
 
-def _evaluate_checkpoint(  # noqa: PLR0913
+def _evaluate_checkpoint(
     checkpoint: str,
-    task: EvaluationTask,
-    metrics: "MetricChoice",
-    corpus: "Corpus",
+    rows: ScoredRows,
     engine_name: "EngineName",
     options: "EngineOptions",
     beams: int | None,
 ) -> CheckpointReport:
-    """Score and time one checkpoint on the corpus."""
+    """Score and time one checkpoint on the rows."""
     from raydistill.config.presets import teacher_preset
     from raydistill.config.run import Decoding
     from raydistill.evaluation.metrics import signatures
@@ -449,29 +456,29 @@ def _evaluate_checkpoint(  # noqa: PLR0913
     from raydistill.models.loading import load_config, locate_checkpoint
     from raydistill.models.tokenization import load_target_generation_config, resolve_max_tokens
 
-    preset = teacher_preset(checkpoint, task.dataset.name)
-    location = locate_checkpoint(checkpoint, task.dataset.name)
+    preset = teacher_preset(checkpoint, rows.dataset.name)
+    location = locate_checkpoint(checkpoint, rows.dataset.name)
     config = load_config(location)
-    options = replace(options, languages=options.languages or training_languages(checkpoint, task.dataset))
+    options = replace(options, languages=options.languages or training_languages(checkpoint, rows.dataset))
     beam = resolve_decoding(
         Decoding(beams=beams),
         load_target_generation_config(location, options.languages),
         preset.decoding if preset else None,
-        resolve_max_tokens("max_target_tokens", task.dataset, preset, config),
+        resolve_max_tokens("max_target_tokens", rows.dataset, preset, config),
     )
-    print_progress(f"{checkpoint}: {len(corpus)} rows, {'1 beam' if beam.beams == 1 else f'{beam.beams} beams'}")
+    print_progress(f"{checkpoint}: {len(rows.corpus)} rows, {'1 beam' if beam.beams == 1 else f'{beam.beams} beams'}")
     options = serving_options(checkpoint, options)
     engine = open_engine(location, engine_name, options, log=print_progress)
-    max_source_tokens = resolve_max_tokens("max_source_tokens", task.dataset, preset, config)
-    result = score(engine, corpus, metrics, beam, max_source_tokens=max_source_tokens)
+    max_source_tokens = resolve_max_tokens("max_source_tokens", rows.dataset, preset, config)
+    result = score(engine, rows.corpus, rows.metrics, beam, max_source_tokens=max_source_tokens)
     return CheckpointReport(
-        metric=metrics.deciding,
+        metric=rows.metrics.deciding,
         result=result,
-        ms_per_row=1000 * result.seconds / len(corpus),
+        ms_per_row=1000 * result.seconds / len(rows.corpus),
         engine=result.engine,
         params_m=count_parameters(config) / 1e6,
         beams=beam.beams,
-        signature=signatures(metrics.names),
+        signature=signatures(rows.metrics.names),
     )
 
 

@@ -29,7 +29,7 @@ def check_metric_name(name: str) -> str:
     if name in BUILT_IN_METRICS or is_own_metric(name):
         return name
     similar = difflib.get_close_matches(name.lower(), BUILT_IN_METRICS, n=1)
-    hint = f"did you mean {similar[0]!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}"
+    hint = f"did you mean {similar[0]!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}."
     raise ValueError(f"unknown metric {name!r}; {hint} Your own metric has the form module:function")
 
 
