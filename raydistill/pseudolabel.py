@@ -66,6 +66,7 @@ def pseudolabel(  # noqa: PLR0913
     engine: EngineName = "auto",
     precision: LabelPrecision = "auto",
     fallback: bool = True,
+    allow_repetitive: bool = False,
     keep: "Mapping[str, Any] | Curation | None" = None,
     metric: str = "auto",
     threads: int = 1,
@@ -108,7 +109,18 @@ def pseudolabel(  # noqa: PLR0913
     from raydistill.label_sets.label_set import read_pseudolabel_manifest
 
     job = LabelJob(
-        teacher, data, split, Decoding(beams=beams), engine, pseudo, metric, threads, batch_chars, fallback, sources
+        teacher,
+        data,
+        split,
+        Decoding(beams=beams),
+        engine,
+        pseudo,
+        metric,
+        threads,
+        batch_chars,
+        allow_fallback=fallback,
+        allow_repetitive=allow_repetitive,
+        sources=sources,
     )
     with ray_cluster():
         folder = run_job(job, output or raydistill_home() / "labels", cluster_device())
@@ -146,6 +158,9 @@ def pseudolabel_command(  # noqa: PLR0913
     fallback: Annotated[
         bool, typer.Option(help="use transformers if ctranslate2 cannot be used; without it, stop with the reason")
     ] = True,
+    allow_repetitive: Annotated[
+        bool, typer.Option("--allow-repetitive", help="keep labels of which most repeat themselves")
+    ] = False,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -196,6 +211,7 @@ def pseudolabel_command(  # noqa: PLR0913
         engine=engine,
         precision=precision,
         fallback=fallback,
+        allow_repetitive=allow_repetitive,
         keep=parse_curation(keep or []),
         metric=metric,
         threads=threads,

@@ -495,6 +495,10 @@ class Evaluation(StrictModel):
         description="further metrics that are reported next to the deciding metric, for example [bleu, exact_match]; "
         "they decide nothing. With metric auto, bleu is reported next to chrf++",
     )
+    allow_repetitive_teacher: bool = Field(
+        False,
+        description="distil a teacher of whose outputs most repeat themselves; by default, such a teacher is an error",
+    )
     engine: Literal["auto", "ctranslate2", "transformers"] = Field(
         "auto",
         description="engine that decodes; `auto`: CTranslate2 where it loads and validates the model, else "

@@ -13,10 +13,11 @@ from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import atomic_path, corrupt_file_error
 from raydistill.core.records import Record
-from raydistill.evaluation.metrics import ScoreAccumulator
+from raydistill.evaluation.metrics import ScoreAccumulator, is_repetitive
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import Candidate, write_label_set
 from raydistill.label_sets.manifest import LabelDescription, PseudolabelManifest
+from raydistill.training.records import check_teacher_repetition
 
 LOCK_TIMEOUT_S = 600.0  # a process holds the lock for one download and one upload of a small file
 
@@ -109,8 +110,13 @@ class LabelStats:
         self.device_seconds = 0.0
         self.rows_per_host: Counter[str] = Counter()
         self._labelled = labelled  # whether the data has original targets
-        self._rows = self._empty = self._target_words = self._original_words = 0
+        self._rows = self._empty = self._repetitive = self._target_words = self._original_words = 0
         self._scores = ScoreAccumulator(metric)
+
+    @property
+    def repetition_rate(self) -> float:
+        """The share of the labels that repeat themselves."""
+        return self._repetitive / max(1, self._rows)
 
     @property
     def needs_sources(self) -> bool:
@@ -121,6 +127,7 @@ class LabelStats:
         """Count labels and the original targets of the same rows; `sources` are theirs if `needs_sources`."""
         self._rows += len(labels)
         self._empty += sum(not text.strip() for text in labels)
+        self._repetitive += sum(map(is_repetitive, labels))
         self._target_words += sum(len(text.split()) for text in labels)
         self._original_words += sum(len(text.split()) for text in originals)
         if self._labelled:
@@ -144,17 +151,27 @@ class LabelStats:
 
 
 def merge_outputs(
-    plan: BatchPlan, work_dir: Path, folder: Path, description: LabelDescription, metric: str, labelled: bool
+    plan: BatchPlan,
+    work_dir: Path,
+    folder: Path,
+    description: LabelDescription,
+    stats: LabelStats,
+    allow_repetitive: bool,
 ) -> None:
     """Merge the outputs of all batches, in the order of the data, into the label set in `folder`.
 
     Raises:
-        UserError: The outputs do not match the plan.
+        UserError: The outputs do not match the plan, or most of them repeat themselves and that is not allowed. The
+            outputs remain, so that the same command with the permission generates no text again.
     """
-    stats = LabelStats(metric, labelled)
+
+    def finish() -> PseudolabelManifest:
+        check_teacher_repetition(description.teacher.name, stats.repetition_rate, allow_repetitive)
+        return stats.manifest(description, EngineRecord.read(engine_path(work_dir)))
+
     # A generator per window, so that a window is freed before the next one is read.
     rows = chain.from_iterable(_iter_window(plan, work_dir, window, stats) for window in range(plan.num_windows))
-    write_label_set(folder, rows, lambda: stats.manifest(description, EngineRecord.read(engine_path(work_dir))))
+    write_label_set(folder, rows, finish)
 
 
 def _iter_window(

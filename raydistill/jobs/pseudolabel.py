@@ -27,6 +27,7 @@ from raydistill.data.readers import known_extension
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
 from raydistill.jobs.label_outputs import (
     EngineRecord,
+    LabelStats,
     batch_output_path,
     check_same_engine,
     engine_path,
@@ -62,7 +63,7 @@ class LabelJob:
     `sources` are the rows to label if these are no split of `dataset`, such as extra sources; `dataset` then gives the
     settings of the teacher, such as languages and lengths. `threads` are CPUs per teacher. `batch_chars` are source
     characters of a planned batch, None for a default by device. Without `allow_fallback`, a model that CTranslate2
-    cannot run is an error.
+    cannot run is an error. Without `allow_repetitive`, labels of which most repeat themselves are an error.
     """
 
     teacher: str
@@ -75,6 +76,7 @@ class LabelJob:
     threads: int = 1
     batch_chars: int | None = None
     allow_fallback: bool = True
+    allow_repetitive: bool = False
     sources: Dataset | None = None
 
     @property
@@ -274,7 +276,8 @@ def _label_and_merge(task: LabelTask, scan: SplitScan) -> None:
     if missing:
         _label_batches(task, plan, missing)
         sync.pull(work_dir)
-    merge_outputs(plan, work_dir, task.folder, task.description, task.job.resolve_metric(scan), scan.labelled)
+    stats = LabelStats(task.job.resolve_metric(scan), scan.labelled)
+    merge_outputs(plan, work_dir, task.folder, task.description, stats, task.job.allow_repetitive)
 
 
 def _make_plan(task: LabelTask, scan: SplitScan) -> BatchPlan:

@@ -270,6 +270,7 @@ def _make_label_set(run: Run, other_teacher: str | None, device: str, sources: D
         engine=settings.engine,
         pseudo=pseudo,
         metric=settings.metric,
+        allow_repetitive=settings.allow_repetitive_teacher,
         sources=sources,
     )
     return str(pseudolabel(job, raydistill_home() / "labels", device))

@@ -33,7 +33,7 @@ from raydistill.search.serving_timing import latency_bounds
 from raydistill.search.shape_latency import ShapeTask, time_larger_shapes, time_shapes
 from raydistill.search.shortlists import ensure_shortlists
 from raydistill.training.inputs import RunInputs, input_paths, run_label_folders
-from raydistill.training.records import InputFingerprints, repetition_warning
+from raydistill.training.records import InputFingerprints, check_teacher_repetition
 from raydistill.training.run_folder import write_row_statistics
 from raydistill.training.teacher_record import TeacherScores
 from raydistill.training.teacher_scores import score_teacher
@@ -127,8 +127,7 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
     metric = scores.metric
     print_progress(scores.metric_choice.describe())
     print_progress(f"teacher {run.teacher} ({scores.size}): {metric} {scores.metrics[metric]:.2f} on validation")
-    if warning := repetition_warning(f"teacher {run.teacher}", scores.repetition):
-        print_progress(warning)
+    check_teacher_repetition(str(run.teacher), scores.repetition, run.evaluation.allow_repetitive_teacher)
     return scores
 
 

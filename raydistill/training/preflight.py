@@ -1,15 +1,18 @@
 """Checks of runs before anything starts, from configurations and names of splits alone."""
 
+from pathlib import Path
 from typing import Any
 
 from raydistill.config.label_sources import parse_labels
 from raydistill.config.metric_names import AUTO
 from raydistill.config.presets import check_teacher, teacher_preset
-from raydistill.config.run import Run
+from raydistill.config.run import Run, Student
 from raydistill.config.space import Space, corner_runs
 from raydistill.core.errors import UserError
 from raydistill.data.corpus import check_split, split_names
 from raydistill.evaluation.metrics import get_metric
+from raydistill.models.metadata import METADATA_FILE, CheckpointMetadata
+from raydistill.training.records import check_teacher_repetition
 
 
 def check_space(space: Space) -> None:
@@ -46,6 +49,7 @@ def check_run(run: Run, cache: dict[str, Any] | None = None) -> None:
     name = f"{run.teacher} {run.dataset.name}"
     if name not in cache:
         cache[name] = load_config(locate_checkpoint(run.teacher, run.dataset.name))
+        _check_recorded_repetition(run, locate_checkpoint(run.teacher, run.dataset.name))
     plan_student(cache[name], run.student)
     if other := run.student.copy_from:
         if other not in cache:
@@ -72,3 +76,13 @@ def _check_data(run: Run, cache: dict[str, Any]) -> None:
     if run.pseudo.extra and (extra := str(run.pseudo.extra)) not in cache:
         cache[extra] = None
         check_split(run.pseudo.extra.as_dataset(), run.pseudo.extra.split)
+
+
+def _check_recorded_repetition(run: Run, teacher: str | Path) -> None:
+    """Refuse a teacher by the repetition in its metadata; a checkpoint that is fine-tuned itself is allowed."""
+    if run.method == "sft" and run.student == Student():
+        return
+    metadata = CheckpointMetadata.read_if_present(Path(teacher) / METADATA_FILE)
+    scores = metadata.scores.get("validation") if metadata else None
+    repetition = scores.metrics.get("repetition") if scores else None
+    check_teacher_repetition(str(run.teacher), repetition, run.evaluation.allow_repetitive_teacher)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from raydistill.config.metric_names import BUILT_IN_METRICS, is_own_metric
 from raydistill.config.run import Run
+from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
 from raydistill.core.files import (
     SCHEMA_VERSION,
@@ -257,6 +258,28 @@ class RunResult(Record):
     def scored(self) -> bool:
         """Whether the run has a checkpoint with scores."""
         return self.status != "failed"
+
+
+def check_teacher_repetition(teacher: str, repetition: float | None, allowed: bool) -> None:
+    """Refuse a teacher of whose outputs most repeat themselves, or print a warning if such a teacher is allowed.
+
+    Args:
+        teacher: The teacher, for the message.
+        repetition: The share of its outputs that repeat themselves, 0 to 1; None if unknown.
+        allowed: `evaluation.allow_repetitive_teacher`.
+
+    Raises:
+        UserError: Most outputs repeat themselves, and that is not allowed.
+    """
+    if repetition is None or repetition <= DEGENERATE_REPETITION:
+        return
+    if not allowed:
+        raise UserError(
+            f"{repetition:.0%} of the outputs of the teacher {teacher} repeat themselves, as students would. "
+            f"Train the teacher further or decode with other settings, or allow the teacher with "
+            f"evaluation.allow_repetitive_teacher: true (raydistill pseudolabel --allow-repetitive)"
+        )
+    print_progress(str(repetition_warning(f"teacher {teacher}", repetition)))
 
 
 def repetition_warning(model: str, repetition: float | None) -> str | None:

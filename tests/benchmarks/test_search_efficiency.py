@@ -199,6 +199,7 @@ def test_live_sweeps_are_compared_by_the_hypervolume_of_the_grid(tmp_path: Path)
         "student": {"size": {"choice": ["2-2", "2-1"]}},
         "training": {"learning_rate": {"choice": [1e-3, 1e-4]}, "epochs": 4, "batch_size": 8, "patience": 99},
         "decoding": {"beams": 1, "max_length": 12},
+        "evaluation": {"allow_repetitive_teacher": True},
     }
     search = {"trials": 4, "sampler": "grid", "stopping": "off"}
     serving = {"beams": [], "precision": ["fp32"]}

@@ -82,7 +82,7 @@ def test_label_job_resumes_after_a_full_disk(home: Path, tmp_path: Path) -> None
     teacher, _ = make_world(tmp_path / "world")
     source = tmp_path / "many.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in corpus_rows(2000, seed=7)))
-    label = ("pseudolabel", "--teacher", teacher, "--dataset", source, "--batch-chars", "600")
+    label = ("pseudolabel", "--teacher", teacher, "--dataset", source, "--batch-chars", "600", "--allow-repetitive")
     process = start_command(home, *label)
     wait_for_files(home, "labels/.many-*.work/out/*.parquet", 40, process)
     assert not list(home.glob("labels/many-*/manifest.json")), "the job finished before the disk was filled"
@@ -103,6 +103,7 @@ def test_sweep_resumes_after_a_full_disk(home: Path, tmp_path: Path) -> None:
         "student": {"size": {"choice": ["2-2", "2-1"]}},
         "training": {"epochs": 30, "batch_size": 8, "warmup_steps": 2, "patience": 99, "seed": {"choice": [0, 1]}},
         "decoding": {"beams": 1, "max_length": 12},
+        "evaluation": {"allow_repetitive_teacher": True},
     }
     path = tmp_path / "full.yaml"
     search = {"trials": 8, "sampler": "grid"}

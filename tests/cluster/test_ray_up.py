@@ -51,7 +51,7 @@ def test_jobs_spread_over_all_hosts_between_ray_up_and_ray_down(tmp_path: Path) 
         )
         done = cluster.ray(
             *("submit", str(cluster.file), str(script), "--teacher", str(teacher), "--dataset", str(source)),
-            *("--batch-chars", "2000"),
+            *("--batch-chars", "2000", "--allow-repetitive"),
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         labels = read_labels(cluster.shared / "labels")
@@ -92,7 +92,7 @@ def test_hosts_without_a_shared_folder_share_a_bucket(tmp_path: Path) -> None:
         assert len(list(published)) == 8, "trials of the other hosts are published too"
 
         source = write_sources(cluster, 1500)
-        label = f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 2000"
+        label = f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 2000 --allow-repetitive"
         cluster.on_head(label)
         labels = read_labels(head.private / "labels")
         assert len(labels.targets) == 1500
@@ -121,7 +121,7 @@ class FaultTarget:
 
     def label_command(self, output: str) -> str:
         """The command that writes labels to the folder `output` of the shared folder."""
-        inputs = f"--teacher {self.teacher} --dataset {self.source} --batch-chars 600"
+        inputs = f"--teacher {self.teacher} --dataset {self.source} --batch-chars 600 --allow-repetitive"
         return f"raydistill pseudolabel {inputs} --output {self.cluster.shared / output}"
 
     def start_labelling(self, output: str) -> subprocess.Popen[str]:

@@ -220,7 +220,9 @@ def soak_setup(tmp_path: Path) -> Iterator[SoakSetup]:
         teacher, data = make_world(cluster.shared / "world")
         space = write_space(cluster, teacher, data, retries=50)
         source = write_sources(cluster, ROWS)
-        label_command = f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 600"
+        label_command = (
+            f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 600 --allow-repetitive"
+        )
         yield SoakSetup(cluster, server, space, label_command)
 
 

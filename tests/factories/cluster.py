@@ -36,6 +36,7 @@ SPACE: dict[str, Any] = {
         "student": {"size": {"choice": ["2-2", "2-1"]}},
         "training": {"epochs": 60, "batch_size": 8, "warmup_steps": 2, "patience": 99, "seed": {"choice": [0, 1]}},
         "decoding": {"beams": 1, "max_length": 12},
+        "evaluation": {"allow_repetitive_teacher": True},
     },
     "search": {"trials": 8, "sampler": "grid"},
     "serving": {"beams": [1], "precision": ["fp32"]},

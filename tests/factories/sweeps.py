@@ -55,6 +55,7 @@ KILL_SPACE: dict[str, Any] = {
         "student": {"size": {"choice": ["2-3", "2-2", "2-1"]}},
         "training": {"epochs": 6, "batch_size": 8, "warmup_steps": 2, "checks_per_epoch": 2, "patience": 99},
         "decoding": {"beams": 1, "max_length": 12},
+        "evaluation": {"allow_repetitive_teacher": True},
     },
     "search": {"trials": 6, "sampler": "grid"},
     "serving": {"beams": [1], "precision": ["fp32"]},

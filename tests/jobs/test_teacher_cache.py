@@ -37,7 +37,7 @@ def read_parts(root):
 def test_job_builds_the_parts_of_a_build_in_one_process_and_only_missing_ones(workspace, tmp_path):
     runs = [cached_run(workspace, method, teacher_cache="full") for method in ("kd", "sft")]
     root = tmp_path / "cache"
-    job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding)
+    job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding, allow_repetitive=True)
     labels = pseudolabel(job, tmp_path / "labels", verbose=False)
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
     build_teacher_cache(CacheRequest(runs[1:], {}, root, "cpu"), "full")  # encoder states only

@@ -87,7 +87,7 @@ def test_trials_worse_than_their_peers_stop_early_and_infeasible_sizes_are_not_t
                 "learning_rate": {"choice": [1e-2, 1e-9]},
             },
             "decoding": {"beams": 1, "max_length": 12},
-            "evaluation": {"metric": "bleu"},
+            "evaluation": {"metric": "bleu", "allow_repetitive_teacher": True},
         },
         "search": {"trials": 4, "sampler": "grid", "stopping": "per_shape", "concurrent": 1, "grace": 7 / 8},
         "points": [{"student.size": "2-1", "training.learning_rate": 1e-2}],
