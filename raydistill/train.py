@@ -158,7 +158,7 @@ def train_run(run: Any, folder: Path) -> "RunResult":
     from raydistill.training.preflight import check_run
     from raydistill.training.records import FINGERPRINTS_FILE, RESULT_FILE, RUN_FILE, RunResult
     from raydistill.training.run_folder import check_same_config, check_same_inputs
-    from raydistill.training.tokenized_data import input_fingerprints
+    from raydistill.training.tokenized_data import choose_metrics, input_fingerprints
 
     snapshots.pull(folder)
     if (folder / RUN_FILE).is_file():
@@ -173,6 +173,7 @@ def train_run(run: Any, folder: Path) -> "RunResult":
         device = cluster_device()
         check_capacity(run, device)
         print_progress(f"run {run.name}: method {run.method} on {device}, in {folder}")
+        print_progress(choose_metrics(run).describe())  # what Ray's processes print is not shown
         inputs = prepare_run_inputs(run, device, folder)
         snapshots.save(folder)
         with record_error(folder), RunFollower(folder):

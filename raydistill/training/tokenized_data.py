@@ -80,9 +80,14 @@ def load_tokenized_data(
         split: tokenize_split(tokenizer, run.dataset, split, "source", max_source_tokens)
         for split in ("train", "validation")
     }
-    columns = corpora["validation"].columns
-    metrics = resolve_metrics(run.dataset, run.evaluation.metric, run.evaluation.report, columns)
-    return TokenizedData(corpora, sources, max_source_tokens, max_target_tokens, metrics)
+    return TokenizedData(corpora, sources, max_source_tokens, max_target_tokens, choose_metrics(run))
+
+
+def choose_metrics(run: Run) -> MetricChoice:
+    """The metrics of a run; with `auto`, those of its data set, by the columns of the validation split."""
+    corpus = read_split(run.dataset, "validation")
+    columns = corpus.columns if corpus else None
+    return resolve_metrics(run.dataset, run.evaluation.metric, run.evaluation.report, columns)
 
 
 def input_fingerprints(run: Run) -> InputFingerprints:

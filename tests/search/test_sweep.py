@@ -39,6 +39,7 @@ def run_demo_sweep(home, logs):
     rows = {f"dataset.{split}_rows": n for split, n in ROWS.items()}
     small = set_options(**rows, **{"training.max_steps": 30})
     teacher = command(home, "train", "demo", *small, "--json", RAY_TMPDIR=logs)
+    assert "metric: rouge2 (auto: the metric of demo)" in teacher.stderr
     settings = {**SEARCH, **{f"run.{key}": n for key, n in rows.items()}, "search.trials": 4}
     arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *set_options(**settings)]
     summary = command(home, *arguments, "--json", RAY_TMPDIR=logs)
