@@ -9,6 +9,7 @@ batches  empty batches through the label job's actor pool: the most batches per 
 trials   a search with reused Tune actors (short CPU trials) on the same nodes, with trials in proportion to the nodes
 train    the same with Ray Train (GPU trials), whose start alone takes seconds of this machine's cores: few trials
 many     a search of very short trials on the most nodes: does a trial cost the head more after many others?
+driver   without Ray: what a trial costs the driver, and a check for early stopping its trial, after many others
 
 All parts take about half an hour on an idle machine. A quick check:
 
@@ -24,6 +25,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from timeit import timeit
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.common import RESULTS, BenchmarkResult, describe_machine
@@ -36,20 +39,23 @@ from raydistill.config.space import Space
 from raydistill.core.console import print_progress
 from raydistill.data.demo import demo_rows
 from raydistill.jobs.pseudolabel import GPU_BATCH_CHARS, LabelJob, pseudolabel
+from raydistill.jobs.train import TrainJob
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.results.sweep_record import ShapeTable, SweepTeacher, TeacherPasses
 from raydistill.results.tables import markdown_table
 from raydistill.search.early_stopping import peer_curves
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.progress import ProgressCallback
+from raydistill.search.study import SweepStudy, final_report
 from raydistill.search.sweep_folder import write_sweep_record
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 
-PARTS = ("labels", "batches", "trials", "train", "many")
+PARTS = ("labels", "batches", "trials", "train", "many", "driver")
 NODE_COUNTS = (1, 2, 4, 8)
 SECONDS_PER_STEP = 0.1
 TRAIN_TRIALS_PER_NODE = 2
+DRIVER_TRIALS = 20  # that are measured
 SIZES = ("12-6", "12-3", "12-1")
 
 
@@ -90,6 +96,8 @@ def run_part(part: str, scratch: Path, options: argparse.Namespace) -> Any:
     if part == "train":
         searches = [(n, TRAIN_TRIALS_PER_NODE * n, 3 * options.trial_seconds) for n in options.nodes]
         return [measure_trials(scratch, *search, "train") for search in searches]
+    if part == "driver":
+        return [measure_driver(scratch, earlier) for earlier in options.earlier]
     return measure_trials(scratch, most_nodes, options.many, 1.0, "tune")
 
 
@@ -174,9 +182,8 @@ def measure_trials(scratch: Path, num_nodes: int, count: int, seconds: float, la
         end = time.time()
     sleeps = sorted((read_sleep(path) for path in sweep.glob(f"trials/*/{SLEEP_FILE}")), key=lambda sleep: sleep.start)
     assert len(sleeps) == count
-    reading_start = time.perf_counter()
-    peer_curves(sweep, next((sweep / "trials").glob("*/result.json")).parent.name)
-    reading_seconds = time.perf_counter() - reading_start
+    key = next((sweep / "trials").glob("*/result.json")).parent.name
+    reading_seconds = [timeit(lambda: peer_curves(sweep, key), number=1) for _ in range(2)]
     busy = steady_rate(assign_slots(sleeps, num_nodes)) / num_nodes
     print_progress(f"{launcher}: {count} trials on {num_nodes} nodes: slots busy {busy:.0%} of the time")
     ends = sorted(sleep.end for sleep in sleeps)
@@ -196,6 +203,61 @@ def measure_trials(scratch: Path, num_nodes: int, count: int, seconds: float, la
         "second_half": _cpu_per_trial(meter, sleeps, middle, last),
         "sleeps": [asdict(sleep) for sleep in sleeps],
     }
+
+
+def measure_driver(scratch: Path, num_earlier: int) -> dict[str, Any]:
+    """Seconds of what the driver does for a trial, and of a check for early stopping, after `num_earlier` trials.
+
+    The study proposes the trials, their files are written without training, and the study and the progress callback
+    receive the results. Ray Tune's own work is part of the part `many` only.
+    """
+    space = endless_space(num_earlier + 2 * DRIVER_TRIALS, None, 1.0, "tune")
+    sweep = Path(tempfile.mkdtemp(dir=scratch))
+    prepared = synthetic_sweep()
+    write_sweep_record(space, sweep, prepared, "running")
+    write_trials(space, sweep, prepared, num_earlier)
+    seconds: dict[str, list[float]] = {"propose": [], "report": [], "progress": [], "check": []}
+
+    def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        start = time.perf_counter()
+        value = call(*arguments)
+        seconds[name].append(time.perf_counter() - start)
+        return value
+
+    def check_stop(job: TrainJob, *_: Any) -> str | None:
+        return timed("check", job.check_stop) if job.check_stop else None
+
+    start = time.perf_counter()
+    study = SweepStudy(space, sweep)
+    progress = ProgressCallback(sweep, space.search, "rouge2")
+    context = TrialContext(space, sweep, prepared, "cpu", partial(simulated_run, seconds_per_step=0.0))
+    peer_curves(sweep, next(iter(study.finished_keys)))
+    loading = time.perf_counter() - start
+    for number in range(DRIVER_TRIALS):
+        config = timed("propose", study.propose, str(number)).model_dump()
+        job = context.make_job(config)
+        result = simulated_run(job.run, job.folder, partial(check_stop, job), job.inputs, seconds_per_step=0.0)
+        report = final_report(result, space.search.cost)
+        trial = SimpleNamespace(trial_id=str(number), config=config)
+        timed("progress", progress.on_trial_result, 0, [], trial, report)
+        timed("report", study.report, str(number), report)
+    # The first call of each kind reads what the others have in memory
+    means = {name: sum(values[1:]) / len(values[1:]) for name, values in seconds.items()}
+    print_progress(f"driver: after {num_earlier} trials: {means}")
+    return {"earlier": num_earlier, "loading": loading, **means}
+
+
+def write_trials(space: Space, sweep: Path, prepared: PreparedSweep, count: int) -> None:
+    """Write the folders of `count` finished trials with random settings."""
+    random_space = space.model_copy(update={"search": space.search.model_copy(update={"sampler": "random"})})
+    study = SweepStudy(random_space, sweep)
+    context = TrialContext(space, sweep, prepared, "cpu", partial(simulated_run, seconds_per_step=0.0))
+    for i in range(count):
+        proposal = study.propose(str(i))
+        assert proposal is not None
+        job = context.make_job(proposal.model_dump())
+        result = simulated_run(job.run, job.folder, lambda *_: None, job.inputs, seconds_per_step=0.0)
+        study.report(str(i), final_report(result, space.search.cost))
 
 
 def assign_slots(sleeps: list[TrialSleep], num_slots: int) -> list[BatchEnd]:
@@ -275,6 +337,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         "trials": ("A search with reused Tune actors", _trials_text),
         "train": ("A search with Ray Train", _trials_text),
         "many": ("Many short trials", _many_text),
+        "driver": ("The driver after many trials", _driver_text),
     }
     return "\n\n".join(f"## {title}\n\n{text(results[p])}" for p, (title, text) in sections.items() if p in results)
 
@@ -306,7 +369,7 @@ def _labels_text(records: list[dict[str, Any]]) -> str:
         f"A full batch ({GPU_BATCH_CHARS} characters, about {GPU_BATCH_CHARS / last['chars']:.0f} rows of "
         f"{last['chars']:.0f}) takes a teacher {last['batch_seconds']:g} s. Rates count each teacher's batches after "
         f"its first; on {last['nodes']} nodes the sleeps alone would give {last['ideal']:.0f} rows/s. Before: reading, "
-        f"checking, planning, start of the actors; after: scoring (ROUGE) and writing.\n\n"
+        f"checking, planning, start of the actors; after: merging the outputs, which the actors have scored.\n\n"
         f"{markdown_table(header, rows)}"
     )
 
@@ -346,8 +409,29 @@ def _many_text(record: dict[str, Any]) -> str:
     return (
         f"{record['trials']} trials of {record['trial_seconds']:g} s on {record['nodes']} nodes: slots busy "
         f"{record['busy']:.1%} of the time. Driver CPU per trial: {halves[0]:.3f} s in the first half, {halves[1]:.3f} "
-        f"s in the second. At the end, one check for early stopping reads the other trials' folders in "
-        f"{1000 * record['reading']:.0f} ms."
+        f"s in the second. At the end, the first check for early stopping of a process takes "
+        f"{1000 * record['reading'][0]:.0f} ms, a further one {1000 * record['reading'][1]:.0f} ms."
+    )
+
+
+def _driver_text(records: list[dict[str, Any]]) -> str:
+    header = [
+        "earlier trials",
+        "s to load",
+        "ms: proposal",
+        "report",
+        "progress",
+        "driver per trial",
+        "check of a trial",
+    ]
+    rows = []
+    for record in records:
+        driver = [1000 * record[name] for name in ("propose", "report", "progress")]
+        milliseconds = [*driver, sum(driver), 1000 * record["check"]]
+        rows.append([str(record["earlier"]), f"{record['loading']:.1f}", *(f"{ms:.1f}" for ms in milliseconds)])
+    return (
+        f"Means of {DRIVER_TRIALS - 1} trials in one process, without Ray. To load: a new study, and the first check "
+        f"for early stopping of a process, which reads every trial.\n\n{markdown_table(header, rows)}"
     )
 
 
@@ -363,6 +447,9 @@ def _parse_arguments() -> argparse.Namespace:
         "--trial-seconds", type=float, default=10.0, help="trials: seconds per trial (train: three times); default: 10"
     )
     parser.add_argument("--many", type=int, default=200, help="many: trials; default: 200")
+    parser.add_argument(
+        "--earlier", nargs="+", type=int, default=[100, 1000, 5000], help="driver: trials before the measured ones"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     return parser.parse_args()
 

@@ -181,14 +181,14 @@ def record_trial(trial: Trial, metric: str, cost: float, teacher_repetition: flo
     validation_share = rows["validation"] / sum(rows.values()) if rows else 1.0
     return RecordedTrial(
         size=trial.size,
-        curve=validation_curve(trial),
+        curve=validation_curve(trial, history),
         seconds=seconds,
         scoring_seconds=scoring_seconds,
         validation_scoring_seconds=scoring_seconds * validation_share,
         score=trial.score(metric) if trial.scored else None,
         cost=cost,
         collapsed=tuple(bool(collapse_reason(line.repetition or 0.0, teacher_repetition)) for line in history),
-        warmup=warmup_share(trial),
+        warmup=warmup_share(trial, history),
     )
 
 

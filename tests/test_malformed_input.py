@@ -370,7 +370,7 @@ def test_batch_plans(check_property, tmp_path):
             for number in range(len(plan)):
                 plan.read_batch(number)
             for window in range(plan.num_windows):
-                plan.read_targets(window)
+                plan.read_order(window)
 
     def check(name, content):
         for other, original in valid.items():

@@ -4,7 +4,7 @@ Statistics are stored per row. A corpus score is a mean (ROUGE, exact match) or 
 chrF), so a bootstrap resamples rows without scoring texts again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -182,10 +182,14 @@ class ScoreAccumulator:
         """Add a chunk of rows; an empty chunk is ignored."""
         if not predictions:
             return
-        rows = make_rows(predictions, references, sources)
-        for name, values in compute_statistics([self.metric], rows).items():
-            self.sums[name] = self.sums.get(name, 0) + values.sum(axis=0)
-        self.count += len(predictions)
+        by_name = compute_statistics([self.metric], make_rows(predictions, references, sources))
+        self.merge(len(predictions), {name: rows.sum(axis=0).tolist() for name, rows in by_name.items()})
+
+    def merge(self, count: int, sums: Mapping[str, float | list[float]]) -> None:
+        """Add `count` rows whose sums another accumulator has computed."""
+        for name, total in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + np.asarray(total)
+        self.count += count
 
     def metrics(self) -> dict[str, float]:
         """Return the scores of all rows so far by name; empty if there are no rows."""

@@ -30,6 +30,7 @@ from raydistill.jobs.label_outputs import (
     LabelStats,
     batch_output_path,
     check_same_engine,
+    count_batch,
     engine_path,
     is_batch_complete,
     merge_outputs,
@@ -92,7 +93,10 @@ class LabelJob:
 
 @dataclass(frozen=True)
 class LabelTask:
-    """A job with everything that its actors need: what the texts depend on, and where they go."""
+    """A job with everything that its actors need: what the texts depend on, and where they go.
+
+    `metric`: the metric of the labels against the original targets; None if the data has none.
+    """
 
     job: LabelJob
     description: LabelDescription
@@ -100,6 +104,7 @@ class LabelTask:
     device: str
     verbose: bool = True
     engine_factory: EngineFactory | None = None
+    metric: str | None = None
 
     @property
     def work_dir(self) -> Path:
@@ -141,7 +146,8 @@ def pseudolabel(
     root = root.absolute()  # Ray's workers have other working directories
     description = description.model_copy(update={"key": _label_set_key(job, description, device)})
     folder = root / f"{_slug(job.rows.name)}-{_slug(job.split)}-{description.key}"
-    task = LabelTask(job, description, folder, device, verbose, engine_factory)
+    metric = job.resolve_metric(scan) if scan.labelled else None
+    task = LabelTask(job, description, folder, device, verbose, engine_factory, metric)
     with artifact.lock(folder, math.inf, print_progress), record_error(task.work_dir):
         _build_label_set(task, scan)
     if rules == type(rules)():  # no rules
@@ -344,7 +350,7 @@ class _LabelProgress:
 
 
 class Labeller:
-    """A teacher on a GPU or on a share of the CPUs: labels planned batches and writes the output of each."""
+    """A teacher on a GPU or on a share of the CPUs: labels and scores planned batches and writes the output of each."""
 
     def __init__(self, task: LabelTask, plan: BatchPlan) -> None:
         job, teacher = task.job, task.description.teacher
@@ -356,6 +362,7 @@ class Labeller:
             raise UserError(f"{teacher.path}: the teacher changed since the job started; run the command again")
         self._beam, self._max_source_tokens = beam_search_params(task.description)
         self._plan, self._work_dir, self._n_best, self._threads = plan, task.work_dir, job.pseudo.n_best, job.threads
+        self._metric = task.metric
         sources = plan.read_batch(len(plan) // 2)["sources"][:NUM_CALIBRATION_ROWS]
         messages: list[str] = []
         self._engine = (task.engine_factory or open_engine)(
@@ -378,7 +385,7 @@ class Labeller:
         check_same_engine(task.work_dir, engine)
 
     def __call__(self, batch_number: int) -> BatchStats:
-        """Label a planned batch, write its output, and return the numbers of rows and of output tokens."""
+        """Label and score a planned batch, write its output, and return the numbers of rows and of output tokens."""
         batch = self._plan.read_batch(batch_number)
         started = time.monotonic()
         outputs = self._engine.generate(
@@ -394,7 +401,9 @@ class Labeller:
             "targets": [[h.text.strip() for h in hypotheses] for hypotheses in outputs],
             "scores": [[float(h.score) for h in hypotheses] for hypotheses in outputs],
         }
-        write_batch_output(self._work_dir, batch_number, columns, self._engine_name, device_seconds)
+        labels = [targets[0] for targets in columns["targets"]]
+        counts = count_batch(labels, batch, self._metric, engine=self._engine_name, device_seconds=device_seconds)
+        write_batch_output(self._work_dir, batch_number, columns, counts)
         return {"rows": len(outputs), "tokens": sum(hypotheses[0].num_tokens for hypotheses in outputs)}
 
     @property

@@ -12,6 +12,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from raydistill.core import artifact
@@ -97,33 +98,29 @@ class BatchPlan:
                 raise ValueError(f"batch {number} does not have {num_rows} rows")
             return batch
 
-    def read_targets(self, window: int) -> list[tuple[str, str]]:
-        """Read (id, target) of the rows of a window, in the order of the data; as `read_sources`."""
-        return self._read_texts(window, "targets")
+    def read_order(self, window: int) -> tuple[Any, np.ndarray]:
+        """Read the rows of a window without their texts.
 
-    def read_sources(self, window: int) -> list[tuple[str, str]]:
-        """Read (id, source) of the rows of a window, in the order of the data.
-
-        Raises:
-            UserError: The file is missing or damaged.
-        """
-        return self._read_texts(window, "sources")
-
-    def _read_texts(self, window: int, column: str) -> list[tuple[str, str]]:
-        """Read the id and a column of the rows of a window, in the order of the data.
+        Returns:
+            The ids of the rows, batch by batch, as a pyarrow array of strings; and the indices that put these rows into
+            the order of the data.
 
         Raises:
             UserError: The file is missing or damaged.
         """
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        rows: list[tuple[int, tuple[str, str]]] = []
         path = _window_path(self.folder, window)
-        with corrupt_file_error(path), pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                [batch] = file.read_row_group(group, columns=["positions", "ids", column]).to_pylist()
-                rows += zip(batch["positions"], zip(batch["ids"], batch[column], strict=True), strict=True)
-        return [row for _, row in sorted(rows)]
+        with corrupt_file_error(path):
+            table = pq.read_table(path, columns=["positions", "ids"])
+            ids, positions = (pc.list_flatten(table[name]).combine_chunks() for name in ("ids", "positions"))
+            positions = positions.to_numpy(zero_copy_only=False)
+            order = np.argsort(positions)
+            num_rows = sum(self.batch_rows[number] for number in self.batches_in_window(window))
+            if len(ids) != num_rows or not np.array_equal(positions[order], np.arange(num_rows)):
+                raise ValueError(f"window {window} does not have each of {num_rows} rows once")
+            return ids, order
 
 
 def make_plan(

@@ -24,6 +24,7 @@ from raydistill.label_sets.manifest import LABEL_SET, LabelManifest, Pseudolabel
 PART_ROWS = 50_000
 WRITE_BUFFER_ROWS = 2_000  # rows in memory before they are written, so that memory does not grow with a part
 COLUMNS = ("id", "target", "rank", "score")
+PART_PATTERN = "part-{:05d}.parquet"
 DROPPED_FILE = "dropped.parquet"
 CORRUPT_SET_REMEDY = "delete the folder and make the label set again"
 
@@ -72,11 +73,10 @@ def write_label_set(
 
     if artifact.is_complete(folder):  # another process may be reading the set
         return
-    part_schema = pa.schema(zip(COLUMNS, (pa.string(), pa.string(), pa.int32(), pa.float64()), strict=True))
     dropped_schema = pa.schema([("id", pa.string()), ("reason", pa.string())])
     with (
         artifact.build(folder, make_manifest) as temporary,
-        _PartWriter(temporary, "part-{:05d}.parquet", part_schema, PART_ROWS) as parts,
+        _PartWriter(temporary, PART_PATTERN, part_schema(), PART_ROWS) as parts,
         _PartWriter(temporary, DROPPED_FILE, dropped_schema) as dropped,
     ):
         for row_id, candidates_or_reason in rows:
@@ -85,6 +85,25 @@ def write_label_set(
                 continue
             for rank, (target, score) in enumerate(candidates_or_reason):
                 parts.add(row_id, target, rank, score)
+
+
+def write_label_tables(folder: Path, tables: Iterable[Any], make_manifest: Callable[[], LabelManifest]) -> None:
+    """Write a label set from pyarrow tables of `part_schema`, one after another, otherwise as `write_label_set`."""
+    if artifact.is_complete(folder):  # another process may be reading the set
+        return
+    with (
+        artifact.build(folder, make_manifest) as temporary,
+        _PartWriter(temporary, PART_PATTERN, part_schema(), PART_ROWS) as parts,
+    ):
+        for table in tables:
+            parts.add_table(table)
+
+
+def part_schema() -> Any:
+    """The pyarrow schema of the parts: a line per candidate."""
+    import pyarrow as pa
+
+    return pa.schema(zip(COLUMNS, (pa.string(), pa.string(), pa.int32(), pa.float64()), strict=True))
 
 
 class _PartWriter:
@@ -100,29 +119,38 @@ class _PartWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flush()
         self._close_file()
 
     def add(self, *line: Any) -> None:
         self._buffer.append(line)
-        if len(self._buffer) == WRITE_BUFFER_ROWS:
+        if len(self._buffer) == WRITE_BUFFER_ROWS or self._rows_in_file + len(self._buffer) == self._max_rows:
             self._flush()
-        if self._rows_in_file + len(self._buffer) == self._max_rows:
-            self._close_file()
+
+    def add_table(self, table: Any) -> None:
+        while len(table):
+            space = len(table) if self._max_rows is None else self._max_rows - self._rows_in_file
+            self._write(table.slice(0, space))
+            table = table.slice(space)
 
     def _flush(self) -> None:
         import pyarrow as pa
+
+        lines = [dict(zip(self._schema.names, line, strict=True)) for line in self._buffer]
+        self._buffer.clear()
+        self.add_table(pa.Table.from_pylist(lines, schema=self._schema))
+
+    def _write(self, table: Any) -> None:
         import pyarrow.parquet as pq
 
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._folder / self._name_pattern.format(self._num_files), self._schema)
-        lines = [dict(zip(self._schema.names, line, strict=True)) for line in self._buffer]
-        self._writer.write_table(pa.Table.from_pylist(lines, schema=self._schema))
-        self._rows_in_file += len(self._buffer)
-        self._buffer.clear()
+        self._writer.write_table(table)
+        self._rows_in_file += len(table)
+        if self._rows_in_file == self._max_rows:
+            self._close_file()
 
     def _close_file(self) -> None:
-        if self._buffer:
-            self._flush()
         if self._writer is not None:
             self._writer.close()
             self._num_files += 1

@@ -21,7 +21,7 @@ from raydistill.config.shapes import FULL_SIZE, Shape
 from raydistill.core.errors import UserError
 from raydistill.core.files import PARSE_ERRORS, corrupt_file_error, safe_join
 from raydistill.core.paths import raydistill_home
-from raydistill.results.sweep_record import SWEEP_FILE, read_sweep
+from raydistill.results.sweep_record import SWEEP_FILE
 from raydistill.training.records import (
     RESULT_FILE,
     RUN_FILE,
@@ -207,6 +207,17 @@ def _known_shape_name(run: Run) -> str:
     return "" if run.student.shape.size == FULL_SIZE else run.student.shape.name
 
 
+def read_trial(folder: Path) -> Trial | None:
+    """The trial in a folder; None if the trial was not started.
+
+    Raises:
+        UserError: result.json or run.json is damaged.
+    """
+    if (folder / RESULT_FILE).exists():
+        return _read_finished(folder)
+    return _read_running(folder) if (folder / RUN_FILE).exists() else None
+
+
 def read_trials(sweep: Path) -> list[Trial]:
     """Every trial that was started: the finished ones by number, then those without result.json ("running").
 
@@ -224,13 +235,7 @@ def read_trials(sweep: Path) -> list[Trial]:
 
 def _read_runs(parent: Path) -> list[Trial]:
     """The runs of the folders in `parent`, by name."""
-    runs = []
-    for folder in sorted(parent.glob("*/")):
-        if (folder / RESULT_FILE).exists():
-            runs.append(_read_finished(folder))
-        elif (folder / RUN_FILE).exists():
-            runs.append(_read_running(folder))
-    return runs
+    return [run for folder in sorted(parent.glob("*/")) if (run := read_trial(folder)) is not None]
 
 
 def seed_run_folder(sweep: Path, key: str, seed: int) -> Path:
@@ -288,12 +293,6 @@ def find_sweep(name_or_path: str) -> Path:
     names = sorted(p.parent.name for p in sweeps.glob(f"*/{SWEEP_FILE}"))
     existing = f"sweeps in {sweeps}: {', '.join(names)}" if names else f"there are no sweeps in {sweeps}"
     raise UserError(f"{name_or_path}: no such sweep; {existing}. Give a folder or a name")
-
-
-def device_hours(sweep: Path) -> float:
-    """Device-hours of the sweep so far: trials and repeats of any status, and the teacher's passes."""
-    runs = [run for trial in read_trials(sweep) for run in (trial, *trial.repeats)]
-    return read_sweep(sweep).teacher.passes.total_hours + sum(run.device_hours for run in runs)
 
 
 def repeat_trial_remedy(folder: Path) -> str:

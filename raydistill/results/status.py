@@ -23,8 +23,9 @@ from raydistill.core.last_error import ERROR_FILE, LastError
 from raydistill.label_sets.batch_plan import open_plan
 from raydistill.label_sets.label_set import read_manifest
 from raydistill.results.formatting import format_count
-from raydistill.results.records import Trial, device_hours, read_trials
+from raydistill.results.records import Trial, read_trials
 from raydistill.results.sweep_record import SWEEP_FILE, SweepRecord
+from raydistill.results.trial_index import TrialIndex
 from raydistill.training.records import (
     PROGRESS_FILE,
     RESULT_FILE,
@@ -111,7 +112,7 @@ def sweep_status(folder: Path) -> JobStatus:
     trials: list[Trial] = []
     try:
         record, trials = SweepRecord.read_if_present(folder / SWEEP_FILE), read_trials(folder)
-        hours = device_hours(folder) if record else None
+        hours = TrialIndex(folder).device_hours() if record else None
     except UserError as error:
         problem = str(error)
     owner = lock_owner(folder)

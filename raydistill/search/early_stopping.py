@@ -9,7 +9,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from raydistill.results.records import Trial, read_trials
+from raydistill.results.records import Trial
+from raydistill.results.trial_index import trial_index
+from raydistill.training.records import Validation
 
 Curve = Sequence[tuple[float, float]]  # (share of the run's steps, validation score), in order of steps
 
@@ -66,25 +68,28 @@ def should_stop_early(curve: Curve, peers: Sequence[Curve], grace: float, reduct
 
 
 def peer_curves(sweep: Path, key: str) -> tuple[Curve, list[Curve], float]:
-    """The curve of a trial, the curves of the other trials of its shape, and the share of its warm-up."""
-    trials = {trial.key: trial for trial in read_trials(sweep)}
-    shape = trials[key].requested_shape()
-    others = [t for t in trials.values() if t.key != key and t.status != "failed" and t.requested_shape() == shape]
-    return validation_curve(trials[key]), [validation_curve(trial) for trial in others], warmup_share(trials[key])
+    """The curve of a trial, the curves of the other trials of its shape, and the share of its warm-up.
+
+    Of the other trials only the files are read that changed since the last call in this process.
+    """
+    trials = trial_index(sweep).read()
+    own = trials[key]
+    peers = [t for t in trials.values() if t is not own and t.trial.status != "failed" and t.shape == own.shape]
+    curve, *others = (validation_curve(indexed.trial, indexed.history) for indexed in (own, *peers))
+    return curve, others, warmup_share(own.trial, own.history)
 
 
-def warmup_share(trial: Trial) -> float:
+def warmup_share(trial: Trial, history: Sequence[Validation]) -> float:
     """Share of a trial's steps in which the learning rate rises; 0 before the first validation."""
-    history = trial.history()
     if not history:
         return 0.0
     total = history[-1].total_steps
     return trial.run_config().training.get_warmup_steps(total) / total
 
 
-def validation_curve(trial: Trial) -> Curve:
+def validation_curve(trial: Trial, history: Sequence[Validation]) -> Curve:
     """The validation scores of a trial. A run that ended before its last step keeps its best score until the end."""
-    points = [(validation.step / validation.total_steps, validation.score) for validation in trial.history()]
+    points = [(validation.step / validation.total_steps, validation.score) for validation in history]
     if trial.status == "done" and points and points[-1][0] < 1:
         points.append((1.0, max(score for _, score in points)))
     return points

@@ -11,7 +11,8 @@ from raydistill.cluster import snapshots
 from raydistill.config.space import Search
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError
-from raydistill.results.records import Trial, count_finished_trials, device_hours, read_trials, scoring_engines
+from raydistill.results.records import count_finished_trials, scoring_engines
+from raydistill.results.trial_index import trial_index
 
 
 class ProgressCallback(Callback):
@@ -32,7 +33,8 @@ class ProgressCallback(Callback):
     ) -> None:
         self.sweep, self.search, self.metric, self.setup_s = sweep, search, metric, setup_s
         self.start_time = time.monotonic() if start_time is None else start_time
-        self.num_finished_before, self.device_hours_before = count_finished_trials(sweep), device_hours(sweep)
+        self.num_finished_before = count_finished_trials(sweep)
+        self.device_hours_before = trial_index(sweep).device_hours()
         self.trial_start_times: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -70,7 +72,8 @@ class ProgressCallback(Callback):
 
     def status_line(self, now: float) -> str:
         """Finished trials, device-hours with the teacher's passes, time left and best score per size, in one line."""
-        finished, hours = finished_trials(self.sweep), device_hours(self.sweep)
+        index = trial_index(self.sweep)
+        finished, hours = index.finished(), index.device_hours()
         best: dict[str, float] = {}
         for trial in finished:
             score = trial.score(self.metric)
@@ -104,11 +107,6 @@ class ProgressCallback(Callback):
         if self.search.max_device_hours is not None and new_hours > 0:
             seconds_left.append(elapsed_s / new_hours * (self.search.max_device_hours - hours))
         return max(0.0, min(seconds_left)) / 60
-
-
-def finished_trials(sweep: Path) -> list[Trial]:
-    """The trials of a sweep that have a result."""
-    return [trial for trial in read_trials(sweep) if trial.status != "running"]
 
 
 def _name(trial: Any) -> str:

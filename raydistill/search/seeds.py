@@ -18,8 +18,9 @@ from raydistill.config.space import Space, resource_runs
 from raydistill.core.console import print_progress
 from raydistill.results.formatting import format_count
 from raydistill.results.pareto import nearest_rival
-from raydistill.results.records import SEED_RUNS, Trial, device_hours, seed_run_folder
+from raydistill.results.records import SEED_RUNS, Trial, seed_run_folder
 from raydistill.results.selection import Selection, load_selection
+from raydistill.results.trial_index import trial_index
 from raydistill.search.finalists import score_on_test, serve_repeats, unserved_repeats
 from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import TrialTuner
@@ -122,7 +123,7 @@ class SeedQueue:
     def propose(self, trial_id: str) -> SeedProposal | None:
         """The next run; None if there is none, or if `search.max_device_hours` is reached."""
         limit = self._space.search.max_device_hours
-        if not self._waiting or (limit is not None and device_hours(self._sweep) >= limit):
+        if not self._waiting or (limit is not None and trial_index(self._sweep).device_hours() >= limit):
             return None
         self._running.add(trial_id)
         return self._waiting.pop(0)

@@ -7,7 +7,7 @@ from them, in memory. The journal SWEEP/study.log is a copy of the finished tria
 import random
 import time
 from collections.abc import Collection
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,13 +28,16 @@ from raydistill.core.errors import TransientError
 from raydistill.core.files import corrupt_file_error
 from raydistill.core.hashing import content_hash
 from raydistill.core.records import Record
-from raydistill.results.records import device_hours, repeat_trial_remedy
+from raydistill.results.records import repeat_trial_remedy
 from raydistill.results.sweep_record import StopReason
+from raydistill.results.trial_index import trial_index
 from raydistill.training.records import RESULT_FILE, RunResult
 
 PROPOSALS_FILE = "proposals.json"
 # Consecutive rejected proposals (tried before, or infeasible) after which random combinations replace the sampler's
 MAX_DUPLICATES = 10
+# Finished trials that the sampler learns from. It loops over them for each value that it proposes.
+MAX_SAMPLER_TRIALS = 1000
 # Consecutive rejected proposals after which the search ends
 MAX_REJECTIONS = 200
 
@@ -106,9 +109,9 @@ class SweepStudy:
         self.failed_keys: set[str] = set()
         self.stop_reason = StopReason()
         self._running: dict[str, optuna.Trial] = {}  # by the caller's id
-        create_study = partial(optuna.create_study, study_name=space.name, directions=["maximize", "minimize"])
-        self._study = create_study(sampler=self._make_sampler())
-        self._journal = create_study(storage=_new_journal(sweep / "study.log"))
+        self._study = _create_study(space.name, sampler=self._make_sampler())
+        self._journal = _create_study(space.name, storage=_new_journal(sweep / "study.log"))
+        self._num_asked = 0
         self._proposals = read_proposals(sweep)  # by key
         self._add_results()
         self._queue = self._make_queue()  # values to propose before the sampler's, by key
@@ -141,6 +144,7 @@ class SweepStudy:
             elif num_rejected >= MAX_DUPLICATES:
                 self._enqueue(self._random_params())
             trial = self._study.ask()
+            self._num_asked += 1
             params = self._suggest(trial)
             run = make_run(self.space, params, self.space.name)
             key = trial_key(run)
@@ -169,10 +173,14 @@ class SweepStudy:
         key = trial.user_attrs["key"]
         if result and result.get("finished"):
             self.finished_keys.add(key)
-            self._journal.add_trial(self._study.tell(trial, **self._reported_values(result)))
+            frozen = trial.study.tell(trial, **self._reported_values(result))
+            self._journal.add_trial(frozen)
+            if trial.study is not self._study:  # the study was replaced while the trial was running
+                self._study.add_trial(frozen)
+            self._limit_study()
         else:
             self.failed_keys.add(key)
-            self._study.tell(trial, state=TrialState.FAIL)
+            trial.study.tell(trial, state=TrialState.FAIL)
 
     def _add_results(self) -> None:
         """Add the finished trials to the study, in the order of proposals."""
@@ -188,6 +196,22 @@ class SweepStudy:
         for trial in sorted(trials, key=lambda trial: trial.user_attrs["number"]):
             self._study.add_trial(trial)
             self._journal.add_trial(trial)
+        self._limit_study()
+
+    def _limit_study(self) -> None:
+        """Replace a study of too many trials by a study of its Pareto front and its latest trials.
+
+        A quarter more than `MAX_SAMPLER_TRIALS` are allowed, so that this is rare. The sampler keeps its state.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        if len(trials) <= 1.25 * MAX_SAMPLER_TRIALS:
+            return
+        finished = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        best = {trial.number for trial in self._study.best_trials}
+        first = len(finished) - max(0, MAX_SAMPLER_TRIALS - len(best))
+        kept = [trial for i, trial in enumerate(finished) if i >= first or trial.number in best]
+        self._study = _create_study(self.space.name, sampler=self._study.sampler)
+        self._study.add_trials(kept)
 
     def _make_sampler(self) -> optuna.samplers.BaseSampler:
         """The sampler; a grid is a queue of initial points, for which any sampler works."""
@@ -268,7 +292,7 @@ class SweepStudy:
         search = self.space.search
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return StopReason(f"the time limit of this command is reached (search.max_hours = {search.max_hours:g})")
-        if search.max_device_hours is not None and device_hours(self.sweep) >= search.max_device_hours:
+        if search.max_device_hours is not None and trial_index(self.sweep).device_hours() >= search.max_device_hours:
             return StopReason(
                 f"the limit of {search.max_device_hours:g} device-hours is reached (search.max_device_hours)"
             )
@@ -285,13 +309,13 @@ class SweepStudy:
         return StopReason()
 
     def _random_params(self) -> dict[str, Any]:
-        """A random combination, which is a function of the state of the study.
+        """A random combination, which is a function of the numbers of finished trials and of proposals.
 
         TPE does not avoid proposals that were tried before; in a space of few choices it can repeat a proposal without
         end.
         """
         run = self.space.run
-        rng = random.Random(f"{self.space.search.seed}:{len(self._study.get_trials(deepcopy=False))}")
+        rng = random.Random(f"{self.space.search.seed}:{self.num_finished}:{self._num_asked}")
         if (untried := self._untried_combinations()) is not None:
             return rng.choice(untried)
         sampler = optuna.samplers.RandomSampler(seed=rng.getrandbits(32))
@@ -357,6 +381,11 @@ def read_proposals(sweep: Path) -> dict[str, Proposal]:
 def has_deleted_trials(sweep: Path) -> bool:
     """Whether the folder of a trial that was proposed is missing, which a study proposes again."""
     return not read_proposals(sweep).keys() <= {path.name for path in (sweep / "trials").glob("*/")}
+
+
+def _create_study(name: str, **options: Any) -> optuna.Study:
+    """A study that maximises the score and minimises the cost."""
+    return optuna.create_study(study_name=name, directions=["maximize", "minimize"], **options)
 
 
 def _new_journal(path: Path) -> JournalStorage:

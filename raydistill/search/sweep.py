@@ -40,7 +40,7 @@ from raydistill.search.trial import TrialContext
 from raydistill.search.tune_search import run_search
 from raydistill.tracking.export import export_student
 from raydistill.tracking.mlflow_registry import register_choice
-from raydistill.tracking.mlflow_runs import publish
+from raydistill.tracking.mlflow_runs import SearchPublisher, publish
 from raydistill.tracking.mlflow_store import TrackingUnavailable, ui_command
 from raydistill.training.preflight import check_space
 
@@ -129,11 +129,11 @@ def publish_periodically(folder: Path) -> Iterator[None]:
     stop = threading.Event()
 
     def work() -> None:
-        warned = False
+        warned, publisher = False, SearchPublisher(folder)
         while not stop.wait(PUBLISH_INTERVAL_S):
             try:
                 snapshots.pull_records(folder / "trials")
-                publish(folder)
+                publisher.publish()
             except Exception as error:  # no error of MLflow may end hours of training
                 if not warned:
                     print_progress(f"  MLflow: {error} (the sweep continues and publishes what is missing at the end)")

@@ -16,8 +16,9 @@ from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.core.files import corrupt_file_error, write_atomic
 from raydistill.inference.shortlist import stored_map
-from raydistill.results.records import count_finished_trials, device_hours
+from raydistill.results.records import count_finished_trials
 from raydistill.results.sweep_record import SWEEP_FILE, StopReason, SweepRecord, read_sweep
+from raydistill.results.trial_index import trial_index
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.shortlists import ensure_shortlists
 from raydistill.search.study import has_deleted_trials
@@ -77,7 +78,7 @@ def search_stop_reason(space: Space, folder: Path) -> StopReason | None:
     if count_finished_trials(folder) >= space.search.trials:
         return StopReason()
     limit = space.search.max_device_hours
-    if limit is not None and device_hours(folder) >= limit:
+    if limit is not None and trial_index(folder).device_hours() >= limit:
         return StopReason(f"the limit of {limit:g} device-hours is reached (search.max_device_hours)")
     record = read_sweep(folder)
     # Other budgets or another way of serving may admit shapes that were infeasible before

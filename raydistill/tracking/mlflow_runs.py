@@ -28,6 +28,7 @@ from raydistill.results.served_students import SERVED_FILE
 from raydistill.results.serving_latency import LATENCY_FILE
 from raydistill.results.sweep_record import SWEEP_FILE, read_sweep
 from raydistill.results.tables import choices_table, format_trial_counts, markdown_table, method_table
+from raydistill.results.trial_index import TrialIndex, Version
 from raydistill.tracking.checkpoints import download_checkpoint
 from raydistill.tracking.mlflow_store import (
     check_tracking,
@@ -52,6 +53,8 @@ BATCH_LIMITS = {"metrics": 900, "params": 90}  # MLflow accepts 1000 metrics and
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 4000
 MAX_DESCRIPTION_CHARS = 8000
+# Time between two complete publications of a running search, relative to the time of one: at most 5 % of a core
+COMPLETE_FACTOR = 20
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,20 @@ class Experiment:
         tags["mlflow.parentRunId"] = parent_run_id
         return _create_run(self.client, self.experiment_id, trial.label, tags)
 
+    def find_trial_run(self, key: str) -> Any:
+        """The run of a trial, in one request; None if it was not published yet."""
+        query = f"{self._query} and tags.`raydistill.trial` = '{key}'"
+        runs = self.client.search_runs([self.experiment_id], query, max_results=2)
+        return max(runs, key=lambda run: len(run.data.tags), default=None)
+
+    @property
+    def _query(self) -> str:
+        return f"tags.`raydistill.sweep` = '{self.tracking_id}'"
+
     def _search_runs(self) -> Iterator[Any]:
-        query = f"tags.`raydistill.sweep` = '{self.tracking_id}'"
         token = None
         while True:
-            page = self.client.search_runs([self.experiment_id], query, max_results=500, page_token=token)
+            page = self.client.search_runs([self.experiment_id], self._query, max_results=500, page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -140,7 +152,7 @@ def publish_locked(sweep: Path, finished: bool) -> TrackedSweep:
     uri = selection.record.tracking_uri
     check_tracking(uri)
     with translate_mlflow_errors(uri):
-        experiment = open_experiment(selection, uri)
+        experiment = open_experiment(sweep, selection.name, uri)
         client = experiment.client
         runs = experiment.runs_by_trial()
         parent = runs.get("") or experiment.create_parent_run(selection.name)
@@ -158,6 +170,51 @@ def publish_locked(sweep: Path, finished: bool) -> TrackedSweep:
     return TrackedSweep(parent.info.run_id, f"{runs_url}?{view}&{MODEL_TRAINING}", parent_url)
 
 
+class SearchPublisher:
+    """Publishes a sweep again and again while its search runs.
+
+    A publication logs the trials whose files changed since the last one: its requests do not grow with the number of
+    trials. The report, the description of the sweep and the tags of the chosen trials need all trials. They follow when
+    the time since the last complete publication is `COMPLETE_FACTOR` times as long as that publication took.
+    """
+
+    def __init__(self, sweep: Path) -> None:
+        self.sweep = sweep
+        self._index = TrialIndex(sweep)
+        self._versions: dict[str, Version] = {}  # of the trials, when they were published
+        self._tracked: TrackedSweep | None = None
+        self._next_complete = 0.0  # of the monotonic clock
+
+    def publish(self) -> None:
+        """Bring the MLflow store up to date.
+
+        Raises:
+            TrackingUnavailable: The store failed; the next publication logs what is missing.
+        """
+        trials = self._index.read()
+        started = time.monotonic()
+        if self._tracked is None or started >= self._next_complete:
+            self._tracked = publish(self.sweep)
+            ended = time.monotonic()
+            self._next_complete = ended + COMPLETE_FACTOR * (ended - started)
+        else:
+            changed = [indexed.trial for key, indexed in trials.items() if self._versions.get(key) != indexed.version]
+            _publish_trials(self.sweep, self._tracked.parent_run_id, changed)
+        self._versions = {key: indexed.version for key, indexed in trials.items()}
+
+
+def _publish_trials(sweep: Path, parent_run_id: str, trials: list[Trial]) -> None:
+    """Log some trials of a running search, without what depends on the other trials."""
+    record = read_sweep(sweep)
+    uri = record.tracking_uri
+    check_tracking(uri)
+    with publish_lock(sweep), translate_mlflow_errors(uri):
+        experiment = open_experiment(sweep, record.name, uri)
+        for trial in trials:
+            run = experiment.find_trial_run(trial.key) or experiment.create_trial_run(parent_run_id, trial)
+            _publish_trial(experiment.client, run, trial, record.teacher.metric_choice, finished=False)
+
+
 @contextlib.contextmanager
 def publish_lock(sweep: Path) -> Iterator[None]:
     """Let only one process or thread publish a sweep at a time, since two would both create a trial's run.
@@ -171,16 +228,16 @@ def publish_lock(sweep: Path) -> Iterator[None]:
         yield
 
 
-def open_experiment(selection: Selection, uri: str) -> Experiment:
-    """The sweep's experiment in a store; created if it does not exist."""
+def open_experiment(sweep: Path, name: str, uri: str) -> Experiment:
+    """The experiment of a sweep and its name in a store; created if it does not exist."""
     client = make_client(uri)
-    experiment_id = get_or_create_experiment(client, selection.name, uri)
-    return Experiment(client, experiment_id, get_or_create_tracking_id(selection.sweep, selection.name))
+    experiment_id = get_or_create_experiment(client, name, uri)
+    return Experiment(client, experiment_id, get_or_create_tracking_id(sweep, name))
 
 
 def find_run(selection: Selection, key: str, uri: str) -> Any:
     """The run of a trial; None if it was not published yet."""
-    return open_experiment(selection, uri).runs_by_trial().get(key)
+    return open_experiment(selection.sweep, selection.name, uri).runs_by_trial().get(key)
 
 
 def flatten_params(data: dict[str, Any], prefix: str = "") -> dict[str, str]:

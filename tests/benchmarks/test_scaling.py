@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import simulated
+from benchmarks import scaling, simulated
 from benchmarks.scaling import SECONDS_PER_STEP, TrialSleep, assign_slots, endless_space, read_sleep, synthetic_sweep
 from benchmarks.simulated import SLEEP_FILE, simulated_engine, simulated_run
 from benchmarks.simulated_nodes import Meter, cluster_nodes
@@ -78,6 +78,16 @@ def test_simulated_run_writes_the_files_of_a_run_and_is_not_repeated(
     assert simulated_run(run, tmp_path, report, inputs, seconds_per_step=100) == result
 
 
+def test_the_driver_is_timed_after_earlier_trials_of_the_same_sweep(tmp_path: Path) -> None:
+    record = scaling.measure_driver(tmp_path, 12)
+    assert record["earlier"] == 12
+    assert all(record[name] > 0 for name in ("loading", "propose", "report", "progress", "check"))
+    [sweep] = tmp_path.iterdir()
+    results = list(sweep.glob("trials/*/result.json"))
+    assert len(results) == 12 + scaling.DRIVER_TRIALS
+    assert "| 12 |" in scaling.as_markdown({"driver": [record]})
+
+
 def run_four_trials(gpus: float, sweep: Path) -> None:
     """Run four trials of eight seconds, which use `gpus` of a GPU each, on a node that offers eight CPUs and a GPU."""
     space = endless_space(4, 4, 8.0, "tune")
@@ -102,7 +112,7 @@ def test_trials_with_a_fraction_of_a_gpu_run_at_the_same_time(gpus: float, concu
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_small_simulation_scales_from_one_node_to_two(tmp_path: Path) -> None:
-    """All parts but the last: rates are near those of the sleeps, and nearly twice as high on two nodes."""
+    """All parts but `many` and `driver`: rates are near those of the sleeps, and nearly twice as high on two nodes."""
     options = ["--part", "labels", "batches", "trials", "train", "--nodes", "1", "2", "--results", str(tmp_path)]
     options += ["--batches", "8", "--batch-seconds", "1", "--empty-batches", "100", "--trial-seconds", "2"]
     command = [sys.executable, "-m", "benchmarks.scaling", *options]

@@ -40,7 +40,13 @@ def test_every_row_is_planned_once_within_the_limits(tmp_path_factory, lengths, 
         assert [by_id[i].target for i in batch["ids"]] == batch["targets"]
     assert plan.batch_rows == [len(b["ids"]) for b in batches]
     assert plan.batch_chars == [sum(map(len, b["sources"])) for b in batches]
-    restored = [row for w in range(plan.num_windows) for row in plan.read_targets(w)]
+    restored = []
+    for number in range(plan.num_windows):
+        ids, order = plan.read_order(number)
+        in_window = [batches[n] for n in plan.batches_in_window(number)]
+        assert [row_id for batch in in_window for row_id in batch["ids"]] == ids.to_pylist()
+        targets = [target for batch in in_window for target in batch["targets"]]
+        restored += [(ids[i].as_py(), targets[i]) for i in order]
     assert restored == [(row.id, row.target) for row in rows]
     assert open_plan(folder) == plan
 

@@ -19,14 +19,15 @@ ROOT = Path(__file__).parents[2]
 
 SWEEP_UNTIL_TWO_TRIALS_ARE_FINISHED = """
 import os, signal
-from raydistill.search.progress import ProgressCallback, finished_trials
+from raydistill.results.trial_index import trial_index
+from raydistill.search.progress import ProgressCallback
 from raydistill.sweep import main
 
 on_trial_result = ProgressCallback.on_trial_result
 
 def kill_this_process(self, *arguments, **info):
     on_trial_result(self, *arguments, **info)
-    if len(finished_trials(self.sweep)) >= 2:
+    if len(trial_index(self.sweep).finished()) >= 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 ProgressCallback.on_trial_result = kill_this_process

@@ -12,9 +12,10 @@ from raydistill.config.space import Space, check_run_space
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metrics import corpus_score
 from raydistill.evaluation.paired_latency import StoppingRule
-from raydistill.results.records import device_hours, read_trials, seed_run_folder
+from raydistill.results.records import read_trials, seed_run_folder
 from raydistill.results.selection import load_selection
 from raydistill.results.tables import method_table, result_tables
+from raydistill.results.trial_index import trial_index
 from raydistill.search import finalists, prepare, seeds, serving_timing, shape_latency
 from raydistill.search.finalists import unserved_repeats
 from raydistill.search.prepare import PreparedSweep
@@ -97,10 +98,10 @@ def test_scores_are_means_over_seeds_and_may_choose_another_student(sweep):
 
 
 def test_seeds_count_in_device_hours_tables_and_json(sweep):
-    assert device_hours(sweep) == pytest.approx(3.0)
+    assert trial_index(sweep).device_hours() == pytest.approx(3.0)
     for seed, score in ((1, 21.0), (2, 20.0)):
         make_repeat(sweep, "best", seed, score, scored_rows(score))
-    assert device_hours(sweep) == pytest.approx(4.0)
+    assert trial_index(sweep).device_hours() == pytest.approx(4.0)
     assert {trial.key: trial.num_seeds for trial in read_trials(sweep)} == {"best": 3, "near": 1, "far": 1}
     selection = load_selection(sweep)
     _, rows = method_table(selection)
@@ -133,7 +134,7 @@ def test_a_failed_repeat_is_not_run_again_and_counts_in_no_mean(sweep):
     assert missing == [("near", 1)]
     [student] = [student for student in selection.students if student.folder.name == "best"]
     assert student.score("rouge2") == pytest.approx(21.0)
-    assert device_hours(sweep) == pytest.approx(3.5)
+    assert trial_index(sweep).device_hours() == pytest.approx(3.5)
 
 
 def test_no_repeat_starts_at_the_limit_of_device_hours(sweep):

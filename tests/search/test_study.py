@@ -20,6 +20,7 @@ from raydistill.config.run import Run
 from raydistill.config.space import Search, Space, make_run, read_space
 from raydistill.core.errors import TransientError, UserError
 from raydistill.results.sweep_record import StopReason, TeacherPasses
+from raydistill.search import study as study_module
 from raydistill.search.study import (
     Proposal,
     ProposalLog,
@@ -476,3 +477,30 @@ def test_an_outage_of_the_storage_does_not_end_the_search_but_another_command_do
             monkeypatch.setenv("RAYDISTILL_HOME", str(home))
             with pytest.raises(TransientError, match="another worker has taken over"):
                 study.propose("d")
+
+
+def test_the_sampler_learns_from_the_front_and_the_latest_trials_of_a_long_search(tmp_path, monkeypatch):
+    """Trials that run while the study is replaced are counted too, and no trial is proposed twice."""
+    monkeypatch.setattr(study_module, "MAX_SAMPLER_TRIALS", 12)
+    space = make_space(sampler="tpe", trials=99)
+    rates = {"training": {"learning_rate": {"log_uniform": [1e-5, 1e-2]}}}
+    space = space.model_copy(update={"run": {**space.run, **rates}})
+    study = SweepStudy(space, tmp_path)
+    keys, values = [], {}
+    for number in range(60):
+        proposal = study.propose(str(number))
+        keys.append(proposal.key)
+        if number >= 2:  # three trials run at a time; an early one is the best and the cheapest
+            reported = number - 2
+            values[reported] = (100.0, 1.0) if reported == 4 else (10.0 + reported % 7, 5.0 + reported % 3)
+            score, latency_ms = values[reported]
+            study.report(str(reported), {**DONE, "score": score, "latency_ms": latency_ms})
+    assert len(set(keys)) == 60
+    assert study.num_finished == 58
+    remembered = study._study.get_trials(states=[TrialState.COMPLETE])
+    assert 12 <= len(remembered) <= 15
+    assert study._study.best_trials[0].values == [100.0, 1.0]
+    latest = {key for number, key in enumerate(keys[:58]) if number > 58 - 9}
+    assert latest <= {trial.user_attrs["key"] for trial in remembered}
+    whole = load_optuna_study(tmp_path).get_trials(states=[TrialState.COMPLETE])
+    assert sorted(tuple(trial.values) for trial in whole) == sorted(values.values())

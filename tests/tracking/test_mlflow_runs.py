@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,57 @@ def test_repeated_publishing_follows_a_sweep_without_duplicates(sweep: Path) -> 
     on_parent = {item.path for item in client.list_artifacts(first.parent_run_id)}
     assert {"front.png", "table.md", "space.yaml"} <= on_parent
     assert "| fast | latency_ms <= 150" in after[""].data.tags["mlflow.note.content"]
+
+
+def test_a_publication_during_the_search_logs_only_the_trials_that_changed(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A complete publication takes a minute of an invented clock, so that the next one follows after twenty."""
+    now, complete = [0.0], []
+    publish, publish_trial = mlflow_runs.publish, mlflow_runs._publish_trial
+    published: list[str] = []
+
+    def publish_in_a_minute(folder: Path) -> mlflow_runs.TrackedSweep:
+        complete.append(now[0])
+        now[0] += 60
+        return publish(folder)
+
+    def record(client: Any, run: Any, trial: Any, metrics: Any, finished: bool) -> None:
+        published.append(trial.key)
+        publish_trial(client, run, trial, metrics, finished)
+
+    monkeypatch.setattr(mlflow_runs, "publish", publish_in_a_minute)
+    monkeypatch.setattr(mlflow_runs, "_publish_trial", record)
+    monkeypatch.setattr(mlflow_runs, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    publisher = mlflow_runs.SearchPublisher(sweep)
+    make_trial(sweep, "a", 0, 10.0)
+    running = make_trial(sweep, "b", 1, 12.0, status=None)
+    publisher.publish()
+    assert published == ["a", "b"]
+    for _ in range(2):
+        publisher.publish()  # nothing changed
+    assert published == ["a", "b"]
+    with (running / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(THIRD_VALIDATION) + "\n")
+    make_trial(sweep, "c", 2, 1.0, status="failed")
+    publisher.publish()
+    assert published == ["a", "b", "b", "c"]
+    finish_trial(running, 1, 12.5)
+    publisher.publish()
+    assert published[4:] == ["b"]
+    assert complete == [0.0]
+    after = runs_of(sweep)
+    assert {key: run.info.status for key, run in after.items()} == {
+        "": "RUNNING",
+        "a": "FINISHED",
+        "b": "FINISHED",
+        "c": "FAILED",
+    }
+    assert len({after[key].data.tags["mlflow.parentRunId"] for key in "abc"}) == 1
+    now[0] += 20 * 60
+    publisher.publish()
+    assert len(complete) == 2
+    assert {run.info.run_id for run in runs_of(sweep).values()} == {run.info.run_id for run in after.values()}
 
 
 def test_publishing_resumes_after_a_kill_before_the_tags_were_set(sweep: Path) -> None:
