@@ -1,11 +1,12 @@
 """The console script: `raydistill NAME ...` runs `python -m raydistill.NAME ...`."""
 
-import difflib
 import importlib
 import os
 import sys
 
 import typer
+
+from raydistill.core.suggestions import closest_name
 
 COMMANDS = {
     "init": "write a checked space file for your data and teacher",
@@ -46,8 +47,8 @@ def main() -> None:
         if name in ("--help", "-h"):
             print(text)
             return
-        similar = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean `raydistill {similar[0]}`?" if similar else f"\n\n{text}"
+        similar = closest_name(name, COMMANDS)
+        hint = f"; did you mean `raydistill {similar}`?" if similar else f"\n\n{text}"
         print(f"error: no such command: {name!r}{hint}", file=sys.stderr)
         sys.exit(2)
     module = importlib.import_module(f"raydistill.{name}")

@@ -1,6 +1,5 @@
 """Distributions in the `run` section of a space: parsing, the order of suggestion, and a run with suggested values."""
 
-import difflib
 import json
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raydistill.config.validation import describe_error
+from raydistill.core.suggestions import closest_name
 
 KINDS = ("choice", "uniform", "log_uniform", "int")
 JSON_PREFIXES = ("[", "{", '"')
@@ -184,9 +184,9 @@ def _check_kind_name(key: str, value: dict[str, Any]) -> None:
     names = [name for name in value if name != "when"]
     if len(names) == 1 and isinstance(value[names[0]], list):
         name = str(names[0])
-        similar = difflib.get_close_matches(name.replace("-", "_").lower(), KINDS, n=1, cutoff=0.7)
+        similar = closest_name(name.replace("-", "_").lower(), KINDS, cutoff=0.7)
         if similar:
-            raise SpaceError(key, f"unknown distribution {name!r}; did you mean {similar[0]!r}?")
+            raise SpaceError(key, f"unknown distribution {name!r}; did you mean {similar!r}?")
 
 
 def _parse_cases(key: str, data: dict[str, Any]) -> list[SearchParameter]:

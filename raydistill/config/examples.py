@@ -1,9 +1,9 @@
 """The spaces that come with the package: `example:NAME` in place of a path."""
 
-import difflib
 from pathlib import Path
 
 from raydistill.core.errors import UserError
+from raydistill.core.suggestions import closest_name
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"  # a link in the repository, a folder in the wheel
 PREFIX = "example:"
@@ -26,6 +26,6 @@ def locate_space(path: Path) -> Path:
     names = example_names()
     if name in names:
         return FOLDER / f"{name}.yaml"
-    similar = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {PREFIX}{similar[0]}?" if similar else f"examples: {', '.join(names)}"
+    similar = closest_name(name, names)
+    hint = f"did you mean {PREFIX}{similar}?" if similar else f"examples: {', '.join(names)}"
     raise UserError(f"{path}: no such example; {hint}")

@@ -1,6 +1,5 @@
 """Reading of YAML files with the line of every key, and `--set` overrides."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import yaml
 
 from raydistill.config.validation import KeyPath
 from raydistill.core.errors import UserError
+from raydistill.core.suggestions import closest_name
 
 MAX_CHARS, MAX_NODES, MAX_DEPTH = 1_000_000, 100_000, 100
 
@@ -117,5 +117,5 @@ def _collect_lines(node: yaml.Node, key_path: KeyPath, lines: dict[KeyPath, int]
 
 def _similar_name_hint(path: Path) -> str:
     names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    similar = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / similar[0]}?" if similar else ""
+    similar = closest_name(path.name, names)
+    return f"; did you mean {path.parent / similar}?" if similar else ""

@@ -1,11 +1,12 @@
 """The names of metrics, and which metrics a run reports and is decided by."""
 
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, WithJsonSchema
+
+from raydistill.core.suggestions import closest_name
 
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TRANSLATION_METRICS = ("bleu", "chrf", "chrf++")
@@ -28,8 +29,8 @@ def check_metric_name(name: str) -> str:
     """
     if name in BUILT_IN_METRICS or is_own_metric(name):
         return name
-    similar = difflib.get_close_matches(name.lower(), BUILT_IN_METRICS, n=1)
-    hint = f"did you mean {similar[0]!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}."
+    similar = closest_name(name.lower(), BUILT_IN_METRICS)
+    hint = f"did you mean {similar!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}."
     raise ValueError(f"unknown metric {name!r}; {hint} Your own metric has the form module:function")
 
 

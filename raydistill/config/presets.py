@@ -1,6 +1,5 @@
 """Named data sets and teachers, with the lengths and decoding of the paper."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from raydistill.config.metric_names import AUTO, TRANSLATION_METRICS, MetricChoi
 from raydistill.config.run import Columns, Dataset, Decoding
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
+from raydistill.core.suggestions import closest_name
 
 
 @dataclass(frozen=True)
@@ -364,6 +364,6 @@ def check_teacher(name: str) -> None:
             raise UserError("the teacher of the demo is not trained yet; run `raydistill train demo` first")
     elif name not in TEACHERS and not Path(name).exists() and not re.fullmatch(HUB_NAME, name):
         known = ", ".join([*TEACHERS, "demo"])
-        similar = difflib.get_close_matches(name, [*TEACHERS, "demo"], n=1)
-        hint = f"did you mean {similar[0]!r}?" if similar else f"known names: {known}"
+        similar = closest_name(name, [*TEACHERS, "demo"])
+        hint = f"did you mean {similar!r}?" if similar else f"known names: {known}"
         raise UserError(f"{name}: no such folder, and not a hub name (owner/name); {hint}")

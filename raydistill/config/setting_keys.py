@@ -1,6 +1,5 @@
 """The keys of run and space files, and the keys of `--set`: checked, completed, or corrected by a suggestion."""
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel
 
 from raydistill.config.validation import nested_model
 from raydistill.core.errors import UserError
+from raydistill.core.suggestions import closest_name
 
 # Key -> the keys below it; None: a value, which may be a list, a mapping of any keys, or a distribution.
 KeyTree = dict[str, "KeyTree | None"]
@@ -71,7 +71,7 @@ def _similar_keys(key: str, known: list[str], max_shown: int = 3) -> list[str]:
     last_parts = [name.rpartition(".")[2] for name in known]
     if same := [name for name, part in zip(known, last_parts, strict=True) if part == last]:
         return same[:max_shown]
-    if similar := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
-        return similar
-    parts = difflib.get_close_matches(last, last_parts, n=1, cutoff=0.75)
-    return [name for name, part in zip(known, last_parts, strict=True) if part in parts][:max_shown]
+    if similar := closest_name(key, known, cutoff=0.8):
+        return [similar]
+    similar_part = closest_name(last, last_parts, cutoff=0.75)
+    return [name for name, part in zip(known, last_parts, strict=True) if part == similar_part][:max_shown]

@@ -1,6 +1,5 @@
 """Validation of YAML data by pydantic models, with errors that name the file, the line and the key."""
 
-import difflib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from raydistill.core.errors import UserError
 from raydistill.core.secrets import CREDENTIALS_HINT, find_credentials
+from raydistill.core.suggestions import closest_name
 
 KeyPath = tuple[str | int, ...]  # keys and list indices that lead to a value in nested data
 Model = TypeVar("Model", bound=BaseModel)
@@ -57,8 +57,8 @@ def describe_error(error: dict[str, Any], model: type[BaseModel], key_path: KeyP
     """The reason of one pydantic error; for an unknown key also the most similar known key."""
     if error["type"] == "extra_forbidden":
         known = sorted(known_keys(model, key_path[:-1]))
-        similar = difflib.get_close_matches(str(key_path[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(known)}"
+        similar = closest_name(str(key_path[-1]), known, cutoff=0.5)
+        hint = f"did you mean {similar!r}?" if similar else f"known keys: {', '.join(known)}"
         return f"unknown key; {hint}"
     message = str(error["msg"]).removeprefix("Value error, ")
     value = error.get("input")

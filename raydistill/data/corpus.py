@@ -1,6 +1,5 @@
 """Corpora of source and target texts: read from files, folders, the hub or the demo, with every row checked."""
 
-import difflib
 import hashlib
 import math
 import re
@@ -15,6 +14,7 @@ from raydistill.config.presets import DATASETS, joins_lines
 from raydistill.config.run import Columns, Dataset
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
+from raydistill.core.suggestions import closest_name
 from raydistill.data.columns import is_blank, parse_record, resolve_columns
 from raydistill.data.readers import EXTENSIONS, RecordOrError, find_split_files, read_records
 
@@ -337,8 +337,8 @@ def _resolve_dataset(dataset: Dataset) -> Path | str:
         return path
     if re.fullmatch(r"[\w.\-]+/[\w.\-]+", name):
         return name
-    similar = difflib.get_close_matches(name, list(DATASETS), n=1)
-    hint = f"did you mean {similar[0]!r}?" if similar else f"known names: {', '.join(DATASETS)}"
+    similar = closest_name(name, DATASETS)
+    hint = f"did you mean {similar!r}?" if similar else f"known names: {', '.join(DATASETS)}"
     raise UserError(f"data set {name!r}: not a named data set, file, folder or hub name (owner/name); {hint}")
 
 

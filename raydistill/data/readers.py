@@ -5,7 +5,6 @@ is a mapping, or a string with the reason why the row cannot be read.
 """
 
 import csv
-import difflib
 import gzip
 import json
 import re
@@ -17,6 +16,7 @@ from typing import Any, TextIO
 
 from raydistill.core.errors import UserError
 from raydistill.core.files import PARSE_ERRORS, path_exists
+from raydistill.core.suggestions import closest_name
 
 RecordOrError = dict[str, Any] | str
 NumberedRecords = Iterator[tuple[int, RecordOrError]]
@@ -344,5 +344,5 @@ def _check_all_shards_exist(path: Path, count: str | None) -> None:
 def _similar_name_hint(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
-    similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"; did you mean {path.parent / similar[0]}?" if similar else ""
+    similar = closest_name(path.name, (p.name for p in path.parent.iterdir()))
+    return f"; did you mean {path.parent / similar}?" if similar else ""

@@ -1,10 +1,10 @@
 """The language of a text, by py3langid: naive Bayes over byte n-grams, with a model in the package."""
 
-import difflib
 from functools import lru_cache
 from typing import Any
 
 from raydistill.core.errors import UserError
+from raydistill.core.suggestions import closest_name
 
 CACHED_TEXTS = 4096  # the candidates of a row share a source
 
@@ -19,8 +19,8 @@ def check_language(code: str) -> None:
     """UserError if a code is none of the languages that `detect_language` returns."""
     codes = sorted(_identifier().nb_classes)
     if code not in codes:
-        similar = difflib.get_close_matches(code.lower().split("_")[0], codes, n=1, cutoff=0.5)
-        hint = f"did you mean {similar[0]!r}? " if similar else ""
+        similar = closest_name(code.lower().split("_")[0], codes, cutoff=0.5)
+        hint = f"did you mean {similar!r}? " if similar else ""
         raise UserError(f"curation: no language {code!r}; {hint}known codes: {' '.join(codes)}")
 
 
