@@ -180,6 +180,7 @@ def evaluate(  # noqa: PLR0913
     precision: ServingPrecision = "auto",
     threads: int | None = None,
     languages: tuple[str, str] | None = None,
+    source_prefix: str | None = None,
     device: Device = "auto",
 ) -> Evaluation:
     """Score a checkpoint on a split and time it, or compare two checkpoints on the same rows.
@@ -211,6 +212,7 @@ def evaluate(  # noqa: PLR0913
         threads=threads or len(available_cores()),
         precision=precision,
         languages=languages,
+        source_prefix=source_prefix,
     )
     reports = {name: _evaluate_checkpoint(name, scored, engine, options, beams) for name in names}
     return Evaluation.create(scored.metrics, corpus, reports)
@@ -244,6 +246,9 @@ def evaluate_command(  # noqa: PLR0913
         tuple[str, str] | None,
         typer.Option(help="languages of multilingual teachers, such as eng_Latn ron_Latn; default: as in training"),
     ] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="text before every source, such as 'summarize: '; default: the checkpoint's own")
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if available")] = "auto",
     predictions: Annotated[
         Path | None,
@@ -276,6 +281,7 @@ def evaluate_command(  # noqa: PLR0913
         precision=precision,
         threads=threads,
         languages=languages,
+        source_prefix=source_prefix,
         device=device,
     )
     _print_reports(scored, f"{scored.metric} on {split} [95 %]", as_json)
@@ -462,7 +468,7 @@ def _evaluate_checkpoint(
     options = replace(options, languages=options.languages or training_languages(checkpoint, rows.dataset))
     beam = resolve_decoding(
         Decoding(beams=beams),
-        load_target_generation_config(location, options.languages),
+        load_target_generation_config(location, options.languages, options.source_prefix),
         preset.decoding if preset else None,
         resolve_max_tokens("max_target_tokens", rows.dataset, preset, config),
     )

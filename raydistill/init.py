@@ -43,6 +43,9 @@ def init(  # noqa: PLR0913
         tuple[str, str] | None,
         typer.Option(help="languages of multilingual teachers and T5, such as eng_Latn ron_Latn"),
     ] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="text before every source, such as 'summarize: '; default: the teacher's own")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace existing files")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
@@ -82,7 +85,7 @@ def init(  # noqa: PLR0913
     if not force:
         _check_absent(path, *([recipe_path(path)] if start else []))
     columns = Columns(source=source, target=target, id=id_column) if source is not None else None
-    dataset = Dataset(name=data, config=config, columns=columns, languages=languages)
+    dataset = Dataset(name=data, config=config, columns=columns, languages=languages, source_prefix=source_prefix)
     print_progress(f"reading {data}")
     user_data = read_data(dataset)
     is_guess = metric == AUTO and is_guessed_translation(dataset, user_data)

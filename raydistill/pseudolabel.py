@@ -72,6 +72,7 @@ def pseudolabel(  # noqa: PLR0913
     threads: int = 1,
     batch_chars: int | None = None,
     languages: tuple[str, str] | None = None,
+    source_prefix: str | None = None,
     skip_bad_rows: bool = False,
 ) -> LabelResult:
     """Label every row of a data set with the output of a teacher. If killed, the same call resumes.
@@ -97,7 +98,9 @@ def pseudolabel(  # noqa: PLR0913
     if rows and split not in ("train", "validation", "test"):
         raise UserError(f"--rows applies to the splits train, validation and test, not to {split!r}")
     row_limits = {f"{split}_rows": rows} if rows and not extra else {}
-    data = Dataset(name=name, skip_bad_rows=skip_bad_rows, languages=languages, **row_limits)
+    data = Dataset(
+        name=name, skip_bad_rows=skip_bad_rows, languages=languages, source_prefix=source_prefix, **row_limits
+    )
     check_inputs(teacher, data, split)
     if metric != AUTO:
         check_metric(metric)
@@ -183,6 +186,9 @@ def pseudolabel_command(  # noqa: PLR0913
         tuple[str, str] | None,
         typer.Option(help="languages of multilingual teachers, such as eng_Latn ron_Latn; default: from the preset"),
     ] = None,
+    source_prefix: Annotated[
+        str | None, typer.Option(help="text before every source, such as 'summarize: '; default: the teacher's own")
+    ] = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="skip and count rows without text")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="end with one JSON object on stdout")] = False,
 ) -> None:
@@ -217,6 +223,7 @@ def pseudolabel_command(  # noqa: PLR0913
         threads=threads,
         batch_chars=batch_chars,
         languages=languages,
+        source_prefix=source_prefix,
         skip_bad_rows=skip_bad_rows,
     )
     folder, manifest = labelled.folder, labelled.manifest

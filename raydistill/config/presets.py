@@ -228,6 +228,17 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
             languages=("en", "ro"),
         ),
     },
+    # A T5 1.1 with a token for each target language, which its card puts before the source.
+    "madlad400": {
+        "wmt16_en_ro": TeacherPreset(
+            "google/madlad400-3b-mt",
+            UNPINNED_REVISION,
+            Decoding(beams=4, max_length=128),
+            max_source_tokens=128,
+            languages=("en", "ro"),
+            multilingual=True,
+        ),
+    },
     # mT5 itself is only pre-trained; this checkpoint is fine-tuned on XL-Sum, summaries of BBC articles like XSUM's.
     "mt5": {
         "xsum": TeacherPreset(

@@ -70,6 +70,11 @@ class Dataset(StrictModel):
         description="source and target for multilingual teachers and T5, by the codes of the teacher: [en_XX, ro_RO] "
         "(mBART), [eng_Latn, ron_Latn] (NLLB-200), [en, ro] (M2M100, T5); default: the preset's",
     )
+    source_prefix: str | None = Field(
+        None,
+        description="text before every source of teacher and students, with its last space: `summarize: ` for a T5, "
+        "`<2de> ` for MADLAD-400; an empty text for none; default: the teacher's own prefix",
+    )
 
     @model_validator(mode="after")
     def _check_selection_rows(self) -> "Dataset":

@@ -203,7 +203,7 @@ def describe_serving(converted: Path, checkpoint: str | Path, options: EngineOpt
         options: Precision, languages and shortlist of the engine.
     """
     config, generation_config = loading.load_config(checkpoint), loading.load_generation_config(checkpoint)
-    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages)
+    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages, options.source_prefix)
     tokenization.set_config_target_language(config, generation_config, tokenizer)
     tokens = tokenization.embedding_tokens(tokenizer, config)
     beam = clamp_to_positions(resolve_decoding(Decoding(), generation_config, None, DEFAULT_TARGET_TOKENS), 1, config)
@@ -211,7 +211,7 @@ def describe_serving(converted: Path, checkpoint: str | Path, options: EngineOpt
     return CTranslate2Serving(
         compute_type=COMPUTE_TYPES[options.precision],
         tokenizer={name: value for name, value in languages.items() if value is not None},
-        source_prefix=getattr(tokenizer, "source_prefix", ""),
+        source_prefix=tokenization.source_prefix(tokenizer),
         target_prefix=output_prefix(target_prefix(converted, tokens, config), beam, tokens),
         translate_batch=search_options(beam, generation_config, options.shortlist is not None),
     )
@@ -228,7 +228,7 @@ def open_ctranslate2_engine(
     """
     _check_available(options)
     config = loading.load_config(checkpoint)
-    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages)
+    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages, options.source_prefix)
     generation_config = loading.load_generation_config(checkpoint)
     tokenization.set_config_target_language(config, generation_config, tokenizer)
     if reason := unsupported_reason(config, generation_config, tokenizer):
@@ -299,6 +299,7 @@ def _calibration_logprob_diff(
         "precision": options.precision,
         "device": options.device,
         "languages": options.languages,
+        "source_prefix": options.source_prefix,
         "shortlist": engine.shortlist.key if engine.shortlist else None,
     }
     path = engine.folder / f"rows-{content_hash(key)}.json"

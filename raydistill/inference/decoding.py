@@ -70,8 +70,9 @@ class EngineOptions:
     """Options of `open_engine`.
 
     `precision` is auto, fp32, bf16, fp16, int8_float16 or int8; auto means fp32 on the CPU and bf16 on a GPU.
-    `languages` are the (source, target) languages of multilingual models and T5. `cache_dir` holds converted models
-    (default: HOME/cache/ctranslate2). With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by
+    `languages` are the (source, target) languages of multilingual models and T5. `source_prefix` is the text before
+    every source (default: the checkpoint's own). `cache_dir` holds converted models (default:
+    HOME/cache/ctranslate2). With `allow_fallback`, a model that CTranslate2 cannot decode is decoded by
     transformers. `shortlist` is a vocabulary map, which limits the tokens of the outputs (see `inference.shortlist`).
 
     CTranslate2 decodes `inter_threads` batches at the same time, each with `threads` threads, of up to `batch_tokens`
@@ -83,6 +84,7 @@ class EngineOptions:
     threads: int = 1
     precision: str = "auto"
     languages: tokenization.Languages | None = None
+    source_prefix: str | None = None
     cache_dir: Path | None = None
     allow_fallback: bool = True
     shortlist: Path | None = None

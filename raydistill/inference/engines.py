@@ -72,7 +72,7 @@ def _resolve_precision(checkpoint: str | Path, options: EngineOptions) -> Engine
 def _open_transformers_engine(checkpoint: str | Path, options: EngineOptions) -> TransformersEngine:
     if options.precision not in TORCH_DTYPES:
         raise UserError(f"engine transformers has no {options.precision}; use {', '.join(TORCH_DTYPES)}")
-    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages)
+    tokenizer = tokenization.load_tokenizer(checkpoint, options.languages, options.source_prefix)
     model = loading.load_model(checkpoint, TORCH_DTYPES[options.precision])
     tokenization.set_target_language(model, tokenizer)
     torch.nn.Module.to(model, options.device)

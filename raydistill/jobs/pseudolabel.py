@@ -188,6 +188,7 @@ def _label_set_key(job: LabelJob, description: LabelDescription, device: str) ->
         "precision": job.pseudo.precision,
         "settings": description.teacher.settings,
         "languages": description.languages,
+        "source_prefix": description.source_prefix,
         "search": DECODING_VERSION,
     }
     return label_set_key(description.teacher.fingerprint, description.data.fingerprint, settings)
@@ -209,7 +210,7 @@ def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
     config = load_config(checkpoint)
     max_target_tokens = resolve_max_tokens("max_target_tokens", job.dataset, preset, config)
     languages = resolve_languages(job.teacher, job.dataset)
-    generation_config = load_target_generation_config(checkpoint, languages)
+    generation_config = load_target_generation_config(checkpoint, languages, job.dataset.source_prefix)
     beam = resolve_decoding(job.decoding, generation_config, preset.decoding if preset else None, max_target_tokens)
     if job.pseudo.n_best > beam.beams:
         raise UserError(
@@ -228,6 +229,7 @@ def describe_job(job: LabelJob, scan: SplitScan) -> LabelDescription:
         decoding={**asdict(beam), "max_source_tokens": max_source_tokens},
         n_best=job.pseudo.n_best,
         languages=list(languages) if languages else None,
+        source_prefix=job.dataset.source_prefix,
     )
 
 
@@ -373,6 +375,7 @@ class Labeller:
                 threads=job.threads,
                 precision=job.pseudo.precision,
                 languages=task.languages,
+                source_prefix=task.description.source_prefix,
                 allow_fallback=job.allow_fallback,
             ),
             log=messages.append,

@@ -255,25 +255,30 @@ def _label_hours(folders: Iterable[str]) -> dict[str, float]:
 
 
 def _make_label_set(run: Run, other_teacher: str | None, device: str, sources: Dataset | None = None) -> str:
-    """The folder of the label set of the run's teacher, or of another teacher with that teacher's own decoding.
+    """The folder of the label set that `label_job` describes."""
+    return str(pseudolabel(label_job(run, other_teacher, sources), raydistill_home() / "labels", device))
+
+
+def label_job(run: Run, other_teacher: str | None = None, sources: Dataset | None = None) -> LabelJob:
+    """The label job of the run's teacher, or of another teacher with its own decoding and prefix.
 
     `sources` are the rows to label, if these are not the training split.
     """
-    teacher, decoding = (other_teacher, Decoding()) if other_teacher else (run.teacher, run.decoding)
+    teacher, decoding, dataset = run.teacher, run.decoding, run.dataset
+    if other_teacher:
+        teacher, decoding = other_teacher, Decoding()
+        dataset = dataset.model_copy(update={"source_prefix": None})
     assert teacher is not None
-    settings = run.evaluation
-    pseudo = run.pseudo if sources is None else run.pseudo.without_references()
-    job = LabelJob(
+    return LabelJob(
         teacher,
-        run.dataset,
+        dataset,
         decoding=decoding,
-        engine=settings.engine,
-        pseudo=pseudo,
-        metric=settings.metric,
-        allow_repetitive=settings.allow_repetitive_teacher,
+        engine=run.evaluation.engine,
+        pseudo=run.pseudo if sources is None else run.pseudo.without_references(),
+        metric=run.evaluation.metric,
+        allow_repetitive=run.evaluation.allow_repetitive_teacher,
         sources=sources,
     )
-    return str(pseudolabel(job, raydistill_home() / "labels", device))
 
 
 def _make_teacher_cache(

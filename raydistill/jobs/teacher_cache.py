@@ -222,7 +222,8 @@ def _load_inputs(request: CacheRequest) -> CacheInputs:
     checkpoint = locate_checkpoint(first.teacher, first.dataset.name)
     preset = teacher_preset(first.teacher, first.dataset.name)
     config = load_config(checkpoint)
-    tokenizer = load_tokenizer(checkpoint, resolve_languages(first.teacher, first.dataset))
+    languages = resolve_languages(first.teacher, first.dataset)
+    tokenizer = load_tokenizer(checkpoint, languages, first.dataset.source_prefix)
     token_ids = None
     if isinstance(first.student.vocabulary, int):  # with "used", the texts are split into the teacher's tokens
         token_ids = select_student_tokens(first, tokenizer, config, run_label_folders(request.labels, first))

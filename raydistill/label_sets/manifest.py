@@ -43,7 +43,8 @@ class LabelDescription(_ManifestPart):
     """Teacher, data and decoding of a label set, known before any text is generated.
 
     `decoding` holds the fields of BeamSearchParams and `max_source_tokens`. `n_best` is the number of candidates per
-    row, `key` the content key of the label set.
+    row, `key` the content key of the label set. `source_prefix` is the text before every source; None for the teacher's
+    own.
     """
 
     key: str = ""
@@ -52,6 +53,7 @@ class LabelDescription(_ManifestPart):
     decoding: dict[str, Any]
     n_best: int = 1
     languages: list[str] | None = None
+    source_prefix: str | None = None
 
 
 class LabelManifest(Manifest):
@@ -102,6 +104,7 @@ class PseudolabelManifest(LabelManifest):
     data: DataRecord | None = None
     n_best: int = 1
     languages: list[str] | None = None
+    source_prefix: str | None = None
     engine_fallback_reason: str | None = None
 
     @property

@@ -27,6 +27,7 @@ class Teacher:
         preset: Its preset; None for a checkpoint without one.
         alignment_error: Largest difference of the logits of a full-depth copy, relative to the largest logit.
         languages: Source and target language; None where the model has none.
+        source_prefix: The text before every source that the data set names; None for the teacher's own.
         commit: Commit of the loaded files on the hub; None for a folder.
         token_ids: Of a teacher whose vocabulary is trimmed to that of a student, the ids of the tokens in the full
             vocabulary. The hidden states are those of the teacher, the logits are those of the kept tokens.
@@ -38,6 +39,7 @@ class Teacher:
     preset: TeacherPreset | None
     alignment_error: float
     languages: Languages | None
+    source_prefix: str | None
     commit: str | None
     token_ids: tuple[int, ...] | None = None
 
@@ -56,13 +58,13 @@ class Teacher:
 def open_teacher(name: str, dataset: Dataset, token_ids: tuple[int, ...] | None = None) -> Teacher:
     """Open a teacher once per process, and check its weights.
 
-    The teacher depends on the name and the languages of the data set: runs on different numbers of rows share it.
-    `token_ids` trims the vocabulary of tokenizer and model to these tokens; the teacher's key stays the same.
+    The teacher depends on the name, the languages and the prefix of the data set: runs on different numbers of rows
+    share it. `token_ids` trims the vocabulary of tokenizer and model to these tokens; the teacher's key stays the same.
 
     Raises:
         UserError: The checkpoint cannot be loaded, or a full-depth copy gives other logits.
     """
-    teacher = _open_teacher(name, dataset.name, resolve_languages(name, dataset))
+    teacher = _open_teacher(name, dataset.name, resolve_languages(name, dataset), dataset.source_prefix)
     return teacher if token_ids is None else _trim_teacher(teacher, token_ids)
 
 
@@ -75,13 +77,13 @@ def _trim_teacher(teacher: Teacher, token_ids: tuple[int, ...]) -> Teacher:
 
 
 @lru_cache(maxsize=2)
-def _open_teacher(name: str, dataset: str, languages: Languages | None) -> Teacher:
+def _open_teacher(name: str, dataset: str, languages: Languages | None, source_prefix: str | None) -> Teacher:
     preset, location = teacher_preset(name, dataset), locate_checkpoint(name, dataset)
-    tokenizer = load_tokenizer(location, languages)
+    tokenizer = load_tokenizer(location, languages, source_prefix)
     model = _freeze(load_model(location), tokenizer)
     alignment_error = check_full_depth_copy(model, name)
     key, commit = teacher_key(location), hub_commit(location)
-    teacher = Teacher(location, tokenizer, key, preset, alignment_error, languages, commit)
+    teacher = Teacher(location, tokenizer, key, preset, alignment_error, languages, source_prefix, commit)
     teacher.__dict__["model"] = model  # the value of the cached property: the weights are read once
     return teacher
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 from raydistill.config.presets import DATASETS, TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
+from raydistill.core.suggestions import closest_name
 from raydistill.models.families import max_positions
 from raydistill.models.hub import first_error_line, resolve_checkpoint
 from raydistill.models.loading import load_config, load_generation_config
@@ -20,21 +21,26 @@ MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
 LINE_BREAK_TOKENS = {"pegasus": "<n>"}  # by model type; google-research/pegasus replaces "\n" by this token
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of SentencePiece, for characters that no token contains
 LANGUAGE_CODE = re.compile(r"[a-z]{2}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")  # of mBART and of NLLB-200
+TARGET_LANGUAGE = re.compile(r"<2[A-Za-z_]+>")  # token of MADLAD-400 before a source, such as <2de>
+SOURCE_PREFIX = "source_prefix"  # key of tokenizer_config.json with the text before every source
 Languages = tuple[str, str]  # source, target
 
 
-def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    checkpoint: str | Path, languages: Languages | None = None, source_prefix: str | None = None
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, checked against its embedding table.
 
     `languages` are (source, target): codes such as ("en_XX", "ro_RO") for mBART, ("eng_Latn", "ron_Latn") for
     NLLB-200, ("en", "ro") for M2M100 and T5; other families ignore them. Without languages, the target language of
     mBART, NLLB-200 and M2M100 is the one that the checkpoint's configurations start with, and T5's task is
-    summarization.
+    summarization. `source_prefix` is the text before every source; default: see `_own_source_prefix`.
 
     Two settings are added to the tokenizer: `source_prefix`, and `line_break`, Pegasus' token for a line break or None.
 
     Raises:
-        UserError: Files are missing or unreadable, the vocabulary exceeds the embedding, or a language is unknown.
+        UserError: Files are missing or unreadable, the vocabulary exceeds the embedding, or a language is unknown or
+            missing.
     """
     config = load_config(checkpoint)
     folder = resolve_checkpoint(checkpoint, weights=False)
@@ -55,7 +61,9 @@ def load_tokenizer(checkpoint: str | Path, languages: Languages | None = None) -
     except Exception as error:
         raise UserError(f"{checkpoint}: the tokenizer cannot be loaded: {first_error_line(error)}") from None
     check_vocabulary(config, tokenizer, checkpoint)
-    tokenizer.source_prefix = source_prefix(config, languages)
+    if source_prefix is None:
+        source_prefix = _own_source_prefix(tokenizer, config, languages, checkpoint)
+    set_source_prefix(tokenizer, source_prefix)
     set_line_break(tokenizer, LINE_BREAK_TOKENS.get(config.model_type))
     if language_tokens(tokenizer):
         _set_languages(tokenizer, config, folder, languages, checkpoint)
@@ -120,22 +128,71 @@ def resolve_languages(teacher: str | None, dataset: Dataset) -> Languages | None
     return DATASETS[dataset.name].languages if dataset.name in DATASETS else None
 
 
-def source_prefix(config: PretrainedConfig, languages: Languages | None) -> str:
-    """Return T5's task prefix, such as "summarize: "; "" for other families and for configs without tasks.
+def source_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text before every source, such as "summarize: "; "" for none."""
+    return str(getattr(tokenizer, SOURCE_PREFIX, ""))
 
-    The published T5 models were trained on many tasks and list their prefixes in `task_specific_params`, which
-    students inherit.
+
+def set_source_prefix(tokenizer: Any, prefix: str) -> None:
+    """Set the text before every source. `save_pretrained` writes the text, "" too, so that students keep it."""
+    tokenizer.source_prefix = tokenizer.init_kwargs[SOURCE_PREFIX] = prefix
+
+
+def _own_source_prefix(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    languages: Languages | None,
+    checkpoint: str | Path,
+) -> str:
+    """Return a checkpoint's own text before every source; "" for families other than T5.
+
+    Students keep the text in tokenizer_config.json. The published T5 models were trained on many tasks and list their
+    prefixes in `task_specific_params`. MADLAD-400 has a token for each target language.
 
     Raises:
-        UserError: The config lists tasks, but none for the languages.
+        UserError: The config lists tasks, but none for the languages; the target language of MADLAD-400 is missing or
+            unknown; or the text in tokenizer_config.json is damaged.
     """
-    tasks = getattr(config, "task_specific_params", None) or {}
+    stored = tokenizer.init_kwargs.get(SOURCE_PREFIX)
+    if stored is not None:
+        if not isinstance(stored, str):
+            raise UserError(f"{checkpoint}: {SOURCE_PREFIX} in tokenizer_config.json is not a text")
+        return stored
     if config.model_type != "t5":
         return ""
-    task = f"translation_{languages[0][:2]}_to_{languages[1][:2]}" if languages else "summarization"
-    if languages and tasks and task not in tasks:
-        raise UserError(f"languages {', '.join(languages)}: no task {task}; this T5 knows {', '.join(sorted(tasks))}")
-    return str(tasks.get(task, {}).get("prefix", ""))
+    if tasks := getattr(config, "task_specific_params", None):
+        task = f"translation_{languages[0][:2]}_to_{languages[1][:2]}" if languages else "summarization"
+        if languages and task not in tasks:
+            known = ", ".join(sorted(tasks))
+            raise UserError(f"languages {', '.join(languages)}: no task {task}; this T5 knows {known}")
+        return str(tasks.get(task, {}).get("prefix", ""))
+    return _target_language_prefix(tokenizer, languages, checkpoint)
+
+
+def _target_language_prefix(
+    tokenizer: PreTrainedTokenizerBase, languages: Languages | None, checkpoint: str | Path
+) -> str:
+    """Return MADLAD-400's token of the target language with a space, as "<2de> "; "" for a T5 without such tokens.
+
+    Raises:
+        UserError: The languages are missing, or there is no token of the target language.
+    """
+    tokens = {token for token in tokenizer.get_vocab() if TARGET_LANGUAGE.fullmatch(token)}
+    if not tokens:
+        return ""
+    example = min(tokens, key=lambda token: (len(token), token))
+    if languages is None:
+        raise UserError(
+            f"{checkpoint}: the checkpoint reads the target language from a token before each source, such as "
+            f"{example}; set `languages` of the data set, as [en, {example[2:-1]}], or `source_prefix: '{example} '` "
+            f"(options --languages and --source-prefix)"
+        )
+    token = f"<2{languages[1]}>"
+    if token not in tokens:
+        similar = closest_name(token, sorted(tokens), cutoff=0.5)
+        hint = f"did you mean {similar[2:-1]!r}?" if similar else f"the tokenizer has {len(tokens)} languages"
+        raise UserError(f"{checkpoint}: unknown language {languages[1]!r}, there is no token {token}; {hint}")
+    return f"{token} "
 
 
 def set_target_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -161,14 +218,18 @@ def set_config_target_language(
         generation_config.forced_bos_token_id = token_id
 
 
-def load_target_generation_config(checkpoint: str | Path, languages: Languages | None) -> GenerationConfig:
+def load_target_generation_config(
+    checkpoint: str | Path, languages: Languages | None, source_prefix: str | None = None
+) -> GenerationConfig:
     """Return a checkpoint's generation config with the target language, see `set_config_target_language`.
+
+    `languages` and `source_prefix` are those of `load_tokenizer`.
 
     Raises:
         UserError: As `load_tokenizer` and `load_generation_config`.
     """
     config, generation_config = load_config(checkpoint), load_generation_config(checkpoint)
-    set_config_target_language(config, generation_config, load_tokenizer(checkpoint, languages))
+    set_config_target_language(config, generation_config, load_tokenizer(checkpoint, languages, source_prefix))
     return generation_config
 
 
@@ -221,12 +282,11 @@ def source_limit(teacher: str, dataset: Dataset, checkpoint: str | Path) -> int:
 def tokenize_sources(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
     """Return the token ids of each source text, truncated to `max_tokens` including special tokens.
 
-    The task prefix that `load_tokenizer` set for T5 comes first.
+    The text before every source that `load_tokenizer` set comes first.
     """
     if not texts:
         return []
-    prefix = getattr(tokenizer, "source_prefix", "")
-    texts = [prefix + text for text in texts]
+    texts = [source_prefix(tokenizer) + text for text in texts]
     encoded = tokenizer(texts, truncation=True, max_length=max_tokens, return_attention_mask=False)
     return [list(ids) for ids in encoded["input_ids"]]
 

@@ -30,7 +30,14 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from raydistill.config.shapes import VocabularySize
 from raydistill.core.errors import UserError
 from raydistill.models.families import untie_lm_head
-from raydistill.models.tokenization import BYTE_TOKEN, language_tokens, line_break, set_line_break
+from raydistill.models.tokenization import (
+    BYTE_TOKEN,
+    language_tokens,
+    line_break,
+    set_line_break,
+    set_source_prefix,
+    source_prefix,
+)
 
 # Tensors with a row (or, the bias of the logits, a column) for each token, by the last two parts of their names.
 TOKEN_ROWS = re.compile(r"(?:^|\.)(?:shared|embed_tokens|lm_head)\.weight$")
@@ -369,7 +376,7 @@ def _edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 def _copy_settings(tokenizer: Any, trimmed: Any) -> None:
     """Copy the settings that `load_tokenizer` makes, languages included."""
-    trimmed.source_prefix = getattr(tokenizer, "source_prefix", "")
+    set_source_prefix(trimmed, source_prefix(tokenizer))
     set_line_break(trimmed, line_break(tokenizer))
     trimmed.split_special_tokens = tokenizer.split_special_tokens
     if hasattr(tokenizer, "src_lang"):

@@ -202,7 +202,8 @@ def time_label(run: Run, device: str) -> float:
     beam = resolve_decoding(
         run.decoding, teacher.model.generation_config, preset.decoding if preset else None, max_target
     )
-    engine = open_engine(teacher.location, options=EngineOptions(device, languages=teacher.languages))
+    options = EngineOptions(device, languages=teacher.languages, source_prefix=teacher.source_prefix)
+    engine = open_engine(teacher.location, options=options)
     corpus = read_split(run.dataset.model_copy(update={"train_rows": TIMED_ROWS}), "train")
     assert corpus is not None
     engine.generate(corpus.sources[:1], beam, max_source_tokens=max_source)

@@ -109,7 +109,11 @@ def open_served_engine(
     run = context.run
     languages = resolve_languages(run.teacher, run.dataset)
     options = EngineOptions(
-        device=device, precision=variant.precision, languages=languages, cache_dir=context.cache_dir
+        device=device,
+        precision=variant.precision,
+        languages=languages,
+        source_prefix=run.dataset.source_prefix,
+        cache_dir=context.cache_dir,
     )
     if isinstance(threads, ThroughputSetting):
         options = options.with_setting(threads)
@@ -118,7 +122,7 @@ def open_served_engine(
     if variant.shortlist == "off":
         return open_engine(checkpoint, run.evaluation.engine, options)
     with tempfile.TemporaryDirectory(prefix="raydistill-map-") as scratch:
-        tokens = tokens_by_id(load_tokenizer(checkpoint, languages))
+        tokens = tokens_by_id(load_tokenizer(checkpoint, languages, run.dataset.source_prefix))
         path = restrict_map(context.maps[variant.shortlist], tokens, Path(scratch))
         return open_engine(checkpoint, run.evaluation.engine, replace(options, shortlist=path))
 

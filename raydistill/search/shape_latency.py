@@ -296,6 +296,7 @@ class _ShapeTimer:
             threads=self.threads,
             precision=variant.precision,
             languages=self.teacher.languages,
+            source_prefix=self.teacher.source_prefix,
             cache_dir=self.scratch / "engines",
             shortlist=self._arbitrary_map(checkpoint, variant.shortlist),
         )
@@ -308,7 +309,8 @@ class _ShapeTimer:
         """
         if shortlist == "off":
             return None
-        tokenizer, config = load_tokenizer(checkpoint, self.teacher.languages), load_config(checkpoint)
+        tokenizer = load_tokenizer(checkpoint, self.teacher.languages, self.teacher.source_prefix)
+        config = load_config(checkpoint)
         size = min(shortlist if isinstance(shortlist, int) else NUM_MOST_USED, config.vocab_size)
         path = self.scratch / f"map-{config.vocab_size}-{size}" / MAP_FILE
         if not path.is_file():

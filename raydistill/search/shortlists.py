@@ -111,6 +111,7 @@ class ShortlistInputs:
             "source": [NUM_CANDIDATES, NUM_MOST_USED],
             "tokenizer": settings_fingerprint(self.checkpoint),
             "languages": self.languages,
+            "source_prefix": self.dataset.source_prefix,
             "join_lines": joins_lines(self.dataset.name),
             "data": [self._corpus("train").fingerprint, self._held_out.fingerprint],
             "labels": [folder.name for folder in self.label_folders],
@@ -121,7 +122,7 @@ class ShortlistInputs:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The teacher's tokenizer."""
-        return load_tokenizer(self.checkpoint, self.languages)
+        return load_tokenizer(self.checkpoint, self.languages, self.dataset.source_prefix)
 
     @cached_property
     def kept(self) -> set[int]:

@@ -128,9 +128,12 @@ def read_teacher(teacher: str, dataset: Dataset, data: UserData, is_translation:
     guessed = None
     if languages is None and is_translation:
         languages = guessed = _languages_of_columns(config, data.task)
-    if languages is None and is_translation and config.model_type == "t5":
-        raise UserError(f"{teacher}: T5 needs the languages of a translation, for example --languages en de")
-    tokenizer = load_tokenizer(checkpoint, languages)
+    prefix = dataset.source_prefix
+    if languages is None and prefix is None and is_translation and config.model_type == "t5":
+        raise UserError(
+            f"{teacher}: T5 needs the languages of a translation, for example --languages en de, or --source-prefix"
+        )
+    tokenizer = load_tokenizer(checkpoint, languages, prefix)
     source, target = _measure(tokenizer, data.corpus, max_positions(config))
     preset = teacher_preset(teacher, dataset.name)
     own_limit = (preset and preset.decoding.max_length) or load_generation_config(checkpoint).max_length

@@ -63,7 +63,7 @@ def prepare_student(run: Run, folder: Path, worker: Worker, label_folders: Mappi
     """
     if run.teacher is None:
         checkpoint = make_random_checkpoint(run, folder, worker)
-        return StudentSetup(load_model(checkpoint), load_tokenizer(checkpoint))
+        return StudentSetup(load_model(checkpoint), load_tokenizer(checkpoint, source_prefix=run.dataset.source_prefix))
     teacher = open_teacher(run.teacher, run.dataset)
     token_ids = select_student_tokens(run, teacher.tokenizer, load_config(teacher.location), label_folders)
     teacher = open_teacher(run.teacher, run.dataset, token_ids)

@@ -37,7 +37,9 @@ def score_teacher(run: Run, device: str, threads: int) -> tuple[TeacherScores, d
     preset_decoding = teacher.preset.decoding if teacher.preset else None
     beam = resolve_decoding(run.decoding, teacher.model.generation_config, preset_decoding, data.max_target_tokens)
     engine = open_engine(
-        teacher.location, run.evaluation.engine, EngineOptions(device, threads, languages=teacher.languages)
+        teacher.location,
+        run.evaluation.engine,
+        EngineOptions(device, threads, languages=teacher.languages, source_prefix=teacher.source_prefix),
     )
     splits = [split for split in data.corpora if split in ("validation", "test")]
     evaluations = score_splits(engine, data, splits, beam, run.evaluation.batch_size, data.metrics)

@@ -13,14 +13,16 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FAMILIES = ("bart", "pegasus", "mbart", "mbart50", "m2m100", "nllb", "marian", "t5", "flan-t5", "mt5")
-T5_FORMS = ("t5", "flan-t5", "mt5")  # Flan-T5 and mT5 have gated feed-forward layers and an LM head of their own
+FAMILIES = ("bart", "pegasus", "mbart", "mbart50", "m2m100", "nllb", "marian", "t5", "flan-t5", "madlad400", "mt5")
+# Flan-T5, MADLAD-400 and mT5 have gated feed-forward layers and an LM head of their own
+T5_FORMS = ("t5", "flan-t5", "madlad400", "mt5")
 LANGUAGES = {  # of the multilingual families: source and target
     "mbart": ("en_XX", "ro_RO"),
     "mbart50": ("en_XX", "ro_RO"),
     "m2m100": ("en", "ro"),
     "nllb": ("eng_Latn", "ron_Latn"),
 }
+MADLAD_TOKENS = ("<2de>", "<2ro>", "<2zh_Hant>")  # some of its more than 400 target languages
 
 _WHO = ("the old man", "a young woman", "my brother", "the city council", "two small dogs", "no one")
 _DOES = ("sees", "has lost", "wants to buy", "is painting", "will remember", "runs towards")
@@ -65,7 +67,7 @@ def save_tiny(
     "unigram", or "bpe" for Marian. `line_breaks`: Pegasus' tokenizer has the token `<n>`, as the published ones, and
     the model writes it wherever it may (not with `logits_bias`). The multilingual families are set to `LANGUAGES`:
     mBART by its tokenizer and its start token, the others by the forced first token, as checkpoints that are fine-tuned
-    on a pair of languages.
+    on a pair of languages. MADLAD-400 is set to Romanian by the prefix in its tokenizer, as its students.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,11 @@ def build(
 
 def edit_config(folder: Path, **changes: Any) -> None:
     """Change values in a checkpoint's config.json."""
-    path = folder / "config.json"
+    edit_json(folder / "config.json", **changes)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change values in a JSON file with a mapping."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -290,10 +296,7 @@ def _tokenizer(
     if family == "nllb":
         return _nllb_tokenizer(folder / "sentencepiece.bpe.model")
     if family in T5_FORMS:
-        extra_ids = 0 if family == "mt5" else 100
-        tail = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
-        vocab = _scored(["<pad>", "</s>", "<unk>"], pieces, tail)
-        return transformers.T5Tokenizer(vocab=vocab, extra_ids=extra_ids)
+        return _t5_tokenizer(family, pieces)
     if family == "pegasus":
         head = ["<pad>", "</s>", "<mask_1>", "<mask_2>", *[f"<unk_{i}>" for i in range(2, 103)], "<unk>"]
         head += ["<n>"] if line_breaks else []
@@ -310,6 +313,17 @@ def _tokenizer(
         vocab = _scored(["<s>", "<pad>", "</s>", "<unk>"], pieces, [*CODES, "<mask>"])
         return transformers.MBart50Tokenizer(vocab=vocab)
     raise ValueError(f"{family!r} is none of {FAMILIES}")
+
+
+def _t5_tokenizer(family: str, pieces: list[tuple[str, float]]) -> PreTrainedTokenizerBase:
+    extra_ids = 0 if family in ("madlad400", "mt5") else 100
+    tail = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+    vocab = _scored(["<pad>", "</s>", "<unk>"], pieces, tail)
+    tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=extra_ids)
+    if family == "madlad400":
+        tokenizer.add_tokens(list(MADLAD_TOKENS), special_tokens=True)
+        tokenizer.init_kwargs["source_prefix"] = "<2ro> "
+    return tokenizer
 
 
 def _scored(head: list[str], pieces: list[tuple[str, float]], tail: list[str]) -> list[tuple[str, float]]:

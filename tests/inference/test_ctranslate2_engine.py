@@ -11,10 +11,11 @@ import pytest
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
 from raydistill.inference import ctranslate2_conversion, ctranslate2_engine
-from raydistill.inference.ctranslate2_engine import CTranslate2Engine
+from raydistill.inference.ctranslate2_engine import CTranslate2Engine, describe_serving
 from raydistill.inference.decoding import CalibrationRows, EngineOptions
 from raydistill.inference.engines import open_engine
-from raydistill.models import tokenization
+from raydistill.models import loading, tokenization
+from raydistill.models.saving import save_checkpoint
 from tests.factories.engines import GREEDY, TEXTS, first_texts, has_avx512, open_ctranslate2
 from tests.factories.models import LANGUAGES, save_tiny
 
@@ -153,3 +154,23 @@ def test_calibration_with_outputs_up_to_the_last_position(tmp_path):
         open_engine(folder, options=EngineOptions(cache_dir=tmp_path / "cache"), calibration=calibration).name
         == "ctranslate2"
     )
+
+
+@pytest.mark.parametrize("engine_name", ["ctranslate2", "transformers"])
+def test_requested_prefix_comes_before_every_source(engine_name, tiny):
+    options = EngineOptions(cache_dir=tiny["cache"], source_prefix="the city council ", allow_fallback=False)
+    engine = open_engine(tiny["t5"], engine_name, options)
+    plain = open_engine(tiny["t5"], engine_name, EngineOptions(cache_dir=tiny["cache"], allow_fallback=False))
+    written = [row[0].text for row in engine.generate(TEXTS, GREEDY, max_source_tokens=50)]
+    prefixed = [f"the city council {text}" for text in TEXTS]
+    assert written == [row[0].text for row in plain.generate(prefixed, GREEDY, max_source_tokens=50)]
+    assert written != [row[0].text for row in plain.generate(TEXTS, GREEDY, max_source_tokens=50)]
+
+
+def test_serving_description_has_the_prefix_that_a_student_keeps(tiny, tmp_path):
+    tokenizer = tokenization.load_tokenizer(tiny["t5"], source_prefix="summarize: ")
+    save_checkpoint(loading.load_model(tiny["t5"]), tokenizer, tmp_path / "student")
+    options = EngineOptions(precision="fp32", cache_dir=tmp_path / "cache", allow_fallback=False)
+    engine = open_engine(tmp_path / "student", "ctranslate2", options)
+    assert isinstance(engine, CTranslate2Engine)
+    assert describe_serving(engine.folder, tmp_path / "student", options).source_prefix == "summarize: "

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from raydistill.core.paths import raydistill_home
 from raydistill.data.streaming import scan_split
 from raydistill.inference.decoding import Engine, EngineOptions, Hypothesis, resolve_decoding
 from raydistill.inference.engines import open_engine
-from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _slug, describe_job, pseudolabel
+from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _label_set_key, _slug, describe_job, pseudolabel
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_manifest
 from tests.factories.engines import has_avx512
@@ -120,6 +121,17 @@ def test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_re
     task = LabelTask(job, description, tmp_path / "set", "cpu")
     with pytest.raises(UserError, match="the teacher changed since the job started"):
         Labeller(task, BatchPlan(tmp_path, [], [], []))
+
+
+def test_prefix_is_part_of_what_identifies_a_label_set(teacher_and_data):
+    keys = set()
+    for prefix in (None, "", "summarize: "):
+        job = make_job(teacher_and_data)
+        job = replace(job, dataset=job.dataset.model_copy(update={"source_prefix": prefix}))
+        description = describe_job(job, scan_split(job.rows, job.split))
+        assert description.source_prefix == prefix
+        keys.add(_label_set_key(job, description, "cpu"))
+    assert len(keys) == 3
 
 
 def test_label_set_is_named_after_its_data():

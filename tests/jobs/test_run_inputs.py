@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config.run import ExtraSources, PseudoLabeling
+from raydistill.config.run import Dataset, Decoding, ExtraSources, PseudoLabeling, Run, Student
 from raydistill.core.errors import UserError
 from raydistill.core.files import read_json
 from raydistill.jobs import run_inputs
@@ -94,3 +94,16 @@ def test_extra_sources_are_labelled_once_and_shared_by_runs_of_other_numbers_of_
     assert described[extra_set.name].rows == 6
     assert run_inputs.describe_extra_sources(extra).rows == 6
     assert run_inputs.ensure_extra_sources(runs[2:]) is None
+
+
+def test_label_job_of_another_teacher_has_its_own_prefix_and_decoding():
+    run = Run(
+        name="r",
+        teacher="t5",
+        dataset=Dataset(name="cnn_dailymail", source_prefix="headline: "),
+        decoding=Decoding(beams=2),
+        student=Student(size="6-3"),
+    )
+    own, other = run_inputs.label_job(run), run_inputs.label_job(run, "bart")
+    assert (own.teacher, own.dataset, own.decoding) == ("t5", run.dataset, run.decoding)
+    assert (other.teacher, other.dataset, other.decoding) == ("bart", Dataset(name="cnn_dailymail"), Decoding())

@@ -8,9 +8,10 @@ import torch
 from raydistill.config.run import Dataset
 from raydistill.core.errors import UserError
 from raydistill.models import families, loading, tokenization
+from raydistill.models.saving import save_checkpoint
 from raydistill.models.teacher import open_teacher
 from raydistill.models.vocabulary import trim_tokenizer
-from tests.factories.models import FAMILIES, LANGUAGES, edit_config, save_tiny, sentences
+from tests.factories.models import FAMILIES, LANGUAGES, edit_config, edit_json, save_tiny, sentences
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,7 +153,61 @@ def test_t5_uses_the_prefix_of_its_task_and_students_inherit_it(tiny, tmp_path):
     model.save_pretrained(tmp_path / "student")
     translate.save_pretrained(tmp_path / "student")
     student = tokenization.load_tokenizer(tmp_path / "student")
-    assert tokenization.tokenize_sources(student, ["the old man"], 99) == [expected]
+    assert tokenization.source_prefix(student) == "to Romanian: "  # whatever languages it is loaded with
+    student = tokenization.load_tokenizer(tmp_path / "student", ("en", "de"))
+    assert tokenization.source_prefix(student) == "to Romanian: "
+
+
+@pytest.mark.parametrize("prefix", ["headline: ", ""])
+def test_prefix_of_the_data_set_replaces_that_of_the_task_and_is_kept_by_students(prefix, tiny, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny["t5"], folder)
+    edit_config(folder, task_specific_params={"summarization": {"prefix": "summarize: "}})
+    teacher = open_teacher(str(folder), Dataset(name="mine", source_prefix=prefix))
+    plain = tokenization.load_tokenizer(tiny["t5"])
+    expected = tokenization.tokenize_sources(plain, [f"{prefix}the old man"], 99)
+    save_checkpoint(teacher.model, teacher.tokenizer, tmp_path / "student")
+    trimmed = trim_tokenizer(teacher.tokenizer, range(len(teacher.tokenizer)))
+    for tokenizer in (teacher.tokenizer, trimmed, tokenization.load_tokenizer(tmp_path / "student")):
+        assert tokenization.tokenize_sources(tokenizer, ["the old man"], 99) == expected
+    other = open_teacher(str(folder), Dataset(name="mine"))
+    assert tokenization.source_prefix(other.tokenizer) == "summarize: "
+
+
+def test_prefix_that_is_no_text_is_a_user_error(tiny, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny["t5"], folder)
+    edit_json(folder / "tokenizer_config.json", source_prefix=["summarize: "])
+    with pytest.raises(UserError, match=r"t5: source_prefix in tokenizer_config.json is not a text"):
+        tokenization.load_tokenizer(folder)
+
+
+def test_madlad_reads_the_target_language_from_a_token_before_the_source(tiny, tmp_path):
+    folder = tmp_path / "madlad"
+    shutil.copytree(tiny["madlad400"], folder)
+    edit_json(folder / "tokenizer_config.json", source_prefix=None)  # as published
+    german = tokenization.load_tokenizer(folder, ("en", "de"))
+    [ids] = tokenization.tokenize_sources(german, ["the old man"], 99)
+    assert german.convert_tokens_to_ids("<2de>") == ids[0]
+    assert ids[1:] == german("the old man").input_ids
+    chinese = tokenization.load_tokenizer(folder, source_prefix="<2zh_Hant> ")
+    [ids] = tokenization.tokenize_sources(chinese, ["the old man"], 99)
+    assert ids[0] == chinese.convert_tokens_to_ids("<2zh_Hant>")
+    chinese.save_pretrained(folder)
+    assert tokenization.source_prefix(tokenization.load_tokenizer(folder)) == "<2zh_Hant> "
+
+
+def test_madlad_without_a_target_language_or_with_an_unknown_one_is_refused(tiny, tmp_path):
+    folder = tmp_path / "madlad"
+    shutil.copytree(tiny["madlad400"], folder)
+    edit_json(folder / "tokenizer_config.json", source_prefix=None)
+    with pytest.raises(
+        UserError, match=r"set `languages` of the data set, as \[en, de\], or `source_prefix: '<2de> '`"
+    ):
+        tokenization.load_tokenizer(folder)
+    with pytest.raises(UserError, match=r"there is no token <2zh_Hans>; did you mean 'zh_Hant'"):
+        tokenization.load_tokenizer(folder, ("en", "zh_Hans"))
+    assert tokenization.source_prefix(tokenization.load_tokenizer(folder, source_prefix="")) == ""
 
 
 @pytest.mark.parametrize(
@@ -164,6 +219,8 @@ def test_t5_uses_the_prefix_of_its_task_and_students_inherit_it(tiny, tmp_path):
         ("mbart", Dataset(name="mine"), ("en_XX", "ro_RO")),
         ("nllb", Dataset(name="mine"), None),  # 200 languages
         ("nllb", Dataset(name="wmt16_en_ro"), ("eng_Latn", "ron_Latn")),
+        ("madlad400", Dataset(name="wmt16_en_ro"), ("en", "ro")),
+        ("madlad400", Dataset(name="mine"), None),  # more than 400 languages
         ("t5", Dataset(name="wmt16_en_ro"), ("en", "ro")),
         ("t5", Dataset(name="mine"), None),  # its first preset summarizes
         ("t5", Dataset(name="mine", languages=["en", "de"]), ("en", "de")),

@@ -30,7 +30,7 @@ from raydistill.results.selection import Selection, load_selection
 from raydistill.results.sweep_record import ShortlistCoverage
 from raydistill.tracking import export
 from tests.factories.kills import kill_at_every_step
-from tests.factories.models import sentences
+from tests.factories.models import edit_json, sentences
 from tests.factories.sweeps import change_sweep, make_student, served_student, write_served
 
 
@@ -130,8 +130,9 @@ def test_a_student_with_fewer_units_is_exported_with_its_conversion(sweep: Path)
 
 
 def test_plain_ctranslate2_mlflow_and_evaluate_write_the_texts_that_were_scored(sweep: Path) -> None:
-    """A student in int8 with a shortlist: the lines of the model card, without raydistill, give the same texts."""
+    """A student in int8 with shortlist and prefix: the lines of the card, without raydistill, give the same texts."""
     checkpoint = make_student(sweep, "a", 0, 10.0) / "best"
+    edit_json(checkpoint / "tokenizer_config.json", source_prefix="the city council ")
     config = ServingConfig(beams=2, length_penalty=0.6, precision="int8", shortlist=60)
     tokenizer = load_tokenizer(checkpoint)
     allowed = sorted({*range(60), *kept_tokens(tokenizer, load_config(checkpoint))})
@@ -169,6 +170,8 @@ def test_plain_ctranslate2_mlflow_and_evaluate_write_the_texts_that_were_scored(
     serving = CheckpointMetadata.read_from(folder).serving
     assert serving is not None
     assert serving.config == config
+    assert serving.ctranslate2 is not None
+    assert serving.ctranslate2.source_prefix == "the city council "
     assert (folder / "ctranslate2" / "vmap.txt").read_bytes() == stored_map("list").read_bytes()
     shutil.rmtree(stored_map("list").parent)
     with pytest.raises(UserError, match="the shortlist was deleted; run the sweep again"):
