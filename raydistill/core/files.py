@@ -76,9 +76,16 @@ def mark_used(path: Path) -> None:
         os.utime(path)
 
 
-def write_json_atomic(path: Path, data: Any) -> None:
-    """Write indented JSON with `write_atomic`; ValueError for NaN and infinity, which JSON does not have."""
-    write_atomic(path, json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False, default=_json_default).encode())
+def write_json_atomic(path: Path, data: Any, indent: int | None = 1) -> None:
+    """Write JSON with `write_atomic`; ValueError for NaN and infinity, which JSON does not have.
+
+    Args:
+        path: The file.
+        data: The content.
+        indent: Spaces per level; None writes a single line, which json encodes about ten times faster.
+    """
+    text = json.dumps(data, indent=indent, allow_nan=False, ensure_ascii=False, default=_json_default)
+    write_atomic(path, text.encode())
 
 
 def _json_default(value: Any) -> Any:

@@ -17,10 +17,12 @@ class Record(BaseModel):
     Attributes:
         remedy: What the user can do about a damaged file or one of another schema version, as a sentence without its
             period; None for the default advice to delete the folder of the file.
+        indent: Spaces per level of the file; None for a file of one line, for records of thousands of entries.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     remedy: ClassVar[str | None] = None
+    indent: ClassVar[int | None] = 1
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -69,4 +71,4 @@ class Record(BaseModel):
             ValueError: A number is not finite.
             OSError: The disk is full, for example.
         """
-        write_json_atomic(path, self.to_json())
+        write_json_atomic(path, self.to_json(), self.indent)

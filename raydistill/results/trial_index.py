@@ -1,7 +1,8 @@
 """The trials of a sweep for a process that reads them again and again: each file is read once, and again if it changed.
 
 A search asks for the other trials at every validation and at the end of every trial. With thousands of trials, only
-the files that changed since the last question are read; the others are recognised by their times and sizes.
+the files that changed since the last question are read. A trial that has a result does not change any more; it is only
+looked for in the list of folders. The files of other trials are recognised by their times and sizes.
 """
 
 import os
@@ -80,8 +81,11 @@ class TrialIndex:
         known_runs = self._runs.get(parent, {})
         runs: dict[str, IndexedTrial] = {}
         for name in _list_names(self.sweep / parent):
-            version = _version(f"{self.sweep}/{parent}/{name}")
             known = known_runs.get(name)
+            if known is not None and known.version[0] == RESULT_FILE:
+                runs[name] = known
+                continue
+            version = _version(f"{self.sweep}/{parent}/{name}")
             if known is not None and known.version == version:
                 runs[name] = known
             elif version is not None and (trial := read_trial(self.sweep / parent / name)) is not None:
@@ -104,7 +108,7 @@ def _list_names(folder: Path) -> list[str]:
 
 
 def _version(folder: str) -> Version | None:
-    """The version of a trial; None if the trial has no file yet. A finished trial takes one system call."""
+    """The version of a trial; None if the trial has no file yet."""
     for name in (RESULT_FILE, HISTORY_FILE, RUN_FILE):
         try:
             status = os.stat(f"{folder}/{name}")

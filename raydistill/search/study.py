@@ -62,6 +62,7 @@ class ProposalLog(Record):
     """The content of SWEEP/proposals.json: all trials that were ever proposed."""
 
     remedy: ClassVar[str | None] = "Delete this file: finished trials are recognised by their folders"
+    indent: ClassVar[int | None] = None  # written at every proposal
 
     proposals: tuple[Proposal, ...] = ()
 
