@@ -13,6 +13,7 @@ def run_exclusive(
     function: Callable[..., Any],
     *args: Any,
     device: str,
+    threads: int | None = None,
     input_paths: Iterable[Path] = (),
     output_paths: Iterable[Path] = (),
 ) -> Any:
@@ -23,6 +24,10 @@ def run_exclusive(
     While the machine is available, all exclusive tasks run on it, so that their timings are comparable.
 
     Args:
+        function: A function that can be pickled.
+        args: Its first arguments.
+        device: "cpu" or "cuda".
+        threads: The number of CPU threads that the function uses, at most the reserved cores; default: all of them.
         input_paths: Files and folders that are copied to the machine of the task first, if the machines share no
             folder.
         output_paths: Small files that are copied back afterwards.
@@ -42,7 +47,8 @@ def run_exclusive(
     task = ray.remote(**options)(_run_with_threads)
     input_paths, output_paths = list(input_paths), list(output_paths)
     snapshots.save(*input_paths)
-    result, outputs = ray.get(task.remote(function, args, device, cpus, input_paths, output_paths))
+    threads = min(threads or cpus, cpus)
+    result, outputs = ray.get(task.remote(function, args, device, threads, input_paths, output_paths))
     for path, content in outputs.items():
         write_atomic(path, content)
     return result

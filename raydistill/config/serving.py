@@ -151,6 +151,7 @@ class ServingRecord(StrictModel):
         line_break: The token that the tokenizer writes for a line break; None if there is no such token.
         vocabulary_map: The shortlist, a file in the export.
         ctranslate2: These settings as arguments of CTranslate2; None if CTranslate2 cannot load the student.
+        threads: CPU threads with which latency was measured; None on a GPU.
         throughput: Threads and batches that decode the most rows per second; None if the sweep did not measure them.
     """
 
@@ -160,6 +161,7 @@ class ServingRecord(StrictModel):
     line_break: str | None = None
     vocabulary_map: str | None = None
     ctranslate2: CTranslate2Serving | None = None
+    threads: int | None = None
     throughput: ThroughputSetting | None = None
 
 

@@ -1,5 +1,6 @@
 """Measures the latency and the memory of an engine."""
 
+import math
 import os
 import platform
 import statistics
@@ -24,6 +25,9 @@ TIMING_LIMIT_ENV = "RAYDISTILL_TIMING_SECONDS"
 MAX_REPEATS = 1000
 # CPU cores that other processes may keep busy during a measurement. Background services need less, a training run more.
 MAX_BACKGROUND_CORES = 0.5
+
+# Fewer threads than all are used only if a batch takes less than this share of the time.
+THREADS_GAIN = 0.95
 
 Hardware = dict[str, str | int]
 
@@ -135,6 +139,31 @@ def time_calls(call: Callable[[], None], repetition: Repetition) -> Timing:
 def summarize_times(seconds: Sequence[float]) -> Timing:
     """Return median, lowest and highest of the calls' seconds, in milliseconds."""
     return Timing(1000 * statistics.median(seconds), 1000 * min(seconds), 1000 * max(seconds), len(seconds))
+
+
+def choose_threads(open_engine: Callable[[int], "Engine"], workload: "Workload", threads: int) -> int:
+    """The number of threads with which an engine decodes a batch in the shortest time.
+
+    More threads are not always faster: the threads of a small model wait for each other at every layer of every token.
+    `threads` are halved until a batch takes longer than with twice as many.
+
+    Args:
+        open_engine: Opens the engine with a number of threads. One engine is open at a time.
+        workload: The batch.
+        threads: The highest number.
+    """
+    best, best_ms = threads, math.inf
+    tried = threads
+    while tried >= 1 and threads > 1:
+        engine = open_engine(tried)
+        call = engine.make_benchmark_call(workload)
+        milliseconds = time_calls(call, Repetition(repeats=3)).low_ms
+        del engine, call
+        if milliseconds >= best_ms * (THREADS_GAIN if best == threads else 1.0):
+            break
+        best, best_ms = tried, milliseconds
+        tried //= 2
+    return best
 
 
 class BackgroundLoad:

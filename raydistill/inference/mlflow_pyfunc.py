@@ -35,23 +35,26 @@ def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStu
     """MLflow's entry point: open the checkpoint in folder `path` with the `device` and `threads` of `settings`.
 
     Precision, shortlist and decoding are those that the student was scored with. The default device and threads are
-    those of a sweep: a GPU if one is available, else all CPU cores. MLflow requires this function name.
+    those of a sweep: a GPU if one is available, else the number of CPU threads with which the sweep measured latency. MLflow requires this function name.
     """
     return open_student(Path(path), **(settings or {}))
 
 
-def open_student(folder: Path, device: str = "auto", threads: int | str = "all") -> PyfuncStudent:
+def open_student(folder: Path, device: str = "auto", threads: int | str = "auto") -> PyfuncStudent:
     """Open an exported student with the precision, shortlist and decoding that it was scored with.
 
     Args:
         folder: The export.
         device: "cpu" or "cuda"; "auto" is a GPU if one is available.
-        threads: CPU threads; "all" are the cores that the process may use.
+        threads: CPU threads; "auto" is the number with which the sweep measured latency, at most the cores that the
+            process may use; "all" are these cores.
     """
     metadata = CheckpointMetadata.read_from(folder)
     assert metadata.serving is not None, "only exported students are served"
     engine_name = metadata.config.evaluation.engine if metadata.config else "auto"
-    device, threads = _resolve_device_and_threads(device, threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = _resolve_threads(threads, metadata.serving.threads)
     options = serving_options(folder, metadata.serving, EngineOptions(device, threads), engine_name)
     return PyfuncStudent(open_engine(folder, engine_name, options), metadata.serving.max_source_tokens)
 
@@ -69,13 +72,12 @@ def serving_options(folder: Path, serving: ServingRecord, options: EngineOptions
     return replace(options, precision=precision, languages=serving.languages, shortlist=shortlist)
 
 
-def _resolve_device_and_threads(device: str, threads: int | str) -> tuple[str, int]:
+def _resolve_threads(threads: int | str, measured: int | None) -> int:
     """Replace "auto" and "all"; raise ValueError if `threads` is not a number."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if threads == "all":
-        threads = len(available_cores())
-    return device, int(threads)
+    cores = len(available_cores())
+    if threads == "auto":
+        return min(measured or cores, cores)
+    return cores if threads == "all" else int(threads)
 
 
 def _as_list(sources: Any) -> list[str]:

@@ -13,8 +13,9 @@ session is repeated as a whole.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,12 +82,12 @@ def serve_finalists(space: Space, sweep: Path, teacher: TeacherScores, device: s
         UserError: The teacher or the data changed since the sweep was started, or the device can compute none of the
             space's precisions.
     """
-    machine = run_exclusive(hardware, device=device)
+    machine = run_exclusive(hardware, device=device, threads=teacher.threads)
     state = ServingState.load(space, sweep, teacher, machine)
     if not state.is_complete:
         run = representative_run(space, sweep)
         check_unchanged(run, teacher, sweep)
-        tasks = _ServingTasks(sweep, make_context(run, sweep, teacher), device)
+        tasks = _ServingTasks(sweep, run, teacher, device)
         state = tasks.run_first_pass(state)
         tasks.score(state)
         tasks.time(state)
@@ -97,8 +98,9 @@ def serve_finalists(space: Space, sweep: Path, teacher: TeacherScores, device: s
 class _ServingTasks:
     """Runs the three steps as exclusive tasks on the machine that times everything."""
 
-    def __init__(self, sweep: Path, context: ServingContext, device: str) -> None:
-        self.sweep, self.context, self.device = sweep, context, device
+    def __init__(self, sweep: Path, run: Run, teacher: TeacherScores, device: str) -> None:
+        self.sweep, self.device, self.threads = sweep, device, teacher.threads
+        self.context = make_context(run, sweep, teacher)
 
     def run_first_pass(self, state: ServingState) -> ServingState:
         """Time the shapes that the first pass lacks; returns the state with the new record."""
@@ -109,7 +111,7 @@ class _ServingTasks:
             )
             configs = {checkpoint.shape: state.shape_decodings(checkpoint.shape) for checkpoint in missing}
             task = FirstPassTask(self.context, missing, configs, state.variants, state.teacher.engine)
-            record = run_exclusive(run_first_pass, task, device=self.device, input_paths=self._inputs(missing))
+            record = self._run(run_first_pass, task, inputs=self._inputs(missing))
             if state.first_pass is not None:
                 record = state.first_pass.merged_with(record)
             record.write(self.sweep / FIRST_PASS_FILE)
@@ -154,7 +156,7 @@ class _ServingTasks:
             latency_bounds(state.space.budgets),
         )
         inputs = self._inputs(state.representatives)
-        session = run_exclusive(run_session, task, device=self.device, input_paths=inputs)
+        session = self._run(run_session, task, inputs=inputs)
         if state.measures_throughput:
             print_progress("throughput: measuring the rows per second of the same configurations")
             throughputs = run_exclusive(measure_throughputs, task, device=self.device, input_paths=inputs)
@@ -171,20 +173,27 @@ class _ServingTasks:
         if split != "test":
             outputs += [checkpoint.folder / outputs_filename(split, config) for config in configs]
             outputs += [checkpoint.folder / texts_filename(split)] if checkpoint.is_teacher else []
-        entries: list[ServedStudent] = run_exclusive(
+        entries: list[ServedStudent] = self._run(
             score_checkpoint,
             self.context,
             checkpoint,
             tuple(configs),
             split,
-            device=self.device,
-            input_paths=self._inputs([checkpoint]),
-            output_paths=outputs,
+            inputs=self._inputs([checkpoint]),
+            outputs=outputs,
         )
         if split != "test":
             record = read_served(checkpoint.folder) or ServedRecord(entries=[])
             record.with_entries(entries).write(checkpoint.folder / SERVED_FILE)
         return entries
+
+    def _run(
+        self, function: Callable[..., Any], *args: Any, inputs: Iterable[Path], outputs: Iterable[Path] = ()
+    ) -> Any:
+        """`run_exclusive` with the sweep's number of threads."""
+        return run_exclusive(
+            function, *args, device=self.device, threads=self.threads, input_paths=inputs, output_paths=outputs
+        )
 
     def _inputs(self, checkpoints: Sequence[ServedCheckpoint]) -> list[Path]:
         maps = [path.parent for path in self.context.maps.values()]
@@ -252,7 +261,7 @@ def serve_repeats(space: Space, sweep: Path, teacher: TeacherScores, trials: Seq
         return 0
     snapshots.pull(*(repeat.folder for repeat, _ in missing))
     print_progress(f"seeds: scoring {format_count(len(missing), 'student')} on real rows")
-    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher), device)
+    tasks = _ServingTasks(sweep, representative_run(space, sweep), teacher, device)
     for repeat, configs in missing:
         tasks.score_configs(served_checkpoint(repeat), configs, tasks.context.split)
         snapshots.save(repeat.folder)
@@ -301,7 +310,7 @@ def score_on_test(space: Space, sweep: Path, teacher: TeacherScores, device: str
     untested = find_untested(sweep, teacher)
     if not untested:
         return
-    tasks = _ServingTasks(sweep, make_context(representative_run(space, sweep), sweep, teacher), device)
+    tasks = _ServingTasks(sweep, representative_run(space, sweep), teacher, device)
     runs = [run for student in untested for run in (student, *student.repeats)]
     for student in runs:
         served = read_served(student.folder)

@@ -127,6 +127,11 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
     metric = scores.metric
     print_progress(scores.metric_choice.describe())
     print_progress(f"teacher {run.teacher} ({scores.size}): {metric} {scores.metrics[metric]:.2f} on validation")
+    if scores.machine["kind"] == "cpu":
+        print_progress(
+            f"teacher {run.teacher}: decodes a batch fastest with {format_count(scores.threads, 'thread')}; all models "
+            f"are scored and timed with this number"
+        )
     check_teacher_repetition(str(run.teacher), scores.repetition, run.evaluation.allow_repetitive_teacher)
     return scores
 
@@ -147,6 +152,7 @@ def _make_shape_task(space: Space, runs: list[Run], teacher: TeacherScores, devi
         output_tokens=teacher.output_tokens,
         precision=teacher.precision,
         beams=teacher.beams,
+        threads=teacher.threads,
         fewest_beams=min([teacher.beams, *space.serving.beams]),
         variants=space.serving.variants(device),
         bounds=latency_bounds(space.budgets),
@@ -171,7 +177,8 @@ def _time_shapes(task: ShapeTask, device: str) -> ShapeTable:
         f"latency: timing {format_count(len(task.sizes), 'shape')} in pairs with the teacher, on an otherwise idle "
         f"machine ({', '.join(task.sizes)})"
     )
-    shapes: ShapeTable = run_exclusive(time_shapes, task, device=device, input_paths=input_paths(task.run))
+    paths = input_paths(task.run)
+    shapes: ShapeTable = run_exclusive(time_shapes, task, device=device, threads=task.threads, input_paths=paths)
     describe_shapes(shapes)
     return shapes
 
@@ -189,7 +196,9 @@ def _time_used_tokens_again(task: ShapeTask, shapes: ShapeTable, device: str) ->
         return None
     paths = [*input_paths(task.run), *task.label_folders.values()]
     task = replace(task, sizes=sizes)
-    added = run_exclusive(time_larger_shapes, task, shapes.used_tokens, device=device, input_paths=paths)
+    added = run_exclusive(
+        time_larger_shapes, task, shapes.used_tokens, device=device, threads=task.threads, input_paths=paths
+    )
     if added is None:
         return None
     print_progress(

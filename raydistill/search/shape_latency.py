@@ -66,6 +66,7 @@ class ShapeTask:
         output_tokens: Tokens written per row.
         precision: Full precision, as the teacher's scores were computed.
         beams: The teacher's own number of beams.
+        threads: CPU threads of every model.
         fewest_beams: The fewest beams that a student may be served with.
         variants: The engine variants that a student may be served with.
         bounds: By cost, the bounds of all budgets.
@@ -78,6 +79,7 @@ class ShapeTask:
     output_tokens: int
     precision: str
     beams: int
+    threads: int
     fewest_beams: int
     variants: Sequence[EngineVariant]
     bounds: Mapping[str, CostBounds]

@@ -2,8 +2,9 @@
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from raydistill.config.serving import CTranslate2Serving, ServingConfig, ServingRecord, ThroughputSetting
 from raydistill.core import artifact
@@ -25,7 +26,7 @@ from raydistill.models.tokenization import (
     source_limit,
     tokens_by_id,
 )
-from raydistill.results.records import repeat_trial_remedy
+from raydistill.results.records import Trial, repeat_trial_remedy
 from raydistill.results.selection import Selection
 from raydistill.tracking.checkpoints import download_checkpoint
 from raydistill.tracking.mlflow_registry import write_mlmodel
@@ -71,7 +72,7 @@ def export_student(selection: Selection, key: str, budget: str | None = None) ->
             with artifact.build(export_folder, lambda: Manifest(kind=KIND, key=content_key)) as folder:
                 ignore = shutil.ignore_patterns(MANIFEST)  # the export has a manifest of its own, written last
                 shutil.copytree(student.checkpoint, folder, dirs_exist_ok=True, ignore=ignore)
-                _write_serving(folder, config, vocabulary_map, selection.throughput_setting(student))
+                _write_serving(folder, config, vocabulary_map, _Threads.of(selection, student))
                 write_mlmodel(folder)
                 write_atomic(folder / "README.md", card.encode())
     return export_folder
@@ -110,9 +111,21 @@ def _content_key(config: ServingConfig, checkpoint: Path, vocabulary_map: Path |
     return content_hash(content)
 
 
-def _write_serving(
-    folder: Path, config: ServingConfig, vocabulary_map: Path | None, throughput: ThroughputSetting | None
-) -> None:
+@dataclass(frozen=True)
+class _Threads:
+    """The CPU threads of a single batch, and the threads and batches of many rows; None if not measured."""
+
+    batch: int | None
+    many_rows: ThroughputSetting | None
+
+    @classmethod
+    def of(cls, selection: Selection, student: Trial) -> Self:
+        """The measured threads of a student."""
+        on_cpu = selection.teacher.machine.get("kind") == "cpu"
+        return cls(selection.teacher.threads if on_cpu else None, selection.throughput_setting(student))
+
+
+def _write_serving(folder: Path, config: ServingConfig, vocabulary_map: Path | None, threads: _Threads) -> None:
     """Write decoding, shortlist, converted model and serving record, so that every reader serves as measured."""
     metadata = CheckpointMetadata.read_from(folder)
     run = metadata.config
@@ -135,7 +148,8 @@ def _write_serving(
         line_break=line_break(tokenizer),
         vocabulary_map=MAP_FILE if vocabulary_map else None,
         ctranslate2=_add_ctranslate2_model(folder, options),
-        throughput=throughput,
+        threads=threads.batch,
+        throughput=threads.many_rows,
     )
     decoding = {**(metadata.decoding or {}), "beams": config.beams, "length_penalty": config.length_penalty}
     metadata.model_copy(update={"serving": serving, "decoding": decoding}).write_to(folder)

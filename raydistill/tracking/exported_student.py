@@ -22,12 +22,12 @@ class ExportedStudent:
     label: str
     folder: Path
 
-    def load(self, device: str = "auto", threads: int | str = "all") -> "PyfuncStudent":
+    def load(self, device: str = "auto", threads: int | str = "auto") -> "PyfuncStudent":
         """Open the student as it was scored: its precision, beams and shortlist. `predict(texts)` returns the outputs.
 
         Args:
             device: "cpu" or "cuda"; by default a GPU if one is available.
-            threads: CPU threads; by default all cores.
+            threads: CPU threads; by default the number with which latency was measured; "all" are all cores.
         """
         from raydistill.inference.mlflow_pyfunc import open_student
 

@@ -36,7 +36,7 @@ SERVING_PACKAGES = (
     *("numpy", "pydantic", "pyyaml", "filelock"),
 )
 # Arguments of `inference.mlflow_pyfunc`; MLflow lets a user override only the keys listed here.
-MODEL_CONFIG = {"device": "auto", "threads": "all"}
+MODEL_CONFIG = {"device": "auto", "threads": "auto"}
 
 
 @dataclass(frozen=True)

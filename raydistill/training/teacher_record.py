@@ -25,7 +25,8 @@ class TeacherScores(Record):
         signature: How the scores were computed, in the notation of the metric's library.
         engine: The engine that scored the teacher.
         precision: That engine's precision.
-        machine: The hardware, as `evaluation.latency.hardware` describes it.
+        machine: The hardware, as `evaluation.latency.hardware` describes it, with the number of threads with which the
+            teacher decodes fastest.
         data: Fingerprint of each split.
         rows: Rows of each split.
         corpus: Statistics of the train split.
@@ -60,6 +61,11 @@ class TeacherScores(Record):
         return MetricChoice(
             self.metric, tuple(name for name in self.metrics if name != self.metric), self.metric_reason
         )
+
+    @property
+    def threads(self) -> int:
+        """The number of CPU threads with which the teacher and all students are scored and timed."""
+        return int(self.machine["threads"])
 
     @property
     def beams(self) -> int:

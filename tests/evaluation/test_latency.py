@@ -35,6 +35,27 @@ def test_time_calls_reports_the_median_without_warmup(clock):
     assert timing == Timing(median_ms=62.5, low_ms=31.25, high_ms=125.0, repeats=3)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "best", "tried"),
+    [
+        ({8: 0.5, 4: 0.25, 2: 0.125, 1: 0.25}, 2, [8, 4, 2, 1]),
+        ({8: 0.25, 4: 0.5}, 8, [8, 4]),
+        ({8: 0.25, 4: 0.24}, 8, [8, 4]),  # a gain within the noise
+        ({6: 1.0, 3: 0.5, 1: 0.25}, 1, [6, 3, 1]),
+        ({1: 1.0}, 1, []),
+    ],
+)
+def test_threads_are_halved_until_a_batch_takes_longer(clock, seconds, best, tried):
+    opened = []
+
+    def open_with(threads):
+        opened.append(threads)
+        return SimpleNamespace(make_benchmark_call=lambda workload: lambda: clock.sleep(seconds[threads]))
+
+    assert latency.choose_threads(open_with, Workload(5, 3, 32, 2), max(seconds)) == best
+    assert opened == tried
+
+
 def test_time_calls_repeats_until_the_minimum_time(clock):
     timing = latency.time_calls(lambda: clock.sleep(0.125), Repetition(1, warmup=0, min_seconds=0.6))
     assert timing.repeats == 5

@@ -31,6 +31,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShapeTask:
         output_tokens=3,
         precision="fp32",
         beams=2,
+        threads=1,
         fewest_beams=1,
         variants=[EngineVariant("fp32", "off"), EngineVariant("fp16", "off"), EngineVariant("int8", 10)],
         bounds={"latency_ms": CostBounds(shares=(0.5,)), "latency_ms_b1": CostBounds()},
