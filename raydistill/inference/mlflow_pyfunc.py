@@ -35,7 +35,8 @@ def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStu
     """MLflow's entry point: open the checkpoint in folder `path` with the `device` and `threads` of `settings`.
 
     Precision, shortlist and decoding are those that the student was scored with. The default device and threads are
-    those of a sweep: a GPU if one is available, else the number of CPU threads with which the sweep measured latency. MLflow requires this function name.
+    those of a sweep: a GPU if one is available, else the number of CPU threads with which the sweep measured latency.
+    MLflow requires this function name.
     """
     return open_student(Path(path), **(settings or {}))
 
