@@ -101,8 +101,9 @@ def trial_index(sweep: Path) -> TrialIndex:
 
 
 def _list_names(folder: Path) -> list[str]:
+    """The names in a folder, without hidden ones: each trial has a lock file next to its folder."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except FileNotFoundError:
         return []
 
