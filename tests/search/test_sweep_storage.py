@@ -102,7 +102,7 @@ def test_early_stopping_sees_the_validations_of_trials_on_other_machines(
 def test_a_head_that_lost_its_disk_chooses_and_resumes_from_the_storage(tmp_path: Path) -> None:
     teacher, data = make_world(tmp_path / "world")
     run = KILL_SPACE["run"] | {"teacher": str(teacher), "dataset": {"name": str(data), "max_source_tokens": 32}}
-    run |= {"student": {"size": {"choice": ["2-2", "2-1"]}}, "method": "kd"}
+    run |= {"student": {"size": {"choice": ["2-3", "2-2"]}}, "method": "kd"}
     space = KILL_SPACE | {"name": "moved", "run": run, "search": {"trials": 2, "sampler": "grid"}}
     path = write_file(tmp_path / "moved.yaml", yaml.safe_dump(space))
     home, storage = tmp_path / "outputs", f"file://{tmp_path / 'storage'}"
