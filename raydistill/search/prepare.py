@@ -30,7 +30,7 @@ from raydistill.results.sweep_record import (
     TeacherPasses,
 )
 from raydistill.search.serving_timing import latency_bounds
-from raydistill.search.shape_latency import ShapeTask, time_larger_shapes, time_shapes
+from raydistill.search.shape_latency import WEIGHT_COSTS, ShapeTask, time_larger_shapes, time_shapes
 from raydistill.search.shortlists import ensure_shortlists
 from raydistill.training.inputs import RunInputs, input_paths, run_label_folders
 from raydistill.training.records import InputFingerprints, check_teacher_repetition
@@ -156,6 +156,7 @@ def _make_shape_task(space: Space, runs: list[Run], teacher: TeacherScores, devi
         fewest_beams=min([teacher.beams, *space.serving.beams]),
         variants=space.serving.variants(device),
         bounds=latency_bounds(space.budgets),
+        weight_budgets={name: bounds for name, bounds in space.budgets.items() if bounds.keys() <= WEIGHT_COSTS},
     )
 
 

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from raydistill.models.shrinking import plan_student, shrink, student_config
 from raydistill.models.teacher import Teacher, open_teacher
 from raydistill.models.tokenization import load_tokenizer, tokens_by_id
 from raydistill.models.vocabulary import select_tokens, with_vocab_size
+from raydistill.results.pareto import fits_any_budget, resolve_budgets
 from raydistill.results.shape_costs import prediction_errors, select_spread_shapes, shape_costs
 from raydistill.results.sweep_record import CheapestServing, PredictedRatio, ShapeTable
 from raydistill.search.serving_timing import CostBounds, extend_for_slow_calls, time_ms, time_rounds
@@ -45,6 +46,7 @@ SEARCH_RULE = StoppingRule(min_pairs=10, precision=0.05, max_seconds=2.0)
 EXCLUSION_RULE = StoppingRule(max_seconds=6.0)
 
 COSTS = tuple(LATENCY_BATCH_SIZES)
+WEIGHT_COSTS = frozenset({"params_m", "memory_mb"})  # known without a measurement
 MAX_ADDED_TOKENS = 0.02  # share of the used tokens that label sets may add before shapes are timed again
 
 # Shapes that are timed at least before the others are predicted: about two for each coefficient of the fit.
@@ -70,6 +72,8 @@ class ShapeTask:
         fewest_beams: The fewest beams that a student may be served with.
         variants: The engine variants that a student may be served with.
         bounds: By cost, the bounds of all budgets.
+        weight_budgets: By name, the budgets that bound nothing but parameters and memory of the weights. No latency
+            excludes a shape that fits in one of them.
     """
 
     run: Run
@@ -83,6 +87,7 @@ class ShapeTask:
     fewest_beams: int
     variants: Sequence[EngineVariant]
     bounds: Mapping[str, CostBounds]
+    weight_budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def workload(self, cost: str, beams: int) -> Workload:
         """The rows of a latency."""
@@ -179,7 +184,7 @@ class _ShapeTimer:
         engines.clear()
         smallest = self._smallest_weights(load_config(checkpoint))
         timings: dict[str, PairedTiming] = {}
-        for cost in COSTS if engine.name == self.baseline.name else ():
+        for cost in COSTS if engine.name == self.baseline.name and self._may_be_excluded(smallest) else ():
             if ratios := self.task.bounds.get(cost, CostBounds()).ratios(self.teacher_ms[cost]):
                 call = engine.make_benchmark_call(self.task.workload(cost, self.task.fewest_beams))
                 bounds = [EXCLUSION_MARGIN * ratio for ratio in ratios]
@@ -192,6 +197,12 @@ class _ShapeTimer:
             timings=timings,
             costs={**smallest, **peak},
         )
+
+    def _may_be_excluded(self, smallest: dict[str, float]) -> bool:
+        """Whether a shape of these parameters and memory fits in no budget that bounds nothing else."""
+        budgets = {name: dict(bounds) for name, bounds in self.task.weight_budgets.items()}
+        resolved = resolve_budgets(budgets, _weights(self.teacher.location, self.task.precision))
+        return not resolved or not fits_any_budget(smallest, resolved)
 
     def _supported_variants(self) -> list[EngineVariant]:
         """The variants of the task that the device computes; full precision if there are none."""
@@ -220,11 +231,12 @@ class _ShapeTimer:
 
         A ratio that is not above 0 is no prediction.
         """
+        may_be_excluded = self._may_be_excluded(self._smallest_weights(self._config(size)))
         predicted, cost_bounds = self._predict_cheapest(size), self.task.bounds
         ratios = shape_costs(self.ratios, Shape.parse(size))
         if not ratios or min(ratios[cost] for cost in COSTS) <= 0 or self._error() is None:
             return True
-        for cost in COSTS:
+        for cost in COSTS if may_be_excluded else ():
             for bound in cost_bounds.get(cost, CostBounds()).ratios(self.teacher_ms[cost]):
                 if cost not in predicted or predicted[cost].low <= EXCLUSION_MARGIN * bound <= predicted[cost].high:
                     return True

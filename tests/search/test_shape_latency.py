@@ -85,6 +85,15 @@ def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(task: ShapeTask, t
     assert table.used_tokens == len(used)
 
 
+@pytest.mark.parametrize(("bound", "timed"), [("100%", False), ("1%", True)])
+def test_no_latency_is_compared_with_a_bound_if_a_budget_of_parameters_admits_the_shape(
+    task: ShapeTask, bound: str, timed: bool
+) -> None:
+    table = time_shapes(replace(task, sizes=["2-1"], weight_budgets={"any": {"params_m": bound}}), "cpu", 1)
+    assert bool(table.cheapest["2-1"].timings) == timed
+    assert table.costs["2-1"]["latency_ms"] > 0
+
+
 def test_shapes_of_used_tokens_are_timed_again_only_if_there_are_considerably_more(
     task: ShapeTask, tmp_path: Path
 ) -> None:
