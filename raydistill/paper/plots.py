@@ -8,7 +8,7 @@ from raydistill.core.files import write_atomic
 from raydistill.paper import published
 from raydistill.paper.initialisations import init_name, select_init_comparisons
 from raydistill.paper.seed_groups import SeedGroup, best_group, group_by_sweep
-from raydistill.results.plots import Point, load_pyplot, render_figure, style_axes
+from raydistill.results.plots import Point, make_figure, render_figure, style_axes
 from raydistill.results.tables import metric_name
 
 
@@ -27,7 +27,7 @@ def plot_figure_1(path: Path, seed_groups: Sequence[SeedGroup]) -> None:
         metric = next((group.sweep.metric for group in seed_groups if group.dataset_name == dataset), "rouge2")
         axes.set(title=dataset, xlabel="speed-up over the teacher", ylabel=metric_name(metric))
         axes.legend(fontsize=8, frameon=False)
-    _save_png(figure, path)
+    write_atomic(path, render_figure(figure))
 
 
 def plot_figure_2(path: Path, seed_groups: Sequence[SeedGroup]) -> bool:
@@ -49,7 +49,7 @@ def plot_figure_2(path: Path, seed_groups: Sequence[SeedGroup]) -> bool:
             _draw_loss_curves(axes, group, f"C{i % 10}")
         axes.set(title=f"{' '.join(key)}\n({sweep_name})", xlabel="epoch", ylabel="validation cross-entropy")
         axes.legend(fontsize=8, frameon=False)
-    _save_png(figure, path)
+    write_atomic(path, render_figure(figure))
     return True
 
 
@@ -92,17 +92,8 @@ def _draw_line(axes: Any, label: str, points: list[Point], hollow: bool) -> None
 
 
 def _make_panels(count: int) -> tuple[Any, Any]:
-    figure, axes = load_pyplot().subplots(
-        1, count, figsize=(5 * count, 4), dpi=120, layout="constrained", squeeze=False
-    )
+    figure = make_figure(5 * count, 4, dpi=120)
+    axes = figure.subplots(1, count, squeeze=False)
     for panel in axes[0]:
         style_axes(panel)
     return figure, axes[0]
-
-
-def _save_png(figure: Any, path: Path) -> None:
-    try:
-        content = render_figure(figure)
-    finally:
-        load_pyplot().close(figure)
-    write_atomic(path, content)

@@ -42,36 +42,33 @@ def plot_front(selection: Selection, image_format: ImageFormat = "png") -> bytes
     test scores of the front, of chosen students and of the teacher are fainter, smaller markers. In an SVG a student's
     marker has the id `marker_id(key)`, the teacher's the id "teacher"; test scores have the same with "test-" before.
     """
-    plt = load_pyplot()
     metric, cost = selection.metric, selection.cost
     trials = [t for t in selection.plotted_trials if t.scored and t.score(metric) is not None and cost in t.metrics]
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150, layout="constrained")
-    try:
-        sizes = sorted({t.size for t in trials}, key=shape_sort_key)
-        markers = {size: SIZE_MARKERS[i % len(SIZE_MARKERS)] for i, size in enumerate(sizes)}
-        points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in trials}
-        shifted = _offset_methods(trials, points)
-        _draw_front(axes, [points[key] for key in selection.front_keys if key in points])
-        for t in sorted(trials, key=lambda t: t.key in selection.front_keys):
-            _draw_trial(axes, t, shifted[t.key], markers[t.size], t.key in selection.front_keys)
-        shown = {*selection.front_keys, *selection.chosen_keys.values()}
-        for t in trials:
-            if t.key in shown:
-                _draw_test_score(axes, t, shifted[t.key][0], markers[t.size], metric)
-        _draw_teacher(axes, selection.teacher, metric, cost)
-        axes.margins(x=0.12, y=0.14)
-        _draw_budgets(axes, selection.bounds, cost)
-        _draw_choices(axes, selection.chosen_keys, shifted)
-        note = "; methods of equal cost side by side" if shifted != points else ""
-        axes.set_xlabel(COST_AXIS_LABELS.get(cost, cost) + note)
-        axes.set_ylabel(f"{metric_name(metric)} on {describe_split(selection.split)} (95 % interval)")
-        style_axes(axes)
-        if selection.name:
-            axes.set_title(selection.name, loc="left", fontweight="bold")
-        _draw_legend(axes, {t.method for t in trials}, markers)
-        return render_figure(figure, image_format)
-    finally:
-        plt.close(figure)
+    figure = make_figure(8, 5)
+    axes = figure.subplots()
+    sizes = sorted({t.size for t in trials}, key=shape_sort_key)
+    markers = {size: SIZE_MARKERS[i % len(SIZE_MARKERS)] for i, size in enumerate(sizes)}
+    points = {t.key: (t.metrics[cost], float(t.score(metric) or 0)) for t in trials}
+    shifted = _offset_methods(trials, points)
+    _draw_front(axes, [points[key] for key in selection.front_keys if key in points])
+    for t in sorted(trials, key=lambda t: t.key in selection.front_keys):
+        _draw_trial(axes, t, shifted[t.key], markers[t.size], t.key in selection.front_keys)
+    shown = {*selection.front_keys, *selection.chosen_keys.values()}
+    for t in trials:
+        if t.key in shown:
+            _draw_test_score(axes, t, shifted[t.key][0], markers[t.size], metric)
+    _draw_teacher(axes, selection.teacher, metric, cost)
+    axes.margins(x=0.12, y=0.14)
+    _draw_budgets(axes, selection.bounds, cost)
+    _draw_choices(axes, selection.chosen_keys, shifted)
+    note = "; methods of equal cost side by side" if shifted != points else ""
+    axes.set_xlabel(COST_AXIS_LABELS.get(cost, cost) + note)
+    axes.set_ylabel(f"{metric_name(metric)} on {describe_split(selection.split)} (95 % interval)")
+    style_axes(axes)
+    if selection.name:
+        axes.set_title(selection.name, loc="left", fontweight="bold")
+    _draw_legend(axes, {t.method for t in trials}, markers)
+    return render_figure(figure, image_format)
 
 
 def plot_learning_curves(selection: Selection, image_format: ImageFormat = "png") -> bytes:
@@ -79,44 +76,36 @@ def plot_learning_curves(selection: Selection, image_format: ImageFormat = "png"
 
     Colour is the method, chosen trials are thick, and a cross marks a trial that was stopped early.
     """
-    plt = load_pyplot()
+    from matplotlib.lines import Line2D
+
     sizes = sorted({trial.size for trial in selection.trials if trial.history()}, key=shape_sort_key, reverse=True)
     rows = max(1, math.ceil(len(sizes) / PANEL_COLUMNS))
     columns = max(1, min(len(sizes), PANEL_COLUMNS))
-    size_inches = (3.4 * columns + 1, 2.7 * rows)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=size_inches, dpi=150, layout="constrained", squeeze=False, sharey=True
-    )
-    try:
-        chosen = {selection.trial_key(key) for key in selection.chosen_keys.values() if key}
-        for axes, size in zip(grid.flat, sizes, strict=False):
-            for trial in selection.trials:
-                if trial.size == size:
-                    _draw_learning_curve(axes, trial, selection.metric, trial.key in chosen)
-            axes.set_title(size or "full", loc="left", fontsize=10)
-            style_axes(axes)
-        for axes in list(grid.flat)[len(sizes) :]:
-            axes.set_axis_off()
-        figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel(f"{metric_name(selection.metric)} on validation", fontsize=9)
-        methods = [method for method in METHOD_COLOURS if any(trial.method == method for trial in selection.trials)]
-        if methods:
-            handles = [plt.Line2D([], [], color=METHOD_COLOURS[method], label=method) for method in methods]
-            figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-        return render_figure(figure, image_format)
-    finally:
-        plt.close(figure)
+    figure = make_figure(3.4 * columns + 1, 2.7 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    chosen = {selection.trial_key(key) for key in selection.chosen_keys.values() if key}
+    for axes, size in zip(grid.flat, sizes, strict=False):
+        for trial in selection.trials:
+            if trial.size == size:
+                _draw_learning_curve(axes, trial, selection.metric, trial.key in chosen)
+        axes.set_title(size or "full", loc="left", fontsize=10)
+        style_axes(axes)
+    for axes in list(grid.flat)[len(sizes) :]:
+        axes.set_axis_off()
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel(f"{metric_name(selection.metric)} on validation", fontsize=9)
+    methods = [method for method in METHOD_COLOURS if any(trial.method == method for trial in selection.trials)]
+    if methods:
+        handles = [Line2D([], [], color=METHOD_COLOURS[method], label=method) for method in methods]
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    return render_figure(figure, image_format)
 
 
-def load_pyplot() -> Any:
-    """Import pyplot with a backend that needs no display, text in SVGs as text, and reproducible SVG ids."""
-    import matplotlib
+def make_figure(width: float, height: float, dpi: int = 150) -> Any:
+    """An empty figure of a size in inches. Without pyplot, which has one backend for the whole process."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "raydistill"})
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 def style_axes(axes: Any) -> None:
@@ -126,10 +115,13 @@ def style_axes(axes: Any) -> None:
 
 
 def render_figure(figure: Any, image_format: ImageFormat = "png") -> bytes:
-    """A figure as the content of a file, without metadata that differs between runs."""
+    """A figure as the content of a file: text in an SVG as text, and no ids or metadata that differ between runs."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
     metadata = {"Software": None} if image_format == "png" else {"Date": None}
-    figure.savefig(buffer, format=image_format, metadata=metadata)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "raydistill"}):
+        figure.savefig(buffer, format=image_format, metadata=metadata)
     return buffer.getvalue()
 
 

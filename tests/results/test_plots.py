@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from raydistill.results.plots import marker_id, plot_front
+import matplotlib
+import pytest
+
+from raydistill.results.plots import marker_id, plot_front, plot_learning_curves
 from raydistill.results.records import Trial
 from raydistill.results.selection import Selection
 from raydistill.training.records import SplitScores
@@ -54,6 +57,14 @@ def test_png_has_the_documented_size_and_an_empty_selection_is_drawn() -> None:
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", content[16:24]) == (1200, 750)
     assert plot_front(make_selection([], teacher={"metric": "bleu"}))[:8] == content[:8]
+
+
+def test_backend_and_settings_of_a_notebook_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")  # as a notebook chooses its own
+    settings = dict(matplotlib.rcParams)
+    plot_front(full_selection(), "svg")
+    plot_learning_curves(full_selection())
+    assert dict(matplotlib.rcParams) == settings
 
 
 def test_every_scored_trial_and_the_teacher_has_a_marker_at_its_cost_and_score() -> None:
