@@ -85,7 +85,8 @@ def simulated_run(
             score = 20 * progress - abs(3 + log10(run.training.learning_rate or 1.0))
             hours = (time.time() - start) / 3600
             history.append(
-                {"step": round(steps * progress), "total_steps": steps, "score": score, "device_hours": hours}
+                {"step": round(steps * progress), "total_steps": steps, "device_hours": hours}
+                | {"metric": "rouge2", "score": score}
             )
             write_history(folder, history)
             if report(history[-1], folder):

@@ -11,6 +11,7 @@ import typer
 
 from raydistill._app import make_app, run_app
 from raydistill.cluster import snapshots
+from raydistill.config.metric_names import VALIDATION_LOSS
 from raydistill.core.console import ProgressBar, format_table, print_json, print_progress, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.last_error import record_error
@@ -247,8 +248,8 @@ def _describe_validation(validation: "Validation") -> str:
     numbers = validation.numbers
     losses = {"loss": numbers.get("loss"), "validation loss": validation.val_loss}
     parts = [f"{name} {value:.3f}" for name, value in losses.items() if value is not None]
-    if metric := validation.metric():
-        parts.append(f"{metric} {validation.score:.2f}")
+    if validation.metric != VALIDATION_LOSS:
+        parts.append(f"{validation.metric} {validation.score:.2f}")
     progress = f"step {validation.step:>6}, epoch {validation.epoch:.2f}, {validation.time_s:.0f} s"
     return f"  {progress}: {', '.join(parts)}"
 

@@ -14,6 +14,7 @@ BUILT_IN_METRICS = (*ROUGE_METRICS, *TRANSLATION_METRICS, "exact_match")
 OWN_METRIC_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"  # module:attribute
 METRICS_HELP = f"{', '.join(BUILT_IN_METRICS)} or module:function of your own"  # of options
 AUTO = "auto"
+VALIDATION_LOSS = "val_loss"  # stands for the metric where its library is missing: a score is then -val_loss
 
 
 def is_own_metric(name: str) -> bool:

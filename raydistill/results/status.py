@@ -14,7 +14,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from raydistill.config.loader import read_yaml
-from raydistill.config.presets import resolve_metrics
 from raydistill.config.run import Run
 from raydistill.core.artifact import MANIFEST, LockOwner, lock_owner
 from raydistill.core.console import format_duration, format_table
@@ -161,7 +160,6 @@ def run_status(folder: Path) -> JobStatus:
     hours = result.metrics.get("device_hours") if result else history[-1].device_hours if history else None
     size = (result.size if result else None) or (run.student.size if run else None) or "model"
     best = max(history, key=lambda validation: validation.score, default=None)
-    configured = resolve_metrics(run.dataset, run.evaluation.metric).deciding if run else ""
     return JobStatus(
         kind="run",
         name=folder.name,
@@ -170,7 +168,7 @@ def run_status(folder: Path) -> JobStatus:
         progress=f"step {done:,} of {total:,}" if total else f"{done:,} steps" if done else "before the first step",
         done=done,
         total=total,
-        metric=best.metric(configured) if best else "",
+        metric=best.metric if best else "",
         best={size: best.score} if best else {},
         device_hours=hours,
         seconds_left=progress.seconds_left if progress and owner else None,

@@ -23,8 +23,8 @@ from raydistill.training.workers import Worker, broadcast_metrics
 # Called after every validation with its metrics and the run's folder; a text that it returns stops the run and is
 # recorded as the reason.
 ReportFn = Callable[[dict[str, Any], Path | None], str | None]
-# Saves the student in a folder and returns its metrics, with "score" (higher is better) and "val_loss". The second
-# argument is the engine of the run's earlier validations, None at the first one.
+# Saves the student in a folder and returns its metrics, with "metric", "score" (higher is better) and "val_loss". The
+# second argument is the engine of the run's earlier validations, None at the first one.
 ValidateFn = Callable[[Path, str | None], dict[str, Any]]
 # Metrics of steps that are reported under these names; all others are loss terms, reported as loss_NAME.
 STEP_METRICS = ("loss", "step_ms", "data_wait")

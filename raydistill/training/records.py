@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from raydistill.config.metric_names import BUILT_IN_METRICS, is_own_metric
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
 from raydistill.core.errors import UserError
@@ -59,6 +58,7 @@ class Validation(BaseModel):
     Attributes:
         step: Optimiser steps taken.
         total_steps: Optimiser steps of the whole run.
+        metric: The metric of the score; "val_loss" where no text is scored.
         score: What checkpoints are compared by; higher is better.
         epoch: Passes over the training data.
         time_s: Seconds since the start of the run.
@@ -72,6 +72,7 @@ class Validation(BaseModel):
     __pydantic_extra__: dict[str, FiniteFloat]
     step: int = Field(ge=0)
     total_steps: int = Field(gt=0)
+    metric: str
     score: FiniteFloat
     epoch: FiniteFloat = 0.0
     time_s: FiniteFloat = 0.0
@@ -83,14 +84,8 @@ class Validation(BaseModel):
     @property
     def numbers(self) -> dict[str, float]:
         """All values that were measured, by name."""
-        measured = self.model_dump(exclude={"engine"}, exclude_unset=True)
+        measured = self.model_dump(exclude={"engine", "metric"}, exclude_unset=True)
         return {name: value for name, value in measured.items() if value is not None}
-
-    def metric(self, configured: str = "") -> str:
-        """The metric whose value is the score; the configured metric if several have this value, or none."""
-        scores = {name: value for name, value in self.numbers.items() if value == self.score}
-        names = [name for name in scores if name in BUILT_IN_METRICS or is_own_metric(name)]
-        return names[0] if names and configured not in names else configured
 
 
 def write_history(folder: Path, validations: Iterable[Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from raydistill.config.metric_names import MetricChoice
+from raydistill.config.metric_names import VALIDATION_LOSS, MetricChoice
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
@@ -28,8 +28,6 @@ from raydistill.training.student import StudentSetup, set_generation_config
 from raydistill.training.tokenized_data import TokenizedData, tokenize_split
 from raydistill.training.workers import Worker
 
-# Stands for the metric where its library is missing: the score of a validation is then -val_loss.
-VALIDATION_LOSS = "val_loss"
 # Padded source tokens of a batch of the validation loss.
 BATCH_TOKENS = 8192
 
@@ -85,11 +83,12 @@ class Validator:
         evaluations = self.score(folder, ["validation"], self.validation_beam(), engine, in_training=True)
         evaluation = evaluations.get("validation")
         if evaluation is None:
-            return {"val_loss": loss, "score": -loss}
+            return {"val_loss": loss, "metric": VALIDATION_LOSS, "score": -loss}
         metrics = evaluation.scores.metrics
         return {
             "val_loss": loss,
             **metrics,
+            "metric": self.metric,
             "score": metrics[self.metric],
             "repetition": evaluation.repetition_rate,
             "engine": evaluation.engine,

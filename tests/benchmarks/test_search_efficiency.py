@@ -110,8 +110,15 @@ def test_recorded_seconds_include_startup_training_validations_and_scoring(tmp_p
     """18 and 28 device-seconds until the end of the validations, and 8 for the final scoring."""
     folder = make_trial(tmp_path, "a", 0, 10.0)
     lines = [
-        {"device_hours": 18 / 3600, "step": 10, "total_steps": 20, "score": 9.0, "repetition": 0.9},
-        {"device_hours": 28 / 3600, "step": 20, "total_steps": 20, "score": 10.0, "repetition": 0.1},
+        {"device_hours": 18 / 3600, "step": 10, "total_steps": 20, "metric": "rouge2", "score": 9.0, "repetition": 0.9},
+        {
+            "device_hours": 28 / 3600,
+            "step": 20,
+            "total_steps": 20,
+            "metric": "rouge2",
+            "score": 10.0,
+            "repetition": 0.1,
+        },
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     change_result(folder, metrics={"rouge2": 10.0, "rouge1": 20.0, "latency_ms": 100.0, "device_hours": 36 / 3600})

@@ -102,7 +102,8 @@ def test_a_finished_run_is_returned_with_its_checkpoint_and_validations(
     folder = tmp_path / "runs" / "teacher"
     write_run(folder / RUN_FILE, Run.model_validate(settings))
     RunResult(key="teacher", status="done", metrics={"rouge2": 12.0}).write(folder / RESULT_FILE)
-    write_history(folder, [{"step": i, "total_steps": 2, "score": 10.0 + i, "rouge2": 10.0 + i} for i in (1, 2)])
+    scored = {"total_steps": 2, "metric": "rouge2"}
+    write_history(folder, [{**scored, "step": i, "score": 10.0 + i, "rouge2": 10.0 + i} for i in (1, 2)])
     runs: list[Any] = [settings, Run.model_validate(settings)]
     for run in runs:
         trained = raydistill.train(run)

@@ -182,7 +182,7 @@ def make_trial(sweep: Path, key: str, number: int, score: float, status: str | N
     scores = {1: score - 1, 2: score}
     lines = [
         {"step": 10 * i, "total_steps": 20, "epoch": i / 2, "time_s": 1.5 * i, "val_loss": 3.0 - i}
-        | {"rouge2": scores[i], "score": scores[i]}
+        | {"rouge2": scores[i], "metric": "rouge2", "score": scores[i]}
         for i in (1, 2)
     ]
     write_history(folder, lines)

@@ -35,7 +35,8 @@ def write_run(sweep: Path, name: str, losses: tuple[float, float], settings: dic
     run = Run.model_validate({"name": "s", "teacher": "bart", "dataset": "xsum", **settings})
     write_run_record(folder / "run.json", run)
     history = [
-        {"step": step, "total_steps": VALIDATIONS[-1][0], "epoch": epoch, "val_loss": loss, "score": -loss}
+        {"step": step, "total_steps": VALIDATIONS[-1][0], "epoch": epoch}
+        | {"metric": "val_loss", "val_loss": loss, "score": -loss}
         for (step, epoch), loss in zip(VALIDATIONS, losses, strict=True)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))

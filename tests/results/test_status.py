@@ -114,7 +114,8 @@ def test_a_run_shows_its_step_and_the_time_left(tmp_path):
     folder = tmp_path / "runs" / "teacher"
     write_run(folder / RUN_FILE, Run(name="teacher", teacher="t", dataset="d", student={"size": "2-1"}))
     assert run_status(folder).progress == "before the first step"
-    write_history(folder, [{"step": 30, "total_steps": 100, "score": 12.0, "device_hours": 0.5, "val_loss": 2.0}])
+    scored = {"step": 30, "total_steps": 100, "metric": "rouge2"}
+    write_history(folder, [{**scored, "score": 12.0, "device_hours": 0.5, "val_loss": 2.0}])
     write_progress(folder, step=40, resumed_step=20, seconds=10.0)
     with locked(folder):
         job = only(tmp_path)
@@ -123,11 +124,10 @@ def test_a_run_shows_its_step_and_the_time_left(tmp_path):
         assert job.device_hours == 0.5
         assert job.seconds_left == 30  # 20 steps took 10 s, and 60 are left
     assert only(tmp_path).state == "interrupted"
-    scores = {"rouge1": 0.0, "rouge2": 0.0, "score": 0.0}  # the metric is the configured one of two with this value
-    write_history(folder, [{"step": 30, "total_steps": 100, **scores}])
+    write_history(folder, [{**scored, "rouge1": 0.0, "rouge2": 0.0, "score": 0.0}])  # two metrics have this value
     assert run_status(folder).metric == "rouge2"
     scores = {"chrf++": 31.0, "score": 31.0}  # `metric: auto` recognised a translation by its columns
-    write_history(folder, [{"step": 30, "total_steps": 100, **scores}])
+    write_history(folder, [{**scored, "metric": "chrf++", **scores}])
     assert run_status(folder).metric == "chrf++"
     write_result(folder, status="failed", reason="the loss is nan", steps=41)
     assert (only(tmp_path).state, only(tmp_path).error) == ("failed", "the loss is nan")

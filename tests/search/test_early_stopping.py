@@ -63,7 +63,7 @@ def test_the_best_of_a_shape_is_never_stopped_and_enough_trials_continue(scores:
 def test_the_first_validations_of_a_long_run_have_their_exact_share_of_the_steps(tmp_path):
     """Shares that were rounded to four digits were 0, and the number of steps could not be derived from them."""
     folder = make_trial(tmp_path, "a", 0, 8.0, status=None)
-    lines = [{"step": step, "total_steps": 1_000_000, "score": 3.0} for step in (10, 20)]
+    lines = [{"step": step, "total_steps": 1_000_000, "metric": "rouge2", "score": 3.0} for step in (10, 20)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = json.loads((folder / "run.json").read_text())
     run["training"]["warmup_steps"] = 500
@@ -82,7 +82,7 @@ def test_only_trials_with_the_same_layers_and_units_are_peers(tmp_path):
     }
     for number, (key, student) in enumerate(students.items()):
         folder = make_trial(tmp_path, key, number, 8.0, status=None)
-        lines = [{"step": 1, "total_steps": 2, "score": float(number)}]
+        lines = [{"step": 1, "total_steps": 2, "metric": "rouge2", "score": float(number)}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         run = json.loads((folder / "run.json").read_text())
         (folder / "run.json").write_text(json.dumps({**run, "student": student}))

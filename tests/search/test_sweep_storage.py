@@ -84,7 +84,7 @@ def test_a_sweep_resumed_on_another_machine_has_all_records_and_no_part_of_a_che
 def test_early_stopping_sees_the_validations_of_trials_on_other_machines(
     homes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = '{"step": 5, "total_steps": 10, "score": SCORE}\n'
+    line = '{"step": 5, "total_steps": 10, "metric": "rouge2", "score": SCORE}\n'
     use(monkeypatch, homes["head"])
     peer = make_trial(homes["head"], "peer", 0, 12.0, status=None)
     write_file(peer / "metrics.jsonl", line.replace("SCORE", "12"))

@@ -11,7 +11,10 @@ def test_no_trial_is_stopped_for_scores_of_its_warm_up(tmp_path):
     """A run of 100 steps, compared with another one that leads from the first validation on."""
     for key, scores in {"behind": (1.0, 2.0, 3.0), "ahead": (5.0, 6.0, 7.0, 8.0)}.items():
         folder = make_trial(tmp_path, key, 0, 8.0, status=None)
-        lines = [{"step": 25 * i, "total_steps": 100, "score": score} for i, score in enumerate(scores, 1)]
+        lines = [
+            {"step": 25 * i, "total_steps": 100, "metric": "rouge2", "score": score}
+            for i, score in enumerate(scores, 1)
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     behind = tmp_path / "trials" / "behind"
     run = json.loads((behind / "run.json").read_text())

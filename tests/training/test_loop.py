@@ -39,7 +39,7 @@ def scripted_scores(distillation, scores, losses=None):
 
     def validate(folder, engine=None):
         index = int(save_and_count(folder)["score"]) - 1
-        return {"score": scores[index], "val_loss": losses[index] if losses else 1.0}
+        return {"metric": "rouge2", "score": scores[index], "val_loss": losses[index] if losses else 1.0}
 
     return validate
 
@@ -223,7 +223,7 @@ def test_progress_is_recorded_between_validations_and_names_the_step_of_a_resume
         records.append(RunProgress.read(tmp_path / "run" / PROGRESS_FILE))
         if len(records) == 2:
             raise KeyboardInterrupt
-        return {"score": 1.0, "val_loss": 1.0}
+        return {"metric": "rouge2", "score": 1.0, "val_loss": 1.0}
 
     with pytest.raises(KeyboardInterrupt):
         fit_and_record(tiny_distillation("bart", tmp_path / "t", n=8), settings, tmp_path / "run", validate=validate)
