@@ -30,9 +30,14 @@ def check_metric_name(name: str) -> str:
     """
     if name in BUILT_IN_METRICS or is_own_metric(name):
         return name
+    raise ValueError(describe_unknown_metric(name))
+
+
+def describe_unknown_metric(name: str) -> str:
+    """Return the message for a name that is no metric, with the most similar name or all names."""
     similar = closest_name(name.lower(), BUILT_IN_METRICS)
     hint = f"did you mean {similar!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}."
-    raise ValueError(f"unknown metric {name!r}; {hint} Your own metric has the form module:function")
+    return f"unknown metric {name!r}; {hint} Your own metric has the form module:function"
 
 
 def check_metric_or_auto(name: str) -> str:

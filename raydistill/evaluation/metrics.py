@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from raydistill.config.metric_names import BUILT_IN_METRICS, ROUGE_METRICS, is_own_metric
+from raydistill.config.metric_names import ROUGE_METRICS, describe_unknown_metric, is_own_metric
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metric import Metric, ScoredText, load_own_metric, ratio_of_sums
 from raydistill.evaluation.ngram_counts import (
@@ -101,7 +101,7 @@ def get_metric(name: str) -> Metric:
         return BUILT_IN[name]
     if is_own_metric(name):
         return load_own_metric(name)
-    raise UserError(f"unknown metric {name!r}; known: {', '.join(BUILT_IN_METRICS)}, and module:function of your own")
+    raise UserError(describe_unknown_metric(name))
 
 
 def signature(metric: str) -> str:

@@ -24,7 +24,7 @@ def run(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["data"], "error: name the teacher: a folder, a hub name or a named teacher (--teacher, or --start"),
         (["data", "--start", "--teacher", "bart"], "error: give either --teacher or --start"),
         (["data", "--teacher", "brat"], "did you mean 'bart'?"),
-        (["data", "--start", "--metric", "meteor"], "error: unknown metric 'meteor'; known: rouge1"),
+        (["data", "--start", "--metric", "meteor"], "error: unknown metric 'meteor'; known metrics: rouge1"),
         (["data", "--start", "--name", "a b"], "error: name 'a b': letters, digits"),
     ],
 )

@@ -321,7 +321,9 @@ def test_sentences_and_lead() -> None:
 def test_what_cannot_be_scored_is_said() -> None:
     with pytest.raises(UserError, match="no rows"):
         metrics.score("rouge2", [], [])
-    with pytest.raises(UserError, match="unknown metric"):
+    with pytest.raises(UserError, match=r"unknown metric 'rogue2'; did you mean 'rouge2'\?"):
+        metrics.score("rogue2", ["a"], ["a"])
+    with pytest.raises(UserError, match="unknown metric 'meteor'; known metrics: rouge1, "):
         metrics.score("meteor", ["a"], ["a"])
     with pytest.raises(ValueError, match="1 predictions for 2"):
         metrics.score("bleu", ["a"], ["a", "b"])
