@@ -12,7 +12,6 @@ from raydistill.config.metric_names import AUTO, METRICS_HELP
 from raydistill.config.run import NAME_PATTERN, Columns, Dataset
 from raydistill.core.console import print_json, print_progress, print_text
 from raydistill.core.errors import UserError
-from raydistill.pseudolabel import check_metric
 
 app = make_app()
 
@@ -72,7 +71,9 @@ def init(  # noqa: PLR0913
 
         check_teacher(teacher)
     if metric != AUTO:
-        check_metric(metric)
+        from raydistill.evaluation.metrics import get_metric
+
+        get_metric(metric)  # the metric exists, and the module of a user's metric can be imported
     name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name).strip("-._") or "my-space"
     path = output or Path(f"{name}.yaml")
     if not re.fullmatch(NAME_PATTERN, name) or len(name) > 100:

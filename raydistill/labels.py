@@ -9,7 +9,7 @@ from raydistill._app import make_app, run_app
 from raydistill.core.console import format_table, print_json, print_text
 from raydistill.core.errors import UserError
 from raydistill.core.paths import raydistill_home
-from raydistill.pseudolabel import check_metric, label_set_rows, parse_curation
+from raydistill.pseudolabel import label_set_rows, parse_curation
 
 if TYPE_CHECKING:
     from raydistill.label_sets.manifest import PseudolabelManifest
@@ -174,9 +174,10 @@ def _choose_metric(folder: Path, manifest: "PseudolabelManifest", requested: str
         UserError: The metric is unknown, or is a user's metric that only the label set names.
     """
     from raydistill.config.metric_names import is_own_metric
+    from raydistill.evaluation.metrics import get_metric
 
     if requested is not None:
-        check_metric(requested)
+        get_metric(requested)
         return requested
     if is_own_metric(manifest.metric):
         raise UserError(

@@ -85,6 +85,7 @@ def pseudolabel(  # noqa: PLR0913
     """
     from raydistill.config.presets import default_dataset
     from raydistill.config.run import Curation, Dataset, Decoding, PseudoLabeling
+    from raydistill.evaluation.metrics import get_metric
 
     name = dataset or default_dataset(teacher)
     if name is None:
@@ -103,7 +104,7 @@ def pseudolabel(  # noqa: PLR0913
     )
     check_inputs(teacher, data, split)
     if metric != AUTO:
-        check_metric(metric)
+        get_metric(metric)  # the metric exists, and the module of a user's metric can be imported
     sources = prepare_extra(data, extra, rows, extra_overlap) if extra else None
 
     from raydistill.cluster.start import cluster_device, ray_cluster
@@ -310,13 +311,6 @@ def check_inputs(teacher: str, dataset: "Dataset", split: str) -> None:
     check_teacher(teacher)
     if Path(dataset.name).exists() or dataset.name == "demo":
         check_split(dataset, split)
-
-
-def check_metric(metric: str) -> None:
-    """UserError if a metric is unknown, or if the module of a user's metric cannot be imported."""
-    from raydistill.evaluation.metrics import get_metric
-
-    get_metric(metric)
 
 
 def main() -> None:
