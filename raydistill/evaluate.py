@@ -366,7 +366,7 @@ def _resolve_task(checkpoint: str, name: str | None, metric: str, report: list[s
         UserError: The data set is unknown, or the training run used a metric of a user, whose code the metadata of a
             checkpoint cannot start.
     """
-    from raydistill.config.metric_names import AUTO, is_own_metric
+    from raydistill.config.metric_names import AUTO, check_recorded_metric, is_own_metric
     from raydistill.config.presets import default_dataset
     from raydistill.config.run import Dataset
 
@@ -385,12 +385,7 @@ def _resolve_task(checkpoint: str, name: str | None, metric: str, report: list[s
     if run is None or run.dataset.name != dataset_name:
         return EvaluationTask(Dataset(name=dataset_name), metric, report)
     if metric == AUTO:
-        metric = run.evaluation.metric
-        if is_own_metric(metric):
-            raise UserError(
-                f"{checkpoint} was scored by {metric}. The code that a checkpoint names is not run: give "
-                f"--metric {metric} to run it, or another metric"
-            )
+        metric = check_recorded_metric(checkpoint, run.evaluation.metric)
     trained_report = [other for other in run.evaluation.report if not is_own_metric(other)]
     return EvaluationTask(run.dataset, metric, report or trained_report)
 

@@ -173,18 +173,13 @@ def _choose_metric(folder: Path, manifest: "PseudolabelManifest", requested: str
     Raises:
         UserError: The metric is unknown, or is a user's metric that only the label set names.
     """
-    from raydistill.config.metric_names import is_own_metric
+    from raydistill.config.metric_names import check_recorded_metric
     from raydistill.evaluation.metrics import get_metric
 
-    if requested is not None:
-        get_metric(requested)
-        return requested
-    if is_own_metric(manifest.metric):
-        raise UserError(
-            f"{folder}: its metric is {manifest.metric}. The code that a label set names is not run: give --metric "
-            f"{manifest.metric} to run it, or another metric"
-        )
-    return manifest.metric
+    if requested is None:
+        return check_recorded_metric(folder, manifest.metric)
+    get_metric(requested)
+    return requested
 
 
 def _format_quality(manifest: "PseudolabelManifest") -> str:

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, WithJsonSchema
 
+from raydistill.core.errors import UserError
 from raydistill.core.suggestions import closest_name
 
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -43,6 +45,24 @@ def describe_unknown_metric(name: str) -> str:
 def check_metric_or_auto(name: str) -> str:
     """As `check_metric_name`; "auto" is valid too."""
     return name if name == AUTO else check_metric_name(name)
+
+
+def check_recorded_metric(record: str | Path, name: str) -> str:
+    """Return the metric that a record on disk names if the metric may be used without a request of the user.
+
+    Args:
+        record: The checkpoint or the label set, for the message.
+        name: The metric.
+
+    Raises:
+        UserError: The metric is a user's, whose code is run only if the user names the metric.
+    """
+    if is_own_metric(name):
+        raise UserError(
+            f"{record}: its metric is {name}. Code that a checkpoint or a label set names is not run: give --metric "
+            f"{name} to run it, or another metric"
+        )
+    return name
 
 
 _OWN_SCHEMA = {"type": "string", "pattern": OWN_METRIC_PATTERN}
