@@ -174,12 +174,14 @@ def write_space(request: Request, data: UserData) -> WrittenSpace:
     Raises:
         UserError: The teacher or its tokenizer cannot be loaded, or the languages are unknown.
     """
-    translates = _translates(request, data)
+    metrics = choose_metrics(request.dataset, request.metric, data)
+    # By languages, columns, or the metric that is requested or chosen
+    translates = is_translation(request.dataset, metrics.deciding, data.corpus.columns)
     if request.teacher is None:
         teacher = design_teacher(data, translates)
     else:
         teacher = read_teacher(request.teacher, request.dataset, data, translates)
-    draft = draft_space(request, data, teacher)
+    draft = draft_space(request, data, teacher, metrics, translates)
     recipe = recipe_path(request.path) if teacher.new_model else None
     if recipe is not None:
         _write_checked(recipe, _render("teacher.yaml.jinja", draft, data, teacher), _check_run_file)
@@ -187,14 +189,18 @@ def write_space(request: Request, data: UserData) -> WrittenSpace:
     return WrittenSpace(draft, teacher, request.path, recipe)
 
 
-def _translates(request: Request, data: UserData) -> bool:
-    """Whether the task is a translation: by languages, columns, or the metric that is requested or chosen."""
-    metric = choose_metrics(request.dataset, request.metric, data).deciding
-    return is_translation(request.dataset, metric, data.corpus.columns)
+def draft_space(
+    request: Request, data: UserData, teacher: UserTeacher, metrics: MetricChoice, translates: bool
+) -> Draft:
+    """Choose the values of a space and of the recipe of a new teacher.
 
-
-def draft_space(request: Request, data: UserData, teacher: UserTeacher) -> Draft:
-    """Choose the values of a space and of the recipe of a new teacher."""
+    Args:
+        request: The user's choices.
+        data: The data set of the request.
+        teacher: The teacher.
+        metrics: The metrics of the data.
+        translates: Whether the task is a translation.
+    """
     rows, sizes = data.rows["train"], student_sizes(teacher.encoder_layers, teacher.decoder_layers)
     epochs = max(2, min(20, round(STUDENT_ROWS / rows)))
     return Draft(
@@ -202,8 +208,8 @@ def draft_space(request: Request, data: UserData, teacher: UserTeacher) -> Draft
         file=request.path.name,
         teacher=request.teacher or _new_teacher_path(request.name),
         dataset=_complete_dataset(request.dataset, data, teacher),
-        metrics=choose_metrics(request.dataset, request.metric, data),
-        is_translation=_translates(request, data),
+        metrics=metrics,
+        is_translation=translates,
         sizes=sizes,
         learning_rates=learning_rate_cases(sizes, teacher.width),
         epochs=epochs,
