@@ -2,6 +2,8 @@
 
 import numpy as np
 
+# The version of sacrebleu whose private interface is used: CHRF._extract_corpus_statistics, the caches of tokenizers.
+WRITTEN_FOR = "2.6.0"
 _LOG_OF_ZERO = -9999999999.0  # sacrebleu's value for log 0
 CHRF_BETA = 2  # recall counts twice as much as precision
 CHRF_WORD_ORDERS = {"chrf": 0, "chrf++": 2}
