@@ -4,6 +4,7 @@ A failure after an upgrade of sacrebleu names the version that the module is wri
 """
 
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 from sacrebleu.metrics.chrf import CHRF
@@ -32,7 +33,7 @@ def test_extract_corpus_statistics() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [Tokenizer13a, TokenizerRegexp])
-def test_caches_of_tokenizers(tokenizer: type) -> None:
+def test_caches_of_tokenizers(tokenizer: Any) -> None:
     text = "a text that no other test tokenizes"
     tokenizer()(text)
     assert tokenizer.__call__.cache_info().currsize > 0, CHANGED
