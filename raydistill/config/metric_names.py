@@ -14,7 +14,12 @@ ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TRANSLATION_METRICS = ("bleu", "chrf", "chrf++")
 BUILT_IN_METRICS = (*ROUGE_METRICS, *TRANSLATION_METRICS, "exact_match")
 OWN_METRIC_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"  # module:attribute
-METRICS_HELP = f"{', '.join(BUILT_IN_METRICS)} or module:function of your own"  # of options
+BERTSCORE_PATTERN = r"^bertscore:([^:\s]+):([1-9][0-9]{0,2})$"  # model, layer; never of the form module:attribute
+METRICS_HELP = f"{', '.join(BUILT_IN_METRICS)}, bertscore:MODEL:LAYER or module:function of your own"  # of options
+_HINTS = {
+    "bertscore": "BERTScore is named with its model and layer, as bertscore:FacebookAI/roberta-large:17.",
+    "comet": "COMET needs an environment of its own and runs as a metric module:function; see docs/metrics.md.",
+}
 AUTO = "auto"
 VALIDATION_LOSS = "val_loss"  # stands for the metric where its library is missing: a score is then -val_loss
 
@@ -24,13 +29,31 @@ def is_own_metric(name: str) -> bool:
     return re.match(OWN_METRIC_PATTERN, name) is not None
 
 
+def is_bertscore(name: str) -> bool:
+    """Whether a name is that of BERTScore with a model, `bertscore:MODEL:LAYER`."""
+    return re.match(BERTSCORE_PATTERN, name) is not None
+
+
+def parse_bertscore(name: str) -> tuple[str, int]:
+    """Return the model and the layer of `bertscore:MODEL:LAYER`."""
+    match = re.match(BERTSCORE_PATTERN, name)
+    assert match, name
+    return match[1], int(match[2])
+
+
+def is_metric_name(name: str) -> bool:
+    """Whether a name is that of a built-in metric, of BERTScore with a model, or of a user's metric."""
+    return name in BUILT_IN_METRICS or is_bertscore(name) or is_own_metric(name)
+
+
 def check_metric_name(name: str) -> str:
-    """Return the name of a metric if the name is valid. A user's module is not imported.
+    """Return the name of a metric if the name is valid. No module is imported and no model is loaded.
 
     Raises:
-        ValueError: The name is neither that of a built-in metric nor of the form `module:function`.
+        ValueError: The name is neither that of a built-in metric nor of the form `bertscore:MODEL:LAYER` or
+            `module:function`.
     """
-    if name in BUILT_IN_METRICS or is_own_metric(name):
+    if is_metric_name(name):
         return name
     raise ValueError(describe_unknown_metric(name))
 
@@ -39,6 +62,7 @@ def describe_unknown_metric(name: str) -> str:
     """Return the message for a name that is no metric, with the most similar name or all names."""
     similar = closest_name(name.lower(), BUILT_IN_METRICS)
     hint = f"did you mean {similar!r}?" if similar else f"known metrics: {', '.join(BUILT_IN_METRICS)}."
+    hint = _HINTS.get(re.split(r"\W", name.lower())[0], hint)
     return f"unknown metric {name!r}; {hint} Your own metric has the form module:function"
 
 
@@ -65,16 +89,16 @@ def check_recorded_metric(record: str | Path, name: str) -> str:
     return name
 
 
-_OWN_SCHEMA = {"type": "string", "pattern": OWN_METRIC_PATTERN}
+_PATTERN_SCHEMAS = [{"type": "string", "pattern": pattern} for pattern in (OWN_METRIC_PATTERN, BERTSCORE_PATTERN)]
 MetricName = Annotated[
     str,
     AfterValidator(check_metric_name),
-    WithJsonSchema({"anyOf": [{"type": "string", "enum": [*BUILT_IN_METRICS]}, _OWN_SCHEMA]}),
+    WithJsonSchema({"anyOf": [{"type": "string", "enum": [*BUILT_IN_METRICS]}, *_PATTERN_SCHEMAS]}),
 ]
 MetricOrAuto = Annotated[
     str,
     AfterValidator(check_metric_or_auto),
-    WithJsonSchema({"anyOf": [{"type": "string", "enum": [AUTO, *BUILT_IN_METRICS]}, _OWN_SCHEMA]}),
+    WithJsonSchema({"anyOf": [{"type": "string", "enum": [AUTO, *BUILT_IN_METRICS]}, *_PATTERN_SCHEMAS]}),
 ]
 
 

@@ -492,8 +492,9 @@ class Evaluation(StrictModel):
 
     metric: MetricOrAuto = Field(
         "auto",
-        description="metric that checkpoints and students are compared by: a named metric, or `module:function` of "
-        "your own; auto: the metric of the data set's preset, else chrf++ for a translation and rouge2 for other data",
+        description="metric that checkpoints and students are compared by: a named metric, `bertscore:MODEL:LAYER`, or "
+        "`module:function` of your own; auto: the metric of the data set's preset, else chrf++ for a translation and "
+        "rouge2 for other data",
     )
     report: list[MetricName] = Field(
         [],

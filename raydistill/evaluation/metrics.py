@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from raydistill.config.metric_names import ROUGE_METRICS, describe_unknown_metric, is_own_metric
+from raydistill.config.metric_names import ROUGE_METRICS, describe_unknown_metric, is_bertscore, is_own_metric
 from raydistill.core.errors import UserError
 from raydistill.evaluation.metric import Metric, ScoredText, load_own_metric, ratio_of_sums
 from raydistill.evaluation.ngram_counts import (
@@ -92,15 +92,19 @@ BUILT_IN: dict[str, Metric] = {
 
 
 def get_metric(name: str) -> Metric:
-    """Return a metric by its name; the module of a user's metric is imported.
+    """Return a metric by its name; the module of a user's metric is imported, and the model of BERTScore downloaded.
 
     Raises:
-        UserError: The metric is unknown, or the user's module has no such metric.
+        UserError: The metric is unknown, the user's module has no such metric, or BERTScore's model cannot be used.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
     if is_own_metric(name):
         return load_own_metric(name)
+    if is_bertscore(name):
+        from raydistill.evaluation.bertscore import load_bertscore  # imports torch
+
+        return load_bertscore(name)
     raise UserError(describe_unknown_metric(name))
 
 

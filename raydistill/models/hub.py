@@ -26,12 +26,12 @@ PICKLE_PATTERN = "pytorch_model*.bin"
 HUB_TIMEOUT_S = 5.0  # seconds until the hub counts as unreachable
 
 
-def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
+def resolve_checkpoint(checkpoint: str | Path, weights: bool = True, convert_pickles: bool = True) -> Path:
     """Return the local folder of a checkpoint, downloading it from the hub if it is not cached.
 
     With `weights=False` only the configuration and tokenizer files are downloaded. If a checkpoint has only pickled
-    weights, the folder of its conversion is returned (`convert_to_safetensors`). With HF_HUB_OFFLINE=1 only the cache
-    is read.
+    weights, the folder of its conversion is returned (`convert_to_safetensors`); with `convert_pickles=False`, the
+    folder without weights. With HF_HUB_OFFLINE=1 only the cache is read.
 
     Raises:
         UserError: The folder or hub name does not exist, the hub cannot be reached, or the pickled weights are refused.
@@ -42,7 +42,7 @@ def resolve_checkpoint(checkpoint: str | Path, weights: bool = True) -> Path:
     from_hub = not folder.is_dir()
     if from_hub:
         folder = _download_checkpoint(checkpoint, SAFETENSORS_PATTERN if weights else None)
-    if not weights or weight_files(folder):
+    if not weights or not convert_pickles or weight_files(folder):
         return folder
     if from_hub:
         folder = _download_checkpoint(checkpoint, PICKLE_PATTERN)

@@ -6,7 +6,7 @@ A table is a pair (header, rows) of text cells.
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from raydistill.config.metric_names import MetricChoice
+from raydistill.config.metric_names import MetricChoice, is_bertscore, parse_bertscore
 from raydistill.results.costs import required_passes, shared_pass_hours
 from raydistill.results.formatting import format_count, format_number, format_score
 from raydistill.results.pareto import COST_UNITS, bound_sign
@@ -32,6 +32,9 @@ STATUS_ORDER = {"done": 0, "stopped": 0, "running": 1, "failed": 2}
 
 def metric_name(metric: str) -> str:
     """The name of a metric for readers, such as "ROUGE-2"; of a user's metric, the name of its function."""
+    if is_bertscore(metric):
+        model, layer = parse_bertscore(metric)
+        return f"BERTScore ({model.partition('@')[0].rpartition('/')[2]}, layer {layer})"
     return METRIC_NAMES.get(metric, metric.rpartition(":")[2])
 
 

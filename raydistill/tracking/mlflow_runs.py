@@ -445,8 +445,8 @@ def _final_points(trial: Trial, metrics: MetricChoice, time_ms: int, last_step: 
 
 
 def metric_key(name: str) -> str:
-    """The name of a score in MLflow, which allows neither "+" nor ":": "chrfpp" for chrf++, "m.f" for m:f."""
-    return name.replace("+", "p").replace(":", ".")
+    """The name of a score in MLflow, which allows no "+", ":" and "@": "chrfpp" for chrf++, "m.f" for m:f."""
+    return name.replace("+", "p").replace(":", ".").replace("@", ".")
 
 
 def _final_metrics(trial: Trial, metrics: MetricChoice) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from raydistill.config.metric_names import ROUGE_METRICS
+from raydistill.config.metric_names import ROUGE_METRICS, is_bertscore
 from raydistill.config.presets import hub_teacher, is_translation
 from raydistill.config.serving import ServingConfig
 from raydistill.data.card import DataCard, describe_data, public_name
@@ -139,6 +139,8 @@ def _hub_metadata(
 
 def _hub_metric(metric: str) -> str:
     """The identifier of a metric in the hub's library `evaluate`; of a user's metric, the name of its function."""
+    if is_bertscore(metric):
+        return "bertscore"
     return "rouge" if metric in ROUGE_METRICS else metric.removesuffix("++").rpartition(":")[2]
 
 

@@ -3,14 +3,21 @@
 import pytest
 from pydantic import ValidationError
 
-from raydistill.config.metric_names import BUILT_IN_METRICS, MetricChoice
+from raydistill.config.metric_names import (
+    BUILT_IN_METRICS,
+    MetricChoice,
+    is_bertscore,
+    is_own_metric,
+    parse_bertscore,
+)
 from raydistill.config.presets import is_translation, resolve_metrics
 from raydistill.config.run import Columns, Dataset, Evaluation
 
+BERTSCORES = ["bertscore:FacebookAI/roberta-large:17", "bertscore:a/b@refs/pr/3:9", "bertscore:../models/bert:12"]
 WMT = Columns(source="translation.de", target="translation.en")
 
 
-@pytest.mark.parametrize("name", ["auto", *BUILT_IN_METRICS, "my_metrics:term_recall", "a.b.c:f"])
+@pytest.mark.parametrize("name", ["auto", *BUILT_IN_METRICS, "my_metrics:term_recall", "a.b.c:f", *BERTSCORES])
 def test_names_of_metrics(name: str) -> None:
     assert Evaluation(metric=name).metric == name
 
@@ -22,6 +29,11 @@ def test_names_of_metrics(name: str) -> None:
         ("meteor_x", "known metrics: rouge1, .* Your own metric has the form module:function"),
         ("my-metrics:f", "unknown metric"),
         ("a:b:c", "unknown metric"),
+        ("BERTScore", "named with its model and layer, as bertscore:FacebookAI/roberta-large:17"),
+        ("bertscore:a/b:0", "named with its model and layer"),
+        ("bertscore:my model:9", "named with its model and layer"),
+        ("comet", "COMET needs an environment of its own and runs as a metric module:function"),
+        ("comet:Unbabel/wmt22-comet-da", "COMET needs an environment of its own"),
     ],
 )
 def test_another_name_is_an_error(name: str, message: str) -> None:
@@ -66,3 +78,14 @@ def test_a_metric_of_translations_or_languages_make_a_translation() -> None:
     assert is_translation(Dataset(name="mine"), "chrf")
     assert is_translation(Dataset(name="mine"), "exact_match", WMT)
     assert not is_translation(Dataset(name="mine"), "rouge2")
+
+
+def test_bertscore_is_no_metric_of_a_user() -> None:
+    """A record that names BERTScore starts no code."""
+    assert not any(is_own_metric(name) for name in BERTSCORES)
+    assert [parse_bertscore(name) for name in BERTSCORES[:2]] == [
+        ("FacebookAI/roberta-large", 17),
+        ("a/b@refs/pr/3", 9),
+    ]
+    assert is_own_metric("bertscore:my_function")
+    assert not is_bertscore("bertscore:my_function")

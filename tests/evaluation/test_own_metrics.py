@@ -83,7 +83,7 @@ def test_a_module_in_the_directory_of_the_command_is_imported(tmp_path: Path, mo
 def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     """The module of docs/metrics.md, imported in another process from its directory."""
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    (tmp_path / "my_metrics.py").write_text(page.split("```python\n")[1].split("```")[0])
+    (tmp_path / "my_metrics.py").write_text(page.split("# my_metrics.py\n")[1].split("```")[0])
     script = (
         "from raydistill.evaluation.metrics import score\n"
         "texts = ['Sie nimmt Aspirin.', 'Er nimmt etwas.'], ['Aspirin nimmt sie.', 'Er nimmt Ibuprofen.']\n"
@@ -93,3 +93,30 @@ def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["50.0", "100.0"]  # one of two terms; three words on each side, twice
+
+
+def test_the_recipe_for_comet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of docs/metrics.md, with a package `comet` that has the two functions that the recipe calls.
+
+    unbabel-comet cannot be installed next to raydistill; its scores are 0.5 for equal texts, else 0.
+    """
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    module = page.split("# comet_metric.py\n")[1].split("```")[0]
+    (tmp_path / "comet_metric.py").write_text(module.replace("~/comet/bin/python", sys.executable))
+    (tmp_path / "comet.py").write_text(
+        "from types import SimpleNamespace\n"
+        "def load_from_checkpoint(path):\n"
+        "    assert path == 'FOLDER/checkpoints/model.ckpt'\n"
+        "    print('Lightning writes lines of its own')\n"
+        "    return SimpleNamespace(predict=predict)\n"
+        "def predict(samples, batch_size=16, gpus=1, progress_bar=True):\n"
+        "    assert [sample['src'] for sample in samples] == ['quelle', 'zeile\\nzeile']\n"
+        "    return SimpleNamespace(scores=[float(s['mt'] == s['ref']) / 2 for s in samples])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(WORKING_DIR_ENV, str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = "comet_metric:wmt22_comet_da"
+    scored = metrics.score(name, ["a", "ä\nb"], ["b", "ä\nb"], ["quelle", "zeile\nzeile"])
+    assert scored.row_stats.tolist() == [0, 50]
+    load_own_metric.cache_clear()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raydistill.config.metric_names import MetricChoice
 from raydistill.results.records import Trial
-from raydistill.results.tables import markdown_table, trials_table
+from raydistill.results.tables import markdown_table, metric_name, trials_table
 from tests.factories.selections import make_finished_trial
 
 TRIALS = [
@@ -53,3 +53,7 @@ def test_reported_scores_are_in_a_column_of_their_own() -> None:
     column = header.index("validation BLEU / recall")
     assert [row[column] for row in rows] == ["31.23 / 80.00", "-"]
     assert header.index("validation ROUGE-2") == column - 1
+
+
+def test_bertscore_is_named_with_its_model_and_layer() -> None:
+    assert metric_name("bertscore:owner/bert-base@refs/pr/3:9") == "BERTScore (bert-base, layer 9)"

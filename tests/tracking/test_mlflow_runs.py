@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow.utils.validation import _validate_metric_name
 
 from raydistill.cluster import snapshots, sync
 from raydistill.core import artifact
@@ -25,7 +26,7 @@ from tests.factories.sweeps import (
     write_served,
 )
 
-THIRD_VALIDATION = {"step": 30, "total_steps": 30, "time_s": 5, "val_loss": 0.5}
+THIRD_VALIDATION: dict[str, Any] = {"step": 30, "total_steps": 30, "time_s": 5, "val_loss": 0.5}
 THIRD_VALIDATION |= {"rouge2": 12.5, "metric": "rouge2", "score": 12.5}
 
 
@@ -298,3 +299,9 @@ def test_metrics_whose_names_mlflow_refuses_are_published(sweep: Path) -> None:
     view = json.loads(client.get_experiment_by_name("mini").tags["mlflow.sharedViewState.raydistill"])
     assert view["orderByKey"] == "metrics.`chrfpp`"
     assert view["selectedColumns"][4:7] == ["metrics.`chrfpp`", "metrics.`bleu`", "metrics.`terms.recall`"]
+
+
+def test_mlflow_accepts_the_name_of_bertscore() -> None:
+    key = mlflow_runs.metric_key("bertscore:owner/bert-base@refs/pr/3:9")
+    assert key == "bertscore.owner/bert-base.refs/pr/3.9"
+    _validate_metric_name(key)

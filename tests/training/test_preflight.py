@@ -46,3 +46,15 @@ def test_a_user_metric_that_cannot_be_imported_is_an_error_before_training(works
     for evaluation in ({"metric": "no_such_module:f"}, {"report": ["bleu", "no_such_module:f"]}):
         with pytest.raises(UserError, match="metric no_such_module:f: the module no_such_module cannot be imported"):
             check_run(make_run(workspace, evaluation=evaluation))
+
+
+def test_a_model_of_bertscore_that_cannot_be_used_is_an_error_before_training(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for evaluation in ({"metric": "bertscore:owner/missing:9"}, {"report": ["bleu", "bertscore:owner/missing:9"]}):
+        with pytest.raises(UserError, match="owner/missing: no such folder; HF_HUB_OFFLINE is set"):
+            check_run(make_run(workspace, evaluation=evaluation))
+    with pytest.raises(UserError, match="is no encoder; BERTScore needs one"):
+        check_run(make_run(workspace, evaluation={"metric": f"bertscore:{workspace / 'teacher'}:1"}))
