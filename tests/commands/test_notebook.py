@@ -47,7 +47,7 @@ def test_notebook_trains_searches_and_loads_a_student(tmp_path: Path, monkeypatc
     assert [list(data).count("image/png") for data in results].count(1) == 1  # the front
     texts = [data["text/plain"] for data in results]
     sweep = tmp_path / "outputs" / "sweeps" / "notebook"
-    [export] = [folder for folder in sweep.glob("exports/*") if str(folder) in "".join(texts)]
+    [export] = [folder for folder in sweep.glob("exports/*") if f"'{folder}'" in "".join(texts)]
     assert (export / "model.safetensors").is_file()
     assert (sweep / "front.html").is_file()
     assert any("'p_value'" in text for text in texts)
