@@ -113,6 +113,8 @@ def test_the_recipe_for_comet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "    assert [sample['src'] for sample in samples] == ['quelle', 'zeile\\nzeile']\n"
         "    return SimpleNamespace(scores=[float(s['mt'] == s['ref']) / 2 for s in samples])\n"
     )
+    # The recipe only counts devices; the import of torch itself would take seconds.
+    (tmp_path / "torch.py").write_text("from types import SimpleNamespace as N\ncuda = N(device_count=lambda: 0)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv(WORKING_DIR_ENV, str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
