@@ -152,9 +152,11 @@ def choose_threads(open_engine: Callable[[int], "Engine"], workload: "Workload",
         workload: The batch.
         threads: The highest number.
     """
+    if threads == 1:
+        return 1
     best, best_ms = threads, math.inf
     tried = threads
-    while tried >= 1 and threads > 1:
+    while tried >= 1:
         engine = open_engine(tried)
         call = engine.make_benchmark_call(workload)
         milliseconds = time_calls(call, Repetition(repeats=3)).low_ms
