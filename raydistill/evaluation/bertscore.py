@@ -26,6 +26,7 @@ from raydistill.models.hub import (
     resolve_checkpoint,
     weight_files,
 )
+from raydistill.models.loading import loading_errors
 
 BATCH_ROWS = 32
 
@@ -168,11 +169,7 @@ def load_encoder(name: str, folder: Path, layer: int) -> Encoder:
     """
     config = _load_config(name, folder)
     config.num_hidden_layers = layer
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the weights of the other layers and of the LM head are not used
-    try:
+    with loading_errors(f"metric {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, info = transformers.AutoModel.from_pretrained(
             folder,
@@ -182,10 +179,6 @@ def load_encoder(name: str, folder: Path, layer: int) -> Encoder:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:
-        raise UserError(f"metric {name}: the model cannot be loaded: {first_error_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]  # no part of the embeddings
     check_no_missing_weights({"missing_keys": missing}, name)
     return Encoder(model.eval(), tokenizer, _max_tokens(tokenizer, config))

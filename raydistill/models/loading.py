@@ -1,6 +1,8 @@
 """Loads and checks the configuration, the weights and the generation config of a checkpoint."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +84,7 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Pr
     folder = resolve_checkpoint(checkpoint)
     check_weights(folder, checkpoint)
     _check_weights_size(config, folder, checkpoint)
-    logging = transformers.utils.logging
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers' report of missing weights is replaced by the errors below
-    try:
+    with loading_errors(str(checkpoint)):
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -95,13 +93,27 @@ def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> Pr
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except Exception as error:
-        raise UserError(f"{checkpoint}: the model cannot be loaded: {first_error_line(error)}") from None
-    finally:
-        logging.set_verbosity(verbosity)
     check_no_missing_weights(info, checkpoint)
     _check_weight_shapes(info, checkpoint)
     return untie_lm_head(model).eval()
+
+
+@contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Turn every error of a block that loads a model into a UserError that begins with `name`.
+
+    Progress bars and transformers' report of missing weights are not printed: the caller checks the weights.
+    """
+    logging = transformers.utils.logging
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{name}: the model cannot be loaded: {first_error_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_generation_config(checkpoint: str | Path) -> GenerationConfig:
