@@ -38,6 +38,7 @@ from raydistill.data.batching import epoch_batches
 from raydistill.evaluation.metrics import score
 from raydistill.inference.decoding import BeamSearchParams, resolve_decoding
 from raydistill.inference.transformers_engine import TransformersEngine
+from raydistill.jobs.run_inputs import CacheDecisions
 from raydistill.models import families
 from raydistill.models.freezing import freeze, resolve_frozen_parts
 from raydistill.models.teacher import open_teacher
@@ -108,7 +109,7 @@ def run_sweep(space: Path, home: Path) -> dict[str, Any]:
         "seconds": seconds,
         "latency_seconds": seconds_between(lines, "latency:", "teacher cache:"),
         "finalists_seconds": seconds_between(lines, "finalists:", "sweep kd_sweep:"),
-        "cache": json.loads((folder / "cache.json").read_text()),
+        "cache": CacheDecisions.read(folder / "cache.json").model_dump(mode="json"),
         "trials_seconds": end - start,
         "around_a_trial_s": (THREADS * (end - start) - busy_seconds) / len(results),
         "startup_s": [result.metrics["startup_s"] for result in sorted(done, key=lambda result: result.number or 0)],
