@@ -90,7 +90,7 @@ def sweep(
     """
     from raydistill.config.presets import check_teacher
 
-    loaded_space = _load_space(space, settings)
+    loaded_space = load_space(space, settings)
     folder = raydistill_home() / "sweeps" / loaded_space.name
     _check_tracking(loaded_space.tracking_uri, folder)
     if isinstance(loaded_space.run.get("teacher"), str):
@@ -123,7 +123,7 @@ def sweep_command(
     Example: `raydistill sweep search_spaces/kd_xsum.yaml --set search.trials=12 --dry-run`
     """
     if dry_run or estimate:
-        loaded_space = _load_space(space, settings or [])
+        loaded_space = load_space(space, settings or [])
         folder = raydistill_home() / "sweeps" / loaded_space.name
         _check_tracking(loaded_space.tracking_uri, folder)
         _print_plan(loaded_space, folder, estimate, as_json)
@@ -151,7 +151,12 @@ def _print_plan(space: "Space", folder: Path, estimate: bool, as_json: bool) -> 
         raise UserError("the sweep would not start: " + "; ".join(plan["problems"]))
 
 
-def _load_space(space: "str | Path | Mapping[str, Any] | Space", settings: Sequence[str]) -> "Space":
+def load_space(space: "str | Path | Mapping[str, Any] | Space", settings: Sequence[str]) -> "Space":
+    """The validated space of a space file, of the content of such a file, or of a space, with the changed `settings`.
+
+    Raises:
+        UserError: The space or a setting is not valid.
+    """
     from raydistill.config.space import Space, parse_space, read_space
 
     if isinstance(space, str | Path):

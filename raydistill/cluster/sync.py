@@ -85,11 +85,24 @@ class Storage:
     def upload(self, source: Path, name: str) -> int:
         """Upload a file, and return its size."""
         with source.open("rb") as file:
-            return self._write(file, name)
+            return self.write_stream(file, name)
 
     def write(self, content: bytes, name: str) -> None:
         """Write an object."""
-        self._write(BytesIO(content), name)
+        self.write_stream(BytesIO(content), name)
+
+    def write_stream(self, source: BinaryIO, name: str) -> int:
+        """Write an object with the content of a stream, and return its size."""
+        from pyarrow.fs import LocalFileSystem
+
+        target = f"{self.root}/{name}"
+        if isinstance(self.filesystem, LocalFileSystem):  # unlike an object, a local file is visible while it grows
+            with atomic_path(Path(target)) as temporary, temporary.open("wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+        else:
+            with self.filesystem.open_output_stream(target) as stream:
+                shutil.copyfileobj(source, stream, 2**20)
+        return source.tell()
 
     def read(self, name: str) -> bytes:
         """The content of an object; FileNotFoundError if there is none."""
@@ -145,18 +158,6 @@ class Storage:
         name = self.name_of(path)
         info = self.filesystem.get_file_info(f"{self.root}/{name}")
         return {name: info.size} if info.type == FileType.File else self.list_objects(name)
-
-    def _write(self, source: BinaryIO, name: str) -> int:
-        from pyarrow.fs import LocalFileSystem
-
-        target = f"{self.root}/{name}"
-        if isinstance(self.filesystem, LocalFileSystem):  # unlike an object, a local file is visible while it grows
-            with atomic_path(Path(target)) as temporary, temporary.open("wb") as file:
-                shutil.copyfileobj(source, file, 2**20)
-        else:
-            with self.filesystem.open_output_stream(target) as stream:
-                shutil.copyfileobj(source, stream, 2**20)
-        return source.tell()
 
 
 def push(*paths: Path) -> None:

@@ -188,7 +188,7 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
         seal(temporary, make_manifest().model_copy(update={"generation": generation + 1}))
         if _generation(folder) != generation or not _is_same(descriptor, temporary):
             raise _superseded(folder)
-        _publish(temporary, folder, descriptor)
+        publish(temporary, folder, descriptor)
     except Exception as error:
         if isinstance(error, TransientError) or _is_same(descriptor, temporary) or _is_same(descriptor, folder):
             raise
@@ -299,7 +299,7 @@ def artifacts_with_leftovers(parent: Path) -> list[Path]:
     return sorted({parent / match["name"] for match in names if match})
 
 
-def _publish(temporary: Path, folder: Path, descriptor: int) -> None:
+def publish(temporary: Path, folder: Path, descriptor: int) -> None:
     """Move a sealed temporary folder to the path of the artifact. The next access repairs a kill between the renames.
 
     The first rename is the sign for readers that the temporary folder may replace the artifact. Without an existing

@@ -244,7 +244,7 @@ def bootstrap_interval(
     Raises:
         ValueError: There are no rows.
     """
-    scores = _bootstrap_scores(metric, [rows], seed, n_resamples)[0]
+    scores = bootstrap_scores(metric, [rows], seed, n_resamples)[0]
     low, high = np.percentile(scores, [2.5, 97.5])
     return float(low), float(high)
 
@@ -278,7 +278,7 @@ def paired_bootstrap_over_seeds(
     Raises:
         ValueError: The runs have different numbers of rows, or none.
     """
-    scores = _bootstrap_scores(metric, [*a_runs, *b_runs], seed, n_resamples)
+    scores = bootstrap_scores(metric, [*a_runs, *b_runs], seed, n_resamples)
     differences = np.mean(scores[: len(a_runs)], axis=0) - np.mean(scores[len(a_runs) :], axis=0)
     a_score, b_score = (float(np.mean([corpus_score(metric, rows) for rows in runs])) for runs in (a_runs, b_runs))
     return _summarize(a_score - b_score, differences)
@@ -304,7 +304,7 @@ def compare_with_reference(
         ValueError: The systems have different numbers of rows, or none.
     """
     runs_by_system = [[runs] if isinstance(runs, np.ndarray) else list(runs) for runs in (*systems, reference)]
-    scores = iter(_bootstrap_scores(metric, [rows for runs in runs_by_system for rows in runs], 0, NUM_RESAMPLES))
+    scores = iter(bootstrap_scores(metric, [rows for runs in runs_by_system for rows in runs], 0, NUM_RESAMPLES))
     *means, reference_mean = [
         (mean_score(metric, runs), _resample_seeds([next(scores) for _ in runs], stream))
         for stream, runs in enumerate(runs_by_system)
@@ -323,7 +323,7 @@ def bootstrap_interval_over_seeds(metric: str, runs: SeedRuns) -> tuple[float, f
     Raises:
         ValueError: The runs have different numbers of rows, or none.
     """
-    resampled = _resample_seeds(_bootstrap_scores(metric, list(runs), 0, NUM_RESAMPLES), 0)
+    resampled = _resample_seeds(bootstrap_scores(metric, list(runs), 0, NUM_RESAMPLES), 0)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(low), float(high)
 
@@ -365,7 +365,7 @@ def compare_pairs(
     if not systems:
         return {}
     runs_by_system = [[runs] if isinstance(runs, np.ndarray) else list(runs) for runs in systems]
-    scores = iter(_bootstrap_scores(metric, [rows for runs in runs_by_system for rows in runs], 0, NUM_RESAMPLES))
+    scores = iter(bootstrap_scores(metric, [rows for runs in runs_by_system for rows in runs], 0, NUM_RESAMPLES))
     resampled = [_resample_seeds([next(scores) for _ in runs], stream) for stream, runs in enumerate(runs_by_system)]
     means = [mean_score(metric, runs) for runs in runs_by_system]
     return {(i, j): _summarize(means[i] - means[j], resampled[i] - resampled[j]) for i, j in pairs}
@@ -413,11 +413,20 @@ def _summarize(difference: float, resampled: np.ndarray) -> Comparison:
     return Comparison(difference, float(low), float(high), p_value)
 
 
-def _bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resamples: int) -> list[np.ndarray]:
+def bootstrap_scores(metric: str, systems: list[np.ndarray], seed: int, n_resamples: int) -> list[np.ndarray]:
     """Return the corpus scores of each system, [n_resamples], over the same resampled rows.
 
     A resample is represented by the number of times that each row was drawn, which has a multinomial distribution. The
     product of these counts and the statistics of the rows is the sum over the resample.
+
+    Args:
+        metric: Name of the score.
+        systems: Per-row statistics of each system, [rows] or [rows, statistics].
+        seed: Number of the random stream.
+        n_resamples: Number of resamples.
+
+    Raises:
+        ValueError: The systems have different numbers of rows, or none.
     """
     lengths = sorted({len(rows) for rows in systems})
     if len(lengths) > 1:

@@ -105,7 +105,7 @@ def build_teacher_cache(request: CacheRequest, mode: CacheMode) -> CacheStats:
     """
     layout = request.make_layout(mode)
     with layout.lock():
-        _pull_manifests(layout)
+        pull_manifests(layout)
         if layout.is_incomplete():
             sync.pull(*layout.array_sizes)  # parts that an earlier build made, on any machine
             layout.prepare()
@@ -121,7 +121,7 @@ def resolve_cache_mode(request: CacheRequest, total_epochs: float) -> tuple[Cach
     if all(run.training.teacher_cache != "auto" for run in request.runs):
         return "full", "set explicitly by the runs"
     layout = request.make_layout("full")
-    _pull_manifests(layout)
+    pull_manifests(layout)
     if not layout.is_incomplete():
         return "full", "already complete"
     times = run_exclusive(load_and_measure, request, device=request.device, input_paths=request.input_paths())
@@ -170,7 +170,7 @@ def _build_missing_parts(request: CacheRequest, mode: CacheMode, layout: CacheLa
     sync.pull(*layout.array_sizes)
 
 
-def _pull_manifests(layout: CacheLayout) -> None:
+def pull_manifests(layout: CacheLayout) -> None:
     """Copy the records of the stores from the storage, but not the parts, which may be many gigabytes."""
     sync.pull(*layout.stores, names=[store.ABOUT_FILE, MANIFEST])
 
@@ -183,7 +183,7 @@ def _make_part_function(request: CacheRequest, mode: CacheMode) -> Callable[[int
     torch.set_num_threads(1)
     snapshots.pull(*request.input_paths())
     teacher, layout = _load_teacher(request, request.device), request.make_layout(mode)
-    _pull_manifests(layout)
+    pull_manifests(layout)
 
     def build(number: int) -> BatchStats:
         files = [store.part_path(array, number) for array in layout.array_sizes]

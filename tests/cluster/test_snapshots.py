@@ -397,7 +397,7 @@ def test_a_file_that_the_storage_cannot_take_is_not_left_out_of_a_snapshot(
     """A storage reports a missing bucket or folder as the system reports a missing file."""
     run = write_file(use_machine("one") / "runs/r/result.json", "{}").parent
     write_file(run / "best/model", "weights")
-    write = sync.Storage._write
+    write = sync.Storage.write_stream
 
     def write_without_bucket(self: sync.Storage, source: Any, name: str) -> int:
         if name.endswith("best/model"):
@@ -405,7 +405,7 @@ def test_a_file_that_the_storage_cannot_take_is_not_left_out_of_a_snapshot(
         return write(self, source, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sync.Storage, "_write", write_without_bucket)
+        patch.setattr(sync.Storage, "write_stream", write_without_bucket)
         with pytest.raises(TransientError, match="NO_SUCH_BUCKET"):
             snapshots.save(run)
     assert pulled(use_machine("two"), "runs/r") == {}

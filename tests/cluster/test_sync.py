@@ -88,7 +88,7 @@ def test_two_writers_of_one_object_in_a_folder_do_not_share_a_temporary_file(
             return super().read(size)
 
     events = record_syncs_and_renames(monkeypatch)
-    assert storage._write(Interrupted(b"first"), "out/batch-1") == 5
+    assert storage.write_stream(Interrupted(b"first"), "out/batch-1") == 5
     assert storage.read("out/batch-1") == b"first"
     assert [path.name for path in (tmp_path / "storage/out").iterdir()] == ["batch-1"]
     synced = [path for kind, path in events if kind == "fsync"]

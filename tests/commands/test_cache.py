@@ -3,9 +3,11 @@
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from raydistill.cache import _remove_leftovers
 from raydistill.core import artifact
 from raydistill.inference.ctranslate2_conversion import ensure_converted
 from raydistill.models.hub import convert_to_safetensors
@@ -115,3 +117,18 @@ def test_conversion_that_another_process_uses_is_not_removed(conversions, tmp_pa
     assert result.returncode == os.EX_TEMPFAIL
     assert f"{folder}: in use by process {os.getpid()}" in result.stderr
     assert folder.exists()
+
+
+@pytest.mark.parametrize("parent", ["cache", "cache/serving-0123", "labels", "shortlists", "sweeps/s/exports"])
+def test_temporary_folders_of_killed_commands_are_removed(
+    parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
+    leftovers = [tmp_path / parent / f".x.0123abcd.{suffix}" for suffix in ("tmp", "old")]
+    for folder in leftovers:
+        folder.mkdir(parents=True)
+        (folder / "part").touch()
+    (tmp_path / parent / "complete").mkdir()
+    _remove_leftovers()
+    assert not any(folder.exists() for folder in leftovers)
+    assert (tmp_path / parent / "complete").is_dir()

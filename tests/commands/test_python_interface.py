@@ -14,7 +14,7 @@ from raydistill.config.space import Space
 from raydistill.core.errors import UserError
 from raydistill.pseudolabel import LabelResult
 from raydistill.results.selection import load_selection
-from raydistill.sweep import SweepResult, _load_space
+from raydistill.sweep import SweepResult, load_space
 from raydistill.tracking import mlflow_store
 from raydistill.tracking.export import export_student
 from raydistill.training.records import RESULT_FILE, RUN_FILE, RunResult, write_history, write_run
@@ -86,12 +86,12 @@ def test_result_of_a_sweep_has_a_table_and_the_best_student_of_each_budget(sweep
 def test_a_space_is_a_file_its_content_or_an_object(tmp_path: Path) -> None:
     content = {"name": "s", "run": RUN, "search": {"trials": 6}}
     (tmp_path / "space.yaml").write_text(json.dumps(content))
-    expected = _load_space(tmp_path / "space.yaml", ["search.trials=4"])
+    expected = load_space(tmp_path / "space.yaml", ["search.trials=4"])
     assert expected.search.trials == 4
-    assert _load_space(content, ["search.trials=4"]) == expected
-    assert _load_space(Space.model_validate(content), ["search.trials=4"]) == expected
+    assert load_space(content, ["search.trials=4"]) == expected
+    assert load_space(Space.model_validate(content), ["search.trials=4"]) == expected
     with pytest.raises(UserError, match=r"space: search\.trails"):
-        _load_space({**content, "search": {"trails": 6}}, [])
+        load_space({**content, "search": {"trails": 6}}, [])
 
 
 def test_a_finished_run_is_returned_with_its_checkpoint_and_validations(

@@ -2,14 +2,29 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
 from raydistill.config.run import Run
 from raydistill.core import console
-from raydistill.train import RunFollower, train_command
-from raydistill.training.records import PROGRESS_FILE, RESULT_FILE, RUN_FILE, RunProgress, RunResult, write_run
+from raydistill.train import RunFollower, _describe_validation, train_command
+from raydistill.training.records import (
+    PROGRESS_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    RunProgress,
+    RunResult,
+    Validation,
+    write_history,
+    write_run,
+)
 from tests.factories.clock import FakeClock
+
+VALIDATIONS = [
+    {"step": n, "total_steps": 2, "metric": "bleu", "score": 20.0 + n, "engine": "ctranslate2 fp32", "bleu": 20.0 + n}
+    for n in (1, 2)
+]
 
 
 @pytest.mark.parametrize(("repetition", "warns"), [(0.9, True), (0.4, False)])
@@ -53,3 +68,22 @@ def test_steps_rate_and_time_left_are_shown(resumed_step, line, tmp_path, monkey
     left = {0: "1 min 50 s", 300: "1 min 20 s"}[resumed_step]  # 1,100 and 800 steps of 0.1 s
     shown = f"step {resumed_step + 100} of 1,200, 10.00 steps/s, {left} left"
     assert capsys.readouterr().err == f"  training: {shown}\n"
+
+
+def test_validations_are_printed_once_also_after_a_damaged_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_history(tmp_path, VALIDATIONS[:1])
+    follower = RunFollower(tmp_path)
+    with follower:
+        (tmp_path / "metrics.jsonl").write_text("{\n{\n")
+        time.sleep(1.5)  # the follower reads the file every second
+        assert follower.thread.is_alive()
+        write_history(tmp_path, VALIDATIONS)
+    assert capsys.readouterr().err.splitlines() == ["  step      2, epoch 0.00, 0 s: bleu 22.00"]
+
+
+def test_a_score_that_is_the_validation_loss_is_printed_once() -> None:
+    loss = {"step": 1, "total_steps": 2, "metric": "val_loss", "val_loss": 2.5, "score": -2.5}
+    line = _describe_validation(Validation.model_validate(loss))
+    assert line == "  step      1, epoch 0.00, 0 s: validation loss 2.500"

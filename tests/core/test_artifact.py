@@ -221,14 +221,14 @@ def test_a_writer_that_was_cut_off_before_its_rename_leaves_its_successors_artif
     folder = tmp_path / "x"
     if old:
         make(folder, old)
-    publish = artifact._publish
+    publish = artifact.publish
 
     def publish_after_the_successor(*args):
         monkeypatch.undo()
         make(folder, "successor")
         publish(*args)
 
-    monkeypatch.setattr(artifact, "_publish", publish_after_the_successor)
+    monkeypatch.setattr(artifact, "publish", publish_after_the_successor)
     with pytest.raises(TransientError, match="written by another process"):
         make(folder, "cut off")
     assert content(folder) == "successor"

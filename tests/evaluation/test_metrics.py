@@ -165,7 +165,7 @@ def test_bootstrap_against_all_resamples_of_four_rows() -> None:
     means = [np.mean(draw) for draw in itertools.product(rows, repeat=4)]
     low, high = metrics.bootstrap_interval("rouge2", rows, n_resamples=20_000)
     assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=2.6)
-    scored = metrics._bootstrap_scores("rouge2", [rows], 0, 20_000)[0]
+    scored = metrics.bootstrap_scores("rouge2", [rows], 0, 20_000)[0]
     assert np.mean(scored <= 20) == pytest.approx(np.mean(np.array(means) <= 20), abs=0.015)
     assert set(np.round(scored, 6)) <= set(np.round(means, 6))
 
@@ -175,7 +175,7 @@ def test_bleu_bootstrap_against_all_resamples_of_three_rows() -> None:
         ["the cat sat on the mat", "a dog ran off", "yes"], ["the cat sat on a mat", "a dog ran", "no"]
     )
     exact = [ngram_counts.corpus_bleu(rows[list(draw)]) for draw in itertools.product(range(3), repeat=3)]
-    sampled = metrics._bootstrap_scores("bleu", [rows], 1, 20_000)[0]
+    sampled = metrics.bootstrap_scores("bleu", [rows], 1, 20_000)[0]
     assert sampled.mean() == pytest.approx(np.mean(exact), abs=0.5)
     assert np.unique(np.round(sampled, 6)).tolist() == np.unique(np.round(exact, 6)).tolist()
 
@@ -204,7 +204,7 @@ def test_bootstrap_scores_equal_a_loop_over_resampled_rows(metric: str) -> None:
         systems = [metrics.score(metric, outputs, references).row_stats for outputs in (first, second)]
     else:
         systems = [rng.uniform(0, 60, size=40), rng.uniform(0, 60, size=40)]
-    resampled = metrics._bootstrap_scores(metric, systems, 0, 30)
+    resampled = metrics.bootstrap_scores(metric, systems, 0, 30)
     counts = metrics.resample_counts(40, 30, 0, 0)
     assert counts.sum(axis=1).tolist() == [40] * 30
     for i, row_counts in enumerate(counts):
@@ -284,7 +284,7 @@ def test_bootstrap_resamples_in_chunks_of_bounded_memory() -> None:
     rows = np.random.default_rng(8).uniform(0, 50, size=2000)
     metrics.resample_counts.cache_clear()
     tracemalloc.start()
-    scores = metrics._bootstrap_scores("rouge2", [rows], 0, 10_000)[0]
+    scores = metrics.bootstrap_scores("rouge2", [rows], 0, 10_000)[0]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert scores.shape == (10_000,)

@@ -30,7 +30,7 @@ def test_numerators_and_denominators_are_summed_before_the_division() -> None:
     assert scored.row_stats.tolist() == [[100, 3], [200, 2]]
     assert scored.metrics == pytest.approx({name: 100 * 3 / 5, "exact_match": 50})
     # All pairs of two rows: 1 of 3, 3 of 5 (twice) and 2 of 2
-    resampled = metrics._bootstrap_scores(name, [scored.row_stats], 0, 4000)[0]
+    resampled = metrics.bootstrap_scores(name, [scored.row_stats], 0, 4000)[0]
     assert sorted(set(np.round(resampled, 6))) == pytest.approx([100 / 3, 60, 100])
     assert np.mean(np.isclose(resampled, 60)) == pytest.approx(0.5, abs=0.03)
     assert metrics.row_scores(name, scored.row_stats) == pytest.approx([100 / 3, 100])

@@ -32,7 +32,7 @@ RETRY_SECONDS = 150
 
 def build(folder: Path, text: str, pause: Callable[[str], None]) -> None:
     """Build an artifact whose files contain `text`, with the artifact's lock."""
-    publish, rename = artifact._publish, os.rename
+    publish, rename = artifact.publish, os.rename
 
     def pause_and_publish(*args: Any) -> None:
         pause("publish")
@@ -43,7 +43,7 @@ def build(folder: Path, text: str, pause: Callable[[str], None]) -> None:
             pause("renames")
         rename(source, target)
 
-    artifact._publish = pause_and_publish  # type: ignore[assignment]
+    artifact.publish = pause_and_publish  # type: ignore[assignment]
     os.rename = pause_and_rename  # type: ignore[assignment]
     with artifact.lock(folder):
         pause("before")
@@ -57,7 +57,7 @@ def build(folder: Path, text: str, pause: Callable[[str], None]) -> None:
 
 def save(folder: Path, text: str, pause: Callable[[str], None]) -> None:
     """Claim a stored folder, save a small file, then a small and a large one; try again while the storage is down."""
-    write = sync.Storage._write
+    write = sync.Storage.write_stream
 
     def pause_and_write(self: sync.Storage, source: BinaryIO, name: str) -> int:
         if name.endswith(LARGE):
@@ -68,7 +68,7 @@ def save(folder: Path, text: str, pause: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "state.json").write_text(f"{text} 1")
         snapshots.save(folder)
-        sync.Storage._write = pause_and_write  # type: ignore[method-assign]
+        sync.Storage.write_stream = pause_and_write  # type: ignore[method-assign]
         (folder / LARGE).parent.mkdir(exist_ok=True)
         (folder / LARGE).write_text(text * (LARGE_BYTES // len(text)))
         (folder / "state.json").write_text(f"{text} 2")

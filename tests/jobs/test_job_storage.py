@@ -64,7 +64,7 @@ def test_the_manifests_of_a_cache_that_was_finished_before_a_kill_reach_the_stor
     request: Any = SimpleNamespace(make_layout=lambda mode: layout)
     stats = teacher_cache.build_teacher_cache(request, "full")
     other = cache_layout(use_machine("two"), examples)
-    teacher_cache._pull_manifests(other)
+    teacher_cache.pull_manifests(other)
     assert not other.is_incomplete()
     assert other.device_seconds == stats.device_seconds
 

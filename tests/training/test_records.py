@@ -1,5 +1,6 @@
 """The records in the folder of a run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,20 @@ from raydistill.config.run import Run
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION, write_json_atomic
 from raydistill.models.shrinking import LayerPlan, plan_layers
-from raydistill.training.records import InputFingerprints, RunIdentity, read_run, write_run
+from raydistill.training.records import (
+    InputFingerprints,
+    RunIdentity,
+    read_history,
+    read_run,
+    write_history,
+    write_run,
+)
+
+LINES = [  # of metrics.jsonl
+    {"step": n, "total_steps": 2, "metric": "bleu", "score": 20.0 + n, "engine": "ctranslate2 fp32", "bleu": 20.0 + n}
+    for n in (1, 2)
+]
+NO_METRIC = {name: value for name, value in LINES[0].items() if name != "metric"}
 
 
 def make_run(**student: object) -> Run:
@@ -46,3 +60,30 @@ def test_identity_names_the_shape_and_the_copied_layers() -> None:
     identity = RunIdentity.of(run, plan, "ignored")
     assert (identity.method, identity.size, identity.copied) == ("kd", "2-1", plan.copied)
     assert RunIdentity.of(run, None, "4-4") == RunIdentity("kd", "4-4", None, run.resolved_labels)
+
+
+def test_validations_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert read_history(tmp_path) == []
+    write_history(tmp_path, LINES)
+    first, last = read_history(tmp_path)
+    assert (first.step, last.step, last.engine, last.val_loss) == (1, 2, "ctranslate2 fp32", None)
+    assert last.metric == "bleu"
+    assert last.numbers == {"bleu": 22.0, "score": 22.0, "step": 2, "total_steps": 2}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 3, "sco')  # an incomplete line, as a kill leaves it
+    assert read_history(tmp_path) == [first, last]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [("{", "line 1: Expecting"), ("[]", "line 1: "), ('{"step": 1, "score": 2}', "line 1: total_steps: Field required")]
+    + [(json.dumps(NO_METRIC), "line 1: metric: Field required")]
+    + [
+        (json.dumps(LINES[0] | {name: "x"}), f"line 1: {name}: Input should be a valid number")
+        for name in ("score", "b")
+    ],
+)
+def test_a_damaged_line_of_the_history_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(LINES[1])}\n")
+    with pytest.raises(UserError, match=f"metrics.jsonl: damaged: {problem}"):
+        read_history(tmp_path)
