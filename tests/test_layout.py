@@ -52,6 +52,11 @@ ONLY_IN = {
 # Library -> the only module that may use its private names, and modules of the library that are not documented.
 PRIVATE_IN = {"ray": "cluster/ray_compat.py", "optuna": ""}
 UNDOCUMENTED = ("ray.autoscaler", "ray.tune.execution", "ray.train.v2", "ray.train.base_trainer")
+# (test file, private name of a module that the file does not mirror) -> reason.
+PRIVATE_NAMES_IN_TESTS = {
+    ("tests/jobs/test_job_storage.py", "raydistill.jobs.pseudolabel._build_label_set"): "the step after a kill, alone",
+    ("tests/jobs/test_job_storage.py", "raydistill.jobs.pseudolabel._label_batches"): "the step after a kill, alone",
+}
 # Rooms that stay importable in milliseconds, and commands that answer --help at once.
 NO_TORCH = {"core", "config", "data", "label_sets", "results", "paper", "tracking"}
 
@@ -154,6 +159,95 @@ def test_private_names_of_ray_and_optuna_are_in_one_module_per_library():
 )
 def test_a_private_name_is_detected(source, used):
     assert list(private_uses("search/study.py", source)) == [f"search/study.py uses {used}"]
+
+
+def mirrored_module(file):
+    """The module that a test file tests: tests/training/test_loop.py mirrors raydistill.training.loop."""
+    *rooms, name = file.removesuffix(".py").split("/")
+    inner = [room for room in rooms[1:] if room != "commands"]
+    return ".".join(["raydistill", *inner, name.removeprefix("test_")])
+
+
+def package_names(tree):
+    """Name in a file -> the module of the package or the tests that the name stands for, or a definition in one."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return {name: target for name, target in names.items() if target.split(".")[0] in ("raydistill", "tests")}
+
+
+def private_attributes(tree):
+    """Private attributes, such as `sync.Storage._write`, that source reads, sets or replaces by `setattr`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "delattr", "getattr")):
+            match node.args:
+                case [target, ast.Constant(value), *_]:
+                    yield f"{ast.unparse(target)}.{value}"
+
+
+def forbidden_names(file, source):
+    """What a file of the tests reaches in spite of the rules: private names of other modules, and other test files.
+
+    A private attribute of an object, such as `follower._show_steps`, is not recognised: its class is not named there.
+    """
+    tree = ast.parse(source)
+    names = package_names(tree)
+    reached = set(names.values())
+    for attribute in private_attributes(tree):
+        prefixes = [name for name in names if attribute.startswith(f"{name}.")]
+        if prefixes:
+            prefix = max(prefixes, key=len)
+            reached.add(names[prefix] + attribute.removeprefix(prefix))
+    for name in reached:
+        private = re.search(r"\._(?!_|app\b)\w+", name)  # the names of the module `raydistill._app` are public
+        if private and not name.startswith(f"{mirrored_module(file)}."):
+            yield name[: private.end()]
+        elif re.match(r"tests\.(.*\.)?test_", name):
+            yield name
+
+
+def test_tests_reach_private_names_of_the_module_they_mirror_only_and_no_other_test_file():
+    tests = PACKAGE.parent / "tests"
+    files = {path.relative_to(tests.parent).as_posix(): path for path in tests.rglob("*.py")}
+    reached = {(file, name) for file, path in files.items() for name in forbidden_names(file, path.read_text())}
+    assert reached == PRIVATE_NAMES_IN_TESTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("source", "reached"),
+    [
+        ("from raydistill.training.state import _write", "raydistill.training.state._write"),
+        ("def test():\n    from raydistill.training import _state", "raydistill.training._state"),
+        ("from raydistill.training import state\nstate._write()", "raydistill.training.state._write"),
+        ("import raydistill.training.state\nraydistill.training.state._write()", "raydistill.training.state._write"),
+        ("from raydistill.training.state import A as B\nB._write", "raydistill.training.state.A._write"),
+        ("from raydistill import sweep\nsweep._load = None", "raydistill.sweep._load"),
+        ("from raydistill import sweep\npatch.setattr(sweep, '_load', 1)", "raydistill.sweep._load"),
+        ("from tests.training.test_state import make", "tests.training.test_state.make"),
+        ("from tests.training import test_state", "tests.training.test_state"),
+        ("import tests.training.test_state", "tests.training.test_state"),
+    ],
+)
+def test_a_name_that_a_test_may_not_reach_is_detected(source, reached):
+    assert set(forbidden_names("tests/training/test_loop.py", source)) == {reached}
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("tests/training/test_loop.py", "from raydistill.training.loop import A, _write\nA._step"),
+        ("tests/commands/test_sweep.py", "from raydistill import sweep\npatch.setattr(sweep, '_load', 1)"),
+        ("tests/training/test_loop.py", "from raydistill.training import state\nstate.__file__\nself._loop"),
+        ("tests/training/test_loop.py", "from raydistill._app import run_app\nfrom tests.factories.models import save"),
+    ],
+)
+def test_a_test_reaches_its_own_module(file, source):
+    assert list(forbidden_names(file, source)) == []
 
 
 def test_rooms_import_downwards_and_libraries_stay_in_their_rooms():
