@@ -94,7 +94,7 @@ def save_state(folder: Path, state: TrainingState, student: PreTrainedModel, opt
 
 
 def save_progress(folder: Path, state: TrainingState) -> None:
-    """Save a state whose tensors are those of the saved state."""
+    """Save a state whose tensors equal the tensors of the saved state."""
     path = folder / STATE_FOLDER / artifact.MANIFEST
     StateManifest.read(path).model_copy(update={"progress": state}).write(path)
 
