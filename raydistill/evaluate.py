@@ -37,7 +37,7 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        metrics: The metric that decides, and those that are reported next to it.
+        metrics: The metric that decides, and the metrics that are reported next to it.
         corpus: The rows that were scored.
         reports: Scores, outputs and times by checkpoint.
         comparisons: Of two checkpoints, the difference (first - second) by each metric, the deciding metric first.
@@ -185,7 +185,7 @@ def evaluate(  # noqa: PLR0913
 ) -> Evaluation:
     """Score a checkpoint on a split and time it, or compare two checkpoints on the same rows.
 
-    The arguments are those of `raydistill evaluate`.
+    The arguments are the options of `raydistill evaluate`.
 
     Raises:
         UserError: A checkpoint, the data or a metric do not exist, or the engine cannot load a checkpoint.

@@ -35,7 +35,7 @@ class Statuses:
 
 
 def status(name: str | None = None) -> Statuses:
-    """The state of every sweep, run and label job under the home, or of those with a name.
+    """The state of every sweep, run and label job under the home, or of the jobs with a name.
 
     Args:
         name: Only jobs of this name.
@@ -57,8 +57,9 @@ def status_command(
 ) -> None:
     """Print the state of every sweep, run and label job under the home, running ones first.
 
-    A job is running while its process exists, and interrupted if nobody works on it and it is not finished: the same
-    command resumes it. Processes of other machines that share the folder are not checked.
+    A job is running while its process exists. A job is interrupted if it has no process and is neither finished nor
+    failed; the command that started the job resumes the job. Processes of other machines that share the folder are not
+    checked.
 
     Examples:
 

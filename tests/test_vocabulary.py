@@ -4,7 +4,10 @@ The first version used a private idiom that a new reader had to learn. This test
 """
 
 import ast
+import io
 import re
+import tokenize
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -66,9 +69,12 @@ DEFINITIONS = {
     *{"Departures", "falls_behind", "rivals", "as_served", "on_one_clock"},
     *{"forms", "slopes", "mend", "helps", "leads", "warm", "places", "admitted", "Keep", "Room", "Watch", "Numbers"},
 }
+# A docstring names its nouns: a reader of "those of" or "The same for" has to search the text above for the noun, and
+# most docstrings are read alone, as in the pop-up window of an editor.
+NO_NOUN = re.compile(r"\b(those\s+(?:of|that|whose)|The\s+same\s+for)\b")
 PATTERN = re.compile(rf"(?<![a-z])({'|'.join(sorted(WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 FOLDERS = ["raydistill", "tests", "benchmarks", "docs", "docs_build", "search_spaces", "cluster", "deploy"]
-SUFFIXES = {".py", ".md", ".yaml", ".sh", ".toml", ".jinja", ".css"}
+SUFFIXES = {".py", ".md", ".yaml", ".sh", ".toml", ".jinja", ".css", ".js", ".ipynb"}
 # Text that is data, and records of earlier measurements.
 EXEMPT = [Path(__file__), ROOT / "raydistill/data/demo_sentences.yaml", *(ROOT / "benchmarks/results").glob("*")]
 
@@ -112,6 +118,26 @@ def defined_name(node):
     return node.name if isinstance(node, names) else None
 
 
+def prose(text):
+    """(line number, text) of each docstring of Python source, and of each comment with all of its lines."""
+    for node in ast.walk(ast.parse(text)):
+        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if has_docstring and (docstring := ast.get_docstring(node)):
+            yield node.body[0].lineno, docstring
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [(token.start[0], token.string.lstrip("# ")) for token in tokens if token.type == tokenize.COMMENT]
+    for _, lines in groupby(enumerate(comments), lambda numbered: numbered[1][0] - numbered[0]):
+        block = [comment for _, comment in lines]
+        yield block[0][0], " ".join(comment for _, comment in block)
+
+
+def missing_nouns(text):
+    """(line number, words) of each docstring or comment of Python source with words that stand for a noun."""
+    for number, sentences in prose(text):
+        for match in NO_NOUN.finditer(sentences):
+            yield number, " ".join(match.group(1).split())
+
+
 def test_no_banned_word_in_code_or_documents():
     hits = [
         f"{path.relative_to(ROOT)}:{line}: {word!r}; write {WORDS[word]}"
@@ -129,6 +155,39 @@ def test_no_banned_name_in_code():
         for line, name in banned_names(path.read_text(encoding="utf-8"))
     ]
     assert hits == [], "\n".join(hits)
+
+
+def test_docstrings_and_comments_name_their_nouns():
+    hits = [
+        f"{path.relative_to(ROOT)}:{line}: {words!r}; write the noun"
+        for path in source_files()
+        if path.suffix == ".py" and path.is_relative_to(ROOT / "raydistill")
+        for line, words in missing_nouns(path.read_text(encoding="utf-8"))
+    ]
+    assert hits == [], "\n".join(hits)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"""The keys of a file, those of its run included."""',
+        'def f():\n    """Some rows, also those\n    that are repeated."""',
+        'class A:\n    """A class.\n\n    Attributes:\n        batch: The same for a batch.\n    """',
+        "x = 1  # as those whose key differs",
+        "# the names of the files, and those\n# of the folders\nx = 1",
+    ],
+)
+def test_a_missing_noun_is_detected(text):
+    assert len(list(missing_nouns(text))) == 1
+
+
+@pytest.mark.parametrize("text", ["x = 'those of'", '"""Of those rows, some."""', "# those\nx = 1\n# of y"])
+def test_a_noun_or_a_message_is_no_missing_noun(text):
+    assert list(missing_nouns(text)) == []
+
+
+def test_scripts_and_notebooks_are_scanned():
+    assert {".js", ".ipynb"} <= {path.suffix for path in source_files()}
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ class StoredFolder:
         self.marker = self.state / "snapshot.json"
 
     def pull(self) -> None:
-        """Replace the local files by those of the newest snapshot, as the function `pull` does."""
+        """Replace the local files by the files of the newest snapshot, as the function `pull` does."""
         self._pull(self.snapshot_names()[-1], records_only=False)
 
     def pull_records(self, newest: str) -> None:
@@ -183,7 +183,7 @@ class StoredFolder:
         return base
 
     def download(self, snapshot: Snapshot, *, records_only: bool = False) -> None:
-        """Replace the local files by those of a snapshot; FileNotFoundError if an object was deleted.
+        """Replace the local files by the files of a snapshot; FileNotFoundError if an object was deleted.
 
         Completion markers that differ are deleted first and written last, so that a kill leaves no complete folder with
         files of two snapshots. With `records_only`, only records are downloaded, and other local files are kept.

@@ -118,7 +118,7 @@ class Storage:
                 os.utime(temporary, ns=(mtime_ns, mtime_ns))
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects; those that do not exist are skipped."""
+        """Delete objects; missing objects are skipped."""
 
         def delete_object(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):

@@ -46,7 +46,7 @@ def iter_corners(
 
 
 def _names_of(run: dict[str, Any], keys: Collection[str]) -> set[str]:
-    """The parameters of some keys, and those that their conditions depend on, by sampler name."""
+    """The parameters of some keys and the parameters that their conditions depend on, by sampler name."""
     parameters = split_parameters(run)[1]
     selected = {p.key for p in parameters if any(key == p.key or key.startswith(f"{p.key}.") for key in keys)}
     for parameter in reversed(parameters):  # conditions name earlier parameters only

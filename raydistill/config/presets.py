@@ -154,7 +154,7 @@ TEACHERS: dict[str, dict[str, TeacherPreset]] = {
             languages=("en_XX", "ro_RO"),
         ),
     },
-    # Multilingual models as published, without fine-tuning. The beam sizes are those of their papers.
+    # Multilingual models as published, without fine-tuning. The beam sizes are from the papers of the models.
     "mbart50": {
         "wmt16_en_ro": TeacherPreset(
             "facebook/mbart-large-50-many-to-many-mmt",
@@ -308,7 +308,7 @@ def resolve_metrics(
         dataset: The data set.
         requested: `evaluation.metric`.
         report: `evaluation.report`.
-        columns: The columns that the rows were read from; default: those of the configuration.
+        columns: The columns that the rows were read from; default: the columns of the configuration.
         evidence: What else shows that the data are a translation, such as "its texts".
     """
     deciding, reason = requested, ""
@@ -334,7 +334,7 @@ def is_translation(dataset: Dataset, metric: str, columns: Columns | None = None
 def translation_evidence(dataset: Dataset, columns: Columns | None = None) -> str:
     """By what a data set is recognised as a translation: two languages or columns as of WMT; empty if it is none.
 
-    `columns` are those that the rows were read from; default: those of the configuration.
+    The rows were read from `columns`; default: the columns of the configuration.
     """
     preset = DATASETS.get(dataset.name)
     languages = dataset.languages or (preset.languages if preset else None)

@@ -29,7 +29,7 @@ def complete_overrides(overrides: list[str], keys: KeyTree, path: Path | str) ->
 
     Args:
         overrides: `KEY=VALUE` strings.
-        keys: The keys of the file; `run` holds those of a run in a space.
+        keys: The keys of the file; in a space, `run` holds the keys of the run.
         path: The file, named in messages.
 
     Raises:

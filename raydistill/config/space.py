@@ -200,7 +200,7 @@ def parse_space(
 
 
 def space_keys() -> KeyTree:
-    """The keys of a space file, those of its run included."""
+    """The keys of a space file, with the keys of its run."""
     return {**key_tree(Space), "run": {name: keys for name, keys in key_tree(Run).items() if name != "name"}}
 
 

@@ -151,7 +151,7 @@ class LockOwner:
 
 
 def lock_owner(folder: Path) -> LockOwner | None:
-    """Who holds the lock of an artifact; None if nobody does. The lock is not touched."""
+    """The owner of the lock of an artifact; None if no process holds the lock. The lock is not touched."""
     try:
         line = lock_path(folder).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
         match = _OWNER_LINE.fullmatch(line)

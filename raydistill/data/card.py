@@ -32,7 +32,7 @@ def describe_data(dataset: Dataset) -> DataCard:
     """The data card of a data set.
 
     Named data sets are described by their preset. A folder may have a README.md with the hub's metadata, of which
-    `language` and `license` are read. Languages of the run (`dataset.languages`) are before those of the data.
+    `language` and `license` are read. Languages of the run (`dataset.languages`) come before the languages of the data.
     """
     preset, path = DATASETS.get(dataset.name), Path(dataset.name)
     metadata = _read_metadata(path / "README.md") if preset is None and path.is_dir() else {}

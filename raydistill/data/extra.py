@@ -30,7 +30,7 @@ from raydistill.data.selection import SELECTION, read_part
 from raydistill.data.streaming import SplitScan, scan_split, usable_rows
 
 KIND = "extra sources"
-ID_PREFIX = "extra:"  # ids of training rows may be row numbers, as those of the file
+ID_PREFIX = "extra:"  # ids of training rows may be row numbers, as the ids of rows of the file are
 DROPPED_FILE = "dropped_rows.parquet"  # no name of a file of rows has an underscore
 FORMAT = 1  # part of the key; raise it when the code selects other rows
 HELD_OUT_SPLITS = ("validation", SELECTION, "test")

@@ -35,7 +35,7 @@ def compare_metrics(first: Scores, second: Scores) -> dict[str, Comparison]:
 
 
 def opposed_metrics(comparisons: Mapping[str, Comparison]) -> tuple[list[str], list[str]]:
-    """The metrics that prefer the first system and those that prefer the second, each by an interval without 0."""
+    """The metrics that prefer the first system, and the metrics that prefer the second, by intervals without 0."""
     first = [name for name, comparison in comparisons.items() if comparison.low > 0]
     return first, [name for name, comparison in comparisons.items() if comparison.high < 0]
 

@@ -63,7 +63,7 @@ def ratio_of_sums(sums: np.ndarray) -> np.ndarray:
 
 @lru_cache(32)
 def load_own_metric(name: str) -> Metric:
-    """Import a user's metric, `module:function`. Call this for names that the user wrote, never for those of a record.
+    """Import a user's metric, `module:function`. Call this for names that the user wrote, never for names in a record.
 
     The module is imported from the installed packages, PYTHONPATH or the directory of the command.
 

@@ -352,7 +352,7 @@ def compare_pairs(
 ) -> dict[tuple[int, int], Comparison]:
     """`compare_with_reference` for pairs of systems: by (i, j), system i minus system j.
 
-    The resamples of the rows are those of `compare_with_reference`. Seeds are resampled with other random numbers.
+    The rows are resampled as in `compare_with_reference`, the seeds with other random numbers.
 
     Args:
         metric: Name of the score.

@@ -80,7 +80,7 @@ def chrf_rows(metric: str, predictions: list[str], references: list[str]) -> np.
     """Return the n-gram counts of chrF or chrF++ per row, int64 [rows, 18] or [rows, 24].
 
     Three columns for each order (characters 1 to 6, for chrF++ also words 1 to 2): n-grams of the output, n-grams of
-    the reference, matches. The counts are those from which sacrebleu computes its corpus score.
+    the reference, matches. From these counts sacrebleu computes its corpus score.
 
     Raises:
         ValueError: The numbers of predictions and references differ.

@@ -85,7 +85,7 @@ class SettingGrid:
         return max(num_tokens, self.min_pass_tokens)
 
     def only(self, setting: ThroughputSetting) -> "SettingGrid":
-        """A single setting, with passes as long as those of this grid."""
+        """A grid of a single setting, with passes as long as the passes of this grid."""
         return SettingGrid(
             ((setting.inter_threads, setting.intra_threads),), (setting.batch_tokens,), self.tokens_per_pass
         )

@@ -34,8 +34,8 @@ class PyfuncStudent:
 def _load_pyfunc(path: str, settings: dict[str, Any] | None = None) -> PyfuncStudent:
     """MLflow's entry point: open the checkpoint in folder `path` with the `device` and `threads` of `settings`.
 
-    Precision, shortlist and decoding are those that the student was scored with. The default device and threads are
-    those of a sweep: a GPU if one is available, else the number of CPU threads with which the sweep measured latency.
+    The student is opened with the precision, shortlist and decoding of its scores. By default, device and threads are
+    chosen as in a sweep: a GPU if one is available, else the CPU threads with which the sweep measured latency.
     MLflow requires this function name.
     """
     return open_student(Path(path), **(settings or {}))

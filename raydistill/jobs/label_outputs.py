@@ -169,7 +169,7 @@ def is_batch_complete(path: Path) -> bool:
 
 
 class LabelStats:
-    """Counts and scores of the labels of a job, added up from those of its batches."""
+    """Counts and scores of the labels of a job, added up over its batches."""
 
     def __init__(self, metric: str, labelled: bool) -> None:
         self.metric = metric

@@ -54,7 +54,7 @@ def serving_folder(sweep_id: str) -> Path:
 
 
 def conversion_folders() -> dict[Path, str]:
-    """The folders of conversions, with the kind of their artifacts; also those of sweeps that were killed."""
+    """The folders of conversions, with the kind of their artifacts; also the folders that killed sweeps left."""
     serving = (raydistill_home() / "cache").glob(f"{SERVING_PREFIX}*/")
     return {default_folder(name): kind for name, kind in KINDS.items()} | dict.fromkeys(serving, KINDS["ctranslate2"])
 

@@ -176,7 +176,7 @@ def has_own_lm_head(config: PretrainedConfig) -> bool:
 def untie_lm_head(model: PreTrainedModel) -> PreTrainedModel:
     """Give the LM head weights of its own where `has_own_lm_head`, in place, and return the model.
 
-    transformers 5 creates all T5 models with a tied head, and `from_pretrained` unties only those whose weights differ.
+    transformers 5 creates all T5 models with a tied head. `from_pretrained` unties a head only if its weights differ.
     """
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()

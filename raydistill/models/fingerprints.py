@@ -16,7 +16,7 @@ from raydistill.models.tokenization import MARIAN_FILES, TOKENIZER_FILES
 def weights_fingerprint(model: str | Path | PreTrainedModel) -> str:
     """Return 16 hex digits of a SHA-256 over names, dtypes, shapes and bytes of the weights, each shared weight once.
 
-    A model and the folder that its `save_pretrained` writes have equal fingerprints. The dtype is part of it.
+    A model and the folder that its `save_pretrained` writes have equal fingerprints. Models in two dtypes do not.
 
     Raises:
         UserError: The checkpoint does not exist, or its weights are missing or damaged.
@@ -32,7 +32,7 @@ def weights_fingerprint(model: str | Path | PreTrainedModel) -> str:
 def teacher_key(checkpoint: str | Path) -> str:
     """Return 16 hex digits of a SHA-256 over the weights and all settings that change a forward pass.
 
-    Names, library versions, the dtype at loading and the settings of `generate()` are not part of it.
+    Names, library versions, the dtype at loading and the settings of `generate()` do not change the key.
 
     Raises:
         UserError: The checkpoint does not exist, or its files are missing or damaged.

@@ -1,4 +1,4 @@
-"""Freezes parts of a student: by default the embeddings, and the encoder if all of it is a copy of the teacher's."""
+"""Freezes parts of a student: by default the embeddings, and the encoder if it is a complete copy of the teacher's."""
 
 from dataclasses import dataclass
 

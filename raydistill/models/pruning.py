@@ -1,4 +1,4 @@
-"""Chooses the feed-forward units that a student keeps: those with the largest outputs, or random ones.
+"""Chooses the feed-forward units that a student keeps: the units with the largest outputs, or random units.
 
 Unit j of a feed-forward layer has an activation a_j, a number per token, and adds a_j w_j to the output of the layer,
 where w_j is column j of the output weight. Removing the unit removes this vector.

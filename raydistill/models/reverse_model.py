@@ -1,4 +1,7 @@
-"""The cross-entropy of sources given labels, by a model of the opposite direction: low where a label says the same."""
+"""The cross-entropy of sources given labels, by a model of the opposite direction.
+
+The cross-entropy is low where a label has the meaning of its source.
+"""
 
 from pathlib import Path
 

@@ -195,7 +195,7 @@ def check_same_decoder(teacher: PretrainedConfig, other: PretrainedConfig, name:
 
 
 def _keep_units(name: str, tensor: Tensor, plan: LayerPlan, units: KeptUnits) -> Tensor:
-    """Return the part of the teacher's tensor that belongs to the kept feed-forward units; usually all of it."""
+    """Return the part of the teacher's tensor that belongs to the kept feed-forward units; usually the whole tensor."""
     match = LAYER_NAME_PATTERN.match(name)
     role = families.ffn_role(match[4]) if match else None
     if match is None or role is None or plan.ffn[("encoder", "decoder").index(match[2])] is None:

@@ -29,8 +29,8 @@ class Teacher:
         languages: Source and target language; None where the model has none.
         source_prefix: The text before every source that the data set names; None for the teacher's own.
         commit: Commit of the loaded files on the hub; None for a folder.
-        token_ids: Of a teacher whose vocabulary is trimmed to that of a student, the ids of the tokens in the full
-            vocabulary. The hidden states are those of the teacher, the logits are those of the kept tokens.
+        token_ids: Of a teacher whose vocabulary is trimmed to the vocabulary of a student, the ids of the tokens in the
+            full vocabulary. Trimming changes no hidden state, and removes the logits of the other tokens.
     """
 
     location: str

@@ -223,7 +223,7 @@ def load_target_generation_config(
 ) -> GenerationConfig:
     """Return a checkpoint's generation config with the target language, see `set_config_target_language`.
 
-    `languages` and `source_prefix` are those of `load_tokenizer`.
+    `languages` and `source_prefix` are as in `load_tokenizer`.
 
     Raises:
         UserError: As `load_tokenizer` and `load_generation_config`.

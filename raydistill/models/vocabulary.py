@@ -326,7 +326,7 @@ def _renumber_added_tokens(state: dict[str, Any], new_ids: Mapping[int, int]) ->
 def _trim_sentencepiece_files(folder: Path, tokenizer: PreTrainedTokenizerBase, new_ids: Mapping[int, int]) -> None:
     """Remove tokens from vocab.json and from the SentencePiece models of Marian or M2M100.
 
-    M2M100's languages are not in vocab.json: their ids follow those of all other tokens.
+    M2M100's languages are not in vocab.json: their ids follow the ids of all other tokens.
 
     A piece of SentencePiece that vocab.json lacks stays: a text with this piece has an unknown token, as before.
     """

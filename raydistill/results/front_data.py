@@ -81,7 +81,7 @@ class FrontData(BaseModel):
         candidates: The students.
         comparisons: By key of a student and key of another student with a score that is not higher: the difference
             (other - student) and its 95 % interval, of students that were scored on the same rows.
-        markers: The markers, those of students that cannot be chosen included.
+        markers: The markers, also of students that cannot be chosen.
         teacher: The teacher.
         sizes: The sizes of the markers.
     """

@@ -213,7 +213,7 @@ def _choice_card(selection: Selection, budget: str) -> ChoiceCard:
 
 
 def _learning_curves(selection: Selection) -> list[LearningCurve]:
-    """The validations of each trial, those of the largest size first."""
+    """The validations of each trial, the trials of the largest size first."""
     chosen = {selection.trial_key(key) for key in selection.chosen_keys.values() if key}
     curves = []
     for trial in sorted(selection.trials, key=lambda trial: shape_sort_key(trial.size), reverse=True):

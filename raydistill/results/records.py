@@ -42,7 +42,7 @@ class Trial:
     """A trial as recorded in its folder, or a student: a trial served with one configuration.
 
     A finalist of the sweep has one student for each configuration. The student's key and label name the configuration,
-    and its scores and costs are those measured with that configuration.
+    and its scores and costs were measured with that configuration.
 
     Attributes:
         key: Name of the trial's folder; for a student, followed by the configuration.
@@ -64,8 +64,8 @@ class Trial:
         engine: The engine of the trial's own scores, with its precision; None if no text was scored.
         split: The rows of `metrics`: "validation", which checks and search also use, or "selection", the rows that are
             kept for the choice.
-        repeats: The same run with other seeds (`search.seeds`). Of a student: those that are served like the student,
-            and `metrics` are then means over all seeds.
+        repeats: Runs of the trial with other seeds (`search.seeds`). Of a student: the runs that are served like the
+            student, and `metrics` are then means over all seeds.
     """
 
     key: str
@@ -219,7 +219,7 @@ def read_trial(folder: Path) -> Trial | None:
 
 
 def read_trials(sweep: Path) -> list[Trial]:
-    """Every trial that was started: the finished ones by number, then those without result.json ("running").
+    """Every trial that was started: the finished trials by number, then the trials without result.json ("running").
 
     Runs of the trials with other seeds are in `repeats`.
     """

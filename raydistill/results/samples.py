@@ -50,7 +50,7 @@ class Samples(BaseModel):
         note: What rows these are.
         rows: The rows that the page shows.
         systems: The system that the others are compared with, then the others.
-        histograms: Histograms over all rows that outputs are known of, also those that the page does not show.
+        histograms: Histograms over all rows with known outputs, also over rows that the page does not show.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -120,7 +120,7 @@ def read_samples(selection: Selection) -> Samples | None:
 
 
 def make_system(key: str, label: str, metric: str, statistics: np.ndarray, outputs: Sequence[str]) -> System:
-    """A system from the per-row statistics of a metric, of which the first rows are those of the outputs."""
+    """A system from its outputs and the per-row statistics of a metric; the outputs belong to the first rows."""
     scores = row_scores(metric, statistics[: len(outputs)])
     return System(key=key, label=label, outputs=list(outputs), scores=[round(float(score), 2) for score in scores])
 
@@ -132,7 +132,7 @@ def _make_system(
 
 
 def _students_to_read(selection: Selection) -> list[Trial]:
-    """The served students that are chosen, then those on the front of any cost."""
+    """The served students that are chosen, then the served students on the front of any cost."""
     candidates = make_candidates(selection.students, selection.metric)
     costs = {cost for candidate in candidates for cost in candidate.costs}
     keys = [key for key in selection.chosen_keys.values() if key]

@@ -114,7 +114,7 @@ def _repeat_entries(trial: Trial, entry: ServedStudent) -> Iterator[tuple[Trial,
 def _average_over_seeds(runs: Sequence[Trial], score_names: Iterable[str]) -> Trial:
     """The first of several runs with means of the scores; of the test scores once every run has them.
 
-    The other runs are its `repeats`. Intervals of means are those of `with_interval_over_seeds`.
+    The other runs are its `repeats`. `with_interval_over_seeds` adds the intervals of the means.
     """
     student, *repeats = runs
     if not repeats:

@@ -1,4 +1,4 @@
-"""The costs of a shape: those that were measured, or a linear fit over measured shapes.
+"""The costs of a shape: its measured costs, or the prediction of a linear fit over measured shapes.
 
 The cost of a student is nearly a sum over its parts: an encoder layer, a decoder layer, the feed-forward units of each,
 and the tokens of the output layer. A space with many shapes is therefore timed at some of them, and the others are
@@ -62,7 +62,7 @@ def prediction_errors(measured: Mapping[str, float]) -> dict[str, float]:
 
 
 def select_spread_shapes(names: Sequence[str], count: int) -> list[str]:
-    """Some shapes, from which the fit predicts the others: each differs as much as possible from those before it.
+    """Some shapes, from which the fit predicts the others: each differs as much as possible from the previous shapes.
 
     Rounds of a greedy choice, as Gram-Schmidt orthogonalisation with pivoting makes it: the next shape is the one with
     the largest part that the shapes of the round so far do not explain. A round spans all dimensions of the shapes, for
@@ -87,7 +87,7 @@ def select_spread_shapes(names: Sequence[str], count: int) -> list[str]:
 
 
 def _select_round(names: list[str]) -> list[str]:
-    """Names whose rows are linearly independent and span those of all names, by decreasing unexplained part."""
+    """Names whose rows are linearly independent and span the rows of all names, by decreasing unexplained part."""
     if not names:
         return []
     rows = np.array([_row(Shape.parse(name)) for name in names])

@@ -48,7 +48,7 @@ class JobStatus(BaseModel):
         kind: What the job is.
         name: Name of its folder.
         folder: The folder.
-        state: "interrupted" is every job that nobody works on and that is neither finished nor failed.
+        state: "interrupted" is every job that no process works on and that is neither finished nor failed.
         progress: What is done, in words.
         done: Finished trials, optimiser steps or labelled batches; None if unknown.
         total: The number of all of them.

@@ -93,7 +93,7 @@ class ShortlistCoverage(BaseModel):
     Attributes:
         folder: The artifact with the vocabulary map, below RAYDISTILL_HOME/shortlists.
         allowed_tokens: Mean number of tokens that the decoder may write for one text.
-        allowed_tokens_batch: The same for a batch of 32 texts.
+        allowed_tokens_batch: Mean number of tokens that the decoder may write for a batch of 32 texts.
         share_of_tokens_outside: Share of the tokens of the reference texts that the list excludes.
         share_of_rows_outside: Share of the reference texts with such a token.
     """
@@ -111,7 +111,7 @@ class SweepTeacher(TeacherScores):
     """The teacher of a sweep: scores, costs, and what its passes over the training data produced.
 
     Attributes:
-        costs: Costs by name, measured like those of the shapes.
+        costs: Costs by name, measured like the costs of the shapes.
         passes: Device-hours of the passes.
         label_sets: The label sets that trials are trained on, by name.
         extra: The extra sources that trials are trained on; None for none.

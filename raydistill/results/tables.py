@@ -130,7 +130,7 @@ def choices_table(selection: Selection, links: dict[str, str] | None = None) -> 
 def method_table(selection: Selection) -> TextTable:
     """One row per method: its number of trials, their device-hours, and the hours of the teacher passes they need.
 
-    The hours of a trial include those of its runs with other seeds.
+    The hours of a trial include the hours of its runs with other seeds.
 
     The table compares no scores: methods have different numbers of trials, and the best of more trials is higher.
     """

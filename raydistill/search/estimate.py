@@ -220,6 +220,6 @@ def _without_labels(run: Run) -> Run:
 
 
 def _count_rows(run: Run, split: str) -> int:
-    """Rows of a split that a run reads; of "validation", without those that are kept for the choice."""
+    """Rows of a split that a run reads; "validation" is without the rows that are kept for the choice."""
     corpus = read_split(run.dataset, split)
     return len(corpus) if corpus else 0

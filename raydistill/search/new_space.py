@@ -100,7 +100,7 @@ class Draft:
 
     @property
     def point(self) -> dict[str, Any]:
-        """Size and learning rate of the first points: those in the middle."""
+        """Size and learning rate of the first points: the middle size, and the middle of its range of rates."""
         size = self.sizes[(len(self.sizes) - 1) // 2]
         bounds = next(bounds for sizes, bounds in self.learning_rates if size in sizes)
         return {"student.size": size, "training.learning_rate": float(f"{math.sqrt(math.prod(bounds)):.1g}")}

@@ -94,10 +94,10 @@ def prepare(space: Space, sweep: Path, device: str) -> PreparedSweep:
 
 
 def check_unchanged(run: Run, teacher: TeacherScores, sweep: Path) -> None:
-    """Check the teacher and the data against those that the sweep was started with.
+    """Check that the sweep was started with this teacher and this data.
 
     Raises:
-        UserError: One of them has changed.
+        UserError: The teacher or a split of the data has changed.
     """
     recorded = InputFingerprints(teacher=teacher.key, data=teacher.data)
     if changed := recorded.changes(input_fingerprints(run)):
@@ -139,8 +139,8 @@ def _score_teacher(run: Run, sweep: Path, device: str) -> TeacherScores:
 def _make_shape_task(space: Space, runs: list[Run], teacher: TeacherScores, device: str) -> ShapeTask:
     """What is timed of a space, before the label sets exist.
 
-    The costs of "used" tokens are those of the first run that keeps the used tokens: runs on other label sets have a
-    few other tokens.
+    The costs of "used" tokens are measured with the tokens of the first run that keeps the used tokens. Runs on other
+    label sets have a few other tokens.
     """
     run = next((run for run in runs if run.student.vocabulary == "used"), runs[0])
     names = {run.student.shape.with_full_size(teacher.size).name for run in shape_runs(space)}

@@ -94,8 +94,8 @@ class ProgressCallback(Callback):
 
         Args:
             elapsed_s: Seconds since the search started.
-            num_finished: Finished trials, with those of earlier commands.
-            hours: Device-hours, with those of earlier commands.
+            num_finished: Finished trials of this command and of earlier commands.
+            hours: Device-hours of this command and of earlier commands.
         """
         new, remaining = num_finished - self.num_finished_before, self.search.trials - num_finished
         new_hours = hours - self.device_hours_before

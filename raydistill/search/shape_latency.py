@@ -3,8 +3,8 @@
 Latency and memory of a model do not depend on the values of its weights. The teacher and the shapes are timed in one
 process, and a shape is compared with the teacher only by the ratio of neighbouring calls.
 
-Of a space with many shapes, some are timed. A fit predicts the others (results/shape_costs.py), of which those near the
-bound of a budget are timed too.
+Of a space with many shapes, some are timed. A fit predicts the others (results/shape_costs.py). A shape is timed too if
+its prediction is near the bound of a budget.
 """
 
 import math
@@ -137,7 +137,7 @@ class _ShapeTimer:
         self.tokens: dict[VocabularySize, tuple[int, ...]] = {}
 
     def time_all(self) -> None:
-        """Time some shapes if there are many, and of the others those whose prediction is near a bound."""
+        """Time all shapes; if there are many, some shapes and all shapes whose prediction is near a bound."""
         sizes = list(self.task.sizes)
         first = sizes
         if len(sizes) > MAX_TIMED_SHAPES:

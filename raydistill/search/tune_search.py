@@ -101,7 +101,7 @@ class TrialTuner:
         self.trainable = tune.with_resources(trial, tune.PlacementGroupFactory([resources]))
 
     def run(self, queue: TrialQueue, *callbacks: Callback) -> None:
-        """Run the remaining trials of a queue, with further callbacks before those of all trials."""
+        """Run the remaining trials of a queue, with further callbacks before the callbacks of all trials."""
         keep_aws_keys_from_tune()
         tune.Tuner(
             self.trainable,

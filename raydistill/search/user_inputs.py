@@ -37,7 +37,7 @@ class UserData:
     Attributes:
         corpus: The training split.
         rows: Usable rows of each split.
-        num_bad: Rows of all splits that cannot be used, without those of repeated ids.
+        num_bad: Rows of all splits that cannot be used; rows with repeated ids are not counted.
         has_duplicates: Whether ids are repeated.
         task: The guessed task.
     """

@@ -8,8 +8,8 @@ from raydistill.config.label_sources import parse_labels
 from raydistill.config.run import Run
 from raydistill.teacher_cache.policy import CacheMode
 
-# Folders by the `label_key` of a run, then by label source: the label sets of "pseudo" and "pseudo@TEACHER"; those of
-# the extra sources under the names of `extra_labels`, and the extra sources (data/extra.py) under EXTRA_SOURCES.
+# Folders by the `label_key` of a run, then by label source: the label sets of "pseudo" and "pseudo@TEACHER"; the label
+# sets of the extra sources under the names of `extra_labels`; the extra sources (data/extra.py) under EXTRA_SOURCES.
 LabelFolders = dict[str, dict[str, str]]
 EXTRA_SOURCES = "extra"
 

@@ -157,7 +157,7 @@ def trainable_parameters(model: torch.nn.Module) -> list[Parameter]:
 
 
 def parameter_groups(model: PreTrainedModel, settings: Training) -> list[ParameterGroup]:
-    """The trainable parameters for an optimiser, those of the encoder with `training.encoder_learning_rate`."""
+    """The trainable parameters for an optimiser; the encoder's have the rate `training.encoder_learning_rate`."""
     parameters = trainable_parameters(model)
     if settings.encoder_learning_rate is None:
         return [{"params": parameters}]

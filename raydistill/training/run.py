@@ -123,7 +123,7 @@ class ActiveRun:
     def result(
         self, status: Literal["done", "stopped", "failed"], reason: str, metrics: dict[str, float], **fields: Any
     ) -> RunResult:
-        """The result of the run; `fields` are those that only some runs have."""
+        """The result of the run; `fields` are fields that only some runs have."""
         return RunResult(
             key=self.folder.name,
             status=status,
@@ -269,7 +269,7 @@ def collapse_reason(repetition: float, teacher_repetition: float | None) -> str 
 
     Args:
         repetition: Share of the student's outputs that repeat themselves, 0 to 1.
-        teacher_repetition: The same share of the teacher's outputs; None where it is unknown.
+        teacher_repetition: Share of the teacher's outputs that repeat themselves; None where this share is unknown.
     """
     if teacher_repetition is None or repetition <= teacher_repetition + MAX_EXTRA_REPETITION:
         return None

@@ -76,7 +76,7 @@ def load_or_make_choice(
         teacher: The run's teacher.
         folder: The run's folder.
         worker: This worker.
-        label_folders: Folders of the label sets by source: the rows are those that the run trains on.
+        label_folders: Folders of the label sets by source; the choice reads rows that the run trains on.
     """
     plan = plan_student(teacher.model.config, run.student)
     if plan.kept_ffn is None and not run.student.measures_layers:

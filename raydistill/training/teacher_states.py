@@ -92,8 +92,8 @@ def _open_cached_states(
 ) -> tuple[RaggedArray | None, dict[int, RaggedArray]]:
     """The cached encoder states, and the cached decoder states by layer; missing parts are computed first.
 
-    The cache does not depend on the vocabulary of a student: its content and its keys are those of the tokens in the
-    teacher's full vocabulary.
+    The cache does not depend on the vocabulary of a student: its content and its keys are computed from the tokens in
+    the teacher's full vocabulary.
     """
     mode = inputs.cache_mode if run.training.teacher_cache == "auto" else run.training.teacher_cache
     if inputs.cache_root is None or mode == "off":

@@ -84,7 +84,7 @@ def load_tokenized_data(
 
 
 def choose_metrics(run: Run) -> MetricChoice:
-    """The metrics of a run; with `auto`, those of its data set, by the columns of the validation split."""
+    """The metrics of a run; with `auto`, the metrics of its data set, by the columns of the validation split."""
     corpus = read_split(run.dataset, "validation")
     columns = corpus.columns if corpus else None
     return resolve_metrics(run.dataset, run.evaluation.metric, run.evaluation.report, columns)
@@ -180,7 +180,7 @@ class _TrainingTexts:
 
 
 def _training_texts(run: Run, label_folders: Mapping[str, Path]) -> _TrainingTexts:
-    """The texts of a run: the label sets that the run names, and those in `label_folders`."""
+    """The texts of a run: the label sets that the run names, and the label sets in `label_folders`."""
     labels = tuple(parse_labels(run.resolved_labels))
     folders = {label.spec: Path(label.folder) for label in labels if label.folder}
     for label in labels:
@@ -235,7 +235,7 @@ def _make_examples(
 ) -> Examples:
     """Computed once per process, so that the next trial on the same pairs starts at once.
 
-    The sources are those of the training split, then all extra sources: runs that train on fewer of these, or on none,
+    The sources of the training split come first, then all extra sources: runs that train on fewer of these, or on none,
     share a teacher cache with the others.
     """
     corpus = read_split(texts.dataset, "train")

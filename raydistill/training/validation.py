@@ -122,7 +122,7 @@ class Validator:
             required_engine: Engine and precision of the run's earlier validations, such as "ctranslate2 fp32"; None for
                 the engine of the run's config.
             in_training: Whether to use precision and shortlist of validations and to score by the deciding metric
-                only. All other scores are those of the engine in full precision with the whole vocabulary.
+                only. All other scores are measured in full precision with the whole vocabulary.
 
         Returns:
             The scores by split, without splits that the data set lacks; empty where the metric's library is missing.
