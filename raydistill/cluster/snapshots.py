@@ -217,15 +217,20 @@ class StoredFolder:
         """Record the snapshot that the local files come from."""
         snapshot.write(self.marker)
 
+    def is_saved(self) -> bool:
+        """Whether the local files are those of the last snapshot that this machine wrote or downloaded."""
+        base = self.base()
+        return base is not None and base.versions == self.scan()
+
     def save(self) -> None:
         """Publish a snapshot of the local files, if they changed since the last snapshot of this machine.
 
         Raises:
             UserError: The local files changed, and only the records were downloaded.
         """
-        base, local = self.base(), self.scan()
-        if base is not None and base.versions == local:
+        if self.is_saved():
             return
+        base, local = self.base(), self.scan()
         if base is not None and base.records_only:
             raise UserError(
                 f"{self.path}: a file was changed here, but only the records of the folder were downloaded; delete the "
@@ -297,8 +302,7 @@ class FolderWriter:
         Raises:
             TransientError: Another worker claimed the folder meanwhile.
         """
-        names = self.folder.snapshot_names()
-        self._check_not_superseded(self._newest_other(names))
+        names = self.check()
         last = self.published[-1]
         stored = last.files if last.name in names else {}  # else the storage was emptied
         local = self.folder.scan()
@@ -306,9 +310,18 @@ class FolderWriter:
         if files.keys() != local.keys() or files.keys() != stored.keys():
             new = in_parallel(lambda path: self._upload(path, local[path]), local.keys() - files.keys())
             snapshot = self._publish(files | dict(filter(None, new)))
-            # A claim during the upload has not adopted this snapshot, so the folder is not saved
-            self._check_not_superseded(self._newest_other(self.folder.snapshot_names()))
+            self.check()  # a claim during the upload has not adopted this snapshot, so the folder is not saved
             self.folder.write_marker(snapshot)
+
+    def check(self) -> list[str]:
+        """Check that this claim is the highest one, and return the names of all snapshots.
+
+        Raises:
+            TransientError: Another worker claimed the folder meanwhile.
+        """
+        names = self.folder.snapshot_names()
+        self._check_not_superseded(self._newest_other(names))
+        return names
 
     def _upload(self, path: str, version: FileVersion) -> tuple[str, StoredFile] | None:
         """Upload a file for the next snapshot; None if the file was deleted meanwhile."""
@@ -402,6 +415,25 @@ def save(*paths: Path) -> None:
     for folder in _stored_folders(paths):
         with transient_errors():
             (_writers.get(folder.path) or folder).save()
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder did not change here since the last snapshot that this machine wrote or downloaded.
+
+    True without a storage, and for paths outside the home.
+    """
+    return all(folder.is_saved() for folder in _stored_folders([path]))
+
+
+def check_claim(path: Path) -> None:
+    """Check that no other worker has claimed a folder that `writer` holds.
+
+    Raises:
+        TransientError: Another worker has, or the storage does not answer.
+    """
+    for folder in _stored_folders([path]):
+        with transient_errors():
+            _writers[folder.path].check()
 
 
 def pull(*paths: Path) -> None:
