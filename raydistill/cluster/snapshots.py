@@ -24,9 +24,9 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,7 +39,8 @@ from raydistill.cluster.sync import (
     synced_paths,
     transient_errors,
 )
-from raydistill.core.artifact import LockHeld, lock
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import corrupt_file_error, safe_join
 from raydistill.core.records import Record
@@ -126,12 +127,16 @@ class StoredFolder:
     def _pull(self, newest: str, records_only: bool) -> None:
         if self._is_current(newest, records_only):
             return
-        with lock(self.state / "transfer", math.inf):
+        with self.lock("transfer", math.inf):
             try:
-                with lock(self.state / "writer"):
+                with self.lock("writer"):
                     self._pull_newest(records_only)
             except LockHeld:
                 return  # a process of this machine writes the folder: its local files are the newest
+
+    def lock(self, purpose: Literal["transfer", "writer"], timeout: float = 0) -> AbstractContextManager[None]:
+        """A lock of the processes of this machine: to download the folder, or to change it."""
+        return artifact.lock(self.state / purpose, timeout, display_path=self.path)
 
     def snapshot_names(self) -> list[str]:
         """The names of all snapshots in ascending order, after "" for the state before the first snapshot."""
@@ -236,7 +241,7 @@ class StoredFolder:
                 f"{self.path}: a file was changed here, but only the records of the folder were downloaded; delete the "
                 f"folder and run the same command again"
             )
-        with lock(self.state / "writer", LOCK_TIMEOUT_S):
+        with self.lock("writer", LOCK_TIMEOUT_S):
             newest = self.read_newest()
             if newest.name and newest.versions == local:
                 self.write_marker(newest)
@@ -395,7 +400,7 @@ def writer(path: Path) -> Iterator[None]:
         yield
         return
     [folder] = folders
-    with lock(folder.state / "writer", LOCK_TIMEOUT_S):
+    with folder.lock("writer", LOCK_TIMEOUT_S):
         with transient_errors():
             folder_writer = FolderWriter(folder)
             folder_writer.pull()

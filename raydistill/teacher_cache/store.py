@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ConfigDict, field_validator
 
 from raydistill.core import artifact
-from raydistill.core.artifact import MANIFEST, LockHeld, Manifest
+from raydistill.core.artifact import MANIFEST, Manifest
 from raydistill.core.files import TEMPORARY_SUFFIX, write_atomic
 from raydistill.core.records import Record
 
@@ -187,8 +187,5 @@ def remove(info: StoreInfo) -> None:
     Raises:
         LockHeld: The store is being built.
     """
-    try:
-        with artifact.lock(info.folder.with_name(info.record.lock_group)):
-            artifact.remove(info.folder)
-    except LockHeld as error:
-        raise LockHeld(f"{info.folder}: is being built: {error}") from None
+    with artifact.lock(info.folder.with_name(info.record.lock_group), display_path=info.folder):
+        artifact.remove(info.folder)
