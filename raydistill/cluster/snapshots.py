@@ -24,9 +24,9 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,7 +39,8 @@ from raydistill.cluster.sync import (
     synced_paths,
     transient_errors,
 )
-from raydistill.core.artifact import LockHeld, lock
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import corrupt_file_error, safe_join
 from raydistill.core.records import Record
@@ -126,12 +127,16 @@ class StoredFolder:
     def _pull(self, newest: str, records_only: bool) -> None:
         if self._is_current(newest, records_only):
             return
-        with lock(self.state / "transfer", math.inf):
+        with self.lock("transfer", math.inf):
             try:
-                with lock(self.state / "writer"):
+                with self.lock("writer"):
                     self._pull_newest(records_only)
             except LockHeld:
                 return  # a process of this machine writes the folder: its local files are the newest
+
+    def lock(self, purpose: Literal["transfer", "writer"], timeout: float = 0) -> AbstractContextManager[None]:
+        """A lock of the processes of this machine: to download the folder, or to change it."""
+        return artifact.lock(self.state / purpose, timeout, display_path=self.path)
 
     def snapshot_names(self) -> list[str]:
         """The names of all snapshots in ascending order, after "" for the state before the first snapshot."""
@@ -217,21 +222,26 @@ class StoredFolder:
         """Record the snapshot that the local files come from."""
         snapshot.write(self.marker)
 
+    def is_saved(self) -> bool:
+        """Whether the local files are those of the last snapshot that this machine wrote or downloaded."""
+        base = self.base()
+        return base is not None and base.versions == self.scan()
+
     def save(self) -> None:
         """Publish a snapshot of the local files, if they changed since the last snapshot of this machine.
 
         Raises:
             UserError: The local files changed, and only the records were downloaded.
         """
-        base, local = self.base(), self.scan()
-        if base is not None and base.versions == local:
+        if self.is_saved():
             return
+        base, local = self.base(), self.scan()
         if base is not None and base.records_only:
             raise UserError(
                 f"{self.path}: a file was changed here, but only the records of the folder were downloaded; delete the "
                 f"folder and run the same command again"
             )
-        with lock(self.state / "writer", LOCK_TIMEOUT_S):
+        with self.lock("writer", LOCK_TIMEOUT_S):
             newest = self.read_newest()
             if newest.name and newest.versions == local:
                 self.write_marker(newest)
@@ -297,8 +307,7 @@ class FolderWriter:
         Raises:
             TransientError: Another worker claimed the folder meanwhile.
         """
-        names = self.folder.snapshot_names()
-        self._check_not_superseded(self._newest_other(names))
+        names = self.check()
         last = self.published[-1]
         stored = last.files if last.name in names else {}  # else the storage was emptied
         local = self.folder.scan()
@@ -306,9 +315,18 @@ class FolderWriter:
         if files.keys() != local.keys() or files.keys() != stored.keys():
             new = in_parallel(lambda path: self._upload(path, local[path]), local.keys() - files.keys())
             snapshot = self._publish(files | dict(filter(None, new)))
-            # A claim during the upload has not adopted this snapshot, so the folder is not saved
-            self._check_not_superseded(self._newest_other(self.folder.snapshot_names()))
+            self.check()  # a claim during the upload has not adopted this snapshot, so the folder is not saved
             self.folder.write_marker(snapshot)
+
+    def check(self) -> list[str]:
+        """Check that this claim is the highest one, and return the names of all snapshots.
+
+        Raises:
+            TransientError: Another worker claimed the folder meanwhile.
+        """
+        names = self.folder.snapshot_names()
+        self._check_not_superseded(self._newest_other(names))
+        return names
 
     def _upload(self, path: str, version: FileVersion) -> tuple[str, StoredFile] | None:
         """Upload a file for the next snapshot; None if the file was deleted meanwhile."""
@@ -382,7 +400,7 @@ def writer(path: Path) -> Iterator[None]:
         yield
         return
     [folder] = folders
-    with lock(folder.state / "writer", LOCK_TIMEOUT_S):
+    with folder.lock("writer", LOCK_TIMEOUT_S):
         with transient_errors():
             folder_writer = FolderWriter(folder)
             folder_writer.pull()
@@ -402,6 +420,25 @@ def save(*paths: Path) -> None:
     for folder in _stored_folders(paths):
         with transient_errors():
             (_writers.get(folder.path) or folder).save()
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder did not change here since the last snapshot that this machine wrote or downloaded.
+
+    True without a storage, and for paths outside the home.
+    """
+    return all(folder.is_saved() for folder in _stored_folders([path]))
+
+
+def check_claim(path: Path) -> None:
+    """Check that no other worker has claimed a folder that `writer` holds.
+
+    Raises:
+        TransientError: Another worker has, or the storage does not answer.
+    """
+    for folder in _stored_folders([path]):
+        with transient_errors():
+            _writers[folder.path].check()
 
 
 def pull(*paths: Path) -> None:

@@ -70,8 +70,25 @@ class Manifest(Record):
 ManifestType = TypeVar("ManifestType", bound=Manifest)
 
 
-# The artifacts whose locks the current thread holds, by absolute path, each with the token in its lock file.
-_held_locks: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("_held_locks", default=())
+@dataclass(frozen=True)
+class _HeldLock:
+    """A lock of the current thread: the artifact as an absolute path, the token in the lock file, the path to show."""
+
+    folder: Path
+    token: str
+    display_path: Path
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether the lock file names this owner; no if the file cannot be read."""
+        try:
+            # By path: the file may be another one now, and NFS shows changes by other machines to a file that is opened
+            return lock_path(self.folder).read_bytes().endswith(f"\n{self.token}".encode())
+        except OSError:
+            return False
+
+
+_held_locks: ContextVar[tuple[_HeldLock, ...]] = ContextVar("_held_locks", default=())
 
 
 class LockHeld(TransientError):
@@ -79,13 +96,20 @@ class LockHeld(TransientError):
 
 
 @contextmanager
-def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+def lock(
+    folder: Path,
+    timeout: float = 0,
+    on_wait: Callable[[str], None] | None = None,
+    *,
+    display_path: Path | None = None,
+) -> Iterator[None]:
     """Hold the lock of an artifact. The lock is not reentrant.
 
     Args:
         folder: The artifact, which need not exist.
         timeout: Seconds to wait for the lock; `math.inf` waits until the lock is free.
         on_wait: Called once with a message before waiting for another process.
+        display_path: What messages name if the user knows what is locked under another path than `folder`.
 
     Raises:
         LockHeld: Another process holds the lock for longer than `timeout`. The message names its host and process.
@@ -93,7 +117,7 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
     path = lock_path(folder)
     make_folder(path.parent)
     token = secrets.token_hex(8)
-    owned = (folder.absolute(), token)
+    owned = _HeldLock(folder.absolute(), token, display_path or folder)
     descriptor = -1
 
     def write_owner(acquired: int) -> None:
@@ -105,7 +129,7 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
     try:
         file_lock.acquire(timeout=0)
     except Timeout:
-        message = f"{folder}: in use by {_read_owner(path)}"
+        message = f"{owned.display_path}: in use by {_read_owner(path)}"
         if timeout > 0 and on_wait is not None:
             on_wait(f"{message}; waiting")
         try:
@@ -118,7 +142,7 @@ def lock(folder: Path, timeout: float = 0, on_wait: Callable[[str], None] | None
     finally:
         _held_locks.set(tuple(other for other in _held_locks.get() if other != owned))
         try:
-            if _is_owner(*owned):  # else the file names another owner
+            if owned.is_owner:  # else the file names another owner
                 os.ftruncate(descriptor, 0)
         finally:
             file_lock.release()
@@ -399,18 +423,9 @@ def _siblings(folder: Path, *suffixes: str) -> list[Path]:
 
 def _check_locks() -> None:
     """TransientError if a lock of this thread was given to another process, or its file was deleted."""
-    for folder, token in _held_locks.get():
-        if not _is_owner(folder, token):
-            raise _superseded(folder)
-
-
-def _is_owner(folder: Path, token: str) -> bool:
-    """Whether the lock file of an artifact names the owner with a token; no if the file cannot be read."""
-    try:
-        # By path: the file may be another one now, and NFS shows changes by other machines to a file that is opened.
-        return lock_path(folder).read_bytes().endswith(f"\n{token}".encode())
-    except OSError:
-        return False
+    for owned in _held_locks.get():
+        if not owned.is_owner:
+            raise _superseded(owned.display_path)
 
 
 def _write_owner(descriptor: int, token: str) -> None:

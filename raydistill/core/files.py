@@ -47,6 +47,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporary_files(folder: Path, *, recursive: bool = True) -> None:
+    """Delete the temporary files that killed processes left in a folder, with `recursive` also in its subfolders.
+
+    The caller holds the locks of all who write these files.
+    """
+    pattern = f".*{TEMPORARY_SUFFIX}"
+    for path in folder.rglob(pattern) if recursive else folder.glob(pattern):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents if they are missing, and flush every new name to disk."""
     if not folder.is_dir():

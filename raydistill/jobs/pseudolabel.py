@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -253,26 +254,44 @@ def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
 
 
 def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
-    """Build or resume the label set of a task. The caller holds its lock."""
+    """Build or resume the label set of a task. The caller holds its lock.
+
+    Machines that share no folder share no lock. There the claim lasts until the outputs are deleted, so that a job that
+    was cut off neither replaces the set of its successor nor deletes its successor's outputs.
+
+    Raises:
+        TransientError: A job on another machine has taken over.
+    """
     folder, work_dir = task.folder, task.work_dir
     snapshots.pull(folder)
-    if artifact.is_complete(folder):
-        if not task.job.allow_fallback and (reason := read_pseudolabel_manifest(folder).engine_fallback_reason):
-            raise UserError(
-                f"{folder}: complete, but written without CTranslate2: {reason}; allow this with --fallback"
-            )
-        if task.verbose:
-            print_progress(f"pseudo-labels: already complete ({scan.rows} rows): {folder}")
-    else:
-        _label_and_merge(task, scan)
-    # Also for a complete set: the job that completed the set may have been killed before these steps
-    snapshots.save(folder)
-    sync.delete(work_dir)
-    shutil.rmtree(work_dir, ignore_errors=True)
+    is_stored = artifact.is_complete(folder) and snapshots.is_saved(folder)
+    # A stored set does not change any more, and two jobs that only read the set do not exclude each other
+    with nullcontext() if is_stored else snapshots.writer(folder):
+        if artifact.is_complete(folder):
+            _check_complete_set(task, scan)
+        else:
+            _label_and_merge(task, scan)
+        # Also for a complete set: the job that completed the set may have been killed before these steps
+        snapshots.save(folder)
+        sync.delete(work_dir)
+        shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def _check_complete_set(task: LabelTask, scan: SplitScan) -> None:
+    """UserError if the settings do not allow the engine of a complete label set."""
+    folder = task.folder
+    if not task.job.allow_fallback and (reason := read_pseudolabel_manifest(folder).engine_fallback_reason):
+        raise UserError(f"{folder}: complete, but written without CTranslate2: {reason}; allow this with --fallback")
+    if task.verbose:
+        print_progress(f"pseudo-labels: already complete ({scan.rows} rows): {folder}")
 
 
 def _label_and_merge(task: LabelTask, scan: SplitScan) -> None:
-    """Label the missing batches, and merge the outputs of all batches into the label set."""
+    """Label the missing batches, and merge the outputs of all batches into the label set.
+
+    Raises:
+        TransientError: A job on another machine has taken over.
+    """
     work_dir = task.work_dir
     sync.pull(work_dir)
     plan = open_plan(task.plan_dir) or _make_plan(task, scan)
@@ -284,6 +303,7 @@ def _label_and_merge(task: LabelTask, scan: SplitScan) -> None:
     if missing:
         _label_batches(task, plan, missing)
         sync.pull(work_dir)
+        snapshots.check_claim(task.folder)  # a successor that is finished has deleted the outputs
     stats = LabelStats(task.job.resolve_metric(scan), scan.labelled)
     merge_outputs(plan, work_dir, task.folder, task.description, stats, task.job.allow_repetitive)
 

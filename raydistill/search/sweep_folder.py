@@ -13,8 +13,9 @@ from raydistill.config.loader import read_yaml
 from raydistill.config.run import RUNTIME_ONLY_FIELDS
 from raydistill.config.space import Space, corner_runs
 from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import UserError
-from raydistill.core.files import corrupt_file_error, write_atomic
+from raydistill.core.files import corrupt_file_error, remove_temporary_files, write_atomic
 from raydistill.inference.shortlist import stored_map
 from raydistill.results.records import count_finished_trials
 from raydistill.results.sweep_record import SWEEP_FILE, StopReason, SweepRecord, read_sweep
@@ -22,7 +23,7 @@ from raydistill.results.trial_index import trial_index
 from raydistill.search.prepare import PreparedSweep
 from raydistill.search.shortlists import ensure_shortlists
 from raydistill.search.study import has_deleted_trials
-from raydistill.tracking.mlflow_runs import get_or_create_tracking_id
+from raydistill.tracking.mlflow_runs import PUBLISH_LOCK, get_or_create_tracking_id
 from raydistill.tracking.mlflow_store import default_tracking_uri
 
 
@@ -30,12 +31,15 @@ from raydistill.tracking.mlflow_store import default_tracking_uri
 def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
     """Hold the sweep's folder for this process, and write the space to SWEEP/space.yaml.
 
+    Temporary files that killed commands left in the folder are deleted.
+
     Raises:
         LockHeld: Another process holds the folder.
         UserError: The trials in the folder are of another space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with artifact.lock(folder), snapshots.writer(folder):
+        _remove_temporary_files(folder)
         snapshots.pull_records(folder / "trials")
         path = folder / "space.yaml"
         if path.is_file() and (folder / "trials").is_dir():  # before the first trial the space may still change
@@ -44,6 +48,13 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
         write_atomic(path, content.encode())
         get_or_create_tracking_id(folder, space.name)  # saved with the sweep, so that all machines use the same id
         yield
+
+
+def _remove_temporary_files(folder: Path) -> None:
+    """Delete the files that killed commands were writing into the sweep's folder. The caller holds its lock."""
+    # A command that publishes the sweep writes files here too: what a killed one left is deleted when none publishes
+    with contextlib.suppress(LockHeld), artifact.lock(folder / PUBLISH_LOCK):
+        remove_temporary_files(folder, recursive=False)
 
 
 def _check_same_space(path: Path, space: Space) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import ConfigDict, field_validator
 
 from raydistill.core import artifact
-from raydistill.core.artifact import MANIFEST, LockHeld, Manifest
-from raydistill.core.files import TEMPORARY_SUFFIX, write_atomic
+from raydistill.core.artifact import MANIFEST, Manifest
+from raydistill.core.files import remove_temporary_files, write_atomic
 from raydistill.core.records import Record
 
 ABOUT_FILE = "about.json"
@@ -160,8 +160,7 @@ def read_device_seconds(array_dir: Path) -> float:
 def remove_partial_files(store: Path) -> None:
     """Delete what killed writers and an interrupted removal left. The caller holds the lock of the store."""
     artifact.remove_leftovers(store)
-    for path in store.rglob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+    remove_temporary_files(store)
 
 
 def list_stores(root: Path) -> Iterator[StoreInfo]:
@@ -187,8 +186,5 @@ def remove(info: StoreInfo) -> None:
     Raises:
         LockHeld: The store is being built.
     """
-    try:
-        with artifact.lock(info.folder.with_name(info.record.lock_group)):
-            artifact.remove(info.folder)
-    except LockHeld as error:
-        raise LockHeld(f"{info.folder}: is being built: {error}") from None
+    with artifact.lock(info.folder.with_name(info.record.lock_group), display_path=info.folder):
+        artifact.remove(info.folder)

@@ -48,6 +48,7 @@ COSTS = (
 CHOSEN_TAG = "raydistill.chosen_for"
 MODEL_TRAINING = "workflowType=machine_learning"  # of an address: MLflow's UI shows its pages for training, not GenAI's
 SERVED_METRICS = ("latency_ms", "latency_ms_b1", "speedup", "speedup_same_serving", "rows_per_s")
+PUBLISH_LOCK = "publish"  # in a sweep's folder, the name whose lock a command holds that publishes the sweep
 LOCK_TIMEOUT_S = 120.0  # the first publication copies every checkpoint
 BATCH_LIMITS = {"metrics": 900, "params": 90}  # MLflow accepts 1000 metrics and 100 parameters per request
 MAX_PARAM_CHARS = 6000
@@ -224,7 +225,7 @@ def publish_lock(sweep: Path) -> Iterator[None]:
         UserError: The folder holds no sweep.
     """
     read_sweep(sweep)  # the lock would create the folder of a sweep that does not exist
-    with artifact.lock(sweep / "publish", LOCK_TIMEOUT_S):
+    with artifact.lock(sweep / PUBLISH_LOCK, LOCK_TIMEOUT_S):
         yield
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from raydistill.config.run import RUNTIME_ONLY_FIELDS, Run
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
-from raydistill.core.files import TEMPORARY_SUFFIX, atomic_path, fsync_folder
+from raydistill.core.files import atomic_path, fsync_folder, remove_temporary_files
 from raydistill.training.records import (
     FINGERPRINTS_FILE,
     PROGRESS_FILE,
@@ -84,9 +84,7 @@ def delete_working_files(folder: Path, result: RunResult) -> None:
     if not result.scored:
         artifact.remove(folder / "best")
     shutil.rmtree(folder / CONVERSION_FOLDER, ignore_errors=True)
-    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
-        if path.is_file():
-            path.unlink()
+    remove_temporary_files(folder)
 
 
 def delete_checkpoints(folder: Path, keep_step: int | None = None) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from raydistill.cluster import snapshots, sync
 from raydistill.cluster.snapshots import FolderWriter, StoredFolder, is_record
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import TransientError, UserError
 from tests.factories.machines import files_under, write_file
 
@@ -389,6 +391,22 @@ def test_readers_on_the_writers_machine_do_not_touch_its_files(use_machine: UseM
         snapshots.pull(run)
         snapshots.pull_records(run)
         assert (run / "metrics.jsonl").read_text() == "1, 2"
+
+
+def test_messages_of_a_lock_name_the_folder_of_the_user(
+    use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock file itself is below HOME/.storage."""
+    run = use_machine("one") / "runs/r"
+    monkeypatch.setattr(snapshots, "LOCK_TIMEOUT_S", 0)
+    with snapshots.writer(run):
+        write_file(run / "state.json", "1")
+        for other in (lambda: stored_folder(run).save(), snapshots.writer(run).__enter__):
+            with pytest.raises(LockHeld, match=rf"^{run}: in use by process"):
+                other()
+        artifact.lock_path(stored_folder(run).state / "writer").unlink()  # as if the lock was given to another process
+        with pytest.raises(TransientError, match=rf"^{run}: was written by another process"):
+            artifact.remove(run / "best")
 
 
 def test_a_file_that_the_storage_cannot_take_is_not_left_out_of_a_snapshot(

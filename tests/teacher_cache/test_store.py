@@ -78,7 +78,7 @@ def test_store_that_is_being_built_is_not_removed(teacher, tmp_path):
     layout = cache_layout(tmp_path, cache_examples())
     build_cache(layout, teacher)
     for info in store.list_stores(tmp_path):
-        with layout.lock(), pytest.raises(LockHeld, match=f"{info.folder}: is being built"):
+        with layout.lock(), pytest.raises(LockHeld, match=f"^{info.folder}: in use by process"):
             store.remove(info)
     assert not layout.is_incomplete()
 
