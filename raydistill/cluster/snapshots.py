@@ -223,7 +223,7 @@ class StoredFolder:
         snapshot.write(self.marker)
 
     def is_saved(self) -> bool:
-        """Whether the local files are those of the last snapshot that this machine wrote or downloaded."""
+        """Whether the local files are the files of the last snapshot that this machine wrote or downloaded."""
         base = self.base()
         return base is not None and base.versions == self.scan()
 
