@@ -11,11 +11,12 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.core import artifact
+from raydistill.core.artifact import Manifest
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.models.loading import load_model
 from raydistill.models.metadata import CheckpointMetadata
-from raydistill.models.saving import save_checkpoint
+from raydistill.models.saving import CHECKPOINT_KIND, build_checkpoint, save_checkpoint
 from raydistill.models.tokenization import load_tokenizer
 from raydistill.training import loop, run_folder, validation
 from raydistill.training import run as training_run
@@ -24,7 +25,7 @@ from raydistill.training.records import RunResult
 from raydistill.training.run import train
 from raydistill.training.state import StateManifest, TrainingState
 from raydistill.training.tokenized_data import input_fingerprints
-from tests.factories.kills import identities
+from tests.factories.kills import identities, kill_at_every_step
 from tests.factories.models import save_tiny
 from tests.factories.training import fail_if_called, make_run, no_report, parse_json_file
 
@@ -178,6 +179,31 @@ def test_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(model, tokenizer, tmp_path / "checkpoint-1")
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_kill_at_any_step_of_a_deletion_leaves_whole_checkpoints(tmp_path):
+    folder = tmp_path / "home" / "run"
+    paths = [folder / f"checkpoint-{step}" for step in (1, 2)]
+
+    def prepare():
+        for path in paths:
+            with build_checkpoint(path) as temporary:
+                for name in "abcdef":
+                    (temporary / name).touch()
+        (folder / ".checkpoint-3.01234567.tmp").mkdir()  # a kill while a checkpoint was written
+
+    def read(_):
+        whole = [path for path in paths if artifact.is_complete(path)]
+        for path in whole:
+            artifact.open_artifact(path, Manifest, CHECKPOINT_KIND)
+        return [path.name for path in whole]
+
+    folder.parent.mkdir()
+    remaining = kill_at_every_step(lambda: run_folder.delete_checkpoints(folder, keep_step=2), prepare, folder, read)
+    # Steps: the temporary folder with the unlink of its manifest; rename, fsync, and the deletion of seven files and a
+    # folder
+    assert remaining == [["checkpoint-1", "checkpoint-2"]] * 3 + [["checkpoint-2"]] * 10
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
 
 
 def test_best_checkpoint_replaces_an_older_one(workspace, tmp_path):
