@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from raydistill.config.run import Student
+    from raydistill.models.metadata import CheckpointMetadata
     from raydistill.models.shrinking import LayerPlan
     from raydistill.training.student_choice import StudentChoice
 
@@ -63,9 +64,9 @@ def shrink(  # noqa: PLR0913
         raydistill shrink --teacher bart --size 12-3 --decoder-ffn 0.25 --dataset xsum --output bart-small
     """
     from raydistill.config.presets import check_teacher, default_dataset
+    from raydistill.core import artifact
 
-    if output.exists():
-        raise UserError(f"--output {output}: exists already; give another folder, or delete it")
+    _check_new(output)
     copied = {"encoder": _parse_layers("--copy-encoder", copy_encoder), "decoder": _parse_layers("--copy", copy)}
     tokens = int(vocabulary) if vocabulary and vocabulary.isdecimal() else vocabulary
     shape = {"size": size, "encoder_ffn": encoder_ffn, "decoder_ffn": decoder_ffn, "vocabulary": tokens}
@@ -74,27 +75,23 @@ def shrink(  # noqa: PLR0913
     )
     for name in (teacher, copy_from) if copy_from else (teacher,):
         check_teacher(name)
-    plan, config = _create_student(teacher, dataset or default_dataset(teacher) or "", student, dataset or "", output)
+    with artifact.lock(output):
+        _check_new(output)  # another process may have written the folder before this one had the lock
+        metadata, plan, config = _create_student(
+            teacher, dataset or default_dataset(teacher) or "", student, dataset or "", output
+        )
     from raydistill.models.families import count_parameters
-    from raydistill.models.metadata import CheckpointMetadata
 
-    shape_name = student.shape.name
-    metadata = CheckpointMetadata(
-        teacher=teacher,
-        size=shape_name,
-        copied=plan.copied,
-        copied_from=copy_from or teacher,
-        supervised=plan.supervised,
-        ffn=plan.kept_ffn,
-        vocabulary=config.vocab_size if vocabulary else None,
-        trained=False,
-    )
-    metadata.write_to(output)
     params_m = count_parameters(config) / 1e6
     print_text(
-        f"{output}: {shape_name}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json
+        f"{output}: {metadata.size}, decoder layers {plan.decoder or 'random'}, {params_m:.1f} M parameters", as_json
     )
     print_json({**metadata.to_json(), "params_m": params_m, "output": str(output)}, as_json)
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"--output {output}: exists already; give another folder, or delete it")
 
 
 def _parse_student(settings: dict[str, Any]) -> "Student":
@@ -111,12 +108,14 @@ def _parse_student(settings: dict[str, Any]) -> "Student":
 
 def _create_student(
     teacher: str, teacher_dataset: str, student: "Student", copy_from_dataset: str, output: Path
-) -> tuple["LayerPlan", "PretrainedConfig"]:
-    """Write the student to `output`; return its layer plan and its config.
+) -> tuple["CheckpointMetadata", "LayerPlan", "PretrainedConfig"]:
+    """Write the student to `output` with its metadata; return these, its layer plan and its config.
 
-    The data sets select the checkpoints of the teacher and of `student.copy_from` if these are named teachers.
+    The data sets select the checkpoints of the teacher and of `student.copy_from` if these are named teachers. The
+    caller holds the lock of `output`.
     """
     from raydistill.models.loading import load_config, load_model, locate_checkpoint
+    from raydistill.models.metadata import CheckpointMetadata
     from raydistill.models.saving import save_checkpoint
     from raydistill.models.shrinking import plan_student
     from raydistill.models.shrinking import shrink as shrink_model
@@ -132,8 +131,18 @@ def _create_student(
     set_target_language(model, tokenizer)
     donor = load_model(locate_checkpoint(student.copy_from, copy_from_dataset)) if student.copy_from else None
     result = shrink_model(model, plan, decoder_from=donor, units=choice.kept_units)
-    save_checkpoint(result, tokenizer, output)
-    return plan, result.config
+    metadata = CheckpointMetadata(
+        teacher=teacher,
+        size=student.shape.name,
+        copied=plan.copied,
+        copied_from=student.copy_from or teacher,
+        supervised=plan.supervised,
+        ffn=plan.kept_ffn,
+        vocabulary=result.config.vocab_size if student.vocabulary else None,
+        trained=False,
+    )
+    save_checkpoint(result, tokenizer, output, metadata)
+    return metadata, plan, result.config
 
 
 def _choose_tokens(teacher: str, dataset: str, student: "Student") -> tuple[int, ...] | None:

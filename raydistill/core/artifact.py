@@ -13,9 +13,9 @@ no reader touches them. Names that start with a dot are never artifacts.
 
 The lock of FOLDER is the file .NAME.lock next to FOLDER. The system releases the lock when its owner dies. An owner
 that is stopped keeps the lock, and others wait. If the connection to a shared file system breaks, the system may give
-the lock to another process while the first one still runs. The lock file holds a random token of its owner: before
-`build`, `seal`, `remove` and `remove_leftovers` change an artifact, they compare the token of every lock that the
-calling thread holds, and raise a TransientError if one is lost. The new owner deletes the temporary folder of the first
+the lock to another process while the first one still runs. The lock file holds a random token of its owner: `build`,
+`seal`, `remove`, `remove_leftovers` and `files.atomic_path` call `locks.check_locks` before they change a file, and
+raise a TransientError if a lock of the calling thread is lost. The new owner deletes the temporary folder of the first
 one before anything else. The first one then has nothing to publish, and `build` raises a TransientError; so does a
 build of an artifact whose generation changed. All this needs a file system on which a change by one machine is seen by
 others.
@@ -31,7 +31,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +42,7 @@ from pydantic import Field
 
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import OLD_SUFFIX, TEMPORARY_SUFFIX, fsync, fsync_folder, make_folder
+from raydistill.core.locks import HeldLock, check_locks, held_locks, superseded
 from raydistill.core.records import Record
 
 MANIFEST = "manifest.json"
@@ -68,27 +68,6 @@ class Manifest(Record):
 
 
 ManifestType = TypeVar("ManifestType", bound=Manifest)
-
-
-@dataclass(frozen=True)
-class _HeldLock:
-    """A lock of the current thread: the artifact as an absolute path, the token in the lock file, the path to show."""
-
-    folder: Path
-    token: str
-    display_path: Path
-
-    @property
-    def is_owner(self) -> bool:
-        """Whether the lock file names this owner; no if the file cannot be read."""
-        try:
-            # By path: the file may be another one now, and NFS shows changes by other machines to a file that is opened
-            return lock_path(self.folder).read_bytes().endswith(f"\n{self.token}".encode())
-        except OSError:
-            return False
-
-
-_held_locks: ContextVar[tuple[_HeldLock, ...]] = ContextVar("_held_locks", default=())
 
 
 class LockHeld(TransientError):
@@ -117,7 +96,7 @@ def lock(
     path = lock_path(folder)
     make_folder(path.parent)
     token = secrets.token_hex(8)
-    owned = _HeldLock(folder.absolute(), token, display_path or folder)
+    owned = HeldLock(display_path or folder, path.absolute(), token)
     descriptor = -1
 
     def write_owner(acquired: int) -> None:
@@ -136,13 +115,13 @@ def lock(
             file_lock.acquire(timeout=-1 if timeout == float("inf") else timeout)
         except Timeout:
             raise LockHeld(f"{message}; wait until that process ends, or stop it") from None
-    _held_locks.set((*_held_locks.get(), owned))
+    held_locks.set((*held_locks.get(), owned))
     try:
         yield
     finally:
-        _held_locks.set(tuple(other for other in _held_locks.get() if other != owned))
+        held_locks.set(tuple(other for other in held_locks.get() if other != owned))
         try:
-            if owned.is_owner:  # else the file names another owner
+            if not owned.is_lost():  # else the file names another owner
                 os.ftruncate(descriptor, 0)
         finally:
             file_lock.release()
@@ -201,8 +180,8 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
         TransientError: Another process took over before or during the block, so this process has lost the lock.
         OSError: The disk is full, for example.
     """
-    make_folder(folder.parent)
     remove_leftovers(folder)
+    make_folder(folder.parent)
     generation = _generation(folder)
     temporary = _sibling(folder, TEMPORARY_SUFFIX)
     temporary.mkdir()
@@ -211,12 +190,12 @@ def build(folder: Path, make_manifest: Callable[[], Manifest]) -> Iterator[Path]
         yield temporary
         seal(temporary, make_manifest().model_copy(update={"generation": generation + 1}))
         if _generation(folder) != generation or not _is_same(descriptor, temporary):
-            raise _superseded(folder)
+            raise superseded(folder)
         publish(temporary, folder, descriptor)
     except Exception as error:
         if isinstance(error, TransientError) or _is_same(descriptor, temporary) or _is_same(descriptor, folder):
             raise
-        raise _superseded(folder) from error  # the block failed because another process deleted its folder
+        raise superseded(folder) from error  # the block failed because another process deleted its folder
     finally:
         os.close(descriptor)
         _delete(temporary)
@@ -238,7 +217,6 @@ def seal(folder: Path, manifest: Manifest) -> None:
             fsync(path)
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
         fsync_folder(Path(parent))
-    _check_locks()
     manifest.model_copy(update={"files": dict(sorted(sizes.items()))}).write(folder / MANIFEST)
 
 
@@ -311,7 +289,7 @@ def remove_leftovers(folder: Path) -> None:
     Raises:
         TransientError: Another process took over, so this process has lost its lock.
     """
-    _check_locks()
+    check_locks()
     _finish_replacement(folder)
     for path in _siblings(folder, TEMPORARY_SUFFIX, OLD_SUFFIX):
         _delete(path)
@@ -346,7 +324,7 @@ def publish(temporary: Path, folder: Path, descriptor: int) -> None:
         if not _is_same(descriptor, folder):  # else a reader has finished the replacement
             if replaces and not folder.exists():
                 os.rename(old, folder)
-            raise _superseded(folder) from None
+            raise superseded(folder) from None
     fsync_folder(folder.parent)
     if replaces:
         _delete(old)
@@ -358,10 +336,6 @@ def _is_same(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
-
-
-def _superseded(folder: Path) -> TransientError:
-    return TransientError(f"{folder}: was written by another process meanwhile; run the same command again")
 
 
 def _finish_replacement(folder: Path) -> bool:
@@ -419,13 +393,6 @@ def _siblings(folder: Path, *suffixes: str) -> list[Path]:
         for suffix in suffixes
         if name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix) + 8 + len(suffix)
     ]
-
-
-def _check_locks() -> None:
-    """TransientError if a lock of this thread was given to another process, or its file was deleted."""
-    for owned in _held_locks.get():
-        if not owned.is_owner:
-            raise _superseded(owned.display_path)
 
 
 def _write_owner(descriptor: int, token: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.core.errors import UserError
+from raydistill.core.locks import check_locks
 
 # Exceptions that parsers of JSON, Parquet, NumPy and tensor files raise for corrupt input.
 PARSE_ERRORS = (
@@ -34,13 +35,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The folder is synced too, so that the new name outlives a power failure. If the block raises, the temporary file is
     removed and `path` is unchanged.
+
+    Raises:
+        TransientError: Another process took over before or during the block, so this process has lost a lock.
+        OSError: The disk is full, for example.
     """
+    check_locks()
     make_folder(path.parent)
     # A random suffix and not the process ID: on a shared folder, processes of two machines may have equal IDs.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         yield temporary
         fsync(temporary)
+        check_locks()
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from raydistill.core.errors import TransientError
 from raydistill.core.records import Record
 from raydistill.core.secrets import redact
 
@@ -33,6 +34,7 @@ def record_error(folder: Path) -> Iterator[None]:
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # Ray wraps the exception of a task
         message = redact(str(cause) or type(cause).__name__)[:MAX_CHARS]
-        with contextlib.suppress(OSError):  # the disk may be full, which the exception itself then says
+        # The disk may be full, or a lock be lost, which the exception itself then says
+        with contextlib.suppress(OSError, TransientError):
             LastError(message=message, failed_at=time.time()).write(folder / ERROR_FILE)
         raise

@@ -8,12 +8,18 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from raydistill.core import artifact
+from raydistill.models.metadata import CheckpointMetadata
 
 CHECKPOINT_KIND = "checkpoint"
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model (as safetensors) and its tokenizer as an artifact.
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    metadata: CheckpointMetadata | None = None,
+) -> None:
+    """Save a model (as safetensors) and its tokenizer as an artifact, with metadata that are known by now.
 
     Raises:
         OSError: The disk is full, for example.
@@ -21,6 +27,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with build_checkpoint(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if metadata:
+            metadata.write_to(temporary)
 
 
 @contextmanager

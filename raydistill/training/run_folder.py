@@ -88,10 +88,16 @@ def delete_working_files(folder: Path, result: RunResult) -> None:
 
 
 def delete_checkpoints(folder: Path, keep_step: int | None = None) -> None:
-    """Delete the checkpoints of validations, and what a kill left of them, except the checkpoint of `keep_step`."""
-    for path in {*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")}:
+    """Delete the checkpoints of validations except that of `keep_step`, and the folders that kills left.
+
+    Raises:
+        TransientError: Another process took over, so this process has lost its lock.
+    """
+    for path in artifact.artifacts_with_leftovers(folder):
+        artifact.remove_leftovers(path)
+    for path in folder.glob("checkpoint-*"):
         if path.name != f"checkpoint-{keep_step}":
-            shutil.rmtree(path, ignore_errors=True)
+            artifact.remove(path)
 
 
 def promote_best_checkpoint(folder: Path, best_step: int) -> Path:

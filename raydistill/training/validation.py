@@ -13,6 +13,7 @@ from raydistill.config.metric_names import VALIDATION_LOSS, MetricChoice
 from raydistill.config.run import Run
 from raydistill.core.console import print_progress
 from raydistill.core.errors import TransientError, UserError
+from raydistill.core.locks import check_locks
 from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.evaluation.metrics import get_metric, signatures
 from raydistill.evaluation.scoring import EvaluationResult, evaluate
@@ -128,7 +129,7 @@ class Validator:
             The scores by split, without splits that the data set lacks; empty where the metric's library is missing.
 
         Raises:
-            TransientError: The required engine cannot be used.
+            TransientError: The required engine cannot be used, or another process took over the run's folder.
         """
         splits = [split for split in splits if split in self.data.corpora]
         if self.metric == VALIDATION_LOSS or not splits:
@@ -147,6 +148,7 @@ class Validator:
             metrics = MetricChoice(self.metric) if in_training else self.data.metrics
             return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size, metrics)
         finally:
+            check_locks()  # else the folder is that of another process, which validates
             shutil.rmtree(conversion_folder, ignore_errors=True)
 
     def _validation_options(self, options: EngineOptions, map_path: Path) -> EngineOptions:

@@ -23,6 +23,7 @@ from raydistill.core import artifact
 from raydistill.core.artifact import Manifest
 from tests.factories.cluster import running_bucket
 from tests.factories.hosts import Host, missing_requirements, running_hosts
+from tests.factories.kills import identities
 from tests.factories.machines import files_under
 from tests.factories.workspace import environment
 from tests.factories.writers import FILES, KIND, LARGE
@@ -122,12 +123,6 @@ def content(folder: Path) -> str:
     assert set(manifest.files) == set(FILES)
     assert {(folder / name).read_text() for name in FILES} == {manifest.key}
     return manifest.key
-
-
-def identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """The inode and the modification time of every file: both change if a file is written again."""
-    status = {path: path.stat() for path in sorted(folder.rglob("*"))}
-    return {str(path.relative_to(folder)): (s.st_ino, s.st_mtime_ns) for path, s in status.items()}
 
 
 @pytest.mark.parametrize("existing", ["old", None])

@@ -1,13 +1,17 @@
 """The command `raydistill shrink`, where training rows decide what is copied."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from raydistill.core import artifact
+from raydistill.core.artifact import LockHeld
 from raydistill.core.errors import UserError
 from raydistill.models import families
-from raydistill.models.metadata import CheckpointMetadata
+from raydistill.models.metadata import METADATA_FILE, CheckpointMetadata
+from raydistill.models.saving import CHECKPOINT_KIND
 from raydistill.shrink import shrink
 from raydistill.training.run import train
 from raydistill.training.student_choice import StudentChoice
@@ -43,6 +47,37 @@ def test_a_pruned_student_with_measured_layers_is_what_a_run_on_the_data_starts_
 def test_random_units_need_no_data(workspace, tmp_path):
     shrink(teacher=str(workspace / "teacher"), size="2-1", output=tmp_path / "s", decoder_ffn=0.25, ffn_choice="random")
     assert CheckpointMetadata.read_from(tmp_path / "s").ffn == {"encoder": None, "decoder": 8}
+
+
+def test_a_checkpoint_has_its_metadata_from_the_moment_of_its_publication(workspace, tmp_path, monkeypatch):
+    output, publish = tmp_path / "s", artifact.publish
+    files = []
+
+    def list_and_publish(temporary, *arguments):
+        files.extend(path.name for path in temporary.iterdir())
+        publish(temporary, *arguments)
+
+    monkeypatch.setattr(artifact, "publish", list_and_publish)
+    shrink(teacher=str(workspace / "teacher"), size="2-1", output=output)
+    assert METADATA_FILE in files
+    assert METADATA_FILE in artifact.open_artifact(output, artifact.Manifest, CHECKPOINT_KIND).files
+
+
+def test_one_process_at_a_time_creates_a_checkpoint(workspace, tmp_path, monkeypatch):
+    teacher, output = str(workspace / "teacher"), tmp_path / "s"
+    with artifact.lock(output), pytest.raises(LockHeld, match="s: in use by process"):
+        shrink(teacher=teacher, size="2-1", output=output)
+    assert not output.exists()
+
+    @contextmanager
+    def lock_after_another_process(folder):
+        folder.mkdir()
+        yield
+
+    monkeypatch.setattr(artifact, "lock", lock_after_another_process)
+    with pytest.raises(UserError, match="s: exists already"):
+        shrink(teacher=teacher, size="2-1", output=output)
+    assert list(output.iterdir()) == []
 
 
 @pytest.mark.parametrize(

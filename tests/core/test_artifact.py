@@ -14,6 +14,7 @@ import pytest
 from raydistill.core import artifact
 from raydistill.core.artifact import LockHeld, Manifest
 from raydistill.core.errors import TransientError, UserError
+from raydistill.core.files import atomic_path, write_atomic
 from tests.factories.kills import (
     check_synced_before_publication,
     count_calls_before_changes,
@@ -258,6 +259,8 @@ CHANGES = {
     "seal": lambda folder: artifact.seal(folder, Manifest(kind=KIND, key="cut off")),
     "remove": artifact.remove,
     "remove leftovers": artifact.remove_leftovers,
+    "write a record": lambda folder: Manifest(kind=KIND, key="cut off").write(folder / artifact.MANIFEST),
+    "write in a new folder": lambda folder: write_atomic(folder.with_name("new") / "a.txt", b"cut off"),
 }
 
 
@@ -277,6 +280,23 @@ def test_a_process_that_lost_its_lock_before_a_change_changes_nothing(change, se
     assert artifact.lock_path(folder).read_text() == owner, "the end of the lost lock leaves the successor's line"
     lock_and_make(folder, "newest")
     assert content(folder) == "newest"
+
+
+def test_a_process_that_lost_its_lock_while_it_wrote_a_file_leaves_the_file_of_its_successor(tmp_path):
+    folder, file = tmp_path / "x", tmp_path / "x" / "a.txt"
+    with artifact.lock(folder), pytest.raises(TransientError, match="written by another process"):
+        write_after_the_successor(folder, file)
+    assert file.read_text() == "successor"
+    assert leftovers(folder) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "inner", "manifest.json"]
+
+
+def write_after_the_successor(folder: Path, file: Path) -> None:
+    with atomic_path(file) as temporary:
+        temporary.write_text("cut off")
+        give_lock_to_a_successor(folder, "keeps the file")
+        temporary.parent.mkdir(exist_ok=True)
+        temporary.write_text("cut off")
 
 
 def test_locks_of_other_threads_and_released_locks_do_not_prevent_a_build(tmp_path):

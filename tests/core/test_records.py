@@ -10,6 +10,7 @@ import pytest
 from raydistill.core.errors import UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.core.records import Record
+from tests.factories.kills import kill_at_every_step
 
 
 class Score(Record):
@@ -48,6 +49,28 @@ def test_a_wrong_file_is_named_with_its_first_wrong_key_and_the_remedy(
         Score.read(path)
     assert str(error.value).startswith(str(path))
     assert "Score it again" in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "steps_before"), [(1.0, 3), (None, 5)])
+def test_a_kill_at_any_step_of_a_write_leaves_the_old_or_the_new_record(
+    old: float | None, steps_before: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "home" / "x"
+    path = folder / "score.json"
+    folder.parent.mkdir()
+
+    def prepare() -> None:
+        if old is not None:
+            Score(value=old).write(path)
+
+    def value(_: Path) -> float | None:
+        score = Score.read_if_present(path)
+        return score.value if score else None
+
+    values = kill_at_every_step(lambda: Score(value=2.0).write(path), prepare, folder, value)
+    # Steps: the folder, if it is new, and the fsync of its parent; open, fsync, rename and fsync for the file; the
+    # unlink of its old name. The last value is that without a kill.
+    assert values == [old] * steps_before + [2.0] * 3
 
 
 def test_a_number_that_json_does_not_have_is_not_written(tmp_path: Path) -> None:

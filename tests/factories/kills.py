@@ -1,4 +1,4 @@
-"""Fault injection: kills a writer of an artifact at each of its steps, and records what the writer syncs to disk."""
+"""Fault injection: kills a writer of an artifact at each of its steps, and records what a writer syncs and changes."""
 
 import itertools
 import os
@@ -127,6 +127,12 @@ def kill_at_every_step(
         contents.append(content(folder))
         if not killed:
             return contents
+
+
+def identities(folder: Path) -> dict[str, tuple[int, int]]:
+    """The inode and the modification time of every file: both change if a file is written again."""
+    status = {path: path.stat() for path in sorted(folder.rglob("*"))}
+    return {str(path.relative_to(folder)): (s.st_ino, s.st_mtime_ns) for path, s in status.items()}
 
 
 def record_syncs_and_renames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from raydistill.config.run import Run
+from raydistill.core import artifact
 from raydistill.core.artifact import lock_path
 from raydistill.core.console import format_duration
 from raydistill.core.errors import UserError
@@ -97,6 +98,19 @@ def test_a_finished_sweep_and_a_sweep_that_ended_with_an_error(tmp_path):
     with record_error(folder):
         change_sweep(folder, status="finished", stop=StopReason())
     assert (only(tmp_path).state, only(tmp_path).error) == ("finished", "")
+
+
+def test_an_error_after_the_lock_of_a_folder_was_lost_is_raised_and_not_recorded(tmp_path):
+    folder = tmp_path / "x"
+
+    def lose_lock_and_fail():
+        with artifact.lock(folder), record_error(folder):
+            lock_path(folder).unlink()
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        lose_lock_and_fail()
+    assert not folder.exists()
 
 
 def test_time_left_of_a_search_ignores_the_pause_between_two_commands(tmp_path):

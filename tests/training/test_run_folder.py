@@ -11,19 +11,26 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.core import artifact
+from raydistill.core.artifact import Manifest
 from raydistill.core.errors import TransientError, UserError
 from raydistill.core.files import SCHEMA_VERSION
 from raydistill.models.loading import load_model
-from raydistill.models.saving import save_checkpoint
+from raydistill.models.metadata import CheckpointMetadata
+from raydistill.models.saving import CHECKPOINT_KIND, build_checkpoint, save_checkpoint
 from raydistill.models.tokenization import load_tokenizer
+from raydistill.training import loop, run_folder, validation
 from raydistill.training import run as training_run
-from raydistill.training import run_folder
 from raydistill.training.inputs import RunInputs
 from raydistill.training.records import RunResult
 from raydistill.training.run import train
+from raydistill.training.state import StateManifest, TrainingState
 from raydistill.training.tokenized_data import input_fingerprints
+from tests.factories.kills import identities, kill_at_every_step
 from tests.factories.models import save_tiny
 from tests.factories.training import fail_if_called, make_run, no_report, parse_json_file
+
+# The content of a lock file after the lock was given to a process of another machine.
+SUCCESSOR = "process 1 on other since 2026-01-01T00:00:00+00:00\n0123456789abcdef"
 
 
 def interrupt(_metrics, _folder):
@@ -98,6 +105,58 @@ def test_run_folder_is_locked_by_one_process(workspace, tmp_path, monkeypatch):
     assert other_process.wait() == -signal.SIGKILL
 
 
+# Functions of a run that change its folder, in the order of their calls.
+CHANGES = [
+    (training_run, "check_same_config"),
+    (training_run, "check_same_inputs"),
+    (validation, "score_splits"),  # the conversion that it reads is deleted afterwards
+    (loop, "write_history"),
+    (loop, "save_state"),
+    (loop, "delete_checkpoints"),
+    (loop, "save_progress"),
+    (training_run, "promote_best_checkpoint"),
+    (training_run, "write_row_statistics"),
+    (CheckpointMetadata, "write_to"),
+    (training_run, "write_result"),
+    (run_folder, "delete_working_files"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), CHANGES)
+def test_a_worker_that_lost_its_lock_before_a_change_changes_no_file(owner, name, workspace, tmp_path, monkeypatch):
+    folder, change = tmp_path / "run", getattr(owner, name)
+    files = {}
+
+    def lose_lock_and_change(*args, **options):
+        artifact.lock_path(folder).write_text(SUCCESSOR)
+        files.update(identities(folder))
+        return change(*args, **options)
+
+    monkeypatch.setattr(owner, name, lose_lock_and_change)
+    with pytest.raises(TransientError, match="run: was written by another process meanwhile"):
+        train(make_run(workspace), folder, lambda _metrics, _folder: "stopped by the test")
+    assert artifact.lock_path(folder).read_text() == SUCCESSOR
+    assert identities(folder) == files
+
+
+def test_a_worker_that_lost_its_lock_during_a_report_leaves_the_files_of_its_successor(workspace, tmp_path):
+    """The successor has trained further. Its manifest names a file of tensors of a later step."""
+    folder = tmp_path / "run"
+    manifest, metrics = folder / "state" / "manifest.json", folder / "metrics.jsonl"
+    successor = json.dumps(StateManifest(progress=TrainingState(step=9)).to_json())
+
+    def report(_metrics, _folder):
+        artifact.lock_path(folder).write_text(SUCCESSOR)
+        manifest.write_text(successor)
+        metrics.write_text("successor")
+        return "stopped by the test"
+
+    with pytest.raises(TransientError, match="run: was written by another process meanwhile"):
+        train(make_run(workspace), folder, report)
+    assert manifest.read_text() == successor
+    assert metrics.read_text() == "successor"
+
+
 @pytest.mark.parametrize("status", ["done", "failed"])
 def test_the_end_of_a_run_deletes_temporary_files_and_the_folder_of_a_conversion_that_was_killed(status, tmp_path):
     for name in (".engine/.abc.0123abcd.tmp/model.bin", ".engine/abc/model.bin", ".rows.npz.0123abcd.tmp", "rows.npz"):
@@ -120,6 +179,31 @@ def test_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(model, tokenizer, tmp_path / "checkpoint-1")
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_kill_at_any_step_of_a_deletion_leaves_whole_checkpoints(tmp_path):
+    folder = tmp_path / "home" / "run"
+    paths = [folder / f"checkpoint-{step}" for step in (1, 2)]
+
+    def prepare():
+        for path in paths:
+            with build_checkpoint(path) as temporary:
+                for name in "abcdef":
+                    (temporary / name).touch()
+        (folder / ".checkpoint-3.01234567.tmp").mkdir()  # a kill while a checkpoint was written
+
+    def read(_):
+        whole = [path for path in paths if artifact.is_complete(path)]
+        for path in whole:
+            artifact.open_artifact(path, Manifest, CHECKPOINT_KIND)
+        return [path.name for path in whole]
+
+    folder.parent.mkdir()
+    remaining = kill_at_every_step(lambda: run_folder.delete_checkpoints(folder, keep_step=2), prepare, folder, read)
+    # Steps: the temporary folder with the unlink of its manifest; rename, fsync, and the deletion of seven files and a
+    # folder
+    assert remaining == [["checkpoint-1", "checkpoint-2"]] * 3 + [["checkpoint-2"]] * 10
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
 
 
 def test_best_checkpoint_replaces_an_older_one(workspace, tmp_path):

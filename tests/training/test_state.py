@@ -5,10 +5,21 @@ import itertools
 import pytest
 import torch
 
+from raydistill.core import artifact
 from raydistill.training import loop
 from raydistill.training.loop import fit
 from raydistill.training.optimizer_step import OptimizerStep
+from raydistill.training.state import (
+    STATE_FOLDER,
+    STATE_KIND,
+    StateManifest,
+    TrainingState,
+    load_state,
+    save_progress,
+    save_state,
+)
 from tests.factories.clock import FakeClock
+from tests.factories.kills import kill_at_every_step
 from tests.factories.training import (
     SETTINGS,
     fit_and_record,
@@ -86,6 +97,52 @@ def test_killed_run_resumes_to_the_weights_of_an_undisturbed_run(kill_point, opt
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert names == [f"checkpoint-{state.best_step}", "metrics.jsonl", "progress.json", "state"]
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == ["manifest.json", "step-6.safetensors"]
+
+
+def tiny_optimizer(weight):
+    """A model with one weight, and its optimiser after a step."""
+    student = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(student.parameters())
+    student(torch.ones(1)).sum().backward()
+    optimizer.step()
+    torch.nn.init.constant_(student.weight, weight)
+    return student, optimizer
+
+
+def save(folder, step):
+    """Save a state whose weight is its step."""
+    save_state(folder, TrainingState(step=step), *tiny_optimizer(step))
+
+
+def test_a_kill_at_any_step_of_a_save_leaves_the_old_or_the_new_state(tmp_path):
+    folder = tmp_path / "home" / "run"
+    folder.parent.mkdir()
+
+    def load(_):
+        student, optimizer = tiny_optimizer(0)
+        state = load_state(folder, student, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+        assert student.weight.item() == state.step
+        return state.step
+
+    steps = kill_at_every_step(lambda: save(folder, 2), lambda: save(folder, 1), folder, load)
+    # Steps: the temporary folder; fsync of the tensors and of the folder; open, fsync, rename, fsync and unlink for the
+    # manifest; the rename of the old state and that of the new state. Then the fsync of the parent folder, the deletion
+    # of the old manifest, tensors and folder, and the unlink of what is left. The last value is that without a kill.
+    assert steps == [1] * 9 + [2] * 7
+
+
+def test_a_kill_at_any_step_of_a_save_of_the_progress_leaves_the_old_or_the_new_progress(tmp_path):
+    folder = tmp_path / "home" / "run"
+    folder.parent.mkdir()
+
+    def reason(_):
+        artifact.open_artifact(folder / STATE_FOLDER, StateManifest, STATE_KIND)
+        return read_state(folder).reason
+
+    reasons = kill_at_every_step(
+        lambda: save_progress(folder, TrainingState(step=1, reason="stopped")), lambda: save(folder, 1), folder, reason
+    )
+    assert reasons == [""] * 3 + ["stopped"] * 3  # the steps of the manifest as above
 
 
 def test_run_time_includes_startup_and_validations_and_continues_after_a_kill(tmp_path, monkeypatch):
