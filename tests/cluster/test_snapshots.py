@@ -280,7 +280,10 @@ def write_two_snapshots(run: Path) -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("step", range(12))
+SNAPSHOT_STEPS = 9  # uploads and deletions of two snapshots
+
+
+@pytest.mark.parametrize("step", range(SNAPSHOT_STEPS + 1))
 def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_snapshot(
     use_machine: UseMachine, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -305,6 +308,7 @@ def test_a_writer_killed_at_any_step_leaves_the_old_or_the_new_snapshot(
             patch.setattr(sync.Storage, name, counted(getattr(sync.Storage, name)))
         with pytest.raises(Killed):
             write_two_snapshots(run)
+    assert (count > step) == (step < SNAPSHOT_STEPS), "a kill at every step, and no step more"
     texts = set(pulled(use_machine("two"), "runs/r").values())
     assert len(texts) == 1
     with snapshots.writer(use_machine("two") / "runs/r"):

@@ -380,6 +380,13 @@ def finish(active: ActiveRun) -> RunResult:
     return result
 
 
+# The changes of the end of a run; in brackets those up to the rename of the result. Finished: rename of the checkpoint
+# and its fsync, five for each of rows.npz, raydistill.json (and result.json); rename, fsync and the deletion of the two
+# files and the folder of the state; the unlink of the progress. Failed: no metadata, but the removal of best/ with its
+# manifest and five files.
+END_STEPS = {"done": (23, 15), "failed": (27, 10)}
+
+
 @pytest.mark.parametrize(("teacher_repetition", "status"), [(None, "done"), (-1.0, "failed")])
 def test_a_run_killed_at_any_step_of_its_end_finishes_with_the_same_result(
     teacher_repetition, status, trained, tmp_path
@@ -413,5 +420,4 @@ def test_a_run_killed_at_any_step_of_its_end_finishes_with_the_same_result(
     assert outcomes[-1][1] == [
         *(*kept, "input_fingerprints.json", "metrics.jsonl", "result.json", "rows.npz", "run.json")
     ]
-    assert len(outcomes) > 22
-    assert 9 < num_killed_before_result < len(outcomes)
+    assert (len(outcomes) - 1, num_killed_before_result) == END_STEPS[status]
