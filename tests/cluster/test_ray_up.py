@@ -73,23 +73,24 @@ def assert_token_is_required(cluster: Cluster) -> None:
         assert "IN 3" not in done.stdout
 
 
+@pytest.mark.timeout(2400)  # three hosts share the cores of this machine
 def test_hosts_without_a_shared_folder_share_a_bucket(tmp_path: Path) -> None:
     """Jobs spread over hosts with their own homes; a head that lost its home resumes from the bucket."""
     with running_bucket(tmp_path) as environ, running_cluster(tmp_path, 3, environ, shared_home=False) as cluster:
         head, home = cluster.hosts[0], tmp_path / "private"
         teacher, data = make_world(cluster.shared / "world")
-        path = write_space(cluster, teacher, data)
-        cluster.on_head(f"raydistill sweep {path}", timeout=900)
+        path = write_space(cluster, teacher, data, trials=6)  # two for each host
+        cluster.on_head(f"raydistill sweep {path}", timeout=1200)
         trials = head.private / "sweeps/spread/trials"
         results = [json.loads(file.read_text()) for file in trials.glob("*/result.json")]
-        assert [result["status"] for result in results] == ["done"] * 8
+        assert [result["status"] for result in results] == ["done"] * 6
         assert {result["host"] for result in results} == {host.name for host in cluster.hosts}
         on_worker = cluster.hosts[1].private / "sweeps/spread"
         assert list(on_worker.glob("trials/*/best/model.safetensors")), "the worker has its own trials"
-        assert len(list(on_worker.glob("trials/*/best/model.safetensors"))) < 8
+        assert len(list(on_worker.glob("trials/*/best/model.safetensors"))) < 6
         assert not list((head.private / "sweeps/spread").glob(".ray/*")), "Tune's state is in the bucket"
         published = (head.private / "mlartifacts/spread").glob("*/artifacts/checkpoint/model.safetensors")
-        assert len(list(published)) == 8, "trials of the other hosts are published too"
+        assert len(list(published)) == 6, "trials of the other hosts are published too"
 
         source = write_sources(cluster, 1500)
         label = f"raydistill pseudolabel --teacher {teacher} --dataset {source} --batch-chars 2000 --allow-repetitive"
