@@ -303,14 +303,14 @@ main()
 
 
 def test_a_job_whose_driver_was_killed_labels_every_row_once(tmp_path):
-    job = KilledCommand(tmp_path / "killed", rows=500)
+    job = KilledCommand(tmp_path / "killed", rows=200)
     running = job.start(("-c", LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED))
     _, errors = running.communicate()
     assert running.returncode == -signal.SIGKILL, errors.decode()[-2000:]
     wait_for_ray_to_end(job.home)
     job.check_untouched()
     assert len(job.finished_batches) >= 2
-    finished_labels(job, job.start(), tmp_path / "whole", 500)
+    finished_labels(job, job.start(), tmp_path / "whole", 200)
 
 
 def open_engine_of_a_killed_worker(marker: Path, *arguments: Any, **options: Any) -> Engine:
