@@ -109,7 +109,7 @@ def _parse_student(settings: dict[str, Any]) -> "Student":
 def _create_student(
     teacher: str, teacher_dataset: str, student: "Student", copy_from_dataset: str, output: Path
 ) -> tuple["CheckpointMetadata", "LayerPlan", "PretrainedConfig"]:
-    """Write the student to `output` with its metadata; return these, its layer plan and its config.
+    """Write the student and its metadata to `output`; return the metadata, the layer plan and the student's config.
 
     The data sets select the checkpoints of the teacher and of `student.copy_from` if these are named teachers. The
     caller holds the lock of `output`.

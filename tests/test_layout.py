@@ -52,11 +52,6 @@ ONLY_IN = {
 # Library -> the only module that may use its private names, and modules of the library that are not documented.
 PRIVATE_IN = {"ray": "cluster/ray_compat.py", "optuna": ""}
 UNDOCUMENTED = ("ray.autoscaler", "ray.tune.execution", "ray.train.v2", "ray.train.base_trainer")
-# (test file, private name of a module that the file does not mirror) -> reason.
-PRIVATE_NAMES_IN_TESTS = {
-    ("tests/jobs/test_job_storage.py", "raydistill.jobs.pseudolabel._build_label_set"): "the step after a kill, alone",
-    ("tests/jobs/test_job_storage.py", "raydistill.jobs.pseudolabel._label_batches"): "the step after a kill, alone",
-}
 # Rooms that stay importable in milliseconds, and commands that answer --help at once.
 NO_TORCH = {"core", "config", "data", "label_sets", "results", "paper", "tracking"}
 
@@ -215,7 +210,7 @@ def test_tests_reach_private_names_of_the_module_they_mirror_only_and_no_other_t
     tests = PACKAGE.parent / "tests"
     files = {path.relative_to(tests.parent).as_posix(): path for path in tests.rglob("*.py")}
     reached = {(file, name) for file, path in files.items() for name in forbidden_names(file, path.read_text())}
-    assert reached == PRIVATE_NAMES_IN_TESTS.keys()
+    assert reached == set()
 
 
 @pytest.mark.parametrize(

@@ -233,9 +233,9 @@ class StoredFolder:
         Raises:
             UserError: The local files changed, and only the records were downloaded.
         """
-        if self.is_saved():
-            return
         base, local = self.base(), self.scan()
+        if base is not None and base.versions == local:
+            return
         if base is not None and base.records_only:
             raise UserError(
                 f"{self.path}: a file was changed here, but only the records of the folder were downloaded; delete the "

@@ -34,7 +34,7 @@ def record_error(folder: Path) -> Iterator[None]:
     except Exception as error:
         cause = getattr(error, "cause", None) or error  # Ray wraps the exception of a task
         message = redact(str(cause) or type(cause).__name__)[:MAX_CHARS]
-        # The disk may be full, or a lock be lost, which the exception itself then says
+        # The disk may be full, or a lock lost: the exception that is raised says so
         with contextlib.suppress(OSError, TransientError):
             LastError(message=message, failed_at=time.time()).write(folder / ERROR_FILE)
         raise

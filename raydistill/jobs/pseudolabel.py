@@ -150,7 +150,7 @@ def pseudolabel(
     metric = job.resolve_metric(scan) if scan.labelled else None
     task = LabelTask(job, description, folder, device, verbose, engine_factory, metric)
     with artifact.lock(folder, math.inf, print_progress), record_error(task.work_dir):
-        _build_label_set(task, scan)
+        build_label_set(task, scan)
     if rules == type(rules)():  # no rules
         return folder
     return _curate(replace(job, metric=job.resolve_metric(scan)), folder, rules, device)
@@ -253,7 +253,7 @@ def _teacher_fingerprints(checkpoint: str) -> dict[str, str]:
     return {**fingerprints, "commit": commit} if commit else fingerprints
 
 
-def _build_label_set(task: LabelTask, scan: SplitScan) -> None:
+def build_label_set(task: LabelTask, scan: SplitScan) -> None:
     """Build or resume the label set of a task. The caller holds its lock.
 
     Machines that share no folder share no lock. There the claim lasts until the outputs are deleted, so that a job that
@@ -301,7 +301,7 @@ def _label_and_merge(task: LabelTask, scan: SplitScan) -> None:
         num_finished = len(plan) - len(missing)
         print_progress(f"pseudo-labels: resuming, {num_finished} of {len(plan)} batches finished")
     if missing:
-        _label_batches(task, plan, missing)
+        label_batches(task, plan, missing)
         sync.pull(work_dir)
         snapshots.check_claim(task.folder)  # a successor that is finished has deleted the outputs
     stats = LabelStats(task.job.resolve_metric(scan), scan.labelled)
@@ -319,7 +319,7 @@ def _make_plan(task: LabelTask, scan: SplitScan) -> BatchPlan:
     return plan
 
 
-def _label_batches(task: LabelTask, plan: BatchPlan, batch_numbers: list[int]) -> None:
+def label_batches(task: LabelTask, plan: BatchPlan, batch_numbers: list[int]) -> None:
     """Label the missing batches, with an actor per GPU or per `job.threads` CPUs, and print the progress."""
     progress = _LabelProgress(plan, batch_numbers) if task.verbose else None
     if task.verbose:

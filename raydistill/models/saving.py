@@ -19,7 +19,7 @@ def save_checkpoint(
     folder: Path,
     metadata: CheckpointMetadata | None = None,
 ) -> None:
-    """Save a model (as safetensors) and its tokenizer as an artifact, with metadata that are known by now.
+    """Save a model (as safetensors) and its tokenizer as an artifact, together with its metadata if given.
 
     Raises:
         OSError: The disk is full, for example.

@@ -52,7 +52,7 @@ def sweep_lock(space: Space, folder: Path) -> Iterator[None]:
 
 def _remove_temporary_files(folder: Path) -> None:
     """Delete the files that killed commands were writing into the sweep's folder. The caller holds its lock."""
-    # A command that publishes the sweep writes files here too: what a killed one left is deleted when none publishes
+    # A command that publishes the sweep writes files here without the sweep's lock: its files are not deleted
     with contextlib.suppress(LockHeld), artifact.lock(folder / PUBLISH_LOCK):
         remove_temporary_files(folder, recursive=False)
 

@@ -148,7 +148,7 @@ class Validator:
             metrics = MetricChoice(self.metric) if in_training else self.data.metrics
             return score_splits(engine, self.data, splits, beam, self.run.evaluation.batch_size, metrics)
         finally:
-            check_locks()  # else the folder is that of another process, which validates
+            check_locks()  # with a lost lock, the folder belongs to the validation of another process
             shutil.rmtree(conversion_folder, ignore_errors=True)
 
     def _validation_options(self, options: EngineOptions, map_path: Path) -> EngineOptions:

@@ -20,11 +20,7 @@ from raydistill.training.records import (
     write_run,
 )
 from tests.factories.clock import FakeClock
-
-VALIDATIONS = [
-    {"step": n, "total_steps": 2, "metric": "bleu", "score": 20.0 + n, "engine": "ctranslate2 fp32", "bleu": 20.0 + n}
-    for n in (1, 2)
-]
+from tests.factories.training import VALIDATIONS
 
 
 @pytest.mark.parametrize(("repetition", "warns"), [(0.9, True), (0.4, False)])

@@ -28,6 +28,12 @@ from raydistill.training.optimizer_step import OptimizerStep
 from raydistill.training.state import STATE_FOLDER, StateManifest, TrainingState
 from tests.factories.models import save_tiny, sentences
 
+# The lines of metrics.jsonl of a run with two validations.
+VALIDATIONS = [
+    {"step": n, "total_steps": 2, "metric": "bleu", "score": 20.0 + n, "engine": "ctranslate2 fp32", "bleu": 20.0 + n}
+    for n in (1, 2)
+]
+
 KD_LOSS = Loss(alpha_data=1.0, alpha_logits=0.8, alpha_hidden=3.0, temperature=2.0)
 FP32_CACHE = CacheDtypes("fp32", "fp32")
 FP32: dict[str, Any] = {"precision": "fp32", "warmup_steps": 2, "learning_rate": 1e-2, "adam_eps": 1e-3}

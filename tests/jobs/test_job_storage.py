@@ -60,7 +60,7 @@ def test_a_label_set_that_was_merged_before_a_kill_reaches_the_storage(use_machi
     task = label_task(use_machine("one") / "labels" / "set")
     sync.push(write_file(task.work_dir / "out" / "batch-000000.parquet", "output"))
     write_labels(task.folder)
-    pseudolabel._build_label_set(task, SplitScan(3, "f", True, 0, Columns(source="source", target="target")))
+    pseudolabel.build_label_set(task, SplitScan(3, "f", True, 0, Columns(source="source", target="target")))
     assert not task.work_dir.exists()
     assert not (tmp_path / "storage" / "labels" / ".set.work").exists()
     folder = use_machine("two") / "labels" / "set"
@@ -108,15 +108,15 @@ def test_the_first_batch_alone_records_the_engine_if_machines_share_no_folder(
         check_same_engine(task.work_dir, engine)
 
     monkeypatch.setattr(pseudolabel, "run_batches", run_batches)
-    pseudolabel._label_batches(task, plan, [3, 4, 5])
+    pseudolabel.label_batches(task, plan, [3, 4, 5])
     assert calls == [[3], [4, 5]]
     calls.clear()
-    pseudolabel._label_batches(task, plan, [4, 5])  # the engine is recorded
+    pseudolabel.label_batches(task, plan, [4, 5])  # the engine is recorded
     assert calls == [[4, 5]]
     calls.clear()
     monkeypatch.delenv(sync.STORAGE_ENV)
     artifact.remove(task.work_dir)
-    pseudolabel._label_batches(task, plan, [3, 4, 5])
+    pseudolabel.label_batches(task, plan, [3, 4, 5])
     assert calls == [[3, 4, 5]]
 
 
@@ -165,7 +165,7 @@ class LabelMachines:
             patch.setenv("RAYDISTILL_HOME", str(self.root / machine))
             patch.setattr(pseudolabel, "run_batches", run_batches)
             patch.setattr(pseudolabel, "merge_outputs", merge)
-            pseudolabel._build_label_set(task, scan_split(dataset, "train"))
+            pseudolabel.build_label_set(task, scan_split(dataset, "train"))
 
     def folder(self, machine: str) -> Path:
         """The label set on a machine."""

@@ -17,12 +17,9 @@ from raydistill.training.records import (
     write_history,
     write_run,
 )
+from tests.factories.training import VALIDATIONS
 
-LINES = [  # of metrics.jsonl
-    {"step": n, "total_steps": 2, "metric": "bleu", "score": 20.0 + n, "engine": "ctranslate2 fp32", "bleu": 20.0 + n}
-    for n in (1, 2)
-]
-NO_METRIC = {name: value for name, value in LINES[0].items() if name != "metric"}
+NO_METRIC = {name: value for name, value in VALIDATIONS[0].items() if name != "metric"}
 
 
 def make_run(**student: object) -> Run:
@@ -64,7 +61,7 @@ def test_identity_names_the_shape_and_the_copied_layers() -> None:
 
 def test_validations_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_history(tmp_path) == []
-    write_history(tmp_path, LINES)
+    write_history(tmp_path, VALIDATIONS)
     first, last = read_history(tmp_path)
     assert (first.step, last.step, last.engine, last.val_loss) == (1, 2, "ctranslate2 fp32", None)
     assert last.metric == "bleu"
@@ -79,11 +76,11 @@ def test_validations_are_read_as_they_were_written(tmp_path: Path) -> None:
     [("{", "line 1: Expecting"), ("[]", "line 1: "), ('{"step": 1, "score": 2}', "line 1: total_steps: Field required")]
     + [(json.dumps(NO_METRIC), "line 1: metric: Field required")]
     + [
-        (json.dumps(LINES[0] | {name: "x"}), f"line 1: {name}: Input should be a valid number")
+        (json.dumps(VALIDATIONS[0] | {name: "x"}), f"line 1: {name}: Input should be a valid number")
         for name in ("score", "b")
     ],
 )
 def test_a_damaged_line_of_the_history_is_named(tmp_path: Path, line: str, problem: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(LINES[1])}\n")
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(VALIDATIONS[1])}\n")
     with pytest.raises(UserError, match=f"metrics.jsonl: damaged: {problem}"):
         read_history(tmp_path)
