@@ -378,6 +378,29 @@ def test_help_answers_without_loading_anything_heavy(command):
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+IMPORT_ALL = """
+import importlib
+import pkgutil
+import sys
+
+import raydistill
+
+for module in pkgutil.walk_packages(raydistill.__path__, "raydistill."):
+    if module.name != "raydistill.__main__":
+        importlib.import_module(module.name)
+slow = ("transformers.modeling_utils", "transformers.generation.utils", "torch._dynamo", "torch.distributed.tensor")
+slow += ("scipy", "sklearn", "datasets", "mlflow", "matplotlib", "ctranslate2")
+print("LOADED", [name for name in slow if name in sys.modules])
+"""
+
+
+def test_no_module_loads_the_modelling_code_of_transformers():
+    # 4 s of CPU time in each process that runs no model: drivers, and workers that decode with CTranslate2.
+    done = python(IMPORT_ALL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
 def test_the_console_script_lists_every_command():
     from raydistill.__main__ import COMMANDS as listed
 

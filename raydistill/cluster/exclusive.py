@@ -6,7 +6,6 @@ from typing import Any
 
 from raydistill.cluster import snapshots, sync
 from raydistill.core.files import write_atomic
-from raydistill.training.workers import set_torch_threads
 
 
 def run_exclusive(
@@ -63,6 +62,8 @@ def _run_with_threads(
     output_paths: list[Path],
 ) -> tuple[Any, dict[Path, bytes]]:
     """The result of the function, and the contents of its output files if the machines share no folder."""
+    from raydistill.training.workers import set_torch_threads
+
     set_torch_threads(threads)
     snapshots.pull(*input_paths)
     result = function(*args, device, threads)

@@ -11,12 +11,12 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raydistill.core import artifact
 from raydistill.core.errors import UserError
@@ -24,6 +24,9 @@ from raydistill.core.files import corrupt_file_error, read_json
 from raydistill.inference.decoding import LogFunction, random_token_rows, tokenize_and_clamp, torch_threads
 from raydistill.models import conversions, families, fingerprints, loading, tokenization
 from raydistill.models.hub import resolve_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Part of the key of a conversion: changes whenever this module converts a checkpoint to other files.
 FORMAT = "special tokens first"
@@ -64,7 +67,7 @@ class ConvertedModel:
 
 
 def convert_to_ctranslate2(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, quantization: str = "float32"
+    model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: Path, quantization: str = "float32"
 ) -> None:
     """Write an fp32 model to `folder`, whose content is replaced, in the CTranslate2 format; the model is not changed.
 
@@ -77,7 +80,7 @@ def convert_to_ctranslate2(
     prepared.config = _converter_config(model.config)
 
     class Converter(TransformersConverter):
-        def load_model(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        def load_model(self, *args: Any, **kwargs: Any) -> "PreTrainedModel":
             return prepared
 
         def load_tokenizer(self, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -136,7 +139,7 @@ def _move_to_front(spec: Any, special_tokens: set[str]) -> None:
 
 def max_logprob_diff(
     converted: ConvertedModel,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     tokenizer: PreTrainedTokenizerBase,
     pairs: TokenPairs,
     threads: int = 1,
@@ -160,7 +163,7 @@ def max_logprob_diff(
 
 
 def _teacher_forced_logprobs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: TokenPairs, threads: int
+    model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, pairs: TokenPairs, threads: int
 ) -> list[torch.Tensor]:
     """Return the model's log-probability of every target token, one tensor [tokens] per row."""
     targets = pad_sequence([torch.tensor(row) for row in pairs.targets], True, model.config.pad_token_id)
@@ -290,7 +293,7 @@ def _convert_into(folder: Path, checkpoint: str | Path, tokenizer: PreTrainedTok
 
 
 def _convert_and_validate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, threads: int
+    model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, folder: Path, threads: int
 ) -> tuple[str | None, float | None]:
     """Convert a model into a folder; return why it cannot be used, or None, and the difference of log-probabilities.
 
@@ -311,7 +314,7 @@ def _convert_and_validate(
 
 
 def _probe_logprob_diff(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int
+    folder: Path, model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, threads: int
 ) -> float:
     tokens = tokenization.embedding_tokens(tokenizer, model.config)
     translator = open_translator(folder, "cpu", threads, "float32")
@@ -319,7 +322,7 @@ def _probe_logprob_diff(
     return max_logprob_diff(converted, model, tokenizer, make_probe_pairs(tokenizer, model.config), threads)
 
 
-def _padding_row_norm(model: PreTrainedModel) -> float:
+def _padding_row_norm(model: "PreTrainedModel") -> float:
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
     return float(embedding[model.config.pad_token_id].detach().norm())

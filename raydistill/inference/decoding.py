@@ -4,16 +4,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raydistill.config.run import Decoding
 from raydistill.config.serving import ThroughputSetting
 from raydistill.core.errors import UserError
 from raydistill.inference.shortlist import Shortlist
 from raydistill.models import families, tokenization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LogFunction = Callable[[str], None]
 
@@ -143,7 +146,7 @@ def engine_label(engine: Engine) -> str:
 
 def resolve_decoding(
     requested: Decoding,
-    checkpoint: PreTrainedModel | GenerationConfig | None,
+    checkpoint: "PreTrainedModel | GenerationConfig | None",
     preset: Decoding | None,
     max_target_tokens: int,
 ) -> BeamSearchParams:
@@ -156,8 +159,10 @@ def resolve_decoding(
     Raises:
         UserError: The requested `min_length` exceeds `max_length`.
     """
-    own = checkpoint.generation_config if isinstance(checkpoint, PreTrainedModel) else checkpoint
-    own = own if own is not None else GenerationConfig()
+    if checkpoint is None:
+        own = GenerationConfig()
+    else:
+        own = checkpoint if isinstance(checkpoint, GenerationConfig) else checkpoint.generation_config
     preset = preset or Decoding()
     own_max = own.max_length if own.max_new_tokens is None else own.max_new_tokens + 1
 

@@ -3,11 +3,11 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raydistill.inference.decoding import (
     BeamSearchParams,
@@ -22,6 +22,9 @@ from raydistill.inference.decoding import (
 )
 from raydistill.inference.shortlist import Shortlist
 from raydistill.models.tokenization import decode_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # To return scores, generate() keeps the fp32 log-probabilities of the whole vocabulary for every step: 39 GB for mBART
@@ -53,7 +56,7 @@ class _AllowedTokens(transformers.LogitsProcessor):
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def _eval_mode(model: "PreTrainedModel") -> Iterator[None]:
     """Disable dropout inside the block."""
     training = model.training
     model.eval()
@@ -73,7 +76,7 @@ class TransformersEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         tokenizer: PreTrainedTokenizerBase,
         threads: int | None = None,
         shortlist: Shortlist | None = None,

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.data.batching import Examples, bucket_by_length
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CALIBRATION_ROWS = 256
 BATCH_TOKENS = 8192  # padded source tokens of a batch
@@ -31,7 +34,7 @@ class Calibration:
         for positions in bucket_by_length([len(self._source(row)) for row in self.rows], BATCH_TOKENS):
             yield [self.rows[position] for position in positions]
 
-    def tensors(self, batch: Sequence[int], model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, batch: Sequence[int], model: "PreTrainedModel") -> tuple[Tensor, Tensor, Tensor]:
         """Source ids and their attention mask [rows, source tokens], and labels [rows, target tokens].
 
         Padding is -100 in the labels. The tensors are on the device of the model.

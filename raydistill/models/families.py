@@ -6,19 +6,14 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForSeq2SeqLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.masking_utils import eager_mask
-from transformers.models.m2m_100.modeling_m2m_100 import shift_tokens_right
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
+
+if TYPE_CHECKING:  # transformers' modelling code takes seconds to load, and many processes run no model
+    from transformers import PreTrainedModel
 
 WEIGHTS_BEFORE_DROPOUT = "eager_before_dropout"  # name of an attention implementation
 BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2, "int8_float16": 1, "int8": 1}
@@ -173,7 +168,7 @@ def has_own_lm_head(config: PretrainedConfig) -> bool:
     return config.model_type == "mt5" or not getattr(config, "scale_decoder_outputs", True)
 
 
-def untie_lm_head(model: PreTrainedModel) -> PreTrainedModel:
+def untie_lm_head(model: "PreTrainedModel") -> "PreTrainedModel":
     """Give the LM head weights of its own where `has_own_lm_head`, in place, and return the model.
 
     transformers 5 creates all T5 models with a tied head. `from_pretrained` unties a head only if its weights differ.
@@ -209,14 +204,14 @@ def max_positions(config: PretrainedConfig) -> int | None:
 # Forward passes
 
 
-def encode(model: PreTrainedModel, ids: Tensor, mask: Tensor, layers: bool = False) -> StackOutputs:
+def encode(model: "PreTrainedModel", ids: Tensor, mask: Tensor, layers: bool = False) -> StackOutputs:
     """Run the encoder on `ids` [batch, tokens] with the attention `mask` [batch, tokens]."""
     out = model.get_encoder()(input_ids=ids, attention_mask=mask, output_hidden_states=layers)
     return _to_stack_outputs(out)
 
 
 def decode(
-    model: PreTrainedModel, ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False, attentions: bool = False
+    model: "PreTrainedModel", ids: Tensor, encoded: Tensor, mask: Tensor, layers: bool = False, attentions: bool = False
 ) -> StackOutputs:
     """Run the decoder, teacher-forced and without the LM head.
 
@@ -238,7 +233,7 @@ def decode(
     return replace(result, attentions=tuple(zip(out.attentions, out.cross_attentions, strict=True)))
 
 
-def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def sdpa_masks(model: "PreTrainedModel", ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Return the decoder's masks as torch's attention reads them.
 
     Both are boolean: the causal mask [1, 1, targets, targets] and the source mask [batch, 1, 1, tokens].
@@ -254,8 +249,13 @@ def sdpa_masks(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, T
 
 
 @contextlib.contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+def _eager_attention(model: "PreTrainedModel") -> Iterator[None]:
     """Use an attention implementation that returns its weights; fused kernels do not compute them."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(WEIGHTS_BEFORE_DROPOUT, _attention_with_weights)
+    AttentionMaskInterface.register(WEIGHTS_BEFORE_DROPOUT, eager_mask)
     implementation = model.config._attn_implementation
     model.set_attn_implementation(WEIGHTS_BEFORE_DROPOUT)
     try:
@@ -282,11 +282,7 @@ def _attention_with_weights(
     return output, weights
 
 
-AttentionInterface.register(WEIGHTS_BEFORE_DROPOUT, _attention_with_weights)
-AttentionMaskInterface.register(WEIGHTS_BEFORE_DROPOUT, eager_mask)
-
-
-def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | None = None) -> Tensor:
+def lm_head(model: "PreTrainedModel", hidden: Tensor, lm_head_weight: Tensor | None = None) -> Tensor:
     """Return the logits [..., vocabulary] of decoder outputs [..., width], as the model's own forward pass does.
 
     BART, Pegasus, mBART and Marian add `final_logits_bias`; T5 with tied embeddings first scales by width ** -0.5.
@@ -306,9 +302,11 @@ def lm_head(model: PreTrainedModel, hidden: Tensor, lm_head_weight: Tensor | Non
     return torch.nn.functional.linear(hidden.to(lm_head_weight.dtype), lm_head_weight, bias)[..., :vocabulary]
 
 
-def shift_right(model: PreTrainedModel, labels: Tensor) -> Tensor:
+def shift_right(model: "PreTrainedModel", labels: Tensor) -> Tensor:
     """Return the decoder input ids of labels [batch, tokens], where -100 is padding, by the model's own rule."""
     if model.config.model_type == "m2m_100":  # shifts the labels in its forward pass only
+        from transformers.models.m2m_100.modeling_m2m_100 import shift_tokens_right
+
         return shift_tokens_right(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
     shift: Any = model.prepare_decoder_input_ids_from_labels
     return shift(labels)
@@ -337,7 +335,7 @@ def ffn_role(tensor_name: str) -> FfnRole | None:
     return "out" if _FFN_OUT.fullmatch(tensor_name) else None
 
 
-def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+def decoder_layers(model: "PreTrainedModel") -> torch.nn.ModuleList:
     """Return the decoder layers, in order."""
     stack: Any = model.get_decoder()
     layers: torch.nn.ModuleList = getattr(stack, family_of(model.config).layers)
@@ -359,20 +357,20 @@ def ffn_output_layers(stack: torch.nn.Module) -> list[torch.nn.Linear]:
 # Groups of parameters
 
 
-def trainable_lm_head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def trainable_lm_head_parameters(model: "PreTrainedModel") -> list[torch.nn.Parameter]:
     """Return the trainable parameters of the LM head."""
     project: Any = model.lm_head
     return [p for p in project.parameters() if p.requires_grad]
 
 
-def embedding_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def embedding_parameters(model: "PreTrainedModel") -> list[torch.nn.Parameter]:
     """Return token and position embeddings, and thus the tied LM head, each once."""
     parts = ("shared.", "embed_tokens.", "embed_positions.", "lm_head.")
     by_id = {id(p): p for name, p in model.named_parameters() if any(part in name for part in parts)}
     return list(by_id.values())
 
 
-def encoder_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def encoder_parameters(model: "PreTrainedModel") -> list[torch.nn.Parameter]:
     """Return the parameters of the encoder without its embeddings."""
     embeddings = {id(p) for p in embedding_parameters(model)}
     return [p for p in model.get_encoder().parameters() if id(p) not in embeddings]

@@ -3,17 +3,21 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from raydistill.core.hashing import content_hash
 from raydistill.models.hub import check_weights, resolve_checkpoint, safe_open, weight_files
 from raydistill.models.loading import load_config
 from raydistill.models.tokenization import MARIAN_FILES, TOKENIZER_FILES
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def weights_fingerprint(model: str | Path | PreTrainedModel) -> str:
+
+def weights_fingerprint(model: "str | Path | PreTrainedModel") -> str:
     """Return 16 hex digits of a SHA-256 over names, dtypes, shapes and bytes of the weights, each shared weight once.
 
     A model and the folder that its `save_pretrained` writes have equal fingerprints. Models in two dtypes do not.
@@ -68,8 +72,8 @@ def _non_forward_config_keys() -> set[str]:
     return names | outputs | (set(GenerationConfig().to_dict()) - tokens)
 
 
-def _iter_tensors(model: str | Path | PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(model, PreTrainedModel):
+def _iter_tensors(model: "str | Path | PreTrainedModel") -> Iterator[tuple[str, torch.Tensor]]:
+    if not isinstance(model, str | Path):
         # save_pretrained omits tied weights and Marian's sinusoids, too.
         omitted = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
         yield from ((name, t) for name, t in model.state_dict().items() if name not in omitted)

@@ -1,14 +1,17 @@
 """Freezes parts of a student: by default the embeddings, and the encoder if it is a complete copy of the teacher's."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.config.run import Run
 from raydistill.core.errors import UserError
 from raydistill.models import families
 from raydistill.models.shrinking import LayerPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def resolve_frozen_parts(run: Run, layer_plan: LayerPlan | None) -> FrozenParts:
     return FrozenParts(encoder, embeddings, encoder and embeddings and full_encoder)
 
 
-def freeze(student: PreTrainedModel, frozen: FrozenParts) -> None:
+def freeze(student: "PreTrainedModel", frozen: FrozenParts) -> None:
     """Turn gradients off for the frozen parts, in place.
 
     Raises:
@@ -58,7 +61,7 @@ def freeze(student: PreTrainedModel, frozen: FrozenParts) -> None:
     _keep_padding_row_zero(student)
 
 
-def _keep_padding_row_zero(model: PreTrainedModel) -> None:
+def _keep_padding_row_zero(model: "PreTrainedModel") -> None:
     """Keep a padding row of zeros at zero: CTranslate2 starts Marian's decoder from zeros, whatever the row holds."""
     for parameter in families.embedding_parameters(model):
         pad_id = model.config.pad_token_id

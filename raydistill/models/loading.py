@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig
 
 from raydistill.config.presets import DEMO_TEACHER_RUN, teacher_preset
 from raydistill.core.errors import UserError
@@ -21,6 +21,9 @@ from raydistill.models.hub import (
     resolve_checkpoint,
     weight_files,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Upper limits for values of a config.json: larger ones would exhaust memory or time before any weight is read.
 MAX_CONFIG_VALUES = {
@@ -74,7 +77,7 @@ def load_config(checkpoint: str | Path) -> PretrainedConfig:
         raise UserError(f"{path}: cannot be used: {first_error_line(error)}") from None
 
 
-def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """Return the model of a checkpoint on the CPU, in eval mode and in `dtype`.
 
     Raises:

@@ -3,16 +3,18 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.models import families
 from raydistill.models.calibration import Calibration
 from raydistill.models.layer_choice import layers_to_copy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RULES = ("spaced", "first", "middle", "last")
 
@@ -38,7 +40,7 @@ class _Batch:
     hidden: Tensor
 
 
-def measure_layers(teacher: PreTrainedModel, num_layers: int, calibration: Calibration) -> dict[Layers, float]:
+def measure_layers(teacher: "PreTrainedModel", num_layers: int, calibration: Calibration) -> dict[Layers, float]:
     """Return the divergences of sets of `num_layers` decoder layers, the lowest first.
 
     The candidates are the choices of the rules in `RULES` (the paper's table is "spaced") and one set from greedy
@@ -66,7 +68,7 @@ def measure_layers(teacher: PreTrainedModel, num_layers: int, calibration: Calib
         return {layers: measure(layers) for layers in sorted(candidates, key=lambda layers: (measure(layers), layers))}
 
 
-def _make_batch(teacher: PreTrainedModel, calibration: Calibration, rows: Sequence[int]) -> _Batch:
+def _make_batch(teacher: "PreTrainedModel", calibration: Calibration, rows: Sequence[int]) -> _Batch:
     source_ids, mask, labels = calibration.tensors(rows, teacher)
     encoded = families.encode(teacher, source_ids, mask).last_hidden_state
     ids, is_token = families.shift_right(teacher, labels), labels != -100
@@ -74,7 +76,7 @@ def _make_batch(teacher: PreTrainedModel, calibration: Calibration, rows: Sequen
     return _Batch(ids, is_token, encoded, mask, hidden)
 
 
-def _divergence(teacher: PreTrainedModel, batches: Sequence[_Batch], layers: Layers) -> float:
+def _divergence(teacher: "PreTrainedModel", batches: Sequence[_Batch], layers: Layers) -> float:
     """The mean over the tokens of all batches of the KL divergence from the teacher to its decoder with `layers`."""
     total, num_tokens = 0.0, 0
     with _only_layers(teacher, layers):
@@ -87,7 +89,7 @@ def _divergence(teacher: PreTrainedModel, batches: Sequence[_Batch], layers: Lay
 
 
 @contextmanager
-def _only_layers(model: PreTrainedModel, layers: Layers) -> Iterator[None]:
+def _only_layers(model: "PreTrainedModel", layers: Layers) -> Iterator[None]:
     """Let the other decoder layers return their input. T5's first layer still computes the bias of all layers."""
     skipped = [layer for i, layer in enumerate(families.decoder_layers(model)) if i not in layers]
     hooks = [layer.register_forward_hook(_return_input, with_kwargs=True) for layer in skipped]

@@ -7,14 +7,18 @@ where w_j is column j of the output weight. Removing the unit removes this vecto
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from raydistill.models import families
 from raydistill.models.calibration import Calibration
 from raydistill.models.shrinking import KeptUnits, LayerPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SIDES = ("encoder", "decoder")
 
@@ -38,7 +42,7 @@ def random_units(teacher: PretrainedConfig, plan: LayerPlan, seed: int) -> KeptU
 
 
 def best_units(
-    teacher: PreTrainedModel, plan: LayerPlan, calibration: Calibration, decoder_from: PreTrainedModel | None = None
+    teacher: "PreTrainedModel", plan: LayerPlan, calibration: Calibration, decoder_from: "PreTrainedModel | None" = None
 ) -> KeptUnits:
     """Return the units with the highest scores, for each side whose units the plan reduces.
 
@@ -51,7 +55,7 @@ def best_units(
     return {side: [_highest(layer, count) for layer in scores[side]] for side, count in kept.items()}
 
 
-def score_units(model: PreTrainedModel, calibration: Calibration) -> UnitScores:
+def score_units(model: "PreTrainedModel", calibration: Calibration) -> UnitScores:
     """Return the root mean square over tokens of the norm of each unit's output, sqrt(mean(a_j^2)) ||w_j||.
 
     Activation times norm of the outgoing weights, as Minitron (Muralidharan et al., 2024, "Compact Language Models via

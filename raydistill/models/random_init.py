@@ -4,23 +4,23 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
     BartConfig,
-    BartForConditionalGeneration,
     GenerationConfig,
     MarianConfig,
-    MarianMTModel,
     MarianTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from raydistill.config.run import NewModel
 from raydistill.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def build_tokenizer(new_model: NewModel, texts: Iterable[str], folder: Path) -> PreTrainedTokenizerBase:
@@ -39,7 +39,7 @@ def build_tokenizer(new_model: NewModel, texts: Iterable[str], folder: Path) -> 
 
 def make_random_model(
     new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float, seed: int
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Return a model with random weights drawn with `seed`, in eval mode, for a tokenizer of `build_tokenizer`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,7 +51,9 @@ def make_random_model(
     return model.eval()
 
 
-def _make_bart(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
+def _make_bart(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> "PreTrainedModel":
+    from transformers import BartForConditionalGeneration
+
     config = BartConfig(
         vocab_size=len(tokenizer),
         init_std=new_model.d_model**-0.5 / 2,
@@ -68,7 +70,9 @@ def _make_bart(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout:
     return model
 
 
-def _make_marian(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedModel:
+def _make_marian(new_model: NewModel, tokenizer: PreTrainedTokenizerBase, dropout: float) -> "PreTrainedModel":
+    from transformers import MarianMTModel
+
     config = MarianConfig(
         vocab_size=len(tokenizer),
         decoder_vocab_size=len(tokenizer),

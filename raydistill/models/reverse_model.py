@@ -4,17 +4,20 @@ The cross-entropy is low where a label has the meaning of its source.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.data.batching import bucket_by_length
 from raydistill.models import families
 from raydistill.models.loading import load_config, load_model
 from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.models.tokenization import Languages, load_tokenizer, tokenize_sources, tokenize_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_TOKENS = 512  # of a label and of a source; longer texts are cut
 BATCH_TOKENS = 4096  # padded tokens of a batch of sources

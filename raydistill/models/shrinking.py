@@ -4,16 +4,20 @@ import copy
 import re
 from dataclasses import dataclass, replace
 from math import floor
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from raydistill.config.run import LayerChoice, Student, parse_size
 from raydistill.config.shapes import Units
 from raydistill.core.errors import UserError
 from raydistill.models import families
 from raydistill.models.layer_choice import layers_to_copy, layers_to_supervise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAYER_NAME_PATTERN = re.compile(r"^((?:model\.)?(encoder|decoder)\.(?:layers|block))\.(\d+)\.(.+)$")
 # Relative to the largest logit. A correct copy computes the same sums in the same order, so any excess is an error.
@@ -116,12 +120,12 @@ def plan_layers(teacher_layers: tuple[int, int], student: Student) -> LayerPlan:
 
 
 def shrink(
-    teacher: PreTrainedModel,
+    teacher: "PreTrainedModel",
     plan: LayerPlan,
     seed: int = 0,
-    decoder_from: PreTrainedModel | None = None,
+    decoder_from: "PreTrainedModel | None" = None,
     units: KeptUnits | None = None,
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Return a student in eval mode with copies of the planned layers and of the teacher's embeddings, norms and head.
 
     If `plan.decoder` is None, the decoder layers are initialised randomly with `seed`. `decoder_from` is another model
@@ -154,7 +158,7 @@ def shrink(
     return student
 
 
-def check_full_depth_copy(teacher: PreTrainedModel, name: str) -> float:
+def check_full_depth_copy(teacher: "PreTrainedModel", name: str) -> float:
     """Check that a full-depth copy of a teacher has the teacher's logits for one fixed input.
 
     Returns:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from raydistill.config.presets import TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
@@ -14,6 +15,9 @@ from raydistill.models.loading import load_model, locate_checkpoint
 from raydistill.models.shrinking import check_full_depth_copy
 from raydistill.models.tokenization import Languages, load_tokenizer, resolve_languages, set_target_language
 from raydistill.models.vocabulary import trim_model, trim_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Teacher:
     token_ids: tuple[int, ...] | None = None
 
     @cached_property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> "PreTrainedModel":
         """The frozen model on the CPU; loaded at the first access, and again after `unload_model`."""
         model = load_model(self.location)
         return _freeze(model if self.token_ids is None else trim_model(model, self.token_ids), self.tokenizer)
@@ -88,6 +92,6 @@ def _open_teacher(name: str, dataset: str, languages: Languages | None, source_p
     return teacher
 
 
-def _freeze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _freeze(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase) -> "PreTrainedModel":
     set_target_language(model, tokenizer)
     return model.requires_grad_(False)

@@ -4,9 +4,9 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from raydistill.config.presets import DATASETS, TeacherPreset, teacher_preset
 from raydistill.config.run import Dataset
@@ -15,6 +15,9 @@ from raydistill.core.suggestions import closest_name
 from raydistill.models.families import max_positions
 from raydistill.models.hub import first_error_line, resolve_checkpoint
 from raydistill.models.loading import load_config, load_generation_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
@@ -195,7 +198,7 @@ def _target_language_prefix(
     return f"{token} "
 
 
-def set_target_language(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_target_language(model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a multilingual model generate the tokenizer's target language, in place; others are not changed."""
     set_config_target_language(model.config, model.generation_config, tokenizer)
 

@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from raydistill.config.shapes import VocabularySize
 from raydistill.core.errors import UserError
@@ -38,6 +38,9 @@ from raydistill.models.tokenization import (
     set_source_prefix,
     source_prefix,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Tensors with a row (or, the bias of the logits, a column) for each token, by the last two parts of their names.
 TOKEN_ROWS = re.compile(r"(?:^|\.)(?:shared|embed_tokens|lm_head)\.weight$")
@@ -132,7 +135,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int])
     return trimmed
 
 
-def trim_model(model: PreTrainedModel, token_ids: Sequence[int]) -> PreTrainedModel:
+def trim_model(model: "PreTrainedModel", token_ids: Sequence[int]) -> "PreTrainedModel":
     """Return a copy of a model, in eval mode, with the tokens of `token_ids` alone; token `token_ids[i]` has the id i.
 
     Rows of the embedding without a token are removed too. Tokens without a row, such as the <mask> of published BART

@@ -7,11 +7,11 @@ that was interrupted resumes with the missing parts.
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.core import artifact
 from raydistill.data.batching import bucket_by_length
@@ -22,13 +22,16 @@ from raydistill.teacher_cache.layout import CacheLayout, layer_array_name
 from raydistill.teacher_cache.reader import read_encoder_part
 from raydistill.teacher_cache.storage_dtypes import NUMPY_DTYPES, from_storage, stored_width, to_numpy, to_storage
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BATCH_TOKENS = 8192  # padded source tokens of a batch of the teacher
 
 # The vectors of a part by array, then by source row (encoder) or by example (decoder).
 PartVectors = dict[Path, dict[int, np.ndarray]]
 
 
-def build_cache(layout: CacheLayout, teacher: PreTrainedModel) -> None:
+def build_cache(layout: CacheLayout, teacher: "PreTrainedModel") -> None:
     """Build the missing parts in this process.
 
     Raises:
@@ -45,7 +48,7 @@ def build_cache(layout: CacheLayout, teacher: PreTrainedModel) -> None:
         layout.finish()
 
 
-def build_part(layout: CacheLayout, teacher: PreTrainedModel, number: int) -> dict[str, float]:
+def build_part(layout: CacheLayout, teacher: "PreTrainedModel", number: int) -> dict[str, float]:
     """Build part `number` of every array that lacks this part.
 
     Returns:
@@ -70,13 +73,13 @@ def build_part(layout: CacheLayout, teacher: PreTrainedModel, number: int) -> di
     return {"rows": len(rows), "tokens": sum(len(layout.sources[row]) for row in rows)}
 
 
-def teacher_autocast(layout: CacheLayout, teacher: PreTrainedModel) -> AbstractContextManager[object]:
+def teacher_autocast(layout: CacheLayout, teacher: "PreTrainedModel") -> AbstractContextManager[object]:
     """A context in which the teacher computes in the compute dtype of the cache."""
     return torch.autocast(teacher.device.type, torch.bfloat16, enabled=layout.dtypes.compute == "bf16")
 
 
 def _encode(
-    layout: CacheLayout, teacher: PreTrainedModel, rows: list[int], cached_states: dict[int, Tensor] | None
+    layout: CacheLayout, teacher: "PreTrainedModel", rows: list[int], cached_states: dict[int, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """The encoder states of a batch of sources, [rows, longest, width], and the attention mask, [rows, longest]."""
     sources = [layout.sources[row] for row in rows]
@@ -92,7 +95,7 @@ def _encode(
 
 
 def _decode(
-    layout: CacheLayout, teacher: PreTrainedModel, rows: list[int], states: Tensor, mask: Tensor, lacking: list[Path]
+    layout: CacheLayout, teacher: "PreTrainedModel", rows: list[int], states: Tensor, mask: Tensor, lacking: list[Path]
 ) -> PartVectors:
     """The decoder states of all examples of a batch of sources, for the arrays in `lacking`."""
     vectors: PartVectors = {}
@@ -133,6 +136,6 @@ def _to_stored_array(layout: CacheLayout, states: Tensor) -> np.ndarray:
     return to_numpy(to_storage(states, layout.dtypes.storage))
 
 
-def _device_seconds(started: float, teacher: PreTrainedModel) -> float:
+def _device_seconds(started: float, teacher: "PreTrainedModel") -> float:
     """Wall time since `started` times the number of GPUs, or of CPU threads."""
     return (time.monotonic() - started) * (torch.get_num_threads() if teacher.device.type == "cpu" else 1)

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from raydistill.config.run import Run
 from raydistill.core.machine import available_memory_bytes
@@ -21,6 +21,9 @@ from raydistill.models.tensors import make_attention_mask, pad_to_tensor
 from raydistill.teacher_cache.builder import teacher_autocast
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.store import ComputeDtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What is cached: encoder and decoder states, encoder states only, or nothing.
 CacheMode = Literal["full", "encoder", "off"]
@@ -130,7 +133,7 @@ def choose_mode(layout: CacheLayout, times: EpochTimes, available_bytes: float, 
     return "full", f"the states fit, and a cache is faster than recomputing them in every epoch ({figures})"
 
 
-def measure_epoch_times(layout: CacheLayout, teacher: PreTrainedModel) -> EpochTimes:
+def measure_epoch_times(layout: CacheLayout, teacher: "PreTrainedModel") -> EpochTimes:
     """Time the teacher on a batch and the disk on a file, and scale both to an epoch.
 
     The file is read from the disk itself if the arrays take more than half of the memory, otherwise from the page
@@ -143,7 +146,7 @@ def measure_epoch_times(layout: CacheLayout, teacher: PreTrainedModel) -> EpochT
     return EpochTimes(encoder_seconds, decoder_seconds, encoder_bytes / rate, decoder_bytes / rate)
 
 
-def _time_teacher(layout: CacheLayout, teacher: PreTrainedModel) -> tuple[float, float]:
+def _time_teacher(layout: CacheLayout, teacher: "PreTrainedModel") -> tuple[float, float]:
     """Seconds per epoch of the encoder and of the decoder, from one batch of the part in the middle."""
     part = layout.parts[len(layout.parts) // 2]
     positions = next(bucket_by_length([len(layout.sources[row]) for row in part], PROBE_TOKENS))
@@ -186,7 +189,7 @@ def _bytes_by_kind(layout: CacheLayout) -> tuple[int, int]:
     return encoder_bytes, sum(layout.array_sizes.values()) - encoder_bytes
 
 
-def _time_call(call: Callable[[], object], teacher: PreTrainedModel) -> float:
+def _time_call(call: Callable[[], object], teacher: "PreTrainedModel") -> float:
     """Seconds of a call, after a warm-up call."""
 
     def run_to_completion() -> None:

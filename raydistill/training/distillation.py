@@ -5,10 +5,10 @@ The teacher's states are read from the teacher cache, or computed by the teacher
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.config.run import Loss, Method
 from raydistill.data.batching import Examples
@@ -24,6 +24,9 @@ from raydistill.training.losses import (
     layerwise_hidden_mse,
     output_loss,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Self-attention and cross-attention weights of each decoder layer, [rows, heads, tokens, keys].
 AttentionMaps = tuple[tuple[Tensor, Tensor], ...]
@@ -91,8 +94,8 @@ class DistillationStep:
             have further rows of zeros.
     """
 
-    student: PreTrainedModel
-    teacher: PreTrainedModel | None
+    student: "PreTrainedModel"
+    teacher: "PreTrainedModel | None"
     examples: Examples
     method: Method
     loss: Loss

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.config.run import Training
 from raydistill.models import families
@@ -19,6 +18,9 @@ from raydistill.training.records import PROGRESS_FILE, RunProgress, write_histor
 from raydistill.training.run_folder import delete_checkpoints
 from raydistill.training.state import TrainingState, has_state, load_state, save_progress, save_state
 from raydistill.training.workers import Worker, broadcast_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Called after every validation with its metrics and the run's folder; a text that it returns stops the run and is
 # recorded as the reason.
@@ -267,7 +269,7 @@ class RunningMeans:
         return means | timing
 
 
-def set_train_mode(student: PreTrainedModel) -> None:
+def set_train_mode(student: "PreTrainedModel") -> None:
     """Set the student to train mode, but a frozen encoder to eval mode: dropout acts only on trained parts."""
     student.train()
     if not any(p.requires_grad for p in families.encoder_parameters(student)):

@@ -7,19 +7,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 from raydistill.config.run import Training
 from raydistill.data.batching import Examples, epoch_batches, shard_batch, split_by_tokens
 from raydistill.models import families
 from raydistill.training.distillation import DistillationStep, MicroBatch
 from raydistill.training.workers import Worker, all_reduce_gradients
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ParameterGroup = dict[str, Any]  # "params" and, where it differs from the optimiser's, "lr"
 
@@ -156,7 +158,7 @@ def trainable_parameters(model: torch.nn.Module) -> list[Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def parameter_groups(model: PreTrainedModel, settings: Training) -> list[ParameterGroup]:
+def parameter_groups(model: "PreTrainedModel", settings: Training) -> list[ParameterGroup]:
     """The trainable parameters for an optimiser; the encoder's have the rate `training.encoder_learning_rate`."""
     parameters = trainable_parameters(model)
     if settings.encoder_learning_rate is None:

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.core import artifact
 from raydistill.core.artifact import Manifest
 from raydistill.core.files import corrupt_file_error
 from raydistill.models.saving import safetensors_os_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATE_FOLDER = "state"
 STATE_KIND = "training state"
@@ -77,7 +79,9 @@ def has_state(folder: Path) -> bool:
     return artifact.is_complete(folder / STATE_FOLDER)
 
 
-def save_state(folder: Path, state: TrainingState, student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    folder: Path, state: TrainingState, student: "PreTrainedModel", optimizer: torch.optim.Optimizer
+) -> None:
     """Save the state with the trainable weights and the optimiser's tensors.
 
     Raises:
@@ -101,7 +105,7 @@ def save_progress(folder: Path, state: TrainingState) -> None:
 
 def load_state(
     folder: Path,
-    student: PreTrainedModel,
+    student: "PreTrainedModel",
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
 ) -> TrainingState:
@@ -125,7 +129,7 @@ def load_state(
     return state
 
 
-def _restore_tensors(tensors: dict[str, Tensor], student: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+def _restore_tensors(tensors: dict[str, Tensor], student: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> None:
     """Copy saved tensors into the student and the optimiser; the names are as `save_state` writes them."""
     parameters = dict(student.named_parameters())
     slots: dict[int, dict[str, Tensor]] = {}

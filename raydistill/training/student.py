@@ -4,9 +4,10 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from raydistill.config.run import Decoding, Run
 from raydistill.core import artifact
@@ -24,6 +25,9 @@ from raydistill.training.student_choice import load_or_make_choice
 from raydistill.training.tokenized_data import read_split, select_student_tokens
 from raydistill.training.workers import Worker
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 RANDOM_START_FOLDER = "start"
 DEFAULT_DROPOUT = 0.1
 
@@ -39,7 +43,7 @@ class StudentSetup:
         teacher: The teacher; None for a random start.
     """
 
-    student: PreTrainedModel
+    student: "PreTrainedModel"
     tokenizer: PreTrainedTokenizerBase
     layer_plan: LayerPlan | None = None
     teacher: Teacher | None = None
@@ -73,7 +77,7 @@ def prepare_student(run: Run, folder: Path, worker: Worker, label_folders: Mappi
     return StudentSetup(student, teacher.tokenizer, layer_plan, teacher)
 
 
-def make_student(run: Run, teacher: Teacher, units: KeptUnits | None = None) -> tuple[PreTrainedModel, LayerPlan]:
+def make_student(run: Run, teacher: Teacher, units: KeptUnits | None = None) -> "tuple[PreTrainedModel, LayerPlan]":
     """The untrained student of a teacher, and the layers that it copies and is supervised by.
 
     `units` are the feed-forward units to keep, for each side whose units the plan reduces.
@@ -108,7 +112,7 @@ def make_random_checkpoint(run: Run, folder: Path, worker: Worker) -> Path:
     return path
 
 
-def set_generation_config(student: PreTrainedModel, beam: BeamSearchParams, requested: Decoding) -> None:
+def set_generation_config(student: "PreTrainedModel", beam: BeamSearchParams, requested: Decoding) -> None:
     """Write a decoding into the student's generation config: settings that the run requests or the config lacks.
 
     Args:
@@ -129,7 +133,7 @@ def set_generation_config(student: PreTrainedModel, beam: BeamSearchParams, requ
             setattr(config, name, value)
 
 
-def _set_dropout(model: PreTrainedModel, dropout: float) -> None:
+def _set_dropout(model: "PreTrainedModel", dropout: float) -> None:
     """Set the residual dropout of a model; its attention and activation dropout do not change.
 
     T5 has a single dropout rate, which covers all three.

@@ -6,11 +6,10 @@ The choice is made once per run and recorded in its folder.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedModel
 
 from raydistill.config.run import Run, Student
 from raydistill.core.records import Record
@@ -23,6 +22,9 @@ from raydistill.models.shrinking import KeptUnits, LayerPlan, plan_student
 from raydistill.models.teacher import Teacher
 from raydistill.training.tokenized_data import load_tokenized_data, make_examples
 from raydistill.training.workers import Worker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHOICE_FILE = "student.json"
 
@@ -120,7 +122,7 @@ def _calibration(run: Run, teacher: Teacher, label_folders: Mapping[str, Path]) 
 
 
 @contextmanager
-def _on_device(model: PreTrainedModel, device: str) -> Iterator[None]:
+def _on_device(model: "PreTrainedModel", device: str) -> Iterator[None]:
     """Move a model to a device for the block, and then back to the CPU, on which students are made."""
     torch.nn.Module.to(model, device)
     try:

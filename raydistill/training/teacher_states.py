@@ -1,11 +1,10 @@
 """Where a run's teacher states come from: the teacher cache, or the teacher, which then runs with every step."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from raydistill.config.run import Run
 from raydistill.data.batching import Examples
@@ -21,6 +20,9 @@ from raydistill.training.inputs import RunInputs
 from raydistill.training.optimizer_step import autocast_dtype
 from raydistill.training.student import StudentSetup
 from raydistill.training.workers import Worker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The tensor cores' fast kernels need rows of 16 bytes: 8 numbers of 16 bits. BART has 50,265 words.
 GPU_ROW_MULTIPLE = 8
@@ -59,7 +61,7 @@ def make_distillation_step(
 
 
 def frozen_lm_head_weight(
-    student: PreTrainedModel, autocast: torch.dtype | None, gpu_row_multiple: int = GPU_ROW_MULTIPLE
+    student: "PreTrainedModel", autocast: torch.dtype | None, gpu_row_multiple: int = GPU_ROW_MULTIPLE
 ) -> Tensor | None:
     """A copy of the LM head's weight [rows, width] in the autocast dtype, which saves a cast for every chunk.
 
