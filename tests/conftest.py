@@ -76,6 +76,17 @@ LONG_TESTS = {
 }
 SPECIAL_MARKERS = {"slow", "gpu", "cluster", "browser", "soak"}
 
+# A sync to a disk takes about 10 ms, and the commands of the tests make thousands. A sync to memory takes no time.
+MEMORY_FOLDER = Path("/dev/shm")
+MEMORY_BYTES = 4_000_000_000  # a run leaves less than 1 GB; Ray's objects need the rest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep temporary folders in memory if the machine has enough. The hosts of cluster tests do not see /dev/shm."""
+    if "not cluster" in config.option.markexpr and MEMORY_FOLDER.is_dir():
+        if shutil.disk_usage(MEMORY_FOLDER).free > MEMORY_BYTES and os.access(MEMORY_FOLDER, os.W_OK):
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that take longest first."""
