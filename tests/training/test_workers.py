@@ -45,9 +45,9 @@ def _train_worker(rank, world_size, folders):
 
 @pytest.fixture(scope="module")
 def trained_alone(tmp_path_factory):
-    """By folder, the start and the trained weights of a single worker, and the state of its run.
+    """By folder, the weights of a single worker before and after its run, and the final state of the run.
 
-    In the same folders, two processes have trained the same student; their names say whether with a teacher cache.
+    Two processes have trained the student again in each folder, whose name says whether they read a teacher cache.
     """
     root, trained = tmp_path_factory.mktemp("workers"), {}
     for name in ("live", "cached"):
