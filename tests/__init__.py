@@ -1,7 +1,8 @@
-"""Tests, in the layout of the package."""
+"""Tests, in the layout of the package. One thread per process: as many processes run as there are CPUs."""
 
 import os
 
-# Read when torch is imported. The suite runs in two processes, each of whose OpenMP threads would otherwise spin while
-# the other process uses the cores.
+# Before torch is imported. Threads of two processes on two CPUs wait for each other at every operation of a tiny model.
+# Where a test asks for several threads, idle threads sleep instead of spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

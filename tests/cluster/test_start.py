@@ -2,11 +2,13 @@
 
 import contextlib
 import os
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import psutil
 import pytest
+from ray._private import state
 
+from raydistill.cluster import ray_compat
 from raydistill.cluster.start import largest_node
 
 
@@ -27,6 +29,13 @@ def test_a_local_ray_listens_on_loopback_and_requires_a_token(ray_here: None) ->
             listeners |= {(process.name(), ip) for ip in addresses}
     assert {"gcs_server", "raylet"} <= {name for name, _ in listeners}
     assert {ip.removeprefix("::ffff:") for ip in [*by_worker, *(ip for _, ip in listeners)]} == {"127.0.0.1"}
+
+
+def test_get_draining_nodes(ray_here: None) -> None:
+    """A private function of Ray; see test_ray_compat.py."""
+    changed = f"cluster/ray_compat.py is written for Ray {ray_compat.WRITTEN_FOR}"
+    assert list(ray_compat.draining_node_ids()) == [], changed
+    assert get_args(get_type_hints(state.GlobalState.get_draining_nodes)["return"]) == (str, int), changed
 
 
 def test_largest_node_does_not_depend_on_the_order_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,19 @@ from tests.factories.spaces import RUN
 SPACES = Path(__file__).parents[2] / "search_spaces"
 
 
+@pytest.fixture(scope="module")
+def validator():
+    """Checks data against the schema, which is checked itself."""
+    schema = json_schema()
+    validator_class = jsonschema.validators.validator_for(schema)
+    validator_class.check_schema(schema)
+    return validator_class(schema)
+
+
 @pytest.mark.parametrize("path", sorted(SPACES.glob("*.yaml")), ids=lambda p: p.name)
-def test_shipped_spaces_are_valid_by_models_and_schema(path):
+def test_shipped_spaces_are_valid_by_models_and_schema(path, validator):
     read_space(path)
-    jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
+    validator.validate(yaml.safe_load(path.read_text()))
 
 
 def test_schema_file_is_current():
@@ -34,14 +43,14 @@ def test_schema_file_is_current():
         {"run": {**RUN, "loss": {"alpha_hidden": -1}}},
     ],
 )
-def test_schema_rejects_invalid_spaces(invalid):
+def test_schema_rejects_invalid_spaces(invalid, validator):
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"name": "x", "run": RUN} | invalid, json_schema())
+        validator.validate({"name": "x", "run": RUN} | invalid)
 
 
 @pytest.mark.parametrize("extra", ["more.jsonl", {"name": "more.jsonl", "columns": {"source": "body"}}])
-def test_extra_texts_are_a_name_or_a_mapping_and_their_rows_a_choice(extra):
+def test_extra_texts_are_a_name_or_a_mapping_and_their_rows_a_choice(extra, validator):
     run = {**RUN, "pseudo": {"extra": extra, "extra_rows": {"choice": [0, 100]}}}
-    jsonschema.validate({"name": "x", "run": run}, json_schema())
+    validator.validate({"name": "x", "run": run})
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"name": "x", "run": {**RUN, "pseudo": {"extra": 3}}}, json_schema())
+        validator.validate({"name": "x", "run": {**RUN, "pseudo": {"extra": 3}}})

@@ -5,8 +5,10 @@ import hashlib
 import io
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import sentencepiece
 import torch
@@ -41,6 +43,29 @@ def sentences(n: int, seed: int = 0) -> list[str]:
     return [s[0].upper() + s[1:] for s in texts]
 
 
+Settings = ParamSpec("Settings")
+SaveModel = Callable[Concatenate[str, Path, Settings], Path]
+
+
+def created_once(save: SaveModel[Settings]) -> SaveModel[Settings]:
+    """Decorator: a model is created once per process for each family and settings; further calls write its files."""
+
+    @functools.cache
+    def create(family: str, *args: Settings.args, **settings: Settings.kwargs) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            return {path.name: path.read_bytes() for path in save(family, Path(folder), *args, **settings).iterdir()}
+
+    @functools.wraps(save)
+    def write(family: str, folder: Path, *args: Settings.args, **settings: Settings.kwargs) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in create(family, *args, **settings).items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    return write
+
+
+@created_once
 def save_tiny(
     family: str,
     folder: Path,
@@ -69,8 +94,6 @@ def save_tiny(
     mBART by its tokenizer and its start token, the others by the forced first token, as checkpoints that are fine-tuned
     on a pair of languages. MADLAD-400 is set to Romanian by the prefix in its tokenizer, as its students.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(family, folder, sentencepiece_type, line_breaks)
     vocab_size = len(tokenizer) + padded_rows
     config = _config(family, tokenizer, vocab_size, encoder_layers, decoder_layers, **_sizes(locals()))

@@ -1,5 +1,6 @@
 """Trimmed vocabularies: texts are split as before, kept tokens have the teacher's logits, any text can be read."""
 
+import functools
 from collections import Counter
 
 import pytest
@@ -48,6 +49,12 @@ def trim(folder, size="used", texts=TEXTS):
     return trim_model(model, token_ids), trim_tokenizer(tokenizer, token_ids), token_ids
 
 
+@functools.cache
+def trim_to_used(folder):
+    """`trim` to the tokens of `TEXTS`, once per teacher; tests only read the result."""
+    return trim(folder)
+
+
 def logits(model, source, target):
     source, target = torch.tensor([source]), torch.tensor([target])
     with torch.inference_mode():
@@ -77,7 +84,7 @@ def test_full_vocabulary_gives_the_same_tokenizer_and_model(teachers, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_used_texts_keep_their_tokens_and_kept_tokens_their_logits(teachers, kind):
     model, tokenizer = load(teachers[kind])
-    trimmed, trimmed_tokenizer, token_ids = trim(teachers[kind])
+    trimmed, trimmed_tokenizer, token_ids = trim_to_used(teachers[kind])
     tokens, kept = {i: t for t, i in tokenizer.get_vocab().items()}, list(token_ids)
     assert len(kept) < len(tokenizer) - 20
     assert len(trimmed_tokenizer) == trimmed.config.vocab_size == len(kept)
@@ -91,8 +98,8 @@ def test_used_texts_keep_their_tokens_and_kept_tokens_their_logits(teachers, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_and_single_characters_are_kept(teachers, kind):
-    _, tokenizer = load(teachers[kind])
-    _, trimmed, _ = trim(teachers[kind])
+    tokenizer = load_tokenizer(teachers[kind])
+    _, trimmed, _ = trim_to_used(teachers[kind])
     vocabulary = tokenizer.get_vocab()
     assert set(trimmed.all_special_tokens) == set(tokenizer.all_special_tokens)
     assert {token for token in vocabulary if len(token) == 1} <= set(trimmed.get_vocab())
@@ -108,8 +115,8 @@ def test_special_tokens_and_single_characters_are_kept(teachers, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_text_is_read_as_the_teacher_reads_it(teachers, kind):
     """Texts with unknown words are split into smaller tokens, and unknown characters are unknown to both."""
-    _, tokenizer = load(teachers[kind])
-    _, trimmed, _ = trim(teachers[kind])
+    tokenizer = load_tokenizer(teachers[kind])
+    _, trimmed, _ = trim_to_used(teachers[kind])
     for text in [*ANY_TEXTS, *sentences(30, seed=5)]:
         own, full = trimmed(text).input_ids, tokenizer(text).input_ids
         assert trimmed.decode(own) == tokenizer.decode(full)
@@ -125,7 +132,7 @@ def test_token_ids_of_both_configs_are_renumbered(teachers, kind):
     model.generation_config.bad_words_ids = (
         [[tokenizer.pad_token_id], [tokenizer.get_vocab()["▁"]]] if (kind == "pegasus") else None
     )
-    token_ids = trim(teachers[kind])[2]
+    token_ids = trim_to_used(teachers[kind])[2]
     trimmed = trim_model(model, token_ids)
     for own, full in ((trimmed.config, model.config), (trimmed.generation_config, model.generation_config)):
         for key, value in full.to_dict().items():
@@ -165,7 +172,7 @@ def test_number_keeps_the_most_frequent_tokens(teachers, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_loads_with_the_auto_classes(teachers, kind, tmp_path):
     teacher, tokenizer = load(teachers[kind])
-    token_ids = trim(teachers[kind])[2]
+    token_ids = trim_to_used(teachers[kind])[2]
     student = shrink(trim_model(teacher, token_ids), plan_layers((2, 3), Student(size="1-2")))
     trimmed = trim_tokenizer(tokenizer, token_ids)
     save_checkpoint(student, trimmed, tmp_path / "student")

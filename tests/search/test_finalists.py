@@ -15,7 +15,6 @@ from raydistill.config.space import Space, corner_runs
 from raydistill.data.corpus import read_corpus
 from raydistill.data.selection import read_part
 from raydistill.evaluation import throughput
-from raydistill.evaluation.paired_latency import StoppingRule
 from raydistill.evaluation.scoring import evaluate
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.inference.engines import open_engine
@@ -25,7 +24,7 @@ from raydistill.results.selection import load_selection
 from raydistill.results.serving_latency import LATENCY_FILE, TEACHER_SHAPE, read_session
 from raydistill.results.sweep_record import SweepTeacher
 from raydistill.results.tables import result_tables
-from raydistill.search import finalists, prepare, serving_timing, shape_latency
+from raydistill.search import finalists, prepare
 from raydistill.search.finalists import all_served, score_checkpoint, serve_finalists
 from raydistill.search.served_engine import ServedCheckpoint, ServingContext
 from raydistill.search.summary import format_summary, summary_record
@@ -92,23 +91,16 @@ def test_a_checkpoint_is_served_on_the_rows_that_are_kept_for_the_choice(
 # The whole serving step: shapes, shortlists, first pass, scores, session, choice
 
 
-SHORT = StoppingRule(min_pairs=2, max_seconds=0.2)
-
-
 def run_here(function: Callable[..., Any], *args: Any, device: str, **_: Any) -> Any:
     """`run_exclusive` in this process, with one thread."""
     return function(*args, device, 1)
 
 
 @pytest.fixture
-def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Space:
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_timings: None) -> Space:
     monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prepare, "run_exclusive", run_here)
     monkeypatch.setattr(finalists, "run_exclusive", run_here)
-    for name in ("BOUNDED_RULE", "REPORTED_RULE"):
-        monkeypatch.setattr(serving_timing, name, SHORT)
-    for name in ("SEARCH_RULE", "EXCLUSION_RULE"):
-        monkeypatch.setattr(shape_latency, name, SHORT)
     teacher, data = make_world(tmp_path)
     run = {
         "teacher": str(teacher),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.config.serving import EngineVariant, ServingConfig
-from raydistill.evaluation.paired_latency import Pair, StoppingRule, compare_pairs
+from raydistill.evaluation.paired_latency import Pair, compare_pairs
 from raydistill.inference.decoding import BeamSearchParams
 from raydistill.results.serving_latency import TEACHER_SHAPE
 from raydistill.search import serving_timing
@@ -49,12 +49,9 @@ def test_a_bound_of_slow_calls_is_decided_and_a_reported_latency_has_three_pairs
 
 
 def test_first_pass_and_session_time_every_shape_and_configuration(
-    context: ServingContext, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    context: ServingContext, world, tmp_path: Path, short_timings: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two shapes with the same tiny checkpoint, so that every ratio with equal settings is about 1."""
-    short = StoppingRule(min_pairs=2, max_seconds=0.5)
-    monkeypatch.setattr(serving_timing, "BOUNDED_RULE", short)
-    monkeypatch.setattr(serving_timing, "REPORTED_RULE", short)
     teacher = ServedCheckpoint(TEACHER_SHAPE, TEACHER_SHAPE, str(world[0]), tmp_path, BEAM)
     checkpoints = [teacher, replace(teacher, key="a", shape="2-3")]
     own, fast = teacher.own_config(), ServingConfig(beams=1, length_penalty=1.0, precision="int8")

@@ -7,7 +7,7 @@ import pytest
 
 from raydistill.config.run import Run
 from raydistill.config.serving import EngineVariant
-from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, StoppingRule
+from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN
 from raydistill.models.teacher import open_teacher
 from raydistill.search import shape_latency
 from raydistill.search.serving_timing import CostBounds
@@ -17,12 +17,12 @@ from tests.factories.models import save_tiny
 from tests.factories.sweeps import paired_timing
 from tests.factories.training import make_run, write_run_workspace
 
+FP32 = [EngineVariant("fp32", "off")]
+
 
 @pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShapeTask:
+def task(tmp_path: Path, short_timings: None) -> ShapeTask:
     """A tiny teacher with 2-3 layers, and the students 2-3 and 2-1."""
-    for rule in ("SEARCH_RULE", "EXCLUSION_RULE"):
-        monkeypatch.setattr(shape_latency, rule, StoppingRule(min_pairs=2, max_seconds=0.3))
     return ShapeTask(
         run=Run.model_validate({"name": "r", "teacher": str(save_tiny("bart", tmp_path / "m")), "dataset": "demo"}),
         sizes=["2-3", "2-1"],
@@ -57,7 +57,7 @@ def test_shapes_are_timed_in_pairs_and_their_cheapest_serving_for_the_bounded_co
 
 def test_a_shape_with_fewer_units_has_its_own_costs(task: ShapeTask) -> None:
     names = ["2-1", "2-1-ffn0.5-0.25", "2-1-ffn16-8"]
-    costs = time_shapes(replace(task, sizes=names, bounds={}), "cpu", 1).costs
+    costs = time_shapes(replace(task, sizes=names, variants=FP32, bounds={}), "cpu", 1).costs
     full, pruned, same = (costs[name]["params_m"] for name in names)
     assert same == pruned
     # Per unit of a layer: 16 weights and a bias before the unit, and 16 weights after it
@@ -89,7 +89,8 @@ def test_shapes_with_fewer_tokens_are_timed_with_these_tokens(task: ShapeTask, t
 def test_no_latency_is_compared_with_a_bound_if_a_budget_of_parameters_admits_the_shape(
     task: ShapeTask, bound: str, timed: bool
 ) -> None:
-    table = time_shapes(replace(task, sizes=["2-1"], weight_budgets={"any": {"params_m": bound}}), "cpu", 1)
+    task = replace(task, sizes=["2-1"], variants=FP32, weight_budgets={"any": {"params_m": bound}})
+    table = time_shapes(task, "cpu", 1)
     assert bool(table.cheapest["2-1"].timings) == timed
     assert table.costs["2-1"]["latency_ms"] > 0
 
@@ -99,7 +100,8 @@ def test_shapes_of_used_tokens_are_timed_again_only_if_there_are_considerably_mo
 ) -> None:
     workspace = write_run_workspace(tmp_path)
     run = make_run(workspace, "pl", student={"size": "2-1", "vocabulary": "used"})
-    task = replace(task, run=run, sizes=["2-1-vused"], label_folders={"pseudo": tmp_path / "labels"}, bounds={})
+    folders = {"pseudo": tmp_path / "labels"}
+    task = replace(task, run=run, sizes=["2-1-vused"], variants=FP32, label_folders=folders, bounds={})
     teacher = open_teacher(str(workspace / "teacher"), run.dataset)
     used = select_student_tokens(run, teacher.tokenizer, teacher.model.config, task.label_folders)
     assert used is not None
@@ -119,7 +121,7 @@ def test_of_many_shapes_some_are_timed_and_the_others_predicted(
     timing = paired_timing(0.7, (0.69, 0.71))
     monkeypatch.setattr(shape_latency, "time_pairs", lambda *_: timing)
     sizes = [f"{size}{units}" for size in ("2-3", "2-1") for units in ("", "-ffn1-0.5", "-ffn1-0.25")]
-    far = replace(task, sizes=sizes, bounds={"latency_ms": CostBounds(shares=(0.001, 100.0))})
+    far = replace(task, sizes=sizes, variants=FP32, bounds={"latency_ms": CostBounds(shares=(0.001, 100.0))})
     table = time_shapes(far, "cpu", 1)
     assert len(table.predicted) == len(sizes) - 5  # the shape of the teacher is timed too
     assert table.costs.keys() == table.cheapest.keys() == table.engines.keys() == set(sizes)

@@ -1,6 +1,7 @@
 """The student of a run: made from the teacher or from a random start."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +129,21 @@ def num_required(teacher: Path) -> int:
     return len(select_tokens(tokenizer, config, {}, "used"))
 
 
-def expected_losses(run: Run, setup, examples, i: int) -> dict[str, float]:
-    """Loss terms of example i: both models run alone, the teacher with all of its tokens, by name of the token."""
-    teacher = load_model(run.teacher or "")
-    tokenizer = load_tokenizer(run.teacher or "")
-    id_by_token = tokenizer.get_vocab()
+def expected_losses(run: Run, setup, examples, rows: Sequence[int]) -> list[dict[str, float]]:
+    """Loss terms of examples: both models run alone, the teacher with all of its tokens, by name of the token."""
+    teacher, id_by_token = load_model(run.teacher or ""), load_tokenizer(run.teacher or "").get_vocab()
     kept = [id_by_token[token] for token in setup.tokenizer.convert_ids_to_tokens(range(len(setup.tokenizer)))]
-    source, target = examples.sources[i], examples.targets[i]
+    return [row_losses(teacher, setup, kept, examples.sources[i], examples.targets[i]) for i in rows]
+
+
+def row_losses(teacher, setup, kept: list[int], source: list[int], target: list[int]) -> dict[str, float]:
+    """Loss terms of a row; `kept` are the teacher's ids of the student's tokens."""
     with torch.no_grad():
         own = setup.student(
             input_ids=torch.tensor([source]), labels=torch.tensor([target]), output_hidden_states=True, use_cache=False
         )
         full_target = torch.tensor([[kept[token] for token in target]])
-        start = load_config(run.teacher or "").decoder_start_token_id
+        start = teacher.config.decoder_start_token_id
         if teacher.config.model_type == "mbart":  # the decoder starts with the last token of the target
             start = full_target[0, -1]
         decoder_ids = torch.cat([torch.tensor([[start]]), full_target[:, :-1]], dim=1)
@@ -175,9 +178,8 @@ def test_kd_compares_with_the_full_teacher_on_the_kept_tokens(family, vocabulary
     assert step.cached_decoder_states
     assert step.teacher is None
     scales = dict.fromkeys(step.term_weights([0]), 1.0)
-    for i in range(len(TEXTS)):
+    for i, expected in enumerate(expected_losses(run, setup, step.examples, range(len(TEXTS)))):
         _, sums = step.loss_terms(step.read_batch([i]), scales)
-        expected = expected_losses(run, setup, step.examples, i)
         assert {name: float(sums[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
@@ -191,7 +193,7 @@ def test_trained_embeddings_compare_with_the_teachers_head(cache_mode, tmp_path)
         setup.student.get_input_embeddings().weight.mul_(1.3)
     scales = dict.fromkeys(step.term_weights([0]), 1.0)
     _, sums = step.loss_terms(step.read_batch([1]), scales)
-    expected = expected_losses(run, setup, step.examples, 1)
+    [expected] = expected_losses(run, setup, step.examples, [1])
     assert {name: float(sums[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
 

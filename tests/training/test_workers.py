@@ -29,32 +29,47 @@ def make_distillation(folder, cached):
     return with_cache(live, live.teacher, folder / "cache") if cached else live
 
 
-def _train_worker(rank, world_size, folder, cached):
+def _train_worker(rank, world_size, folders):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+        "gloo", init_method=f"file://{folders[0].parent}/rendezvous", rank=rank, world_size=world_size
     )
-    distillation = make_distillation(folder, cached)
-    settings = Training(**DATA_PARALLEL, workers=world_size)
-    step = OptimizerStep.create(distillation, settings, Worker(rank, world_size, "cpu"))
-    state = fit(step, folder / "run", rising_scores(distillation), no_report)
-    torch.save((flat_weights(distillation.student), state.history), folder / f"rank{rank}.pt")
+    for folder in folders:
+        distillation = make_distillation(folder, folder.name == "cached")
+        settings = Training(**DATA_PARALLEL, workers=world_size)
+        step = OptimizerStep.create(distillation, settings, Worker(rank, world_size, "cpu"))
+        state = fit(step, folder / "run", rising_scores(distillation), no_report)
+        torch.save((flat_weights(distillation.student), state.history), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_two_workers_train_the_weights_of_one_worker(cached, tmp_path):
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory):
+    """By folder, the weights of a single worker before and after its run, and the final state of the run.
+
+    Two processes have trained the student again in each folder, whose name says whether they read a teacher cache.
+    """
+    root, trained = tmp_path_factory.mktemp("workers"), {}
+    for name in ("live", "cached"):
+        folder = root / name
+        for parent in ("single", "run"):
+            (folder / parent).mkdir(parents=True)
+        single = make_distillation(folder, name == "cached")
+        start = flat_weights(single.student)
+        step = OptimizerStep.create(single, Training(**DATA_PARALLEL))
+        state = fit(step, folder / "single", rising_scores(single), no_report)
+        trained[folder] = start, flat_weights(single.student), state
+    torch.multiprocessing.spawn(_train_worker, (2, list(trained)), nprocs=2)
+    return trained
+
+
+@pytest.mark.parametrize("name", ["live", "cached"])
+def test_two_workers_train_the_weights_of_one_worker(name, trained_alone):
     """The last of the batches of 5 from 11 rows has one row: one of the workers has no row in this batch."""
-    single = make_distillation(tmp_path, cached)
-    start = flat_weights(single.student)
-    (tmp_path / "single").mkdir()
-    (tmp_path / "run").mkdir()
-    step = OptimizerStep.create(single, Training(**DATA_PARALLEL))
-    state = fit(step, tmp_path / "single", rising_scores(single), no_report)
-    torch.multiprocessing.spawn(_train_worker, (2, tmp_path, cached), nprocs=2)
+    [(folder, (start, trained, state))] = [item for item in trained_alone.items() if item[0].name == name]
     for rank in (0, 1):
-        weights, history = torch.load(tmp_path / f"rank{rank}.pt")
-        assert relative_distance(weights - start, flat_weights(single.student) - start) < 1e-4
+        weights, history = torch.load(folder / f"rank{rank}.pt")
+        assert relative_distance(weights - start, trained - start) < 1e-4
         assert [h["loss"] for h in history] == pytest.approx([h["loss"] for h in state.history], rel=1e-4)
     assert state.step == 6
 
