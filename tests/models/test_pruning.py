@@ -87,13 +87,17 @@ def test_a_student_with_all_units_equals_its_teacher(teacher):
 
 def test_the_order_of_units_does_not_change_the_function(teacher):
     plan = replace(plan_student(teacher.config, Student()), ffn=(UNITS, UNITS))
-    permutations = {side: [torch.randperm(UNITS) for _ in range(3)] for side in ("encoder", "decoder")}
+    generator = torch.Generator().manual_seed(0)
+    permutations = {
+        side: [torch.randperm(UNITS, generator=generator) for _ in range(3)] for side in ("encoder", "decoder")
+    }
     student = shrink(teacher, plan, units=permutations)
     assert not torch.equal(
         next(p for n, p in student.named_parameters() if "fc1" in n or ".wi" in n),
         next(p for n, p in teacher.named_parameters() if "fc1" in n or ".wi" in n),
     )
-    assert torch.allclose(logits(student), logits(teacher), atol=1e-4)
+    # Logits of about 10, whose sums are taken in another order: differences of up to 2e-4 were seen.
+    assert torch.allclose(logits(student), logits(teacher), atol=1e-3)
 
 
 def test_a_pruned_student_computes_the_teacher_without_the_outputs_of_the_removed_units(teacher):
