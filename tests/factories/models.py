@@ -50,15 +50,17 @@ SaveModel = Callable[Concatenate[str, Path, Settings], Path]
 def created_once(save: SaveModel[Settings]) -> SaveModel[Settings]:
     """Decorator: a model is created once per process for each family and settings; further calls write its files."""
 
-    @functools.cache
-    def create(family: str, *args: Settings.args, **settings: Settings.kwargs) -> dict[str, bytes]:
-        with tempfile.TemporaryDirectory() as folder:
-            return {path.name: path.read_bytes() for path in save(family, Path(folder), *args, **settings).iterdir()}
+    created: dict[object, dict[str, bytes]] = {}
 
     @functools.wraps(save)
     def write(family: str, folder: Path, *args: Settings.args, **settings: Settings.kwargs) -> Path:
+        key = family, args, frozenset(settings.items())
+        if key not in created:
+            with tempfile.TemporaryDirectory() as name:
+                files = save(family, Path(name), *args, **settings).iterdir()
+                created[key] = {path.name: path.read_bytes() for path in files}
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in create(family, *args, **settings).items():
+        for name, content in created[key].items():
             (folder / name).write_bytes(content)
         return folder
 
