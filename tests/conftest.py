@@ -138,7 +138,7 @@ def ray_here(tmp_path_factory):
     The environment is restored afterwards, since further files run in this process.
     """
     environment = dict(os.environ)
-    os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home") / "outputs")
+    os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
     with ray_cluster(cpus=2):
         yield
     os.environ.clear()

@@ -83,11 +83,11 @@ def command(home: Path, *arguments: object, timeout: float = 560, **extra: str) 
 
 
 def invoke(home: Path, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as `command` does, but in this process, which has imported torch, transformers and Ray already.
+    """Run a command in this process, which has imported torch, transformers and Ray already; else as `command` does.
 
-    If this process has initialized Ray, as in `ray_for_commands`, the command joins this Ray, whose workers must have
-    been started with the same home. Otherwise the command starts and ends its own. Output of libraries below Python's
-    sys.stdout and sys.stderr is not captured. An exception that `python -m` prints with a traceback is raised.
+    If this process has initialized Ray, as in `ray_for_commands` and `ray_here`, the command joins this Ray, whose
+    workers must have been started with the same home. Otherwise the command starts and ends its own. What libraries
+    write to the file descriptors is not captured. An exception that `python -m` prints with a traceback is raised.
     """
     assert not ray.is_initialized() or os.environ["RAYDISTILL_HOME"] == str(home), "Ray's workers have another home"
     main = importlib.import_module(f"raydistill.{arguments[0]}").main
@@ -115,16 +115,16 @@ def ray_for_commands(home: Path, cpus: int | None = None, **extra: str) -> Itera
 
 @contextmanager
 def command_environment(home: Path, **extra: str) -> Iterator[None]:
-    """Context in which this process has the environment and the working directory of `command`.
+    """Context in which this process has the environment of a command with this home, and the home's parent folder.
 
     Environment, working directory and levels of loggers are restored afterwards. The libraries of Hugging Face read
     their variables when they are imported, so `extra` must not contain any of them.
     """
-    assert home.name == "outputs"
     assert not [name for name in extra if name.startswith("HF_")]
+    variables = environment(RAYDISTILL_HOME=str(home), **extra)
     levels = {name: logging.getLogger(name).level for name in list(logging.root.manager.loggerDict)}
     offline = patch.object(constants, "HF_HUB_OFFLINE", True)
-    with patch.dict(os.environ, environment(**extra), clear=True), chdir(home.parent), offline:
+    with patch.dict(os.environ, variables, clear=True), chdir(home.parent), offline:
         try:
             yield
         finally:
