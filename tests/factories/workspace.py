@@ -88,6 +88,7 @@ def invoke(home: Path, *arguments: object, **extra: str) -> subprocess.Completed
     If this process has initialized Ray, as in `ray_for_commands` and `ray_here`, the command joins this Ray, whose
     workers must have been started with the same home. Otherwise the command starts and ends its own. What libraries
     write to the file descriptors is not captured. An exception that `python -m` prints with a traceback is raised.
+    Caches of this process remain: if data or checkpoints change between two commands, use `command`.
     """
     assert not ray.is_initialized() or os.environ["RAYDISTILL_HOME"] == str(home), "Ray's workers have another home"
     main = importlib.import_module(f"raydistill.{arguments[0]}").main
