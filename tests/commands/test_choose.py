@@ -27,7 +27,7 @@ from raydistill.tracking import mlflow_store
 from raydistill.tracking.export import export_student
 from tests.factories.models import sentences
 from tests.factories.sweeps import make_student, make_trial
-from tests.factories.workspace import background, free_port
+from tests.factories.workspace import background, free_port, invoke
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -191,7 +191,8 @@ print(json.dumps({name.lower(): version(name) for root in roots for name in dist
 
 def test_export_without_registration_uses_the_chosen_decoding_and_names_its_budgets(sweep: Path) -> None:
     make_student(sweep, "a", 0, 10.0)
-    result = run("mini", "--within", "latency_ms=45", "--name", "cheap", "--no-register", "--json")
+    home, arguments = sweep.parents[1], ("choose", "mini", "--within", "latency_ms=45", "--no-register", "--json")
+    result = invoke(home, *arguments, "--name", "cheap")
     assert result.returncode == 0, result.stderr
     (choice,) = json.loads(result.stdout)["choices"]
     assert choice["serving"]["beams"] == 1
@@ -200,11 +201,11 @@ def test_export_without_registration_uses_the_chosen_decoding_and_names_its_budg
     model = AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert model.generation_config.num_beams == 1  # the trial was decoded with 4
     assert "chosen for: fast, cheap." in (folder / "README.md").read_text()
-    assert not (sweep.parent.parent / "mlflow.db").exists()
+    assert not (home / "mlflow.db").exists()
     for file in (sweep / "trials" / "a" / "best").iterdir():
         file.unlink()
     (sweep / "trials" / "a" / "best").rmdir()
-    deleted = run("mini", "--within", "latency_ms=45", "--no-register", "--json")
+    deleted = invoke(home, *arguments)
     assert deleted.returncode == 0, deleted.stderr
     assert json.loads(deleted.stdout)["choices"][0]["checkpoint"] is None
     assert f"missing: it was deleted. Delete {sweep / 'trials' / 'a'} and run the sweep again" in deleted.stderr
@@ -212,6 +213,6 @@ def test_export_without_registration_uses_the_chosen_decoding_and_names_its_budg
 
 def test_exit_status_is_2_with_the_nearest_miss_when_nothing_fits(sweep: Path) -> None:
     make_trial(sweep, "a", 0, 10.0)
-    result = run("mini", "--within", "latency_ms=50", "--no-register")
+    result = invoke(sweep.parents[1], "choose", "mini", "--within", "latency_ms=50", "--no-register")
     assert result.returncode == 2
     assert "the nearest is 4-1 kd (trial 0) with latency_ms 100 (100.0% over)" in result.stderr

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from raydistill.config.space import read_space
-from tests.factories.workspace import write_corpus
+from tests.factories.workspace import invoke, write_corpus
 
 
 def run(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +43,6 @@ def test_files_are_written_once_and_the_next_commands_are_named(tmp_path):
     assert result["metric"] == "rouge2"
     assert "raydistill train my-data-teacher.yaml; raydistill sweep my-data.yaml --dry-run" in done.stderr
     assert read_space(tmp_path / "my-data.yaml").run["teacher"] == result["teacher"]
-    again = run(tmp_path, "my data", "--start")
+    again = invoke(tmp_path / "outputs", "init", "my data", "--start")
     assert again.returncode == 2
     assert "my-data.yaml, my-data-teacher.yaml: exists; replace with --force" in again.stderr

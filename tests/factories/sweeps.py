@@ -64,10 +64,16 @@ KILL_SPACE: dict[str, Any] = {
 """A space of six short trials that lacks the teacher and the data set of `workspace.make_world`."""
 
 
-def write_kill_space(folder: Path, **settings: Any) -> Path:
-    """Write a tiny teacher, a corpus and `KILL_SPACE` with further settings to a folder; return the space file."""
+def write_kill_space(folder: Path, run: Mapping[str, Any] | None = None, **settings: Any) -> Path:
+    """Write a tiny teacher, a corpus and `KILL_SPACE` with other settings to a folder; return the space file.
+
+    Args:
+        folder: The folder of all files.
+        run: Other entries of the space's `run` section.
+        settings: Other sections of the space.
+    """
     teacher, data = make_world(folder)
-    run = {**KILL_SPACE["run"], "teacher": str(teacher)}
+    run = {**KILL_SPACE["run"], **(run or {}), "teacher": str(teacher)}
     run["dataset"] = {"name": str(data), "max_source_tokens": 32, "max_target_tokens": 16, "selection_share": 0}
     path = folder / "killed.yaml"
     path.write_text(yaml.safe_dump({**KILL_SPACE, "run": run, **settings}))

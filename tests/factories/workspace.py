@@ -1,17 +1,24 @@
 """A workspace for tests of whole commands: a tiny teacher, a corpus on disk, and functions that run commands."""
 
+import importlib
+import io
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import chdir, closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
+import ray
+from huggingface_hub import constants
 
+from raydistill.cluster.start import ray_cluster
 from tests.factories.models import save_tiny, sentences
 
 
@@ -73,6 +80,57 @@ def command(home: Path, *arguments: object, timeout: float = 560, **extra: str) 
         timeout=timeout,
         check=False,
     )
+
+
+def invoke(home: Path, *arguments: object, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which has imported torch, transformers and Ray already; else as `command` does.
+
+    If this process has initialized Ray, as in `ray_for_commands` and `ray_here`, the command joins this Ray, whose
+    workers must have been started with the same home. Otherwise the command starts and ends its own. What libraries
+    write to the file descriptors is not captured. An exception that `python -m` prints with a traceback is raised.
+    Caches of this process remain: if data or checkpoints change between two commands, use `command`.
+    """
+    assert not ray.is_initialized() or os.environ["RAYDISTILL_HOME"] == str(home), "Ray's workers have another home"
+    main = importlib.import_module(f"raydistill.{arguments[0]}").main
+    argv = [f"raydistill.{arguments[0]}", *map(str, arguments[1:])]
+    out, errors, status = io.StringIO(), io.StringIO(), 0
+    with command_environment(home, **extra), redirect_stdout(out), redirect_stderr(errors):
+        try:
+            with patch.object(sys, "argv", argv):
+                main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), errors.getvalue())
+
+
+@contextmanager
+def ray_for_commands(home: Path, cpus: int | None = None, **extra: str) -> Iterator[None]:
+    """Context with a local Ray for the commands that `invoke` runs with the same `home`.
+
+    Environment variables that Ray's workers read are given here. Until the end of the context, this process has the
+    environment and the working directory of a command.
+    """
+    with command_environment(home, **extra), ray_cluster(cpus):
+        yield
+
+
+@contextmanager
+def command_environment(home: Path, **extra: str) -> Iterator[None]:
+    """Context in which this process has the environment of a command with this home, and the home's parent folder.
+
+    Environment, working directory and levels of loggers are restored afterwards. The libraries of Hugging Face read
+    their variables when they are imported, so `extra` must not contain any of them.
+    """
+    assert not [name for name in extra if name.startswith("HF_")]
+    variables = environment(RAYDISTILL_HOME=str(home), **extra)
+    levels = {name: logging.getLogger(name).level for name in list(logging.root.manager.loggerDict)}
+    offline = patch.object(constants, "HF_HUB_OFFLINE", True)
+    with patch.dict(os.environ, variables, clear=True), chdir(home.parent), offline:
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def processes_of(home: Path) -> list[psutil.Process]:

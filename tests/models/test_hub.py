@@ -25,7 +25,7 @@ from tests.factories.models import (
     lay_out_model,
     replace_by_pickle,
 )
-from tests.factories.workspace import command, corpus_rows, last_json
+from tests.factories.workspace import corpus_rows, invoke, last_json
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,16 +181,17 @@ def check_teacher_and_decoding(result: dict, teacher: Path) -> None:
     assert (result["decoding"]["beams"], result["decoding"]["length_penalty"]) == (2, 0.6)
 
 
-def test_pseudolabel_command_with_a_named_teacher_in_the_hub_cache(tiny, tmp_path):
+def test_pseudolabel_command_with_a_named_teacher_in_the_hub_cache(offline, tiny, tmp_path, monkeypatch):
     """Google's Pegasus checkpoint has pickled weights only."""
     preset = TEACHERS["pegasus"]["xsum"]
     folder = tmp_path / "pegasus"
     shutil.copytree(tiny["pegasus"], folder)
     replace_by_pickle(folder, loading.load_model(folder).state_dict())
-    lay_out_model(tmp_path / "hub", preset.hub, folder, preset.revision)
+    lay_out_model(offline, preset.hub, folder, preset.revision)
     file = write_sources(tmp_path / "texts.jsonl")
     arguments = ("pseudolabel", "--teacher", "pegasus", "--dataset", file, "--beams", 2, "--json")
-    result = last_json(command(tmp_path / "outputs", *arguments, HF_HUB_CACHE=str(tmp_path / "hub")))
+    monkeypatch.setenv("HF_HUB_CACHE", str(offline))  # for Ray's workers
+    result = last_json(invoke(tmp_path / "outputs", *arguments))
     assert result["rows"] == 12
     check_teacher_and_decoding(result, tiny["pegasus"])
 

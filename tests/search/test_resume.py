@@ -11,15 +11,14 @@ import yaml
 
 from raydistill.models.loading import load_config
 from raydistill.search import shape_latency
-from tests.factories.sweeps import mlflow_children, write_kill_space
-from tests.factories.workspace import command, environment, last_json, make_world, wait_for_ray_to_end
+from tests.factories.sweeps import KILL_SPACE, mlflow_children, write_kill_space
+from tests.factories.workspace import command, environment, invoke, last_json, make_world, wait_for_ray_to_end
 
 ROOT = Path(__file__).parents[2]
 
 
-SWEEP_UNTIL_TWO_TRIALS_ARE_FINISHED = """
+SWEEP_UNTIL_A_TRIAL_IS_FINISHED_AND_ANOTHER_RUNS = """
 import os, signal
-from raydistill.results.trial_index import trial_index
 from raydistill.search.progress import ProgressCallback
 from raydistill.sweep import main
 
@@ -27,7 +26,10 @@ on_trial_result = ProgressCallback.on_trial_result
 
 def kill_this_process(self, *arguments, **info):
     on_trial_result(self, *arguments, **info)
-    if len(trial_index(self.sweep).finished()) >= 2:
+    trials = self.sweep / "trials"
+    finished = {path.parent for path in trials.glob("*/result.json")}
+    running = {path.parent for path in trials.glob("*/metrics.jsonl")} - finished
+    if finished and running:
         os.kill(os.getpid(), signal.SIGKILL)
 
 ProgressCallback.on_trial_result = kill_this_process
@@ -41,12 +43,17 @@ def params_m(teacher: Path, size: str) -> float:
 
 
 def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
-    """SIGKILL to the driver while some trials are finished and others run (test_kills.py repeats this twenty times)."""
-    path = write_kill_space(tmp_path)
+    """SIGKILL to the driver while a trial is finished and another runs.
+
+    test_kills.py does this twenty times, with more trials and with a teacher cache.
+    """
+    training = {**KILL_SPACE["run"]["training"], "epochs": 2, "teacher_cache": "off"}
+    run = {"training": training, "student": {"size": {"choice": ["2-2", "2-1"]}}}
+    path = write_kill_space(tmp_path, run, search={"trials": 4, "sampler": "grid", "concurrent": 1})
     home = tmp_path / "outputs"
     trials = home / "sweeps" / "killed" / "trials"
     started = subprocess.Popen(
-        [sys.executable, "-c", SWEEP_UNTIL_TWO_TRIALS_ARE_FINISHED, str(path)],
+        [sys.executable, "-c", SWEEP_UNTIL_A_TRIAL_IS_FINISHED_AND_ANOTHER_RUNS, str(path)],
         env=environment(),
         cwd=home.parent,
         stdout=subprocess.DEVNULL,
@@ -56,13 +63,14 @@ def test_resume_after_sigkill_loses_and_repeats_no_trial(tmp_path):
     _, errors = started.communicate()
     assert started.returncode == -signal.SIGKILL, errors.decode()[-2000:]
     before = {p: p.stat().st_mtime_ns for p in trials.glob("*/result.json")}
-    assert 2 <= len(before) < 6
+    assert 1 <= len(before) < 4
+    assert {p.parent for p in trials.glob("*/metrics.jsonl")} > {p.parent for p in before}
     wait_for_ray_to_end(home)
-    summary = last_json(command(home, "sweep", path, "--json"))
-    assert len(summary["trials"]) == 6
+    summary = last_json(invoke(home, "sweep", path, "--json"))
+    assert len(summary["trials"]) == 4
     assert {t["status"] for t in summary["trials"]} == {"done"}
-    assert len({(t["method"], t["size"]) for t in summary["trials"]}) == 6
-    assert len({t["key"] for t in summary["trials"]}) == 6
+    assert len({(t["method"], t["size"]) for t in summary["trials"]}) == 4
+    assert len({t["key"] for t in summary["trials"]}) == 4
     assert {p: p.stat().st_mtime_ns for p in before} == before
     children = mlflow_children(home)
     assert sorted(key for key, _ in children) == sorted(t["key"] for t in summary["trials"])

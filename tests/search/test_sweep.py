@@ -8,16 +8,28 @@ import pytest
 from transformers import GenerationConfig
 
 from tests.factories.sweeps import mlflow_children
-from tests.factories.workspace import SECRETS, command, last_json
+from tests.factories.workspace import SECRETS, command, invoke, last_json, ray_for_commands
 
 ROOT = Path(__file__).parents[2]
-ROWS = {"train": 400, "validation": 40, "test": 40}
+TEACHER = {
+    "training.max_steps": 30,
+    "dataset.train_rows": 400,
+    "dataset.validation_rows": 20,
+    "dataset.test_rows": 20,
+    "decoding.max_length": 12,
+}
 SEARCH = {
+    "run.dataset.train_rows": 80,  # a batch of the label job, so that a single actor imports torch
+    "run.dataset.validation_rows": 40,
+    "run.dataset.test_rows": 20,
+    "run.decoding.max_length": 12,
     "run.training.max_steps": 3,
+    "run.training.teacher_cache": '"off"',  # test_paper_search.py has a teacher cache
+    "run.evaluation.allow_repetitive_teacher": "true",  # 30 steps are too few for other outputs
+    "search.trials": 4,
     "search.concurrent": 1,  # two actors would import torch twice
     "serving.beams": [1, 2],
     "serving.precision": ["fp32"],
-    "run.evaluation.allow_repetitive_teacher": "true",  # 30 steps are too few for other outputs
 }
 
 
@@ -36,12 +48,9 @@ def demo(tmp_path_factory):
 
 def run_demo_sweep(home, logs):
     """The home, the JSON of `train` and `sweep`, and the arguments of `sweep`; Ray logs into `logs`."""
-    rows = {f"dataset.{split}_rows": n for split, n in ROWS.items()}
-    small = set_options(**rows, **{"training.max_steps": 30})
-    teacher = command(home, "train", "demo", *small, "--json", RAY_TMPDIR=logs)
+    teacher = command(home, "train", "demo", *set_options(**TEACHER), "--json", RAY_TMPDIR=logs)
     assert "metric: rouge2 (auto: the metric of demo)" in teacher.stderr
-    settings = {**SEARCH, **{f"run.{key}": n for key, n in rows.items()}, "search.trials": 4}
-    arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *set_options(**settings)]
+    arguments = ["sweep", ROOT / "search_spaces" / "quickstart.yaml", *set_options(**SEARCH)]
     summary = command(home, *arguments, "--json", RAY_TMPDIR=logs)
     return home, last_json(teacher), last_json(summary), arguments
 
@@ -100,7 +109,7 @@ def test_a_layer_that_the_teacher_lacks_is_refused_before_anything_starts(demo):
     space = ROOT / "search_spaces" / "quickstart.yaml"
     settings = {"name": "deep", "run.student.size": "2-9", "points": "[]"}
     settings |= {"run.evaluation.allow_repetitive_teacher": "true"}
-    done = command(home, "sweep", space, *set_options(**settings))
+    done = invoke(home, "sweep", space, *set_options(**settings))
     assert done.returncode == 2
     assert "the teacher has 4 decoder layers" in done.stderr
     assert not (home / "sweeps" / "deep").exists()
@@ -109,20 +118,34 @@ def test_a_layer_that_the_teacher_lacks_is_refused_before_anything_starts(demo):
 def test_a_finished_sweep_runs_no_trial_again_and_prints_the_same_front(demo):
     home, _, summary, arguments, _ = demo
     results = {p: p.stat().st_mtime_ns for p in Path(summary["sweep"]).glob("trials/*/result.json")}
-    again = last_json(command(home, *arguments, "--json"))
+    again = last_json(invoke(home, *arguments, "--json"))
     assert again["front"] == summary["front"]
     assert {p: p.stat().st_mtime_ns for p in results} == results
     assert len(mlflow_children(home)) == 4
 
 
-def test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command(demo):
+def test_another_space_under_the_same_name_is_refused(demo):
+    home, _, _, arguments, _ = demo
+    refused = invoke(home, *arguments, "--set", "run.training.batch_size=16")
+    assert refused.returncode == 2
+    assert "started with another run" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def ray_in_this_process(demo):
+    """A Ray for further commands on the sweep, which serve finalists in the same worker process."""
+    with ray_for_commands(demo[0]):
+        yield
+
+
+def test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command(demo, ray_in_this_process):
     """All trials are finished, as after a kill while finalists are served; the command adds a number of beams."""
     home, _, summary, arguments, _ = demo
     sweep = Path(summary["sweep"])
     results = {p: p.stat().st_mtime_ns for p in sweep.glob("trials/*/result.json")}
     for path in [*sweep.rglob("served.json"), sweep / "serving_latency.json"]:
         path.unlink()
-    again = last_json(command(home, *arguments, "--set", "serving.beams=[1,2,3]", "--json"))
+    again = last_json(invoke(home, *arguments, "--set", "serving.beams=[1,2,3]", "--json"))
     before, after = ({(f["key"], *f["serving"].values()) for f in entry["finalists"]} for entry in (summary, again))
     assert before < after
     assert {beams for _, beams, *_ in after - before} == {3}
@@ -131,13 +154,13 @@ def test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command(demo
     assert json.loads((sweep / "sweep.json").read_text())["status"] == "finished"
 
 
-def test_more_trials_under_the_same_name_are_added(demo):
+def test_more_trials_under_the_same_name_are_added(demo, ray_in_this_process):
     """Also with a smaller micro-batch, as after a lack of memory, since that setting does not change results."""
     home, _, summary, arguments, _ = demo
     before = {p: p.stat().st_mtime_ns for p in Path(summary["sweep"]).glob("trials/*/result.json")}
     assert len(before) == 4
     smaller = ["--set", "run.training.micro_tokens=4096"]
-    more = last_json(command(home, *arguments, "--set", "search.trials=5", *smaller, "--json"))
+    more = last_json(invoke(home, *arguments, "--set", "search.trials=5", *smaller, "--json"))
     assert len(more["trials"]) == 5
     assert {t["key"] for t in summary["trials"]} < {t["key"] for t in more["trials"]}
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -146,16 +169,9 @@ def test_more_trials_under_the_same_name_are_added(demo):
     assert added["params"] not in [t["params"] for t in summary["trials"]]
 
 
-def test_another_space_under_the_same_name_is_refused(demo):
-    home, _, _, arguments, _ = demo
-    refused = command(home, *arguments, "--set", "run.training.batch_size=16")
-    assert refused.returncode == 2
-    assert "started with another run" in refused.stderr
-
-
-def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, tmp_path):
+def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, ray_in_this_process, tmp_path):
     home, _, summary, *_ = demo
-    [best] = last_json(command(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
+    [best] = last_json(invoke(home, "choose", "quickstart", "--within", "params_m=100", "--json"))["choices"]
     served = json.loads((Path(summary["sweep"]) / "trials" / best["key"] / "served.json").read_text())["entries"]
     assert best["score"] in [entry["metrics"]["rouge2"] for entry in served if entry["config"] == best["serving"]]
     assert best["costs"]["params_m"] <= 100
@@ -166,7 +182,7 @@ def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, t
     scored = last_json(command(home, "evaluate", checkpoint, "--rows", "20", "--json"))
     only = scored["checkpoints"][str(checkpoint)]
     assert 0 <= only["metrics"]["rouge2"] <= 100
-    paired = last_json(command(home, "evaluate", checkpoint, "demo", "--dataset", "demo", "--rows", "20", "--json"))
+    paired = last_json(invoke(home, "evaluate", checkpoint, "demo", "--dataset", "demo", "--rows", "20", "--json"))
     assert paired["comparison"]["low"] <= paired["comparison"]["difference"] <= paired["comparison"]["high"]
     output = tmp_path / "made"
     shrunk = last_json(
@@ -174,19 +190,7 @@ def test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep(demo, t
     )
     assert shrunk["copied"]["decoder"] == [1, 3]
     assert (output / "model.safetensors").is_file()
-    labels = last_json(
-        command(
-            home,
-            "pseudolabel",
-            "--teacher",
-            "demo",
-            "--split",
-            "test",
-            "--output",
-            tmp_path / "l",
-            "--allow-repetitive",
-            "--json",
-        )
-    )
-    assert labels["rows"] == 400
+    arguments = ["--teacher", "demo", "--split", "test", "--rows", "60", "--output", tmp_path / "l"]
+    labels = last_json(invoke(home, "pseudolabel", *arguments, "--allow-repetitive", "--json"))
+    assert labels["rows"] == 60
     assert labels["quality"]["rouge2"] >= 0
