@@ -43,23 +43,13 @@ LONG_TESTS = {
     "test_a_job_whose_driver_was_killed_labels_every_row_once": (
         "the command is killed, resumes, and is compared with a command that was not killed"
     ),
-    "test_complete_set_is_reused_and_other_precision_or_rules_give_another_set": "label sets of two precisions",
-    "test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_refused": "label sets of two teachers",
-    "test_truncated_batch_is_labelled_again": "the job finds damaged outputs itself",
-    "test_cache_mode_of_an_interrupted_build_is_kept_by_the_next_command": (
-        "a build of the teacher cache is interrupted and resumed"
-    ),
-    "test_auto_mode_follows_the_measured_times": "the times are measured by the job",
     "test_job_builds_the_parts_of_a_build_in_one_process_and_only_missing_ones": (
-        "the job on several actors builds the bytes of a build in one process"
+        "the job in an actor builds the bytes of a build in this process"
     ),
-    "test_a_killed_worker_is_restarted_and_resumes_from_its_checkpoint": "Ray Train restarts a worker",
     "test_a_trial_is_retried_as_often_as_the_space_says": "Tune's retries, with each launcher",
     "test_a_trial_without_a_cost_fails_and_a_deleted_trial_is_run_again": "Tune's own resume",
     "test_both_launchers_give_the_same_losses": "a run in each launcher",
     "test_only_transient_errors_are_retried": "Ray Train's retries",
-    "test_two_data_parallel_workers_equal_one_with_the_same_global_batch": "two real workers average their gradients",
-    "test_workers_listen_on_loopback_and_a_single_worker_has_no_process_group": "the sockets of real workers",
     "test_a_decision_to_stop_is_kept_when_another_machine_finishes_the_run": "a run on two machines with a storage",
     "test_a_worker_that_was_cut_off_changes_nothing_that_its_successor_wrote": "two processes write the same run",
     "test_workers_on_two_machines_train_the_same_random_start": "workers without a shared folder",
@@ -152,14 +142,14 @@ def browser(tmp_path: Path) -> Generator[Any, None, None]:
 
 
 @pytest.fixture(scope="module")
-def ray_here(tmp_path_factory):
-    """A local Ray of two CPUs and an empty RAYDISTILL_HOME, shared by the tests of a file.
+def ray_here(request, tmp_path_factory):
+    """A local Ray of two CPUs, or of RAY_CPUS of the file, and an empty RAYDISTILL_HOME, shared by the tests of a file.
 
     The environment is restored afterwards, since further files run in this process.
     """
     environment = dict(os.environ)
     os.environ["RAYDISTILL_HOME"] = str(tmp_path_factory.mktemp("home"))
-    with ray_cluster(cpus=2):
+    with ray_cluster(cpus=getattr(request.module, "RAY_CPUS", 2)):
         yield
     os.environ.clear()
     os.environ.update(environment)

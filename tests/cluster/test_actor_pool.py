@@ -3,10 +3,14 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 
-from raydistill.cluster.actor_pool import max_actors, run_batches, slots
+from raydistill.cluster import actor_pool
+from raydistill.cluster.actor_pool import _make_actor_class, max_actors, run_batches, slots
 from raydistill.core.errors import UserError
+
+RAY_CPUS = 1
 
 
 def test_slots_are_counted_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,14 +55,34 @@ def test_error_while_an_actor_starts_stops_the_job_with_the_cause(ray_here):
         run_batches(range(2), make_function, device="cpu", on_done=lambda facts: None)
 
 
-def test_batch_that_kills_its_actor_every_time_stops_the_job_with_a_remedy(ray_here):
+@pytest.mark.parametrize("error", [UserError("the teacher changed"), OSError("the teacher changed")])
+def test_user_error_while_an_actor_starts_is_the_result_of_its_batches(error):
+    """`run_batches` raises the message as a UserError."""
+
+    def make_function():
+        raise error
+
+    actor = _make_actor_class(make_function)()
+    assert actor({"batch": np.array([3])}) == {
+        "batch": np.array([3]),
+        "error_message": np.array(["the teacher changed"]),
+    }
+
+
+def test_batch_that_kills_its_actor_every_time_stops_the_job_with_a_remedy(ray_here, tmp_path, monkeypatch):
+    attempts = tmp_path / "attempts"
+
     def make_function():
         def run_batch(number):
             if number == 1:
+                with attempts.open("a") as file:
+                    file.write("attempt\n")
                 os.kill(os.getpid(), signal.SIGKILL)
             return {"rows": 1.0}
 
         return run_batch
 
+    monkeypatch.setattr(actor_pool, "MAX_TASK_RETRIES", 2)  # each attempt starts a process
     with pytest.raises(ConnectionError, match=r"lost and could not be restarted .* Run the same command again"):
         run_batches(range(2), make_function, device="cpu", on_done=lambda facts: None)
+    assert len(attempts.read_text().splitlines()) == 1 + 2

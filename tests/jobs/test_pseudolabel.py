@@ -28,10 +28,13 @@ from raydistill.jobs.pseudolabel import LabelJob, Labeller, LabelTask, _label_se
 from raydistill.label_sets.batch_plan import BatchPlan
 from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_manifest
 from tests.factories.engines import has_avx512
+from tests.factories.local_jobs import local_jobs
 from tests.factories.models import save_tiny
 from tests.factories.workspace import command, corpus_rows, environment, last_json, processes_of, wait_for_ray_to_end
 
 DECODING = Decoding(beams=2, max_length=12)
+KILLED_ROWS = 70  # three batches of `KilledCommand`
+RAY_CPUS = 1  # with several CPUs a job starts several teachers, and each imports torch and transformers
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,29 @@ def teacher_and_data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def label_set(ray_here, teacher_and_data, tmp_path_factory):
-    """The label set of `make_job` without changes."""
-    return pseudolabel(make_job(teacher_and_data), tmp_path_factory.mktemp("labels"), verbose=False)
+def home(tmp_path_factory):
+    """The home of the jobs in this process, which share their conversions of the teacher."""
+    return tmp_path_factory.mktemp("local_home")
+
+
+@pytest.fixture(scope="module")
+def label_set(home, teacher_and_data, tmp_path_factory):
+    """The label set of `make_job` without changes, in a folder without other sets."""
+    with local_jobs(home):
+        return pseudolabel(make_job(teacher_and_data), tmp_path_factory.mktemp("labels"), verbose=False)
+
+
+@pytest.fixture
+def labelled_here(home):
+    """The jobs of a test run in this process, without Ray."""
+    with local_jobs(home):
+        yield
+
+
+@pytest.fixture
+def label_root(label_set, tmp_path):
+    """A folder that contains a copy of the label set of `make_job`."""
+    return shutil.copytree(label_set.parent, tmp_path / "labels")
 
 
 def make_job(teacher_and_data, **changes):
@@ -60,7 +83,12 @@ def make_job(teacher_and_data, **changes):
     )
 
 
-def test_every_row_of_every_shard_has_the_candidates_of_the_engine(ray_here, teacher_and_data, tmp_path):
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a label set: one for each candidate of each row."""
+    return [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
+
+
+def test_every_row_of_every_shard_has_the_candidates_of_the_engine(labelled_here, teacher_and_data, tmp_path):
     root, rows = teacher_and_data
     folder = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(n_best=2)), tmp_path, verbose=False)
     candidates_by_id = dict(read_candidates(folder))
@@ -74,40 +102,47 @@ def test_every_row_of_every_shard_has_the_candidates_of_the_engine(ray_here, tea
     manifest = read_pseudolabel_manifest(folder)
     assert (manifest.rows, manifest.engine, manifest.n_best) == (60, "ctranslate2 fp32", 2)
     assert manifest.device_hours > 0
-    lines = [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
+    lines = read_lines(folder)
     assert len({(line["id"], line["rank"]) for line in lines}) == len(lines) == 120
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, f".{folder.name}.lock", "c"}
     assert list((raydistill_home() / "cache" / "ctranslate2").glob("*/model.bin"))
 
 
-def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(teacher_and_data, label_set):
-    root = label_set.parent
-    before = {p: p.stat().st_mtime_ns for p in label_set.iterdir()}
-    assert pseudolabel(make_job(teacher_and_data), root, verbose=False) == label_set
-    assert {p: p.stat().st_mtime_ns for p in label_set.iterdir()} == before
-    eight = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(precision="int8")), root, verbose=False)
+def test_complete_set_is_reused_and_other_precision_or_rules_give_another_set(
+    labelled_here, teacher_and_data, label_set, label_root
+):
+    folder = label_root / label_set.name
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert pseudolabel(make_job(teacher_and_data), label_root, verbose=False) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    eight = pseudolabel(make_job(teacher_and_data, pseudo=PseudoLabeling(precision="int8")), label_root, verbose=False)
     # Without AVX512, int8 products of this teacher saturate and its conversion fails the check against transformers.
     expected = "ctranslate2 int8" if has_avx512() else "transformers fp32"
     assert read_pseudolabel_manifest(eight).engine == expected
     curated = pseudolabel(
-        make_job(teacher_and_data, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))), root, verbose=False
+        make_job(teacher_and_data, pseudo=PseudoLabeling(curation=Curation(max_copy_rate=0.9))),
+        label_root,
+        verbose=False,
     )
-    assert len({label_set, eight, curated}) == 3
-    assert read_pseudolabel_manifest(curated).source_label_set == label_set.name
+    assert len({folder, eight, curated}) == 3
+    assert read_pseudolabel_manifest(curated).source_label_set == folder.name
 
 
-def test_reverse_model_of_a_job_is_read_by_a_worker_in_another_folder(teacher_and_data, label_set, monkeypatch):
+def test_reverse_model_of_a_job_is_read_by_a_worker_in_another_folder(
+    ray_here, teacher_and_data, label_root, monkeypatch
+):
     """The path is relative to the folder of the command. The limit is so high that only empty labels are dropped."""
     monkeypatch.chdir(teacher_and_data[0])
     curation = Curation(reverse_model="teacher", max_reverse_loss=1000)
     job = make_job(teacher_and_data, pseudo=PseudoLabeling(curation=curation))
-    manifest = read_pseudolabel_manifest(pseudolabel(job, label_set.parent, verbose=False))
-    assert manifest.source_label_set == label_set.name
+    [complete] = label_root.glob("*/manifest.json")
+    manifest = read_pseudolabel_manifest(pseudolabel(job, label_root, verbose=False))
+    assert manifest.source_label_set == complete.parent.name
     assert manifest.rows + manifest.dropped.get("empty", 0) == 60
 
 
 def test_other_teacher_settings_give_another_set_and_a_change_during_a_job_is_refused(
-    ray_here, teacher_and_data, tmp_path
+    labelled_here, teacher_and_data, tmp_path
 ):
     root, _ = teacher_and_data
     teacher = tmp_path / "teacher"
@@ -140,7 +175,7 @@ def test_label_set_is_named_after_its_data():
     assert {name: _slug(name) for name in names} == names
 
 
-def test_truncated_batch_is_labelled_again(teacher_and_data, label_set, tmp_path, monkeypatch):
+def test_truncated_batch_is_labelled_again(labelled_here, teacher_and_data, label_set, tmp_path, monkeypatch):
     expected = list(read_candidates(label_set))
 
     def interrupt(*_):
@@ -160,11 +195,13 @@ def test_truncated_batch_is_labelled_again(teacher_and_data, label_set, tmp_path
 
 
 def test_more_threads_than_a_machine_has_are_refused(ray_here, teacher_and_data, tmp_path):
-    with pytest.raises(UserError, match="no machine of the cluster has 3 CPUs for a teacher"):
-        pseudolabel(make_job(teacher_and_data, threads=3), tmp_path, verbose=False)
+    with pytest.raises(UserError, match="no machine of the cluster has 2 CPUs for a teacher"):
+        pseudolabel(make_job(teacher_and_data, threads=RAY_CPUS + 1), tmp_path, verbose=False)
 
 
-def test_model_that_ctranslate2_cannot_run_is_labelled_by_transformers_or_refused(ray_here, teacher_and_data, tmp_path):
+def test_model_that_ctranslate2_cannot_run_is_labelled_by_transformers_or_refused(
+    labelled_here, teacher_and_data, tmp_path
+):
     root, _ = teacher_and_data
     teacher = save_tiny("marian", tmp_path / "marian", marian_padding_row=0.5)
     job = LabelJob(str(teacher), Dataset(name=str(root / "data"), train_rows=4), decoding=DECODING)
@@ -187,6 +224,14 @@ class KilledCommand:
         save_tiny("bart", root / "teacher", dropout=0.0)
         lines = "".join(json.dumps(row) + "\n" for row in corpus_rows(rows))
         (root / "train.jsonl").write_text(lines)
+        self.job = LabelJob(
+            str(root / "teacher"),
+            Dataset(name=str(root / "train.jsonl")),
+            decoding=Decoding(beams=2),
+            engine="transformers",
+            pseudo=PseudoLabeling(n_best=2),
+            batch_chars=3000,
+        )
         self.arguments = ["--teacher", root / "teacher", "--dataset", root / "train.jsonl", "--beams", "2"]
         self.arguments += ["--engine", "transformers", "--batch-chars", "3000", "--n-best", "2"]
         self.finished_batches: dict[Path, int] = {}
@@ -217,7 +262,7 @@ class KilledCommand:
 
     def labels(self) -> list[dict]:
         [folder] = [path.parent for path in self.home.glob("labels/*/manifest.json")]
-        return [row for part in sorted(folder.glob("part-*")) for row in pq.read_table(part).to_pylist()]
+        return read_lines(folder)
 
 
 def kill_driver(job: KilledCommand, running: subprocess.Popen) -> subprocess.Popen:
@@ -265,29 +310,30 @@ def kill_and_resume(tmp_path: Path, rows: int, kills: int, seed: int) -> dict[st
         else:
             continue
         counts["with_parts"] += parts
-    lines = finished_labels(job, running, tmp_path / "whole", rows)
-    return {**counts, "rows": rows, "lines": len(lines)}
-
-
-def finished_labels(job: KilledCommand, running: subprocess.Popen, whole_root: Path, rows: int) -> list[dict]:
-    """The labels of a job that was killed, after its last command: those of an uninterrupted job."""
     _, errors = running.communicate(timeout=560)
     assert running.returncode == 0, errors.decode()[-2000:]
-    lines = job.labels()
-    whole = KilledCommand(whole_root, rows)
+    whole = KilledCommand(tmp_path / "whole", rows)
     last_json(command(whole.home, "pseudolabel", *whole.arguments, "--json"))
-    expected = whole.labels()
+    check_labels(job.labels(), whole.labels(), rows)
+    return {**counts, "rows": rows, "lines": len(job.labels())}
+
+
+def check_labels(lines: list[dict], expected: list[dict], rows: int) -> None:
+    """Assert that the labels of a job that was killed are those of an uninterrupted job."""
     keys = [(row["id"], row["rank"]) for row in lines]
     assert len(set(keys)) == len(keys) == 2 * rows
     assert keys == [(row["id"], row["rank"]) for row in expected]
     assert [row["target"] for row in lines] == [row["target"] for row in expected]
     assert [row["score"] for row in lines] == pytest.approx([row["score"] for row in expected], abs=1e-5)
-    return lines
 
 
+# The third batch waits in an actor until the driver is killed.
 LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED = """
-import os, signal
+import os, signal, time
+from functools import partial
+from pathlib import Path
 from raydistill.core.console import ProgressBar
+from raydistill.jobs import pseudolabel
 from raydistill.pseudolabel import main
 
 finished = []
@@ -297,20 +343,46 @@ def kill_this_process(self, *arguments):
     if len(finished) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
+def open_engine_for_two_batches(*arguments, **options):
+    from raydistill.inference.engines import open_engine
+
+    engine = open_engine(*arguments, **options)
+    generate = engine.generate
+
+    def generate_or_wait(*arguments, **options):
+        for name in ("first", "second"):
+            try:
+                (Path(os.environ["RAYDISTILL_HOME"]) / name).mkdir()
+                return generate(*arguments, **options)
+            except FileExistsError:
+                pass
+        time.sleep(3600)
+
+    engine.generate = generate_or_wait
+    return engine
+
 ProgressBar.advance = kill_this_process
+pseudolabel.pseudolabel = partial(pseudolabel.pseudolabel, engine_factory=open_engine_for_two_batches)
 main()
 """
 
 
-def test_a_job_whose_driver_was_killed_labels_every_row_once(tmp_path):
-    job = KilledCommand(tmp_path / "killed", rows=200)
+def test_a_job_whose_driver_was_killed_labels_every_row_once(home, tmp_path):
+    """The driver is killed while an actor labels the last of three batches. The same command labels only this batch."""
+    job = KilledCommand(tmp_path / "killed", KILLED_ROWS)
     running = job.start(("-c", LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED))
     _, errors = running.communicate()
     assert running.returncode == -signal.SIGKILL, errors.decode()[-2000:]
     wait_for_ray_to_end(job.home)
     job.check_untouched()
-    assert len(job.finished_batches) >= 2
-    finished_labels(job, job.start(), tmp_path / "whole", 200)
+    assert len(job.finished_batches) == 2
+    running = job.start()
+    _, errors = running.communicate(timeout=560)
+    assert running.returncode == 0, errors.decode()[-2000:]
+    assert "resuming, 2 of 3 batches finished" in errors.decode()
+    with local_jobs(home):
+        whole = pseudolabel(job.job, tmp_path / "whole", verbose=False)
+    check_labels(job.labels(), read_lines(whole), KILLED_ROWS)
 
 
 def open_engine_of_a_killed_worker(marker: Path, *arguments: Any, **options: Any) -> Engine:
@@ -328,7 +400,7 @@ def open_engine_of_a_killed_worker(marker: Path, *arguments: Any, **options: Any
     return engine
 
 
-def test_the_batch_of_a_killed_worker_is_labelled_by_its_successor(teacher_and_data, label_set, tmp_path):
+def test_the_batch_of_a_killed_worker_is_labelled_by_its_successor(ray_here, teacher_and_data, label_set, tmp_path):
     marker = tmp_path / "killed"
     factory = partial(open_engine_of_a_killed_worker, marker)
     folder = pseudolabel(make_job(teacher_and_data), tmp_path / "labels", verbose=False, engine_factory=factory)

@@ -13,17 +13,19 @@ from raydistill.label_sets.label_set import read_candidates, read_pseudolabel_ma
 from raydistill.teacher_cache import store
 from raydistill.training.inputs import EXTRA_SOURCES, extra_labels
 from tests.factories.data_files import write_jsonl
+from tests.factories.local_jobs import local_jobs
 from tests.factories.models import sentences
 from tests.factories.teacher_cache import cached_run
 from tests.factories.workspace import make_world
 
 
 @pytest.fixture(scope="module")
-def workspace(ray_here, tmp_path_factory):
-    """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
+def workspace(tmp_path_factory):
+    """A folder with a tiny teacher and a corpus, and a home in which jobs run in this process."""
     root = tmp_path_factory.mktemp("workspace")
     make_world(root)
-    return root
+    with local_jobs(root / "home"):
+        yield root
 
 
 def test_cache_mode_of_an_interrupted_build_is_kept_by_the_next_command(workspace, tmp_path, monkeypatch):

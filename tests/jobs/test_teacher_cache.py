@@ -17,14 +17,17 @@ from raydistill.teacher_cache.builder import build_cache
 from raydistill.teacher_cache.policy import EpochTimes
 from raydistill.training.inputs import RunInputs
 from raydistill.training.run import train
+from tests.factories.local_jobs import local_jobs
 from tests.factories.sweeps import sweep_teacher
 from tests.factories.teacher_cache import cached_run
 from tests.factories.workspace import make_world
 
+RAY_CPUS = 1
+
 
 @pytest.fixture(scope="module")
 def workspace(ray_here, tmp_path_factory):
-    """A folder with a tiny teacher and a corpus, and a Ray cluster of two CPUs."""
+    """A folder with a tiny teacher and a corpus, and a Ray cluster."""
     root = tmp_path_factory.mktemp("workspace")
     make_world(root)
     return root
@@ -38,9 +41,10 @@ def test_job_builds_the_parts_of_a_build_in_one_process_and_only_missing_ones(wo
     runs = [cached_run(workspace, method, teacher_cache="full") for method in ("kd", "sft")]
     root = tmp_path / "cache"
     job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding, allow_repetitive=True)
-    labels = pseudolabel(job, tmp_path / "labels", verbose=False)
+    with local_jobs(tmp_path):
+        labels = pseudolabel(job, tmp_path / "labels", verbose=False)
+        build_teacher_cache(CacheRequest(runs[1:], {}, root, "cpu"), "full")  # encoder states only
     assert len(list((tmp_path / "labels").glob("*/manifest.json"))) == 1
-    build_teacher_cache(CacheRequest(runs[1:], {}, root, "cpu"), "full")  # encoder states only
     encoder_parts = read_parts(root)
     assert {path.parent.name for path in encoder_parts} == {"states"}
     assert [path.parent.name for path in root.rglob("manifest.json")] == ["states"]
@@ -93,7 +97,8 @@ def test_compute_dtype_of_workers_decides_the_store_on_a_machine_without_a_gpu(w
 def test_auto_mode_follows_the_measured_times(workspace, tmp_path, monkeypatch):
     run = cached_run(workspace, "sft")
     request = CacheRequest([run], {}, tmp_path / "cache", "cpu")
-    assert resolve_cache_mode(request, 1.0)[0] == "off"  # with real times: building for one epoch never pays
+    with local_jobs(tmp_path):  # with real times: building for one epoch never pays
+        assert resolve_cache_mode(request, 1.0)[0] == "off"
     cheap_reads = EpochTimes(encoder=10.0, decoder=4.0, read_encoder=1.0, read_decoder=1.0)
     kd = cached_run(workspace, "kd").model_copy(update={"labels": "original"})
     for times, auto_run, expected_mode, expected_reason in [
