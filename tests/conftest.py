@@ -57,6 +57,7 @@ LONG_TESTS = {
     "test_the_papers_kd_search_runs_unchanged_to_a_registered_choice": "the README's example from start to end",
     "test_resume_after_sigkill_loses_and_repeats_no_trial": "a killed sweep resumes",
     "test_choose_evaluate_shrink_and_pseudolabel_work_on_a_finished_sweep": "the commands after a sweep",
+    "test_a_sweep_is_served_once_and_timed_again_as_a_whole": "the whole serving step on real models, without Ray",
     "test_finalists_that_a_kill_left_unserved_are_served_by_the_same_command": (
         "a sweep that was killed after its last trial"
     ),
