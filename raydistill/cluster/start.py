@@ -39,7 +39,7 @@ ENV_DEFAULTS = {
     # in its heap (figures in docs/log.md).
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "MALLOC_MMAP_THRESHOLD_": "4194304",
-    # Idle OpenMP threads sleep instead of spinning: beside another busy process, two spinning threads need three times
+    # Idle OpenMP threads sleep instead of spinning: next to a busy process, two spinning threads need three times
     # as long as one thread (figures in docs/log.md).
     "OMP_WAIT_POLICY": "PASSIVE",
     "MLFLOW_DISABLE_TELEMETRY": "true",
