@@ -328,20 +328,12 @@ def check_labels(lines: list[dict], expected: list[dict], rows: int) -> None:
 
 
 # The third batch waits in an actor until the driver is killed.
-LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED = """
-import os, signal, time
+LABEL_TWO_BATCHES_AND_WAIT = """
+import os, time
 from functools import partial
 from pathlib import Path
-from raydistill.core.console import ProgressBar
 from raydistill.jobs import pseudolabel
 from raydistill.pseudolabel import main
-
-finished = []
-
-def kill_this_process(self, *arguments):
-    finished.append(arguments)
-    if len(finished) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 def open_engine_for_two_batches(*arguments, **options):
     from raydistill.inference.engines import open_engine
@@ -361,7 +353,6 @@ def open_engine_for_two_batches(*arguments, **options):
     engine.generate = generate_or_wait
     return engine
 
-ProgressBar.advance = kill_this_process
 pseudolabel.pseudolabel = partial(pseudolabel.pseudolabel, engine_factory=open_engine_for_two_batches)
 main()
 """
@@ -370,13 +361,12 @@ main()
 def test_a_job_whose_driver_was_killed_labels_every_row_once(home, tmp_path):
     """The driver is killed while an actor labels the last of three batches. The same command labels only this batch."""
     job = KilledCommand(tmp_path / "killed", KILLED_ROWS)
-    running = job.start(("-c", LABEL_UNTIL_TWO_BATCHES_ARE_FINISHED))
-    _, errors = running.communicate()
-    assert running.returncode == -signal.SIGKILL, errors.decode()[-2000:]
-    wait_for_ray_to_end(job.home)
-    job.check_untouched()
+    running = job.start(("-c", LABEL_TWO_BATCHES_AND_WAIT))
+    while len(job.outputs()) < 2:
+        assert running.poll() is None, running.stderr and running.stderr.read().decode()[-2000:]
+        time.sleep(0.1)
+    running = kill_driver(job, running)
     assert len(job.finished_batches) == 2
-    running = job.start()
     _, errors = running.communicate(timeout=560)
     assert running.returncode == 0, errors.decode()[-2000:]
     assert "resuming, 2 of 3 batches finished" in errors.decode()
