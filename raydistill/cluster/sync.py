@@ -146,7 +146,7 @@ class Storage:
         files = {name: self.path_of(name) for name in sizes if not names or name.rpartition("/")[2] in names}
         missing = [
             name
-            for name, file in files.items()
+            for name, file in sorted(files.items())
             if is_synced(file, self.home) and not (file.is_file() and file.stat().st_size == sizes[name])
         ]
         markers_last(lambda name: self.download(name, files[name]), missing)

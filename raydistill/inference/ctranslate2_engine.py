@@ -175,6 +175,7 @@ def search_options(beam: BeamSearchParams, generation_config: GenerationConfig, 
     The lengths of generate() include the start token and, if the last token is forced to be the end token, that.
     """
     uncounted = 1 if generation_config.forced_eos_token_id is None else 2
+    max_tokens = max(1, beam.max_length - uncounted)
     return {
         "beam_size": beam.beams,
         # Without early stopping, generate() continues while a running beam can still win. Of 4,000 outputs, 96 % were
@@ -182,8 +183,8 @@ def search_options(beam: BeamSearchParams, generation_config: GenerationConfig, 
         "patience": 1 if beam.early_stopping or beam.beams == 1 else 1.5,
         "length_penalty": beam.length_penalty,
         "no_repeat_ngram_size": beam.no_repeat_ngram,
-        "min_decoding_length": max(0, beam.min_length - 1),
-        "max_decoding_length": max(1, beam.max_length - uncounted),
+        "min_decoding_length": min(max(0, beam.min_length - 1), max_tokens),
+        "max_decoding_length": max_tokens,
         "max_input_length": 0,
         "use_vmap": use_map,
     }

@@ -156,6 +156,16 @@ def test_calibration_with_outputs_up_to_the_last_position(tmp_path):
     )
 
 
+def test_minimum_length_may_equal_the_maximum_with_a_forced_end_token(tiny):
+    """As for a `max_length` below the teacher's own minimum. BART forces the last of `max_length` tokens."""
+    beam = replace(GREEDY, min_length=6, max_length=6, forced_bos_token_id=0)
+    options = EngineOptions(cache_dir=tiny["cache"], allow_fallback=False)
+    engines = [open_engine(tiny["bart"], name, options) for name in ("transformers", "ctranslate2")]
+    assert engines[1].generation_config.forced_eos_token_id is not None
+    first, second = (first_texts(engine.generate(TEXTS, beam, max_source_tokens=50)) for engine in engines)
+    assert first == second
+
+
 @pytest.mark.parametrize("engine_name", ["ctranslate2", "transformers"])
 def test_requested_prefix_comes_before_every_source(engine_name, tiny):
     options = EngineOptions(cache_dir=tiny["cache"], source_prefix="the city council ", allow_fallback=False)

@@ -39,7 +39,7 @@ def read_parts(root):
 
 def test_job_builds_the_parts_of_a_build_in_one_process_and_only_missing_ones(workspace, tmp_path):
     runs = [cached_run(workspace, method, teacher_cache="full") for method in ("kd", "sft")]
-    root = tmp_path / "cache"
+    root = tmp_path / "store"
     job = LabelJob(runs[0].teacher, runs[0].dataset, decoding=runs[0].decoding, allow_repetitive=True)
     with local_jobs(tmp_path):
         labels = pseudolabel(job, tmp_path / "labels", verbose=False)
