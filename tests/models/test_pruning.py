@@ -96,8 +96,8 @@ def test_the_order_of_units_does_not_change_the_function(teacher):
         next(p for n, p in student.named_parameters() if "fc1" in n or ".wi" in n),
         next(p for n, p in teacher.named_parameters() if "fc1" in n or ".wi" in n),
     )
-    # Logits of about 10, whose sums are taken in another order: differences of up to 2e-4 were seen.
-    assert torch.allclose(logits(student), logits(teacher), atol=1e-3)
+    # In double precision: in fp32, sums that are taken in another order change logits of about 10 by up to 2e-4.
+    assert torch.allclose(logits(student.double()), logits(teacher.double()), atol=1e-4)
 
 
 def test_a_pruned_student_computes_the_teacher_without_the_outputs_of_the_removed_units(teacher):
