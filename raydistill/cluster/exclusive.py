@@ -1,11 +1,35 @@
 """Exclusive Ray tasks: latency measurements, and work that needs every core of a machine."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from raydistill.cluster import snapshots, sync
+from raydistill.core.console import print_progress, progress_to
 from raydistill.core.files import write_atomic
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `run_exclusive`, as its task receives it."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    device: str
+    threads: int
+    input_paths: list[Path]
+    output_paths: list[Path]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The result of the function, and the contents of its output files if the machines share no folder."""
+
+    result: Any
+    outputs: dict[Path, bytes]
 
 
 def run_exclusive(
@@ -20,7 +44,8 @@ def run_exclusive(
 
     On a CPU the task reserves every core of its machine. On a GPU it reserves one GPU and one core; other GPUs and
     cores of the machine stay available. Processes outside the cluster are not affected (see `BackgroundLoad`).
-    While the machine is available, all exclusive tasks run on it, so that their timings are comparable.
+    While the machine is available, all exclusive tasks run on it, so that their timings are comparable. Lines that the
+    function prints with `print_progress` appear in the output of this process.
 
     Args:
         function: A function that can be pickled.
@@ -43,28 +68,34 @@ def run_exclusive(
         "num_gpus": 1 if device == "cuda" else 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
     }
-    task = ray.remote(**options)(_run_with_threads)
-    input_paths, output_paths = list(input_paths), list(output_paths)
-    snapshots.save(*input_paths)
-    threads = min(threads or cpus, cpus)
-    result, outputs = ray.get(task.remote(function, args, device, threads, input_paths, output_paths))
-    for path, content in outputs.items():
+    call = _Call(function, args, device, min(threads or cpus, cpus), list(input_paths), list(output_paths))
+    snapshots.save(*call.input_paths)
+    for reference in ray.remote(**options)(_report_and_run).remote(call):
+        item = ray.get(reference)
+        if isinstance(item, _Outcome):
+            break
+        print_progress(item)
+    for path, content in item.outputs.items():
         write_atomic(path, content)
-    return result
+    return item.result
 
 
-def _run_with_threads(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    device: str,
-    threads: int,
-    input_paths: list[Path],
-    output_paths: list[Path],
-) -> tuple[Any, dict[Path, bytes]]:
-    """The result of the function, and the contents of its output files if the machines share no folder."""
+def _report_and_run(call: _Call) -> Iterator[str | _Outcome]:
+    """Lines of progress while the function runs in a thread, then the outcome."""
+    lines: SimpleQueue[str | None] = SimpleQueue()
+    with progress_to(lines.put), ThreadPoolExecutor(1) as executor:
+        future = executor.submit(_run, call)
+        future.add_done_callback(lambda _: lines.put(None))
+        while (line := lines.get()) is not None:
+            yield line
+        yield future.result()
+
+
+def _run(call: _Call) -> _Outcome:
     from raydistill.training.workers import set_torch_threads
 
-    set_torch_threads(threads)
-    snapshots.pull(*input_paths)
-    result = function(*args, device, threads)
-    return result, {path: path.read_bytes() for path in output_paths} if sync.open_storage() else {}
+    set_torch_threads(call.threads)  # in the thread that computes: OpenMP keeps the number by thread
+    snapshots.pull(*call.input_paths)
+    result = call.function(*call.args, call.device, call.threads)
+    outputs = {path: path.read_bytes() for path in call.output_paths} if sync.open_storage() else {}
+    return _Outcome(result, outputs)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raydistill.config.run import Decoding
 from raydistill.config.serving import ThroughputSetting
+from raydistill.core.console import ProgressBar
 from raydistill.core.errors import UserError
 from raydistill.inference.shortlist import Shortlist
 from raydistill.models import families, tokenization
@@ -195,14 +196,19 @@ def generate_longest_first(
     """Call `generate_batch` on `batch_size` rows at a time and return the hypotheses in the order of `texts`.
 
     Long rows come first, because they need the most memory: the first row of each call is its longest. A blank text is
-    not decoded and has one empty hypothesis.
+    not decoded and has one empty hypothesis. Progress is printed if decoding takes longer than 5 s.
     """
     results = [[Hypothesis("", 0.0)] for _ in texts]
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(token_ids[i]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        for i, hypotheses in zip(indices, generate_batch([token_ids[i] for i in indices]), strict=True):
-            results[i] = hypotheses
+    progress = ProgressBar("decoding", sum(len(token_ids[i]) for i in order), delayed=True)
+    try:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            for i, hypotheses in zip(indices, generate_batch([token_ids[i] for i in indices]), strict=True):
+                results[i] = hypotheses
+            progress.advance(sum(len(token_ids[i]) for i in indices), f"{start + len(indices)}/{len(order)} rows")
+    finally:
+        progress.close()
     return results
 
 

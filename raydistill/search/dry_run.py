@@ -70,6 +70,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
     extra_rows, extra_text = count_extra_rows(runs)
     disk = estimate_disk(runs, config, data, extra_rows or 0)
     hours, hours_source = estimate_device_hours(runs, space.search.trials)
+    repeats = 2 * len(space.budgets) * (space.search.seeds - 1)  # the choice of each budget and its nearest rival
     infeasible, remark = estimate_infeasible_sizes(space, sizes, config, folder)
     texts = "the training split and the extra sources" if extra_rows else "the training split"
     passes = f"a pass over {texts} by {' and '.join(labellers)}" if labellers else "none needed"
@@ -87,6 +88,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         f"pseudo-labels: {passes}",
         *disk.lines,
         f"expected device-hours: {f'about {hours:.0f}' if hours else 'not known'} ({hours_source})",
+        *describe_repeats(repeats),
         *[
             f"budget {name}: {', '.join(f'{cost} {bound_sign(cost)} {bound}' for cost, bound in bounds.items())}"
             for name, bounds in space.budgets.items()
@@ -106,6 +108,7 @@ def describe_plan(space: Space, folder: Path) -> dict[str, Any]:
         "sizes": sizes,
         "combinations": len(runs),
         "expected_device_hours": hours,
+        "seed_repeats": repeats,
         "infeasible_sizes": infeasible,
         "encoder_bytes": disk.encoder_bytes,
         "decoder_bytes": disk.decoder_bytes,
@@ -245,6 +248,14 @@ def describe_stopping(space: Space) -> str:
     if search.max_hours is not None:
         parts.append(f"no trial starts {search.max_hours:g} hours after the command's start")
     return "; ".join(parts)
+
+
+def describe_repeats(repeats: int) -> list[str]:
+    """A line about the runs with further seeds; no line if there are none."""
+    if not repeats:
+        return []
+    runs = format_count(repeats, "run")
+    return [f"further seeds: at most {runs} after the search, which are not part of the device-hours"]
 
 
 def distribution_rows(space: Space) -> list[list[str]]:

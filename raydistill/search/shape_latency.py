@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from raydistill.config.run import Run, Student
 from raydistill.config.serving import EngineVariant, ServingConfig
 from raydistill.config.shapes import Shape, VocabularySize
+from raydistill.core.console import ProgressBar, print_progress
 from raydistill.evaluation.latency import LATENCY_BATCH_SIZES, measure_peak_mb, used_memory_mb
 from raydistill.evaluation.paired_latency import EXCLUSION_MARGIN, PairedTiming, StoppingRule, time_pairs, valid_pairs
 from raydistill.inference.decoding import Engine, EngineOptions, Workload, engine_label
@@ -143,10 +144,14 @@ class _ShapeTimer:
         if len(sizes) > MAX_TIMED_SHAPES:
             first = select_spread_shapes([size for size in sizes if size != self.teacher_size], MAX_TIMED_SHAPES)
             first += [self.teacher_size] if self.teacher_size in sizes else []
-        for size in first:
+        progress = ProgressBar("latency", len(first), delayed=True)
+        for number, size in enumerate(first, start=1):
             self.time_size(size)
+            progress.advance(1, f"{number}/{len(first)} shapes, {size}")
+        progress.close()
         for size in sizes:
             if size not in first and self._is_near_a_bound(size):
+                print_progress(f"  latency: {size} is near a bound and is timed too")
                 self.time_size(size)
 
     def time_size(self, size: str) -> None:

@@ -1,10 +1,12 @@
 """Tables, results and progress on the console."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from raydistill.core.console import ProgressBar, format_table, print_json, print_progress, print_text
+from raydistill.core import console
+from raydistill.core.console import ProgressBar, format_table, print_json, print_progress, print_text, progress_to
 
 
 def test_table_aligns_the_first_column_left_and_numbers_right():
@@ -39,3 +41,25 @@ def test_progress_without_a_terminal_is_a_line_at_the_end(capsys):
     bar.advance(1, "2 of 2 rows")
     bar.close()
     assert capsys.readouterr().err == "  scoring: 2 of 2 rows, 0 s left\n"
+
+
+def test_delayed_progress_prints_nothing_about_short_work_and_lines_about_long_work(capsys, monkeypatch):
+    times = iter([0.0, 4.9, 4.9, 100.0, 105.5, 105.5, 106.0, 106.0])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    short = ProgressBar("decoding", total=1, delayed=True)
+    short.advance(1, "1/1 rows")
+    assert capsys.readouterr().err == ""
+    long = ProgressBar("decoding", total=2, delayed=True)
+    long.advance(1, "1/2 rows")
+    assert capsys.readouterr().err == "  decoding: 1/2 rows, 6 s left\n"
+    long.advance(1, "2/2 rows")
+    assert capsys.readouterr().err == "  decoding: 2/2 rows, 0 s left\n"
+
+
+def test_progress_can_be_passed_to_a_function(capsys):
+    lines: list[str] = []
+    with progress_to(lines.append):
+        print_progress("http://u:p@h")
+    print_progress("afterwards")
+    assert lines == ["http://***@h"]
+    assert capsys.readouterr().err == "afterwards\n"

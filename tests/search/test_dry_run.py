@@ -13,6 +13,7 @@ from raydistill.models.loading import load_config
 from raydistill.search.dry_run import (
     DatasetSize,
     count_extra_rows,
+    describe_plan,
     describe_stopping,
     estimate_cache_bytes,
     estimate_infeasible_sizes,
@@ -100,6 +101,16 @@ def dry_run(folder, capsys, **run):
     except UserError as error:
         problem = str(error)
     return problem, json.loads(capsys.readouterr().out)
+
+
+def test_the_plan_counts_the_runs_with_further_seeds(tmp_path, monkeypatch):
+    """Three seeds for the chosen student of each of two budgets and for its nearest rival."""
+    monkeypatch.setenv("RAYDISTILL_HOME", str(tmp_path))
+    budgets = {"small": {"params_m": 1}, "large": {"params_m": 2}}
+    plan = describe_plan(make_space(seeds=3).model_copy(update={"budgets": budgets}), tmp_path)
+    assert plan["seed_repeats"] == 2 * 2 * 2
+    assert "further seeds: at most 8 runs after the search, which are not part of the device-hours" in plan["text"]
+    assert "further seeds" not in describe_plan(make_space(), tmp_path)["text"]
 
 
 def test_missing_inputs_are_problems_of_the_plan(tmp_path, capsys, monkeypatch):

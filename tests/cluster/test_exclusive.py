@@ -1,0 +1,71 @@
+"""Exclusive tasks on a real Ray: progress, errors, threads and the files of a task."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from raydistill.cluster.exclusive import run_exclusive
+from raydistill.core.console import ProgressBar, print_progress
+from raydistill.core.errors import UserError
+from tests.factories.workspace import ray_for_commands
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    home = tmp_path_factory.mktemp("exclusive") / "outputs"
+    with ray_for_commands(home, cpus=2):
+        yield
+
+
+def report_and_wait(started: Path, device: str, threads: int) -> tuple[str, int, bool]:
+    """Print a line, and end after the file `started` exists."""
+    print_progress("first line")
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    bar = ProgressBar("rows", 2)
+    bar.advance(2, "2/2 rows")
+    bar.close()
+    return device, torch.get_num_threads(), started.exists()
+
+
+class Lines:
+    """A text stream that creates a file when the first line is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.texts = path, []
+
+    def write(self, text: str) -> None:
+        self.texts.append(text)
+        self.path.touch()
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_lines_appear_while_the_task_runs(threads, tmp_path, monkeypatch):
+    """The task ends only after its first line has reached this process."""
+    lines = Lines(tmp_path / "started")
+    monkeypatch.setattr(sys, "stderr", lines)
+    result = run_exclusive(report_and_wait, lines.path, device="cpu", threads=threads)
+    assert result == ("cpu", threads, True)
+    assert "".join(lines.texts) == "first line\n  rows: 2/2 rows, 0 s left\n"
+
+
+def fail(device: str, threads: int) -> None:
+    print_progress("before the error")
+    raise UserError("the file is not readable")
+
+
+def test_error_of_the_function_is_raised_after_its_lines(capsys):
+    with pytest.raises(UserError, match="the file is not readable"):
+        run_exclusive(fail, device="cpu")
+    assert capsys.readouterr().err == "before the error\n"
