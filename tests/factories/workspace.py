@@ -45,7 +45,7 @@ def make_world(folder: Path) -> tuple[Path, Path]:
 
 
 # Beginnings of the names of Ray's worker processes: label actors, trials of both launchers, exclusive tasks.
-WORKER_PROCESSES = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_run_with")
+WORKER_PROCESSES = ("ray::MapWorker", "ray::ImplicitFunc", "ray::RayTrainWorker", "ray::_report_and_run")
 # In the environment of every command; no output and no file may contain the values.
 SECRETS = {
     "HF_TOKEN": "hf_NotToBeSeen",
