@@ -70,7 +70,8 @@ def run_exclusive(
     }
     call = _Call(function, args, device, min(threads or cpus, cpus), list(input_paths), list(output_paths))
     snapshots.save(*call.input_paths)
-    for reference in ray.remote(**options)(_report_and_run).remote(call):
+    task: Any = ray.remote(**options)(_report_and_run)  # Ray's types have no generators
+    for reference in task.remote(call):
         item = ray.get(reference)
         if isinstance(item, _Outcome):
             break

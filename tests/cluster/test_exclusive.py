@@ -37,7 +37,8 @@ class Lines:
     """A text stream that creates a file when the first line is written."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.texts = path, []
+        self.path = path
+        self.texts: list[str] = []
 
     def write(self, text: str) -> None:
         self.texts.append(text)
