@@ -71,14 +71,17 @@ def run_exclusive(
     call = _Call(function, args, device, min(threads or cpus, cpus), list(input_paths), list(output_paths))
     snapshots.save(*call.input_paths)
     task: Any = ray.remote(**options)(_report_and_run)  # Ray's types have no generators
+    outcome: _Outcome | None = None
     for reference in task.remote(call):
         item = ray.get(reference)
         if isinstance(item, _Outcome):
-            break
-        print_progress(item)
-    for path, content in item.outputs.items():
+            outcome = item
+        else:
+            print_progress(item)
+    assert outcome is not None
+    for path, content in outcome.outputs.items():
         write_atomic(path, content)
-    return item.result
+    return outcome.result
 
 
 def _report_and_run(call: _Call) -> Iterator[str | _Outcome]:

@@ -13,11 +13,13 @@ from raydistill.core.console import ProgressBar, print_progress
 from raydistill.core.errors import UserError
 from tests.factories.workspace import ray_for_commands
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("exclusive") / "outputs"
-    with ray_for_commands(home, cpus=2):
+    with ray_for_commands(home, cpus=2, PYTHONPATH=str(ROOT)):  # the workers import the functions of this file
         yield
 
 
