@@ -11,6 +11,8 @@ from raydistill.cluster import snapshots, sync
 from raydistill.core.console import print_progress, progress_to
 from raydistill.core.files import write_atomic
 
+MAX_RETRIES = 3  # Ray's default for tasks
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -66,22 +68,46 @@ def run_exclusive(
     options: dict[str, Any] = {
         "num_cpus": cpus,
         "num_gpus": 1 if device == "cuda" else 0,
+        "max_retries": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
     }
     call = _Call(function, args, device, min(threads or cpus, cpus), list(input_paths), list(output_paths))
     snapshots.save(*call.input_paths)
-    task: Any = ray.remote(**options)(_report_and_run)  # Ray's types have no generators
+    outcome = _run_task(ray.remote(**options)(_report_and_run), call)
+    for path, content in outcome.outputs.items():
+        write_atomic(path, content)
+    return outcome.result
+
+
+def _run_task(task: Any, call: _Call) -> _Outcome:
+    """Print the lines of a task and return its outcome; a task whose worker process is lost is started again.
+
+    Ray's own retry of a generator skips as many outputs as the first attempt had, the outcome among them.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    for _ in range(MAX_RETRIES):
+        try:
+            return _read_outcome(task.remote(call))
+        except RayTaskError:  # raised by the function
+            raise
+        except RayError as error:
+            print_progress(f"a worker process was lost ({type(error).__name__}); its task is started again")
+    return _read_outcome(task.remote(call))
+
+
+def _read_outcome(references: Iterable[Any]) -> _Outcome:
+    import ray
+
     outcome: _Outcome | None = None
-    for reference in task.remote(call):
+    for reference in references:
         item = ray.get(reference)
         if isinstance(item, _Outcome):
             outcome = item
         else:
             print_progress(item)
     assert outcome is not None
-    for path, content in outcome.outputs.items():
-        write_atomic(path, content)
-    return outcome.result
+    return outcome
 
 
 def _report_and_run(call: _Call) -> Iterator[str | _Outcome]:

@@ -1,5 +1,7 @@
 """Exclusive tasks on a real Ray: progress, errors, threads and the files of a task."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -72,3 +74,24 @@ def test_error_of_the_function_is_raised_after_its_lines(capsys):
     with pytest.raises(UserError, match="the file is not readable"):
         run_exclusive(fail, device="cpu")
     assert capsys.readouterr().err == "before the error\n"
+
+
+def print_and_die_once(marker: Path, device: str, threads: int) -> str:
+    """The first call prints three lines and kills its process; the second prints one line."""
+    if marker.exists():
+        print_progress("second call")
+        return "done"
+    marker.touch()
+    for number in range(3):
+        print_progress(f"line {number} of the first call")
+    time.sleep(1)  # the lines leave the process
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("the process is killed")
+
+
+def test_task_of_a_killed_worker_is_started_again(tmp_path, capsys):
+    assert run_exclusive(print_and_die_once, tmp_path / "marker", device="cpu") == "done"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [f"line {number} of the first call" for number in range(3)]
+    assert "a worker process was lost (WorkerCrashedError)" in lines[3]
+    assert lines[4:] == ["second call"]
