@@ -97,6 +97,7 @@ def _run_task(task: Any, call: _Call) -> _Outcome:
 
 
 def _read_outcome(references: Iterable[Any]) -> _Outcome:
+    """Print the lines among the outputs of a task, and return its outcome."""
     import ray
 
     outcome: _Outcome | None = None

@@ -1,7 +1,7 @@
 """Decoding independent of the engine: search parameters, hypotheses, the `Engine` protocol and shared helpers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -200,15 +200,13 @@ def generate_longest_first(
     """
     results = [[Hypothesis("", 0.0)] for _ in texts]
     order = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(token_ids[i]))
-    progress = ProgressBar("decoding", sum(len(token_ids[i]) for i in order), delayed=True)
-    try:
+    total_tokens = sum(len(token_ids[i]) for i in order)
+    with closing(ProgressBar("decoding", total_tokens, delayed=True)) as progress:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             for i, hypotheses in zip(indices, generate_batch([token_ids[i] for i in indices]), strict=True):
                 results[i] = hypotheses
             progress.advance(sum(len(token_ids[i]) for i in indices), f"{start + len(indices)}/{len(order)} rows")
-    finally:
-        progress.close()
     return results
 
 

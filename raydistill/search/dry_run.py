@@ -255,7 +255,10 @@ def describe_repeats(repeats: int) -> list[str]:
     if not repeats:
         return []
     runs = format_count(repeats, "run")
-    return [f"further seeds: at most {runs} after the search, which are not part of the device-hours"]
+    return [
+        f"further seeds: {runs} after the search if every budget has another choice and rival, more if the means over "
+        f"the seeds change a choice; not part of the device-hours"
+    ]
 
 
 def distribution_rows(space: Space) -> list[list[str]]:

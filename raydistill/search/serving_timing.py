@@ -7,6 +7,7 @@ whole when something is missing.
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -183,13 +184,10 @@ def run_session(task: SessionTask, device: str, threads: int) -> LatencySession:
 
 def _with_progress(servings: Iterable[TimedServing], count: int) -> Iterator[TimedServing]:
     """Print from time to time how many of `count` comparisons are done, and the time left."""
-    progress = ProgressBar("latency", count)
-    try:
+    with closing(ProgressBar("latency", count)) as progress:
         for number, serving in enumerate(servings, start=1):
             progress.advance(1, f"{number}/{count} comparisons, {serving.shape} with {serving.config.label}")
             yield serving
-    finally:
-        progress.close()
 
 
 class _Session:

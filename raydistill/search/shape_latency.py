@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,11 +145,10 @@ class _ShapeTimer:
         if len(sizes) > MAX_TIMED_SHAPES:
             first = select_spread_shapes([size for size in sizes if size != self.teacher_size], MAX_TIMED_SHAPES)
             first += [self.teacher_size] if self.teacher_size in sizes else []
-        progress = ProgressBar("latency", len(first), delayed=True)
-        for number, size in enumerate(first, start=1):
-            self.time_size(size)
-            progress.advance(1, f"{number}/{len(first)} shapes, {size}")
-        progress.close()
+        with closing(ProgressBar("latency", len(first), delayed=True)) as progress:
+            for number, size in enumerate(first, start=1):
+                self.time_size(size)
+                progress.advance(1, f"{number}/{len(first)} shapes, {size}")
         for size in sizes:
             if size not in first and self._is_near_a_bound(size):
                 print_progress(f"  latency: {size} is near a bound and is timed too")

@@ -1,4 +1,4 @@
-"""Exclusive tasks on a real Ray: progress, errors, threads and the files of a task."""
+"""Exclusive tasks on a real Ray: progress, errors, threads, and the loss of a worker."""
 
 import os
 import signal

@@ -109,7 +109,8 @@ def test_the_plan_counts_the_runs_with_further_seeds(tmp_path, monkeypatch):
     budgets = {"small": {"params_m": 1}, "large": {"params_m": 2}}
     plan = describe_plan(make_space(seeds=3).model_copy(update={"budgets": budgets}), tmp_path)
     assert plan["seed_repeats"] == 2 * 2 * 2
-    assert "further seeds: at most 8 runs after the search, which are not part of the device-hours" in plan["text"]
+    assert "further seeds: 8 runs after the search if every budget has another choice and rival" in plan["text"]
+    assert "not part of the device-hours" in plan["text"]
     assert "further seeds" not in describe_plan(make_space(), tmp_path)["text"]
 
 
