@@ -1,17 +1,25 @@
-"""Device time that the search needs to reach a share of a grid's hypervolume, compared with random full-length search.
+"""Device time that the search needs to reach a share of a grid's hypervolume, compared with random searches.
 
-A sweep with `sampler: grid` and `stopping: off` trains every combination once and records every validation. Searches
-are then replayed over the records, one trial at a time: a proposal is looked up instead of trained, and costs the
-device time of the recorded trial up to the validation at which the search stops it. `--live SEED` also runs one pair of
-real sweeps in empty homes: this search and random full-length search.
+Every combination of a grid is trained once to its end, and every validation is recorded. Searches are then replayed
+over the records, one trial at a time: a proposal is looked up instead of trained, and costs the device time of the
+recorded trial up to the validation at which the search stops it. Each search is compared with random proposals and
+full-length trials, with random proposals and the same early stopping, with ASHA and with the median stopping rule.
+
+Searches decide by validation scores, and are judged by test scores. The file that `benchmarks.train_grid` writes has
+the test score of the best checkpoint at every validation:
+
+    python -m benchmarks.train_grid benchmarks/spaces/grid_multi30k.yaml --minutes 30    # repeat until the file exists
+    python -m benchmarks.search_efficiency benchmarks/grids/grid_multi30k.json --seeds 300 --suffix grid_multi30k
+
+A grid can also be the folder of a sweep with `sampler: grid` and `stopping: off`, which has the test scores of finished
+trials only. A stopped trial then adds nothing to the hypervolume of a search. `--live SEED` also runs one pair of real
+sweeps in empty homes: this search, and random proposals with the same early stopping.
 
     raydistill sweep benchmarks/spaces/search_demo.yaml
     python -m benchmarks.search_efficiency outputs/sweeps/search_demo --seeds 300 --live 0
 
-A grid can also be the file that `benchmarks.train_grid` writes. `--candidates` also replays the methods that the search
-does not use: `benchmarks.numeric_study` and a comparison of each trial with all cheaper trials.
-
-    python -m benchmarks.search_efficiency benchmarks/grids/search_shapes.json --seeds 100 --candidates
+`--candidates` also replays the methods that the search does not use: `benchmarks.numeric_study` and a comparison of
+each trial with all cheaper trials.
 """
 
 import argparse
@@ -23,14 +31,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from benchmarks.common import BenchmarkResult, describe_machine
 from benchmarks.numeric_study import MultivariateStudy, NumericStudy
+from benchmarks.stopping_rules import StoppingRule, stops_by_asha, stops_by_median, stops_per_rung
 from raydistill.config.presets import DEMO_TEACHER_RUN
 from raydistill.config.space import Search, Space, read_space
 from raydistill.core.console import print_progress
@@ -38,7 +47,7 @@ from raydistill.core.records import Record
 from raydistill.results.records import Trial, read_trials
 from raydistill.results.sweep_record import read_sweep
 from raydistill.results.tables import markdown_table
-from raydistill.search.early_stopping import Curve, should_stop_early, validation_curve, warmup_share
+from raydistill.search.early_stopping import Curve, validation_curve, warmup_share
 from raydistill.search.study import SweepStudy
 from raydistill.training.run import collapse_reason
 
@@ -46,7 +55,10 @@ SHARES = (0.9, 0.95, 0.99)  # of the grid's hypervolume; chosen before the first
 MAIN_SHARE = 0.95
 # The current defaults: the grid's space file may be of an earlier release, and the grid did not use its values.
 STOPPING_SETTINGS = Search().model_dump(include={"grace", "reduction"})
-OURS, BASELINE = "this search", "random, full length"
+OURS, BASELINE = "this search", "random with the same stopping"
+# The searches that all searches are compared with, the main one first
+BASELINES = (BASELINE, "random with ASHA", "random with median stopping", "random, full length")
+MAX_RATIO = 0.5  # that was asked for: device time of this search over the baseline's, to `MAIN_SHARE`
 MAX_COST_RATIO = 1.05  # of the cost of a peer over that of the trial, where trials of other shapes are peers
 
 
@@ -65,6 +77,8 @@ class RecordedTrial:
         cost: what the search minimises of the student's shape, such as the latency.
         collapsed: for each validation, whether the outputs would count as a failure.
         warmup: the share of the steps that are warm-up.
+        test_scores: for each validation, the test score of the best checkpoint until then; None where it was not
+            measured. Empty if searches are judged by validation scores.
     """
 
     size: str
@@ -76,16 +90,36 @@ class RecordedTrial:
     cost: float
     collapsed: tuple[bool, ...]
     warmup: float = 0.0
+    test_scores: tuple[float | None, ...] = ()
 
     @property
     def total_seconds(self) -> float:
         """Device-seconds of the whole trial."""
         return (self.seconds[-1] if self.seconds else 0.0) + self.scoring_seconds
 
+    @property
+    def has_final_test_score(self) -> bool:
+        """Whether the test score of the finished trial is known."""
+        return bool(self.test_scores) and self.test_scores[-1] is not None
+
+    def judged_score(self, num_validations: int, score: float | None) -> float | None:
+        """The score by which a search is judged after some validations of the trial.
+
+        Args:
+            num_validations: the validations until the end of the trial.
+            score: the validation score of the trial; None for a failed trial.
+
+        Returns:
+            The test score, or `score` if the grid has no test scores; None for a trial that adds nothing.
+        """
+        if score is None or not self.test_scores:
+            return score
+        return self.test_scores[min(num_validations, len(self.test_scores)) - 1]
+
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """A finished trial of a search: device-seconds of the search until its end, its score and cost."""
+    """A finished trial of a search: device-seconds of the search until its end, the score it is judged by, its cost."""
 
     seconds: float
     score: float
@@ -93,6 +127,11 @@ class SearchPoint:
 
 
 PeerRule = Callable[[RecordedTrial, RecordedTrial], bool]  # whether the first trial is compared with the second
+
+
+def is_any_trial(_trial: RecordedTrial, _other: RecordedTrial) -> bool:
+    """All trials are peers, as in the published rules of early stopping."""
+    return True
 
 
 def has_same_shape(trial: RecordedTrial, other: RecordedTrial) -> bool:
@@ -114,12 +153,14 @@ class SearchMethod:
         stopping: the early stopping of the space.
         study: the study that proposes trials.
         is_peer: which trials a trial is compared with.
+        stops: the rule of early stopping, unless `stopping` is "off".
     """
 
     sampler: str
     stopping: str
     study: type[SweepStudy] = SweepStudy
     is_peer: PeerRule = has_same_shape
+    stops: StoppingRule = stops_per_rung
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,9 +169,11 @@ class SearchMethod:
 
 
 SEARCHES = {
-    "this search": SearchMethod("tpe", "per_shape"),
+    OURS: SearchMethod("tpe", "per_shape"),
     "TPE, full length": SearchMethod("tpe", "off"),
-    "random, stopped per shape": SearchMethod("random", "per_shape"),
+    BASELINE: SearchMethod("random", "per_shape"),
+    "random with ASHA": SearchMethod("random", "per_shape", is_peer=is_any_trial, stops=stops_by_asha),
+    "random with median stopping": SearchMethod("random", "per_shape", is_peer=is_any_trial, stops=stops_by_median),
     "random, full length": SearchMethod("random", "off"),
 }
 CANDIDATES = {
@@ -163,14 +206,37 @@ class Grid(Record):
     @property
     def target(self) -> "Target":
         """The hypervolume of all trials, and the reference point."""
-        scored = [(trial.score, trial.cost) for trial in self.trials.values() if trial.score is not None]
-        return Target(hypervolume(scored, self.reference), self.reference, self.pass_seconds)
+        judged = ((t.judged_score(len(t.curve), t.score), t.cost) for t in self.trials.values())
+        points = [(score, cost) for score, cost in judged if score is not None]
+        return Target(hypervolume(points, self.reference), self.reference, self.pass_seconds)
+
+    @property
+    def judged_by(self) -> Literal["test", "validation"]:
+        """The split of the scores by which searches are judged."""
+        return "test" if any(trial.test_scores for trial in self.trials.values()) else "validation"
+
+    @property
+    def has_every_test_score(self) -> bool:
+        """Whether the test scores of trials that are stopped early are known."""
+        return not any(None in trial.test_scores for trial in self.trials.values() if trial.score is not None)
 
 
-def record_trial(trial: Trial, metric: str, cost: float, teacher_repetition: float | None = None) -> RecordedTrial:
+def record_trial(
+    trial: Trial,
+    metric: str,
+    cost: float,
+    teacher_repetition: float | None = None,
+    test_scores: Mapping[int, float] | None = None,
+) -> RecordedTrial:
     """Convert a finished trial, with the device time of start-up, training, validations and final scoring.
 
-    `teacher_repetition` is the repetition in the teacher's outputs, with which a student's is compared.
+    Args:
+        trial: the trial.
+        metric: the main metric.
+        cost: what the search minimises of the student's shape.
+        teacher_repetition: the repetition in the teacher's outputs, with which a student's is compared.
+        test_scores: test scores of checkpoints by step, of each that was the best when it was validated. By default,
+            the trial's own test score is known at its last validation.
     """
     history = trial.history()
     seconds = tuple(3600 * line.device_hours for line in history)
@@ -189,7 +255,30 @@ def record_trial(trial: Trial, metric: str, cost: float, teacher_repetition: flo
         cost=cost,
         collapsed=tuple(bool(collapse_reason(line.repetition or 0.0, teacher_repetition)) for line in history),
         warmup=warmup_share(trial, history),
+        test_scores=_scores_by_validation(trial, metric, [line.step for line in history], test_scores),
     )
+
+
+def _scores_by_validation(
+    trial: Trial, metric: str, steps: Sequence[int], test_scores: Mapping[int, float] | None
+) -> tuple[float | None, ...]:
+    """The test score of the best checkpoint at each validation; see `record_trial`."""
+    if test_scores is None:
+        final = (trial.test or {}).get(metric) if trial.status == "done" else None
+        return (*(None for _ in steps[1:]), final)
+    best = [[step for step in sorted(test_scores) if step <= validated] for validated in steps]
+    return tuple(test_scores[earlier[-1]] if earlier else None for earlier in best)
+
+
+def judge_by_one_split(trials: Mapping[str, RecordedTrial]) -> dict[str, RecordedTrial]:
+    """The trials; without their test scores if the final test score of a finished trial is not known."""
+    if all(trial.has_final_test_score for trial in trials.values() if trial.score is not None):
+        return dict(trials)
+    return _without_test_scores(trials)
+
+
+def _without_test_scores(trials: Mapping[str, RecordedTrial]) -> dict[str, RecordedTrial]:
+    return {key: replace(trial, test_scores=()) for key, trial in trials.items()}
 
 
 def read_grid(sweep: Path) -> dict[str, RecordedTrial]:
@@ -204,17 +293,22 @@ def read_grid(sweep: Path) -> dict[str, RecordedTrial]:
 def open_grid(path: Path) -> Grid:
     """The grid of a file, or of the folder of a finished sweep.
 
-    The reference point of a sweep is half the teacher's score and the teacher's cost.
+    The reference point of a sweep is half the teacher's score, on the split by which searches are judged, and the
+    teacher's cost.
     """
     if path.is_file():
         return Grid.read(path)
     record = read_sweep(path)
+    teacher = record.teacher
+    trials = judge_by_one_split(read_grid(path)) if teacher.test else _without_test_scores(read_grid(path))
+    by_test = teacher.test is not None and any(trial.test_scores for trial in trials.values())
+    teacher_scores = teacher.test.metrics if teacher.test and by_test else teacher.metrics
     return Grid(
         name=path.name,
         space=read_space(path / "space.yaml"),
-        reference=(record.teacher.metrics[record.metric] / 2, record.teacher.costs[record.cost]),
-        pass_seconds=3600 * record.teacher.passes.total_hours,
-        trials=read_grid(path),
+        reference=(teacher_scores[record.metric] / 2, teacher.costs[record.cost]),
+        pass_seconds=3600 * teacher.passes.total_hours,
+        trials=trials,
     )
 
 
@@ -233,19 +327,21 @@ def points_hypervolume(points: Sequence[SearchPoint], reference: tuple[float, fl
     return hypervolume([(point.score, point.cost) for point in points], reference)
 
 
-def truncate_trial(trial: RecordedTrial, peer_curves: Sequence[Curve], search: Any) -> tuple[int, float, float | None]:
+def truncate_trial(
+    trial: RecordedTrial, peer_curves: Sequence[Curve], search: Any, stops: StoppingRule = stops_per_rung
+) -> tuple[int, float, float | None]:
     """Apply early stopping to a recorded trial.
 
     A stopped trial costs the whole trial's scoring on validation, in proportion to the rows. As in the product, a trial
     has failed if the outputs of its best validation had collapsed.
 
     Returns:
-        The number of validations, the device-seconds and the score; the score is None for a failed trial.
+        The number of validations, the device-seconds and the validation score; the score is None for a failed trial.
     """
     if search.stops_early:
         grace = max(search.grace, trial.warmup)
         for count in range(1, len(trial.seconds)):
-            if should_stop_early(trial.curve[:count], peer_curves, grace, search.reduction):
+            if stops(trial.curve[:count], peer_curves, grace, search.reduction):
                 scores = [score for _, score in trial.curve[:count]]
                 best = scores.index(max(scores))
                 seconds = trial.seconds[count - 1] + trial.validation_scoring_seconds
@@ -272,12 +368,13 @@ def replay(
                 break
             trial = grid[proposal.key]
             peer_curves = [curve for other, curve in curves if method.is_peer(trial, other)]
-            num_validations, seconds, score = truncate_trial(trial, peer_curves, space.search)
+            num_validations, seconds, score = truncate_trial(trial, peer_curves, space.search, method.stops)
             total_seconds += seconds
             report: dict[str, Any] = {"finished": True, "status": "failed"}
             if score is not None:
                 curves.append((trial, trial.curve[:num_validations]))
-                points.append(SearchPoint(total_seconds, score, trial.cost))
+                judged = trial.judged_score(num_validations, score)
+                points += [] if judged is None else [SearchPoint(total_seconds, judged, trial.cost)]
                 report |= {"status": "done", "score": score, space.search.cost: trial.cost}
             study.report(trial_id, report)
             if is_enough(points):
@@ -355,7 +452,7 @@ def compare_searches(
     with_passes = {name: [seconds + target.pass_seconds for seconds in values] for name, values in times.items()}
     rows, records = [], []
     for name, values in times.items():
-        ratio = ratio_of_medians(values, times[BASELINE])
+        ratios = {baseline: ratio_of_medians(values, times[baseline]) for baseline in BASELINES}
         ratio_with_passes = ratio_of_medians(with_passes[name], with_passes[BASELINE])
         quartiles = np.percentile(values, [25, 50, 75], method="inverted_cdf")
         reached = sum(map(math.isfinite, values)) / len(values)
@@ -364,7 +461,7 @@ def compare_searches(
                 f"{share:.0%}{' (main)' if share == MAIN_SHARE else ''}",
                 name,
                 " / ".join(_format_number(value, 0) for value in quartiles),
-                _format_interval(ratio),
+                *map(_format_interval, ratios.values()),
                 _format_interval(ratio_with_passes),
                 f"{reached:.0%}",
             ]
@@ -375,7 +472,7 @@ def compare_searches(
                 "search": name,
                 "reached": reached,
                 "seconds": _finite_or_none(values),
-                "ratio": _finite_or_none(ratio),
+                "ratios": {baseline: _finite_or_none(ratio) for baseline, ratio in ratios.items()},
                 "ratio_with_passes": _finite_or_none(ratio_with_passes),
             }
         )
@@ -400,10 +497,12 @@ def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[Searc
     """Run this search and the baseline as real sweeps over the grid's space, each in an empty home.
 
     Trials run one at a time, as in the replays. Points have the costs of the grid, so that hypervolumes are
-    comparable: the live sweeps time the shapes at another time.
+    comparable: the live sweeps time the shapes at another time. A trial that failed, or that has no test score where
+    the grid is judged by test scores, costs time and adds nothing.
     """
     points_by_search = {}
-    costs = {trial.size: trial.cost for trial in read_grid(sweep).values()}
+    grid = open_grid(sweep)
+    costs = {trial.size: trial.cost for trial in grid.trials.values()}
     for name in (OURS, BASELINE):
         with tempfile.TemporaryDirectory(prefix="raydistill-live-") as folder:
             home = Path(folder)
@@ -415,10 +514,11 @@ def run_live_sweeps(sweep: Path, seed: int, trials: int) -> dict[str, list[Searc
             command += [part for setting in settings for part in ("--set", setting)]
             subprocess.run(command, env={**os.environ, "RAYDISTILL_HOME": folder}, stdout=sys.stderr, check=True)
             seconds, points = 0.0, []
-            for trial in read_grid(home / "sweeps" / sweep.name).values():
+            live = read_grid(home / "sweeps" / sweep.name)
+            for trial in (live if grid.judged_by == "test" else _without_test_scores(live)).values():
                 seconds += trial.total_seconds
-                score = -math.inf if trial.score is None else trial.score  # a failed trial costs time and adds nothing
-                points.append(SearchPoint(seconds, score, costs[trial.size]))
+                score = trial.judged_score(len(trial.curve), trial.score)
+                points.append(SearchPoint(seconds, -math.inf if score is None else score, costs[trial.size]))
             points_by_search[name] = points
     return points_by_search
 
@@ -460,9 +560,13 @@ def main() -> None:
         share_rows, share_records = compare_searches(replays, share, target)
         rows += share_rows
         records += share_records
-    header = ["share of the grid's hypervolume", "search", "device-seconds (quartiles)", "ratio to random"]
-    header += ["ratio with the teacher's passes", "reached"]
-    text = describe_grid(grid, options.seeds) + markdown_table(header, rows)
+    header = ["share of the grid's hypervolume", "search", "device-seconds (quartiles)"]
+    header += [
+        *(f"ratio to {name}" for name in BASELINES),
+        f"ratio to {BASELINE}, with the teacher's passes",
+        "reached",
+    ]
+    text = f"{describe_grid(grid, options.seeds)}{describe_main_ratios(records)}\n\n{markdown_table(header, rows)}"
     if options.live is not None:
         live = run_live_sweeps(options.grid, options.live, options.live_trials or len(grid.trials) // 3)
         rows, live_records = live_rows(live, target)
@@ -473,8 +577,34 @@ def main() -> None:
     print(path.read_text(encoding="utf-8"))
 
 
+def describe_main_ratios(records: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence for each baseline: the ratio of this search to `MAIN_SHARE`, and the ratio that was asked for."""
+    [ratios] = [r["ratios"] for r in records if (r["search"], r["share"]) == (OURS, MAIN_SHARE)]
+    lines = []
+    for baseline, values in ratios.items():
+        bound = f"; at most {MAX_RATIO} was asked for" if baseline == BASELINE else ""
+        ratio, low, high = (math.inf if value is None else value for value in values)
+        lines.append(f"- {OURS} over {baseline}: {_format_interval((ratio, low, high))}{bound}")
+    return f"Device-seconds to {MAIN_SHARE:.0%} of the grid's hypervolume:\n\n" + "\n".join(lines)
+
+
+def describe_judgement(grid: Grid) -> str:
+    """Sentences about the scores by which searches are judged, with a warning where they are not test scores."""
+    if grid.judged_by == "validation":
+        return (
+            "**Searches are judged by validation scores**, by which they also decide, because the grid has no test "
+            "scores of all finished trials; train a grid with `benchmarks.train_grid`."
+        )
+    if grid.has_every_test_score:
+        return "Searches decide by validation scores and are judged by the test scores of the best checkpoints."
+    return (
+        "Searches decide by validation scores and are judged by test scores. The grid has no test scores of trials "
+        "that are stopped early, so that these add nothing to a search's hypervolume."
+    )
+
+
 def describe_grid(grid: Grid, seeds: int) -> str:
-    """A paragraph about the grid and how trials are charged."""
+    """A paragraph about the grid and how trials are judged and charged."""
     target, trials = grid.target, grid.trials.values()
     failed = sum(trial.score is None for trial in trials)
     score, cost = target.reference
@@ -482,11 +612,13 @@ def describe_grid(grid: Grid, seeds: int) -> str:
         f"Grid: {grid.name}, {len(trials)} trials ({failed} failed) of {len({t.size for t in trials})} shapes, "
         f"{sum(t.total_seconds for t in trials):.0f} device-seconds in total with start-up, validations and final "
         f"scoring; the teacher's passes took {target.pass_seconds:.0f}, the same for every search. {seeds} seeds. "
+        f"{describe_judgement(grid)} "
         f"Reference point: half the teacher's score ({score:.2f}) and the teacher's {grid.space.search.cost} "
         f"({cost:.4g}). A stopped trial costs the whole trial's scoring on validation, and none on test. Trials are "
         f"compared after {STOPPING_SETTINGS['grace']:.3g} of their steps, and the better "
-        f"1/{STOPPING_SETTINGS['reduction']} continue. A replay that never reaches the share counts as infinitely "
-        f"long.\n\n"
+        f"1/{STOPPING_SETTINGS['reduction']} of a shape continue. ASHA and the median rule compare trials of all "
+        f"shapes from this share of the steps on (benchmarks/stopping_rules.py). A replay that never reaches the share "
+        f"counts as infinitely long. A ratio to a search of which half of the replays never reach the share is 0.\n\n"
     )
 
 

@@ -1,7 +1,7 @@
 """Shortlists and int8 in CTranslate2: BLEU and speed of trained models, coverage, and the speed of an mBART-like shape.
 
-    python -m benchmarks.shortlist models --model 6-3=STUDENT --model 6-1=STUDENT --data MULTI30K --labels PL_DATA
-    python -m benchmarks.shortlist coverage --model 6-3=STUDENT --data MULTI30K --labels PL_DATA
+    python -m benchmarks.shortlist models --model 6-3=STUDENT --model 6-1=STUDENT --data MULTI30K --labels LABEL_SET
+    python -m benchmarks.shortlist coverage --model 6-3=STUDENT --data MULTI30K --labels LABEL_SET
     python -m benchmarks.shortlist large    # width 1024, 12-1 layers, 250,000 words, random weights
 
 Each variant is timed in pairs with the same model in fp32 (`large`: in the same precision) without a shortlist, see
@@ -25,6 +25,7 @@ from transformers import MBartForConditionalGeneration
 
 from benchmarks.common import BenchmarkResult, describe_machine
 from benchmarks.random_models import SPECIAL_TOKENS, mbart_config, word_tokenizer
+from benchmarks.search_efficiency import hypervolume
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.corpus import Corpus, read_corpus
@@ -37,13 +38,14 @@ from raydistill.inference.decoding import EngineOptions, resolve_decoding
 from raydistill.inference.engines import open_engine
 from raydistill.inference.shortlist import Shortlist
 from raydistill.inference.word_alignment import translation_probabilities
-from raydistill.models import loading, tokenization
+from raydistill.models import tokenization
 from raydistill.results.tables import markdown_table
+from raydistill.search.shortlists import ShortlistInputs
 
 MAX_TOKENS = 64
 FIXED_SIZES = (1000, 2000, 4000)
 SOURCE_SIZES = ((10, 100), (5, 500), (20, 500), (20, 1000), (50, 1000))  # candidates, most used tokens
-TIMED_LISTS = ("fixed 2000", "fixed 4000", "source 20 + 500", "source 50 + 1000")
+TIMED_LISTS = ("fixed 2000", "fixed 4000", "source 20 + 500", "source 20 + 1000")  # the last is the product's
 BATCH_ROWS = {32: 128, 1: 16}  # rows of a timed call by batch size
 MAX_LOSS = 0.3  # BLEU below the same model in fp32 without a shortlist
 RARE = 5  # occurrences in the training targets, at most
@@ -58,6 +60,7 @@ class Speedup:
 
     Attributes:
         ms: median milliseconds of a call of the variant.
+        baseline_ms: median milliseconds of a call of the baseline.
         factor: baseline over variant; None if all pairs are noisy.
         interval: the interval of the factor, 95 %.
         stop_reason: why the comparison ended.
@@ -65,6 +68,7 @@ class Speedup:
     """
 
     ms: float
+    baseline_ms: float
     factor: float | None
     interval: tuple[float, float] | None
     stop_reason: str
@@ -75,6 +79,7 @@ class Speedup:
         """The speed-up of a comparison of the variant with the baseline."""
         return cls(
             ms=float(np.median([ms for pair in timing.pairs for ms in pair.student_ms])),
+            baseline_ms=float(np.median([ms for pair in timing.pairs for ms in pair.baseline_ms])),
             factor=1 / timing.ratio if timing.ratio else None,
             interval=(1 / timing.interval[1], 1 / timing.interval[0]) if timing.interval else None,
             stop_reason=timing.stop_reason,
@@ -99,19 +104,17 @@ def compare_speed(baseline: Decode, variant: Decode, batches: Sequence[list[str]
 # Trained models
 
 
-def make_shortlists(folders: Sequence[Path], checkpoint: Path) -> dict[str, Shortlist]:
-    """All shortlists by name, from the training rows of the data sets (originals and pseudo-labels)."""
-    tokenizer, config = tokenization.load_tokenizer(checkpoint), loading.load_config(checkpoint)
-    corpora = [_read(folder, "train") for folder in folders]
-    sources = tokenization.tokenize_sources(tokenizer, [text for c in corpora for text in c.sources], MAX_TOKENS)
-    targets = tokenization.tokenize_targets(tokenizer, [text for c in corpora for text in c.targets], MAX_TOKENS)
-    kept = shortlist.kept_tokens(tokenizer, config)
-    lists = {f"fixed {size}": shortlist.fixed_shortlist(targets, size, kept) for size in FIXED_SIZES}
+def make_shortlists(data: Path, label_sets: Sequence[Path], checkpoint: Path) -> dict[str, Shortlist]:
+    """All shortlists by name, from the training rows and the label sets, as a sweep makes them."""
+    dataset = Dataset(name=str(data))
+    inputs = ShortlistInputs(str(checkpoint), dataset, None, tuple(label_sets), None, MAX_TOKENS, MAX_TOKENS)
+    sources, targets = inputs.training_rows
+    lists = {f"fixed {size}": shortlist.fixed_shortlist(targets, size, inputs.kept) for size in FIXED_SIZES}
     started = time.process_time()
     translations = translation_probabilities(sources, targets)
     print_progress(f"alignment of {len(sources):,} rows: {time.process_time() - started:.0f} s of processor time")
     for size, most_used in SOURCE_SIZES:
-        candidates = shortlist.source_shortlist(sources, targets, translations, size, most_used, kept)
+        candidates = shortlist.source_shortlist(sources, targets, translations, size, most_used, inputs.kept)
         lists[f"source {size} + {most_used}"] = candidates
     return lists
 
@@ -152,7 +155,7 @@ def run_models(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     records: list[dict[str, Any]] = []
     for argument in options.model:
         name, _, path = argument.partition("=")
-        every = make_shortlists([options.data, *options.labels], Path(path))
+        every = make_shortlists(options.data, options.labels, Path(path))
         lists = {list_name: every[list_name] for list_name in TIMED_LISTS}
         engines = {
             (precision, list_name): open_decode(Path(path), precision, lists.get(list_name), options, scratch)
@@ -171,7 +174,7 @@ def run_models(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
         f"time. Variants whose validation BLEU is more than {MAX_LOSS} lower are not timed. First the fastest of each "
         "model, then all."
     )
-    return records, "\n\n".join([text, _models_table(best), _models_table(records)])
+    return records, "\n\n".join([text, _models_table(best), front_text(records), _models_table(records)])
 
 
 def measure_variants(
@@ -192,6 +195,61 @@ def measure_variants(
             batches = _batches(list(splits["test"].sources)[:count], size)
             row[f"speedup_{size}"] = asdict(compare_speed(baseline, decode, batches, seconds))
     return rows
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model with one way to serve it: milliseconds of the timed batches, and BLEU on test."""
+
+    label: str
+    ms: float
+    bleu: float
+
+
+def served_models(records: list[dict[str, Any]]) -> tuple[list[ServedModel], list[ServedModel]]:
+    """Version 1's way to serve the models, and all ways that were timed.
+
+    Version 1 serves in fp32 with the model's own beams, the most of the records, and without a shortlist. The
+    milliseconds of this way are the median over all comparisons of the model; the milliseconds of the other ways are
+    this median divided by the factor of their pairs, so that all figures of a model refer to one time.
+    """
+    first: list[ServedModel] = []
+    every: list[ServedModel] = []
+    most_beams = max(row["beams"] for row in records)
+    for (model, beams), group in itertools.groupby(records, lambda row: (row["model"], row["beams"])):
+        rows = list(group)
+        baseline_ms = float(np.median([row["speedup_32"]["baseline_ms"] for row in rows if "speedup_32" in row]))
+        factors = [1.0, *(row.get("speedup_32", {}).get("factor") for row in rows[1:])]
+        timed = [
+            ServedModel(f"{model}, {beams} beams, {row['precision']}, {row['list']}", baseline_ms / factor, row["test"])
+            for row, factor in zip(rows, factors, strict=True)
+            if factor
+        ]
+        every += timed
+        first += timed[:1] if beams == most_beams else []
+    return first, every
+
+
+def front_text(records: list[dict[str, Any]]) -> str:
+    """The best score within the latency of each model as version 1 serves it, and the area under both fronts."""
+    first, every = served_models(records)
+    front = [s for s in first if not any(o.ms < s.ms and o.bleu >= s.bleu for o in first)]
+    rows = []
+    for served in sorted(front, key=lambda served: served.ms):
+        best = max((o for o in every if o.ms <= served.ms), key=lambda other: (other.bleu, -other.ms))
+        rows.append([served.label, f"{served.ms:.0f}", f"{served.bleu:.2f}", best.label, f"{best.ms:.0f}"])
+        rows[-1].append(f"{best.bleu:.2f}")
+    longest = max(served.ms for served in first)
+    areas = [_area([s for s in group if s.ms <= longest], longest) for group in (first, every)]
+    header = ["as version 1 serves it", "ms", "test BLEU", "best way within that time", "ms", "test BLEU"]
+    return (
+        f"{markdown_table(header, rows)}\n\nHypervolume of test BLEU over latency, up to {longest:.0f} ms: "
+        f"{areas[0]:,.0f} as version 1 serves the models, {areas[1]:,.0f} with all ways ({areas[1] / areas[0]:.2f}x)."
+    )
+
+
+def _area(points: list[ServedModel], longest: float) -> float:
+    return hypervolume([(point.bleu, point.ms) for point in points], (0.0, longest))
 
 
 def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -224,7 +282,7 @@ def run_coverage(options: argparse.Namespace, scratch: Path) -> tuple[Any, str]:
     sources = tokenization.tokenize_sources(tokenizer, list(test.sources), MAX_TOKENS)
     targets = tokenization.tokenize_targets(tokenizer, list(test.targets), MAX_TOKENS)
     records: list[dict[str, Any]] = []
-    for name, candidates in make_shortlists([options.data, *options.labels], checkpoint).items():
+    for name, candidates in make_shortlists(options.data, options.labels, checkpoint).items():
         alone = shortlist.measure_coverage(candidates, sources, targets)
         batch = shortlist.measure_coverage(candidates, sources, targets, batch_size=32)
         outside = [
@@ -354,7 +412,7 @@ def main() -> None:
     parser.add_argument("part", choices=["models", "coverage", "large"])
     parser.add_argument("--model", action="append", default=[], metavar="NAME=CHECKPOINT")
     parser.add_argument("--data", type=Path, help="the Multi30k folder")
-    parser.add_argument("--labels", type=Path, action="append", default=[], help="the same data set with pseudo-labels")
+    parser.add_argument("--labels", type=Path, action="append", default=[], help="a label set of its training split")
     parser.add_argument("--beams", type=int, nargs="+", default=[4, 1], help="default: 4 1")
     parser.add_argument("--rows", type=int, help="validation and test rows that are scored; default: all")
     parser.add_argument("--threads", type=int, default=1, help="of the engine; default: 1")

@@ -3,9 +3,18 @@
 import pytest
 
 from benchmarks import pieces
-from benchmarks.pieces import TrainingTask, train_piece
+from benchmarks.pieces import PartialResults, TrainingTask, train_piece
 from benchmarks.search_efficiency import SearchMethod, open_grid, replay
-from benchmarks.train_grid import make_grid, make_tasks
+from benchmarks.train_grid import (
+    TEST_FILE,
+    CheckpointScores,
+    checkpoints_of,
+    keep_best_checkpoint,
+    make_grid,
+    make_tasks,
+    score_checkpoints,
+    train_and_score,
+)
 from raydistill.config.run import Run
 from raydistill.config.space import Space
 from raydistill.training.inputs import RunInputs
@@ -54,6 +63,31 @@ def test_a_run_that_the_time_interrupts_is_resumed_at_its_step_by_the_next_call(
     assert (tasks[0].folder / RESULT_FILE).stat().st_mtime_ns == written
 
 
+def test_partial_results_are_kept_and_belong_to_their_settings(tmp_path):
+    path = tmp_path / "measured.json"
+    results = PartialResults.open(path, {"seeds": 3})
+    assert results.find(size="2-2", beams=4) is None
+    results = results.add(path, {"size": "2-2", "beams": 1, "bleu": 30.0})
+    results.add(path, {"size": "2-2", "seed": 0})
+    again = PartialResults.open(path, {"seeds": 3})
+    assert again.find(size="2-2", beams=1) == {"size": "2-2", "beams": 1, "bleu": 30.0}
+    assert again.find(size="2-2", beams=4) is None
+    with pytest.raises(SystemExit, match="measured with other settings"):
+        PartialResults.open(path, {"seeds": 2})
+
+
+def test_a_checkpoint_is_kept_where_it_is_the_best(tmp_path):
+    trial = tmp_path / "trials" / "key"
+    (trial / "checkpoint-5").mkdir(parents=True)
+    (trial / "checkpoint-5" / "weights").write_text("of step 5")
+    keep_best_checkpoint({"step": 5}, trial)
+    keep_best_checkpoint({"step": 5}, trial)  # a validation that is repeated after a kill
+    keep_best_checkpoint({"step": 10}, trial)  # worse: its checkpoint is deleted already
+    (trial / "checkpoint-5").rename(trial / "best")
+    assert [path.name for path in checkpoints_of(trial).iterdir()] == ["5"]
+    assert (checkpoints_of(trial) / "5" / "weights").read_text() == "of step 5"
+
+
 def test_a_grid_is_trained_written_and_replayed(tmp_path):
     teacher, data = make_world(tmp_path)
     run = {
@@ -65,8 +99,14 @@ def test_a_grid_is_trained_written_and_replayed(tmp_path):
     }
     search = {"trials": 2, "sampler": "grid", "stopping": "off", "cost": "params_m"}
     space = Space.model_validate({"name": "grid", "run": run, "search": search})
-    assert train_piece(make_tasks(space, tmp_path / "runs"), 60) == 0
-    grid = make_grid(space, tmp_path / "runs")
+    tasks = make_tasks(space, tmp_path / "runs", teacher_repetition=1.0)
+    assert train_and_score(tasks, 0, lambda task: score_checkpoints(task, 3)) == 2  # no time: nothing is trained
+    assert train_and_score(tasks, 60, lambda task: score_checkpoints(task, 3)) == 0
+    for task in tasks:
+        assert not checkpoints_of(task.folder).exists()
+        assert list(CheckpointScores.read(task.folder / TEST_FILE).scores) == [2]
+    grid = make_grid(space, tmp_path / "runs", 3)
+    assert (grid.judged_by, grid.has_every_test_score) == ("test", True)
     grid.write(tmp_path / "grid.json")
     assert open_grid(tmp_path / "grid.json") == grid
     costs = {trial.size: trial.cost for trial in grid.trials.values()}

@@ -10,14 +10,21 @@ import pytest
 import yaml
 
 from benchmarks.search_efficiency import (
+    BASELINES,
+    SEARCHES,
+    Grid,
     RecordedTrial,
     SearchMethod,
     SearchPoint,
     Target,
     compare_searches,
+    describe_judgement,
+    describe_main_ratios,
     has_same_shape,
     hypervolume,
+    is_any_trial,
     is_not_more_expensive,
+    judge_by_one_split,
     live_rows,
     ratio_of_medians,
     read_grid,
@@ -27,6 +34,7 @@ from benchmarks.search_efficiency import (
     seconds_to,
     truncate_trial,
 )
+from benchmarks.stopping_rules import stops_by_asha
 from raydistill.config.corners import iter_corners
 from raydistill.config.run import Run
 from raydistill.config.space import Space, make_run, read_space
@@ -61,17 +69,24 @@ def test_a_search_that_never_reaches_the_share_counts_as_infinite():
     assert ratio_of_medians([never] * 9, [never] * 9) == (never, never, never)
     assert ratio_of_medians([1.0, 1.0, 1.0, never], [4.0] * 4)[0] == 0.25
     short, long = [SearchPoint(10, 3, 2)], [SearchPoint(10, 3, 2), SearchPoint(90, 5, 6)]
-    replays = {"this search": [short, short, long], "random, full length": [long, long, long]}
+    replays = {"this search": [short, short, long], **{name: [long, long, long] for name in BASELINES}}
     rows, records = compare_searches(replays, 0.95, Target(24 / 0.95, (1, 10), 110))
-    assert rows[0][2:] == ["90 / never / never", "never [1.00, never]", "never [1.00, never]", "33%"]
+    assert rows[0][2:] == ["90 / never / never", *["never [1.00, never]"] * 5, "33%"]
     assert records[0]["seconds"] == [None, None, 90]
     json.dumps(records, allow_nan=False)
 
 
 def test_teacher_passes_are_added_to_every_search():
-    replays = {"this search": [[SearchPoint(10, 5, 6)]], "random, full length": [[SearchPoint(90, 5, 6)]]}
-    rows, _ = compare_searches(replays, 0.95, Target(16 / 0.95, (1, 10), 110))
-    assert rows[0][2:] == ["10 / 10 / 10", "0.11 [0.11, 0.11]", "0.60 [0.60, 0.60]", "100%"]  # 10 / 90, 120 / 200
+    seconds = dict(zip(BASELINES, (90, 40, 20, 100), strict=True))
+    replays = {"this search": [[SearchPoint(10, 5, 6)]]}
+    replays |= {name: [[SearchPoint(value, 5, 6)]] for name, value in seconds.items()}
+    rows, records = compare_searches(replays, 0.95, Target(16 / 0.95, (1, 10), 110))
+    ratios = ["0.11 [0.11, 0.11]", "0.25 [0.25, 0.25]", "0.50 [0.50, 0.50]", "0.10 [0.10, 0.10]"]
+    # With the passes: (10 + 110) / (90 + 110) of the main baseline
+    assert rows[0][2:] == ["10 / 10 / 10", *ratios, "0.60 [0.60, 0.60]", "100%"]
+    text = describe_main_ratios(records)
+    assert "- this search over random with the same stopping: 0.11 [0.11, 0.11]; at most 0.5 was asked for" in text
+    assert text.endswith("- this search over random, full length: 0.10 [0.10, 0.10]")
 
 
 SPACE = Space.model_validate(
@@ -133,6 +148,71 @@ def test_recorded_seconds_include_startup_training_validations_and_scoring(tmp_p
     assert record_trial(trial, "rouge2", 7.0).validation_scoring_seconds == pytest.approx(6)
     assert recorded.total_seconds == pytest.approx(36)
     assert (recorded.score, recorded.cost, recorded.curve) == (10.0, 7.0, [(0.5, 9.0), (1.0, 10.0)])
+    assert recorded.test_scores == (None, 9.5)  # of the trial's result, which has the score of its best checkpoint
+    assert record_trial(trial, "rouge2", 7.0, test_scores={10: 8.0}).test_scores == (8.0, 8.0)
+    assert record_trial(trial, "rouge2", 7.0, test_scores={20: 8.5}).test_scores == (None, 8.5)
+    assert record_trial(trial, "rouge2", 7.0, test_scores={}).test_scores == (None, None)
+
+
+def test_a_search_is_judged_by_the_test_score_of_the_best_checkpoint():
+    trial = replace(recorded_trial("2-2", 8.0), test_scores=(None, 3.0, 3.0, 7.0))
+    assert [trial.judged_score(count, 2.0) for count in (1, 2, 3, 4)] == [None, 3.0, 3.0, 7.0]
+    assert trial.judged_score(4, None) is None  # failed
+    assert replace(trial, test_scores=()).judged_score(2, 5.0) == 5.0
+
+
+def test_test_scores_are_used_only_if_every_finished_trial_has_one():
+    tested = replace(recorded_trial("2-2", 8.0), test_scores=(None, None, None, 7.0))
+    untested = replace(tested, test_scores=(None,) * 4)
+    failed = replace(untested, score=None)
+    assert judge_by_one_split({"a": tested, "b": failed}) == {"a": tested, "b": failed}
+    assert judge_by_one_split({"a": tested, "b": untested})["a"].test_scores == ()
+
+
+def test_a_grid_says_how_searches_are_judged():
+    every, final = (7.0,) * 4, (None, None, None, 7.0)
+    texts = []
+    for scores in (every, final, ()):
+        trials = {"a": replace(recorded_trial("2-2", 8.0), test_scores=scores)}
+        grid = Grid(name="g", space=SPACE, reference=(1.0, 10.0), pass_seconds=0.0, trials=trials)
+        # (7 - 1) x (10 - 8) on test, (8 - 1) x (10 - 8) on validation
+        assert grid.target.grid_hypervolume == (12 if scores else 14)
+        texts.append(describe_judgement(grid))
+    assert "test scores of the best checkpoints" in texts[0]
+    assert "stopped early, so that these add nothing" in texts[1]
+    assert texts[2].startswith("**Searches are judged by validation scores**")
+
+
+def test_a_replay_decides_by_validation_scores_and_reports_test_scores():
+    grid = {}
+    for run in space_runs():
+        is_strong = run.training.learning_rate == 1e-3
+        trial = recorded_trial(str(run.student.size), 8.0 if is_strong else 4.0)
+        test_scores = (None, None, None, 7.5) if is_strong else (1.5, 2.5, 3.5, 4.5)
+        grid[trial_key(run)] = replace(trial, test_scores=test_scores)
+    scores = set()
+    for seed in range(12):
+        space = SPACE.model_copy(update={"search": SPACE.search.model_copy(update={"seed": seed})})
+        scores |= {point.score for point in replay(space, grid, method=SearchMethod("random", "per_shape"))}
+    # Each shape has a weak and a strong trial. The weak one is stopped at its first validation if it comes second.
+    assert scores == {7.5, 1.5, 4.5}
+
+
+def test_asha_compares_trials_of_all_shapes():
+    by_size = {"2-2": recorded_trial("2-2", 8.0), "2-1": recorded_trial("2-1", 4.0)}
+    grid = {trial_key(run): by_size[str(run.student.size)] for run in space_runs()}
+    method = SearchMethod("random", "per_shape", is_peer=is_any_trial, stops=stops_by_asha)
+    totals = set()
+    for seed in range(12):
+        space = SPACE.model_copy(update={"search": SPACE.search.model_copy(update={"seed": seed})})
+        totals.add(replay(space, grid, method=method)[-1].seconds)
+    # Small trials after a large one stop after 13 of 45 seconds: both, one or none of them.
+    assert totals <= {116.0, 148.0, 180.0}
+    assert min(totals) == 45 + 45 + 13 + 13
+
+
+def test_every_baseline_is_a_search():
+    assert set(BASELINES) < set(SEARCHES)
 
 
 def space_runs() -> list[Run]:
@@ -180,7 +260,7 @@ def test_a_replay_ends_when_its_points_are_enough():
 def test_a_failed_trial_costs_time_and_adds_no_point():
     runs = space_runs()
     grid = {trial_key(run): replace(recorded_trial(str(run.student.size), 4.0), score=None) for run in runs}
-    # The only trial that does not fail; its scores are below those of its shape's other trials.
+    # The only trial that does not fail; its scores are below the scores of its shape's other trials.
     grid[trial_key(runs[0])] = recorded_trial(str(runs[0].student.size), 2.0)
     seconds = set()
     for seed in range(12):

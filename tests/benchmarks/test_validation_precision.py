@@ -1,6 +1,6 @@
 """The comparison of rankings by hand."""
 
-from benchmarks.validation_precision import Student, compare_rankings
+from benchmarks.validation_precision import Student, compare_rankings, rotated
 
 
 def students(*scores: float) -> list[Student]:
@@ -25,3 +25,8 @@ def test_agreement_by_hand() -> None:
 def test_equal_ranks_agree_fully() -> None:
     result = compare_rankings(students(4, 3, 2, 1), students(8, 6, 4, 2))
     assert (result.spearman[0], result.kendall[0], result.largest_loss) == (1, 1, 0)
+
+
+def test_another_variant_is_first_for_each_student():
+    orders = [rotated(["a", "b", "c"], number) for number in range(4)]
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
