@@ -1,7 +1,9 @@
 """Scores of KD students trained from the teacher cache, in int8 and bf16, and with a live teacher, with several seeds.
 
     python -m benchmarks.cached_scores --teacher ../shared/teachers/multi30k-marian-6-6 \
-        --data ../shared/data/multi30k_en_de --train-rows 4000
+        --data ../shared/data/multi30k_en_de --train-rows 6000
+
+The result is written after every seed, so that a later failure does not lose the earlier seeds.
 """
 
 import argparse
@@ -62,7 +64,7 @@ def make_run(options: argparse.Namespace, seed: int, cache: str) -> Run:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Train with each cache and without a cache for each seed, and write benchmarks/results/cached_scores.md."""
+    """Train with each cache and without a cache for each seed; write benchmarks/results/cached_scores.md each time."""
     torch.set_num_threads(os.cpu_count() or 1)
     machine = describe_machine()
     rows: list[dict[str, Any]] = []
@@ -85,8 +87,8 @@ def compare(options: argparse.Namespace) -> None:
                     }
                 )
                 print(json.dumps(rows[-1]), file=sys.stderr)
-    title = "Students trained from the cache and with a live teacher"
-    BenchmarkResult("cached_scores", title, as_markdown(rows), rows, machine).write()
+            title = "Students trained from the cache and with a live teacher"
+            BenchmarkResult("cached_scores", title, as_markdown(rows), rows, machine).write()
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:

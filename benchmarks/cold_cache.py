@@ -6,12 +6,15 @@
 The product's reader and prefetcher deliver the batches of a store of random states, and a step of the GPU is replaced
 by sleeping. The disk is simulated: its transfers are queued in the order of the requests, at a rate in GB/s, and no
 row stays in memory. A read waits until its row is transferred; rows that were requested ahead may be there already.
-With the rate `disk`, the files are read from the disk of the cache itself, without its page cache. The share of the
-time in which a step waits is compared with and without reading ahead, and with the bound of the arithmetic: the share
-of the time that the bytes of a step need beyond the step itself.
+With the rate `disk`, the files are read from the disk of the cache itself: they are dropped from the page cache before
+each measurement, which ends before any row is read a second time. Its steps are therefore at most those of an epoch;
+more --rows allow more. The cache must not lie on a file system in memory: the column "GB/s read" shows such a mistake.
+The share of the time in which a step waits is compared with and without reading ahead, and with the bound of the
+arithmetic: the share of the time that the bytes of a step need beyond the step itself.
 """
 
 import argparse
+import math
 import os
 import random
 import tempfile
@@ -32,7 +35,7 @@ from raydistill.results.tables import markdown_table
 from raydistill.teacher_cache import reader, store
 from raydistill.teacher_cache.layout import CacheDtypes, CacheLayout
 from raydistill.teacher_cache.reader import RaggedArray, open_decoder_states, open_encoder_states
-from raydistill.teacher_cache.storage_dtypes import NUMPY_DTYPES, stored_width
+from raydistill.teacher_cache.storage_dtypes import NUMPY_DTYPES, stored_width, vector_bytes
 from raydistill.training import optimizer_step
 from raydistill.training.distillation import DistillationStep
 from raydistill.training.optimizer_step import OptimizerStep
@@ -61,9 +64,10 @@ class SimulatedDisk:
             self.free_at = max(self.free_at, time.monotonic()) + num_bytes / self.bytes_per_second
             self.ready_at[array, row] = self.free_at
 
-    def wait(self, array: int, row: int) -> None:
-        """Wait until a requested row is transferred, and forget the row."""
-        time.sleep(max(0.0, self.ready_at.pop((array, row)) - time.monotonic()))
+    def wait(self, array: int, rows: Sequence[int]) -> None:
+        """Wait until all requested rows are transferred, and forget the rows."""
+        ready_at = max((self.ready_at.pop((array, row)) for row in rows), default=0.0)
+        time.sleep(max(0.0, ready_at - time.monotonic()))
 
 
 class ThrottledArray:
@@ -71,8 +75,8 @@ class ThrottledArray:
 
     def __init__(self, array: RaggedArray, disk: SimulatedDisk, number: int) -> None:
         self._array, self._disk, self._number = array, disk, number
-        first = array.parts[0]
-        self._vector_bytes = first.nbytes // first.num_vectors
+        self.parts = array.parts
+        self._vector_bytes = vector_bytes(array.parts[0].dtype, array.parts[0].width)
 
     def read_ahead(self, rows: Iterable[int]) -> None:
         """See `RaggedArray.read_ahead`."""
@@ -91,15 +95,15 @@ class ThrottledArray:
 
     def _transfer(self, rows: Sequence[int]) -> None:
         self.read_ahead(rows)
-        for row in rows:
-            self._disk.wait(self._number, row)
+        self._disk.wait(self._number, list(dict.fromkeys(rows)))
 
 
 @dataclass(frozen=True)
 class Measurement:
     """The time of steps of `step_ms` that read `mb_per_step` from a disk of a rate.
 
-    `waiting` is the share of the time in which a step waits, `bound` the share that the bytes need at least.
+    `waiting` is the share of the time in which a step waits, `bound` the share that the bytes need at least, and
+    `steps` the number of measured steps.
     """
 
     precision: str
@@ -107,9 +111,15 @@ class Measurement:
     step_ms: float
     read_ahead: bool
     mb_per_step: float
+    steps: int
     ms_per_step: float
     waiting: float
     bound: float
+
+    @property
+    def gbps(self) -> float:
+        """The rate at which the steps read, in GB/s."""
+        return self.mb_per_step / self.ms_per_step
 
 
 def write_store(layout: CacheLayout) -> None:
@@ -158,6 +168,19 @@ def drop_page_cache(layout: CacheLayout) -> None:
         os.close(descriptor)
 
 
+def measured_steps(options: argparse.Namespace, rate: str) -> int:
+    """The steps of a measurement after the first one; from the disk itself, at most those that read no row twice.
+
+    Raises:
+        SystemExit: The store has too few rows for two steps.
+    """
+    per_epoch = math.ceil(options.rows / options.batch)
+    steps = options.steps if rate != DISK else min(options.steps, per_epoch - 1)
+    if steps < 1:
+        raise SystemExit(f"--rows {options.rows}: two steps of the disk need more than {options.batch} rows")
+    return steps
+
+
 def measure(
     layout: CacheLayout, examples: Examples, options: argparse.Namespace, rate: str, step_ms: float, ahead: bool
 ) -> Measurement:
@@ -169,20 +192,22 @@ def measure(
     optimizer_step.READ_AHEAD_STEPS = options.read_ahead if ahead else 0
     if not ahead and disk is None:
         RaggedArray.read_ahead = lambda self, rows: None  # type: ignore[method-assign]
+    steps = measured_steps(options, rate)
     mb_per_step = sum(layout.array_sizes.values()) / len(examples) * options.batch / 1e6
-    with prefetch(step.iter_inputs(0, options.steps + 1)) as inputs:
+    with prefetch(step.iter_inputs(0, steps + 1)) as inputs:
         next(inputs)  # the start is not measured
         waited, started = inputs.wait_seconds, time.monotonic()
-        for _ in range(options.steps):
+        for _ in range(steps):
             next(inputs)
             time.sleep(step_ms / 1000)
         seconds = time.monotonic() - started
         waited = inputs.wait_seconds - waited
     needed_ms = 0.0 if disk is None else 1000 * mb_per_step * 1e6 / disk.bytes_per_second
     bound = max(0.0, 1 - step_ms / needed_ms) if needed_ms else 0.0
-    ms_per_step = 1000 * seconds / options.steps
-    waiting = waited / seconds
-    return Measurement(layout.dtypes.storage, rate, step_ms, ahead, mb_per_step, ms_per_step, waiting, bound)
+    ms_per_step = 1000 * seconds / steps
+    return Measurement(
+        layout.dtypes.storage, rate, step_ms, ahead, mb_per_step, steps, ms_per_step, waited / seconds, bound
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -214,12 +239,14 @@ def run(options: argparse.Namespace) -> None:
 def as_markdown(results: list[Measurement]) -> str:
     """A table with a row per precision, rate and step."""
     header = [
-        *("precision", "GB/s", "step, ms", "MB per step", "read ahead", "ms per step", "waiting", "least by the bytes"),
+        *("precision", "GB/s", "step, ms", "MB per step", "read ahead", "steps", "ms per step", "GB/s read"),
+        *("waiting", "least by the bytes"),
     ]
     rows = [
         [
             *(result.precision, result.rate, f"{result.step_ms:g}", f"{result.mb_per_step:.1f}"),
-            *("yes" if result.read_ahead else "no", f"{result.ms_per_step:.1f}", f"{result.waiting:.1%}"),
+            *("yes" if result.read_ahead else "no", str(result.steps), f"{result.ms_per_step:.1f}"),
+            *(f"{result.gbps:.2f}", f"{result.waiting:.1%}"),
             "" if result.rate == DISK else f"{result.bound:.1%}",
         ]
         for result in results
@@ -238,7 +265,7 @@ def main() -> None:
     parser.add_argument("--source", type=int, default=400, help="mean source tokens; default: 400")
     parser.add_argument("--target", type=int, default=25, help="target tokens; default: 25")
     parser.add_argument("--width", type=int, default=1024, help="width of the states; default: 1024")
-    parser.add_argument("--steps", type=int, default=50, help="steps per measurement; default: 50")
+    parser.add_argument("--steps", type=int, default=50, help="steps per measurement; default: 50; see above")
     parser.add_argument("--read-ahead", type=int, default=8, help="steps that are read ahead; default: 8")
     parser.add_argument("--cache-root", help="folder for the store; default: the system's for temporary files")
     run(parser.parse_args())

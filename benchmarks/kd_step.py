@@ -7,29 +7,33 @@ process. Requires torch, transformers and, for the Trainer, accelerate; neither 
 naive     KD that runs teacher and student in full
 shared    KD that runs the encoder once for teacher and student
 ours      KD of this package, from the teacher cache, which is in memory after the first steps
-ours@R    the same with reads of at most R GB/s, as from a disk whose cache is cold
+ours@R    the same with reads of at most R GB/s, as from a disk whose cache is cold; as in the product, the reads of the
+          following steps are requested ahead
+ours-xN   N processes that take the steps of `ours` at the same time (--together N), as N runs on one GPU
 trainer   SFT with Hugging Face's Seq2SeqTrainer
 ours-sft  SFT of this package, with encoder states from the cache
 
-The baselines have the attention kernels and the clipping of this package. In bf16, the teacher and all frozen weights
-of the student are stored in bf16, so that no step converts them. No side computes states that it does not read.
+All baselines, the Trainer too, have the attention kernels, the fused optimiser and the clipping of this package. In
+bf16, the teacher and all frozen weights of the student are stored in bf16, so that no step converts them, and on a GPU
+the LM heads are padded like ours. No side computes states that it does not read.
 
     python -m benchmarks.kd_step                       # two threads, batch 4: about 12 minutes
     python -m benchmarks.kd_step --device cuda --batch 64 --family pegasus --read-gbps 0.5 1 3
+    python -m benchmarks.kd_step --device cuda --batch 64 --layers 6 --width 256 --sides ours --together 2
 """
 
 import argparse
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, BartConfig, PegasusConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from benchmarks.cold_cache import SimulatedDisk, ThrottledArray
 from benchmarks.common import BenchmarkResult, describe_machine, device_suffix
 from raydistill.config.run import Loss, Student, Training
 from raydistill.core.machine import malloc_trim
@@ -64,6 +69,8 @@ SIDES = ("naive", "shared", "ours", "trainer", "ours-sft")
 STEPS_PER_MEASUREMENT = {"cpu": 1, "cuda": 5}
 WARMUP_MEASUREMENTS = 2
 LEARNING_RATE = 3e-4
+MAX_GRADIENT_NORM = 1.0
+HEAD_WIDTH = 64
 RATIOS = [
     ("KD: naive / ours", "naive", "ours", "seconds"),
     ("KD: shared encoder / ours", "shared", "ours", "seconds"),
@@ -72,9 +79,10 @@ RATIOS = [
 ]
 READ_RATES = (0.5, 1.0, 3.0)  # GB/s: a network disk, a SATA disk at its best, an NVMe disk
 FORWARDED_OPTIONS = (
-    *("device", "threads", "batch", "source", "target", "family", "layers", "size", "steps", "profile"),
+    *("device", "threads", "batch", "source", "target", "family", "layers", "width", "size", "steps", "profile"),
     *("cache_precision", "row_multiple"),
 )
+START_TIMEOUT_S = 120.0  # until all processes of `ours-xN` are ready
 
 
 @dataclass
@@ -92,10 +100,25 @@ class Models:
         return sorted({*self.layout.supervised_decoder, last})
 
 
+def bart_config(layers: int, width: int) -> BartConfig:
+    """A BART without dropout; 12 layers and width 1024 are BART-large."""
+    heads, ffn = width // HEAD_WIDTH, 4 * width
+    return BartConfig(
+        dropout=0.0,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+    )
+
+
 def make_models(options: argparse.Namespace) -> Models:
     """Create teacher and student without dropout."""
     config = (
-        BartConfig(dropout=0.0, encoder_layers=options.layers, decoder_layers=options.layers)
+        bart_config(options.layers, options.width)
         if options.family == "bart"
         else PegasusConfig(vocab_size=96103, encoder_layers=16, decoder_layers=16, dropout=0.0)
     )
@@ -171,15 +194,68 @@ def kd_loss(student_output: Any, teacher_output: Any, labels: Tensor, phi: list[
     return loss.alpha_data * cross_entropy + loss.alpha_logits * temperature**2 * kl + loss.alpha_hidden * hidden
 
 
+def frozen_tensors(model: torch.nn.Module) -> list[Tensor]:
+    """The frozen parameters and the floating-point buffers of a model, each once."""
+    frozen: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
+    return [*frozen, *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+
+
 def prepare_precision(models: Models, precision: str) -> None:
     """Store the teacher and the frozen weights of the student in the precision in which they are used, in place."""
     if precision != "bf16":
         return
     teacher: Any = models.teacher
     teacher.to(torch.bfloat16)
-    for parameter in models.student.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for tensor in frozen_tensors(models.student):
+        tensor.data = tensor.data.to(torch.bfloat16)
+
+
+class PaddedLMHead(torch.nn.Module):
+    """A frozen LM head whose weight has rows of zeros after the vocabulary, as the product's step has on a GPU.
+
+    Args:
+        weight: The padded weight [rows, width].
+        vocabulary: The number of rows that give logits.
+    """
+
+    def __init__(self, weight: Tensor, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The logits [..., vocabulary] of decoder outputs [..., width]."""
+        weight: Any = self.weight
+        return F.linear(hidden, weight)[..., : self.vocabulary]
+
+
+def pad_lm_head(model: Any, autocast: torch.dtype | None, row_multiple: int) -> None:
+    """Give a model with a frozen LM head the weight that the product's step uses, where that is a padded one."""
+    weight = frozen_lm_head_weight(model, autocast, row_multiple)
+    if weight is not None and len(weight) > len(model.lm_head.weight):
+        model.lm_head = PaddedLMHead(weight, len(model.lm_head.weight))
+
+
+def prepare_baseline(models: Models, options: argparse.Namespace, precision: str) -> torch.dtype | None:
+    """Give both models of a baseline the precision and the LM heads of this package; returns the dtype of autocast."""
+    student: Any = models.student.to(options.device).train()
+    student.get_encoder().eval()
+    prepare_precision(models, precision)
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    for model in (models.teacher, student):
+        pad_lm_head(model, autocast, options.row_multiple)
+    return autocast
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """Fused AdamW whose step first clips the gradients, as `clip_and_step` does, for loops that call `step` only."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Clip the norm of all gradients to `MAX_GRADIENT_NORM` and update the weights."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_scale = ((norm + 1e-6) / MAX_GRADIENT_NORM).clamp(min=1)
+        return super().step(closure)
 
 
 def decode_with_states(model: PreTrainedModel, encoder_states: Tensor, batch: dict[str, Tensor]) -> Any:
@@ -215,10 +291,8 @@ def synchronize(device: str) -> None:
 def make_baseline_step(side: str, options: argparse.Namespace, precision: str) -> Callable[[], Tensor]:
     """A KD step with a live teacher: "naive" runs both models in full, "shared" runs the encoder once for both."""
     models = make_models(options)
-    student: Any = models.student.to(options.device).train()
-    student.get_encoder().eval()
-    prepare_precision(models, precision)
-    autocast = torch.bfloat16 if precision == "bf16" else None
+    autocast = prepare_baseline(models, options, precision)
+    student: Any = models.student
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     examples = make_examples(options, student.config.vocab_size)
@@ -243,18 +317,26 @@ def make_baseline_step(side: str, options: argparse.Namespace, precision: str) -
             student_output = decode_with_states(student, student_states, batch)
             loss = kd_loss(student_output, teacher_output, labels, models.layout.supervised_decoder)
         loss.backward()
-        clip_and_step(optimizer, parameters, 1.0)
+        clip_and_step(optimizer, parameters, MAX_GRADIENT_NORM)
         return loss.detach()
 
     return step
 
 
 def time_trainer(options: argparse.Namespace, precision: str) -> list[float]:
-    """Seconds per step, as from `time_steps`, of Seq2SeqTrainer with frozen encoder and embeddings."""
+    """Seconds per step, as from `time_steps`, of Seq2SeqTrainer with frozen encoder and embeddings.
+
+    The Trainer's own clipping is off, since the optimiser clips.
+    """
     from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
-    student = make_models(options).student
+    models = make_models(options)
+    autocast = prepare_baseline(models, options, precision)
+    student = models.student
+    del models  # SFT has no teacher
     gc.collect()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = ClippingAdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     examples = make_examples(options, student.config.vocab_size)
     rows = [{"input_ids": s, "labels": t} for s, t in zip(examples.sources, examples.targets, strict=True)]
 
@@ -279,66 +361,26 @@ def time_trainer(options: argparse.Namespace, precision: str) -> list[float]:
             bf16=precision == "bf16",
             use_cpu=options.device == "cpu",
             learning_rate=LEARNING_RATE,
-            optim="adamw_torch_fused",
-            max_grad_norm=1.0,
+            max_grad_norm=0.0,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
         )
-        Seq2SeqTrainer(student, arguments, collate, rows, callbacks=[StepTimer()]).train()
+        trainer = Seq2SeqTrainer(
+            student, arguments, collate, rows, callbacks=[StepTimer()], optimizers=(optimizer, None)
+        )
+        with attention_kernel(max(options.source, options.target), options.device, autocast):
+            trainer.train()
     return [(after - before) / steps for before, after in itertools.pairwise(ends)][WARMUP_MEASUREMENTS - 1 :]
 
 
 # This package
 
 
-class Disk:
-    """Counts the bytes that are read, and limits their rate.
-
-    Args:
-        gbps: The limit in GB/s; None for none.
-    """
-
-    def __init__(self, gbps: float | None) -> None:
-        self.seconds_per_byte = 0.0 if gbps is None else 1e-9 / gbps
-        self.num_bytes = 0
-        self._free_at = 0.0
-        self._lock = threading.Lock()
-
-    def read(self, num_bytes: int) -> None:
-        """Wait as long as the disk needs for these bytes after all earlier ones."""
-        with self._lock:
-            self.num_bytes += num_bytes
-            self._free_at = max(self._free_at, time.perf_counter()) + num_bytes * self.seconds_per_byte
-            free_at = self._free_at
-        time.sleep(max(0.0, free_at - time.perf_counter()))
-
-
-@dataclass(frozen=True)
-class DiskArray(RaggedArray):
-    """An array of the cache that is read from a `Disk`."""
-
-    disk: Disk
-
-    def read_flat(self, rows: Sequence[int]) -> Tensor:
-        """As `RaggedArray.read_flat`, at the rate of the disk."""
-        self._wait(rows)
-        return super().read_flat(rows)
-
-    def read_padded(self, rows: Sequence[int]) -> Tensor:
-        """As `RaggedArray.read_padded`, at the rate of the disk."""
-        self._wait(rows)
-        return super().read_padded(rows)
-
-    def _wait(self, rows: Sequence[int]) -> None:
-        first = self.parts[0]
-        self.disk.read(int(self.lengths[list(rows)].sum()) * vector_bytes(first.dtype, first.width))
-
-
-def on_disk(array: RaggedArray, disk: Disk) -> DiskArray:
-    """The same array, read from a disk."""
-    return DiskArray(array.parts, array.part_numbers, array.offsets, array.lengths, disk)
+def on_disk(array: RaggedArray, disk: SimulatedDisk | None, number: int) -> Any:
+    """The same array, read from a simulated disk; `number` identifies the array on it."""
+    return array if disk is None else ThrottledArray(array, disk, number)
 
 
 def _cache_layout(
@@ -358,9 +400,13 @@ def make_cache(options: argparse.Namespace, precision: ComputeDtype) -> None:
 
 
 def make_distillation_step(
-    options: argparse.Namespace, method: Any, precision: ComputeDtype, autocast_dtype: torch.dtype | None, disk: Disk
+    options: argparse.Namespace,
+    method: Any,
+    precision: ComputeDtype,
+    autocast_dtype: torch.dtype | None,
+    disk: SimulatedDisk | None,
 ) -> DistillationStep:
-    """The product's step, which reads the stores that `make_cache` has built, from a disk."""
+    """The product's step, which reads the stores that `make_cache` has built, from a disk if there is one."""
     models = make_models(options)
     cache = _cache_layout(options, models, precision, decoder_states=method == "kd")
     student, layout = models.student, models.layout
@@ -376,9 +422,9 @@ def make_distillation_step(
         layout,
         encoder_shared=True,
         lm_head_shared=True,
-        cached_encoder_states=on_disk(open_encoder_states(cache), disk),
+        cached_encoder_states=on_disk(open_encoder_states(cache), disk, -1),
         cached_decoder_states={
-            layer: on_disk(array, disk)
+            layer: on_disk(array, disk, layer)
             for layer, array in (open_decoder_states(cache) if method == "kd" else {}).items()
         },
         lm_head_weight=frozen_lm_head_weight(student, autocast_dtype, options.row_multiple),
@@ -400,12 +446,14 @@ def read_mb_per_step(options: argparse.Namespace, distillation: DistillationStep
 def time_from_cache(side: str, options: argparse.Namespace, precision: Any) -> tuple[list[float], dict[str, Any]]:
     """Seconds per step, as from `time_steps`, of the product's training loop, and further figures."""
     autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-    disk = Disk(options.read_limit)
+    disk = SimulatedDisk(options.read_limit * 1e9) if options.read_limit else None
     method = "sft" if side == "ours-sft" else "kd"
     distillation = make_distillation_step(options, method, precision, autocast_dtype, disk)
     settings = Training(batch_size=options.batch, learning_rate=LEARNING_RATE, precision=precision)
     optimizer_step = OptimizerStep.create(distillation, settings, Worker(device=options.device))
     reset_peak_memory(options.device)
+    if options.ready_folder:
+        wait_for_others(Path(options.ready_folder), options.together)
     with prefetch(optimizer_step.iter_inputs(0, sys.maxsize)) as feed:
 
         def step() -> Tensor:
@@ -419,6 +467,20 @@ def time_from_cache(side: str, options: argparse.Namespace, precision: Any) -> t
         if options.profile:
             figures["profile"] = profile_step(step, options.device)
         return seconds, figures
+
+
+def wait_for_others(folder: Path, count: int) -> None:
+    """Wait until `count` processes have called this function with an equal folder.
+
+    Raises:
+        TimeoutError: A process is missing.
+    """
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while len(list(folder.iterdir())) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{count} processes did not start within {START_TIMEOUT_S:.0f} s")
+        time.sleep(0.05)
 
 
 # One side in its process, and all sides
@@ -490,8 +552,8 @@ def compare(options: argparse.Namespace) -> None:
     machine = describe_machine(options.device)
     figures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=options.cache_root) as cache:
-        sides = [("cache", "cache", None), *((side, side, None) for side in SIDES)]
-        sides += [(f"ours@{rate:g}", "ours", rate) for rate in options.read_gbps]
+        sides = [("cache", "cache", None), *((side, side, None) for side in options.sides)]
+        sides += [(f"ours@{rate:g}", "ours", rate) for rate in options.read_gbps if "ours" in options.sides]
         for precision in options.precisions:
             for label, side, rate in sides:
                 name = f"{label} {precision}"
@@ -499,11 +561,16 @@ def compare(options: argparse.Namespace) -> None:
                 figures[name] = measure_side(side_options, side, precision, cache)
                 shown = {key: value for key, value in figures[name].items() if key != "profile"}
                 print(f"{name}: {json.dumps(shown)}", file=sys.stderr)
+            if options.together > 1:
+                name = f"ours-x{options.together} {precision}"
+                figures[name] = measure_together(options, precision, cache)
+                print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr)
     title = (
         f"A training step: {options.family} {options.size}, {options.source} source and {options.target} target "
         f"tokens, batch {options.batch}, {options.device}"
     )
     variant = [options.cache_precision] if options.cache_precision != "bf16" else []
+    variant += [f"width{options.width}"] if options.width != BartConfig().d_model else []
     variant += [f"rows{options.row_multiple}"] if options.row_multiple != GPU_ROW_MULTIPLE else []
     suffix = "_".join(filter(None, (device_suffix(options.device, options.family), *variant)))
     BenchmarkResult("kd_step", title, as_markdown(figures), figures, machine, suffix).write()
@@ -517,11 +584,42 @@ def measure_side(options: argparse.Namespace, side: str, precision: str, cache: 
         gc.collect()
         torch.cuda.empty_cache()
         return figures
+    done = subprocess.run(side_command(options, side, precision, cache), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def side_command(options: argparse.Namespace, side: str, precision: str, cache: str) -> list[str]:
+    """The command that measures one side in a process of its own and prints its figures."""
     forwarded = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in FORWARDED_OPTIONS]
     forwarded += [f"--read-limit={options.read_limit}"] if options.read_limit else []
     command = [sys.executable, "-m", "benchmarks.kd_step", *forwarded, f"--side={side}", f"--precision={precision}"]
-    done = subprocess.run([*command, f"--cache={cache}"], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return [*command, f"--cache={cache}"]
+
+
+def measure_together(options: argparse.Namespace, precision: str, cache: str) -> dict[str, Any]:
+    """The figures of `ours` in several processes that take their steps at the same time."""
+    alone = argparse.Namespace(**{**vars(options), "profile": 0})
+    with tempfile.TemporaryDirectory() as folder:
+        command = side_command(alone, "ours", precision, cache)
+        command += [f"--together={options.together}", f"--ready-folder={folder}"]
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(options.together)]
+        outputs = [process.communicate()[0] for process in processes]
+    for process in processes:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    return combine_processes([json.loads(output.strip().splitlines()[-1]) for output in outputs])
+
+
+def combine_processes(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of processes that ran at the same time: seconds per step of all, the sum of memory, the longest wait."""
+    times = {name: 1 / sum(1 / process[name] for process in figures) for name in ("seconds", "fastest", "slowest")}
+    return {
+        **times,
+        "peak_mb": sum(process["peak_mb"] for process in figures),
+        "data_wait": max(process["data_wait"] for process in figures),
+        "read_mb": figures[0]["read_mb"],
+        "loss": figures[0]["loss"],
+    }
 
 
 def as_markdown(figures: dict[str, dict[str, Any]]) -> str:
@@ -545,10 +643,12 @@ def as_markdown(figures: dict[str, dict[str, Any]]) -> str:
     rows += ["", f"| ratio | {' | '.join(precisions)} |", f"|---|{'---|' * len(precisions)}"]
     limited = dict.fromkeys(name.split()[0] for name in figures if "@" in name)
     at_rates = [(f"KD: naive / {side} GB/s", "naive", side, "seconds") for side in limited]
-    for text, a, b, measure in [*RATIOS, *at_rates]:
+    together = dict.fromkeys(name.split()[0] for name in figures if "-x" in name)
+    at_once = [(f"KD: ours / {side}, seconds per step of all processes", "ours", side, "seconds") for side in together]
+    for text, a, b, measure in [*RATIOS, *at_rates, *at_once]:
         if all(f"{side} {p}" in figures for side in (a, b) for p in precisions):
             rows.append(f"| {text} | {' | '.join(ratio(f'{a} {p}', f'{b} {p}', measure) for p in precisions)} |")
-    if len(precisions) > 1:
+    if {"naive fp32", "ours bf16"} <= figures.keys():
         rows.append(f"| KD: naive in fp32 / ours in bf16 | | {ratio('naive fp32', 'ours bf16')} |")
     profiles = [f"{name}:\n\n```\n{side['profile']}\n```" for name, side in figures.items() if "profile" in side]
     return "\n".join(rows) + "\n\n" + "\n\n".join(profiles)
@@ -564,6 +664,7 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=25, help="target tokens; default: 25")
     parser.add_argument("--family", default="bart", choices=["bart", "pegasus"])
     parser.add_argument("--layers", type=int, default=12, help="layers of a BART teacher's encoder and decoder")
+    parser.add_argument("--width", type=int, default=1024, help="of a BART, a multiple of 64; default: 1024")
     parser.add_argument("--size", help="of the student, with the teacher's whole encoder; default: 12-3 or 16-4")
     parser.add_argument("--steps", type=int, help="measured steps, after the warm-up; default: 5, on a GPU 40")
     parser.add_argument("--profile", type=int, default=0, help="1: add torch's profile of a step of each side")
@@ -573,11 +674,14 @@ def main() -> None:
     )
     parser.add_argument("--row-multiple", type=int, default=GPU_ROW_MULTIPLE, help="of the frozen LM head on a GPU")
     parser.add_argument("--cache-precision", choices=["int8", "bf16", "fp32"], default="bf16", help="of the states")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="default: all")
+    parser.add_argument("--together", type=int, default=1, help="also `ours` in this many processes at the same time")
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--side", choices=["cache", *SIDES], help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="fp32", help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     parser.add_argument("--read-limit", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--ready-folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.steps = options.steps or {"cpu": 5, "cuda": 40}[options.device]
     if options.steps < STEPS_PER_MEASUREMENT[options.device]:

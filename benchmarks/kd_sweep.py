@@ -3,9 +3,9 @@
 This package is timed with the whole `raydistill sweep` command: start of Ray, score of the teacher, latency
 table, teacher pass, 12 trials and their scores. The released method is timed with training and scoring alone: the
 encoder runs at every step, once for both models; batches of similar length; `generate` for validation, longest rows
-first; bf16 where the processor computes in bf16, with the teacher stored in bf16; fused AdamW; one run at a time with
-all threads; the same steps and validations. Then one run of this package's loop is repeated with each of its methods
-enabled in turn, beginning with float32 and random batches.
+first; bf16 where the processor computes in bf16, with the teacher and, in training, the student's frozen weights stored
+in bf16; fused AdamW; one run at a time with all threads; the same steps and validations. Then one run of this package's
+loop is repeated with each of its methods enabled in turn, beginning with float32 and random batches.
 
     python -m benchmarks.kd_sweep --teacher ../shared/teachers/multi30k-marian-6-6 \
         --data ../shared/data/multi30k_en_de --train-rows 2000
@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from benchmarks.common import RESULTS, BenchmarkResult, describe_machine
-from benchmarks.kd_step import decode_with_states, kd_loss
+from benchmarks.kd_step import decode_with_states, frozen_tensors, kd_loss
 from raydistill.config.run import Run
 from raydistill.config.space import Space, corner_runs
 from raydistill.core.files import write_json_atomic
@@ -53,7 +53,6 @@ from raydistill.training.workers import Worker
 
 THREADS = os.cpu_count() or 1
 PARTIAL_RESULT = RESULTS / "kd_sweep.partial.json"
-PROMISED_RATIO = 3
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("the released method, in this package's loop", {}),
     ("+ teacher cache", {"teacher_cache": "full"}),
@@ -157,6 +156,32 @@ def trial_name(run: Run) -> str:
     return f"{run.student.size}, alpha_hidden {run.loss.alpha_hidden:g}, lr {run.training.learning_rate:g}"
 
 
+class FrozenValues:
+    """The frozen weights of a model, exact and rounded to the dtype of autocast, which then converts none of them.
+
+    Args:
+        model: The model, which has the exact weights at first.
+        dtype: The dtype of autocast.
+    """
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        self.tensors = frozen_tensors(model)
+        self.exact = [tensor.data for tensor in self.tensors]
+        self.rounded = [tensor.data.to(dtype) for tensor in self.tensors]
+
+    def use_exact(self) -> None:
+        """Give the model the exact weights, with which it is scored."""
+        self._use(self.exact)
+
+    def use_rounded(self) -> None:
+        """Give the model the rounded weights, with which it is trained."""
+        self._use(self.rounded)
+
+    def _use(self, values: list[torch.Tensor]) -> None:
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.data = value
+
+
 class ReleasedMethod:
     """One run by the released code's method.
 
@@ -181,6 +206,7 @@ class ReleasedMethod:
         self.data = load_tokenized_data(run, None, self.teacher.tokenizer, self.student.config)
         self.examples = make_examples(run, self.data, self.teacher.tokenizer, inputs.label_folders)
         self.parameters = [p for p in self.student.parameters() if p.requires_grad]
+        self.frozen = FrozenValues(self.student, self.autocast or torch.float32)
         settings = run.training
         self.optimizer = optimizer_step.make_optimizer(self.parameters, settings)
         self.total_steps = round(-(-len(self.examples) // settings.batch_size) * settings.epochs)
@@ -197,15 +223,17 @@ class ReleasedMethod:
         lengths, epoch = optimizer_step.effective_lengths(self.examples), 0
         while step < self.total_steps:
             batches = epoch_batches(lengths, batch_size, self.run.training.seed, epoch)
+            self.frozen.use_rounded()
             for rows in batches[: self.total_steps - step]:
                 self.train_step(rows)
                 step += 1
             epoch += 1
             validation_score = self.bleu("validation", beams=2)
             if validation_score > best_score:
-                weights = self.student.state_dict()
-                best_score, best_weights = validation_score, {name: value.clone() for name, value in weights.items()}
-        self.student.load_state_dict(best_weights)
+                weights = self.student.named_parameters()
+                best_score = validation_score
+                best_weights = {name: p.detach().clone() for name, p in weights if p.requires_grad}
+        self.student.load_state_dict(best_weights, strict=False)
         self.bleu("validation", self.beam.beams)
         test_score = self.bleu("test", self.beam.beams)
         return {"seconds": time.monotonic() - self.start, "bleu": test_score}
@@ -238,6 +266,7 @@ class ReleasedMethod:
     def bleu(self, split: str, beams: int) -> float:
         """BLEU of a split, generated by transformers' `generate`."""
         corpus = self.data.corpora[split]
+        self.frozen.use_exact()
         engine = TransformersEngine(self.student, self.teacher.tokenizer, threads=THREADS)
         beam: BeamSearchParams = replace(self.beam, beams=beams)
         rows = engine.generate(corpus.sources, beam, max_source_tokens=self.data.max_source_tokens)
@@ -388,7 +417,7 @@ def _time_table(data: dict[str, Any]) -> list[str]:
         f"| of which serving and timing the finalists, which the other side lacks | {ours['finalists_seconds']:.0f} |",
         f"| of which the trials | {ours['trials_seconds']:.0f} |",
         f"| of which the teacher pass, device-seconds | {passes:.0f} |",
-        f"| **ratio for the same work** (promised: {PROMISED_RATIO}) | **{total / same_work:.2f}** |",
+        f"| **ratio for the same work** | **{total / same_work:.2f}** |",
         f"| ratio for the whole command | {total / ours['seconds']:.2f} |",
     ]
 

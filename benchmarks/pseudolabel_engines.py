@@ -4,7 +4,8 @@ Plain `generate` reads batches of 32 rows in input order: in one process of two 
 if there are enough rows, in two processes of one thread, which is faster. The latter also reads the rows by length, so
 that batches have little padding. The table gives the ratios to the first and to the fastest plain side. The
 engines read planned batches of rows with similar lengths in two processes of one thread, as the label job's actors do.
-On a GPU every side is one process in bf16. Sides take turns; figures are medians.
+On a GPU every side is one process in bf16, and a further plain side has the batches of the engines' size. Sides take
+turns; figures are medians.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from benchmarks.sides import GenerationResult, GenerationTask, Side, generate_ba
 from raydistill.config.run import Dataset, Decoding
 from raydistill.core.console import print_progress
 from raydistill.data.streaming import scan_split, usable_rows
-from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN, GPU_BATCH_CHARS, LabelJob
+from raydistill.jobs.pseudolabel import CHARS_PER_TOKEN, GPU_BATCH_CHARS, GPU_BATCH_SIZE, LabelJob
 from raydistill.label_sets.batch_plan import BATCH_CHARS, make_plan
 from raydistill.results.tables import markdown_table
 
@@ -39,6 +40,15 @@ ENGINE_SIDES = (
 GPU_SIDES = (
     Side("plain generate", "generate", "bf16", "cuda", processes=1),
     Side("plain generate, sorted", "generate", "bf16", "cuda", processes=1, sorted_rows=True),
+    Side(
+        f"plain generate, sorted, batch {GPU_BATCH_SIZE}",
+        "generate",
+        "bf16",
+        "cuda",
+        processes=1,
+        batch_size=GPU_BATCH_SIZE,
+        sorted_rows=True,
+    ),
     Side("transformers", "transformers", "bf16", "cuda", processes=1),
     Side("ctranslate2 bf16", "ctranslate2", "bf16", "cuda", processes=1),
 )
@@ -98,7 +108,8 @@ def measure_case(case: str, options: argparse.Namespace, scratch: Path) -> dict[
     sources = [row.source for row in rows]
     for repeat in range(repeats):
         for side in sides:
-            run = _run_side(replace(side, batch_size=options.rows_at_once), task, sources, planned_batches)
+            batch_size = side.batch_size if side.engine == "generate" else options.rows_at_once
+            run = _run_side(replace(side, batch_size=batch_size), task, sources, planned_batches)
             runs[side.name].append(run)
             print_progress(f"{case} {repeat + 1}/{repeats} {side.name}: {len(rows) / run.seconds:.2f} rows/s")
     description += f" {len(rows)} rows in {len(plan)} planned batches; {_describe_decoding(task)}; median of {repeats}."
@@ -113,7 +124,7 @@ def _select_sides(options: argparse.Namespace, num_rows: int) -> list[Side]:
         side
         for side in candidates
         if (not options.side or any(word in side.name for word in options.side))
-        and (side.engine != "generate" or num_rows >= PLAIN_BATCH_SIZE * side.processes)
+        and (side.engine != "generate" or num_rows >= _plain_batch_size(side) * side.processes)
     ]
 
 
@@ -126,13 +137,18 @@ def _run_side(
         if side.sorted_rows:
             row_numbers.sort(key=lambda row: -len(sources[row]))
         ordered = [sources[row] for row in row_numbers]
-        batches = [ordered[i : i + PLAIN_BATCH_SIZE] for i in range(0, len(ordered), PLAIN_BATCH_SIZE)]
+        size = _plain_batch_size(side)
+        batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     else:
         batches = [batch["sources"] for batch in planned_batches]
         # The data fit into one window of the plan, so that positions in the window are row numbers.
         row_numbers = [position for batch in planned_batches for position in batch["positions"]]
     result = generate_batches(side, task, batches)
     return SideRun(_in_data_order(result, row_numbers), result.seconds, result.startup)
+
+
+def _plain_batch_size(side: Side) -> int:
+    return side.batch_size or PLAIN_BATCH_SIZE
 
 
 def _in_data_order(result: GenerationResult, row_numbers: list[int]) -> list[str]:

@@ -17,6 +17,7 @@ from raydistill.cluster.start import ENV_DEFAULTS, ray_cluster
 
 OBJECT_STORE_BYTES = 100_000_000
 SAMPLE_SECONDS = 0.25
+SAMPLES_PER_MEMORY_SAMPLE = 8  # the memory of many processes takes longer to read than the CPU time of the head
 HEAD_PROCESSES = ("driver", "gcs", "rest of the head")
 TOKEN = secrets.token_hex(32)  # one per process, because Ray reads the token once
 
@@ -27,7 +28,8 @@ class Meter:
 
     Attributes:
         times: seconds since the epoch.
-        cpu_seconds: CPU seconds used until then, for each of `HEAD_PROCESSES`.
+        cpu_seconds: CPU seconds used until then, for each of `HEAD_PROCESSES`. The driver's are without the CPU time of
+            the thread that samples, which is also part of this process.
         memory_gib: unshared resident memory of all processes of the cluster, in GiB.
     """
 
@@ -85,11 +87,15 @@ def _running_meter(cluster: Cluster) -> Iterator[Meter]:
     meter, stop = Meter(), threading.Event()
 
     def sample_until_stopped() -> None:
-        while True:
-            _sample(meter, cluster)
-            if stop.wait(SAMPLE_SECONDS):
-                _sample(meter, cluster)
-                return
+        number = 0
+        while not stop.is_set():
+            _sample_cpu(meter, cluster)
+            if number % SAMPLES_PER_MEMORY_SAMPLE == 0:
+                _sample_memory(meter)
+            number += 1
+            stop.wait(SAMPLE_SECONDS)
+        _sample_cpu(meter, cluster)
+        _sample_memory(meter)
 
     thread = threading.Thread(target=sample_until_stopped, daemon=True)
     thread.start()
@@ -100,10 +106,14 @@ def _running_meter(cluster: Cluster) -> Iterator[Meter]:
         thread.join()
 
 
-def _sample(meter: Meter, cluster: Cluster) -> None:
-    driver = psutil.Process()
+def driver_cpu_seconds() -> float:
+    """CPU seconds of this process without those of the calling thread, which is the thread that samples."""
+    return time.process_time() - time.thread_time()
+
+
+def _sample_cpu(meter: Meter, cluster: Cluster) -> None:
     assert cluster.head_node is not None
-    used = {"driver": sum(driver.cpu_times()[:2]), "gcs": 0.0, "rest of the head": 0.0}
+    used = {"driver": driver_cpu_seconds(), "gcs": 0.0, "rest of the head": 0.0}
     for kind, infos in cluster.head_node.all_processes.items():
         for info in infos:
             name = "gcs" if kind == "gcs_server" else "rest of the head"
@@ -112,6 +122,10 @@ def _sample(meter: Meter, cluster: Cluster) -> None:
     for name, seconds in used.items():
         # The CPU time of a process that has ended is no longer visible; the total must not fall.
         meter.cpu_seconds[name].append(max([seconds, *meter.cpu_seconds[name][-1:]]))
+
+
+def _sample_memory(meter: Meter) -> None:
+    driver = psutil.Process()
     meter.memory_gib.append(sum(map(_unshared_bytes, [driver, *driver.children(recursive=True)])) / 2**30)
 
 

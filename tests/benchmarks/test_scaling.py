@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,20 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling, simulated
-from benchmarks.scaling import SECONDS_PER_STEP, TrialSleep, assign_slots, endless_space, read_sleep, synthetic_sweep
+from benchmarks.scaling import (
+    SECONDS_PER_STEP,
+    RowCost,
+    TrialSleep,
+    assign_slots,
+    busy_with_start,
+    driver_row_cost,
+    endless_space,
+    read_sleep,
+    synthetic_sweep,
+    trial_windows,
+)
 from benchmarks.simulated import SLEEP_FILE, simulated_engine, simulated_run
-from benchmarks.simulated_nodes import Meter, cluster_nodes
+from benchmarks.simulated_nodes import Meter, cluster_nodes, driver_cpu_seconds
 from benchmarks.timestamps import BatchEnd, steady_rate
 from raydistill.config.run import Run
 from raydistill.inference.decoding import BeamSearchParams, EngineOptions
@@ -38,6 +51,49 @@ def test_meter_interpolates_cpu_seconds_between_samples() -> None:
     cpu_seconds: dict[str, list[float]] = {"driver": [1, 3, 3], "gcs": [0, 0, 1], "rest of the head": [0, 0, 0]}
     meter = Meter(times=[0, 10, 20], cpu_seconds=cpu_seconds)
     assert meter.cpu_between(5, 15) == {"driver": 1, "gcs": 0.5, "rest of the head": 0}
+
+
+def test_cpu_time_of_the_sampling_thread_is_not_the_drivers() -> None:
+    def work() -> list[float]:
+        before, start = driver_cpu_seconds(), time.thread_time()
+        while time.thread_time() - start < 0.1:
+            pass
+        return [driver_cpu_seconds() - before, time.thread_time() - start]
+
+    measured: list[float] = []
+    thread = threading.Thread(target=lambda: measured.extend(work()))
+    thread.start()
+    thread.join()
+    driver, sampler = measured
+    assert sampler >= 0.1
+    assert driver < 0.05
+
+
+def test_cost_of_a_row_is_the_slope_between_two_label_jobs() -> None:
+    """10 s for any number of rows and 0.04 ms a row: one core is enough for 25,000 rows a second."""
+    fewer = {"rows": 100_000, "driver_seconds": 14.0}
+    more = {"rows": 600_000, "driver_seconds": 34.0}
+    cost = driver_row_cost(fewer, more)
+    assert cost.fixed_seconds == pytest.approx(10)
+    assert cost.seconds_per_row == pytest.approx(4e-5)
+    assert cost.rows_per_second == pytest.approx(25_000)
+    assert "0.040 ms per row" in scaling._row_cost_text(8, cost)
+    assert "25000 rows/s" in scaling._row_cost_text(8, cost)
+    assert "too small" in scaling._row_cost_text(8, RowCost(14.0, -1e-9))
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(5000, [(0, 100), (2449, 2549), (4899, 4999)]), (7, [(0, 2), (2, 4), (4, 6)]), (2, [(0, 1), (0, 1), (0, 1)])],
+)
+def test_windows_are_the_first_the_middle_and_the_last_trials(count: int, expected: list[tuple[int, int]]) -> None:
+    assert trial_windows(count) == expected
+
+
+def test_time_at_work_includes_the_start_of_the_search() -> None:
+    """Two slots for 100 s, of which 60 and 90 s are work."""
+    sleeps = [TrialSleep(20, 85, 60), TrialSleep(5, 100, 90)]
+    assert busy_with_start(sleeps, 2, 0.0) == pytest.approx(0.75)
 
 
 def test_simulated_engine_sleeps_in_proportion_to_the_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +166,18 @@ def test_trials_with_a_fraction_of_a_gpu_run_at_the_same_time(gpus: float, concu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_publication_of_a_trial_is_timed_after_earlier_trials(tmp_path: Path) -> None:
+    record = scaling.measure_publication(tmp_path, 3)
+    assert record["earlier"] == 3
+    assert 0 < record["per_trial"] < record["first"]
+    assert "| 3 |" in scaling.as_markdown({"publish": [record]})
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_small_simulation_scales_from_one_node_to_two(tmp_path: Path) -> None:
-    """All parts but `many` and `driver`: rates are near the rates of the sleeps, and nearly twice as high on two nodes.
+    """Parts but `gpu` and `many`: rates are near the rates of the sleeps, and nearly twice as high on two nodes.
 
     The sleeps are long against the work of the processes, which all share the cores of this machine.
     """
@@ -122,7 +187,11 @@ def test_a_small_simulation_scales_from_one_node_to_two(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "scaling.json").read_text())["data"]
-    first, second = results["labels"]
+    first, second = results["labels"]["by_nodes"]
+    fewer = results["labels"]["fewer_rows"]
+    assert fewer["nodes"] == 2
+    assert fewer["rows"] == pytest.approx(second["rows"] / 4, abs=1)
+    assert 0 < fewer["driver_seconds"] < second["driver_seconds"]
     assert (first["workers"], second["workers"], second["rows"]) == (1, 2, pytest.approx(2 * first["rows"], abs=1))
     for record in (first, second):
         assert record["rows_per_second"] == pytest.approx(record["ideal"], rel=0.2)
