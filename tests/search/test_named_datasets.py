@@ -19,19 +19,16 @@ from tests.factories.hub_cache import lay_out_dataset
 from tests.factories.models import lay_out_model, save_tiny
 from tests.factories.workspace import command, corpus_rows, last_json
 
-MAX_LENGTH = 12  # the random teachers would write up to the maximum, which the presets set for the real ones
-OLDER_SETTINGS = {"num_beams": 3, "length_penalty": 1.7, "min_length": 3, "no_repeat_ngram_size": 3} | {
+OLDER_SETTINGS = {
+    "num_beams": 3,
+    "length_penalty": 1.7,
+    "min_length": 3,
+    "no_repeat_ngram_size": 3,
     "early_stopping": True,
     "max_length": 200,
 }
-DECODING = {
-    "beams": 3,
-    "length_penalty": 1.7,
-    "min_length": 3,
-    "max_length": MAX_LENGTH,
-    "no_repeat_ngram": 3,
-    "early_stopping": True,
-}
+# With the maximum of the preset
+DECODING = {"beams": 3, "length_penalty": 1.7, "min_length": 3, "no_repeat_ngram": 3, "early_stopping": True}
 NUM_ROWS = {"train": 80, "validation": 8, "test": 8}
 
 
@@ -49,7 +46,7 @@ CASES = [
     Case(
         "cnn_dailymail",
         "pegasus",
-        lambda i, s, t: {"article": s, "highlights": f"{t} .\nNEW: {t} .\r\n\n {t}", "id": i},
+        lambda i, s, t: {"article": s, "highlights": t and f"{t} .\nNEW: {t} .\r\n\n {t}", "id": i},
     ),
     Case("wmt16_en_ro", "mbart", lambda i, s, t: {"translation": {"en": s, "ro": t}}),
 ]
@@ -79,9 +76,10 @@ def write_caches(folder: Path, case: Case) -> dict[str, str]:
     }
 
 
-def part_of(decoding: dict[str, Any]) -> dict[str, Any]:
-    """The settings that OLDER_SETTINGS and MAX_LENGTH decide."""
-    return {name: decoding[name] for name in DECODING}
+def check_decoding(decoding: dict[str, Any], case: Case) -> None:
+    """The settings are those of the teacher, with the maximum length of its preset."""
+    expected = {**DECODING, "max_length": TEACHERS[case.teacher][case.dataset].decoding.max_length}
+    assert {name: decoding[name] for name in expected} == expected
 
 
 @pytest.mark.slow
@@ -93,10 +91,10 @@ def test_every_command_reads_the_same_rows_and_decodes_with_the_settings_of_the_
     assert {split: report["rows"] for split, report in described.items()} == NUM_ROWS
 
     names = ("--teacher", case.teacher, "--dataset", case.dataset)
-    done = command(home, "pseudolabel", *names, "--max-length", MAX_LENGTH, "--allow-repetitive", "--json", **hub)
+    done = command(home, "pseudolabel", *names, "--allow-repetitive", "--json", **hub)
     labels = last_json(done)
     assert labels["rows"] == NUM_ROWS["train"]
-    assert part_of(labels["decoding"]) == DECODING
+    check_decoding(labels["decoding"], case)
     assert not [text for text in read_label_set(Path(labels["folder"])).targets.values() if "<n>" in text]
 
     run = {
@@ -105,15 +103,12 @@ def test_every_command_reads_the_same_rows_and_decodes_with_the_settings_of_the_
         "method": "kd",
         "student": {"size": "2-1"},
         "training": {"max_steps": 4, "batch_size": 8, "warmup_steps": 1, "checks_per_epoch": 1},
-        "decoding": {"max_length": MAX_LENGTH},
         "evaluation": {"allow_repetitive_teacher": True},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"name": "r", **run}))
     trained = last_json(command(home, "train", tmp_path / "run.yaml", "--json", **hub))
     checkpoint = Path(trained["checkpoint"])
-    assert part_of(json.loads((checkpoint / "raydistill.json").read_text())["decoding"]) == DECODING
-    own = json.loads((checkpoint / "generation_config.json").read_text())
-    assert {name: own[name] for name in OLDER_SETTINGS} == {**OLDER_SETTINGS, "max_length": MAX_LENGTH}
+    check_decoding(json.loads((checkpoint / "raydistill.json").read_text())["decoding"], case)
 
     evaluated = last_json(command(home, "evaluate", checkpoint, "--json", **hub))
     [report] = evaluated["checkpoints"].values()
@@ -127,4 +122,4 @@ def test_every_command_reads_the_same_rows_and_decodes_with_the_settings_of_the_
     summary = last_json(command(home, "sweep", tmp_path / "space.yaml", "--json", **hub))
     assert len(summary["trials"]) == 1
     teacher = json.loads((home / "sweeps" / "s" / "teacher.json").read_text())
-    assert part_of(teacher["decoding"]) == DECODING
+    check_decoding(teacher["decoding"], case)
