@@ -240,16 +240,12 @@ def front_text(records: list[dict[str, Any]]) -> str:
         rows.append([served.label, f"{served.ms:.0f}", f"{served.bleu:.2f}", best.label, f"{best.ms:.0f}"])
         rows[-1].append(f"{best.bleu:.2f}")
     longest = max(served.ms for served in first)
-    areas = [_area([s for s in group if s.ms <= longest], longest) for group in (first, every)]
+    areas = [hypervolume([(served.bleu, served.ms) for served in group], (0.0, longest)) for group in (first, every)]
     header = ["as version 1 serves it", "ms", "test BLEU", "best way within that time", "ms", "test BLEU"]
     return (
         f"{markdown_table(header, rows)}\n\nHypervolume of test BLEU over latency, up to {longest:.0f} ms: "
         f"{areas[0]:,.0f} as version 1 serves the models, {areas[1]:,.0f} with all ways ({areas[1] / areas[0]:.2f}x)."
     )
-
-
-def _area(points: list[ServedModel], longest: float) -> float:
-    return hypervolume([(point.bleu, point.ms) for point in points], (0.0, longest))
 
 
 def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
